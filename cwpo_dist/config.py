@@ -1,0 +1,391 @@
+"""YAML and dotted overrides in, one typed, frozen and complete configuration out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Split = Literal["labelled", "unlabelled", "validation", "test"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names field, value and remedy."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused and values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # Fields that say how or where work is done, not what comes out: they stay out of content keys.
+    compute_fields: ClassVar[frozenset[str]] = frozenset()
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide a stage's output, ready to be hashed into its key."""
+        return self.model_dump(mode="json", exclude=set(self.compute_fields))
+
+
+class Source(Section):
+    """One source of pairs: files (JSONL, gzip, Parquet, CSV), a folder, or a hub id."""
+
+    path: str = Field(description="file, glob, folder, URI, or a Hugging Face hub id")
+    name: str | None = Field(None, description="subset of a hub data set")
+    split: str = Field("train", description="split of a hub data set or local folder")
+    revision: str | None = Field(None, description="commit of a hub data set")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="our name → theirs, for prompt, chosen, rejected, response_a, response_b, "
+        "label, votes_a, votes_b",
+    )
+    format: Literal["auto", "text", "conversational", "hh"] = Field(
+        "auto", description="hh: transcripts '\\n\\nHuman: … \\n\\nAssistant: …'"
+    )
+    into: Literal["train", "validation", "test"] | None = Field(
+        None, description="every row of this source goes to this side; null: split by hash"
+    )
+    limit: PositiveInt | None = Field(None, description="read at most this many rows")
+
+
+class PrepareConfig(Section):
+    """Sources → pairs: what is read and how it is split."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset({"num_cpus"})
+
+    sources: list[Source] = Field(min_length=1)
+    labelled_fraction: Fraction = Field(0.3, description="labelled share of the training pairs")
+    validation_fraction: Fraction = 0.0
+    test_fraction: Fraction = 0.1
+    group_column: str | None = Field(
+        None, description="rows that share its value stay on one side; null: the prompt"
+    )
+    keep_columns: list[str] = Field(default_factory=list, description="carried along untouched")
+    max_reject_fraction: Fraction = 0.05
+    rows_per_shard: PositiveInt = Field(1024, description="about a minute's work of an annotator")
+    num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")
+
+
+class ModelConfig(Section):
+    """A causal language model and how text becomes its tokens."""
+
+    model_name_or_path: str
+    revision: str | None = None
+    num_hidden_layers: PositiveInt | None = Field(None, description="keep the first N layers")
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    torch_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    chat_template: str = Field("tokenizer", description="tokenizer, plain, or a Jinja file")
+    max_length: PositiveInt = Field(512, description="tokens of prompt + the longer answer")
+    over_length: Literal["drop", "truncate"] = "drop"
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft), with peft's names."""
+
+    r: PositiveInt = 8
+    lora_alpha: PositiveInt = 16
+    lora_dropout: Fraction = 0.05
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class TrainingConfig(Section):
+    """What `fit`, `sft` and `align` share: schedule, batch, DeepSpeed and workers."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset(
+        {
+            "max_tokens_per_micro_batch",
+            "gradient_checkpointing",
+            "zero_stage",
+            "deepspeed",
+            "num_workers",
+            "use_gpu",
+            "cpus_per_worker",
+            "resources_per_worker",
+            "save_steps",
+            "save_total_limit",
+            "logging_steps",
+            "max_failures",
+            "step_timeout_s",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        }
+    )
+
+    learning_rate: PositiveFloat
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: int = Field(-1, description="stop after this many steps; -1: by epochs")
+    global_batch_size: PositiveInt = Field(64, description="pairs a step, over all workers")
+    per_device_train_batch_size: PositiveInt | None = Field(
+        None, description="TRL's name; with gradient_accumulation_steps it sets global_batch_size"
+    )
+    gradient_accumulation_steps: PositiveInt | None = None
+    max_tokens_per_micro_batch: PositiveInt = Field(4096, description="padded tokens")
+    optim: Literal["adamw", "sgd"] = "adamw"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    deepspeed: dict[str, Any] | str | None = Field(
+        None, description="a section, or a Hugging Face DeepSpeed JSON file, merged over ours"
+    )
+    num_workers: PositiveInt = 1
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has GPUs")
+    cpus_per_worker: PositiveFloat = 1.0
+    resources_per_worker: dict[str, float] = Field(default_factory=dict)
+    save_steps: PositiveInt = 100
+    save_total_limit: PositiveInt = 2
+    logging_steps: PositiveInt = 1
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    step_timeout_s: PositiveFloat = Field(
+        1800.0, description="no step for so long: stacks are dumped, the workers restarted"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_global_batch(cls, data: Any) -> Any:
+        """TRL's per-device batch × accumulation × workers becomes one global batch, once."""
+        if not isinstance(data, dict) or data.get("per_device_train_batch_size") is None:
+            return data
+        workers = int(data.get("num_workers", 1))
+        per_device = int(data["per_device_train_batch_size"])
+        total = per_device * int(data.get("gradient_accumulation_steps") or 1) * workers
+        given = data.get("global_batch_size")
+        if given is not None and int(given) != total:
+            raise ValueError(
+                f"global_batch_size is {given}, but per_device_train_batch_size × "
+                f"gradient_accumulation_steps × num_workers = {total}: give one of the two"
+            )
+        return {**data, "global_batch_size": total}
+
+
+class FitConfig(TrainingConfig):
+    """The annotator's training, Bradley–Terry (paper eq. 4–5, table 7)."""
+
+    learning_rate: PositiveFloat = 1e-5
+    num_train_epochs: PositiveFloat = 5.0
+    global_batch_size: PositiveInt = 32
+
+
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning of the policy on the chosen answers (paper table 8)."""
+
+    learning_rate: PositiveFloat = 1e-5
+    num_train_epochs: PositiveFloat = 3.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    lora: LoraConfig | None = LoraConfig()
+
+
+class AlignConfig(TrainingConfig):
+    """Confidence-weighted preference optimisation (paper eq. 7–11, table 9)."""
+
+    learning_rate: PositiveFloat = 5e-6
+    num_train_epochs: PositiveFloat = 5.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    lora: LoraConfig | None = LoraConfig()
+    loss_type: Literal["sigmoid", "ipo", "robust"] = Field(
+        "sigmoid", description="sigmoid: DPO; robust: rDPO (TRL's names)"
+    )
+    beta: PositiveFloat = 0.5
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        0.1, description="ε of rDPO; read by loss_type robust only"
+    )
+    weight_normalization: Literal["none", "batch", "dataset"] | None = Field(
+        None, description="overrides the arm's: none (paper), by ΣC of the batch, by mean C"
+    )
+
+
+class PoolConfig(Section):
+    """A pool of Ray Data actors."""
+
+    num_actors: PositiveInt = 1
+    cpus_per_actor: PositiveFloat = 1.0
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    max_tokens_per_batch: PositiveInt = Field(4096, description="padded tokens of one forward")
+
+
+class AnnotateConfig(PoolConfig):
+    """Which pairs are scored, and by whom."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
+
+    model: ModelConfig | None = Field(
+        None, description="any one-label reward model; null: the annotator that `fit` made"
+    )
+    splits: list[Split] = Field(default_factory=lambda: ["unlabelled", "validation", "test"])
+    max_reject_fraction: Fraction = 0.05
+
+
+class WeighConfig(Section):
+    """margin → confidence → weight."""
+
+    weight_function: Literal["confidence", "sigmoid", "clipped", "clipped_fifth", "one"] | None = (
+        Field(None, description="overrides the arm's; C, σ(m), min(m,1), min(0.2m,1), 1")
+    )
+    top_fraction: Fraction | None = Field(None, description="keep the most confident share")
+    min_confidence: Fraction | None = Field(None, description="keep pairs at least so confident")
+
+
+class ReferenceConfig(PoolConfig):
+    """Log-probs of the frozen SFT policy."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
+
+
+class EvaluateConfig(PoolConfig):
+    """Held-out accuracy and gold reward accuracy."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
+
+    split: Literal["validation", "test"] = "test"
+    gold_function: str | None = Field(None, description="'package.module:function(prompt, answer)'")
+    gold_model: ModelConfig | None = Field(None, description="a one-label reward model as gold")
+    num_prompts: Annotated[int, Field(ge=0)] = Field(256, description="prompts to generate for")
+    max_new_tokens: PositiveInt = 512
+    temperature: Annotated[float, Field(ge=0.0)] = Field(0.95, description="0: greedy")
+    generation_batch_size: PositiveInt = 16
+
+
+class Config(Section):
+    """A whole run."""
+
+    output_dir: str
+    seed: int = 0
+    arms: list[str] = Field(default_factory=lambda: ["cw"], min_length=1)
+    simulated_labels: bool = Field(False, description="labels come from a rule; shown everywhere")
+    prepare: PrepareConfig
+    weak: ModelConfig | None = Field(None, description="the weak model that becomes the annotator")
+    policy: ModelConfig | None = Field(None, description="the policy to align")
+    fit: FitConfig = FitConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
+    weigh: WeighConfig = WeighConfig()
+    sft: SftConfig | None = Field(
+        default_factory=SftConfig, description="null (or none) for policies already instructed"
+    )
+    reference: ReferenceConfig = ReferenceConfig()
+    align: AlignConfig = AlignConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sft_none(cls, data: Any) -> Any:
+        """`sft: none` is how people write it."""
+        if isinstance(data, dict) and data.get("sft") == "none":
+            return {**data, "sft": None}
+        return data
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Self:
+        """URIs are written into manifests and reports: secrets must not be in them."""
+        for field, uri in [("output_dir", self.output_dir)] + [
+            (f"prepare.sources.{i}.path", s.path) for i, s in enumerate(self.prepare.sources)
+        ]:
+            if "@" in urlsplit(uri).netloc:
+                raise ValueError(
+                    f"{field}: the URI carries credentials; pass them by environment variables"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _known_arms(self) -> Self:
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise ValueError(f"arms: {arm!r} is unknown; choose from {', '.join(sorted(ARMS))}")
+        return self
+
+
+class Arm(Section):
+    """A named preset over `weigh` and `align`."""
+
+    labels: Literal["human", "annotator"]
+    splits: tuple[Split, ...] = ("unlabelled",)
+    weight_function: Literal["confidence", "one"] = "one"
+    top_fraction: float | None = None
+    weight_normalization: Literal["none", "batch", "dataset"] = "none"
+
+
+# All presets in one table. `human*` arms alone may read labels of unlabelled rows.
+ARMS: dict[str, Arm] = {
+    "human": Arm(labels="human"),
+    "human100": Arm(labels="human", splits=("labelled", "unlabelled")),
+    "weak": Arm(labels="annotator"),
+    "cw": Arm(labels="annotator", weight_function="confidence"),
+    "cw_mean": Arm(
+        labels="annotator", weight_function="confidence", weight_normalization="dataset"
+    ),
+    "top30": Arm(labels="annotator", top_fraction=0.3),
+}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file, applies `key.sub=value` overrides (values are YAML), validates.
+
+    Raises:
+        ConfigError: for a missing file, bad YAML, an unknown key or a bad value; the message has
+            one line per fault: field, value, remedy.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config: no file {str(path)!r}; see jobs/recipes for examples") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config: {path} must hold a mapping of sections")
+    for override in overrides or []:
+        _apply(data, override)
+    return parse_config(data)
+
+
+def parse_config(data: dict[str, Any]) -> Config:
+    """Validates a plain dictionary.
+
+    Raises:
+        ConfigError: one line per fault.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Sets `a.b.c=value` (also `a.0.b=value` for lists) in place."""
+    dotted, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: write key.sub=value")
+    *parents, last = dotted.split(".")
+    target: Any = data
+    for part in parents:
+        if isinstance(target, list):
+            target = target[int(part)]
+            continue
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+    value = yaml.safe_load(text) if text else None
+    if isinstance(target, list):
+        target[int(last)] = value
+    else:
+        target[last] = value
+
+
+def _explain(fault: Any) -> str:
+    field = ".".join(str(part) for part in fault["loc"]) or "config"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        return f"{field}: unknown key; remove it or check its spelling"
+    if fault["type"] == "missing":
+        return f"{field}: missing; add it to the config"
+    return f"{field}: {message} (got {fault['input']!r})" if fault["loc"] else message

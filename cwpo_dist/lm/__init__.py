@@ -1,0 +1,1 @@
+"""Language models in plain torch: tokens, rows, batches, log-probs, loading."""

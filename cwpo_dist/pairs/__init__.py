@@ -1,0 +1,1 @@
+"""The pair record: sources, splits, rejects."""

@@ -1,0 +1,134 @@
+"""The records that stages exchange: one Arrow schema each, checked wherever a table is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import pyarrow as pa
+
+Kind = Literal["text", "conversational"]
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+SCORE_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("annotator", pa.string()),
+        ("score_a", pa.float32()),
+        ("score_b", pa.float32()),
+    ]
+)
+REFERENCE_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("logp_a", pa.float32()),
+        ("logp_b", pa.float32()),
+        ("n_a", pa.int32()),
+        ("n_b", pa.int32()),
+    ]
+)
+TOKEN_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("prompt", pa.list_(pa.int32())),
+        ("answer_a", pa.list_(pa.int32())),
+        ("answer_b", pa.list_(pa.int32())),
+    ]
+)
+PROMPT_SCHEMA = pa.schema([("pair_id", pa.string()), ("tokens", pa.list_(pa.int32()))])
+ANSWER_SCHEMA = pa.schema([("pair_id", pa.string()), ("answer", pa.string())])
+REJECT_SCHEMA = pa.schema(
+    [("reason", pa.string()), ("source", pa.string()), ("position", pa.int64()), ("row", pa.string())]
+)
+
+
+class RecordError(ValueError):
+    """A table does not follow its schema; the message names the column and the remedy."""
+
+
+def text_type(kind: Kind) -> pa.DataType:
+    """The Arrow type of prompts and answers: a string, or a list of role/content messages."""
+    return pa.string() if kind == "text" else MESSAGES
+
+
+def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
+    """The pair record, with the user's `keep_columns` at its end."""
+    text = text_type(kind)
+    return pa.schema(
+        [
+            ("pair_id", pa.string()),
+            ("prompt", text),
+            ("response_a", text),
+            ("response_b", text),
+            ("label", pa.string()),
+            ("votes_a", pa.int32()),
+            ("votes_b", pa.int32()),
+            ("split", pa.string()),
+            ("source", pa.string()),
+            *(keep or []),
+        ]
+    )
+
+
+def preference_schema(kind: Kind) -> pa.Schema:
+    """The preference record: TRL's names and format, with margin, confidence and weight.
+
+    `label` says which answer of the pair was chosen (`a`, `b`); margin and confidence are null
+    where a human chose.
+    """
+    text = text_type(kind)
+    return pa.schema(
+        [
+            ("pair_id", pa.string()),
+            ("prompt", text),
+            ("chosen", text),
+            ("rejected", text),
+            ("label", pa.string()),
+            ("margin", pa.float32()),
+            ("confidence", pa.float32()),
+            ("weight", pa.float32()),
+        ]
+    )
+
+
+def kind_of(table: pa.Table) -> Kind:
+    """Whether a table's prompts are text or conversations."""
+    return "text" if pa.types.is_string(table.schema.field("prompt").type) else "conversational"
+
+
+def pair_id(prompt: Any, first: Any, second: Any) -> str:
+    """32 hex digits of the content's hash, the same whichever answer comes first."""
+    answers = sorted([canonical(first), canonical(second)])
+    content = "\x1e".join([canonical(prompt), *answers])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def canonical(text: Any) -> str:
+    """One spelling of a prompt or answer for hashing: JSON, keys sorted."""
+    return json.dumps(text, sort_keys=True, ensure_ascii=False)
+
+
+def unit_hash(seed: int, *parts: str) -> float:
+    """A number in [0, 1) that depends on (seed, parts) alone."""
+    text = "\x1f".join([str(seed), *parts])
+    value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return value / 2**64
+
+
+def check(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    """The table with exactly the schema's columns, cast.
+
+    Raises:
+        RecordError: for a missing column or one of another type.
+    """
+    for field in schema:
+        if field.name not in table.column_names:
+            raise RecordError(
+                f"{where}: no column {field.name!r}; it has {', '.join(table.column_names)}"
+            )
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise RecordError(f"{where}: {error}; rewrite it with the stage that made it") from None

@@ -1,0 +1,1 @@
+"""Figures for people: the terminal table and the page."""

@@ -1,0 +1,1 @@
+"""The sharded Ray Data pipeline and its scorers."""

@@ -1,0 +1,55 @@
+"""pairs, annotator → scores: a raw score for each answer, kept apart from any weighting."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from cwpo_dist.config import ConfigError, ModelConfig
+from cwpo_dist.scoring.pipeline import ShardJob, run_shards
+from cwpo_dist.scoring.scorers import RewardWorker
+from cwpo_dist.stages.context import Context, trained
+from cwpo_dist.stages.graph import Node
+
+
+class RejectsError(ValueError):
+    """More rows were set aside than `max_reject_fraction` allows."""
+
+
+def run(context: Context, node: Node) -> dict[str, Any]:
+    """Writes `scores/part-*.parquet` and returns the counts.
+
+    Raises:
+        RejectsError: when more rows than `annotate.max_reject_fraction` have no finite score.
+    """
+    config = context.config.annotate
+    model = annotator(context, node)
+    name = f"{model.model_name_or_path.rstrip('/').rsplit('/', 1)[-1]}"
+    if "fit" in node.inputs:
+        name = f"fit/{node.inputs['fit'].key}"
+    job = ShardJob(
+        name="scores",
+        output=context.place(node),
+        shards=context.shards(node),
+        make_worker=partial(
+            RewardWorker, context.pairs(node), model, name, config.max_tokens_per_batch
+        ),
+    )
+    counts = dict(run_shards(job, config))
+    allowed = config.max_reject_fraction * counts["rows_in"]
+    if counts["rejects"] > allowed:
+        raise RejectsError(
+            f"annotate: {counts['rejects']} of {counts['rows_in']} pairs have no finite score, "
+            f"more than annotate.max_reject_fraction {config.max_reject_fraction} allows; see "
+            f"{job.output.uri}/rejects, mend the model or raise the fraction"
+        )
+    return counts | {"annotator": name}
+
+
+def annotator(context: Context, node: Node) -> ModelConfig:
+    """The given reward model, or the one that `fit` made."""
+    if context.config.annotate.model is not None:
+        return context.config.annotate.model
+    if context.config.weak is None:
+        raise ConfigError("weak: missing; give weak.model_name_or_path or annotate.model")
+    return trained(context.config.weak, context.place(node.inputs["fit"]))

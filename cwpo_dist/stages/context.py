@@ -1,0 +1,87 @@
+"""What every stage is handed: the run directory, the configuration, and where its inputs lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.scoring.scorers import PairsIn
+from cwpo_dist.stages.graph import Node
+from cwpo_dist.storage import MANIFEST, Store
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run.
+
+    Attributes:
+        config: the whole configuration.
+        root: the run directory (`output_dir`).
+    """
+
+    config: Config
+    root: Store
+
+    def place(self, node: Node) -> Store:
+        """The folder of a stage output."""
+        return self.root.child(node.stage, node.key)
+
+    def done(self, node: Node) -> bool:
+        """True when the output is committed: its manifest is there."""
+        return self.place(node).exists(MANIFEST)
+
+    def counts(self, node: Node) -> dict[str, Any]:
+        """The counts in a committed output's manifest."""
+        counts: dict[str, Any] = self.place(node).read_json(MANIFEST)["counts"]
+        return counts
+
+    def pairs(self, node: Node) -> PairsIn:
+        """The pairs that `prepare` made for this node, restricted to the node's splits."""
+        splits = node.settings.get("splits")
+        return PairsIn(self.place(_prepare(node)), tuple(splits) if splits else None)
+
+    def shards(self, node: Node) -> int:
+        """How many pair files `prepare` made for this node."""
+        return int(self.counts(_prepare(node))["shards"])
+
+
+def _prepare(node: Node) -> Node:
+    """The one `prepare` output that everything in an arm descends from."""
+    while node.stage != "prepare":
+        node = node.inputs.get("prepare") or next(iter(node.inputs.values()))
+    return node
+
+
+def trained(model: ModelConfig, stage: Store) -> ModelConfig:
+    """The model that a training stage wrote, read like `model` was: same lengths, same template."""
+    template = model.chat_template if model.chat_template == "plain" else "tokenizer"
+    changes = {
+        "model_name_or_path": stage.child("model").uri,
+        "revision": None,
+        "num_hidden_layers": None,
+        "chat_template": template,
+    }
+    return model.model_copy(update=changes)
+
+
+def policy_of(context: Context, node: Node) -> ModelConfig:
+    """The policy as a node sees it: as given, or as its `model` input trained it."""
+    policy = context.config.policy
+    assert policy is not None, "graph() makes no policy node without a policy"
+    if "model" not in node.inputs:
+        return policy
+    return trained(policy, context.place(node.inputs["model"]))
+
+
+def scores_by_pair(
+    context: Context, node: Node, index: int
+) -> dict[str, tuple[float, float]] | None:
+    """(score_a, score_b) of one shard by pair id; None where the node reads no scores."""
+    if "annotate" not in node.inputs:
+        return None
+    scores = context.place(node.inputs["annotate"])
+    columns = ["pair_id", "score_a", "score_b"]
+    rows = scores.read_table(part("scores", index), columns).to_pylist()
+    return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}

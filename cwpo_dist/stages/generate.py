@@ -1,0 +1,54 @@
+"""held-out prompts, a policy → its sampled answers, for gold reward accuracy."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from cwpo_dist.config import PoolConfig
+from cwpo_dist.pairs.records import PROMPT_SCHEMA
+from cwpo_dist.scoring.pipeline import ShardJob, part, run_shards
+from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, read_tokens
+from cwpo_dist.stages.context import Context, policy_of
+from cwpo_dist.stages.graph import Node
+
+
+def run(context: Context, node: Node) -> dict[str, Any]:
+    """Writes `prompts/` (one file a batch) and `answers/part-*.parquet`; returns the counts."""
+    settings = node.settings
+    output = context.place(node)
+    prompts = _prompts(context, node)
+    size = settings["generation_batch_size"]
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    for index, batch in enumerate(batches):
+        table = pa.Table.from_pylist(batch, schema=PROMPT_SCHEMA)
+        output.create_table(part("prompts", index), table)
+    sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
+    job = ShardJob(
+        name="answers",
+        output=output,
+        shards=len(batches),
+        make_worker=partial(AnswerWorker, output, policy_of(context, node), sampling),
+    )
+    pool = PoolConfig.model_validate(
+        context.config.evaluate.model_dump(include=set(PoolConfig.model_fields))
+    )
+    return dict(run_shards(job, pool))
+
+
+def _prompts(context: Context, node: Node) -> list[dict[str, Any]]:
+    """The first `num_prompts` distinct prompts of the split; ids are hashes, so any sample."""
+    tokens = context.place(node.inputs["tokens"])
+    pairs = PairsIn(context.pairs(node).store, (node.settings["split"],))
+    seen: dict[tuple[int, ...], str] = {}
+    for index in range(context.shards(node)):
+        rows = read_tokens(tokens, index)
+        for pair in pairs.read(index):
+            if pair["pair_id"] in rows:
+                seen.setdefault(tuple(rows[pair["pair_id"]].prompt), pair["pair_id"])
+        if len(seen) >= node.settings["num_prompts"]:
+            break
+    chosen = list(seen.items())[: node.settings["num_prompts"]]
+    return [{"pair_id": pair_id, "tokens": list(prompt)} for prompt, pair_id in chosen]

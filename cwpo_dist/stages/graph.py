@@ -1,0 +1,165 @@
+"""A configuration and an arm in; the stage outputs they stand for, each under its content key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from cwpo_dist.config import ARMS, Arm, Config, ConfigError, ModelConfig
+from cwpo_dist.lm.loading import model_fingerprint
+from cwpo_dist.pairs.sources import source_fingerprints
+from cwpo_dist.storage import digest
+
+FORMAT = 1  # of what stages write: raised when the same settings would give other files
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage output: what it reads and the settings that decide its content.
+
+    Attributes:
+        stage: the folder it lies in.
+        settings: everything but its inputs that its content depends on.
+        inputs: the outputs that it reads.
+    """
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, Node] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits: the same settings and inputs give the same key on any machine."""
+        inputs = {name: node.key for name, node in self.inputs.items()}
+        return digest([FORMAT, self.stage, self.settings, inputs])
+
+    @property
+    def path(self) -> str:
+        """The output's folder below the run directory."""
+        return f"{self.stage}/{self.key}"
+
+
+def graph(config: Config, arm: str) -> dict[str, Node]:
+    """The nodes of one arm by role, each after those that it reads.
+
+    Raises:
+        ConfigError: when the arm needs a model that the config lacks.
+    """
+    preset = ARMS[arm]
+    nodes = {"prepare": prepare_node(config)}
+    if needs_annotator(config):
+        nodes |= annotator_nodes(config, nodes["prepare"])
+    if config.policy is None:
+        raise ConfigError(f"policy: arm {arm!r} aligns a policy; give policy.model_name_or_path")
+    nodes |= _policy_nodes(config, config.policy, preset, nodes)
+    nodes["evaluate"] = Node("evaluate", config.evaluate.identity(), dict(nodes))
+    return nodes
+
+
+def needs_annotator(config: Config) -> bool:
+    """True when any arm reads the annotator's labels.
+
+    Then every arm of the run, `human` too, keeps to the pairs that the annotator could read, so
+    that arms are compared on the same pairs.
+    """
+    return any(ARMS[name].labels == "annotator" for name in config.arms)
+
+
+def prepare_node(config: Config) -> Node:
+    """Sources, as they are now, and the split settings."""
+    settings = config.prepare.identity() | {"seed": config.seed}
+    settings["sources_now"] = source_fingerprints(config.prepare)
+    return Node("prepare", settings)
+
+
+def annotator_nodes(config: Config, prepare: Node) -> dict[str, Node]:
+    """`fit` (unless a reward model is given) and `annotate`.
+
+    Raises:
+        ConfigError: when neither `weak` nor `annotate.model` is given.
+    """
+    if config.annotate.model is not None:
+        settings = config.annotate.identity() | _identity(config.annotate.model)
+        return {"annotate": Node("annotate", settings, {"prepare": prepare})}
+    if config.weak is None:
+        raise ConfigError(
+            "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
+            "annotate.model.model_name_or_path for a ready one-label reward model"
+        )
+    fit_settings = config.fit.identity() | _identity(config.weak) | {"seed": config.seed}
+    fit = Node("fit", fit_settings, {"prepare": prepare})
+    inputs = {"prepare": prepare, "fit": fit}
+    return {"fit": fit, "annotate": Node("annotate", config.annotate.identity(), inputs)}
+
+
+def _policy_nodes(
+    config: Config, policy: ModelConfig, arm: Arm, given: dict[str, Node]
+) -> dict[str, Node]:
+    """From tokens to the aligned policy and the model answers to be judged."""
+    tokens = Node("tokens", _token_settings(policy), {"prepare": given["prepare"]})
+    labels = {"labels": arm.labels, "splits": list(arm.splits)}
+    scored = {name: given[name] for name in ("prepare", "annotate") if name in given}
+    nodes = {"tokens": tokens}
+    frozen = {}
+    if config.sft is not None:
+        settings = config.sft.identity() | _identity(policy) | labels | {"seed": config.seed}
+        nodes["sft"] = Node("sft", settings, scored | {"tokens": tokens})
+        frozen = {"model": nodes["sft"]}
+    held_out = config.evaluate.split
+    nodes["reference"] = _log_probs(policy, [*arm.splits, held_out], tokens, frozen)
+    nodes["weigh"] = Node("weigh", labels | weigh_settings(config, arm), scored)
+    align = config.align.identity() | _identity(policy) | {"seed": config.seed}
+    align["weight_normalization"] = (
+        config.align.weight_normalization or arm.weight_normalization
+    )
+    read = {name: nodes[name] for name in ("tokens", "weigh", "reference")}
+    nodes["align"] = Node("align", align, read | frozen)
+    nodes["aligned"] = _log_probs(policy, [held_out], tokens, {"model": nodes["align"]})
+    if config.evaluate.num_prompts:
+        models = {"base": {}, "sft": frozen, "aligned": {"model": nodes["align"]}}
+        for place, (role, model) in enumerate(models.items()):
+            # Samples of different models are independent, as in the paper: each has its own seed.
+            seed = config.seed * len(models) + (place if model else 0)
+            nodes[f"answers_{role}"] = _answers(config, policy, tokens, model, seed)
+    return nodes
+
+
+def weigh_settings(config: Config, arm: Arm) -> dict[str, Any]:
+    """The arm's preset with what the user set over it.
+
+    Another weight function is for arms that weigh at all (`weak` stays at 1); a selection is for
+    every arm that has confidences to select by.
+    """
+    user = config.weigh
+    weighs, scored = arm.weight_function != "one", arm.labels == "annotator"
+    return {
+        "weight_function": (weighs and user.weight_function) or arm.weight_function,
+        "top_fraction": (user.top_fraction if scored else None) or arm.top_fraction,
+        "min_confidence": user.min_confidence if scored else None,
+    }
+
+
+def _log_probs(
+    policy: ModelConfig, splits: list[str], tokens: Node, model: dict[str, Node]
+) -> Node:
+    settings = _identity(policy) | {"splits": sorted(set(splits))}
+    return Node("reference", settings, {"tokens": tokens} | model)
+
+
+def _answers(
+    config: Config, policy: ModelConfig, tokens: Node, model: dict[str, Node], seed: int
+) -> Node:
+    names = {"split", "num_prompts", "max_new_tokens", "temperature", "generation_batch_size"}
+    settings = config.evaluate.model_dump(include=names) | _identity(policy) | {"seed": seed}
+    return Node("generate", settings, {"tokens": tokens} | model)
+
+
+def _identity(model: ModelConfig) -> dict[str, Any]:
+    return {"model": model.identity(), "model_now": model_fingerprint(model)}
+
+
+def _token_settings(model: ModelConfig) -> dict[str, Any]:
+    """Tokens depend on the tokenizer, not on weights, depth or attention implementation."""
+    names = {"model_name_or_path", "revision", "chat_template", "max_length", "over_length"}
+    return model.model_dump(include=names)

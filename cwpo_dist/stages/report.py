@@ -1,0 +1,93 @@
+"""All stage outputs of a run in; metrics.json, the terminal's table and report.html out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from cwpo_dist.report.page import render
+from cwpo_dist.report.table import show
+from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.graph import Node
+from cwpo_dist.storage import MANIFEST, to_json
+
+logger = logging.getLogger(__name__)
+
+MOST_CONFIDENCES = 5000  # of the histogram: a sample, so that the page stays small
+TRAINING_STAGES = ("fit", "sft", "align")
+
+
+def run(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> str:
+    """Writes each arm's folder and the run's report, shows the table, returns the report's URI."""
+    metrics = collect(context, graphs)
+    for arm, nodes in graphs.items():
+        place = context.root.child("arms", arm)
+        config = context.config.model_copy(update={"arms": [arm]})
+        place.write("config.json", to_json(config.model_dump(mode="json")))
+        place.write("stages.json", to_json({role: _pointer(n) for role, n in nodes.items()}))
+        own = metrics | {"arms": {arm: metrics["arms"][arm]}}
+        place.write("metrics.json", to_json(own["arms"][arm]))
+        place.write("report.html", render(own).encode())
+    context.root.write("metrics.json", to_json(metrics))
+    context.root.write("report.html", render(metrics).encode())
+    show(metrics)
+    return context.root.child("report.html").uri
+
+
+def collect(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> dict[str, Any]:
+    """Everything that the table and the page show; what has not run is null."""
+    config = context.config
+    prepare = next(iter(graphs.values()))["prepare"]
+    manifest = context.place(prepare).read_json(MANIFEST)
+    return {
+        "run": {
+            "output_dir": config.output_dir,
+            "seed": config.seed,
+            "simulated_labels": config.simulated_labels,
+            "versions": manifest["versions"],
+            "device": manifest["device"],
+        },
+        "prepare": manifest["counts"],
+        "arms": {arm: _arm(context, nodes) for arm, nodes in graphs.items()},
+        "confidences": _confidences(context, graphs),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
+    weigh = context.counts(nodes["weigh"])
+    manifests = {role: context.place(node).read_json(MANIFEST) for role, node in nodes.items()}
+    evaluation = context.place(nodes["evaluate"]).read_json("metrics.json")
+    return evaluation | {
+        "pairs": weigh["selected"],
+        "mean_weight": weigh["mean_weight"],
+        "keys": {role: node.key for role, node in nodes.items()},
+        "curves": {role: _curve(context, nodes[role]) for role in TRAINING_STAGES if role in nodes},
+        "seconds": {role: manifest["seconds"] for role, manifest in manifests.items()},
+        "tokens": {
+            role: manifest["counts"]["tokens"]
+            for role, manifest in manifests.items()
+            if "tokens" in manifest["counts"]
+        },
+    }
+
+
+def _pointer(node: Node) -> dict[str, str]:
+    return {"stage": node.stage, "key": node.key, "path": node.path}
+
+
+def _confidences(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> list[float]:
+    """The confidences of the first arm that has any: ids are hashes, so the first rows are a sample."""
+    for nodes in graphs.values():
+        if nodes["weigh"].settings["labels"] != "annotator":
+            continue
+        store, values = context.place(nodes["weigh"]), []
+        for index in range(context.shards(nodes["weigh"])):
+            table = store.read_table(part("preferences", index), ["confidence"])
+            values += table["confidence"].to_pylist()
+            if len(values) >= MOST_CONFIDENCES:
+                break
+        return values[:MOST_CONFIDENCES]
+    return []

@@ -1,0 +1,206 @@
+"""A configuration in; every stage that is not done yet is done, arm by arm, in order.
+
+The only place that knows the order of the stages and commits their outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from typing import Any
+
+import ray
+
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.stages import (
+    align,
+    annotate,
+    evaluate,
+    fit,
+    generate,
+    prepare,
+    reference,
+    report,
+    sft,
+    tokens,
+    weigh,
+)
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.graph import Node, annotator_nodes, graph, needs_annotator, prepare_node
+from cwpo_dist.storage import MANIFEST, Store
+
+logger = logging.getLogger(__name__)
+
+STAGES: dict[str, Callable[[Context, Node], dict[str, Any]]] = {
+    "prepare": prepare.run,
+    "fit": fit.run,
+    "annotate": annotate.run,
+    "tokens": tokens.run,
+    "weigh": weigh.run,
+    "sft": sft.run,
+    "reference": reference.run,
+    "align": align.run,
+    "generate": generate.run,
+    "evaluate": evaluate.run,
+}
+STARTED = "started.json"  # written first: tells a half-finished output from none
+PACKAGES = ("cwpo_dist", "ray", "torch", "transformers", "deepspeed", "datasets", "pyarrow", "peft")
+
+
+def run(config: Config, until: str | None = None, resume: bool = False) -> str:
+    """Does all that is not done, for every arm, and writes the report.
+
+    Args:
+        config: the run.
+        until: stop after this stage; None: go on to the report.
+        resume: refuse to start a stage afresh when inputs or settings changed half-way.
+
+    Returns:
+        The URI of the report, or of the run directory when `until` stopped before it.
+    """
+    context = Context(config, Store(config.output_dir))
+    graphs = {arm: nodes_until(config, arm, until) for arm in config.arms}
+    connect()
+    for arm, nodes in graphs.items():
+        for node in nodes.values():
+            execute(context, node, resume)
+        logger.info("arm %s: all stages done", arm)
+    if until is not None:
+        return config.output_dir
+    return report.run(context, graphs)
+
+
+def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
+    """The nodes that `until` needs, itself included; all of the arm's for None.
+
+    `prepare`, `fit` and `annotate` are products of their own: they need no policy, and annotating
+    needs no arm either.
+
+    Raises:
+        ConfigError: when the arm has no such stage.
+    """
+    if until == "prepare":
+        return {"prepare": prepare_node(config)}
+    if until in {"fit", "annotate"}:
+        prepared = prepare_node(config)
+        made = {"prepare": prepared} | annotator_nodes(config, prepared)
+    else:
+        made = graph(config, arm)
+    if until is None:
+        return made
+    wanted = [node for node in made.values() if node.stage == until]
+    if not wanted:
+        raise ConfigError(_no_stage(config, arm, until))
+    needed = {node.path for node in _ancestors(wanted)}
+    return {role: node for role, node in made.items() if node.path in needed}
+
+
+def _no_stage(config: Config, arm: str, stage: str) -> str:
+    if stage == "fit" and config.annotate.model is not None:
+        return "annotate.model: given, so there is nothing to fit; remove it to train `weak`"
+    why = "" if needs_annotator(config) else " (no arm reads the annotator's labels)"
+    return f"{stage}: arm {arm!r} has no such stage{why}"
+
+
+def _ancestors(nodes: Iterable[Node]) -> Iterable[Node]:
+    for node in nodes:
+        yield node
+        yield from _ancestors(node.inputs.values())
+
+
+def execute(context: Context, node: Node, resume: bool = False) -> None:
+    """Runs one stage unless its output is committed; its manifest is written last.
+
+    Raises:
+        ConfigError: with `resume`, when the stage was half finished under another key.
+    """
+    if context.done(node):
+        logger.info("%s: done before", node.path)
+        return
+    _tell_changed(context, node, resume)
+    context.place(node).create_json(STARTED, _identity(node))
+    logger.info("%s: starting", node.path)
+    started = time.time()
+    counts = STAGES[node.stage](context, node)
+    manifest = _identity(node) | {
+        "counts": counts,
+        "seconds": round(time.time() - started, 3),
+        "versions": versions(),
+        "device": device(),
+    }
+    context.place(node).create_json(MANIFEST, manifest)
+    logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
+
+
+def _identity(node: Node) -> dict[str, Any]:
+    return {
+        "stage": node.stage,
+        "key": node.key,
+        "settings": node.settings,
+        "inputs": {name: given.path for name, given in node.inputs.items()},
+    }
+
+
+def _tell_changed(context: Context, node: Node, resume: bool) -> None:
+    """Says so when a half-finished output of this role and stage was made from something else."""
+    if context.place(node).exists(STARTED):
+        logger.info("%s: resuming", node.path)
+        return
+    for key, started in _unfinished(context.root.child(node.stage)):
+        changed = _changed(started, _identity(node))
+        message = (
+            f"{node.stage}: {', '.join(changed)} changed since the unfinished {node.stage}/{key}; "
+            f"this config makes {node.path}"
+        )
+        if resume:
+            raise ConfigError(
+                f"{message}. --resume refuses to start afresh: restore what changed, or run "
+                "without --resume"
+            )
+        logger.warning("%s: a fresh stage", message)
+
+
+def _unfinished(stage: Store) -> list[tuple[str, dict[str, Any]]]:
+    """The outputs of a stage that were started and never committed."""
+    names = set(stage.names()) if stage.filesystem.exists(stage.root) else set()
+    keys = {name.split("/")[0] for name in names if name.endswith(f"/{STARTED}")}
+    half = [key for key in sorted(keys) if f"{key}/{MANIFEST}" not in names]
+    return [(key, stage.read_json(f"{key}/{STARTED}")) for key in half]
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted names of the settings and inputs that differ."""
+    return [
+        f"{part}.{name}"
+        for part in ("settings", "inputs")
+        for name in sorted(old[part].keys() | new[part].keys())
+        if old[part].get(name) != new[part].get(name)
+    ]
+
+
+def connect() -> None:
+    """Joins the cluster of RAY_ADDRESS (a submitted job's own), else starts Ray here."""
+    if ray.is_initialized():
+        return
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {"env_vars": threads}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env=environment, log_to_driver=True)
+    else:
+        ray.init(address="local", runtime_env=environment, include_dashboard=False)
+
+
+def versions() -> Mapping[str, str]:
+    """What the output was made with."""
+    found = {name: metadata.version(name) for name in PACKAGES}
+    return found | {"python": platform.python_version()}
+
+
+def device() -> str:
+    """The kinds of accelerator in the cluster, or the CPU's architecture."""
+    kinds = {name for name in ray.cluster_resources() if name.startswith("accelerator_type:")}
+    return ", ".join(sorted(kinds)) or f"cpu {platform.machine()}"

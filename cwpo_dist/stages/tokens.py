@@ -1,0 +1,27 @@
+"""pairs → tokens: what `sft`, `reference`, `align` and `evaluate` read, so text is tokenised once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from cwpo_dist.config import PoolConfig
+from cwpo_dist.scoring.pipeline import ShardJob, run_shards
+from cwpo_dist.scoring.scorers import TokenWorker
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.graph import Node
+
+
+def run(context: Context, node: Node) -> dict[str, Any]:
+    """Writes `tokens/part-*.parquet` and returns the counts."""
+    policy = context.config.policy
+    assert policy is not None, "graph() makes no tokens node without a policy"
+    job = ShardJob(
+        name="tokens",
+        output=context.place(node),
+        shards=context.shards(node),
+        make_worker=partial(TokenWorker, context.pairs(node), policy),
+    )
+    # Tokenising needs no accelerator; as many actors as the reference pass has.
+    pool = PoolConfig(num_actors=context.config.reference.num_actors)
+    return dict(run_shards(job, pool))

@@ -1,0 +1,250 @@
+"""A folder on any filesystem: read, list, and put-if-absent, the one primitive commits need.
+
+Everything a run writes goes through `Store`, so a local path, NFS, `s3://` and `gs://` behave
+alike. A file either exists whole or not at all, and of two writers of one name exactly one wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+MANIFEST = "manifest.json"
+
+
+class StorageError(OSError):
+    """Storage refused a read or write; the message names the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder given by path or URI; cheap to make and to pickle.
+
+    Attributes:
+        uri: a local path or any URI that fsspec knows; credentials come from the environment.
+    """
+
+    uri: str
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        filesystem, root = fsspec.url_to_fs(self.uri)
+        return filesystem, root.rstrip("/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri}
+
+    @property
+    def filesystem(self) -> Any:
+        """The fsspec filesystem."""
+        return self._place[0]
+
+    @property
+    def root(self) -> str:
+        """The folder as its filesystem spells it."""
+        return self._place[1]
+
+    @property
+    def is_local(self) -> bool:
+        """True where the folder is a plain path (which may still be NFS)."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    def child(self, *parts: str) -> Store:
+        """A folder below this one."""
+        return Store("/".join([self.uri.rstrip("/"), *parts]))
+
+    def path(self, name: str) -> str:
+        """The full path of `name`, as the filesystem spells it."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """True when the file `name` is there, whole."""
+        self.filesystem.invalidate_cache()
+        return bool(self.filesystem.isfile(self.path(name)))
+
+    def names(self, below: str = "") -> list[str]:
+        """All file names below a sub-folder, relative to this folder, sorted."""
+        self.filesystem.invalidate_cache()
+        found = self.filesystem.find(self.path(below) if below else self.root)
+        return sorted(
+            str(path)[len(self.root) + 1 :] for path in found if not _is_partial(str(path))
+        )
+
+    def read(self, name: str) -> bytes:
+        """The content of `name`; FileNotFoundError where there is none."""
+        return bytes(self.filesystem.cat_file(self.path(name)))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes `name` unless it exists, in one step.
+
+        Returns:
+            True when this call created the file, False when another had.
+
+        Raises:
+            StorageError: when storage refuses the write (full, forbidden).
+        """
+        try:
+            if self.is_local:
+                return self._link(name, data)
+            self.filesystem.pipe_file(self.path(name), data, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise self._refused(name, error) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes or replaces `name`, in one step."""
+        try:
+            if self.is_local:
+                partial = self._partial(name, data)
+                os.replace(partial, self.path(name))
+            else:
+                self.filesystem.pipe_file(self.path(name), data)
+        except OSError as error:
+            raise self._refused(name, error) from error
+
+    def remove(self, name: str = "") -> None:
+        """Removes a file or a whole sub-folder; nothing happens where there is none."""
+        path = self.path(name) if name else self.root
+        if self.filesystem.exists(path):
+            self.filesystem.rm(path, recursive=True)
+
+    def read_json(self, name: str) -> Any:
+        """The parsed content of a JSON file."""
+        return json.loads(self.read(name))
+
+    def create_json(self, name: str, value: Any) -> bool:
+        """Like `create`, for a JSON value."""
+        return self.create(name, to_json(value))
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file as a table."""
+        return pq.read_table(pa.BufferReader(self.read(name)), columns=columns)
+
+    def create_table(self, name: str, table: pa.Table) -> bool:
+        """Like `create`, for a table as Parquet; the same table gives the same bytes."""
+        return self.create(name, parquet_bytes(table))
+
+    def upload(self, folder: Path) -> None:
+        """Copies every file of a local folder into this one."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.copy_in(path, path.relative_to(folder).as_posix())
+
+    def copy_in(self, path: Path, name: str) -> None:
+        """Copies one local file to `name`, replacing it in one step."""
+        try:
+            if self.is_local:
+                partial = self._partial(name, None)
+                shutil.copyfile(path, partial)
+                os.replace(partial, self.path(name))
+            else:
+                self.filesystem.put_file(str(path), self.path(name))
+        except OSError as error:
+            raise self._refused(name, error) from error
+
+    def staged(self) -> Path:
+        """This folder as a local one, downloaded once a node when it is remote."""
+        if self.is_local:
+            return Path(self.root)
+        cache = Path(tempfile.gettempdir()) / f"cwpo-stage-{os.getuid()}"
+        target = cache / hashlib.sha256(self.uri.encode()).hexdigest()[:24]
+        if not target.exists():
+            self._download(target)
+        return target
+
+    def _download(self, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+        for name in self.names():
+            local = partial / name
+            local.parent.mkdir(parents=True, exist_ok=True)
+            self.filesystem.get_file(self.path(name), str(local))
+        try:
+            partial.rename(target)
+        except OSError:  # another process of this node was faster: its copy is as good
+            shutil.rmtree(partial)
+
+    def _partial(self, name: str, data: bytes | None) -> str:
+        """A finished temporary file beside `name`, on the same disk."""
+        final = self.path(name)
+        os.makedirs(os.path.dirname(final), exist_ok=True)
+        partial = f"{final}.{uuid.uuid4().hex}.partial"
+        if data is not None:
+            try:
+                Path(partial).write_bytes(data)
+            except OSError:
+                Path(partial).unlink(missing_ok=True)
+                raise
+        return partial
+
+    def _link(self, name: str, data: bytes) -> bool:
+        """Put-if-absent on a local disk or NFS: a hard link is made once or not at all."""
+        if os.path.exists(self.path(name)):
+            return False
+        partial = self._partial(name, data)
+        try:
+            os.link(partial, self.path(name))
+        finally:
+            os.unlink(partial)
+        return True
+
+    def _refused(self, name: str, error: OSError) -> StorageError:
+        return StorageError(
+            f"storage refused to write {self.path(name)!r}: {error}. What was committed stays "
+            "readable; free space or fix permissions, then run the same command again"
+        )
+
+
+def _is_partial(path: str) -> bool:
+    return path.endswith(".partial")
+
+
+def to_json(value: Any) -> bytes:
+    """Canonical JSON: sorted keys, so that equal values have equal bytes."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def digest(value: Any) -> str:
+    """A short content key: 16 hex digits of the SHA-256 of canonical JSON."""
+    return hashlib.sha256(to_json(value)).hexdigest()[:16]
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as Parquet bytes, deterministic for one version of pyarrow."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def fingerprint(uri: str) -> list[list[Any]]:
+    """What identifies a file, glob or folder without reading it: [name, size, etag or mtime].
+
+    Raises:
+        FileNotFoundError: where nothing matches.
+    """
+    filesystem, root = fsspec.url_to_fs(uri)
+    paths = filesystem.glob(root) if any(c in root for c in "*?[") else filesystem.find(root)
+    if not paths:
+        raise FileNotFoundError(f"{uri!r} matches no file")
+    return [[str(path), *_mark(filesystem.info(path))] for path in sorted(paths)]
+
+
+def _mark(info: dict[str, Any]) -> list[Any]:
+    stamp = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
+    return [info.get("size"), str(stamp)]

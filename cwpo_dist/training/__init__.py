@@ -1,0 +1,1 @@
+"""The training loop, DeepSpeed, checkpoints and Ray Train around them."""

