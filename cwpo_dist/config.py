@@ -37,6 +37,7 @@ class Source(Section):
 
     path: str = Field(description="file, glob, folder, URI, or a Hugging Face hub id")
     name: str | None = Field(None, description="subset of a hub data set")
+    data_dir: str | None = Field(None, description="folder inside a hub data set (harmless-base)")
     split: str = Field("train", description="split of a hub data set or local folder")
     revision: str | None = Field(None, description="commit of a hub data set")
     columns: dict[str, str] = Field(
@@ -329,23 +330,43 @@ ARMS: dict[str, Arm] = {
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file, applies `key.sub=value` overrides (values are YAML), validates.
+    """Reads a YAML file, lays overrides over it from left to right, validates.
+
+    An override is `key.sub=value` (the value is YAML), or another YAML file whose sections are
+    merged into what was read before it; so data, models and hyperparameters can live apart.
 
     Raises:
         ConfigError: for a missing file, bad YAML, an unknown key or a bad value; the message has
             one line per fault: field, value, remedy.
     """
+    data = _read_yaml(path)
+    for override in overrides or []:
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            _merge(data, _read_yaml(override))
+        else:
+            _apply(data, override)
+    return parse_config(data)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config: no file {str(path)!r}; see jobs/recipes for examples") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config: {path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"config: {path} must hold a mapping of sections")
-    for override in overrides or []:
-        _apply(data, override)
-    return parse_config(data)
+    return data
+
+
+def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:
+    """Lays `over` on `data` in place: mappings merge, everything else is replaced."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
 
 
 def parse_config(data: dict[str, Any]) -> Config:
@@ -364,21 +385,31 @@ def _apply(data: dict[str, Any], override: str) -> None:
     """Sets `a.b.c=value` (also `a.0.b=value` for lists) in place."""
     dotted, separator, text = override.partition("=")
     if not separator:
-        raise ConfigError(f"override {override!r}: write key.sub=value")
+        raise ConfigError(f"override {override!r}: write key.sub=value, or name a YAML file")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{dotted}: {text!r} is not valid YAML: {error}") from None
     *parents, last = dotted.split(".")
     target: Any = data
-    for part in parents:
-        if isinstance(target, list):
-            target = target[int(part)]
-            continue
-        if target.get(part) is None:
-            target[part] = {}
-        target = target[part]
-    value = yaml.safe_load(text) if text else None
+    try:
+        for part in parents:
+            target = _step_into(target, part)
+        target[int(last) if isinstance(target, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise ConfigError(
+            f"override {override!r}: there is no place {dotted!r}; the config has a single value "
+            "or a shorter list on the way"
+        ) from None
+
+
+def _step_into(target: Any, part: str) -> Any:
+    """The section or list entry `part` of `target`; a missing section is made."""
     if isinstance(target, list):
-        target[int(last)] = value
-    else:
-        target[last] = value
+        return target[int(part)]
+    if target.get(part) is None:
+        target[part] = {}
+    return target[part]
 
 
 def _explain(fault: Any) -> str:

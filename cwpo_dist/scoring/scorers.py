@@ -18,8 +18,8 @@ from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import LayoutChoice, choose_layout
-from cwpo_dist.lm.rows import collate
-from cwpo_dist.lm.tokens import Encoder, Row, fit_length, load_tokenizer
+from cwpo_dist.lm.rows import Row, collate, planned_length
+from cwpo_dist.lm.tokens import Encoder, fit_length, load_tokenizer
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,
@@ -242,7 +242,7 @@ class RowForward:
             return []
         if self.layout is None:
             self.layout = choose_layout(self.module, rows[0], self.pad_id)
-        lengths = [row.n_tokens for row in rows]
+        lengths = [planned_length(row, self.layout.layout) for row in rows]
         values: list[list[float]] = [[] for _ in rows]
         for micro in plan_micro_batches(lengths, self.max_tokens, 1)[0]:
             batch = collate([rows[i] for i in micro], self.layout.layout, self.pad_id)

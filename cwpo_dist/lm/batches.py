@@ -1,0 +1,104 @@
+"""Numbers of rows and their lengths in, the order of a run and its micro-batches out.
+
+The global batch of a step depends on (seed, epoch, step) alone, never on world size or on how it
+is split into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of `n` rows in one epoch: a permutation that depends on (n, seed, epoch) alone."""
+    return _permutation(n, seed, epoch).copy()
+
+
+def steps_per_epoch(n: int, batch: int) -> int:
+    """Global batches in an epoch; the last may be short."""
+    if n < 1 or batch < 1:
+        raise ValueError(f"{n} rows in batches of {batch}: both must be at least 1")
+    return -(-n // batch)
+
+
+def global_batch(n: int, batch: int, seed: int, step: int) -> tuple[int, NDArray[np.int64]]:
+    """The rows of one optimizer step.
+
+    Args:
+        n: rows of the data set.
+        batch: rows a step over all workers.
+        seed: of the run.
+        step: counted from 0 over all epochs.
+
+    Returns:
+        The epoch, and the row indices (fewer than `batch` in an epoch's last step).
+    """
+    epoch, position = divmod(step, steps_per_epoch(n, batch))
+    order = _permutation(n, seed, epoch)
+    return epoch, order[position * batch : (position + 1) * batch].copy()
+
+
+def plan_micro_batches(
+    lengths: Sequence[int] | NDArray[np.integer], max_tokens: int, world_size: int
+) -> list[list[list[int]]]:
+    """Splits one global batch over ranks and micro-steps by a budget of padded tokens.
+
+    Rows of like length share a micro-batch, and micro-batches of like cost share a micro-step, as
+    all ranks wait for the slowest in each. The longest come first, so that what does not fit in
+    memory fails at once.
+
+    Args:
+        lengths: planned length of each row of the global batch.
+        max_tokens: bound on rows × longest row of a micro-batch; one row alone may exceed it.
+        world_size: ranks.
+
+    Returns:
+        plan[rank][micro_step]: positions in `lengths`. All ranks have the same number (≥ 1) of
+        micro-steps; a rank with nothing to do in one has [].
+    """
+    if max_tokens < 1 or world_size < 1:
+        raise ValueError(f"max_tokens {max_tokens}, world_size {world_size}: both must be positive")
+    micro_batches = _even_out(_fill(lengths, max_tokens), world_size)
+    micro_batches.sort(key=lambda rows: (-_cost(rows, lengths), rows))
+    n_steps = max(1, -(-len(micro_batches) // world_size))
+    micro_batches += [[]] * (n_steps * world_size - len(micro_batches))
+    return [
+        [list(micro_batches[step * world_size + rank]) for step in range(n_steps)]
+        for rank in range(world_size)
+    ]
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
+    return generator.permutation(n)
+
+
+def _fill(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> list[list[int]]:
+    """Micro-batches filled to the budget, longest rows first; positions break ties."""
+    filled: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-int(lengths[row]), row)):
+        current = filled[-1] if filled else []
+        if current and (len(current) + 1) * int(lengths[current[0]]) <= max_tokens:
+            current.append(row)
+        else:
+            filled.append([row])
+    return filled
+
+
+def _even_out(micro_batches: list[list[int]], world_size: int) -> list[list[int]]:
+    """Halves the largest micro-batches until ranks share them evenly, where rows suffice."""
+    while len(micro_batches) % world_size and max(map(len, micro_batches)) > 1:
+        largest = max(range(len(micro_batches)), key=lambda i: (len(micro_batches[i]), -i))
+        rows = micro_batches.pop(largest)
+        half = (len(rows) + 1) // 2
+        micro_batches[largest:largest] = [rows[:half], rows[half:]]
+    return micro_batches
+
+
+def _cost(rows: list[int], lengths: Sequence[int] | NDArray[np.integer]) -> int:
+    return len(rows) * max(int(lengths[row]) for row in rows)

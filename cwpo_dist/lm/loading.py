@@ -1,0 +1,249 @@
+"""A model's name or folder in, a checked Hugging Face model out; and a trained one back to a folder.
+
+Weights come from safetensors alone, remote code never runs, and a checkpoint that lacks tensors is
+refused by name instead of being filled with random numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.storage import Store, fingerprint
+
+logger = logging.getLogger(__name__)
+
+# What decides a model's behaviour; other files of its folder may change freely.
+_MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+_NAMES_SHOWN = 5
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message names field, value and remedy."""
+
+
+def load_policy(model: ModelConfig, *, device: torch.device | str | None = None) -> PreTrainedModel:
+    """A causal language model with its own dropout off, in eval mode.
+
+    Args:
+        model: where it is, its precision and how many layers are kept.
+        device: moved there; None leaves it where `from_pretrained` put it (ZeRO-3 shards).
+
+    Raises:
+        ModelError: when the folder, a tensor or a layer is missing.
+    """
+    return _placed(_load(AutoModelForCausalLM, model, device), device)
+
+
+def load_reward_model(
+    model: ModelConfig, *, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A one-label sequence classifier, complete with its head.
+
+    Raises:
+        ModelError: as `load_policy`; also when it has another number of labels.
+    """
+    labels = _config(model).num_labels
+    if labels != 1:
+        raise ModelError(
+            f"model_name_or_path: {model.model_name_or_path!r} has {labels} labels; a reward model "
+            "has one, AutoModelForSequenceClassification with num_labels=1"
+        )
+    return _placed(_load(AutoModelForSequenceClassification, model, device), device)
+
+
+def load_annotator_base(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """The weak model under a one-label head: what Bradley-Terry training starts from.
+
+    A head that the checkpoint lacks is drawn from `seed` alone (normal, `initializer_range`); the
+    global random state is neither read nor changed. A distinct pad token that the vocabulary lacks
+    gets an embedding row, which no token ever sees.
+
+    Args:
+        model: the weak language model (or a one-label classifier to train further).
+        tokenizer: from `load_tokenizer(model, distinct_pad=True)`.
+        seed: of the head.
+        device: as in `load_policy`.
+
+    Raises:
+        ModelError: as `load_policy`; also when pad and EOS are one token, as Hugging Face's
+            pooling would then skip the EOS that we score.
+    """
+    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad_id is None or pad_id == eos_id:
+        raise ModelError(
+            f"tokenizer: pad token {tokenizer.pad_token!r} is none or the EOS token; load it with "
+            "load_tokenizer(…, distinct_pad=True)"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded = _load(AutoModelForSequenceClassification, model, device, new_head=True)
+        if len(tokenizer) > loaded.get_input_embeddings().num_embeddings:
+            loaded.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    loaded.config.pad_token_id = pad_id
+    loaded.config.get_text_config().pad_token_id = pad_id
+    if getattr(loaded.get_input_embeddings(), "padding_idx", None) is not None:
+        # Else the old pad token, SmolLM2's EOS, would get no gradient.
+        loaded.get_input_embeddings().padding_idx = pad_id
+    return _placed(loaded, device)
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
+) -> None:
+    """Writes model (safetensors) and tokenizer, its chat template included, as one folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def model_path(name: str) -> str:
+    """What `from_pretrained` takes: a local folder (a store's URI is staged), or a hub id.
+
+    Raises:
+        ModelError: for a path without a folder.
+    """
+    if "://" in name:
+        return str(Store(name).staged())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"model_name_or_path: no folder {name!r}; give a Hugging Face folder, a URI or a hub id"
+        )
+    return name
+
+
+def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
+    """What identifies a model's weights, configuration and tokenizer without reading them.
+
+    Returns:
+        Name, size and modification time (or ETag) of each file of a folder; for a hub model its
+        id and the commit that its revision stands for.
+    """
+    name = model.model_name_or_path
+    path = model_path(name) if "://" not in name else name
+    if "://" not in path and not Path(path).is_dir():
+        config = _config(model)
+        return [[name, getattr(config, "_commit_hash", None) or model.revision]]
+    root = Store(path).root
+    return [
+        [str(file)[len(root) + 1 :], *marks]
+        for file, *marks in fingerprint(path)
+        if str(file).endswith(_MODEL_FILES)
+    ]
+
+
+def _config(model: ModelConfig) -> PretrainedConfig:
+    path = model_path(model.model_name_or_path)
+    try:
+        return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+
+
+def _load(
+    kind: Any,
+    model: ModelConfig,
+    device: torch.device | str | None,
+    *,
+    new_head: bool = False,
+) -> PreTrainedModel:
+    """`from_pretrained` with our settings; refuses whatever is missing, but for a new head."""
+    config = _config(model)
+    _without_dropout(config)
+    if model.num_hidden_layers is not None:
+        _keep_layers(config, model)
+    if new_head:
+        config.num_labels = 1
+    try:
+        loaded, report = kind.from_pretrained(
+            model_path(model.model_name_or_path),
+            config=config,
+            revision=model.revision,
+            dtype=_dtype(model, device),
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+    _refuse_missing(model, loaded, report, new_head)
+    loaded.eval()
+    return loaded
+
+
+def _refuse_missing(
+    model: ModelConfig, loaded: PreTrainedModel, report: dict[str, Any], new_head: bool
+) -> None:
+    trunk = f"{loaded.base_model_prefix}."
+    missing = sorted(report["missing_keys"])
+    if new_head:
+        head = [name for name in missing if not name.startswith(trunk)]
+        missing = [name for name in missing if name.startswith(trunk)]
+        if head:
+            logger.info("new head, drawn from the seed: %s", ", ".join(head))
+    if missing:
+        shown = ", ".join(missing[:_NAMES_SHOWN])
+        more = f" and {len(missing) - _NAMES_SHOWN} more" if len(missing) > _NAMES_SHOWN else ""
+        raise ModelError(
+            f"model_name_or_path: {model.model_name_or_path!r} lacks the tensors {shown}{more} of "
+            f"{type(loaded).__name__}; give a complete checkpoint of that kind"
+        )
+
+
+def _keep_layers(config: PretrainedConfig, model: ModelConfig) -> None:
+    """Cuts the configuration to its first N layers; later layers' tensors are then not read."""
+    keep = model.num_hidden_layers
+    assert keep is not None
+    if keep > config.num_hidden_layers:
+        raise ModelError(
+            f"num_hidden_layers: {keep}, but {model.model_name_or_path!r} has "
+            f"{config.num_hidden_layers}; ask for at most so many"
+        )
+    config.num_hidden_layers = keep
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:keep]
+
+
+def _without_dropout(config: PretrainedConfig) -> None:
+    """Sets every dropout probability of a configuration to 0, whatever its model calls it."""
+    for section in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in vars(section).items():
+            is_probability = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_probability and ("drop" in name or name.endswith("pdrop")):
+                setattr(section, name, 0.0)
+
+
+def _dtype(model: ModelConfig, device: torch.device | str | None) -> torch.dtype:
+    if model.torch_dtype != "auto":
+        return torch.bfloat16 if model.torch_dtype == "bfloat16" else torch.float32
+    on_cuda = torch.device(device).type == "cuda" if device is not None else _has_cuda()
+    return torch.bfloat16 if on_cuda else torch.float32
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def _placed(model: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
+    return model if device is None else model.to(torch.device(device))

@@ -1,0 +1,219 @@
+"""Rows of token ids in, one padded batch of tensors out: the shared-prompt layout and the plain one.
+
+A pair is one row: the prompt once, then both answers. Positions of each answer continue from the
+prompt, and an answer sees the prompt and itself, so that a stock model given this batch's mask and
+positions computes exactly what it computes on two plain rows.
+
+Shapes: B sequences, L padded length, R rows, K answers a row, N answer tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+Layout = Literal["shared", "plain"]
+
+PROMPT = 0  # segment of prompt tokens; answer k has segment k + 1
+PAD = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of a prompt and its one or two answers (chosen first, where that is known).
+
+    Attributes:
+        prompt: what all answers share; never empty, as its last token predicts each answer's first.
+        answers: the answers' own tokens, each ending with EOS.
+    """
+
+    prompt: list[int]
+    answers: tuple[list[int], ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the shared layout: the prompt once and all answers."""
+        return len(self.prompt) + sum(len(answer) for answer in self.answers)
+
+    @property
+    def n_longest(self) -> int:
+        """Tokens of the prompt and the longest answer: what `max_length` bounds."""
+        return len(self.prompt) + max(len(answer) for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """A batch ready for a model.
+
+    Attributes:
+        input_ids: [B, L] token ids.
+        position_ids: [B, L] positions; each answer's continue from its prompt.
+        attention_mask: bool [B, 1, L, L], True where a query (dim 2) sees a key (dim 3), for layout
+            'shared'; int64 [B, L], 1 on tokens and 0 on pads, for 'plain'.
+        source: [N] flat index (sequence × L + position) of the hidden state that predicts a token.
+        target: [N] the predicted answer tokens.
+        answer: [N] row × K + k of the answer each token belongs to.
+        last: [R × K] flat index of each answer's last token (its EOS).
+        layout: how rows were laid out.
+        n_rows: R.
+        n_answers: K.
+        useful_tokens: tokens that are no pads.
+        padded_tokens: B × L.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    source: Tensor
+    target: Tensor
+    answer: Tensor
+    last: Tensor
+    layout: Layout
+    n_rows: int
+    n_answers: int
+    useful_tokens: int
+    padded_tokens: int
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch with its tensors on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One sequence of a batch: tokens, and the segment and position of each."""
+
+    tokens: list[int]
+    segments: list[int]
+    positions: list[int]
+
+
+def planned_length(row: Row, layout: Layout) -> int:
+    """The length by which a micro-batch planner counts a row.
+
+    Rows × the longest planned length is the padded size of a batch: in the plain layout a row of
+    two answers is two sequences.
+    """
+    return row.n_tokens if layout == "shared" else len(row.answers) * row.n_longest
+
+
+def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
+    """Lays rows out as one right-padded batch.
+
+    Args:
+        rows: at least one; all with the same number of answers.
+        layout: 'shared', one sequence a row, or 'plain', one sequence an answer.
+        pad_id: fills the tail of shorter sequences; no token sees it.
+
+    Raises:
+        ValueError: for no rows, rows with unequal numbers of answers, an empty prompt or answer.
+    """
+    _check(rows)
+    n_answers = len(rows[0].answers)
+    lay_out = _shared if layout == "shared" else _plain
+    sequences = [sequence for row in rows for sequence in lay_out(row)]
+    length = max(len(sequence.tokens) for sequence in sequences)
+    segment_BL = _padded([sequence.segments for sequence in sequences], length, PAD)
+    spans = _answer_spans(rows, layout, length)
+    return RowBatch(
+        input_ids=_padded([sequence.tokens for sequence in sequences], length, pad_id),
+        position_ids=_padded([sequence.positions for sequence in sequences], length, 0),
+        attention_mask=shared_mask(segment_BL)
+        if layout == "shared"
+        else (segment_BL != PAD).long(),
+        source=torch.tensor([index for before, span in spans for index in (before, *span[:-1])]),
+        target=torch.tensor([token for row in rows for answer in row.answers for token in answer]),
+        answer=torch.tensor([a for a, (_, span) in enumerate(spans) for _ in span]),
+        last=torch.tensor([span[-1] for _, span in spans]),
+        layout=layout,
+        n_rows=len(rows),
+        n_answers=n_answers,
+        useful_tokens=sum(len(sequence.tokens) for sequence in sequences),
+        padded_tokens=len(sequences) * length,
+    )
+
+
+def mask_allows(query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Tensor) -> Tensor:
+    """Whether a query may see a key: the prompt and its own answer, up to itself.
+
+    Elementwise and free of control flow, so that it can serve as a FlexAttention `mask_mod`.
+
+    Args:
+        query: index of the query in its sequence.
+        key: index of the key.
+        query_segment: 0 in the prompt, k + 1 in answer k, −1 on pads.
+        key_segment: the same for the key.
+
+    Returns:
+        bool, broadcast over the arguments. A pad sees itself alone (an empty softmax is NaN).
+    """
+    own = (key_segment == PROMPT) | (key_segment == query_segment)
+    return (query == key) | ((key <= query) & (query_segment >= PROMPT) & own)
+
+
+def shared_mask(segment_BL: Tensor) -> Tensor:
+    """Segments [B, L] → bool mask [B, 1, L, L], True where the query (dim 2) sees the key."""
+    index_L = torch.arange(segment_BL.shape[1], device=segment_BL.device)
+    allowed_BLL = mask_allows(
+        index_L[None, :, None], index_L[None, None, :], segment_BL[:, :, None], segment_BL[:, None]
+    )
+    return allowed_BLL[:, None]
+
+
+def _check(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise ValueError("rows: none given; a micro-batch needs at least one row")
+    counts = {len(row.answers) for row in rows}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError(f"rows: {sorted(counts)} answers a row; give each row the same number")
+    for number, row in enumerate(rows):
+        if not row.prompt or not all(row.answers):
+            raise ValueError(f"rows[{number}]: empty prompt or answer; set such rows aside")
+
+
+def _shared(row: Row) -> list[_Sequence]:
+    start = len(row.prompt)
+    tokens, segments, positions = list(row.prompt), [PROMPT] * start, list(range(start))
+    for k, answer in enumerate(row.answers):
+        tokens += answer
+        segments += [k + 1] * len(answer)
+        positions += range(start, start + len(answer))
+    return [_Sequence(tokens, segments, positions)]
+
+
+def _plain(row: Row) -> list[_Sequence]:
+    return [
+        _Sequence(
+            tokens=[*row.prompt, *answer],
+            segments=[PROMPT] * len(row.prompt) + [1] * len(answer),
+            positions=list(range(len(row.prompt) + len(answer))),
+        )
+        for answer in row.answers
+    ]
+
+
+def _padded(values: list[list[int]], length: int, fill: int) -> Tensor:
+    return torch.tensor([value + [fill] * (length - len(value)) for value in values])
+
+
+def _answer_spans(rows: Sequence[Row], layout: Layout, length: int) -> list[tuple[int, range]]:
+    """For each answer: the flat index of the prompt's last token, and those of its own tokens."""
+    spans = []
+    for r, row in enumerate(rows):
+        written = 0  # tokens of earlier answers in the same sequence
+        for k, answer in enumerate(row.answers):
+            sequence = r if layout == "shared" else r * len(row.answers) + k
+            base = sequence * length + len(row.prompt)
+            spans.append((base - 1, range(base + written, base + written + len(answer))))
+            written += len(answer) if layout == "shared" else 0
+    return spans

@@ -1,0 +1,313 @@
+"""One file, saved folder or hub split in, its raw rows out, the unreadable ones marked as such.
+
+A line or row that cannot be read never fails its file: it comes out with a fault and its text. A
+file that is damaged as a whole (a torn gzip, a Parquet file without its footer) is an error, for
+nobody can count the rows it lost.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import IO, Any, Literal
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+
+from cwpo_dist.pairs.rejects import Reason, printable, row_text
+
+Reader = Literal["jsonl", "json", "csv", "parquet", "saved", "hub"]
+
+READERS: dict[str, Reader] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz")
+BATCH_ROWS = 1000
+# The csv module's own 128 KiB is shorter than a long answer; without any bound one stray quote
+# would swallow the rest of the file.
+CSV_FIELD_BYTES = 16 * 2**20
+
+
+class SourceError(ValueError):
+    """A source that cannot be read as a whole; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one reader reads from its start to its end.
+
+    Attributes:
+        uri: a path, any URI that fsspec knows, or a hub id.
+        reader: which reader takes it.
+        name: subset of a hub data set.
+        split: split of a hub data set or saved folder.
+        revision: commit of a hub data set.
+        size: bytes on disk, 0 where unknown.
+        shard: (index, count) of a hub split that is read in several parts.
+    """
+
+    uri: str
+    reader: Reader
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    size: int = 0
+    shard: tuple[int, int] = (0, 1)
+
+    def __str__(self) -> str:
+        """Where a row came from, as rejects name it."""
+        if self.reader != "hub":
+            return f"{self.uri}[{self.split}]" if self.split else self.uri
+        of = f"#{self.shard[0]}/{self.shard[1]}" if self.shard[1] > 1 else ""
+        return f"{self.uri}@{self.revision or 'main'}[{self.name or 'default'}/{self.split}]{of}"
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as its source has it.
+
+    Attributes:
+        position: line number (JSON lines) or row number, from 1.
+        value: the parsed row, usually a dict.
+        text: the row as it stands in the file; None where that is `value` itself.
+        fault: why it could not be read, if so.
+    """
+
+    position: int
+    value: Any
+    text: str | None = None
+    fault: Reason | None = None
+
+    def as_text(self) -> str:
+        """The raw row for `rejects/`."""
+        return row_text(self.value) if self.text is None else printable(self.text)
+
+
+def reader_of(path: str) -> Reader | None:
+    """The reader for a file name, None where its suffix is none of ours."""
+    name = path.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
+
+
+def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
+    """All rows of a part, in their order.
+
+    Args:
+        part: what to read.
+        columns: the columns needed, for formats that can skip the others; None: all.
+
+    Raises:
+        SourceError: when the part is damaged, or its storage refuses to be read.
+    """
+    wanted = None if columns is None else set(columns)
+    try:
+        if part.reader in ("jsonl", "json", "csv"):
+            yield from _read_text(part)
+        else:
+            position = 1
+            for batch in _batches(part, wanted):
+                yield from _batch_rows(batch, position)
+                position += batch.num_rows
+    except (OSError, EOFError, zlib.error, pa.ArrowException, DatasetsError) as error:
+        raise SourceError(
+            f"{part}: cannot be read to its end: {error}. The file is damaged or out of reach: "
+            "fetch it again, then run the same command"
+        ) from error
+
+
+def _read_text(part: Part) -> Iterator[RawRow]:
+    with _open(part.uri) as file:
+        if part.reader == "csv":
+            yield from _csv_rows(file, str(part))
+        elif part.reader == "json" and _opens_array(part.uri):
+            yield from _array_rows(file.read().decode("utf-8-sig", "surrogateescape"))
+        else:
+            yield from _json_lines(file)
+
+
+def _open(uri: str) -> IO[bytes]:
+    opened: IO[bytes] = fsspec.open(uri, "rb", compression="infer").open()
+    return opened
+
+
+def _opens_array(uri: str) -> bool:
+    """True for a `.json` file that is one array, not JSON lines."""
+    with _open(uri) as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _json_lines(file: IO[bytes]) -> Iterator[RawRow]:
+    for position, line in enumerate(file, 1):
+        if line.strip():
+            yield _json_line(position, line)
+
+
+def _json_line(position: int, line: bytes) -> RawRow:
+    try:
+        text = line.decode("utf-8-sig" if position == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError:
+        return RawRow(
+            position, None, line.decode("utf-8", "backslashreplace"), fault=Reason.UNICODE
+        )
+    try:
+        return RawRow(position, json.loads(text), text)
+    except (ValueError, RecursionError):  # not JSON, a number too long, or nested too deep
+        return RawRow(position, None, text, fault=Reason.MALFORMED)
+
+
+def _array_rows(text: str) -> Iterator[RawRow]:
+    """The elements of one JSON array; from the first malformed one on, the rest is one fault."""
+    decoder = json.JSONDecoder()
+    at = _skip_space(text, text.index("[") + 1)
+    position = 1
+    while text[at : at + 1] != "]":
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            yield RawRow(position, None, text[at:], fault=Reason.MALFORMED)
+            return
+        yield RawRow(position, value, text[at:end])
+        position += 1
+        at = _skip_space(text, end)
+        if text[at : at + 1] == ",":
+            at = _skip_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            yield RawRow(position, None, text[at:], fault=Reason.MALFORMED)
+            return
+    if text[at + 1 :].strip():
+        yield RawRow(position, None, text[at + 1 :], fault=Reason.MALFORMED)
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _csv_rows(file: IO[bytes], where: str) -> Iterator[RawRow]:
+    csv.field_size_limit(CSV_FIELD_BYTES)
+    seen: list[str] = []  # the physical lines of the row at hand: a quoted field spans several
+    # Bytes that are no UTF-8 become lone surrogates, which parsing sets aside row by row.
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(_remembered(lines, seen), strict=True)
+    header = _csv_header(reader, where)
+    position = 0
+    while header:
+        seen.clear()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            fields = [""] * (len(header) + 1)
+        if not fields:  # an empty line
+            continue
+        position += 1
+        text = "".join(seen).rstrip("\r\n")
+        if len(fields) == len(header):
+            yield RawRow(position, dict(zip(header, fields, strict=True)), text)
+        else:
+            yield RawRow(position, None, text, fault=Reason.MALFORMED)
+
+
+def _csv_header(reader: Any, where: str) -> list[str]:
+    try:
+        header: list[str] = next(reader, [])
+    except csv.Error as error:
+        raise SourceError(f"{where}: its first line is no CSV header: {error}") from None
+    if len(set(header)) < len(header):
+        raise SourceError(f"{where}: its header names a column twice: {', '.join(header)}")
+    return header
+
+
+def _remembered(lines: Iterable[str], seen: list[str]) -> Iterator[str]:
+    for line in lines:
+        seen.append(line)
+        yield line
+
+
+def _batches(part: Part, wanted: set[str] | None) -> Iterator[pa.RecordBatch]:
+    """Arrow batches of a Parquet file, saved folder or hub split."""
+    if part.reader == "parquet":
+        yield from _parquet_batches(part.uri, wanted)
+        return
+    rows = open_saved(part) if part.reader == "saved" else open_hub(part)
+    names = [name for name in rows.column_names or [] if wanted is None or name in wanted]
+    if names:
+        rows = rows.select_columns(names)
+    for table in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        yield from table.to_batches()
+
+
+def _parquet_batches(uri: str, wanted: set[str] | None) -> Iterator[pa.RecordBatch]:
+    with fsspec.open(uri, "rb") as file, closing(pq.ParquetFile(file)) as parquet:
+        names = [name for name in parquet.schema_arrow.names if wanted is None or name in wanted]
+        yield from parquet.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
+
+
+def open_saved(part: Part) -> datasets.Dataset:
+    """A folder that `save_to_disk` wrote; KeyError where it lacks the split."""
+    saved = datasets.load_from_disk(part.uri)
+    return saved[part.split or "train"] if isinstance(saved, datasets.DatasetDict) else saved
+
+
+def open_hub(part: Part) -> datasets.IterableDataset:
+    """One shard of a hub split, streamed: nothing is copied to the node's disk."""
+    rows: datasets.IterableDataset = datasets.load_dataset(
+        part.uri, part.name, split=part.split, revision=part.revision, streaming=True
+    )
+    index, count = part.shard
+    return rows.shard(num_shards=count, index=index) if count > 1 else rows
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands for a cell that Arrow holds but Python cannot."""
+
+    text: str
+    fault: Reason
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
+    columns = [_values(column) for column in batch.columns]
+    names = batch.schema.names
+    for offset in range(batch.num_rows):
+        value = {name: column[offset] for name, column in zip(names, columns, strict=True)}
+        bad = next((cell for cell in value.values() if isinstance(cell, _Unreadable)), None)
+        yield RawRow(first + offset, value, fault=bad.fault if bad else None)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except (ValueError, OverflowError):  # bytes that are no UTF-8, dates beyond Python's
+        return [_cell(cell) for cell in column]
+
+
+def _cell(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        # Also inside nested values, `object` is the bytes of the string at fault.
+        return _Unreadable(error.object.decode("utf-8", "backslashreplace"), Reason.UNICODE)
+    except (ValueError, OverflowError) as error:
+        return _Unreadable(str(error), Reason.TYPE)

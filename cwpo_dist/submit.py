@@ -1,0 +1,325 @@
+"""A configuration in, a job on a running Ray cluster out; and what became of it.
+
+A job's name is a function of its run directory and stage: submitting twice attaches to the job
+that runs, and submitting after an end starts the next attempt, which resumes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.storage import digest, to_json
+
+PACKAGE = Path(__file__).resolve().parent
+CONFIG_NAME = "config.yaml"
+# What a job needs to reach models, storage and trackers. Only what is set travels, and it is never
+# printed; whoever may open the cluster's dashboard can read a job's environment.
+PASSED_ON = (
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "WANDB_API_KEY",
+    "WANDB_BASE_URL",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_TOKEN",
+)
+PENDING_TIMEOUT_S = 600.0
+POLL_S = 1.0
+
+
+class SubmitError(RuntimeError):
+    """The cluster cannot be reached, or refuses a job; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job on the cluster.
+
+    Attributes:
+        submission_id: its name, for `cwpo status | logs | stop`.
+        attached: True when it was running already.
+    """
+
+    submission_id: str
+    attached: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a job runs on the cluster, beside its configuration.
+
+    Attributes:
+        python: the interpreter on the cluster's nodes; None: the one that runs Ray.
+        py_modules: folders of your own packages that the job imports (a gold function's, say).
+        env: names of further environment variables that travel with the job.
+    """
+
+    python: str | None = None
+    py_modules: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+
+
+def submit(config: Config, stage: str, address: str, settings: Settings | None = None) -> Submitted:
+    """Sends `cwpo <stage>` to the cluster, or attaches to the job that does this very work.
+
+    Args:
+        config: the run; files that it names (templates, a DeepSpeed JSON) travel with the job.
+        stage: a stage, or `run` for all of them.
+        address: the cluster's job server, such as http://127.0.0.1:8265.
+        settings: how the job runs there.
+
+    Raises:
+        SubmitError: when the cluster cannot be reached, or runs this directory's stage with
+            another configuration.
+    """
+    with tempfile.TemporaryDirectory(prefix="cwpo-submit-") as folder, _client(address) as client:
+        data = portable(config, Path(folder))
+        (Path(folder) / CONFIG_NAME).write_bytes(to_json(data))  # JSON is YAML
+        base = job_name(data["output_dir"], stage)
+        mark = digest(data)
+        while True:
+            attempts = _attempts(client, base)
+            for job in attempts.values():
+                if not job.status.is_terminal():
+                    return _attach(job, mark)
+            name = base if not attempts else f"{base}-{max(attempts) + 1}"
+            try:
+                _send(client, name, stage, Path(folder), {"cwpo_config": mark}, settings)
+                return Submitted(name, attached=False)
+            except RuntimeError:
+                # Another submitter may have taken the name in between: then attach to its job.
+                if len(_attempts(client, base)) == len(attempts):
+                    raise
+
+
+def job_name(output_dir: str, stage: str) -> str:
+    """The first submission id of a stage of a run: the same for the same run directory."""
+    tail = re.sub(r"[^A-Za-z0-9]+", "-", output_dir.rstrip("/").rsplit("/", 1)[-1]).strip("-")
+    return f"cwpo-{stage}-{tail[:40]}-{digest(output_dir)[:8]}"
+
+
+def portable(config: Config, folder: Path) -> dict[str, Any]:
+    """The configuration as it can be read elsewhere.
+
+    Local paths become absolute (every node must see them), a DeepSpeed JSON is read in, and
+    template files are copied into `folder`, the job's working directory.
+
+    Raises:
+        ConfigError: for a template or DeepSpeed file that is not there.
+    """
+    data = config.model_dump(mode="json")
+    if "://" not in data["output_dir"]:
+        data["output_dir"] = str(Path(data["output_dir"]).absolute())
+    for source in data["prepare"]["sources"]:
+        source["path"] = _absolute(source["path"])
+    for name, model in _models(data):
+        model["model_name_or_path"] = _absolute(model["model_name_or_path"])
+        if model["chat_template"] not in {"tokenizer", "plain"}:
+            template = Path(model["chat_template"])
+            copy = f"{name}-{template.name}"
+            shutil.copyfile(_existing(template, f"{name}.chat_template"), folder / copy)
+            model["chat_template"] = copy
+    for name in ("fit", "sft", "align"):
+        section = data[name]
+        if section is not None and isinstance(section["deepspeed"], str):
+            path = _existing(Path(section["deepspeed"]), f"{name}.deepspeed")
+            section["deepspeed"] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+def status(submission_id: str, address: str) -> str:
+    """One line: the job's status, and the cluster's message on it."""
+    with _client(address) as client:
+        info = client.get_job_info(submission_id)
+        return f"{info.status}: {info.message}" if info.message else str(info.status)
+
+
+def logs(submission_id: str, address: str) -> str:
+    """All that the job has printed so far."""
+    with _client(address) as client:
+        return str(client.get_job_logs(submission_id))
+
+
+def stop(submission_id: str, address: str) -> bool:
+    """Asks a job to end; a stage in training checkpoints first. False when it had ended."""
+    with _client(address) as client:
+        return bool(client.stop_job(submission_id))
+
+
+def follow(
+    submission_id: str,
+    address: str,
+    write: Callable[[str], object],
+    pending_timeout_s: float = PENDING_TIMEOUT_S,
+) -> bool:
+    """Hands on a job's output until it ends.
+
+    Returns:
+        True when it succeeded.
+
+    Raises:
+        SubmitError: when it is still pending after `pending_timeout_s`; it is left as it is.
+    """
+    with _client(address) as client:
+        _await_start(client, submission_id, pending_timeout_s)
+        printed = 0
+
+        def write_new(chunks: Sequence[str]) -> None:
+            nonlocal printed
+            text = "".join(chunks)[printed:]
+            printed += len(text)
+            write(text)
+
+        while True:
+            try:
+                asyncio.run(_tail(client, submission_id, write_new))
+            except (RuntimeError, aiohttp.ClientError) as error:
+                # The connection went, the job did not: read on from where we were.
+                write(f"[connection lost: {error}; connecting again]\n")
+            state = client.get_job_status(submission_id)
+            if state.is_terminal():
+                return bool(state == JobStatus.SUCCEEDED)
+            time.sleep(POLL_S)
+
+
+async def _tail(
+    client: JobSubmissionClient, submission_id: str, write: Callable[[Sequence[str]], None]
+) -> None:
+    """Every connection sends the log from its beginning; `write` drops what it has seen."""
+    chunks: list[str] = []
+    async for chunk in client.tail_job_logs(submission_id):
+        chunks = ["".join(chunks), chunk]
+        write(chunks)
+
+
+def _await_start(client: JobSubmissionClient, submission_id: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while client.get_job_status(submission_id) == JobStatus.PENDING:
+        if time.monotonic() > deadline:
+            message = client.get_job_info(submission_id).message
+            raise SubmitError(
+                f"{submission_id}: still PENDING after {timeout_s:.0f} s ({message}). The cluster "
+                "may lack a free CPU, or be unable to set up the job's environment (a download "
+                "that cannot end). It was left as it is: see `cwpo status`, end it with "
+                "`cwpo stop`, or wait longer with --pending-timeout"
+            )
+        time.sleep(POLL_S)
+
+
+def _send(
+    client: JobSubmissionClient,
+    name: str,
+    stage: str,
+    folder: Path,
+    metadata: dict[str, str],
+    settings: Settings | None,
+) -> None:
+    settings = settings or Settings()
+    missing = [variable for variable in settings.env if variable not in os.environ]
+    if missing:
+        raise ConfigError(f"--env: {', '.join(missing)} is not set here; export it first")
+    variables = [name for name in (*PASSED_ON, *settings.env) if name in os.environ]
+    environment: dict[str, Any] = {
+        "working_dir": str(folder),
+        "py_modules": [str(PACKAGE), *settings.py_modules],
+        "excludes": ["__pycache__", "*.pyc"],
+        "env_vars": {variable: os.environ[variable] for variable in variables},
+    }
+    if settings.python is not None:
+        environment["py_executable"] = settings.python
+    python = shlex.quote(settings.python or "python")
+    client.submit_job(
+        entrypoint=f"{python} -m cwpo_dist.cli {shlex.quote(stage)} {CONFIG_NAME}",
+        submission_id=name,
+        runtime_env=environment,
+        metadata=metadata,
+    )
+
+
+def _attempts(client: JobSubmissionClient, base: str) -> dict[int, JobDetails]:
+    """Number of the attempt → job, of all jobs with this name."""
+    pattern = re.compile(rf"{re.escape(base)}(?:-(\d+))?")
+    found = {}
+    for job in client.list_jobs():
+        match = pattern.fullmatch(job.submission_id or "")
+        if match:
+            found[int(match[1] or 1)] = job
+    return found
+
+
+def _attach(job: JobDetails, mark: str) -> Submitted:
+    if (job.metadata or {}).get("cwpo_config") != mark:
+        raise SubmitError(
+            f"{job.submission_id} runs in this output_dir with another configuration: wait for it, "
+            f"end it with `cwpo stop {job.submission_id}`, or choose another output_dir"
+        )
+    return Submitted(str(job.submission_id), attached=True)
+
+
+@contextmanager
+def _client(address: str) -> Iterator[JobSubmissionClient]:
+    """A client, whose failures become one clear message."""
+    try:
+        yield JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise SubmitError(
+            f"--address: no Ray job server answers at {address}; start one (`ray start --head`), "
+            "or forward its dashboard port (8265)"
+        ) from error
+    except AuthenticationError as error:
+        raise SubmitError(
+            f"--address: {address} wants Ray's token; set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH to the file that its nodes use"
+        ) from error
+    except SubmitError:
+        raise
+    except RuntimeError as error:  # how Ray's client reports any other refusal, 404 included
+        raise SubmitError(f"{address}: {error}") from error
+
+
+def _models(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    found = {
+        "weak": data["weak"],
+        "policy": data["policy"],
+        "annotate.model": data["annotate"]["model"],
+        "evaluate.gold_model": data["evaluate"]["gold_model"],
+    }
+    return [(name, model) for name, model in found.items() if model is not None]
+
+
+def _absolute(path: str) -> str:
+    """A local path made absolute; hub ids and URIs as they are."""
+    if "://" in path:
+        return path
+    folder = Path(path.split("*")[0])  # of a glob: what comes before its first star
+    return str(Path(path).absolute()) if folder.exists() or folder.parent.is_dir() else path
+
+
+def _existing(path: Path, field: str) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{field}: no file {str(path)!r}; correct its path")
+    return path

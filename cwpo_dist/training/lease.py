@@ -1,0 +1,221 @@
+"""A stage's folder in, the right to write there out: one holder at a time, the later epoch wins.
+
+`lease/000003.json` names the third holder and is made put-if-absent; `lease/000003.beat` is its
+sign of life, renewed by a thread. A dead holder is followed by epoch 4; from then on whatever
+epoch 3 still does is refused by `LeaseToken.check`, which every commit asks first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cwpo_dist.storage import Store, StorageError
+
+logger = logging.getLogger(__name__)
+
+TTL_S = 60.0  # clocks of two nodes must agree to well within this
+BEATS_PER_TTL = 6
+FOLDER = "lease"
+
+
+class LeaseHeld(ValueError):
+    """Another driver trains this stage; the message says who, and what to do."""
+
+
+class LeaseLost(RuntimeError):
+    """A later driver took this stage over: nothing more may be committed here."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process, told apart from any other: also from one that reuses its id.
+
+    Attributes:
+        host: its host name.
+        boot: the host's boot id and the process namespace; ids mean something within one only.
+        pid: its process id.
+        started: its start, in clock ticks since boot.
+        since: when it took the lease, in seconds since 1970.
+    """
+
+    host: str
+    boot: str
+    pid: int
+    started: int
+    since: float
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """The calling process, from now on."""
+        return cls(socket.gethostname(), _boot(), os.getpid(), _started(os.getpid()), time.time())
+
+    def is_dead_here(self) -> bool:
+        """True when it surely is gone: its host has booted since, or its id is free or reused."""
+        if self.host != socket.gethostname():
+            return False
+        return self.boot == _boot() and _started(self.pid) != self.started
+
+
+@dataclass(frozen=True)
+class LeaseToken:
+    """What a worker needs to ask whether its driver still holds the lease; cheap to pickle.
+
+    Attributes:
+        store: the stage's folder.
+        epoch: the number of the holder.
+    """
+
+    store: Store
+    epoch: int
+
+    def check(self) -> None:
+        """Returns while no later driver has taken over; asked right before each commit.
+
+        Raises:
+            LeaseLost: naming the later holder.
+        """
+        newest = _epochs(self.store)[-1:]
+        if newest != [self.epoch]:
+            later = _holder(self.store, newest[0]) if newest else "nobody (its files are gone)"
+            raise LeaseLost(
+                f"{self.store.uri}: lease {self.epoch} was taken over by {later}; "
+                "this process stops without committing"
+            )
+
+    def ask_to_stop(self) -> None:
+        """Tells the workers, wherever they are, to checkpoint and end."""
+        self.store.write(_name(self.epoch, "stop"), b"")
+
+    def asked_to_stop(self) -> bool:
+        """True once the driver wants the workers to checkpoint and end."""
+        return self.store.exists(_name(self.epoch, "stop"))
+
+
+class Lease:
+    """The right to write in a stage's folder, renewed in the background; a context manager.
+
+    Attributes:
+        token: what workers are given.
+    """
+
+    def __init__(self, token: LeaseToken, ttl_s: float) -> None:
+        self.token = token
+        self._ttl_s = ttl_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, store: Store, *, ttl_s: float = TTL_S) -> Lease:
+        """Takes the lease of a stage's folder, over from a holder that is dead or silent.
+
+        Args:
+            store: the stage's folder.
+            ttl_s: a holder without a sign of life for so many seconds counts as dead.
+
+        Raises:
+            LeaseHeld: while a live process holds it.
+        """
+        epochs = _epochs(store)
+        if epochs:
+            _refuse_if_alive(store, epochs[-1], ttl_s)
+        token = LeaseToken(store, epochs[-1] + 1 if epochs else 1)
+        if not store.create_json(_name(token.epoch, "json"), asdict(Holder.this_process())):
+            raise LeaseHeld(
+                f"{store.uri}: {_holder(store, token.epoch)} took the lease at the same moment; "
+                "let it run, or stop it and start again"
+            )
+        if epochs:
+            logger.warning("%s: lease taken over, now number %d", store.uri, token.epoch)
+        return cls(token, ttl_s)
+
+    def release(self) -> None:
+        """Ends the renewal and lets the next driver in at once."""
+        if not self._over.is_set():
+            self._over.set()
+            self._thread.join()
+            self.token.store.write(_name(self.token.epoch, "released"), b"")
+
+    def __enter__(self) -> Self:
+        """The lease itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Releases."""
+        self.release()
+
+    def _renew(self) -> None:
+        beat = _name(self.token.epoch, "beat")
+        while True:
+            try:
+                self.token.store.write(beat, repr(time.time()).encode())
+            except StorageError as error:  # one missed beat is no loss; commits ask anyway
+                logger.warning("lease not renewed: %s", error)
+            if self._over.wait(self._ttl_s / BEATS_PER_TTL):
+                return
+
+
+def _refuse_if_alive(store: Store, epoch: int, ttl_s: float) -> None:
+    if store.exists(_name(epoch, "released")):
+        return
+    holder = _holder(store, epoch)
+    if holder.is_dead_here():
+        return
+    silent_s = time.time() - _last_beat(store, epoch, holder)
+    if silent_s <= ttl_s:
+        raise LeaseHeld(
+            f"{store.uri} is being trained by process {holder.pid} on {holder.host}, last heard "
+            f"of {max(silent_s, 0):.0f} s ago. Let it finish; or stop it (kill {holder.pid} on "
+            f"{holder.host}) and run this again; if it is dead, run this again {ttl_s:.0f} s "
+            "after its last sign of life"
+        )
+
+
+def _last_beat(store: Store, epoch: int, holder: Holder) -> float:
+    beat = _name(epoch, "beat")
+    return float(store.read(beat)) if store.exists(beat) else holder.since
+
+
+def _epochs(store: Store) -> list[int]:
+    names = store.names(FOLDER)
+    return sorted(int(Path(name).stem) for name in names if name.endswith(".json"))
+
+
+def _holder(store: Store, epoch: int) -> Holder:
+    record: dict[str, Any] = store.read_json(_name(epoch, "json"))
+    return Holder(**record)
+
+
+def _name(epoch: int, ending: str) -> str:
+    return f"{FOLDER}/{epoch:06d}.{ending}"
+
+
+def _boot() -> str:
+    """The boot id and process namespace; empty where the system has none to tell (not Linux)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int:
+    """The start of a living process in clock ticks since boot; -1 where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1
+    return -1 if fields[0] in "ZX" else int(fields[19])

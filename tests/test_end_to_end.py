@@ -1,0 +1,127 @@
+"""Every stage of a run, on tiny models and a real Ray: what it leaves, and what a rerun does."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from small_run import small_config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from cwpo_dist.config import Config, parse_config
+from cwpo_dist.stages.graph import Node, graph
+from cwpo_dist.stages.run import run
+from cwpo_dist.storage import MANIFEST, Store
+
+ARMS = ["human", "weak", "cw", "cw_mean"]
+
+
+def whole(store: Store, folder: str) -> pa.Table:
+    names = store.names(folder)
+    return pa.concat_tables([store.read_table(name) for name in names])
+
+
+@pytest.fixture(scope="module")
+def finished(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("whole")
+    config = parse_config(small_config(folder, arms=ARMS))
+    run(config)
+    return config
+
+
+def place(config: Config, role: str, arm: str = "cw") -> Store:
+    return Store(config.output_dir).child(*graph(config, arm)[role].path.split("/"))
+
+
+def test_the_run_leaves_a_report_and_metrics_of_every_arm(finished: Config) -> None:
+    root = Path(finished.output_dir)
+    metrics = json.loads((root / "metrics.json").read_text())
+    assert list(metrics["arms"]) == sorted(ARMS)
+    page = (root / "report.html").read_text()
+    assert "simulated" in page.lower()
+    for arm in ARMS:
+        figures = metrics["arms"][arm]
+        assert figures["policy"]["agreement"]["n"] > 0
+        assert set(figures["gra"]) == {"own_sft", "common"}
+        assert (figures["annotator"] is not None) and figures["curves"]["align"]
+        for name in ("config.json", "stages.json", "metrics.json", "report.html"):
+            assert (root / "arms" / arm / name).is_file()
+
+
+def test_rows_add_up_from_stage_to_stage(finished: Config) -> None:
+    def counts(role: str) -> dict[str, Any]:
+        return dict(place(finished, role).read_json(MANIFEST)["counts"])
+
+    prepared, scored, tokens = counts("prepare"), counts("annotate"), counts("tokens")
+    rejected = sum(prepared["rejects"].values())
+    assert prepared["rows_in"] == prepared["pairs"] + prepared["merged_duplicates"] + rejected
+    assert scored["rows_in"] == scored["rows"] + scored["rejects"] + scored["over_length"]
+    assert tokens["rows_in"] == prepared["pairs"]
+    assert scored["rows_in"] == prepared["pairs"] - prepared["splits"].get("labelled", 0)
+
+
+def test_preferences_follow_the_scores_and_the_paper(finished: Config) -> None:
+    preferences = whole(place(finished, "weigh"), "preferences").to_pylist()
+    scores = {s["pair_id"]: s for s in whole(place(finished, "annotate"), "scores").to_pylist()}
+    pairs = {p["pair_id"]: p for p in whole(place(finished, "prepare"), "pairs").to_pylist()}
+    assert preferences
+    for row in preferences:
+        score, pair = scores[row["pair_id"]], pairs[row["pair_id"]]
+        margin = abs(score["score_a"] - score["score_b"])
+        chosen = "response_a" if score["score_a"] >= score["score_b"] else "response_b"
+        assert row["chosen"] == pair[chosen] != row["rejected"]
+        assert pair["split"] == "unlabelled"
+        expected = 2 * (1 / (1 + math.exp(-margin)) - 0.5)  # eq. 8
+        assert row["confidence"] == pytest.approx(expected, abs=1e-6)
+        assert row["weight"] == row["confidence"]
+    weak = whole(place(finished, "weigh", "weak"), "preferences").to_pylist()
+    assert {row["weight"] for row in weak} == {1.0}
+    assert [row["chosen"] for row in weak] == [row["chosen"] for row in preferences]
+
+
+def test_step_zero_of_dpo_is_ln2_times_the_mean_weight_of_its_batch(finished: Config) -> None:
+    metrics = json.loads((Path(finished.output_dir) / "metrics.json").read_text())["arms"]
+    for arm, figures in metrics.items():
+        first = figures["curves"]["align"][0]
+        weight = first["weight"] if arm == "cw" else 1.0
+        if arm != "cw_mean":
+            assert first["loss"] == pytest.approx(math.log(2) * weight, rel=1e-4), arm
+
+
+def test_models_load_with_the_stock_classes(finished: Config) -> None:
+    annotator = AutoModelForSequenceClassification.from_pretrained(
+        place(finished, "fit").child("model").root
+    )
+    assert annotator.config.num_labels == 1 and annotator.config.num_hidden_layers == 1
+    aligned = AutoModelForCausalLM.from_pretrained(place(finished, "align").child("model").root)
+    before = AutoModelForCausalLM.from_pretrained(place(finished, "sft").child("model").root)
+    moved = [
+        float((a - b).abs().max())
+        for a, b in zip(aligned.parameters(), before.parameters(), strict=True)
+    ]
+    assert max(moved) > 0
+
+
+def test_a_second_run_does_nothing(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cwpo_dist.stages import run as stages
+
+    def must_not_run(*_: Any) -> dict[str, Any]:
+        raise AssertionError("a finished stage ran again")
+
+    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
+    run(finished)
+
+
+def test_arms_share_what_they_have_in_common(finished: Config) -> None:
+    made = {arm: graph(finished, arm) for arm in ARMS}
+
+    def keys(role: str) -> set[str]:
+        nodes: list[Node] = [nodes[role] for nodes in made.values()]
+        return {node.key for node in nodes}
+
+    assert len(keys("fit")) == len(keys("annotate")) == len(keys("tokens")) == 1
+    assert len(keys("sft")) == len(keys("reference")) == 2  # human's labels, the annotator's

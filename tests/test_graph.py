@@ -1,0 +1,110 @@
+"""Content keys: what changes a stage's output changes its key, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_tiny
+
+from cwpo_dist.config import ConfigError, parse_config
+from cwpo_dist.stages.graph import graph
+from cwpo_dist.stages.run import nodes_until
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph")
+    save_tiny(path / "model", "llama", 0)
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    (path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    return path
+
+
+def keys(folder: Path, arm: str = "cw", **changes: Any) -> dict[str, str]:
+    config: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "arms": [arm],
+        "prepare": {"sources": [{"path": str(folder / "pairs.jsonl")}]},
+        "weak": {"model_name_or_path": str(folder / "model"), "num_hidden_layers": 1},
+        "policy": {"model_name_or_path": str(folder / "model")},
+    }
+    for dotted, value in changes.items():
+        section, _, name = dotted.partition("__")
+        if name:
+            config.setdefault(section, {})[name] = value
+        else:
+            config[section] = value
+    return {role: node.key for role, node in graph(parse_config(config), arm).items()}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {role for role in before if before[role] != after[role]}
+
+
+ALIGNED = {"align", "aligned", "answers_aligned", "evaluate"}
+
+
+def test_another_weighting_annotates_nothing_and_computes_no_reference(folder: Path) -> None:
+    after = keys(folder, weigh__weight_function="sigmoid")
+    assert changed(keys(folder), after) == {"weigh"} | ALIGNED
+
+
+def test_arms_with_the_same_labels_share_all_but_weighing_and_aligning(folder: Path) -> None:
+    arms = ["weak", "cw", "cw_mean", "top30"]
+    tables = [keys(folder, arms=arms)] + [keys(folder, arm, arms=arms) for arm in arms]
+    for role in tables[0].keys() - ALIGNED - {"weigh"}:
+        assert len({table[role] for table in tables}) == 1, role
+    assert len({table["align"] for table in tables}) == 4
+
+
+def test_how_and_where_work_is_done_changes_no_key(folder: Path) -> None:
+    after = keys(
+        folder,
+        fit__num_workers=2,
+        align__zero_stage=3,
+        align__max_tokens_per_micro_batch=77,
+        align__save_steps=1,
+        annotate__num_actors=7,
+        reference__cpus_per_actor=0.5,
+    )
+    assert changed(keys(folder), after) == set()
+
+
+def test_every_stage_follows_what_it_reads(folder: Path) -> None:
+    before = keys(folder)
+    assert changed(before, keys(folder, fit__learning_rate=1e-3)) == {
+        *("fit", "annotate", "sft", "reference", "weigh", "answers_sft"),
+        *ALIGNED,
+    }
+    assert changed(before, keys(folder, align__beta=0.1)) == ALIGNED
+    assert changed(before, keys(folder, seed=1)) == before.keys()
+
+
+def test_inputs_that_changed_make_another_key(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "pairs.jsonl"
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    source.write_text(json.dumps(row) + "\n")
+    prepare = {"sources": [{"path": str(source)}]}
+    before = keys(folder, prepare=prepare)
+    assert keys(folder, prepare=prepare) == before
+    source.write_text(2 * (json.dumps(row) + "\n"))
+    assert changed(before, keys(folder, prepare=prepare)) == before.keys()
+
+
+def test_annotating_alone_needs_no_policy(folder: Path) -> None:
+    config = parse_config(
+        {
+            "output_dir": str(folder / "run"),
+            "prepare": {"sources": [{"path": str(folder / "pairs.jsonl")}]},
+            "annotate": {"model": {"model_name_or_path": str(folder / "model")}},
+        }
+    )
+    assert list(nodes_until(config, "cw", "annotate")) == ["prepare", "annotate"]
+    with pytest.raises(ConfigError, match=r"annotate\.model: given, so there is nothing to fit"):
+        nodes_until(config, "cw", "fit")
+    with pytest.raises(ConfigError, match=r"policy: arm 'cw' aligns a policy; give policy"):
+        nodes_until(config, "cw", None)

@@ -1,0 +1,94 @@
+"""The driver is SIGKILLed with work provably in flight; the same command then finishes the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from small_run import small_config, write_config
+
+from cwpo_dist.config import load_config
+from cwpo_dist.stages.graph import graph
+
+COMMAND = [sys.executable, "-c", "from cwpo_dist.cli import main; main()", "run"]
+PATIENCE_S = 240
+
+
+def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen([*COMMAND, str(config)], stdout=output, stderr=output)
+
+
+def finish(config: Path, log: Path) -> None:
+    process = start(config, log)
+    assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+
+
+def kill_when(config: Path, log: Path, in_flight: Callable[[], bool]) -> None:
+    """Starts the run and SIGKILLs its driver as soon as `in_flight` says so."""
+    process = start(config, log)
+    deadline = time.monotonic() + PATIENCE_S
+    while not in_flight():
+        assert process.poll() is None, f"it ended first: {log.read_text()[-4000:]}"
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def scores(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.glob("annotate/*/scores/part-*.parquet")}
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    arm = json.loads((run / "metrics.json").read_text())["arms"]["cw"]
+    return [(line["step"], line["loss"]) for line in arm["curves"]["align"]]
+
+
+@pytest.mark.timeout(600)
+def test_a_driver_killed_in_three_places_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    changes = {"align__num_train_epochs": 6, "evaluate__num_prompts": 0}
+    pool = {"num_actors": 1, "cpus_per_actor": 0.5}
+    quiet_run, rough_run = tmp_path / "quiet", tmp_path / "rough"
+    configs = []
+    for run in (quiet_run, rough_run):
+        config = small_config(tmp_path / "in", str(run), annotate=pool, **changes)
+        config["prepare"]["rows_per_shard"] = 2
+        configs.append(write_config(tmp_path / f"{run.name}.yaml", config))
+    quiet, rough = configs
+    nodes = graph(load_config(rough), "cw")
+    log = tmp_path / "log"
+    finish(quiet, log)
+    shards = len(scores(quiet_run))
+
+    kill_when(rough, log, lambda: len(scores(rough_run)) >= 3)
+    done = scores(rough_run)
+    assert 3 <= len(done) < shards, "annotate was not in flight"
+    assert not (rough_run / nodes["annotate"].path / "manifest.json").exists()
+
+    kill_when(rough, log, (rough_run / nodes["weigh"].path / "manifest.json").exists)
+    assert not (rough_run / nodes["align"].path / "manifest.json").exists()
+    assert scores(rough_run) == scores(quiet_run), "byte for byte"
+
+    align = rough_run / nodes["align"].path
+    kill_when(rough, log, lambda: len(list(align.glob("checkpoints/*/commit.json"))) >= 1)
+    assert not (align / "manifest.json").exists(), "align was not in flight"
+
+    finish(rough, log)
+    assert "resuming" in log.read_text()
+    assert curve(rough_run) == pytest.approx(curve(quiet_run), abs=1e-6), "another order of data"
+    after, before = (
+        load_file(run / nodes["align"].path / "model" / "model.safetensors")
+        for run in (rough_run, quiet_run)
+    )
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert (tensor - before[name]).abs().max() < 1e-5, name

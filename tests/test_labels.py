@@ -1,0 +1,31 @@
+"""Who decides: human labels are read for human arms alone, ties and missing scores are apart."""
+
+from cwpo_dist.pairs.labels import Decision, decide
+
+PAIRS = [
+    {"pair_id": "p", "label": "b", "split": "unlabelled"},
+    {"pair_id": "q", "label": None, "split": "unlabelled"},
+    {"pair_id": "r", "label": "a", "split": "labelled"},
+    {"pair_id": "s", "label": "a", "split": "test"},
+    {"pair_id": "t", "label": "b", "split": "unlabelled"},
+]
+SCORES = {"p": (2.0, 0.5), "q": (1.0, 1.0), "s": (0.0, 1.0)}
+
+
+def test_annotator_decides_by_score_and_never_reads_a_human_label() -> None:
+    decided = decide(PAIRS, SCORES, "annotator", ["unlabelled"])
+    assert decided == {"p": Decision("a", 1.5), "q": Decision("a", 0.0)}
+    flipped = [pair | {"label": "a" if pair["label"] == "b" else "b"} for pair in PAIRS]
+    assert decide(flipped, SCORES, "annotator", ["unlabelled"]) == decided
+
+
+def test_human_decides_by_label_and_a_missing_label_takes_the_pair_out() -> None:
+    assert decide(PAIRS, None, "human", ["unlabelled"]) == {
+        "p": Decision("b", None),
+        "t": Decision("b", None),
+    }
+
+
+def test_human_arm_keeps_to_pairs_that_the_annotator_could_read() -> None:
+    splits = ["labelled", "unlabelled"]
+    assert set(decide(PAIRS, SCORES, "human", splits)) == {"p", "r"}

@@ -1,0 +1,88 @@
+"""The sharded pipeline on a real Ray: each shard once, resumed, killed, refused where it must be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cwpo_dist.config import ConfigError, PoolConfig
+from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.scoring.pipeline import ShardJob, ShardOutput, commit, run_shards
+from cwpo_dist.storage import Store
+
+NO_REJECTS = REJECT_SCHEMA.empty_table()
+
+
+@dataclass
+class Squares:
+    """A worker whose rows are a function of the shard number; leaves a trace of every call."""
+
+    trace: Path
+    killed_at: int = -1
+
+    def __call__(self, index: int) -> ShardOutput:
+        mark = self.trace / f"{index}-{time.monotonic_ns()}"
+        mark.touch()
+        if index == self.killed_at and len(list(self.trace.glob(f"{index}-*"))) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rows = pa.table({"square": [index * index] * 3})
+        return ShardOutput(rows, NO_REJECTS, {"rows_in": 3, "rows": 3})
+
+
+def job(tmp_path: Path, killed_at: int = -1, shards: int = 6) -> ShardJob:
+    trace = tmp_path / "trace"
+    trace.mkdir(exist_ok=True)
+    store = Store(str(tmp_path / "out"))
+    return ShardJob("squares", store, shards, partial(Squares, trace, killed_at))
+
+
+POOL = PoolConfig(num_actors=2, cpus_per_actor=0.5)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_every_shard_is_committed_and_a_rerun_does_nothing(tmp_path: Path) -> None:
+    counts = run_shards(job(tmp_path), POOL)
+    assert counts == {"rows_in": 18, "rows": 18}
+    calls = len(list((tmp_path / "trace").iterdir()))
+    assert calls == 6
+    assert run_shards(job(tmp_path), POOL) == counts
+    assert len(list((tmp_path / "trace").iterdir())) == calls
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_killed_actor_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    undisturbed = job(tmp_path / "a")
+    run_shards(undisturbed, POOL)
+    (tmp_path / "b").mkdir()
+    disturbed = job(tmp_path / "b", killed_at=3)
+    run_shards(disturbed, POOL)
+    assert len(list((tmp_path / "b" / "trace").glob("3-*"))) >= 2, "the blow did not fall"
+    assert disturbed.output.names() == undisturbed.output.names()
+    for name in undisturbed.output.names():
+        assert disturbed.output.read(name) == undisturbed.output.read(name)
+
+
+def test_the_first_commit_wins(tmp_path: Path) -> None:
+    work = job(tmp_path)
+    first = ShardOutput(pa.table({"square": [1]}), NO_REJECTS, {"rows": 1})
+    late = ShardOutput(pa.table({"square": [2]}), NO_REJECTS, {"rows": 1})
+    assert commit(work, 0, first)
+    assert not commit(work, 0, late)
+    assert work.output.read_table(work.file(0)).to_pylist() == [{"square": 1}]
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("field", ["cpus_per_actor", "gpus_per_actor"])
+def test_an_actor_that_fits_nowhere_is_refused_before_start(tmp_path: Path, field: str) -> None:
+    pool = PoolConfig.model_validate({field: 1000})
+    with pytest.raises(ConfigError, match=f"{field} is 1000.*largest node has.*lower it"):
+        run_shards(job(tmp_path), pool)
+    assert not (tmp_path / "out").exists()
