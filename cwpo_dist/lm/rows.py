@@ -1,4 +1,4 @@
-"""Rows of token ids in, one padded batch of tensors out: the shared-prompt layout and the plain one.
+"""Rows of token ids in, one padded batch of tensors out, with shared prompts or plain.
 
 A pair is one row: the prompt once, then both answers. Positions of each answer continue from the
 prompt, and an answer sees the prompt and itself, so that a stock model given this batch's mask and
@@ -10,8 +10,8 @@ Shapes: B sequences, L padded length, R rows, K answers a row, N answer tokens o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, Self
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -80,13 +80,11 @@ class RowBatch:
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=True)
+        return type(self)(**values)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.joins_text = chat_template == "plain"
         self.eos_token: str = eos
-        self.eos_id: int = tokenizer.convert_tokens_to_ids(eos)
+        self.eos_id = _id_of(tokenizer, eos)
         self.bos_id = _bos_id(tokenizer)
 
     def encode(self, prompt: Text, answers: Sequence[Text]) -> Row:
@@ -144,7 +144,8 @@ class Encoder:
             raise TokenError("prompt and answer: one is text, one a list of messages; use one kind")
         if self.joins_text and isinstance(prompt, str):
             return prompt if answer is None else prompt + str(answer)
-        messages = [*_messages(prompt, "user"), *_messages(answer or [], "assistant")]
+        reply = [] if answer is None else _messages(answer, "assistant")
+        messages = [*_messages(prompt, "user"), *reply]
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answer is None
@@ -231,8 +232,8 @@ def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
         own = tokenizer.chat_template
         if not isinstance(own, str):
             raise TokenError(
-                "chat_template: 'tokenizer', but this tokenizer has none of its own; use 'plain' or "
-                "the path of a Jinja file"
+                "chat_template: 'tokenizer', but this tokenizer has none of its own; use 'plain' "
+                "or the path of a Jinja file"
             )
         return own
     try:
@@ -249,6 +250,12 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     with_specials = tokenizer("x")["input_ids"]
     first = int(with_specials[0])
     return first if first in (tokenizer.bos_token_id, tokenizer.cls_token_id) else None
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(token_id, int)
+    return token_id
 
 
 def _messages(text: Text, role: str) -> list[dict[str, str]]:

@@ -53,6 +53,7 @@ class Part:
         uri: a path, any URI that fsspec knows, or a hub id.
         reader: which reader takes it.
         name: subset of a hub data set.
+        data_dir: folder inside a hub data set.
         split: split of a hub data set or saved folder.
         revision: commit of a hub data set.
         size: bytes on disk, 0 where unknown.
@@ -62,6 +63,7 @@ class Part:
     uri: str
     reader: Reader
     name: str | None = None
+    data_dir: str | None = None
     split: str | None = None
     revision: str | None = None
     size: int = 0
@@ -72,7 +74,8 @@ class Part:
         if self.reader != "hub":
             return f"{self.uri}[{self.split}]" if self.split else self.uri
         of = f"#{self.shard[0]}/{self.shard[1]}" if self.shard[1] > 1 else ""
-        return f"{self.uri}@{self.revision or 'main'}[{self.name or 'default'}/{self.split}]{of}"
+        subset = "/".join(filter(None, (self.name, self.data_dir, self.split)))
+        return f"{self.uri}@{self.revision or 'main'}[{subset}]{of}"
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,12 @@ def open_saved(part: Part) -> datasets.Dataset:
 def open_hub(part: Part) -> datasets.IterableDataset:
     """One shard of a hub split, streamed: nothing is copied to the node's disk."""
     rows: datasets.IterableDataset = datasets.load_dataset(
-        part.uri, part.name, split=part.split, revision=part.revision, streaming=True
+        part.uri,
+        part.name,
+        data_dir=part.data_dir,
+        split=part.split,
+        revision=part.revision,
+        streaming=True,
     )
     index, count = part.shard
     return rows.shard(num_shards=count, index=index) if count > 1 else rows

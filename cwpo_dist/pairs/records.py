@@ -40,7 +40,12 @@ TOKEN_SCHEMA = pa.schema(
 PROMPT_SCHEMA = pa.schema([("pair_id", pa.string()), ("tokens", pa.list_(pa.int32()))])
 ANSWER_SCHEMA = pa.schema([("pair_id", pa.string()), ("answer", pa.string())])
 REJECT_SCHEMA = pa.schema(
-    [("reason", pa.string()), ("source", pa.string()), ("position", pa.int64()), ("row", pa.string())]
+    [
+        ("reason", pa.string()),
+        ("source", pa.string()),
+        ("position", pa.int64()),
+        ("row", pa.string()),
+    ]
 )
 
 
@@ -108,6 +113,11 @@ def pair_id(prompt: Any, first: Any, second: Any) -> str:
 def canonical(text: Any) -> str:
     """One spelling of a prompt or answer for hashing: JSON, keys sorted."""
     return json.dumps(text, sort_keys=True, ensure_ascii=False)
+
+
+def content_hash(text: Any) -> str:
+    """32 hex digits of the hash of one prompt or answer."""
+    return hashlib.blake2b(canonical(text).encode(), digest_size=16).hexdigest()
 
 
 def unit_hash(seed: int, *parts: str) -> float:

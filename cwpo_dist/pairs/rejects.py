@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
+
+import pyarrow as pa
+
+from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.storage import Store
 
 
 class Reason(StrEnum):
@@ -89,6 +94,13 @@ def row_text(value: Any) -> str:
 def printable(text: str) -> str:
     """The text with whatever UTF-8 cannot hold spelled out."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def write_rejects(store: Store, name: str, rejects: Sequence[Reject]) -> None:
+    """Writes `rejects/<name>` put-if-absent; nothing where there are none."""
+    if rejects:
+        rows = [asdict(reject) for reject in rejects]
+        store.create_table(f"rejects/{name}", pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
 
 
 def refuse_past(

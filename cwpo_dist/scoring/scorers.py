@@ -17,7 +17,7 @@ from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
-from cwpo_dist.lm.probe import LayoutChoice, choose_layout
+from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Row, collate, planned_length
 from cwpo_dist.lm.tokens import Encoder, fit_length, load_tokenizer
 from cwpo_dist.pairs.records import (
@@ -83,7 +83,9 @@ def _encode(
     encoded = {}
     for position, row in enumerate(rows):
         tokens = encoder.encode(row["prompt"], (row["response_a"], row["response_b"]))
-        fitting = fit_length(tokens, model.max_length, model.over_length)
+        fitting = fit_length(
+            tokens, model.max_length, model.over_length, bos_id=encoder.bos_id
+        )
         if fitting is None:
             rejects.add("over_length", position, row["pair_id"])
         else:
@@ -123,9 +125,11 @@ class RewardWorker:
 
     def __init__(self, pairs: PairsIn, model: ModelConfig, annotator: str, max_tokens: int) -> None:
         self.pairs, self.model, self.annotator = pairs, model, annotator
-        reward_model, tokenizer = load_reward_model(model)
+        reward_model, tokenizer = load_reward_model(model), load_tokenizer(model)
         self.encoder = Encoder(tokenizer, model.chat_template)
-        self.forward = RowForward(AnswerScores(reward_model), tokenizer.pad_token_id, max_tokens)
+        self.forward = RowForward(
+            AnswerScores(reward_model), tokenizer.pad_token_id, model.max_length, max_tokens
+        )
 
     def __call__(self, index: int) -> ShardOutput:
         rejects = _Rejects(index)
@@ -165,7 +169,7 @@ class ReferenceWorker:
         self.pairs, self.tokens = pairs, tokens
         policy = load_policy(model)
         pad = load_tokenizer(model).pad_token_id
-        self.forward = RowForward(AnswerLogProbs(policy), pad, max_tokens)
+        self.forward = RowForward(AnswerLogProbs(policy), pad, model.max_length, max_tokens)
 
     def __call__(self, index: int) -> ShardOutput:
         wanted = {row["pair_id"] for row in self.pairs.read(index)}
@@ -229,23 +233,21 @@ class AnswerWorker:
 class RowForward:
     """Rows in, one number per answer out: token-budget batches through a module, no gradients."""
 
-    def __init__(self, module: Module, pad_id: int, max_tokens: int) -> None:
+    def __init__(self, module: Module, pad_id: int, max_length: int, max_tokens: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = module.to(self.device).eval()
         self.pad_id, self.max_tokens = pad_id, max_tokens
-        self.layout: LayoutChoice | None = None
+        self.layout = choose_layout(self.module, longest=max_length).layout
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[list[float]]:
         """Values [len(rows), answers] in the order of the rows."""
-        if not rows:
-            return []
-        if self.layout is None:
-            self.layout = choose_layout(self.module, rows[0], self.pad_id)
-        lengths = [planned_length(row, self.layout.layout) for row in rows]
+        lengths = [planned_length(row, self.layout) for row in rows]
         values: list[list[float]] = [[] for _ in rows]
         for micro in plan_micro_batches(lengths, self.max_tokens, 1)[0]:
-            batch = collate([rows[i] for i in micro], self.layout.layout, self.pad_id)
+            if not micro:
+                continue
+            batch = collate([rows[i] for i in micro], self.layout, self.pad_id)
             output = self.module(batch.to(self.device)).float().cpu().tolist()
             for i, value in zip(micro, output, strict=True):
                 values[i] = value

@@ -81,7 +81,18 @@ def scores_by_pair(
     """(score_a, score_b) of one shard by pair id; None where the node reads no scores."""
     if "annotate" not in node.inputs:
         return None
-    scores = context.place(node.inputs["annotate"])
+    return read_scores(context.place(node.inputs["annotate"]), index)
+
+
+def read_scores(store: Store, index: int) -> dict[str, tuple[float, float]]:
+    """(score_a, score_b) of one shard by pair id, from the output folder of `annotate`."""
     columns = ["pair_id", "score_a", "score_b"]
-    rows = scores.read_table(part("scores", index), columns).to_pylist()
+    rows = store.read_table(part("scores", index), columns).to_pylist()
     return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
+
+
+def read_log_probs(store: Store, index: int) -> dict[str, tuple[float, float]]:
+    """(logp_a, logp_b) of one shard by pair id, from an output folder of `reference`."""
+    columns = ["pair_id", "logp_a", "logp_b"]
+    rows = store.read_table(part("reference", index), columns).to_pylist()
+    return {row["pair_id"]: (row["logp_a"], row["logp_b"]) for row in rows}

@@ -14,7 +14,7 @@ from cwpo_dist.evaluation.gold import load_function
 from cwpo_dist.pairs.records import pair_schema
 from cwpo_dist.scoring.pipeline import ShardJob, part, run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
-from cwpo_dist.stages.context import Context, scores_by_pair
+from cwpo_dist.stages.context import Context, read_log_probs, scores_by_pair
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import Store
 
@@ -64,7 +64,7 @@ def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str,
     reference = context.place(node.inputs["reference"])
     rows = []
     for index, pairs in enumerate(shards):
-        after, before = _log_probs(aligned, index), _log_probs(reference, index)
+        after, before = read_log_probs(aligned, index), read_log_probs(reference, index)
         both = after.keys() & before.keys()
         rows += [
             (pair, after[pair["pair_id"]], before[pair["pair_id"]])
@@ -80,11 +80,6 @@ def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str,
         context.config.align.beta,
         [plain_text(pair["prompt"]) for pair, _, _ in rows],
     ).as_dict()
-
-
-def _log_probs(store: Store, index: int) -> dict[str, tuple[float, float]]:
-    rows = store.read_table(part("reference", index), ["pair_id", "logp_a", "logp_b"]).to_pylist()
-    return {row["pair_id"]: (row["logp_a"], row["logp_b"]) for row in rows}
 
 
 def _gold(context: Context, node: Node) -> dict[str, Any] | None:

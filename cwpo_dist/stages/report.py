@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cwpo_dist.report.page import render
-from cwpo_dist.report.table import show
+from cwpo_dist.report.table import print_summary
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
@@ -32,7 +32,7 @@ def run(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> str:
         place.write("report.html", render(own).encode())
     context.root.write("metrics.json", to_json(metrics))
     context.root.write("report.html", render(metrics).encode())
-    show(metrics)
+    print_summary(metrics)
     return context.root.child("report.html").uri
 
 

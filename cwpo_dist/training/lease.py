@@ -2,7 +2,9 @@
 
 `lease/000003.json` names the third holder and is made put-if-absent; `lease/000003.beat` is its
 sign of life, renewed by a thread. A dead holder is followed by epoch 4; from then on whatever
-epoch 3 still does is refused by `LeaseToken.check`, which every commit asks first.
+epoch 3 still does is refused by `LeaseToken.check`, which every commit asks first. Within an epoch,
+each start of the worker group takes a number in the same way (`lease/000003.workers-0002`), so that
+a group cut off from its driver is shut out by the next one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,29 +68,45 @@ class Holder:
 
 @dataclass(frozen=True)
 class LeaseToken:
-    """What a worker needs to ask whether its driver still holds the lease; cheap to pickle.
+    """What a worker needs to ask whether it may still commit; cheap to pickle.
 
     Attributes:
         store: the stage's folder.
         epoch: the number of the holder.
+        group: the number of the worker group within the epoch; 0 before any.
     """
 
     store: Store
     epoch: int
+    group: int = 0
+
+    def for_new_group(self) -> LeaseToken:
+        """The token of a worker group that starts now; it shuts out all groups before.
+
+        Raises:
+            LeaseLost: when a later driver has taken over.
+        """
+        _, newest = _newest(self.store)
+        following = replace(self, group=newest + 1)
+        if not self.store.create(_group_name(self.epoch, following.group), b""):
+            return self.for_new_group()
+        following.check()
+        return following
 
     def check(self) -> None:
-        """Returns while no later driver has taken over; asked right before each commit.
+        """Returns while nobody later has taken over; asked right before each commit.
 
         Raises:
             LeaseLost: naming the later holder.
         """
-        newest = _epochs(self.store)[-1:]
-        if newest != [self.epoch]:
-            later = _holder(self.store, newest[0]) if newest else "nobody (its files are gone)"
-            raise LeaseLost(
-                f"{self.store.uri}: lease {self.epoch} was taken over by {later}; "
-                "this process stops without committing"
-            )
+        epoch, group = _newest(self.store)
+        if (epoch, group) == (self.epoch, self.group):
+            return
+        later = _holder(self.store, epoch) if epoch > 0 else "nobody (its files are gone)"
+        raise LeaseLost(
+            f"{self.store.uri}: lease {self.epoch}.{self.group} was taken over by "
+            f"{epoch}.{group}, {later}; this process stops without committing"
+        )
 
     def ask_to_stop(self) -> None:
         """Tells the workers, wherever they are, to checkpoint and end."""
@@ -124,17 +142,17 @@ class Lease:
         Raises:
             LeaseHeld: while a live process holds it.
         """
-        epochs = _epochs(store)
-        if epochs:
-            _refuse_if_alive(store, epochs[-1], ttl_s)
-        token = LeaseToken(store, epochs[-1] + 1 if epochs else 1)
+        newest, _ = _newest(store)
+        if newest:
+            _refuse_if_alive(store, newest, ttl_s)
+        token = LeaseToken(store, newest + 1)
         if not store.create_json(_name(token.epoch, "json"), asdict(Holder.this_process())):
             raise LeaseHeld(
                 f"{store.uri}: {_holder(store, token.epoch)} took the lease at the same moment; "
                 "let it run, or stop it and start again"
             )
-        if epochs:
-            logger.warning("%s: lease taken over, now number %d", store.uri, token.epoch)
+        if newest:
+            logger.info("%s: lease number %d, after %d", store.uri, token.epoch, newest)
         return cls(token, ttl_s)
 
     def release(self) -> None:
@@ -189,9 +207,12 @@ def _last_beat(store: Store, epoch: int, holder: Holder) -> float:
     return float(store.read(beat)) if store.exists(beat) else holder.since
 
 
-def _epochs(store: Store) -> list[int]:
-    names = store.names(FOLDER)
-    return sorted(int(Path(name).stem) for name in names if name.endswith(".json"))
+def _newest(store: Store) -> tuple[int, int]:
+    """The latest epoch and its latest worker group; 0 where there is none."""
+    names = [Path(name).name for name in store.names(FOLDER)]
+    epoch = max((int(name[:6]) for name in names if name.endswith(".json")), default=0)
+    groups = [name for name in names if name.startswith(f"{epoch:06d}.workers-")]
+    return epoch, max((int(name[-4:]) for name in groups), default=0)
 
 
 def _holder(store: Store, epoch: int) -> Holder:
@@ -201,6 +222,10 @@ def _holder(store: Store, epoch: int) -> Holder:
 
 def _name(epoch: int, ending: str) -> str:
     return f"{FOLDER}/{epoch:06d}.{ending}"
+
+
+def _group_name(epoch: int, group: int) -> str:
+    return _name(epoch, f"workers-{group:04d}")
 
 
 def _boot() -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -152,6 +153,11 @@ class Preference(Task):
                 "negative and not all zero (all ties?)"
             )
 
+    @cached_property
+    def mean_weight(self) -> float:
+        """The data set's mean C."""
+        return sum(self.weights) / len(self.weights)
+
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
         """[P], each times its weight."""
         references_PK = self._references(outputs_PK, indices)
@@ -170,7 +176,7 @@ class Preference(Task):
         if self.normalization == "batch":
             return sum(self.weights[i] for i in indices) or 1.0
         if self.normalization == "dataset":
-            return len(indices) * sum(self.weights) / len(self.weights)
+            return len(indices) * self.mean_weight
         return float(len(indices))
 
     def metrics(self, outputs_PK: Tensor, indices: Indices) -> dict[str, float]:

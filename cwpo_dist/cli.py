@@ -1,0 +1,276 @@
+"""The command line: `cwpo run CONFIG.yaml`, one command a stage, plan, export, submit.
+
+What is heavy to import (torch, ray) is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from cwpo_dist.config import Config, load_config
+
+if TYPE_CHECKING:
+    from cwpo_dist.stages.plan import Plan
+
+# What each stage does, in its order; `cwpo <stage>` exists for each.
+STAGES = {
+    "prepare": "Read the sources, split them, set bad rows aside: pairs and rejects.",
+    "fit": "Train the weak model on the labelled pairs: the annotator.",
+    "annotate": "Score every pair with the annotator or any one-label reward model.",
+    "weigh": "Scores to preferences: who won, how confidently, with what weight.",
+    "sft": "Fine-tune the policy on the chosen answers.",
+    "reference": "The SFT policy's log-probabilities of both answers, once.",
+    "align": "Confidence-weighted preference optimisation of the policy.",
+    "evaluate": "Held-out accuracy, calibration and gold reward accuracy.",
+}
+USER_ERROR = 2
+
+app = typer.Typer(
+    name="cwpo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Confidence-weighted preference optimisation over Ray and DeepSpeed.\n\n"
+    "Start with [bold]cwpo plan CONFIG.yaml[/bold], which checks a run and says what it costs, "
+    "then [bold]cwpo run CONFIG.yaml[/bold]. A command that was cut off goes on where it was when "
+    "you give it again.",
+)
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; see jobs/recipes for examples.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.SUB=VALUE | FILE.yaml]...",
+        help="Laid over CONFIG from left to right: single values, or further YAML files.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Refuse to start a stage afresh if its inputs changed.")
+]
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="The cluster's job server, such as http://127.0.0.1:8265.",
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="As printed by `cwpo submit`.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; faults of the user end in one message and exit code 2."""
+    try:
+        app(args=arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False)
+        sys.exit(USER_ERROR)
+
+
+def user_message(error: BaseException) -> str | None:
+    """The message of an error that this package raised, here or in a Ray worker; else None.
+
+    Errors of the package's own classes are written for the user; a traceback would only hide them.
+    """
+    if not any(kind.__module__.startswith("cwpo_dist.") for kind in type(error).__mro__):
+        return None
+    return str(getattr(error, "cause", error))  # Ray's wrapper adds the worker's traceback
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    resume: Resume = False,
+) -> None:
+    """Do all that is not done yet, arm by arm, and write the report.
+
+    Example: cwpo run run.yaml arms=[human,weak,cw] align.beta=0.1 output_dir=s3://bucket/run
+    """
+    _run(load_config(config, overrides), until, resume)
+
+
+def _add_stage(stage: str, does: str) -> None:
+    def command(config: ConfigPath, overrides: Overrides = None, resume: Resume = False) -> None:
+        _run(load_config(config, overrides), stage, resume)
+
+    command.__doc__ = (
+        f"{does}\n\nWhat it needs and is not done yet is done first, and said.\n\n"
+        f"Example: cwpo {stage} run.yaml"
+    )
+    app.command(stage)(command)
+
+
+for _stage, _does in STAGES.items():
+    _add_stage(_stage, _does)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories or URIs.")],
+    to: Annotated[
+        str | None, typer.Option(help="Where the page goes; needed for more than one run.")
+    ] = None,
+) -> None:
+    """Show the figures of finished runs and write their page; several runs share one.
+
+    Example: cwpo report runs/seed0 runs/seed1 runs/seed2 --to seeds.html
+    """
+    from cwpo_dist.stages.compare import compare
+
+    _say(f"report: {compare(runs, to)}")
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(help="Print this many rows as the models see them.")] = 0,
+) -> None:
+    """Check columns, models, placement and batches, and say what the run will cost.
+
+    Nothing is started and nothing is written.
+
+    Example: cwpo plan run.yaml --show 3
+    """
+    from cwpo_dist.stages.plan import plan as make_plan
+
+    print_plan(make_plan(load_config(config, overrides), show))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory or URI.")],
+    to: Annotated[str, typer.Option(help="An empty or new folder, or a URI.")],
+    arm: Annotated[str | None, typer.Option(help="Needed when the run has several arms.")] = None,
+) -> None:
+    """Copy an arm's aligned model: a Hugging Face folder that loads anywhere.
+
+    Example: cwpo export runs/demo --arm cw --to models/aligned
+    """
+    from cwpo_dist.stages.export import export as copy_model
+
+    _say(f"model: {copy_model(run, arm, to)}")
+
+
+@app.command()
+def submit(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[STAGE] CONFIG [KEY.SUB=VALUE]...", help="As for `cwpo run` and its stages."
+        ),
+    ],
+    address: Address,
+    wait: Annotated[bool, typer.Option(help="Follow the job's output until it ends.")] = True,
+    python: Annotated[
+        str | None, typer.Option(help="Interpreter on the nodes, where it is not Ray's own.")
+    ] = None,
+    py_module: Annotated[
+        list[str] | None, typer.Option(help="A package folder of yours that the job imports.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="A further environment variable to pass on, by name.")
+    ] = None,
+    pending_timeout: Annotated[
+        float, typer.Option(help="Seconds a job may wait for its start before we say so.")
+    ] = 600.0,
+) -> None:
+    """Send a run, or one stage, to a Ray cluster; the same command again attaches or resumes.
+
+    HF_TOKEN, AWS_*, WANDB_* and MLFLOW_* settings of this shell travel with the job. Every node
+    must see output_dir: give a URI, or a folder that all share.
+
+    Example: cwpo submit annotate run.yaml output_dir=s3://bucket/run --address http://head:8265
+    """
+    from cwpo_dist.submit import Settings, follow
+    from cwpo_dist.submit import submit as send
+
+    stage = what.pop(0) if what[0] in {*STAGES, "run", "plan"} else "run"
+    if not what:
+        raise typer.BadParameter("name a CONFIG after the stage", param_hint="CONFIG")
+    loaded = load_config(what[0], what[1:])
+    if "://" not in loaded.output_dir:
+        _say(f"output_dir {loaded.output_dir!r} is a local path: every node must see it")
+    settings = Settings(python, tuple(py_module or ()), tuple(env or ()))
+    job = send(loaded, stage, address, settings)
+    _say(f"{'attached to' if job.attached else 'submitted'} {job.submission_id}")
+    if wait and not follow(job.submission_id, address, sys.stdout.write, pending_timeout):
+        _say(f"{job.submission_id} did not succeed; the same command starts the next attempt")
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(job: JobId, address: Address) -> None:
+    """Say how a submitted job stands.
+
+    Example: cwpo status cwpo-run-demo-1a2b3c4d --address http://head:8265
+    """
+    from cwpo_dist.submit import status as ask
+
+    _say(ask(job, address))
+
+
+@app.command()
+def logs(
+    job: JobId,
+    address: Address,
+    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends.")] = False,
+) -> None:
+    """Print what a submitted job has printed.
+
+    Example: cwpo logs cwpo-run-demo-1a2b3c4d --follow --address http://head:8265
+    """
+    from cwpo_dist.submit import follow as follow_job
+    from cwpo_dist.submit import logs as read
+
+    if follow:
+        follow_job(job, address, sys.stdout.write)
+    else:
+        sys.stdout.write(read(job, address))
+
+
+@app.command()
+def stop(job: JobId, address: Address) -> None:
+    """Ask a submitted job to end; submitting it again resumes it.
+
+    Example: cwpo stop cwpo-run-demo-1a2b3c4d --address http://head:8265
+    """
+    from cwpo_dist.submit import stop as ask
+
+    _say("stopping" if ask(job, address) else "it had ended before")
+
+
+def _run(config: Config, until: str | None, resume: bool) -> None:
+    from cwpo_dist.stages.run import run as run_stages
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("cwpo_dist").setLevel(logging.INFO)
+    place = run_stages(config, until=until, resume=resume)
+    _say(f"{'report' if until is None else 'run directory'}: {place}")
+
+
+def print_plan(plan: Plan) -> None:
+    """Shows a plan on the terminal."""
+    raise NotImplementedError
+
+
+def _say(text: str) -> None:
+    Console(soft_wrap=True).print(escape(text), highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""A stock Hugging Face model in; a module from a batch of rows to log-probs or scores out.
+
+Each module is one thing that a training engine can wrap: rows go in, one number an answer comes
+out, and nothing in between reads a weight except by calling the sub-module that owns it, which is
+what ZeRO-3 needs. Only answer tokens reach the vocabulary, and never all of them at once.
+
+Shapes: B sequences, L padded length, H width, R rows, K answers a row, N answer tokens, V words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cwpo_dist.lm.loading import ModelError
+from cwpo_dist.lm.rows import RowBatch
+
+# Floats of one chunk of logits: 64 MiB in fp32.
+_CHUNK_LOGITS = 2**24
+
+
+class ChunkedHead(nn.Module):
+    """Hidden states of answer tokens → the log-probs of those tokens, without keeping logits.
+
+    The head's parameters are registered here too, under the same objects. So ZeRO-3's hooks gather
+    them when this module starts and hold them until it ends: one gather for all chunks, in forward
+    and in backward. Do not declare it a ZeRO-3 leaf module: under tied embeddings a leaf's
+    gradients are reduced before the embedding has added its own.
+    """
+
+    def __init__(self, lm_head: nn.Module, config: Any):
+        """Takes the model's output embeddings, and what its config does to logits after them."""
+        super().__init__()
+        self._lm_head = (lm_head,)  # a tuple: the sub-module stays registered with its model alone
+        for name, parameter in lm_head.named_parameters():
+            self.register_parameter(name.replace(".", "_"), parameter)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = _logit_scale(config)
+        self.chunk_size = max(64, _CHUNK_LOGITS // int(config.vocab_size))
+
+    def forward(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
+        """Log-prob of each target, in nats, fp32 [N]; logits are made again for the backward."""
+        size = self.chunk_size
+        chunks = zip(torch.split(hidden_NH, size), torch.split(target_N, size), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._logps(hidden, target) for hidden, target in chunks])
+        return torch.cat([checkpoint(self._logps, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _logps(self, hidden_nH: Tensor, target_n: Tensor) -> Tensor:
+        logits_nV = self._lm_head[0](hidden_nH).float()
+        if self.scale != 1.0:
+            logits_nV = logits_nV * self.scale
+        if self.softcap is not None:
+            logits_nV = torch.tanh(logits_nV / self.softcap) * self.softcap
+        return -nn.functional.cross_entropy(logits_nV, target_n, reduction="none")
+
+
+class AnswerLogProbs(nn.Module):
+    """Summed log-probs of answers under a causal language model (also wrapped by peft).
+
+    Attributes:
+        model: the model as given; the names of its parameters follow after `model.`.
+        head: shares its parameters with `model`; `named_parameters` lists them once, there.
+    """
+
+    def __init__(self, model: nn.Module):
+        """Finds the decoder and the output embeddings; LoRA layers inside them stay active.
+
+        Raises:
+            ModelError: for a model without output embeddings.
+        """
+        super().__init__()
+        self.model = model
+        core = unwrapped(model)
+        lm_head = core.get_output_embeddings()
+        if lm_head is None:
+            raise ModelError(
+                f"model: {type(core).__name__} has no output embeddings; give a causal LM"
+            )
+        self._decoder = (core.base_model,)
+        self.head = ChunkedHead(lm_head, core.config.get_text_config())
+
+    def forward(self, batch: RowBatch) -> Tensor:
+        """Σ log p(answer token | what it may see), in nats, fp32 [R, K]."""
+        logps_N = self.token_logps(batch)
+        sums = logps_N.new_zeros(batch.n_rows * batch.n_answers)
+        return sums.index_add(0, batch.answer, logps_N).view(batch.n_rows, batch.n_answers)
+
+    def token_logps(self, batch: RowBatch) -> Tensor:
+        """Log-prob of each answer token in nats, fp32 [N], in the order of `batch.target`."""
+        hidden_BLH = decode(self._decoder[0], batch)
+        return self.head(hidden_BLH.flatten(0, 1)[batch.source], batch.target)  # type: ignore[no-any-return]
+
+
+class AnswerScores(nn.Module):
+    """Scores of answers under a one-label sequence classifier (also wrapped by peft).
+
+    A decoder is read at each answer's last token, its EOS, through its `score` head; any other
+    classifier (BERT, DeBERTa) takes plain rows through its own forward.
+
+    Attributes:
+        model: the model as given; the names of its parameters follow after `model.`.
+        reads_last_token: whether it is such a decoder, which can take shared rows.
+    """
+
+    def __init__(self, model: nn.Module):
+        """Finds the decoder and its head.
+
+        Raises:
+            ModelError: for another number of labels than one.
+        """
+        super().__init__()
+        self.model = model
+        core = unwrapped(model)
+        if core.config.num_labels != 1:
+            raise ModelError(
+                f"model: {type(core).__name__} has {core.config.num_labels} labels; a reward model "
+                "has one"
+            )
+        self.reads_last_token = reads_last_token(core)
+        self._parts = (core.base_model, getattr(core, "score", None))
+
+    def forward(self, batch: RowBatch) -> Tensor:
+        """One score an answer, fp32 [R, K].
+
+        Raises:
+            ModelError: for shared rows where the classifier can only read plain ones.
+        """
+        return self._scores(batch).float().view(batch.n_rows, batch.n_answers)
+
+    def _scores(self, batch: RowBatch) -> Tensor:
+        decoder, score = self._parts
+        if self.reads_last_token:
+            assert score is not None
+            hidden_BLH = decode(decoder, batch)
+            return score(hidden_BLH.flatten(0, 1)[batch.last])  # type: ignore[no-any-return]
+        if batch.layout == "shared":
+            raise ModelError(
+                f"model: {type(unwrapped(self.model)).__name__} reads whole sequences; "
+                "collate its rows with layout 'plain'"
+            )
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return output.logits  # type: ignore[no-any-return]
+
+
+def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
+    """The last hidden states [B, L, H] of a Hugging Face decoder on either layout."""
+    arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    if batch.layout == "shared":
+        dtype = next(decoder.parameters()).dtype
+        arguments = {
+            "attention_mask": additive(batch.attention_mask, dtype),
+            "position_ids": batch.position_ids,
+        }
+    output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as stock attention adds it to its scores: 0 where allowed, else the minimum."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The Hugging Face model inside a peft wrapper (with its LoRA layers), or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def reads_last_token(classifier: Any) -> bool:
+    """Whether a classifier is a decoder that puts a `score` head on one token's hidden state."""
+    return hasattr(classifier, "score") and classifier.base_model is not classifier
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies its logits by `logit_scale`, Granite divides by `logits_scaling`."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )

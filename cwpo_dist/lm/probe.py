@@ -1,0 +1,155 @@
+"""A model's module in, the layout of its rows out: shared prompts where they are proved exact.
+
+The proof is a probe: random rows through the stock decoder, laid out plainly, against the same rows
+laid out shared. What cannot be proved takes plain rows, and says why, once.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cwpo_dist.lm.loading import ModelError
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decode, unwrapped
+from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate
+
+logger = logging.getLogger(__name__)
+
+# ALiBi biases scores by distance in the row, which no position id can change.
+_ALIBI = frozenset({"bloom", "mpt"})
+# Relative error of hidden states that rounding alone explains. A leak is of the order of 1.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Nats by which our head may differ from the stock model's, whose chunks differ.
+_HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+_PROBE_LENGTHS = ((7, (5, 9)), (3, (6, 2)), (12, (1, 4)))
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """How a model's rows are laid out, and what decided it.
+
+    Attributes:
+        layout: 'shared' only where the probe proved it.
+        reason: one sentence for logs and records.
+        max_difference: the probe's largest relative error of a hidden state; None without a probe.
+    """
+
+    layout: Layout
+    reason: str
+    max_difference: float | None
+
+
+def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> LayoutChoice:
+    """Proves shared rows on this model and attention implementation, or falls back to plain ones.
+
+    Args:
+        module: on its device, before an engine wraps it.
+        longest: the most tokens of a prompt and one answer (`max_length`).
+
+    Raises:
+        ModelError: when the module's log-probs are not the stock model's, in any layout.
+    """
+    config = unwrapped(module.model).config
+    name = f"{config.name_or_path or config.model_type} ({config._attn_implementation})"
+    if isinstance(module, AnswerLogProbs):
+        _check_head(module)
+    reason = _known_obstacle(module, longest)
+    choice = LayoutChoice("plain", reason, None) if reason else _probe(module)
+    _tell(name, choice)
+    return choice
+
+
+def probe_rows(vocab_size: int, seed: int = 0) -> list[Row]:
+    """Rows of random tokens, two answers each, of unequal lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+    return [
+        Row(draw(prompt), tuple(draw(answer) for answer in answers))
+        for prompt, answers in _PROBE_LENGTHS
+    ]
+
+
+def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str | None:
+    """Why shared rows cannot work, where the model's configuration already says so."""
+    config = unwrapped(module.model).config
+    text = config.get_text_config()
+    if isinstance(module, AnswerScores) and not module.reads_last_token:
+        return f"{config.model_type} reads a sequence as a whole"
+    if config.model_type in _ALIBI or getattr(text, "alibi", False):
+        return f"{config.model_type} takes distances from the row (ALiBi), not from position ids"
+    if str(config._attn_implementation).startswith("flash"):
+        return f"{config._attn_implementation} takes resetting positions for packed sequences"
+    window = getattr(text, "sliding_window", None)
+    if window is not None and window < longest:
+        return f"its sliding window of {window} is shorter than rows of {longest} tokens"
+    return None
+
+
+def _probe(module: AnswerLogProbs | AnswerScores) -> LayoutChoice:
+    decoder = unwrapped(module.model).base_model
+    parameter = next(decoder.parameters())
+    rows = probe_rows(_vocabulary(module.model))
+    batches = [collate(rows, layout, 0).to(parameter.device) for layout in ("plain", "shared")]
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            plain_NH, shared_NH = (_answer_states(decoder, batch) for batch in batches)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return LayoutChoice("plain", f"it refuses a 4-D mask with position ids: {error}", None)
+    finally:
+        module.train(was_training)
+    distance_N = (shared_NH - plain_NH).norm(dim=-1) / plain_NH.norm(dim=-1)
+    difference = float(distance_N.max())
+    tolerance = _TOLERANCE[parameter.dtype]
+    if not difference <= tolerance:  # also for NaN
+        reason = f"shared rows miss plain ones by {difference:.1e}, more than {tolerance:.0e}"
+        return LayoutChoice("plain", reason, difference)
+    reason = f"shared rows equal plain ones on a probe (largest relative error {difference:.1e})"
+    return LayoutChoice("shared", reason, difference)
+
+
+def _answer_states(decoder: nn.Module, batch: RowBatch) -> Tensor:
+    """Hidden states of all answer tokens and of the prompts' last, float32 [N + R × K, H]."""
+    hidden = decode(decoder, batch).flatten(0, 1).float()
+    return hidden[torch.cat([batch.source, batch.last])]
+
+
+def _check_head(module: AnswerLogProbs) -> None:
+    """Our chunked head against the stock model's own logits, on plain rows."""
+    parameter = next(module.parameters())
+    batch = collate(probe_rows(_vocabulary(module.model)), "plain", 0).to(parameter.device)
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        ours_N = module.token_logps(batch)
+        stock = module.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    module.train(was_training)
+    logps_NV = stock.logits.flatten(0, 1)[batch.source].float().log_softmax(-1)
+    difference = float((logps_NV.gather(1, batch.target[:, None])[:, 0] - ours_N).abs().max())
+    if not difference <= _HEAD_TOLERANCE[parameter.dtype]:
+        raise ModelError(
+            f"model: the logits of {type(unwrapped(module.model)).__name__} are not those of its "
+            f"output embeddings on its decoder (off by {difference:.1e} nats); its architecture is "
+            "not supported: give another model"
+        )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = unwrapped(model).config.get_text_config()
+    return int(config.vocab_size)
+
+
+@cache
+def _tell(name: str, choice: LayoutChoice) -> None:
+    """Once a process and model."""
+    level = logging.INFO if choice.layout == "shared" else logging.WARNING
+    logger.log(level, "%s: %s rows, as %s", name, choice.layout, choice.reason)

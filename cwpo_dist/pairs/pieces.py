@@ -1,0 +1,210 @@
+"""One raw input in, its pairs filed by bucket out, with rejects and a summary.
+
+A bucket is a range of pair ids; `buckets` gathers one from all pieces. A piece writes what depends
+on its arguments alone, with put-if-absent and its summary last: read twice, by anyone, it leaves
+the same files.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cwpo_dist.pairs import keep
+from cwpo_dist.pairs.parsing import Layout, ParsedPair, parse
+from cwpo_dist.pairs.readers import Part, RawRow, read
+from cwpo_dist.pairs.records import Kind, canonical, content_hash, pair_id, pair_schema
+from cwpo_dist.pairs.rejects import BadRow, Reject, write_rejects
+from cwpo_dist.pairs.splits import SIDE_SCHEMA, SIDES, Side, SplitRule, is_swapped
+from cwpo_dist.storage import Store
+
+ROWS = "work/rows"
+SUMMARIES = "work/pieces"
+
+# Rows are kept in memory until one of these is reached, then written as one file.
+CHUNK_ROWS = 50_000
+CHUNK_CHARS = 64 * 2**20
+
+_BEFORE_PAIRS = pa.schema(
+    [
+        ("bucket", pa.int32()),
+        ("piece", pa.int32()),
+        ("number", pa.int64()),
+        ("origin", pa.string()),
+        ("position", pa.int64()),
+        *SIDE_SCHEMA,
+        ("in_labelled_part", pa.bool_()),
+        ("kept", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one task reads: one input, or all inputs of a source that has a limit.
+
+    Attributes:
+        source: the source as the config spells it.
+        parts: what is read, in this order.
+        layout: how its rows spell a pair.
+        into: the side all its rows go to; None: by hash.
+        limit: read at most so many rows.
+    """
+
+    source: str
+    parts: tuple[Part, ...]
+    layout: Layout
+    into: Side | None = None
+    limit: int | None = None
+
+
+@dataclass
+class PieceSummary:
+    """What became of one piece."""
+
+    rows_in: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+    bucket_rows: dict[str, int] = field(default_factory=dict)
+    kept_types: dict[str, list[str]] = field(default_factory=dict)
+
+
+def piece_summaries(store: Store) -> list[PieceSummary]:
+    """The summaries of all pieces that are done."""
+    return [PieceSummary(**store.read_json(name)) for name in store.names(SUMMARIES)]
+
+
+def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_buckets: int) -> None:
+    """Reads and parses one piece; writes `work/rows/`, `rejects/` and `work/pieces/<index>.json`.
+
+    Raises:
+        SourceError: when an input cannot be read to its end.
+    """
+    name = f"{SUMMARIES}/{index:05d}.json"
+    if store.exists(name):
+        return
+    files = _PieceFiles(store, index, piece.layout.kind)
+    summary = PieceSummary()
+    kept_types: dict[str, set[str]] = {column: set() for column in piece.layout.keep}
+    for number, (part, raw) in enumerate(_raw_rows(piece)):
+        summary.rows_in += 1
+        try:
+            pair = _parsed(raw, piece.layout)
+        except BadRow as bad:
+            files.reject(Reject(bad.reason, str(part), raw.position, raw.as_text()))
+            continue
+        _note_types(pair.kept, kept_types)
+        row = _work_row(pair, piece, rule)
+        bucket = int(row["pair_id"][:8], 16) * n_buckets >> 32
+        place = {"number": number, "origin": str(part), "position": raw.position}
+        files.add({**row, **place, "bucket": bucket, "piece": index})
+    files.flush()
+    summary.rejects = dict(files.rejected)
+    summary.bucket_rows = {str(bucket): count for bucket, count in sorted(files.added.items())}
+    summary.kept_types = {column: sorted(types) for column, types in kept_types.items()}
+    store.create_json(name, asdict(summary))
+
+
+def _raw_rows(piece: Piece) -> Iterator[tuple[Part, RawRow]]:
+    rows = ((part, raw) for part in piece.parts for raw in read(part, piece.layout.needed))
+    return itertools.islice(rows, piece.limit)
+
+
+def _parsed(raw: RawRow, layout: Layout) -> ParsedPair:
+    if raw.fault is not None:
+        raise BadRow(raw.fault)
+    return parse(raw.value, layout)
+
+
+def _note_types(kept: Mapping[str, Any], types: dict[str, set[str]]) -> None:
+    for column, value in kept.items():
+        kind = keep.value_type(value)
+        if kind is not None:
+            types[column].add(kind)
+
+
+def _work_row(pair: ParsedPair, piece: Piece, rule: SplitRule) -> dict[str, Any]:
+    """A pair in the order and on the side that its content and the seed decide."""
+    identity = pair_id(pair.prompt, pair.first, pair.second)
+    prompt_hash = content_hash(pair.prompt)
+    sorts_first = canonical(pair.first) < canonical(pair.second)
+    first, second = ("a", "b") if sorts_first != is_swapped(rule.seed, identity) else ("b", "a")
+    key = prompt_hash if pair.group is None else pair.group
+    return {
+        "pair_id": identity,
+        "prompt": pair.prompt,
+        f"response_{first}": pair.first,
+        f"response_{second}": pair.second,
+        "label": {"first": first, "second": second, None: None}[pair.label],
+        f"votes_{first}": pair.votes_first,
+        f"votes_{second}": pair.votes_second,
+        "source": piece.source,
+        "prompt_hash": prompt_hash,
+        "side": SIDES.index(rule.side(key, piece.into)),
+        "in_labelled_part": rule.is_labelled(key),
+        "kept": json.dumps(dict(pair.kept), ensure_ascii=False),
+    }
+
+
+class _PieceFiles:
+    """The rows and rejects of one piece, written in files of bounded size."""
+
+    def __init__(self, store: Store, index: int, kind: Kind) -> None:
+        self._store = store
+        self._index = index
+        self._schema = _work_schema(kind)
+        self._rows: list[dict[str, Any]] = []
+        self._rejects: list[Reject] = []
+        self._chars = 0
+        self._chunk = 0
+        self.added: Counter[int] = Counter()
+        self.rejected: Counter[str] = Counter()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.added[row["bucket"]] += 1
+        self._rows.append(row)
+        self._grow(sum(len(str(row[name])) for name in ("prompt", "response_a", "response_b")))
+
+    def reject(self, reject: Reject) -> None:
+        self.rejected[reject.reason] += 1
+        self._rejects.append(reject)
+        self._grow(len(reject.row))
+
+    def _grow(self, chars: int) -> None:
+        self._chars += chars
+        if self._chars >= CHUNK_CHARS or len(self._rows) + len(self._rejects) >= CHUNK_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        name = f"{self._index:05d}-{self._chunk:05d}.parquet"
+        if self._rows:
+            table = pa.Table.from_pylist(self._rows, schema=self._schema)
+            self._store.create(f"{ROWS}/{name}", _by_bucket(table))
+        write_rejects(self._store, f"part-read-{name}", self._rejects)
+        self._rows, self._rejects, self._chars = [], [], 0
+        self._chunk += 1
+
+
+def _work_schema(kind: Kind) -> pa.Schema:
+    pair = [column for column in pair_schema(kind) if column.name != "split"]
+    return pa.schema([*pair, *_BEFORE_PAIRS])
+
+
+def _by_bucket(table: pa.Table) -> bytes:
+    """A table as Parquet with one row group a bucket, so that a bucket is read without the rest."""
+    table = table.sort_by("bucket")
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+        start = 0
+        for _, group in itertools.groupby(table["bucket"].to_pylist()):
+            length = sum(1 for _ in group)
+            writer.write_table(table.slice(start, length))
+            start += length
+    return buffer.getvalue()

@@ -1,0 +1,391 @@
+"""The `prepare` section in; what to read, how its rows spell a pair, and what identifies it out.
+
+Everything that can be refused before a worker starts is refused here, from names, sizes and the
+first rows of each source.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import fsspec
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.exceptions import DatasetsError
+from fsspec.implementations.local import LocalFileSystem
+
+from cwpo_dist.config import ConfigError, PrepareConfig, Source
+from cwpo_dist.pairs.parsing import FIELDS, Format, Layout, answer_fields, is_transcript
+from cwpo_dist.pairs.pieces import Piece
+from cwpo_dist.pairs.readers import (
+    COMPRESSIONS,
+    READERS,
+    Part,
+    Reader,
+    SourceError,
+    open_hub,
+    read,
+    reader_of,
+)
+from cwpo_dist.pairs.records import Kind, pair_schema
+from cwpo_dist.storage import fingerprint
+
+logger = logging.getLogger(__name__)
+
+PEEK_ROWS = 1000
+# One task holds one bucket in memory as Python objects, some three times its text.
+BUCKET_BYTES = 256 * 2**20
+# Text is about so much longer than its compressed file.
+_EXPANSION: dict[Reader, int] = {"parquet": 4, "saved": 1, "hub": 1}
+_COMPRESSED = 4
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SAVED = ("state.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `prepare` will read.
+
+    Attributes:
+        pieces: the reading tasks, in the order of the sources.
+        kind: text when every source is text, else conversational (text rows become messages).
+        n_buckets: ranges of pair ids, so many that one fits in a task's memory.
+        may_leak: whether a prompt could lie on two sides, which draws by prompt rule out.
+    """
+
+    pieces: tuple[Piece, ...]
+    kind: Kind
+    n_buckets: int
+    may_leak: bool
+
+
+@dataclass(frozen=True)
+class _Peeked:
+    """A source, its inputs and its first rows."""
+
+    field: str
+    source: Source
+    parts: tuple[Part, ...]
+    rows: tuple[Mapping[str, Any], ...]
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+
+def check(config: PrepareConfig) -> None:
+    """Refuses what cannot work: missing files and columns, unknown formats.
+
+    Raises:
+        ConfigError: naming the field, what is there, and the remedy.
+    """
+    plan(config)
+
+
+def source_fingerprints(config: PrepareConfig) -> list[Any]:
+    """What identifies the inputs as they are now, without reading them; one entry a source.
+
+    Raises:
+        ConfigError: when a path leads nowhere.
+    """
+    return [_fingerprint(index, source) for index, source in enumerate(config.sources)]
+
+
+def plan(config: PrepareConfig) -> Plan:
+    """Finds the inputs and how their rows spell a pair.
+
+    Raises:
+        ConfigError: naming the field, what is there, and the remedy.
+    """
+    _check_settings(config)
+    peeked = [_peek(index, source) for index, source in enumerate(config.sources)]
+    _check_keep(config, peeked)
+    columns = [_columns(each) for each in peeked]
+    formats = [_format(*given) for given in zip(peeked, columns, strict=True)]
+    kind: Kind = "text" if set(formats) == {"text"} else "conversational"
+    pieces: list[Piece] = []
+    for each, names, spelled in zip(peeked, columns, formats, strict=True):
+        _check_prompt(each, names, spelled, kind)
+        layout = Layout(names, spelled, kind, _group(each, config), tuple(config.keep_columns))
+        pieces += _pieces(each, layout)
+    size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
+    sides = {source.into for source in config.sources}
+    may_leak = len(sides) > 1 or (config.group_column is not None and sides == {None})
+    return Plan(tuple(pieces), kind, max(1, -(-size // BUCKET_BYTES)), may_leak)
+
+
+def _pieces(peeked: _Peeked, layout: Layout) -> list[Piece]:
+    """One piece an input; a limit counts over all inputs of its source, so they are one piece."""
+    source = peeked.source
+    together = [peeked.parts] if source.limit else [(part,) for part in peeked.parts]
+    return [Piece(source.path, parts, layout, source.into, source.limit) for parts in together]
+
+
+def _text_bytes(part: Part) -> int:
+    packed = part.uri.lower().endswith(COMPRESSIONS)
+    return part.size * _EXPANSION.get(part.reader, _COMPRESSED if packed else 1)
+
+
+# -- finding the inputs
+
+
+def _fingerprint(index: int, source: Source) -> Any:
+    if not _is_hub_id(source.path):
+        try:
+            return fingerprint(source.path)
+        except OSError as error:
+            raise _nothing_there(f"prepare.sources.{index}.path", source.path, error) from None
+    if source.revision is None:
+        _warn_unpinned(source.path)
+    return source.model_dump(include={"path", "name", "data_dir", "split", "revision"})
+
+
+@cache
+def _warn_unpinned(path: str) -> None:
+    logger.warning(
+        "prepare.sources: hub data set %r has no revision; name a commit, or a rerun may read "
+        "other rows under the same key",
+        path,
+    )
+
+
+def _is_hub_id(path: str) -> bool:
+    """True for `owner/name` or `name` that is nothing on disk and names no file of ours."""
+    if "://" in path or not _HUB_ID.fullmatch(path) or reader_of(path):
+        return False
+    filesystem, root = fsspec.url_to_fs(path)
+    return not filesystem.exists(root)
+
+
+def _parts(field: str, source: Source) -> list[Part]:
+    if _is_hub_id(source.path):
+        return _hub_parts(field, source)
+    try:
+        filesystem, root = fsspec.url_to_fs(source.path)
+        if filesystem.isdir(root):
+            return _folder_parts(field, source, filesystem, root)
+        whole = filesystem.isfile(root)
+        paths = [root] if whole else sorted(filesystem.glob(root))
+    except (OSError, ImportError, ValueError) as error:  # no access, no driver for the protocol
+        raise _nothing_there(field, source.path, error) from None
+    if not paths:
+        raise _nothing_there(field, source.path, "no such file")
+    return [_file_part(field, filesystem, path) for path in paths if not filesystem.isdir(path)]
+
+
+def _nothing_there(field: str, path: str, error: object) -> ConfigError:
+    return ConfigError(
+        f"{field}: nothing to read at {path!r} ({error}); give a file, a glob, a folder, a URI, or "
+        "a Hugging Face data set id"
+    )
+
+
+def _file_part(field: str, filesystem: Any, path: str) -> Part:
+    reader = reader_of(path)
+    if reader is None:
+        raise ConfigError(
+            f"{field}: {path!r} has an unknown suffix; we read {', '.join(READERS)}, each also "
+            f"with {', '.join(COMPRESSIONS)} (but Parquet, which compresses itself)"
+        )
+    return Part(_uri(filesystem, path), reader, size=filesystem.size(path) or 0)
+
+
+def _uri(filesystem: Any, path: str) -> str:
+    """A path that means the same on every node, whatever its working directory."""
+    if isinstance(filesystem, LocalFileSystem):
+        return path
+    return str(filesystem.unstrip_protocol(path))
+
+
+def _folder_parts(field: str, source: Source, filesystem: Any, root: str) -> list[Part]:
+    root = f"{root.rstrip('/')}/{source.data_dir}" if source.data_dir else root.rstrip("/")
+    if any(filesystem.exists(f"{root}/{name}") for name in _SAVED):
+        return [_saved_part(field, source, filesystem, root)]
+    uri = _uri(filesystem, root)
+    try:
+        found = DataFilesDict.from_patterns(get_data_patterns(uri), uri)
+    except (OSError, DatasetsError) as error:
+        raise _nothing_there(field, source.path, error) from None
+    if source.split not in found:
+        raise _no_split(field, source, found)
+    stripped = (filesystem._strip_protocol(path) for path in found[source.split])
+    paths = sorted(path for path in stripped if reader_of(path))
+    if not paths:
+        raise _nothing_there(field, source.path, f"no {', '.join(READERS)} in it")
+    return [_file_part(field, filesystem, path) for path in paths]
+
+
+def _saved_part(field: str, source: Source, filesystem: Any, root: str) -> Part:
+    size = sum(filesystem.du(root, total=False).values())
+    uri = _uri(filesystem, root)
+    if not filesystem.exists(f"{root}/dataset_dict.json"):
+        return Part(uri, "saved", size=size)
+    splits = json.loads(filesystem.cat_file(f"{root}/dataset_dict.json"))["splits"]
+    if source.split not in splits:
+        raise _no_split(field, source, splits)
+    return Part(uri, "saved", split=source.split, size=size)
+
+
+def _no_split(field: str, source: Source, splits: Iterable[Any]) -> ConfigError:
+    return ConfigError(
+        f"{field.removesuffix('path')}split: {source.path!r} has no split {source.split!r}; it has "
+        f"{', '.join(map(str, splits))}"
+    )
+
+
+def _hub_parts(field: str, source: Source) -> list[Part]:
+    """The shards of a hub split; each is read by its own task."""
+    whole = Part(
+        source.path,
+        "hub",
+        name=source.name,
+        data_dir=source.data_dir,
+        split=source.split,
+        revision=source.revision,
+    )
+    try:
+        rows = open_hub(whole)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ConfigError(
+            f"{field}: {source.path!r} is no file or folder here, and the Hugging Face hub does "
+            f"not give it: {error}; check path, name, split and revision"
+        ) from error
+    count = max(1, int(rows.num_shards))
+    split = (rows.info.splits or {}).get(source.split)
+    size = (split.num_bytes or 0) // count if split else 0
+    return [
+        Part(**{**vars(whole), "shard": (index, count), "size": size}) for index in range(count)
+    ]
+
+
+# -- looking at the first rows
+
+
+def _peek(index: int, source: Source) -> _Peeked:
+    field = f"prepare.sources.{index}.path"
+    parts = tuple(_parts(field, source))
+    try:
+        first = itertools.islice((raw for part in parts for raw in read(part)), PEEK_ROWS)
+        raws = list(first)
+    except SourceError as error:
+        raise ConfigError(f"{field}: {error}") from error
+    rows = tuple(raw.value for raw in raws if not raw.fault and isinstance(raw.value, Mapping))
+    if not rows:
+        why = raws[0].fault or "not a mapping" if raws else "it is empty"
+        raise ConfigError(
+            f"{field}: no row among the first {PEEK_ROWS} of {source.path!r} can be read ({why}); "
+            "check that the file is what its name says"
+        )
+    return _Peeked(field.removesuffix(".path"), source, parts, rows)
+
+
+def _columns(peeked: _Peeked) -> dict[str, str]:
+    """Our field → their column, for the fields that the source has and parsing needs."""
+    given, names = peeked.source.columns, peeked.names
+    for ours, theirs in given.items():
+        if ours not in FIELDS:
+            raise ConfigError(
+                f"{peeked.field}.columns: {ours!r} is no field of ours; they are "
+                f"{', '.join(FIELDS)}"
+            )
+        if theirs not in names:
+            raise _no_column(f"{peeked.field}.columns.{ours}", peeked, theirs)
+    found = {ours: given.get(ours, ours) for ours in FIELDS}
+    found = {ours: theirs for ours, theirs in found.items() if theirs in names}
+    if {"response_a", "response_b"} & set(given):
+        found = {ours: theirs for ours, theirs in found.items() if ours not in _CHOSEN}
+    answers = answer_fields(found)
+    if not set(answers) <= set(found):
+        raise ConfigError(
+            f"{peeked.field}.columns: {peeked.source.path!r} has no columns for two answers; it "
+            f"has {', '.join(names)}. Say which they are: columns: {{chosen: …, rejected: …}}, or "
+            "{response_a: …, response_b: …}"
+        )
+    label = () if answers == _CHOSEN else ("label",)
+    wanted = ("prompt", *answers, *label, "votes_a", "votes_b")
+    return {ours: found[ours] for ours in wanted if ours in found}
+
+
+_CHOSEN = ("chosen", "rejected")
+
+
+def _no_column(field: str, peeked: _Peeked, name: str) -> ConfigError:
+    return ConfigError(
+        f"{field}: {peeked.source.path!r} has no column {name!r} in its first {len(peeked.rows)} "
+        f"rows; it has {', '.join(peeked.names)}. Correct the name (our names are mapped to "
+        "theirs under `columns:`)"
+    )
+
+
+def _format(peeked: _Peeked, columns: Mapping[str, str]) -> Format:
+    """The format given, or for `auto` the one that most of the first rows follow."""
+    if peeked.source.format != "auto":
+        return peeked.source.format
+    # Transcripts show at the start of the whole text: the prompt's where there is one.
+    begins = columns.get("prompt", columns[answer_fields(columns)[0]])
+    starts = [row.get(begins) for row in peeked.rows]
+    texts = [
+        row.get(columns[name])
+        for row in peeked.rows
+        for name in ("prompt", *answer_fields(columns))
+        if name in columns
+    ]
+    if any(isinstance(text, list) for text in texts):
+        return "conversational"
+    return "hh" if 2 * sum(map(is_transcript, starts)) > len(starts) else "text"
+
+
+def _check_prompt(peeked: _Peeked, columns: Mapping[str, str], spelled: Format, kind: Kind) -> None:
+    """Text without a prompt column must be transcripts, in a run of text."""
+    if spelled != "text" or "prompt" in columns:
+        return
+    if kind == "conversational":
+        raise ConfigError(
+            f"{peeked.field}.format: text transcripts cannot be mixed with conversational "
+            "sources; set format: hh"
+        )
+    answers = [row.get(columns[name]) for row in peeked.rows for name in answer_fields(columns)]
+    if not any(map(is_transcript, answers)):
+        raise ConfigError(
+            f"{peeked.field}.columns.prompt: {peeked.source.path!r} has no column 'prompt' and its "
+            f"answers are no transcripts; it has {', '.join(peeked.names)}. Say which it is: "
+            "columns: {prompt: …}"
+        )
+
+
+# -- settings
+
+
+def _check_settings(config: PrepareConfig) -> None:
+    held_out = config.validation_fraction + config.test_fraction
+    if held_out > 1:
+        raise ConfigError(
+            f"prepare.validation_fraction + prepare.test_fraction = {held_out:g}: at most 1"
+        )
+
+
+def _check_keep(config: PrepareConfig, peeked: Sequence[_Peeked]) -> None:
+    reserved = set(pair_schema("text").names)
+    for name in config.keep_columns:
+        if name in reserved:
+            raise ConfigError(
+                f"prepare.keep_columns: {name!r} is a column of the pair record itself; rename it "
+                "in the source"
+            )
+        if not any(name in each.names for each in peeked):
+            raise _no_column("prepare.keep_columns", peeked[0], name)
+
+
+def _group(peeked: _Peeked, config: PrepareConfig) -> str | None:
+    """The group column, which a source that goes to one side as a whole may lack."""
+    if config.group_column is None or config.group_column in peeked.names:
+        return config.group_column
+    if peeked.source.into is None:
+        raise _no_column("prepare.group_column", peeked, config.group_column)
+    return None

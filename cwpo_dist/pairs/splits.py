@@ -1,0 +1,104 @@
+"""A pair and a seed in; the order of its answers, its side, its split out. Duplicates, leaks.
+
+Everything here is a function of content and seed, never of the order or number of the rows, so
+that tomorrow's rows move none of yesterday's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cwpo_dist.config import Split
+from cwpo_dist.pairs.records import unit_hash
+from cwpo_dist.pairs.rejects import Reason
+
+Side = Literal["train", "validation", "test"]
+
+# A prompt on two sides stays on the later one of this tuple: what is measured on is never shrunk
+# in favour of what is trained on.
+SIDES: tuple[Side, ...] = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = ("labelled", "unlabelled", "validation", "test")
+LEAKED = {"test": Reason.IN_TEST, "validation": Reason.IN_VALIDATION}
+
+# One prompt on one side, as far as a pass over all buckets must know it.
+SIDE_SCHEMA = pa.schema([("prompt_hash", pa.string()), ("side", pa.int8())])
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """The shares of the sides, drawn by hash from the split key: the prompt, or the group."""
+
+    seed: int
+    labelled: float
+    validation: float
+    test: float
+
+    def side(self, key: str, into: Side | None = None) -> Side:
+        """`into` where the source says so, else a draw from hash(seed, key)."""
+        if into is not None:
+            return into
+        draw = unit_hash(self.seed, "side", key)
+        if draw < self.test:
+            return "test"
+        return "validation" if draw < self.test + self.validation else "train"
+
+    def is_labelled(self, key: str) -> bool:
+        """Whether a training pair with this key belongs to the labelled part, if it has a label."""
+        return unit_hash(self.seed, "labelled", key) < self.labelled
+
+
+def split_of(side: Side, in_labelled_part: bool, label: str | None) -> Split:
+    """The split; a training pair without a label is unlabelled whatever its draw."""
+    if side != "train":
+        return side
+    return "labelled" if in_labelled_part and label is not None else "unlabelled"
+
+
+def is_swapped(seed: int, pair_id: str) -> bool:
+    """Whether the answer that sorts first becomes response_b.
+
+    The order depends on the content alone, so position says nothing about the label, and two
+    copies of a pair agree on it whichever answer was chosen in each.
+    """
+    return unit_hash(seed, "order", pair_id) < 0.5
+
+
+def merge(copies: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """Exact duplicates of one pair as one row: votes add up, labels must agree.
+
+    Args:
+        copies: rows with one pair_id, at least one; the first gives source and kept columns.
+
+    Returns:
+        The pair, and whether its copies had conflicting labels (then its label is null).
+    """
+    labels = {row["label"] for row in copies} - {None}
+    conflict = len(labels) > 1
+    merged = {
+        **copies[0],
+        "label": None if conflict or not labels else labels.pop(),
+        "votes_a": _total(row["votes_a"] for row in copies),
+        "votes_b": _total(row["votes_b"] for row in copies),
+    }
+    return merged, conflict
+
+
+def _total(votes: Iterable[int | None]) -> int | None:
+    given = [vote for vote in votes if vote is not None]
+    return sum(given) if given else None
+
+
+def leaks(prompts: pa.Table) -> pa.Table:
+    """The prompts that lie on several sides, each with the one side that keeps them.
+
+    Args:
+        prompts: rows of SIDE_SCHEMA, any number for one prompt.
+    """
+    sides = prompts.group_by("prompt_hash").aggregate([("side", "min"), ("side", "max")])
+    several = sides.filter(pc.not_equal(sides["side_min"], sides["side_max"]))
+    return several.select(["prompt_hash", "side_max"]).rename_columns(SIDE_SCHEMA.names)

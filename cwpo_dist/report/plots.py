@@ -1,0 +1,292 @@
+"""A run's metrics in, plots as inline SVG out: no scripts, no fonts, no links.
+
+Colours are written as placeholders and then become CSS variables, so that the page's stylesheet
+colours the plots, in light and in dark.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from cwpo_dist.report.summary import COMPARISONS, Metrics, arm_items, at, shared_outputs
+
+INK, MUTED, GRID, ACCENT, SECOND = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05"
+SERIES = tuple(f"#0a0c{k:02x}" for k in range(8))
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    ACCENT: "var(--accent)",
+    SECOND: "var(--second)",
+    **{colour: f"var(--series-{k})" for k, colour in enumerate(SERIES)},
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: readable, searchable, in the page's own font
+    "text.parse_math": False,  # names come from users: a $ is a $
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+_WIDTH, _HEIGHT = 5.0, 3.1  # inches; a wide plot has twice the width
+_LONGEST_CURVE = 500  # points; longer curves are averaged in equal stretches
+# What the curve of each stage shows.
+_CURVES = {
+    "fit": "Bradley–Terry loss of the annotator. Dashed: ln 2, a coin.",
+    "sft": "Negative log-likelihood of the chosen answers, per answer token.",
+    "align": "Weighted preference loss. Arms of different weights or normalisation start at "
+    "different levels: read each line for its shape, and compare arms by GRA.",
+}
+_LONGEST_NAME = 28  # letters
+_WINDOW = 21  # stretches of the running mean
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An SVG element, and in words what it shows."""
+
+    svg: str
+    caption: str
+
+
+def gra_plot(metrics: Metrics) -> Plot | None:
+    """GRA of each arm with its interval, one panel a comparison; None where none was run."""
+    names = [name for name, arm in arm_items(metrics) if at(arm, "gra")]
+    if not names:
+        return None
+    height = 0.9 + 0.42 * len(names)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2 * _WIDTH, height), layout="constrained")
+        axes = figure.subplots(1, 2, sharex=True, sharey=True)
+        for ax, (key, words) in zip(axes, COMPARISONS.items(), strict=True):
+            found = [at(metrics, "arms", name, "gra", key) for name in names]
+            _intervals(ax, found, horizontal=True)
+            ax.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+            ax.set(title=f"against {words}", ylim=(len(names) - 0.5, -0.5))
+            _percent(ax.xaxis)
+            ax.set_yticks(range(len(names)), [_short(name) for name in names])
+            ax.grid(axis="y", visible=False)
+        return Plot(
+            _svg(figure, "gra"),
+            "Share of prompts won, ties counted as losses, with 95 % intervals. Hollow: with "
+            "ties halved. Dashed: one half.",
+        )
+
+
+def confidence_plot(metrics: Metrics) -> Plot | None:
+    """Histogram of confidences; None where no pair was weighed."""
+    confidences = at(metrics, "confidences")
+    if not confidences:
+        return None
+    values = np.asarray(confidences, dtype=float)
+    with mpl.rc_context(_STYLE):
+        figure, ax = _figure()
+        weights = np.full(len(values), 1 / len(values))
+        ax.hist(
+            values, bins=np.linspace(0, 1, 26).tolist(), weights=weights, color=ACCENT, rwidth=0.92
+        )
+        ax.axvline(values.mean(), color=INK, linewidth=1.2, linestyle=(0, (3, 3)))
+        ax.annotate(
+            f"mean {values.mean():.2f}",
+            (values.mean(), 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",
+        )
+        ax.set(xlabel="confidence C", ylabel="share of pairs", xlim=(0, 1))
+        _percent(ax.yaxis)
+        ax.grid(axis="x", visible=False)
+        return Plot(
+            _svg(figure, "confidence"),
+            f"C = tanh(margin / 2) of {len(values):,} annotated pairs.",
+        )
+
+
+def quarter_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
+    """Accuracy of each quarter by confidence; None where there were too few pairs."""
+    quarters = record.get("by_quarter")
+    if not quarters:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure, ax = _figure()
+        _intervals(ax, quarters, horizontal=False)
+        _level(ax, at(record, "agreement", "accuracy"), "all pairs", ACCENT)
+        _level(ax, at(record, "length_baseline", "accuracy"), "longer answer wins", SECOND)
+        labels = [f"{q['lower']:.2f} – {q['upper']:.2f}" for q in quarters]
+        ax.set_xticks(range(len(quarters)), labels)
+        ax.set(xlabel="confidence C, by quarter", ylabel="accuracy", xlim=(-0.5, 3.5))
+        _percent(ax.yaxis)
+        ax.grid(axis="x", visible=False)
+        ax.legend(loc="upper left", bbox_to_anchor=(0, 1.18), ncols=2)
+        sizes = ", ".join(f"{q['n']:,}" for q in quarters)
+        return Plot(
+            _svg(figure, f"quarters-{salt}"),
+            f"Decided held-out pairs in four equal parts ({sizes}), with 95 % intervals.",
+        )
+
+
+def reliability_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
+    """Accuracy against the probability claimed; None where nothing was decided."""
+    bins = [b for b in record.get("reliability") or [] if b["n"]]
+    if not bins:
+        return None
+    total = sum(b["n"] for b in bins)
+    with mpl.rc_context(_STYLE):
+        figure, ax = _figure()
+        ax.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        means = [b["mean"] for b in bins]
+        _whiskers(ax, means, bins, horizontal=False)
+        sizes = [30 + 400 * b["n"] / total for b in bins]
+        shares = [b["accuracy"] for b in bins]
+        ax.scatter(means, shares, s=sizes, color=ACCENT, zorder=3, alpha=0.85, linewidth=0)
+        ax.set(xlabel="probability claimed, σ(|margin|)", ylabel="accuracy", xlim=(0.49, 1.01))
+        for axis in (ax.xaxis, ax.yaxis):
+            _percent(axis)
+        error = record["expected_calibration_error"]  # a number wherever a bin has pairs
+        return Plot(
+            _svg(figure, f"reliability-{salt}"),
+            f"Ten bins of {total:,} decided held-out pairs; a dot's area is its share, whiskers "
+            f"are 95 % intervals, the dashed line is perfect calibration. ECE {100 * error:.1f} %."
+            " Below the line: overconfident.",
+        )
+
+
+def curve_plot(metrics: Metrics, stage: str) -> Plot | None:
+    """Training loss of a stage by step, one line an output; None where none was trained."""
+    curves = []
+    for output in shared_outputs(metrics, stage, having="curves"):
+        points = at(metrics, "arms", output.arms[0], "curves", stage)
+        steps, losses = _points(points)
+        if len(steps):
+            curves.append((_short(output.label), steps, losses))
+    if not curves:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure, ax = _figure(wide=stage == "align")
+        for k, (label, steps, losses) in enumerate(curves):
+            colour = SERIES[k % len(SERIES)]
+            dash = "-" if k < len(SERIES) else "--"
+            smooth = _running_mean(losses)
+            ax.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.3)
+            ax.plot(steps, smooth, dash, color=colour, label=label, marker=_marker(steps), ms=4)
+        if stage == "fit":
+            ax.axhline(math.log(2), color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        ax.set(xlabel="step", ylabel="loss")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(curves) > 1 or curves[0][0] != "all arms":
+            ax.legend(loc="best")
+        return Plot(_svg(figure, f"curve-{stage}"), _CURVES[stage])
+
+
+def _figure(*, wide: bool = False) -> tuple[Figure, Axes]:
+    width = 2 * _WIDTH if wide else _WIDTH
+    figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _percent(axis: Axis) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+
+
+def _intervals(ax: Axes, found: Sequence[Mapping[str, Any] | None], *, horizontal: bool) -> None:
+    """Dots with 95 % whiskers at 0, 1, 2, …; a record without figures leaves its place empty."""
+    known = [(k, r) for k, r in enumerate(found) if r is not None and r["accuracy"] is not None]
+    places = [k for k, _ in known]
+    records = [r for _, r in known]
+    shares = [r["accuracy"] for r in records]
+    halved = [r["accuracy_ties_halved"] for r in records if "accuracy_ties_halved" in r]
+    _whiskers(ax, places, records, horizontal=horizontal)
+    if halved:
+        ax.scatter(halved, places, s=40, facecolor="none", edgecolor=ACCENT, zorder=3)
+    x, y = (shares, places) if horizontal else (places, shares)
+    ax.scatter(x, y, s=55, color=ACCENT, zorder=4, linewidth=0)
+
+
+def _whiskers(
+    ax: Axes, places: Sequence[float], records: Sequence[Mapping[str, Any]], *, horizontal: bool
+) -> None:
+    draw = ax.hlines if horizontal else ax.vlines
+    lows, highs = [r["low"] for r in records], [r["high"] for r in records]
+    draw(places, lows, highs, color=ACCENT, linewidth=1.6, alpha=0.6, zorder=2)
+
+
+def _level(ax: Axes, value: float | None, label: str, colour: str) -> None:
+    if value is not None:
+        ax.axhline(value, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+
+
+def _points(points: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite losses, averaged in equal stretches where there are too many to draw."""
+    known = [
+        (p["step"], p["loss"])
+        for p in points
+        if p.get("loss") is not None and math.isfinite(p["loss"])
+    ]
+    if not known:
+        return np.empty(0), np.empty(0)
+    stretch = math.ceil(len(known) / _LONGEST_CURVE)
+    array = np.asarray(known, dtype=float)
+    means = np.array([array[i : i + stretch].mean(axis=0) for i in range(0, len(known), stretch)])
+    return means[:, 0], means[:, 1]
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window that shrinks at both ends."""
+    half = min(_WINDOW, len(values) // 8) // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the plot."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _marker(steps: np.ndarray) -> str | None:
+    return "o" if len(steps) < 3 else None
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """The figure as one <svg> element whose ids are its own and whose bytes repeat."""
+    figure.patch.set_visible(False)
+    for ax in figure.axes:
+        ax.patch.set_visible(False)
+    buffer = io.StringIO()
+    # The salt keeps ids of clip paths apart when several plots stand in one page.
+    with mpl.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    # Element ids such as "figure_1" would repeat from plot to plot; nothing refers to them.
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, variable)
+    return text.strip()

@@ -1,0 +1,42 @@
+"""A run's metrics in, its tables on the terminal out."""
+
+from __future__ import annotations
+
+from rich.console import Console, JustifyMethod
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from cwpo_dist.report.summary import SIMULATED, Cell, Metrics, Table, is_simulated, tables
+
+_NOTE_WIDTH = 100
+
+
+def print_summary(metrics: Metrics, console: Console | None = None) -> None:
+    """Prints every table; text of the run is never read as markup."""
+    console = console or Console()
+    simulated = is_simulated(metrics)
+    if simulated:
+        console.print(Text(SIMULATED, style="bold reverse"))
+    for table in tables(metrics):
+        title = f"{table.title} (simulated labels)" if simulated else table.title
+        console.print(Text(f"\n{title}", style="bold"))
+        console.print(_rich(table))
+        if table.note:
+            console.print(Text(table.note, style="dim"), width=min(console.width, _NOTE_WIDTH))
+
+
+def _rich(table: Table) -> RichTable:
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place, column in enumerate(table.columns):
+        justify: JustifyMethod = "left" if place < table.n_names else "right"
+        drawn.add_column(Text(column, style="dim"), justify=justify)
+    for row in table.rows:
+        drawn.add_row(*(_text(cell) for cell in row))
+    return drawn
+
+
+def _text(cell: Cell) -> Text:
+    text = Text(cell.text, style="dim" if cell.missing else "")
+    for detail in cell.details:
+        text.append(f"\n{detail}", style="dim")
+    return text

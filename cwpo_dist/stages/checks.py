@@ -1,0 +1,298 @@
+"""A configuration in; everything that would stop it later, said now, and the sizes of its models.
+
+No worker is started and no weight is read. Faults are collected and raised together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+from huggingface_hub import file_exists
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from cwpo_dist.config import (
+    ARMS,
+    Config,
+    ConfigError,
+    ModelConfig,
+    PoolConfig,
+    TrainingConfig,
+)
+from cwpo_dist.lm.loading import (
+    ModelError,
+    load_annotator_base,
+    load_policy,
+    load_reward_model,
+)
+from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
+from cwpo_dist.stages.graph import graph, needs_annotator
+
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One node's resources; a cluster is a tuple of them."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What costs follow from.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        layers: decoder layers.
+        width: hidden size.
+        linear: inputs + outputs of each linear layer of the decoder, for LoRA.
+        positions: where learned position embeddings end; None where positions rotate on.
+    """
+
+    parameters: int
+    layers: int
+    width: int
+    linear: tuple[int, ...]
+    positions: int | None
+
+    def trained(self, training: TrainingConfig) -> int:
+        """Parameters that training changes."""
+        if training.lora is None:
+            return self.parameters
+        return training.lora.r * sum(self.linear)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a configuration without faults has.
+
+    Attributes:
+        sizes: by the field that names a model (`weak`, `policy`, `annotate.model`, …).
+        machines: this machine, or the nodes of the cluster that we are in.
+    """
+
+    sizes: dict[str, ModelSize]
+    machines: tuple[Machine, ...]
+
+
+def check(config: Config, until: str | None = None) -> Checked:
+    """Refuses what cannot run.
+
+    Args:
+        config: the run.
+        until: the stage that it stops after; None: all.
+
+    Raises:
+        ConfigError: one line a fault: field, value, remedy.
+    """
+    machines = tuple(available())
+    sizes: dict[str, ModelSize] = {}
+    faults = [*_arm_faults(config, until)]
+    for field, model, load in models(config):
+        try:
+            sizes[field] = _size(model, load)
+            faults += _length_faults(field, model, sizes[field])
+            Encoder(load_tokenizer(model, distinct_pad=load is _annotator), model.chat_template)
+        except (ModelError, TokenError) as error:
+            faults.append(f"{field}.{error}")
+    for name, training in trainings(config):
+        faults += _training_faults(name, training, machines)
+    for name, pool in pools(config):
+        faults += _pool_faults(name, pool, machines)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return Checked(sizes, machines)
+
+
+def available() -> Iterator[Machine]:
+    """The cluster that RAY_ADDRESS names, else what a local Ray would take from this machine."""
+    if os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+        ray.init()
+    if not ray.is_initialized():
+        yield Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+        return
+    for node in ray.nodes():
+        if node["Alive"]:
+            resources = node["Resources"]
+            yield Machine(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)))
+
+
+def _annotator(model: ModelConfig) -> PreTrainedModel:
+    return load_annotator_base(
+        model, load_tokenizer(model, distinct_pad=True), seed=0, device="meta"
+    )
+
+
+def _policy(model: ModelConfig) -> PreTrainedModel:
+    return load_policy(model, device="meta")
+
+
+def _reward_model(model: ModelConfig) -> PreTrainedModel:
+    return load_reward_model(model, device="meta")
+
+
+Loader = Callable[[ModelConfig], PreTrainedModel]
+
+
+def models(config: Config) -> Iterator[tuple[str, ModelConfig, Loader]]:
+    """Every model that the run reads, with the field that names it."""
+    fitted = config.annotate.model is None and needs_annotator(config)
+    named: list[tuple[str, ModelConfig | None, Loader]] = [
+        ("weak", config.weak if fitted else None, _annotator),
+        ("annotate.model", config.annotate.model, _reward_model),
+        ("policy", config.policy, _policy),
+        ("evaluate.gold_model", config.evaluate.gold_model, _reward_model),
+    ]
+    yield from ((field, model, load) for field, model, load in named if model is not None)
+
+
+def trainings(config: Config) -> Iterator[tuple[str, TrainingConfig]]:
+    """The training sections that the run uses."""
+    if config.annotate.model is None and needs_annotator(config):
+        yield "fit", config.fit
+    if config.policy is not None:
+        if config.sft is not None:
+            yield "sft", config.sft
+        yield "align", config.align
+
+
+def pools(config: Config) -> Iterator[tuple[str, PoolConfig]]:
+    """The actor pools that the run uses."""
+    if needs_annotator(config):
+        yield "annotate", config.annotate
+    if config.policy is not None:
+        yield "reference", config.reference
+        yield "evaluate", config.evaluate
+
+
+def _arm_faults(config: Config, until: str | None) -> Iterator[str]:
+    """Models that an arm needs and the config lacks."""
+    if until in {"prepare", "fit", "annotate"}:
+        return
+    for arm in config.arms:
+        if config.policy is None:
+            yield f"policy: arm {arm!r} aligns a policy; give policy.model_name_or_path"
+        elif ARMS[arm].labels == "annotator" and config.weak is None:
+            if config.annotate.model is None:
+                yield f"weak: arm {arm!r} needs an annotator; give weak or annotate.model"
+
+
+def _size(model: ModelConfig, load: Loader) -> ModelSize:
+    module = load(model) if _is_here(model.model_name_or_path) else _from_hub(model, load)
+    text = module.config.get_text_config()
+    return ModelSize(
+        parameters=sum(p.numel() for p in module.parameters()),
+        layers=int(text.num_hidden_layers),
+        width=int(text.hidden_size),
+        linear=tuple(
+            layer.in_features + layer.out_features
+            for layer in module.base_model.modules()
+            if isinstance(layer, nn.Linear)
+        ),
+        positions=_learned_positions(module),
+    )
+
+
+def _learned_positions(module: PreTrainedModel) -> int | None:
+    """The length of a table of absolute positions (OPT, GPT-2), beyond which a model fails."""
+    limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    for name, layer in module.base_model.named_modules():
+        is_table = isinstance(layer, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        if limit and is_table and layer.num_embeddings >= limit:
+            return int(limit)
+    return None
+
+
+def _is_here(name: str) -> bool:
+    return "://" in name or Path(name).expanduser().is_dir() or name.startswith((".", "/", "~"))
+
+
+def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
+    """A hub model's skeleton, from its configuration; its weights are not fetched for a plan."""
+    name, revision = model.model_name_or_path, model.revision
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        found = any(file_exists(name, file, revision=revision) for file in SAFETENSORS)
+    except OfflineModeIsEnabled:
+        found = True  # from the cache; loading will say what is missing there
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(f"model_name_or_path: {name!r}: {error}") from error
+    if not found and revision not in (None, "main"):  # of main, the hub's bot keeps a conversion
+        raise ModelError(
+            f"revision: {name!r} has no safetensors at {revision!r}; take 'main', or convert the "
+            "weights once and give the folder"
+        )
+    if model.num_hidden_layers is not None:
+        config.num_hidden_layers = model.num_hidden_layers
+    kind = AutoModelForCausalLM if load is _policy else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = kind.from_config(config)
+    return skeleton
+
+
+def _training_faults(
+    name: str, training: TrainingConfig, machines: Iterable[Machine]
+) -> Iterator[str]:
+    machines = list(machines)
+    gpus = sum(machine.gpus for machine in machines)
+    on_gpu = training.use_gpu is True or (training.use_gpu == "auto" and gpus > 0)
+    places = sum(_places(m, training.cpus_per_worker, 1.0 if on_gpu else 0.0) for m in machines)
+    if places < training.num_workers:
+        each = f"{training.cpus_per_worker:g} CPU" + (" and a GPU" if on_gpu else "")
+        yield (
+            f"{name}.num_workers: {training.num_workers} workers of {each} can never be placed on "
+            f"{_described(machines)}, which has room for {places}; lower num_workers or "
+            f"cpus_per_worker, or add nodes ({ELSEWHERE})"
+        )
+    if training.max_steps == 0:
+        yield f"{name}.max_steps: 0 trains nothing; give -1 for whole epochs, or a number of steps"
+    if 0 < training.max_steps <= training.warmup_steps:
+        yield (
+            f"{name}.warmup_steps: {training.warmup_steps} of {training.max_steps} max_steps never "
+            "reaches the learning rate; lower it"
+        )
+
+
+def _pool_faults(name: str, pool: PoolConfig, machines: Iterable[Machine]) -> Iterator[str]:
+    machines = list(machines)
+    if sum(_places(m, pool.cpus_per_actor, pool.gpus_per_actor) for m in machines) == 0:
+        gpu = f" and {pool.gpus_per_actor:g} GPU" if pool.gpus_per_actor else ""
+        yield (
+            f"{name}.cpus_per_actor: an actor of {pool.cpus_per_actor:g} CPU{gpu} can never be "
+            f"placed on {_described(machines)}; lower it, or add a larger node ({ELSEWHERE})"
+        )
+
+
+def _places(machine: Machine, cpus: float, gpus: float) -> int:
+    """How many workers of this size fit on a node side by side."""
+    rooms = [machine.cpus / cpus] + ([machine.gpus / gpus] if gpus else [])
+    return int(min(rooms) + 1e-9)  # 2 / 0.4 must not become 4.999…
+
+
+def _described(machines: list[Machine]) -> str:
+    cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
+    nodes = "this machine" if len(machines) == 1 else f"{len(machines)} nodes"
+    return f"{nodes} ({cpus:g} CPUs, {gpus:g} GPUs)"
+
+
+def _length_faults(field: str, model: ModelConfig, size: ModelSize) -> Iterator[str]:
+    """Rows that are longer than a model has positions."""
+    if size.positions is not None and model.max_length > size.positions:
+        yield (
+            f"{field}.max_length: {model.max_length} tokens, but {model.model_name_or_path!r} has "
+            f"{size.positions} positions; lower it to at most {size.positions}"
+        )

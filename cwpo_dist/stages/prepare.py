@@ -1,0 +1,175 @@
+"""Sources → pairs and rejects: every input is read and parsed, then merged, split and sharded."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import ray
+
+from cwpo_dist.config import ConfigError, PrepareConfig, Split
+from cwpo_dist.pairs import buckets, keep
+from cwpo_dist.pairs.buckets import BucketSummary, Shards
+from cwpo_dist.pairs.pieces import PieceSummary, piece_summaries, read_piece
+from cwpo_dist.pairs.readers import SourceError
+from cwpo_dist.pairs.rejects import refuse_past
+from cwpo_dist.pairs.sources import Plan, plan
+from cwpo_dist.pairs.splits import SPLITS, SplitRule
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.graph import Node
+from cwpo_dist.storage import StorageError, Store
+
+logger = logging.getLogger(__name__)
+
+
+def run(context: Context, node: Node) -> dict[str, Any]:
+    """Writes `pairs/part-*.parquet` and `rejects/part-*.parquet` and returns the counts."""
+    return prepare(context.place(node), context.config.prepare, context.config.seed)
+
+
+def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
+    """Does the stage in the folder `store`; run again after a kill, it goes on where it was.
+
+    Returns:
+        The counts for the manifest; rows_in = pairs + merged_duplicates + Σ rejects.
+
+    Raises:
+        ConfigError: before anything is read in full, for inputs or columns that are missing.
+        SourceError: for an input that is damaged as a whole.
+        RejectsError: past `max_reject_fraction`, or when no pair is left.
+    """
+    planned = plan(config)
+    _check_placement(config.num_cpus)
+    _read(store, planned, config, seed)
+    read = piece_summaries(store)
+    rejects = _added(piece.rejects for piece in read)
+    rows_in = sum(piece.rows_in for piece in read)
+    valid = rows_in - rejects.total()
+    refuse_past(config.max_reject_fraction, rejects, rows_in, valid, store.uri)
+    kept = _kept_types(read, config)
+    _write(store, planned, config, kept)
+    written = buckets.bucket_summaries(store)
+    rejects += _added(bucket.rejects for bucket in written)
+    counts = _counts(planned, written, rejects, rows_in) | {"keep_columns": kept}
+    refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
+    _tell_empty(counts["splits"], config)
+    buckets.remove_work(store)
+    return counts
+
+
+def _check_placement(num_cpus: float) -> None:
+    """Refuses a task that fits on no node: Ray would wait for it for ever, silently."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    largest = max(float(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
+    if num_cpus > largest:
+        raise ConfigError(
+            f"prepare.num_cpus: {num_cpus:g}, but the largest node has {largest:g} CPUs: such a "
+            "task can never be placed; lower it or add a larger node"
+        )
+
+
+def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None:
+    rule = SplitRule(
+        seed=seed,
+        labelled=config.labelled_fraction,
+        validation=config.validation_fraction,
+        test=config.test_fraction,
+    )
+    logger.info("prepare: reading %d inputs", len(planned.pieces))
+
+    def task(index: int) -> None:
+        read_piece(store, index, planned.pieces[index], rule, planned.n_buckets)
+
+    _each(task, len(planned.pieces), config.num_cpus)
+
+
+def _write(store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, str]) -> None:
+    if planned.may_leak:
+        leaking = buckets.write_leaks(store)
+        logger.info("prepare: %d prompts lie on several sides", leaking)
+    first: tuple[int, ...] = (0,)
+    if planned.n_buckets > 1:
+        _each(partial(buckets.count_bucket, store), planned.n_buckets, config.num_cpus)
+        first = buckets.number_shards(store, config.rows_per_shard)
+    shards = Shards(planned.kind, kept, config.rows_per_shard, first)
+    logger.info("prepare: writing %d buckets", planned.n_buckets)
+    _each(partial(buckets.write_bucket, store, shards=shards), planned.n_buckets, config.num_cpus)
+
+
+def _each(task: Callable[[int], None], count: int, num_cpus: float) -> None:
+    """Runs task(0) … task(count - 1) on the cluster, each as a Ray task of its own."""
+    numbers = ray.data.from_items([{"index": i} for i in range(count)], override_num_blocks=count)
+    done = numbers.map(partial(_outcome, task), num_cpus=num_cpus).take_all()
+    for row in done:
+        if row["storage_error"]:
+            raise StorageError(row["storage_error"])
+        if row["source_error"]:
+            raise SourceError(row["source_error"])
+
+
+def _outcome(task: Callable[[int], None], row: dict[str, Any]) -> dict[str, str]:
+    """Runs a task; an error meant for the user comes back as it is, not wrapped in Ray's."""
+    outcome = {"storage_error": "", "source_error": ""}
+    try:
+        task(int(row["index"]))
+    except StorageError as error:
+        outcome["storage_error"] = str(error)
+    except SourceError as error:
+        outcome["source_error"] = str(error)
+    return outcome
+
+
+def _kept_types(read: Iterable[PieceSummary], config: PrepareConfig) -> dict[str, str]:
+    seen: dict[str, set[str]] = {name: set() for name in config.keep_columns}
+    for piece in read:
+        for name, types in piece.kept_types.items():
+            seen[name].update(types)
+    return {name: keep.settle(types) for name, types in seen.items()}
+
+
+def _counts(
+    planned: Plan, written: list[BucketSummary], rejects: Counter[str], rows_in: int
+) -> dict[str, Any]:
+    pairs = sum(bucket.pairs for bucket in written)
+    merged = sum(bucket.merged_duplicates for bucket in written)
+    assert rows_in == pairs + merged + rejects.total(), (rows_in, pairs, merged, rejects)
+    splits = _added(bucket.splits for bucket in written)
+    labelled = _added(bucket.labelled for bucket in written)
+    return {
+        "rows_in": rows_in,
+        "pairs": pairs,
+        "merged_duplicates": merged,
+        "conflicting_labels": sum(bucket.conflicting_labels for bucket in written),
+        "rejects": dict(rejects.most_common()),
+        "splits": {split: splits[split] for split in SPLITS},
+        "labelled": {split: labelled[split] for split in SPLITS},
+        "kind": planned.kind,
+        "formats": {piece.source: piece.layout.format for piece in planned.pieces},
+        "shards": sum(bucket.shards for bucket in written),
+    }
+
+
+def _tell_empty(splits: dict[Split, int], config: PrepareConfig) -> None:
+    """A hash knows no quota: of a few prompts or groups none may fall into a small share."""
+    shares: dict[Split, float] = {
+        "validation": config.validation_fraction,
+        "test": config.test_fraction,
+    }
+    shares["labelled"] = config.labelled_fraction
+    for split, share in shares.items():
+        if share and not splits[split]:
+            logger.warning(
+                "prepare: no pair is in split %s, though prepare.%s_fraction is %g; take a larger "
+                "fraction, another seed, or a source of its own (`into`)",
+                *(split, split, share),
+            )
+
+
+def _added(counts: Iterable[dict[Any, int]]) -> Counter[Any]:
+    total: Counter[Any] = Counter()
+    for each in counts:
+        total.update(each)
+    return total

@@ -1,0 +1,308 @@
+"""A module and a config in, a DeepSpeed engine out: ZeRO-0 to -3, on CUDA or on CPU with gloo.
+
+The only file that imports deepspeed. What differs from its examples, and why:
+- a step's micro-batches are planned by tokens, so their number varies: accumulation is steered by
+  `set_gradient_accumulation_boundary`, and DeepSpeed's own scaling by a fixed number is off;
+- the optimizer is torch's: DeepSpeed's own would be compiled first, for minutes;
+- on CPU the `shm_comm` extension (150 s of g++) is left out, and gloo does all communication.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.lm.rows import RowBatch
+from cwpo_dist.training.loop import fresh_state
+from cwpo_dist.training.optim import STATE_KEYS, make_optimizer, set_learning_rate
+
+logger = logging.getLogger(__name__)
+
+BUCKET_NUMBERS = 50_000_000  # 200 MB in fp32; DeepSpeed's default of 2 GB stalls small devices
+
+# What a user's DeepSpeed section may not set, and what sets it here.
+OURS = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "global_batch_size and max_tokens_per_micro_batch",
+    "optimizer": "optim, learning_rate and weight_decay",
+    "scheduler": "lr_scheduler_type and warmup_steps",
+    "bf16": "torch_dtype of the model's section",
+    "fp16": "torch_dtype of the model's section (bfloat16 or float32)",
+    "gradient_clipping": "max_grad_norm",
+}
+_SAYS_NOTHING = {"enabled": False}  # of fp16 and bf16: what a JSON with both often has
+
+
+def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed configuration: ours, with the user's section (or HF JSON) merged over it.
+
+    Args:
+        config: `zero_stage`, `max_grad_norm`, and `deepspeed`, a section or a JSON file whose
+            `auto`s are left to us.
+        dtype: of the model's weights.
+
+    Raises:
+        ConfigError: when the section sets what other fields of ours set.
+    """
+    half = dtype == torch.bfloat16
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # for its counters alone
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": half},
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": BUCKET_NUMBERS},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if half:  # gradients of many micro-batches are summed in fp32
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    merged = _merged(ours, _users_section(config.deepspeed))
+    if half and merged["zero_optimization"]["stage"] == 0:
+        logger.warning("zero_stage 0 cannot sum bfloat16 gradients in float32: stage 1 is used")
+        merged["zero_optimization"]["stage"] = 1
+    return merged
+
+
+def read_deepspeed_section(section: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """The section itself, or the content of the JSON file that it names.
+
+    Raises:
+        ConfigError: for a file that is missing or no JSON.
+    """
+    if not isinstance(section, str):
+        return section
+    try:
+        content: dict[str, Any] = json.loads(Path(section).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"deepspeed: cannot read {section!r}: {error}") from None
+    return content
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage that a merged configuration asks for."""
+    return int(ds_config["zero_optimization"]["stage"])
+
+
+@contextmanager
+def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, under ZeRO-3, `from_pretrained` hands each rank its shard and no more.
+
+    transformers keeps a weak reference to the object made here: it must outlive the loading.
+    """
+    if zero_stage(ds_config) < 3:
+        yield
+        return
+    alive = HfDeepSpeedConfig(ds_config)
+    try:
+        yield
+    finally:
+        del alive
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+
+
+def join_process_group() -> None:
+    """Lets DeepSpeed use the process group that is already there.
+
+    Without CUDA, DeepSpeed would compile `shm_comm`, a faster all-reduce within one machine. An
+    empty table of what can be compiled leaves pure gloo, which all else falls back to anyway.
+    """
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that this torch calls deprecated, in every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.init_distributed(dist.get_backend(), verbose=False)
+
+
+class DeepSpeedEngine:
+    """An `Engine` (see loop.py) of all ranks of the process group."""
+
+    def __init__(self, module: nn.Module, config: TrainingConfig, ds_config: dict[str, Any]):
+        """Wraps a module; its parameters must already require gradients or not, for good.
+
+        Args:
+            module: on the CPU, or sharded by `sharded_loading`.
+            config: the optimizer's settings.
+            ds_config: from `deepspeed_config`.
+        """
+        join_process_group()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.stage = zero_stage(ds_config)
+        self.state_keys = STATE_KEYS[config.optim]
+        self._max_grad_norm = config.max_grad_norm
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=make_optimizer(module, config), config=ds_config
+        )
+        self.module = module
+        self.device = torch.device(self._engine.device)
+
+    @property
+    def sharded(self) -> bool:
+        """True where a parameter's data is empty unless gathered (ZeRO-3)."""
+        return self.stage == 3
+
+    def forward(self, batch: RowBatch) -> Tensor:
+        """Outputs [P, K]."""
+        output_PK: Tensor = self._engine(batch)
+        return output_PK
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the loss's gradient, averaged over ranks; a collective under ZeRO-2 and -3."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates, forgets gradients; returns the gradient norm before clipping."""
+        set_learning_rate(self._engine.optimizer, learning_rate)
+        if self.stage > 0:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        # Plain fp32 stage 0 reports no norm.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        self._engine.step()
+        return norm
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over ranks of a small float64 tensor on the CPU."""
+        shared = numbers.to(self.device)
+        dist.all_reduce(shared)
+        return shared.cpu()
+
+    def full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """The whole fp32 parameter (key None) or its optimizer state; a collective."""
+        if self.stage == 0:
+            held: Tensor = parameter if key is None else self._states[parameter][key]
+            return held.detach()
+        if key is None:
+            return _present(safe_get_full_fp32_param(parameter))
+        return _present(safe_get_full_optimizer_state(parameter, key))
+
+    def assign(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """The reverse of `full`: the fp32 master and the weights the module computes with."""
+        value = value.to(self.device)
+        if key is None:
+            self._assign_weights(parameter, value)
+        if self.stage == 0:
+            if key is not None:
+                self._states[parameter][key].copy_(value)
+        elif self.stage == 3:
+            self._assign_shard(parameter, key, value)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def start_at(self, step: int) -> None:
+        """Makes optimizer state of zeros that has seen `step` updates.
+
+        DeepSpeed makes it in the first update only, too late for a checkpoint to be loaded.
+        """
+        outer = self._engine.optimizer
+        for flat in self._optimized_tensors():
+            self._states[flat] = fresh_state(flat, self.state_keys, step)
+        if self.stage in (1, 2):
+            outer._lazy_init_hp_params_optimizer_state()
+
+    def gathered(self, parameters: list[nn.Parameter]) -> Any:
+        """A context in which the data of these parameters is whole on every rank."""
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.sharded)
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks from the module."""
+        self._engine.destroy()
+
+    @property
+    def _states(self) -> Any:
+        """State by tensor, of torch's optimizer inside DeepSpeed's."""
+        outer = self._engine.optimizer
+        return outer.state if self.stage == 0 else outer.optimizer.state
+
+    def _optimized_tensors(self) -> list[Tensor]:
+        """What torch's optimizer updates: parameters, or this rank's flat shards of them."""
+        outer = self._engine.optimizer
+        if self.stage == 3:
+            return list(outer.fp32_partitioned_groups_flat)
+        groups = outer.param_groups if self.stage == 0 else outer.optimizer.param_groups
+        return [tensor for group in groups for tensor in group["params"]]
+
+    def _assign_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
+        whole = deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0, enabled=self.sharded
+        )
+        with whole, torch.no_grad():
+            if not self.sharded or self.rank == 0:
+                parameter.copy_(value)
+
+    def _assign_shard(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """This rank's shard; DeepSpeed's setter of whole parameters forgets the last one's pad."""
+        size = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        shard = padded.narrow(0, size * self.rank, size)
+        if key is None:
+            safe_set_local_fp32_param(parameter, shard)
+        else:
+            safe_set_local_optimizer_state(parameter, shard, key)
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None, "DeepSpeed holds no such parameter or state"
+    return value
+
+
+def _users_section(section: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The user's section without `auto`s, and without what it says in vain."""
+    concrete = _without_autos(read_deepspeed_section(section) or {})
+    concrete = {k: v for k, v in concrete.items() if k not in OURS or v != _SAYS_NOTHING}
+    for name in ("optimizer", "scheduler"):
+        if set(concrete.get(name, {})) == {"type"}:
+            logger.warning(
+                "deepspeed.%s: %s is not used, %s decide", name, concrete.pop(name), OURS[name]
+            )
+    for name, field in OURS.items():
+        if name in concrete:
+            raise ConfigError(
+                f"deepspeed.{name}: {concrete[name]!r} is not ours to take; set {field}, and "
+                f"remove it here (or write 'auto')"
+            )
+    return concrete
+
+
+def _without_autos(section: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in section.items():
+        inner = _without_autos(value) if isinstance(value, dict) else value
+        if inner != "auto" and (inner != {} or value == {}):
+            kept[name] = inner
+    return kept
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for name, value in theirs.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged

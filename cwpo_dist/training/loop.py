@@ -1,0 +1,381 @@
+"""A task, an engine and a start step in; optimizer steps, log records and checkpoints out.
+
+The one training loop of `fit`, `sft` and `align`. It knows neither Ray nor DeepSpeed. What a step
+computes depends on (seed, step) alone: world size and micro-batches change only who computes it.
+
+Shapes: P = rows of a micro-batch or global batch, K = answers a row.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cwpo_dist.config import TrainingConfig
+from cwpo_dist.lm.batches import global_batch, plan_micro_batches, steps_per_epoch
+from cwpo_dist.lm.rows import Layout, RowBatch, collate, planned_length
+from cwpo_dist.training.optim import (
+    STATE_KEYS,
+    learning_rates,
+    make_optimizer,
+    set_learning_rate,
+)
+from cwpo_dist.training.tasks import Indices, Task
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or gradient of a step is NaN or infinite; the last checkpoint stays good."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop; it has checkpointed, and the same command resumes it."""
+
+
+class Engine(Protocol):
+    """A module, its optimizer, and the ranks that share them.
+
+    Attributes:
+        module: rows in, one number per answer out.
+        device: where batches go.
+        rank: of this process.
+        world_size: how many ranks there are.
+        state_keys: names of the optimizer's state per parameter.
+    """
+
+    module: nn.Module
+    device: torch.device
+    rank: int
+    world_size: int
+    state_keys: tuple[str, ...]
+
+    def forward(self, batch: RowBatch) -> Tensor:
+        """Outputs [P, K]."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the loss's gradient, averaged over ranks; `last` on a step's last micro-step."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates, forgets gradients; returns the gradient norm before clipping."""
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over ranks of a small float64 tensor on the CPU."""
+
+    def full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """The whole fp32 parameter (key None) or its optimizer state; a collective."""
+
+    def assign(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """The reverse of `full`; a collective."""
+
+    def start_at(self, step: int) -> None:
+        """Makes optimizer state of zeros that has seen `step` updates."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of the loop is told beside task and engine.
+
+    Attributes:
+        config: schedule, batch, logging.
+        seed: of order and dropout.
+        layout: how pairs are laid out for the model.
+        pad_id: the tokenizer's pad.
+    """
+
+    config: TrainingConfig
+    seed: int
+    layout: Layout
+    pad_id: int
+
+    def total_steps(self, n_rows: int) -> int:
+        """Optimizer steps of the whole run."""
+        return total_steps(self.config, n_rows)
+
+
+class Hooks:
+    """What surrounds the loop; the base class does nothing."""
+
+    def before_step(self, step: int) -> None:
+        """Called before each step: a sign of life."""
+
+    def wants_stop(self) -> bool:
+        """True on a rank that was told to stop; one suffices for all to stop."""
+        return False
+
+    def wants_poll(self) -> bool:
+        """True on a rank that wants all ranks to call `poll` after this step."""
+        return False
+
+    def poll(self) -> bool:
+        """Called on all ranks together; True asks for a checkpoint now."""
+        return False
+
+    def log(self, record: dict[str, float]) -> None:
+        """Takes the numbers of a step; called on rank 0."""
+
+    def save(self, step: int) -> None:
+        """Commits a checkpoint after `step` steps; called on all ranks."""
+
+
+def total_steps(config: TrainingConfig, n_rows: int) -> int:
+    """Optimizer steps of a run: `max_steps`, or `num_train_epochs` over the rows."""
+    if config.max_steps > 0:
+        return config.max_steps
+    per_epoch = steps_per_epoch(n_rows, config.global_batch_size)
+    return math.ceil(config.num_train_epochs * per_epoch)
+
+
+def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 0) -> None:
+    """Trains from `start_step` to the end; a checkpoint every `save_steps` and at the end.
+
+    Raises:
+        NonFiniteLoss: naming step and pairs; no update was made with it.
+        Preempted: when a rank was told to stop; a checkpoint has been committed.
+    """
+    total = run.total_steps(len(task.rows))
+    rate = learning_rates(run.config, total)
+    meter = _Meter()
+    for step in range(start_step, total):
+        hooks.before_step(step)
+        epoch, indices = global_batch(
+            len(task.rows), run.config.global_batch_size, run.seed, step
+        )
+        result = gradients(task, engine, run, step, indices.tolist(), hooks)
+        grad_norm = engine.step(rate(step))
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLoss(
+                f"step {step + 1}: gradient norm {grad_norm} over pairs "
+                f"{_names(task, result.indices)}; the last checkpoint stays good: lower the "
+                "learning rate, or look at these pairs"
+            )
+        meter.add(result)
+        done = step + 1
+        if engine.rank == 0 and (done % run.config.logging_steps == 0 or done == total):
+            record = {"step": done, "epoch": epoch, "loss": result.loss, "grad_norm": grad_norm}
+            record |= {"learning_rate": rate(step), **meter.rates(), "total_steps": total}
+            hooks.log(record | task.metrics(result.outputs_PK, result.indices))
+        _checkpoint(run, hooks, result, done, total)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know after the forward and backward passes of one step.
+
+    Attributes:
+        indices: rows of the global batch.
+        outputs_PK: float64 outputs of all its rows, whichever rank computed them.
+        loss: of the global batch.
+        useful_tokens: over all ranks.
+        padded_tokens: over all ranks.
+        stop: a rank was told to stop.
+        poll: a rank asks all to poll.
+    """
+
+    indices: list[int]
+    outputs_PK: Tensor
+    loss: float
+    useful_tokens: float
+    padded_tokens: float
+    stop: bool = False
+    poll: bool = False
+
+
+def gradients(
+    task: Task,
+    engine: Engine,
+    run: Run,
+    step: int,
+    indices: list[int],
+    hooks: Hooks | None = None,
+) -> StepResult:
+    """Forward and backward over one global batch: leaves its gradient in the engine.
+
+    Raises:
+        NonFiniteLoss: on all ranks alike.
+    """
+    hooks = hooks or Hooks()
+    denominator = task.denominator(indices)
+    outputs_PK = torch.zeros(len(indices), task.n_answers, dtype=torch.float64)
+    tokens = torch.zeros(2, dtype=torch.float64)
+    for micro in _micro_batches(task, engine, run, indices):
+        torch.manual_seed(_dropout_seed(run.seed, step, engine.rank, micro.number))
+        output_PK = engine.forward(micro.batch.to(engine.device))
+        loss_P = task.losses(output_PK, [indices[p] for p in micro.positions])
+        # DeepSpeed averages over ranks, hence × world size. A pad is a finite row times 0.
+        loss = (loss_P.sum() * (micro.weight * engine.world_size)) / denominator
+        engine.backward(loss, last=micro.last)
+        if micro.weight:
+            outputs_PK[micro.positions] = output_PK.detach().double().cpu()
+        tokens += torch.tensor([micro.batch.useful_tokens * micro.weight, micro.batch.padded_tokens])
+    flags = torch.tensor([hooks.wants_stop(), hooks.wants_poll()], dtype=torch.float64)
+    # Each row was computed by one rank and is 0 on the others: the sum tells all of them all.
+    summed = engine.total(torch.cat([flags, tokens, outputs_PK.flatten()]))
+    outputs_PK = summed[4:].reshape(outputs_PK.shape)
+    return StepResult(
+        indices=indices,
+        outputs_PK=outputs_PK,
+        loss=_finite_loss(task, step, indices, outputs_PK) / denominator,
+        useful_tokens=float(summed[2]),
+        padded_tokens=float(summed[3]),
+        stop=bool(summed[0]),
+        poll=bool(summed[1]),
+    )
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """One micro-step of one rank; weight 0 marks a pad."""
+
+    number: int
+    positions: list[int]
+    batch: RowBatch
+    weight: float
+    last: bool
+
+
+def _micro_batches(
+    task: Task, engine: Engine, run: Run, indices: list[int]
+) -> Iterator[_MicroBatch]:
+    """This rank's micro-batches of a global batch: as many as every other rank has."""
+    rows = [task.rows[i] for i in indices]
+    lengths = [planned_length(row, run.layout) for row in rows]
+    budget = run.config.max_tokens_per_micro_batch
+    plan = plan_micro_batches(lengths, budget, engine.world_size)[engine.rank]
+    shortest = min(range(len(rows)), key=lengths.__getitem__)
+    for number, positions in enumerate(plan):
+        filled = positions or [shortest]
+        yield _MicroBatch(
+            number=number,
+            positions=filled,
+            batch=collate([rows[p] for p in filled], run.layout, run.pad_id),
+            weight=1.0 if positions else 0.0,
+            last=number == len(plan) - 1,
+        )
+
+
+def _finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> float:
+    """Σ weight·ℓ of the global batch, not yet divided."""
+    loss_P = task.losses(outputs_PK, indices)
+    finite_P = torch.isfinite(loss_P) & torch.isfinite(outputs_PK).all(dim=1)
+    if not bool(finite_P.all()):
+        bad = [indices[p] for p in torch.nonzero(~finite_P).flatten().tolist()]
+        raise NonFiniteLoss(
+            f"step {step + 1}: the loss is not finite for {len(bad)} of {len(indices)} pairs "
+            f"({_names(task, bad)}); the last checkpoint stays good: lower the learning rate, or "
+            "look at these pairs"
+        )
+    return float(loss_P.sum())
+
+
+def _checkpoint(run: Run, hooks: Hooks, result: StepResult, done: int, total: int) -> None:
+    due = done % run.config.save_steps == 0 or done == total or result.stop
+    if result.poll:
+        due = hooks.poll() or due  # every rank polls
+    if due:
+        hooks.save(done)
+    if result.stop and done < total:
+        raise Preempted(f"told to stop: checkpoint at step {done} of {total}")
+
+
+def _names(task: Task, indices: Indices, most: int = 8) -> str:
+    names = ", ".join(task.pair_ids[i] for i in indices[:most])
+    return names + (", …" if len(indices) > most else "")
+
+
+def _dropout_seed(seed: int, step: int, rank: int, micro_step: int) -> int:
+    state = np.random.SeedSequence([seed, step, rank, micro_step]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))  # torch takes 63 bits
+
+
+class _Meter:
+    """Speed and padding since the last log record."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._pairs, self._useful, self._padded = 0.0, 0.0, 0.0
+
+    def add(self, result: StepResult) -> None:
+        self._pairs += len(result.indices)
+        self._useful += result.useful_tokens
+        self._padded += result.padded_tokens
+
+    def rates(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._start
+        rates = {
+            "pairs_per_second": self._pairs / seconds,
+            "tokens_per_second": self._useful / seconds,
+            "padding": 1 - self._useful / self._padded,
+        }
+        self.__init__()  # type: ignore[misc]
+        return rates
+
+
+class TorchEngine:
+    """Plain torch in one process: the oracle of tests, and a bench without DeepSpeed."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self, module: nn.Module, config: TrainingConfig, device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.module = module.to(self.device)
+        self.optimizer = make_optimizer(module, config)
+        self.state_keys = STATE_KEYS[config.optim]
+        self._max_grad_norm = config.max_grad_norm
+
+    def forward(self, batch: RowBatch) -> Tensor:
+        """Outputs [P, K]."""
+        output_PK: Tensor = self.module(batch)
+        return output_PK
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the loss's gradient."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates, forgets gradients; returns the gradient norm before clipping."""
+        set_learning_rate(self.optimizer, learning_rate)
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trainable, self._max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The numbers themselves: there is one rank."""
+        return numbers
+
+    def full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """The parameter, or its optimizer state."""
+        if key is None:
+            return parameter.detach().float()
+        state: dict[str, Any] = self.optimizer.state[parameter]
+        held: Tensor = state[key]
+        return held
+
+    def assign(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """The reverse of `full`."""
+        target = parameter.data if key is None else self.optimizer.state[parameter][key]
+        target.copy_(value)
+
+    def start_at(self, step: int) -> None:
+        """Makes optimizer state of zeros that has seen `step` updates."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter] = fresh_state(parameter, self.state_keys, step)
+
+
+def fresh_state(like: Tensor, keys: tuple[str, ...], step: int) -> dict[str, Tensor]:
+    """Optimizer state of zeros, in torch's form, of a tensor that has seen `step` updates."""
+    if not keys:
+        return {}
+    state = {key: torch.zeros_like(like, memory_format=torch.preserve_format) for key in keys}
+    return {"step": torch.tensor(float(step)), **{key: value.detach() for key, value in state.items()}}

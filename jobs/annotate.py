@@ -1,0 +1,11 @@
+"""The stage `annotate`, and what it needs, as a Ray job.
+
+ray job submit --working-dir . -- python jobs/annotate.py CONFIG.yaml [KEY.SUB=VALUE | FILE.yaml]...
+"""
+
+import sys
+
+from cwpo_dist.cli import main
+
+if __name__ == "__main__":
+    main(["annotate", *sys.argv[1:]])

@@ -1,0 +1,11 @@
+"""The stage `evaluate`, and what it needs, as a Ray job.
+
+ray job submit --working-dir . -- python jobs/evaluate.py CONFIG.yaml [KEY.SUB=VALUE | FILE.yaml]...
+"""
+
+import sys
+
+from cwpo_dist.cli import main
+
+if __name__ == "__main__":
+    main(["evaluate", *sys.argv[1:]])

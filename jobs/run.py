@@ -1,0 +1,11 @@
+"""A whole run as a Ray job.
+
+ray job submit --working-dir . -- python jobs/run.py CONFIG.yaml [KEY.SUB=VALUE | FILE.yaml]...
+"""
+
+import sys
+
+from cwpo_dist.cli import main
+
+if __name__ == "__main__":
+    main(["run", *sys.argv[1:]])

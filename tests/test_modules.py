@@ -1,0 +1,334 @@
+"""Modules: stock Hugging Face models are the oracle, for values and for gradients."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from tiny import save_tiny, tiny_causal_lm, tiny_classifier, tiny_config, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.loading import ModelError, load_annotator_base, save
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.rows import Row, collate
+from cwpo_dist.lm.tokens import load_tokenizer
+
+EOS, PAD = 1, 2
+SHARING = ("llama", "qwen2", "mistral", "opt", "gpt2", "gpt_neox")
+
+
+def random_rows(seed: int = 0, count: int = 5, n_answers: int = 2) -> list[Row]:
+    """Rows of unequal lengths whose answers end in EOS."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 266, (length,), generator=generator).tolist()
+
+    return [
+        Row([0, *draw(1, 20)], tuple([*draw(1, 30), EOS] for _ in range(n_answers)))
+        for _ in range(count)
+    ]
+
+
+def stock_logps(model: Any, rows: list[Row]) -> torch.Tensor:
+    """Log-probs of answer tokens, one conversation at a time, from the model's own logits."""
+    found = []
+    for row in rows:
+        for answer in row.answers:
+            ids = torch.tensor([[*row.prompt, *answer]])
+            logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+            start = len(row.prompt)
+            found.append(logps[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0])
+    return torch.cat(found)
+
+
+def flat_gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+    )
+
+
+def assert_same_gradient(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 1e-4) -> None:
+    assert theirs.norm() > 0
+    assert (ours - theirs).norm() <= relative * theirs.norm()
+
+
+def coefficients(count: int) -> torch.Tensor:
+    """Unequal weights, so that tokens cannot be swapped unseen."""
+    return torch.linspace(0.5, -1.5, count)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("arch", SHARING)
+def test_shared_rows_equal_stock_plain_rows(arch, attention):
+    model = tiny_causal_lm(arch, attn_implementation=attention)
+    module, rows = AnswerLogProbs(model), random_rows()
+    expected = stock_logps(model, rows)
+    weights = coefficients(len(expected))
+    expected_gradient = flat_gradient(model, (weights * expected).sum())
+    for layout in ("shared", "plain"):
+        found = module.token_logps(collate(rows, layout, PAD))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert_same_gradient(flat_gradient(model, (weights * found).sum()), expected_gradient)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("arch", SHARING)
+def test_a_leaky_mask_or_position_misses_by_far(arch, attention):
+    """The tolerance above would not hide answer b seeing answer a, nor positions running on."""
+    model = tiny_causal_lm(arch, attn_implementation=attention)
+    module, rows = AnswerLogProbs(model), random_rows()
+    batch = collate(rows, "shared", PAD)
+    length = batch.input_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    running_on = torch.arange(length).expand_as(batch.position_ids)
+    with torch.no_grad():
+        expected = stock_logps(model, rows)
+
+        def error(changed):
+            return (module.token_logps(changed) - expected).abs().max()
+
+        right = max(error(batch), torch.tensor(1e-7))
+        leaky = replace(batch, attention_mask=causal.expand(len(rows), 1, -1, -1))
+        assert error(leaky) > 100 * right
+        assert error(leaky) > 1e-2
+        assert error(replace(batch, position_ids=running_on)) > 100 * right
+
+
+@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("n_answers", [1, 2])
+def test_log_probs_are_summed_per_answer(n_answers, layout):
+    model, rows = tiny_causal_lm("llama"), random_rows(n_answers=n_answers)
+    with torch.no_grad():
+        tokens = stock_logps(model, rows)
+        counts = [len(answer) for row in rows for answer in row.answers]
+        sums = torch.stack([part.sum() for part in tokens.split(counts)])
+        found = AnswerLogProbs(model)(collate(rows, layout, PAD))
+    assert found.shape == (len(rows), n_answers)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.flatten(), sums, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {"tie_word_embeddings": True}),
+        ("gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 7.0}),
+    ],
+)
+def test_heads_of_all_kinds(arch, settings):
+    """Tied embeddings, capped logits and scaled logits give the stock model's log-probs."""
+    common = {"hidden_size": 32, "intermediate_size": 64} if arch != "gpt2" else {}
+    config = tiny_config(arch, **{**common, **settings})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows, module = random_rows(), AnswerLogProbs(model)
+    module.head.chunk_size = 11
+    expected = stock_logps(model, rows)
+    expected_gradient = flat_gradient(model, expected.sum())
+    found = module.token_logps(collate(rows, "plain", PAD))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_same_gradient(flat_gradient(model, found.sum()), expected_gradient)
+
+
+def test_head_test_above_would_notice_a_missing_cap():
+    torch.manual_seed(0)
+    config = tiny_config(
+        "gemma2", hidden_size=32, intermediate_size=64, head_dim=8, final_logit_softcapping=3.0
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows, module = random_rows(), AnswerLogProbs(model)
+    module.head.softcap = None
+    with torch.no_grad():
+        difference = module.token_logps(collate(rows, "plain", PAD)) - stock_logps(model, rows)
+    assert difference.abs().max() > 1e-2
+
+
+def test_chunks_keep_no_logits_until_the_backward():
+    model, rows = tiny_causal_lm("llama", tie_word_embeddings=True), random_rows()
+    module, batch = AnswerLogProbs(model), collate(rows, "shared", PAD)
+    module.head.chunk_size = 16
+    logits: list[weakref.ref[torch.Tensor]] = []
+    sizes: list[int] = []
+
+    def record(_module, _inputs, output):
+        logits.append(weakref.ref(output))
+        sizes.append(len(output))
+
+    handle = model.lm_head.register_forward_hook(record)
+    loss = module(batch).sum()
+    gc.collect()
+    n_chunks = -(-len(batch.target) // 16)
+    assert len(sizes) == n_chunks > 3
+    assert max(sizes) == 16
+    assert sum(sizes) == len(batch.target)  # answer tokens alone reach the vocabulary
+    assert all(reference() is None for reference in logits)
+    loss.backward()
+    assert len(sizes) == 2 * n_chunks  # made again, once
+    handle.remove()
+
+
+def test_names_and_parameters_are_the_models_own():
+    """Every parameter appears once, as `model.` and its Hugging Face name; the head holds its own."""
+    model = tiny_causal_lm("llama", tie_word_embeddings=True)
+    module = AnswerLogProbs(model)
+    assert [name for name, _ in module.named_parameters()] == [
+        f"model.{name}" for name, _ in model.named_parameters()
+    ]
+    # ZeRO-3 gathers what a module itself holds for as long as it runs: one gather for all chunks
+    assert dict(module.head.named_parameters())["weight"] is model.lm_head.weight
+    assert not list(module.head.children())
+
+
+def lora(model: Any, task: TaskType) -> Any:
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type=task, init_lora_weights=False)
+    torch.manual_seed(0)
+    return get_peft_model(model, settings)
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2"])
+def test_lora_layers_stay_active_inside_peft(arch):
+    model, rows = tiny_causal_lm(arch), random_rows()
+    with torch.no_grad():
+        bare = AnswerLogProbs(model)(collate(rows, "shared", PAD))
+    wrapped = lora(model, TaskType.CAUSAL_LM).eval()
+    module = AnswerLogProbs(wrapped)
+    expected = stock_logps(wrapped, rows)
+    expected_gradient = flat_gradient(wrapped, expected.sum())
+    found = module.token_logps(collate(rows, "shared", PAD))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_same_gradient(flat_gradient(wrapped, found.sum()), expected_gradient)
+    trained = [name for name, p in module.named_parameters() if p.grad is not None]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert (module(collate(rows, "shared", PAD)) - bare).abs().max() > 1e-2
+
+
+def test_lora_on_a_classifier():
+    wrapped = lora(tiny_classifier("llama"), TaskType.SEQ_CLS).eval()
+    rows = random_rows()
+    batch = collate(rows, "plain", PAD)
+    stock = wrapped(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    found = AnswerScores(wrapped)(collate(rows, "shared", PAD))
+    torch.testing.assert_close(found.flatten(), stock[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_causal_lm, tiny_classifier])
+def test_gradient_checkpointing_changes_nothing_but_work(make):
+    """Each layer runs a second time in the backward, and the gradient is the same."""
+    model = make("llama")
+    module = (AnswerLogProbs if make is tiny_causal_lm else AnswerScores)(model)
+    module.train()
+    batch = collate(random_rows(), "shared", PAD)
+    runs: list[int] = []
+    projection = model.base_model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(lambda *_: runs.append(1))
+    plain = flat_gradient(model, module(batch).square().sum())
+    assert len(runs) == 1
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed = flat_gradient(model, module(batch).square().sum())
+    assert len(runs) == 3
+    assert_same_gradient(checkpointed, plain, relative=1e-6)
+
+
+@pytest.mark.parametrize("arch", [*SHARING, "bloom"])
+def test_scores_equal_a_stock_classifier_reloaded_from_its_folder(arch, tmp_path):
+    """As any user of the saved folder scores: right-padded prompt + answer ids that end in EOS."""
+    save_tiny(tmp_path / "base", arch)
+    tiny_tokenizer(pad_is_eos=True).save_pretrained(tmp_path / "base")
+    settings = ModelConfig(
+        model_name_or_path=str(tmp_path / "base"),
+        attn_implementation="eager" if arch == "bloom" else "sdpa",
+    )
+    tokenizer = load_tokenizer(settings, distinct_pad=True)
+    annotator = load_annotator_base(settings, tokenizer, seed=0)
+    save(annotator, tokenizer, tmp_path / "annotator")
+
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "annotator").eval()
+    pad = stock.config.pad_token_id
+    assert pad not in (None, tokenizer.eos_token_id)
+    rows = random_rows()
+    plain = collate(rows, "plain", pad)
+    with torch.no_grad():
+        expected = stock(plain.input_ids, attention_mask=plain.attention_mask).logits[:, 0]
+        layouts = ("plain",) if arch == "bloom" else ("plain", "shared")
+        for model in (annotator, stock):
+            for layout in layouts:
+                found = AnswerScores(model)(collate(rows, layout, pad))
+                assert found.shape == (len(rows), 2)
+                torch.testing.assert_close(found.flatten(), expected, rtol=0, atol=1e-5)
+
+
+def test_with_pad_equal_to_eos_the_stock_classifier_skips_the_eos():
+    """Why the annotator carries a pad token of its own."""
+    model = tiny_classifier("llama", pad_token_id=EOS)
+    rows = random_rows()
+    plain = collate(rows, "plain", EOS)
+    with torch.no_grad():
+        stock = model(plain.input_ids, attention_mask=plain.attention_mask).logits[:, 0]
+        at_eos = AnswerScores(model)(plain).flatten()
+        before_eos = AnswerScores(model)(replace(plain, last=plain.last - 1)).flatten()
+    torch.testing.assert_close(before_eos, stock)
+    assert (at_eos - stock).abs().max() > 1e-2
+
+
+def test_gradients_of_scores_equal_the_stock_classifiers():
+    model, rows = tiny_classifier("qwen2"), random_rows()
+    plain = collate(rows, "plain", PAD)
+    stock = model(plain.input_ids, attention_mask=plain.attention_mask).logits[:, 0]
+    weights = coefficients(len(stock))
+    expected = flat_gradient(model, (weights * stock).sum())
+    scores = AnswerScores(model)(collate(rows, "shared", PAD)).flatten()
+    assert_same_gradient(flat_gradient(model, (weights * scores).sum()), expected)
+
+
+@pytest.mark.parametrize("arch", ["bert", "deberta-v2"])
+def test_encoders_score_plain_rows(arch):
+    model = tiny_classifier(arch)
+    rows = random_rows()
+    with torch.no_grad():
+        expected = [
+            float(model(input_ids=torch.tensor([[*row.prompt, *answer]])).logits)
+            for row in rows
+            for answer in row.answers
+        ]
+        found = AnswerScores(model)(collate(rows, "plain", PAD))
+        torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=0, atol=1e-5)
+        with pytest.raises(ModelError, match="layout 'plain'"):
+            AnswerScores(model)(collate(rows, "shared", PAD))
+
+
+def test_models_without_the_right_head_are_refused():
+    with pytest.raises(ModelError, match="3 labels"):
+        AnswerScores(
+            AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3))
+        )
+    with pytest.raises(ModelError, match="no output embeddings"):
+        AnswerLogProbs(tiny_causal_lm("llama").model)
+
+
+def test_generation_cache_is_off():
+    model = tiny_causal_lm("llama")
+    seen: list[Any] = []
+    model.model.register_forward_hook(
+        lambda _m, _a, kwargs, output: seen.append((kwargs["use_cache"], output.past_key_values)),
+        with_kwargs=True,
+    )
+    AnswerLogProbs(model)(collate(random_rows(), "shared", PAD))
+    assert seen == [(False, None)]

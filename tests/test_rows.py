@@ -1,0 +1,137 @@
+"""Rows: what each token sees, where it stands and what predicts it, against a slow reading."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
+
+from cwpo_dist.lm.rows import PAD, Row, collate, mask_allows, planned_length, shared_mask
+
+PAD_ID = 99
+tokens = st.lists(st.integers(0, 50), min_size=1, max_size=7)
+
+
+def rows_of(n_answers: int) -> st.SearchStrategy[list[Row]]:
+    row = st.builds(Row, tokens, st.tuples(*[tokens] * n_answers))
+    return st.lists(row, min_size=1, max_size=4)
+
+
+rows = st.sampled_from([1, 2]).flatmap(rows_of)
+
+
+def read_back(batch, query):
+    """Tokens that one query (flat index) sees, by position, and the positions it gave them."""
+    length = batch.input_ids.shape[1]
+    sequence, index = divmod(query, length)
+    seen = batch.attention_mask[sequence, 0, index].nonzero()[:, 0].tolist()
+    ids = batch.input_ids[sequence, seen].tolist()
+    return ids, batch.position_ids[sequence, seen].tolist()
+
+
+@given(rows)
+@settings(max_examples=60, deadline=None)
+def test_shared_token_sees_exactly_its_own_conversation(rows):
+    batch = collate(rows, "shared", PAD_ID)
+    n = 0
+    for r, row in enumerate(rows):
+        for k, answer in enumerate(row.answers):
+            conversation = [*row.prompt, *answer]
+            for i, token in enumerate(answer):
+                assert batch.target[n] == token
+                assert batch.answer[n] == r * len(row.answers) + k
+                upto = len(row.prompt) + i
+                ids, positions = read_back(batch, int(batch.source[n]))
+                assert ids == conversation[:upto]
+                assert positions == list(range(upto))
+                n += 1
+            ids, _ = read_back(batch, int(batch.last[r * len(row.answers) + k]))
+            assert ids == conversation
+    assert n == len(batch.target)
+
+
+@given(rows)
+@settings(max_examples=60, deadline=None)
+def test_plain_rows_are_stock_right_padded_batches(rows):
+    batch = collate(rows, "plain", PAD_ID)
+    conversations = [[*row.prompt, *answer] for row in rows for answer in row.answers]
+    length = max(map(len, conversations))
+    for b, conversation in enumerate(conversations):
+        pads = [PAD_ID] * (length - len(conversation))
+        assert batch.input_ids[b].tolist() == conversation + pads
+        assert batch.attention_mask[b].tolist() == [1] * len(conversation) + [0] * len(pads)
+        assert batch.position_ids[b, : len(conversation)].tolist() == list(range(len(conversation)))
+        assert batch.last[b] == b * length + len(conversation) - 1
+    # what a source predicts is the token after it
+    assert torch.equal(batch.input_ids.flatten()[batch.source + 1], batch.target)
+
+
+@given(rows, st.sampled_from(["shared", "plain"]))
+@settings(max_examples=40, deadline=None)
+def test_token_counts_and_planned_lengths_are_those_of_the_batch(rows, layout):
+    batch = collate(rows, layout, PAD_ID)
+    assert batch.padded_tokens == batch.input_ids.numel()
+    assert batch.padded_tokens == len(rows) * max(planned_length(row, layout) for row in rows)
+    assert batch.useful_tokens == (batch.input_ids != PAD_ID).sum()
+    assert (batch.n_rows, batch.n_answers) == (len(rows), len(rows[0].answers))
+    assert batch.last.shape == (batch.n_rows * batch.n_answers,)
+
+
+def test_pads_see_themselves_alone_and_are_seen_by_none():
+    batch = collate([Row([1, 2], ([3], [4])), Row([1, 2, 5], ([3, 6], [4, 7, 8]))], "shared", 0)
+    mask = batch.attention_mask[0, 0]
+    assert torch.equal(mask[4:], torch.eye(8, dtype=torch.bool)[4:])
+    assert not mask[:4, 4:].any()
+
+
+def test_mask_worked_by_hand():
+    # prompt of 2, answer a of 2, answer b of 1, one pad
+    mask = shared_mask(torch.tensor([[0, 0, 1, 1, 2, PAD]]))[0, 0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_mask_serves_as_flex_attention_mask_mod():
+    segments = torch.tensor([[0, 0, 1, 1, 2, PAD], [0, 1, 2, 2, 2, 2]])
+
+    def mask_mod(b, h, q, k):
+        return mask_allows(q, k, segments[b, q], segments[b, k])
+
+    dense = create_mask(mask_mod, B=2, H=None, Q_LEN=6, KV_LEN=6, device="cpu")
+    assert torch.equal(dense, shared_mask(segments))
+
+
+def test_row_lengths():
+    row = Row([1, 2, 3], ([4], [5, 6]))
+    assert (row.n_tokens, row.n_longest) == (6, 5)
+    assert (planned_length(row, "shared"), planned_length(row, "plain")) == (6, 10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([], "none given"),
+        ([Row([1], ([2],)), Row([1], ([2], [3]))], r"\[1, 2\] answers"),
+        ([Row([], ([2],))], r"rows\[0\]: empty"),
+        ([Row([1], ([2],)), Row([1], ([],))], r"rows\[1\]: empty"),
+    ],
+)
+def test_rows_that_make_no_batch_are_refused(rows, named):
+    with pytest.raises(ValueError, match=named):
+        collate(rows, "shared", 0)
+
+
+def test_to_moves_every_tensor():
+    batch = collate([Row([1], ([2], [3]))], "shared", 0).to("meta")
+    moved = [v for v in vars(batch).values() if isinstance(v, torch.Tensor)]
+    assert len(moved) == 7
+    assert all(tensor.is_meta for tensor in moved)
+    assert batch.layout == "shared"

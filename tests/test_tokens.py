@@ -1,0 +1,256 @@
+"""Tokens: one conversation, one BOS, one EOS, and a prompt that really is what answers share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
+
+from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
+
+BOS, EOS = 0, 1
+quick = settings(max_examples=80, deadline=None)
+# Anything a file can hold, with what makes borders hard: spaces, newlines, colons, shared starts.
+text = st.text(max_size=30) | st.text(alphabet="the: \n", max_size=12)
+prompts = text.filter(bool)
+plain = Encoder(tiny_tokenizer(), "plain")
+plain_without_bos = Encoder(tiny_tokenizer(add_bos=False), "plain")
+chat = Encoder(tiny_tokenizer(), "tokenizer")
+
+
+def user(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def assistant(content: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": content}]
+
+
+@given(prompts, text, text)
+@quick
+def test_plain_text_survives_the_round_trip(prompt, first, second):
+    row = plain.encode(prompt, [first, second])
+    for answer, ids in zip([first, second], row.answers, strict=True):
+        assert plain.tokenizer.decode([*row.prompt[1:], *ids[:-1]]) == prompt + answer
+
+
+@given(prompts, text, text)
+@quick
+def test_each_conversation_has_the_tokens_of_the_stock_tokenizer(prompt, first, second):
+    """No border is re-tokenised, though the merges of ':␣', '\\n\\n' and 'the' straddle it."""
+    row = plain.encode(prompt, [first, second])
+    for answer, ids in zip([first, second], row.answers, strict=True):
+        assert [*row.prompt, *ids] == [*plain.tokenizer(prompt + answer).input_ids, EOS]
+
+
+@given(prompts, text, text)
+@quick
+def test_one_bos_and_one_eos_an_answer(prompt, first, second):
+    for encoder in (plain, chat):
+        row = encoder.encode(prompt, [first, second])
+        assert row.prompt[0] == BOS
+        for ids in row.answers:
+            assert [*row.prompt, *ids].count(BOS) == 1
+            assert ids[-1] == EOS
+            assert ids.count(EOS) == 1
+
+
+@given(prompts, text, text)
+@quick
+def test_prompt_is_the_longest_prefix_of_all_three(prompt, first, second):
+    row = plain.encode(prompt, [first, second])
+    opening = plain.tokenizer(prompt).input_ids
+    full = [plain.tokenizer(prompt + answer).input_ids for answer in (first, second)]
+    n = len(row.prompt)
+    assert all(ids[:n] == row.prompt for ids in [opening, *full])
+    following = {tuple(ids[n : n + 1]) for ids in [opening, *full]}
+    assert len(following) > 1 or n == len(opening)
+
+
+def test_a_merge_across_the_border_goes_to_the_answers():
+    row = plain.encode("Q:", [" the cat", "no"])
+    decode = plain.tokenizer.decode
+    assert decode(row.prompt) == "<s>Q"
+    assert [decode(ids) for ids in row.answers] == [": the cat</s>", ":no</s>"]
+
+
+@given(prompts, text)
+@quick
+def test_without_bos_where_the_tokenizer_writes_none(prompt, answer):
+    tokenizer = plain_without_bos.tokenizer
+    assume(len(tokenizer(prompt).input_ids) > 1)
+    row = plain_without_bos.encode(prompt, [answer])
+    assert plain_without_bos.bos_id is None
+    assert [*row.prompt, *row.answers[0]] == [*tokenizer(prompt + answer).input_ids, EOS]
+
+
+def test_a_prompt_without_tokens_of_its_own_is_refused():
+    with pytest.raises(TokenError, match="prompt: ''"):
+        plain_without_bos.encode("", ["answer"])
+    with pytest.raises(TokenError, match="prompt: ':'"):
+        plain_without_bos.encode(":", [" straddles"])
+
+
+@given(prompts, text, text)
+@quick
+def test_text_and_messages_give_the_same_chat(prompt, first, second):
+    as_text = chat.encode(prompt, [first, second])
+    as_messages = chat.encode(user(prompt), [assistant(first), assistant(second)])
+    assert as_text == as_messages
+
+
+@pytest.fixture
+def chat_folder() -> str | None:
+    """SmolLM2's own tokenizer and template where there is one, else the tiny one."""
+    for name in ("CWPO_MODEL", "CWPO_SMOLLM2"):
+        folder = os.environ.get(name)
+        if folder and (Path(folder) / "tokenizer.json").is_file():
+            return folder
+    return None
+
+
+def test_chat_equals_the_stock_template_less_what_follows_eos(chat_folder):
+    tokenizer = load_tokenizer(chat_folder) if chat_folder else tiny_tokenizer(add_bos=False)
+    encoder = Encoder(tokenizer, "tokenizer")
+    history = [*user("What is 2 + 2?"), *assistant("4."), *user("And\n\nhalf of that?")]
+    answers = [assistant("2, of course."), assistant(" It is:\n\ntwo ")]
+    row = encoder.encode(history, answers)
+    stock = [
+        tokenizer.apply_chat_template([*history, *answer], return_dict=False) for answer in answers
+    ]
+    opening = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False)
+    newline = tokenizer("\n", add_special_tokens=False).input_ids
+    assert row.prompt == opening
+    assert encoder.opening(history) == opening
+    for ids, expected in zip(row.answers, stock, strict=True):
+        assert ids[-1] == tokenizer.eos_token_id
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert [*row.prompt, *ids, *newline] == expected
+
+
+def test_plain_conversation_is_an_hh_transcript():
+    messages = [{"role": "system", "content": "Be kind."}, *user("Hi"), *assistant("Hello"), *user("x")]
+    row = plain.encode(messages, [assistant("Yes."), assistant("No.")])
+    decode = plain.tokenizer.decode
+    transcript = "<s>\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: x\n\nAssistant: "
+    assert decode([*row.prompt, *row.answers[0]]) == transcript + "Yes.</s>"
+    assert decode([*row.prompt, *row.answers[1]]) == transcript + "No.</s>"
+
+
+def test_an_answer_that_brings_its_own_eos_gets_no_second():
+    row = plain.encode("Q ", ["yes</s>", "no </s>\n", "a</s>b"])
+    assert [ids.count(EOS) for ids in row.answers] == [1, 1, 2]
+    assert plain.tokenizer.decode(row.answers[2]) == "a</s>b</s>"
+
+
+def test_template_file_travels_with_the_saved_tokenizer(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}")
+    encoder = Encoder(tiny_tokenizer(), str(path))
+    encoder.tokenizer.save_pretrained(tmp_path / "saved")
+    again = Encoder(load_tokenizer(tmp_path / "saved"), "tokenizer")
+    assert again.tokenizer.chat_template == path.read_text()
+    assert again.encode("hi", ["yo", "ya"]) == encoder.encode("hi", ["yo", "ya"])
+    decoded = again.tokenizer.decode(again.encode("hi", ["yo"]).prompt)
+    assert decoded == "<s>[user] hi"
+
+
+def without_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def test_missing_templates_are_refused_with_a_remedy(tmp_path):
+    with pytest.raises(TokenError, match="chat_template: 'tokenizer'.*use 'plain'"):
+        Encoder(without_template(), "tokenizer")
+    with pytest.raises(TokenError, match=r"chat_template: cannot read .*missing\.jinja"):
+        Encoder(without_template(), str(tmp_path / "missing.jinja"))
+
+
+def test_what_a_template_refuses_is_a_fault_of_the_row(tmp_path):
+    path = tmp_path / "strict.jinja"
+    path.write_text("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}")
+    with pytest.raises(TokenError, match="refused roles assistant: user first"):
+        Encoder(tiny_tokenizer(), str(path)).encode(assistant("hi"), [])
+    with pytest.raises(TokenError, match="use one kind"):
+        plain.encode("text", [assistant("hi")])
+
+
+def test_distinct_pad(tmp_path):
+    tiny_tokenizer(pad_is_eos=True).save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token_id == EOS
+    annotators = load_tokenizer(tmp_path, distinct_pad=True)
+    assert annotators.pad_token == "<|pad|>"
+    assert annotators.pad_token_id == 266
+    annotators.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again", distinct_pad=True)
+    assert (again.pad_token_id, len(again)) == (266, 267)
+    tiny_tokenizer().save_pretrained(tmp_path / "own")
+    assert load_tokenizer(tmp_path / "own", distinct_pad=True).pad_token == "<pad>"
+
+
+ids = st.lists(st.integers(3, 60), min_size=1, max_size=40)
+answers = st.lists(st.integers(3, 60), max_size=40).map(lambda found: [*found, EOS])
+long_rows = st.builds(lambda p, a, b: Row([BOS, *p], (a, b)), ids, answers, answers)
+
+
+@given(long_rows, st.integers(4, 90))
+@quick
+def test_truncation_keeps_bos_eos_and_something_of_each_answer(row, max_length):
+    cut = fit_length(row, max_length, "truncate", bos_id=BOS)
+    if row.n_longest <= max_length:
+        assert cut is row
+        return
+    if cut is None:  # the answers differ beyond the cut only, or not at all
+        first, second = (answer[: max_length - 2] for answer in row.answers)
+        n = min(len(first), len(second), max_length // 4)
+        assert first[: n - 1] == second[: n - 1]
+        return
+    assert cut.n_longest <= max_length
+    assert cut.prompt[0] == BOS
+    assert len(cut.prompt) >= min(len(row.prompt), max_length // 4)
+    assert row.prompt[len(row.prompt) - len(cut.prompt) + 1 :] == cut.prompt[1:]
+    for before, after in zip(row.answers, cut.answers, strict=True):
+        assert after[-1] == EOS
+        assert len(after) >= min(2, len(before))
+        assert before[: len(after) - 1] == after[:-1]
+
+
+def test_truncation_worked_by_hand():
+    row = Row([BOS, 3, 4, 5, 6, 7, 8, 9], ([10, 11, EOS], [12, 13, 14, 15, 16, 17, EOS]))
+    # the prompt gives way first, its oldest tokens before its newest
+    cut = fit_length(row, 12, "truncate", bos_id=BOS)
+    assert cut == Row([BOS, 6, 7, 8, 9], row.answers)
+    # without a BOS to keep
+    assert fit_length(row, 12, "truncate") == Row([5, 6, 7, 8, 9], row.answers)
+    # down to a quarter of the length; then answers lose their ends, and EOS stays
+    cut = fit_length(row, 8, "truncate", bos_id=BOS)
+    assert cut == Row([BOS, 9], ([10, 11, EOS], [12, 13, 14, 15, 16, EOS]))
+
+
+def test_a_pair_that_differs_only_beyond_the_cut_is_dropped():
+    row = Row([BOS, 3], ([7] * 20 + [8, EOS], [7] * 20 + [9, EOS]))
+    assert fit_length(row, 16, "truncate") is None
+
+
+@given(long_rows, st.integers(1, 90))
+@quick
+def test_drop_is_all_or_nothing(row, max_length):
+    kept = fit_length(row, max_length, "drop")
+    assert kept is (row if row.n_longest <= max_length else None)
+
+
+def test_no_room_to_truncate_to_is_refused():
+    with pytest.raises(TokenError, match="max_length: 3 leaves no room"):
+        fit_length(Row([BOS, 3, 4], ([5, EOS],)), 3, "truncate")
+
+
+def test_tiny_template_is_like_smollm2s():
+    assert tiny_tokenizer().chat_template == CHAT_TEMPLATE
+    assert chat.tokenizer.apply_chat_template(user("a"), tokenize=False) == "<|user|>\na</s>\n"
