@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from cwpo_dist.config import Config, load_config
 
 if TYPE_CHECKING:
-    from cwpo_dist.stages.plan import Plan
+    from cwpo_dist.stages.plan import Plan, ShownRow
 
 # What each stage does, in its order; `cwpo <stage>` exists for each.
 STAGES = {
@@ -37,10 +39,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Confidence-weighted preference optimisation over Ray and DeepSpeed.\n\n"
-    "Start with [bold]cwpo plan CONFIG.yaml[/bold], which checks a run and says what it costs, "
-    "then [bold]cwpo run CONFIG.yaml[/bold]. A command that was cut off goes on where it was when "
+    "Start with `cwpo plan CONFIG.yaml`, which checks a run and says what it costs, "
+    "then `cwpo run CONFIG.yaml`. A command that was cut off goes on where it was when "
     "you give it again.",
 )
 
@@ -50,8 +52,8 @@ ConfigPath = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY.SUB=VALUE | FILE.yaml]...",
-        help="Laid over CONFIG from left to right: single values, or further YAML files.",
+        metavar="[OVERRIDES]",
+        help="key.sub=value or further YAML files, laid over CONFIG from left to right.",
     ),
 ]
 Resume = Annotated[
@@ -75,7 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
         message = user_message(error)
         if message is None:
             raise
-        Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False)
+        Console(stderr=True).print(
+            f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
+        )
         sys.exit(USER_ERROR)
 
 
@@ -171,7 +175,7 @@ def submit(
     what: Annotated[
         list[str],
         typer.Argument(
-            metavar="[STAGE] CONFIG [KEY.SUB=VALUE]...", help="As for `cwpo run` and its stages."
+            metavar="[STAGE] CONFIG [OVERRIDES]", help="As for `cwpo run`, or for one stage of it."
         ),
     ],
     address: Address,
@@ -191,7 +195,7 @@ def submit(
 ) -> None:
     """Send a run, or one stage, to a Ray cluster; the same command again attaches or resumes.
 
-    HF_TOKEN, AWS_*, WANDB_* and MLFLOW_* settings of this shell travel with the job. Every node
+    This shell's HF_TOKEN and its AWS, WANDB and MLFLOW credentials travel with the job. Every node
     must see output_dir: give a URI, or a folder that all share.
 
     Example: cwpo submit annotate run.yaml output_dir=s3://bucket/run --address http://head:8265
@@ -255,17 +259,60 @@ def stop(job: JobId, address: Address) -> None:
 
 
 def _run(config: Config, until: str | None, resume: bool) -> None:
+    from cwpo_dist.stages.checks import check
     from cwpo_dist.stages.run import run as run_stages
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("cwpo_dist").setLevel(logging.INFO)
+    check(config, until)  # before any worker starts
     place = run_stages(config, until=until, resume=resume)
     _say(f"{'report' if until is None else 'run directory'}: {place}")
 
 
 def print_plan(plan: Plan) -> None:
     """Shows a plan on the terminal."""
-    raise NotImplementedError
+    console = Console(highlight=False)
+    table = Table("stage", "arms", "work", box=None, pad_edge=False)
+    for name in ("tokens", "time", "memory"):
+        table.add_column(name, justify="right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.stage,
+            ", ".join(stage.arms),
+            escape(stage.work),
+            f"{stage.tokens:,}" if stage.tokens else "",
+            "done" if stage.done else _duration(stage.seconds),
+            f"{stage.memory / 2**30:.1f} GiB" if stage.memory else "",
+        )
+    for row in plan.rows:
+        console.print(_shown(row), end="\n\n")
+    console.print(table)
+    known = [stage.seconds for stage in plan.stages if stage.seconds is not None]
+    if len(known) == len(plan.stages):
+        console.print(f"about {_duration(sum(known)) or 'no time'} in all, on this machine alone")
+    console.print("memory is of one worker; time and memory are rough, the checks are not")
+    for note in plan.notes:
+        console.print(f"note: {escape(note)}")
+
+
+def _shown(row: ShownRow) -> Text:
+    """A pair as its model reads it: the prompt dim, each answer in its colour."""
+    text = Text(f"{row.model} reads\n", style="bold")
+    text.append(row.prompt, style="dim")
+    for name, answer, colour in zip("ab", row.answers, ("green", "yellow"), strict=False):
+        text.append(f"\n{name}: ", style="bold")
+        text.append(answer, style=colour)
+    for line in row.mask:
+        text.append(f"\n  {line}", style="cyan")
+    return text
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown here"
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds else ""
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _say(text: str) -> None:

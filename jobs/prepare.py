@@ -1,6 +1,6 @@
 """The stage `prepare`, and what it needs, as a Ray job.
 
-ray job submit --working-dir . -- python jobs/prepare.py CONFIG.yaml [KEY.SUB=VALUE | FILE.yaml]...
+ray job submit --working-dir . -- python jobs/prepare.py CONFIG.yaml [OVERRIDES]
 """
 
 import sys

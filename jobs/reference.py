@@ -1,6 +1,6 @@
 """The stage `reference`, and what it needs, as a Ray job.
 
-ray job submit --working-dir . -- python jobs/reference.py CONFIG.yaml [KEY.SUB=VALUE | FILE.yaml]...
+ray job submit --working-dir . -- python jobs/reference.py CONFIG.yaml [OVERRIDES]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A whole run as a Ray job.
 
-ray job submit --working-dir . -- python jobs/run.py CONFIG.yaml [KEY.SUB=VALUE | FILE.yaml]...
+ray job submit --working-dir . -- python jobs/run.py CONFIG.yaml [OVERRIDES]
 """
 
 import sys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,7 +64,7 @@ def test_one_rank_wastes_no_micro_batch(lengths, max_tokens):
     """No two neighbours in the plan could have been one: greedy filling is tight."""
     (plan,) = plan_micro_batches(lengths, max_tokens, 1)
     by_length = sorted(plan, key=lambda rows: -max(lengths[row] for row in rows))
-    for longer, shorter in zip(by_length, by_length[1:], strict=False):
+    for longer, shorter in pairwise(by_length):
         longest = max(lengths[row] for row in longer)
         assert (len(longer) + 1) * longest > max_tokens
         assert len(shorter) >= 1
@@ -80,7 +82,7 @@ def test_plan_worked_by_hand():
 
 
 def test_plan_puts_like_costs_beside_each_other():
-    """Ranks wait for each other at each micro-step, so the costs of one step must not differ much."""
+    """Ranks wait for each other at each micro-step, so its costs must not differ much."""
     lengths = np.random.default_rng(0).integers(50, 1000, 256)
     plan = plan_micro_batches(lengths, 4096, 4)
 

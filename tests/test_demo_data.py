@@ -1,4 +1,4 @@
-"""Takes the committed demo pairs, checks that they are what the demo's documentation claims."""
+"""Takes the demo's committed pairs and its programs, checks what their documentation claims."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.demo import gold, make_pairs
+from cwpo_dist.demo import gold, make_pairs, model
 
 PAIRS = Path(make_pairs.__file__).with_name("pairs.jsonl")
 SIDES = ("response_a", "response_b")
@@ -142,3 +142,29 @@ def test_pairs_are_disjoint_and_skip_useless_answers() -> None:
 def test_unfit_answers_cost_their_pair() -> None:
     fine, broken = "one answer that reads quite well", "one answer that has a broken \ufffd sign"
     assert make_pairs.pair_up("p", [fine, broken]) == []
+
+
+def test_a_built_model_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert model.build(tmp_path) == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_interrupted_build_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(gguf: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "find_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(model, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.build(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "PACKAGE", "no_such_package_here")
+    with pytest.raises(FileNotFoundError, match="pip install"):
+        model.find_gguf()

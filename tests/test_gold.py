@@ -91,38 +91,59 @@ def test_greedy_equals_a_loop_without_padding_or_cache(
         assert answer == expected
 
 
+@pytest.mark.parametrize("known_to", ["tokenizer", "model"])
 def test_answer_ends_at_eos_and_shows_no_special_tokens(
-    tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
+    known_to: str, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
+    """The model's end need not be the tokenizer's: chat models often name several."""
     model = tiny_causal_lm("llama")
-    head = model.get_output_embeddings()
+    end = tokenizer.eos_token_id if known_to == "tokenizer" else tokenizer.bos_token_id
+    model.generation_config.eos_token_id = None if known_to == "tokenizer" else [end]
     letter = tokenizer.convert_tokens_to_ids("x")
+    calls: list[int] = []
 
-    def always(module: torch.nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor:
-        """Two letters, then EOS."""
+    def two_letters(_: torch.nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor:
         forced = torch.full_like(logits, -1e9)
         calls.append(1)
-        forced[..., letter if len(calls) <= 2 else tokenizer.eos_token_id] = 0
+        forced[..., end if len(calls) == 3 else letter] = 0
         return forced
 
-    calls: list[int] = []
-    handle = head.register_forward_hook(always)
+    model.get_output_embeddings().register_forward_hook(two_letters)
     assert _generate(model, tokenizer, prompts[:1]) == ["xx"]
-    handle.remove()
 
 
 def test_models_own_generation_settings_do_not_leak(
     tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
     plain, tuned = tiny_causal_lm("llama"), tiny_causal_lm("llama")
+    for model in (plain, tuned):
+        model.get_output_embeddings().register_forward_hook(_end_soon)
     settings = tuned.generation_config
     settings.repetition_penalty, settings.no_repeat_ngram_size = 5.0, 1
     settings.do_sample, settings.top_k, settings.temperature = True, 1, 0.01
     settings.min_length = 500
+    found = []
     for temperature in (0.0, 0.95):
-        assert _generate(tuned, tokenizer, prompts, temperature=temperature) == _generate(
-            plain, tokenizer, prompts, temperature=temperature
-        )
+        answers = _generate(plain, tokenizer, prompts, temperature=temperature)
+        assert answers == _generate(tuned, tokenizer, prompts, temperature=temperature)
+        found += answers
+    assert min(map(len, found)) < 12 - 2, "an answer ended before its time, else nothing is shown"
+
+
+def _end_soon(_: torch.nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor:
+    """Makes EOS (id 1) nearly as likely as the best token."""
+    best = logits.amax(-1) - 0.5
+    return torch.cat([logits[..., :1], best[..., None], logits[..., 2:]], dim=-1)
+
+
+def test_each_prompt_has_noise_of_its_own(
+    tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
+) -> None:
+    """A model that finds all tokens equally likely shows the noise alone."""
+    model = tiny_causal_lm("llama")
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    answers = _generate(model, tokenizer, prompts, batch_size=5)
+    assert len(set(answers)) == len(answers)
 
 
 def test_gumbel_noise_draws_from_the_tempered_distribution() -> None:

@@ -185,7 +185,7 @@ def test_chunks_keep_no_logits_until_the_backward():
 
 
 def test_names_and_parameters_are_the_models_own():
-    """Every parameter appears once, as `model.` and its Hugging Face name; the head holds its own."""
+    """Every parameter appears once, under its Hugging Face name; the head holds its own too."""
     model = tiny_causal_lm("llama", tie_word_embeddings=True)
     module = AnswerLogProbs(model)
     assert [name for name, _ in module.named_parameters()] == [

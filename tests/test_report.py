@@ -13,7 +13,15 @@ from rich.console import Console
 
 from cwpo_dist.evaluation.accuracy import annotator_accuracy, gra, policy_accuracy
 from cwpo_dist.report.page import render
-from cwpo_dist.report.summary import SIMULATED, Cell, arms_table, duration, prepare_table
+from cwpo_dist.report.summary import (
+    SIMULATED,
+    Cell,
+    arms_table,
+    cost_table,
+    duration,
+    keys_table,
+    prepare_table,
+)
 from cwpo_dist.report.table import print_summary
 
 ATTACK = "<script>alert('$x^$ [bold]')</script>"
@@ -86,6 +94,7 @@ def sample_metrics(simulated: bool = False) -> dict[str, Any]:
             "output_dir": "runs/harmless",
             "seed": 7,
             "simulated_labels": simulated,
+            "device": "cpu",
             "versions": {"cwpo_dist": "0.1.0", "torch": "2.13.0", "ray": "2.60.0"},
         },
         "prepare": {
@@ -177,6 +186,7 @@ def test_same_metrics_same_bytes(page: str) -> None:
 
 
 def test_untrusted_text_is_escaped_everywhere() -> None:
+    """Titles of rich tables, cells, legends and SVG all carry names that came from outside."""
     metrics = sample_metrics()
     metrics["arms"] = {f"{ATTACK}{k}": arm for k, arm in enumerate(metrics["arms"].values())}
     metrics["run"].update(output_dir=ATTACK, seed=ATTACK, versions={ATTACK: ATTACK})
@@ -264,6 +274,26 @@ def test_shared_stages_stand_once() -> None:
     assert stages.count("prepare") == 1
     assert stages.count("align") == 4
     assert stages.count("sft") == 2
+
+
+def test_one_output_in_two_roles_costs_once_and_unknown_roles_show() -> None:
+    """Without SFT, the base's answers are also the SFT model's."""
+    arm = {
+        "keys": {"answers_base": "k1", "answers_sft": "k1", "later": "k2"},
+        "seconds": {"later": 2.0, "answers_base": 1.0, "answers_sft": 1.0},
+    }
+    metrics = {"arms": {"cw": arm}}
+    assert [row[0].text for row in cost_table(metrics).rows] == ["answers_base", "later"]
+    roles = [row[0].text for row in keys_table(metrics).rows]
+    assert roles == ["answers_base", "answers_sft", "later"]
+
+
+def test_human_arms_show_no_annotator() -> None:
+    """All arms keep to the annotator's pairs, but its accuracy says nothing of human labels."""
+    arms = {"human": {"annotator": _annotator()}, "weak": {"annotator": _annotator()}}
+    human, weak = (row[3] for row in arms_table({"arms": arms}).rows)
+    assert human.text == "as given"
+    assert weak.text.endswith(" %")
 
 
 def test_broken_curves_draw_what_is_finite() -> None:

@@ -39,7 +39,9 @@ Row = dict[str, str]
 # A letter or a closing sign must come before the full stop: "1." opens a list item.
 _SENTENCE_END = re.compile(r"[^\W\d_][\])\"'’”*]*[.!?][\])\"'’”*]*(?=\s|$)")
 # Broken characters, and matters that a small model should not be quoted on in an example file.
-_UNFIT = re.compile(r"\ufffd|\b(?:abus|allah|bible|christian|islam|jesus|muslim|suicid)", re.IGNORECASE)
+_UNFIT = re.compile(
+    r"\ufffd|\b(?:abus|allah|bible|christian|islam|jesus|muslim|suicid)", re.IGNORECASE
+)
 
 
 def read_prompts(path: Path = PROMPTS) -> list[str]:

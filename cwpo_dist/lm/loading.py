@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -144,14 +145,22 @@ def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
     name = model.model_name_or_path
     path = model_path(name) if "://" not in name else name
     if "://" not in path and not Path(path).is_dir():
-        config = _config(model)
-        return [[name, getattr(config, "_commit_hash", None) or model.revision]]
+        return [[name, _commit(model)]]
     root = Store(path).root
     return [
         [str(file)[len(root) + 1 :], *marks]
         for file, *marks in fingerprint(path)
         if str(file).endswith(_MODEL_FILES)
     ]
+
+
+def _commit(model: ModelConfig) -> str:
+    """The commit of a hub model's revision: the hub's word, or without a network the cache's."""
+    try:
+        cached = hf_hub_download(model.model_name_or_path, "config.json", revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+    return Path(cached).parent.name  # …/snapshots/COMMIT/config.json
 
 
 def _config(model: ModelConfig) -> PretrainedConfig:

@@ -101,7 +101,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
             files.reject(Reject(bad.reason, str(part), raw.position, raw.as_text()))
             continue
         _note_types(pair.kept, kept_types)
-        row = _work_row(pair, piece, rule)
+        row = work_row(pair, piece, rule)
         bucket = int(row["pair_id"][:8], 16) * n_buckets >> 32
         place = {"number": number, "origin": str(part), "position": raw.position}
         files.add({**row, **place, "bucket": bucket, "piece": index})
@@ -130,7 +130,7 @@ def _note_types(kept: Mapping[str, Any], types: dict[str, set[str]]) -> None:
             types[column].add(kind)
 
 
-def _work_row(pair: ParsedPair, piece: Piece, rule: SplitRule) -> dict[str, Any]:
+def work_row(pair: ParsedPair, piece: Piece, rule: SplitRule) -> dict[str, Any]:
     """A pair in the order and on the side that its content and the seed decide."""
     identity = pair_id(pair.prompt, pair.first, pair.second)
     prompt_hash = content_hash(pair.prompt)

@@ -157,12 +157,12 @@ def _opens_array(uri: str) -> bool:
 def _json_lines(file: IO[bytes]) -> Iterator[RawRow]:
     for position, line in enumerate(file, 1):
         if line.strip():
-            yield _json_line(position, line)
+            yield _json_line(position, line.rstrip(b"\r\n"))
 
 
 def _json_line(position: int, line: bytes) -> RawRow:
     try:
-        text = line.decode("utf-8-sig" if position == 1 else "utf-8").rstrip("\r\n")
+        text = line.decode("utf-8-sig" if position == 1 else "utf-8")
     except UnicodeDecodeError:
         return RawRow(
             position, None, line.decode("utf-8", "backslashreplace"), fault=Reason.UNICODE

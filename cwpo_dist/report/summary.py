@@ -9,9 +9,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cwpo_dist.config import ARMS
+
 Metrics = Mapping[str, Any]
 
-STAGES = ("prepare", "fit", "annotate", "weigh", "sft", "reference", "align", "evaluate")
+# Roles of stage outputs in reading order; a run's other roles come after them.
+_ROLES = (
+    "prepare",
+    "fit",
+    "annotate",
+    "weigh",
+    "tokens",
+    "sft",
+    "reference",
+    "align",
+    "aligned",
+    "answers_base",
+    "answers_sft",
+    "answers_aligned",
+    "evaluate",
+)
 COMPARISONS = {"own_sft": "its own SFT model", "common": "the common reference"}
 SIMULATED = (
     "SIMULATED LABELS: the preferences come from a rule, not from people. The figures say how "
@@ -65,6 +82,7 @@ class Shared:
 
 NOT_RUN = Cell("not run", missing=True)
 NO_PAIRS = Cell("no pairs", missing=True)
+AS_GIVEN = Cell("as given", missing=True)
 
 
 def tables(metrics: Metrics) -> list[Table]:
@@ -123,6 +141,18 @@ def shared_outputs(metrics: Metrics, stage: str, having: str) -> list[Shared]:
     ]
 
 
+def _roles(metrics: Metrics, part: str) -> list[str]:
+    """The roles that any arm's `part` knows, in reading order."""
+    found = {role: None for _, arm in arm_items(metrics) for role in at(arm, part) or {}}
+    known = [role for role in _ROLES if role in found]
+    return known + [role for role in found if role not in _ROLES]
+
+
+def _is_human(name: str) -> bool:
+    """Whether the arm trains on the data's own labels, so that no annotator's apply to it."""
+    return name in ARMS and ARMS[name].labels == "human"
+
+
 def arms_table(metrics: Metrics) -> Table:
     """One row an arm: what it was trained on and how it did."""
     rows = tuple(
@@ -130,7 +160,9 @@ def arms_table(metrics: Metrics) -> Table:
             Cell(name),
             count(at(arm, "pairs")),
             number(at(arm, "mean_weight"), 3),
-            share(at(arm, "annotator", "agreement"), with_ties=True),
+            AS_GIVEN
+            if _is_human(name)
+            else share(at(arm, "annotator", "agreement"), with_ties=True),
             share(at(arm, "policy", "agreement"), with_ties=True),
             *(share(at(arm, "gra", key), with_ties=True) for key in COMPARISONS),
         )
@@ -148,12 +180,13 @@ def arms_table(metrics: Metrics) -> Table:
             "GRA, common",
         ),
         rows,
-        note=f"Labels right: the annotator's choice against {held_out(metrics)}. Policy right: "
-        "the policy's implicit reward against the same. Both are shares of the decided pairs. "
-        "GRA: share of prompts on which the gold reward puts the arm's answer above the other "
-        "model's; each arm has an SFT model of its own, so only the common reference compares "
-        "arms with each other. A tie counts as a loss in GRA. Small: the 95 % "
-        "interval of this one run, which does not hold the spread between seeds, and ties.",
+        note=f"Labels right: the annotator's choice against {held_out(metrics)}; as given: the arm "
+        "trains on the data's own labels. Policy right: the policy's implicit reward against the "
+        "same labels. Both are shares of the decided pairs. GRA: share of prompts on which the "
+        "gold reward puts the arm's answer above the other model's; each arm has an SFT model of "
+        "its own, so only the common reference compares arms with each other. A tie counts as a "
+        "loss in GRA. Small: the 95 % interval of this one run, which does not hold the spread "
+        "between seeds, and ties.",
     )
 
 
@@ -270,8 +303,12 @@ def rejects_table(metrics: Metrics) -> Table:
 def cost_table(metrics: Metrics) -> Table:
     """Time and tokens of each stage, once where arms share it."""
     rows: list[tuple[Cell, ...]] = []
-    for stage in STAGES:
+    seen: set[str] = set()
+    for stage in _roles(metrics, "seconds"):
         for output in shared_outputs(metrics, stage, having="seconds"):
+            if output.key and output.key in seen:  # one output in two roles was made once
+                continue
+            seen.add(output.key)
             arm = at(metrics, "arms", output.arms[0])
             seconds, tokens = at(arm, "seconds", stage), at(arm, "tokens", stage)
             speed = tokens / seconds if tokens is not None and seconds else None
@@ -293,10 +330,9 @@ def cost_table(metrics: Metrics) -> Table:
 def provenance_table(metrics: Metrics) -> Table:
     """Run directory, seed and versions."""
     run = at(metrics, "run") or {}
-    rows = [
-        (Cell(name.replace("_", " ")), plain(at(run, name)))
-        for name in ("output_dir", "seed", "simulated_labels")
-    ]
+    names = ["output_dir", "seed", "simulated_labels"]
+    names += [name for name in run if name not in [*names, "versions"]]
+    rows = [(Cell(str(name).replace("_", " ")), plain(at(run, name))) for name in names]
     versions = at(run, "versions") or {}
     rows += [(Cell(str(name)), plain(version)) for name, version in sorted(versions.items())]
     return Table("Run", ("", "value"), tuple(rows))
@@ -307,8 +343,7 @@ def keys_table(metrics: Metrics) -> Table:
     items = arm_items(metrics)
     rows = tuple(
         (Cell(stage), *(plain(at(arm, "keys", stage)) for _, arm in items))
-        for stage in STAGES
-        if any(at(arm, "keys", stage) for _, arm in items)
+        for stage in _roles(metrics, "keys")
     )
     return Table(
         "Keys",

@@ -7,12 +7,38 @@ from typing import Any
 
 from cwpo_dist.config import AlignConfig
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages.context import Context, policy_of, read_log_probs
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import Normalization, Preference
+from cwpo_dist.training.workers import TrainSpec, train
+
+
+def run(context: Context, node: Node) -> dict[str, Any]:
+    """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
+    config = context.config.align
+    pairs = WeightedPairs(
+        preferences=context.place(node.inputs["weigh"]),
+        tokens=context.place(node.inputs["tokens"]),
+        reference=context.place(node.inputs["reference"]),
+        shards=context.shards(node),
+        config=config,
+        normalization=node.settings["weight_normalization"],
+    )
+    spec = TrainSpec(
+        name="align",
+        store=context.place(node),
+        key=node.key,
+        seed=context.config.seed,
+        config=config,
+        model=policy_of(context, node),
+        head="logps",
+        make_task=pairs,
+    )
+    return train(spec)
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class WeightedPairs:
     config: AlignConfig
     normalization: Normalization
 
-    def __call__(self) -> Preference:
+    def __call__(self, encoder: Encoder) -> Preference:
         """Tokens of every preference that fits the policy, chosen first."""
         rows: list[Row] = []
         names: list[str] = []

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -23,13 +24,13 @@ from transformers import (
 )
 
 from cwpo_dist.config import (
-    ARMS,
     Config,
     ConfigError,
     ModelConfig,
     PoolConfig,
     TrainingConfig,
 )
+from cwpo_dist.evaluation.gold import load_function
 from cwpo_dist.lm.loading import (
     ModelError,
     load_annotator_base,
@@ -37,7 +38,8 @@ from cwpo_dist.lm.loading import (
     load_reward_model,
 )
 from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
-from cwpo_dist.stages.graph import graph, needs_annotator
+from cwpo_dist.pairs.sources import check as check_sources
+from cwpo_dist.stages.graph import needs_annotator
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
@@ -57,6 +59,8 @@ class ModelSize:
 
     Attributes:
         parameters: all of them, tied ones once.
+        matmul: those that every token is multiplied with: no embeddings, no head.
+        head: those of the output layer, which only answer tokens reach.
         layers: decoder layers.
         width: hidden size.
         linear: inputs + outputs of each linear layer of the decoder, for LoRA.
@@ -64,6 +68,8 @@ class ModelSize:
     """
 
     parameters: int
+    matmul: int
+    head: int
     layers: int
     width: int
     linear: tuple[int, ...]
@@ -101,17 +107,17 @@ def check(config: Config, until: str | None = None) -> Checked:
     """
     machines = tuple(available())
     sizes: dict[str, ModelSize] = {}
-    faults = [*_arm_faults(config, until)]
-    for field, model, load in models(config):
+    faults = [*_source_faults(config), *_missing_models(config, until), *_gold_faults(config)]
+    for field, model, load in models(config, until):
         try:
             sizes[field] = _size(model, load)
             faults += _length_faults(field, model, sizes[field])
             Encoder(load_tokenizer(model, distinct_pad=load is _annotator), model.chat_template)
         except (ModelError, TokenError) as error:
             faults.append(f"{field}.{error}")
-    for name, training in trainings(config):
+    for name, training in trainings(config, until):
         faults += _training_faults(name, training, machines)
-    for name, pool in pools(config):
+    for name, pool in pools(config, until):
         faults += _pool_faults(name, pool, machines)
     if faults:
         raise ConfigError("\n".join(faults))
@@ -148,54 +154,88 @@ def _reward_model(model: ModelConfig) -> PreTrainedModel:
 Loader = Callable[[ModelConfig], PreTrainedModel]
 
 
-def models(config: Config) -> Iterator[tuple[str, ModelConfig, Loader]]:
-    """Every model that the run reads, with the field that names it."""
-    fitted = config.annotate.model is None and needs_annotator(config)
-    named: list[tuple[str, ModelConfig | None, Loader]] = [
-        ("weak", config.weak if fitted else None, _annotator),
-        ("annotate.model", config.annotate.model, _reward_model),
-        ("policy", config.policy, _policy),
-        ("evaluate.gold_model", config.evaluate.gold_model, _reward_model),
+def models(config: Config, until: str | None = None) -> Iterator[tuple[str, ModelConfig, Loader]]:
+    """Every model that is read up to a stage, with the field that names it."""
+    stages = reached(config, until)
+    named: list[tuple[str, str, ModelConfig | None, Loader]] = [
+        ("fit", "weak", config.weak, _annotator),
+        ("annotate", "annotate.model", config.annotate.model, _reward_model),
+        ("align", "policy", config.policy, _policy),
+        ("evaluate", "evaluate.gold_model", config.evaluate.gold_model, _reward_model),
     ]
-    yield from ((field, model, load) for field, model, load in named if model is not None)
+    for stage, field, model, load in named:
+        if stage in stages and model is not None:
+            yield field, model, load
 
 
-def trainings(config: Config) -> Iterator[tuple[str, TrainingConfig]]:
-    """The training sections that the run uses."""
-    if config.annotate.model is None and needs_annotator(config):
-        yield "fit", config.fit
-    if config.policy is not None:
-        if config.sft is not None:
-            yield "sft", config.sft
-        yield "align", config.align
+def trainings(config: Config, until: str | None = None) -> Iterator[tuple[str, TrainingConfig]]:
+    """The training sections that are used up to a stage."""
+    sections = {"fit": config.fit, "sft": config.sft, "align": config.align}
+    stages = reached(config, until)
+    for name, section in sections.items():
+        if name in stages and section is not None:
+            yield name, section
 
 
-def pools(config: Config) -> Iterator[tuple[str, PoolConfig]]:
-    """The actor pools that the run uses."""
-    if needs_annotator(config):
-        yield "annotate", config.annotate
-    if config.policy is not None:
-        yield "reference", config.reference
-        yield "evaluate", config.evaluate
+def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolConfig]]:
+    """The actor pools that are used up to a stage."""
+    sections = {
+        "annotate": config.annotate,
+        "reference": config.reference,
+        "evaluate": config.evaluate,
+    }
+    stages = reached(config, until)
+    yield from ((name, section) for name, section in sections.items() if name in stages)
 
 
-def _arm_faults(config: Config, until: str | None) -> Iterator[str]:
-    """Models that an arm needs and the config lacks."""
-    if until in {"prepare", "fit", "annotate"}:
-        return
-    for arm in config.arms:
-        if config.policy is None:
-            yield f"policy: arm {arm!r} aligns a policy; give policy.model_name_or_path"
-        elif ARMS[arm].labels == "annotator" and config.weak is None:
-            if config.annotate.model is None:
-                yield f"weak: arm {arm!r} needs an annotator; give weak or annotate.model"
+def reached(config: Config, until: str | None) -> set[str]:
+    """The stages with settings of their own that a run up to `until` goes through."""
+    labelling = {"fit", "annotate"} if config.annotate.model is None else {"annotate"}
+    if until == "prepare":
+        return set()
+    if until in labelling:
+        return {"fit"} if until == "fit" else labelling
+    wanted = {"sft", "reference", "align", "evaluate"}
+    return wanted | labelling if needs_annotator(config) else wanted
+
+
+def _source_faults(config: Config) -> Iterator[str]:
+    try:
+        check_sources(config.prepare)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _gold_faults(config: Config) -> Iterator[str]:
+    if config.evaluate.gold_function is not None:
+        try:
+            load_function(config.evaluate.gold_function)
+        except ValueError as error:
+            yield str(error)
+
+
+def _missing_models(config: Config, until: str | None) -> Iterator[str]:
+    """Models that a stage needs and the config lacks."""
+    stages = reached(config, until)
+    if "fit" in stages and config.weak is None:
+        yield (
+            "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
+            "annotate.model for a ready one-label reward model"
+        )
+    if "align" in stages and config.policy is None:
+        yield f"policy: arm {config.arms[0]!r} aligns a policy; give policy.model_name_or_path"
 
 
 def _size(model: ModelConfig, load: Loader) -> ModelSize:
     module = load(model) if _is_here(model.model_name_or_path) else _from_hub(model, load)
     text = module.config.get_text_config()
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for p in module.base_model.parameters() if p.ndim == 2 and id(p) not in tables]
+    head = module.get_output_embeddings()
     return ModelSize(
         parameters=sum(p.numel() for p in module.parameters()),
+        matmul=sum(p.numel() for p in matrices),
+        head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
         layers=int(text.num_hidden_layers),
         width=int(text.hidden_size),
         linear=tuple(
@@ -218,7 +258,9 @@ def _learned_positions(module: PreTrainedModel) -> int | None:
 
 
 def _is_here(name: str) -> bool:
-    return "://" in name or Path(name).expanduser().is_dir() or name.startswith((".", "/", "~"))
+    """True unless it can only be a hub id."""
+    is_path = "://" in name or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return is_path or Path(name).is_dir()
 
 
 def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
@@ -238,7 +280,7 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
         )
     if model.num_hidden_layers is not None:
         config.num_hidden_layers = model.num_hidden_layers
-    kind = AutoModelForCausalLM if load is _policy else AutoModelForSequenceClassification
+    kind: Any = AutoModelForCausalLM if load is _policy else AutoModelForSequenceClassification
     with torch.device("meta"):
         skeleton: PreTrainedModel = kind.from_config(config)
     return skeleton

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from cwpo_dist.config import ConfigError, ModelConfig
+from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, fit_length
 from cwpo_dist.scoring.pipeline import part
@@ -15,6 +13,25 @@ from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import BradleyTerry
+from cwpo_dist.training.workers import TrainSpec, train
+
+
+def run(context: Context, node: Node) -> dict[str, Any]:
+    """Writes `model/`, which `AutoModelForSequenceClassification` loads; returns the counts."""
+    weak = context.config.weak
+    assert weak is not None, "graph() makes no fit node without a weak model"
+    pairs = context.place(node.inputs["prepare"])
+    spec = TrainSpec(
+        name="fit",
+        store=context.place(node),
+        key=node.key,
+        seed=context.config.seed,
+        config=context.config.fit,
+        model=weak,
+        head="scores",
+        make_task=LabelledPairs(pairs, context.shards(node), weak),
+    )
+    return train(spec)
 
 
 @dataclass(frozen=True)
@@ -31,9 +48,8 @@ class LabelledPairs:
     shards: int
     model: ModelConfig
 
-    def __call__(self, tokenizer: PreTrainedTokenizerBase) -> BradleyTerry:
+    def __call__(self, encoder: Encoder) -> BradleyTerry:
         """Tokens of every labelled pair that fits, the human's choice first."""
-        encoder = Encoder(tokenizer, self.model.chat_template)
         rows: list[Row] = []
         names: list[str] = []
         for pair in self._labelled():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +12,6 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import MANIFEST, to_json
-
-logger = logging.getLogger(__name__)
 
 MOST_CONFIDENCES = 5000  # of the histogram: a sample, so that the page stays small
 TRAINING_STAGES = ("fit", "sft", "align")
@@ -91,3 +89,9 @@ def _confidences(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> 
                 break
         return values[:MOST_CONFIDENCES]
     return []
+
+
+def _curve(context: Context, node: Node) -> list[dict[str, Any]]:
+    """The log records of a training stage, one a step."""
+    lines = context.place(node).read("metrics.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines]

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from cwpo_dist import __version__
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.stages import (
     align,
@@ -48,7 +49,7 @@ STAGES: dict[str, Callable[[Context, Node], dict[str, Any]]] = {
     "evaluate": evaluate.run,
 }
 STARTED = "started.json"  # written first: tells a half-finished output from none
-PACKAGES = ("cwpo_dist", "ray", "torch", "transformers", "deepspeed", "datasets", "pyarrow", "peft")
+PACKAGES = ("ray", "torch", "transformers", "deepspeed", "datasets", "pyarrow", "peft")
 
 
 def run(config: Config, until: str | None = None, resume: bool = False) -> str:
@@ -92,10 +93,9 @@ def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
         made = graph(config, arm)
     if until is None:
         return made
-    wanted = [node for node in made.values() if node.stage == until]
-    if not wanted:
+    if until not in made:
         raise ConfigError(_no_stage(config, arm, until))
-    needed = {node.path for node in _ancestors(wanted)}
+    needed = {node.path for node in _ancestors([made[until]])}
     return {role: node for role, node in made.items() if node.path in needed}
 
 
@@ -197,7 +197,7 @@ def connect() -> None:
 def versions() -> Mapping[str, str]:
     """What the output was made with."""
     found = {name: metadata.version(name) for name in PACKAGES}
-    return found | {"python": platform.python_version()}
+    return {"cwpo_dist": __version__} | found | {"python": platform.python_version()}
 
 
 def device() -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.pairs.labels import LabelSource, decide
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens
@@ -13,6 +14,32 @@ from cwpo_dist.stages.context import Context, read_scores
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import Sft
+from cwpo_dist.training.workers import TrainSpec, train
+
+
+def run(context: Context, node: Node) -> dict[str, Any]:
+    """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
+    policy, config = context.config.policy, context.config.sft
+    assert policy is not None and config is not None, "graph() makes no sft node without them"
+    chosen = ChosenAnswers(
+        pairs=context.place(node.inputs["prepare"]),
+        tokens=context.place(node.inputs["tokens"]),
+        scores=context.place(node.inputs["annotate"]) if "annotate" in node.inputs else None,
+        shards=context.shards(node),
+        labels=node.settings["labels"],
+        splits=tuple(node.settings["splits"]),
+    )
+    spec = TrainSpec(
+        name="sft",
+        store=context.place(node),
+        key=node.key,
+        seed=context.config.seed,
+        config=config,
+        model=policy,
+        head="logps",
+        make_task=chosen,
+    )
+    return train(spec)
 
 
 @dataclass(frozen=True)
@@ -35,7 +62,7 @@ class ChosenAnswers:
     labels: LabelSource
     splits: tuple[str, ...]
 
-    def __call__(self) -> Sft:
+    def __call__(self, encoder: Encoder) -> Sft:
         """Tokens of every decided pair that fits the policy."""
         rows: list[Row] = []
         names: list[str] = []

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cwpo_dist.storage import Store, StorageError, to_json
+from cwpo_dist.storage import StorageError, Store, to_json
 from cwpo_dist.training.lease import LeaseLost
 from cwpo_dist.training.loop import Engine
 
@@ -76,7 +76,7 @@ class Checkpoint:
 
     def tensors(self, name: str) -> _Tensors:
         """One file of tensors: 'parameters' or an optimizer state."""
-        return _Tensors(self.store, f"{name}.safetensors")
+        return _Tensors(self.store, _file(name))
 
 
 def newest(stage: Store) -> Checkpoint | None:
@@ -108,20 +108,23 @@ def save(
         fence: called right before the commit; raises where this process may no longer commit.
     """
     folder = stage.child(FOLDER, f"step-{step:06d}-{attempt}")
-    files = [STATE]
     failure: Exception | None = None
     for name, key in _files(engine):
-        files.append(f"{name}.safetensors")
-        whole = _gather(engine, key)
+        whole = _gather(engine, key)  # by all ranks, also after a failure of rank 0
         if engine.rank == 0 and failure is None:
-            failure = _attempted(lambda: _write(folder, files[-1], whole))
+            failure = _failure_of(_write, folder, name, whole)
     if engine.rank == 0 and failure is None:
-        failure = _attempted(lambda: _commit(stage, folder, identity, step, files, keep, fence))
+        record = {"step": step, "files": [STATE, *(_file(name) for name, _ in _files(engine))]}
+        state = to_json({"step": step, **asdict(identity)})
+        failure = _failure_of(folder.write, STATE, state)
+        failure = failure or _failure_of(fence) or _failure_of(folder.create_json, COMMIT, record)
     failed = engine.total(torch.tensor([float(failure is not None)], dtype=torch.float64))
     if failure is not None:
         raise failure
     if failed:
         raise CommitFailed(f"rank 0 could not commit the checkpoint of step {step}")
+    if engine.rank == 0:
+        _tidy(stage, keep)
 
 
 def load(checkpoint: Checkpoint, engine: Engine, identity: RunIdentity) -> None:
@@ -180,10 +183,14 @@ def _files(engine: Engine) -> list[tuple[str, str | None]]:
     return [(PARAMETERS, None), *((key, key) for key in engine.state_keys)]
 
 
-def _attempted(write: Callable[[], None]) -> Exception | None:
+def _file(name: str) -> str:
+    return f"{name}.safetensors"
+
+
+def _failure_of(act: Callable[..., object], *arguments: object) -> Exception | None:
     """What went wrong, kept until all ranks can hear of it."""
     try:
-        write()
+        act(*arguments)
     except (OSError, LeaseLost) as error:
         return error
     return None
@@ -192,11 +199,11 @@ def _attempted(write: Callable[[], None]) -> Exception | None:
 def _write(folder: Store, name: str, tensors: dict[str, Tensor]) -> None:
     if folder.is_local:  # in place: nobody reads the folder before its commit
         Path(folder.root).mkdir(parents=True, exist_ok=True)
-        _save(tensors, Path(folder.path(name)))
+        _save(tensors, Path(folder.path(_file(name))))
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="cwpo-checkpoint-") as scratch:
         _save(tensors, Path(scratch) / name)
-        folder.copy_in(Path(scratch) / name, name)
+        folder.copy_in(Path(scratch) / name, _file(name))
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -207,21 +214,6 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
             f"checkpoint: cannot write {path}: {error}. The checkpoint before stays; free space, "
             "then run the same command again"
         ) from error
-
-
-def _commit(
-    stage: Store,
-    folder: Store,
-    identity: RunIdentity,
-    step: int,
-    files: list[str],
-    keep: int,
-    fence: Callable[[], None],
-) -> None:
-    folder.write(STATE, to_json({"step": step, **asdict(identity)}))
-    fence()
-    folder.create_json(COMMIT, {"step": step, "files": files})
-    _tidy(stage, keep)
 
 
 def _check(checkpoint: Checkpoint, identity: RunIdentity) -> None:

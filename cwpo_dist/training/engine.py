@@ -120,7 +120,7 @@ def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         del alive
-        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+        unset_hf_deepspeed_config()
 
 
 def join_process_group() -> None:
@@ -257,7 +257,7 @@ class DeepSpeedEngine:
             if not self.sharded or self.rank == 0:
                 parameter.copy_(value)
 
-    def _assign_shard(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+    def _assign_shard(self, parameter: Any, key: str | None, value: Tensor) -> None:
         """This rank's shard; DeepSpeed's setter of whole parameters forgets the last one's pad."""
         size = parameter.ds_tensor.numel()
         padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))

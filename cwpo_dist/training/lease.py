@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cwpo_dist.storage import Store, StorageError
+from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,13 @@ class LeaseToken:
         Raises:
             LeaseLost: when a later driver has taken over.
         """
-        _, newest = _newest(self.store)
-        following = replace(self, group=newest + 1)
-        if not self.store.create(_group_name(self.epoch, following.group), b""):
-            return self.for_new_group()
-        following.check()
-        return following
+        while True:
+            epoch, newest = _newest(self.store)
+            following = replace(self, group=newest + 1)
+            if epoch != self.epoch:
+                following.check()
+            if self.store.create(_group_name(self.epoch, following.group), b""):
+                return following
 
     def check(self) -> None:
         """Returns while nobody later has taken over; asked right before each commit.
@@ -102,10 +103,9 @@ class LeaseToken:
         epoch, group = _newest(self.store)
         if (epoch, group) == (self.epoch, self.group):
             return
-        later = _holder(self.store, epoch) if epoch > 0 else "nobody (its files are gone)"
         raise LeaseLost(
-            f"{self.store.uri}: lease {self.epoch}.{self.group} was taken over by "
-            f"{epoch}.{group}, {later}; this process stops without committing"
+            f"{self.store.uri}: lease {self.epoch}.{self.group} has passed on to {epoch}.{group} "
+            f"({_who(self.store, epoch)}); this process stops without committing"
         )
 
     def ask_to_stop(self) -> None:
@@ -148,7 +148,7 @@ class Lease:
         token = LeaseToken(store, newest + 1)
         if not store.create_json(_name(token.epoch, "json"), asdict(Holder.this_process())):
             raise LeaseHeld(
-                f"{store.uri}: {_holder(store, token.epoch)} took the lease at the same moment; "
+                f"{store.uri}: {_who(store, token.epoch)} took the lease at the same moment; "
                 "let it run, or stop it and start again"
             )
         if newest:
@@ -218,6 +218,13 @@ def _newest(store: Store) -> tuple[int, int]:
 def _holder(store: Store, epoch: int) -> Holder:
     record: dict[str, Any] = store.read_json(_name(epoch, "json"))
     return Holder(**record)
+
+
+def _who(store: Store, epoch: int) -> str:
+    if epoch == 0:
+        return "its files are gone"
+    holder = _holder(store, epoch)
+    return f"process {holder.pid} on {holder.host}"
 
 
 def _name(epoch: int, ending: str) -> str:

@@ -143,9 +143,7 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
     meter = _Meter()
     for step in range(start_step, total):
         hooks.before_step(step)
-        epoch, indices = global_batch(
-            len(task.rows), run.config.global_batch_size, run.seed, step
-        )
+        epoch, indices = global_batch(len(task.rows), run.config.global_batch_size, run.seed, step)
         result = gradients(task, engine, run, step, indices.tolist(), hooks)
         grad_norm = engine.step(rate(step))
         if not math.isfinite(grad_norm):
@@ -157,8 +155,8 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
         meter.add(result)
         done = step + 1
         if engine.rank == 0 and (done % run.config.logging_steps == 0 or done == total):
-            record = {"step": done, "epoch": epoch, "loss": result.loss, "grad_norm": grad_norm}
-            record |= {"learning_rate": rate(step), **meter.rates(), "total_steps": total}
+            record = {"step": done, "total_steps": total, "epoch": epoch, "loss": result.loss}
+            record |= {"grad_norm": grad_norm, "learning_rate": rate(step), **meter.rates()}
             hooks.log(record | task.metrics(result.outputs_PK, result.indices))
         _checkpoint(run, hooks, result, done, total)
 
@@ -212,7 +210,8 @@ def gradients(
         engine.backward(loss, last=micro.last)
         if micro.weight:
             outputs_PK[micro.positions] = output_PK.detach().double().cpu()
-        tokens += torch.tensor([micro.batch.useful_tokens * micro.weight, micro.batch.padded_tokens])
+        useful = micro.batch.useful_tokens * micro.weight
+        tokens += torch.tensor([useful, micro.batch.padded_tokens])
     flags = torch.tensor([hooks.wants_stop(), hooks.wants_poll()], dtype=torch.float64)
     # Each row was computed by one rank and is 0 on the others: the sum tells all of them all.
     summed = engine.total(torch.cat([flags, tokens, outputs_PK.flatten()]))
@@ -298,9 +297,10 @@ class _Meter:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._pairs, self._useful, self._padded = 0.0, 0.0, 0.0
+        self._steps, self._pairs, self._useful, self._padded = 0, 0.0, 0.0, 0.0
 
     def add(self, result: StepResult) -> None:
+        self._steps += 1
         self._pairs += len(result.indices)
         self._useful += result.useful_tokens
         self._padded += result.padded_tokens
@@ -308,6 +308,7 @@ class _Meter:
     def rates(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._start
         rates = {
+            "pairs_per_step": self._pairs / self._steps,
             "pairs_per_second": self._pairs / seconds,
             "tokens_per_second": self._useful / seconds,
             "padding": 1 - self._useful / self._padded,
@@ -338,7 +339,7 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the loss's gradient."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, learning_rate: float) -> float:
         """Clips, updates, forgets gradients; returns the gradient norm before clipping."""
@@ -377,5 +378,4 @@ def fresh_state(like: Tensor, keys: tuple[str, ...], step: int) -> dict[str, Ten
     """Optimizer state of zeros, in torch's form, of a tensor that has seen `step` updates."""
     if not keys:
         return {}
-    state = {key: torch.zeros_like(like, memory_format=torch.preserve_format) for key in keys}
-    return {"step": torch.tensor(float(step)), **{key: value.detach() for key, value in state.items()}}
+    return {"step": torch.tensor(float(step)), **{key: torch.zeros_like(like) for key in keys}}

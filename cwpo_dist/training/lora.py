@@ -196,5 +196,3 @@ def _copy_configuration(base: Path, out: Path, dtype: torch.dtype | None) -> Non
     generation = base / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, out / generation.name)
-
-

@@ -1,8 +1,8 @@
-"""Rows and numbers of a data set in; for each global batch its weighted losses, its denominator
-and its metrics out: the three objectives of the one training loop.
+"""Rows and numbers of a data set in; weighted losses, their denominator and metrics out.
 
-A task knows nothing of ranks or micro-batches: the loop sums its losses wherever they were
-computed and divides once by the denominator of the global batch.
+The three objectives of the one training loop. A task knows nothing of ranks or micro-batches: the
+loop sums its losses wherever they were computed, and divides once by the denominator of the global
+batch.
 
 Shapes: P = rows (pairs) of a micro-batch or of a global batch, K = answers a row (chosen first).
 """

@@ -1,0 +1,126 @@
+"""The `prepare` section in; about how many pairs each split will hold, and a sample of them, out.
+
+Reads for a few seconds and writes nothing. Duplicates are not merged: that takes the whole.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from cwpo_dist.config import PrepareConfig
+from cwpo_dist.pairs.parsing import ParsedPair, parse
+from cwpo_dist.pairs.pieces import Piece
+from cwpo_dist.pairs.readers import Part, RawRow, read
+from cwpo_dist.pairs.records import content_hash
+from cwpo_dist.pairs.rejects import BadRow
+from cwpo_dist.pairs.sources import plan
+from cwpo_dist.pairs.splits import SplitRule, split_of
+
+
+@dataclass(frozen=True)
+class Census:
+    """What the sources hold.
+
+    Attributes:
+        splits: pairs by split.
+        rejects: rows that will be set aside.
+        exact: True when everything was read; else the counts are scaled up by file size.
+        sample: pairs drawn evenly from what was read.
+    """
+
+    splits: Mapping[str, int]
+    rejects: int
+    exact: bool
+    sample: tuple[ParsedPair, ...]
+
+    def pairs(self, *splits: str) -> int:
+        """Pairs in these splits."""
+        return sum(self.splits.get(split, 0) for split in splits)
+
+
+def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: int = 256) -> Census:
+    """Reads the sources for a while.
+
+    Args:
+        config: the sources and the split settings.
+        seed: of the split.
+        seconds: stop reading after so long.
+        sample: how many pairs to keep.
+
+    Raises:
+        ConfigError: for sources or columns that are missing.
+    """
+    rule = SplitRule(
+        seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
+    )
+    counts: Counter[str] = Counter()
+    kept: list[ParsedPair] = []
+    draw = random.Random(seed)
+    reading = _Reading(plan(config).pieces, seconds)
+    for piece, raw in reading:
+        try:
+            if raw.fault is not None:
+                raise BadRow(raw.fault)
+            pair = parse(raw.value, piece.layout)
+        except BadRow:
+            counts["rejected"] += 1
+            continue
+        counts[_split(pair, piece, rule)] += 1
+        _keep(kept, pair, draw, counts.total() - counts["rejected"], sample)
+    rejects = counts.pop("rejected", 0)
+    scaled = {split: round(count * reading.scale) for split, count in counts.items()}
+    return Census(scaled, round(rejects * reading.scale), reading.complete, tuple(kept))
+
+
+class _Reading:
+    """The rows of all pieces until time is up; then `scale` says what share that was."""
+
+    def __init__(self, pieces: tuple[Piece, ...], seconds: float) -> None:
+        self.pieces = pieces
+        self.deadline = time.monotonic() + seconds
+        self.complete = True
+        self.size_done = 0
+
+    def __iter__(self) -> Iterator[tuple[Piece, RawRow]]:
+        for piece in self.pieces:
+            left = piece.limit
+            for part in piece.parts:
+                for raw in read(part, piece.layout.needed):
+                    if left == 0:
+                        break
+                    if time.monotonic() > self.deadline:
+                        self.complete = False
+                        return
+                    left = None if left is None else left - 1
+                    yield piece, raw
+                self.size_done += part.size
+
+    @property
+    def scale(self) -> float:
+        """All bytes over those of the parts that were read to their end; 1 where none was."""
+        if self.complete or not self.size_done:
+            return 1.0
+        return sum(part.size for part in self._parts()) / self.size_done
+
+    def _parts(self) -> Iterator[Part]:
+        for piece in self.pieces:
+            yield from piece.parts
+
+
+def _split(pair: ParsedPair, piece: Piece, rule: SplitRule) -> str:
+    key = content_hash(pair.prompt) if pair.group is None else pair.group
+    return split_of(rule.side(key, piece.into), rule.is_labelled(key), pair.label)
+
+
+def _keep(
+    kept: list[ParsedPair], pair: ParsedPair, draw: random.Random, seen: int, most: int
+) -> None:
+    """Reservoir sampling: after any number of pairs, each was kept with the same chance."""
+    if len(kept) < most:
+        kept.append(pair)
+    elif (place := draw.randrange(seen)) < most:
+        kept[place] = pair

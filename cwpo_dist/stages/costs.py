@@ -1,0 +1,253 @@
+"""Counted pairs, token lengths and model sizes in; what a stage costs, roughly, out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from cwpo_dist.config import Config, PoolConfig, TrainingConfig
+from cwpo_dist.pairs.census import Census
+from cwpo_dist.stages.checks import Checked, Machine, ModelSize
+from cwpo_dist.stages.graph import Node
+
+Kind = Literal["train", "score", "generate"]
+
+# Of the rate of a large matrix product, what a transformer reaches: training, scoring, generation.
+UTILISATION: dict[Kind, float] = {"train": 0.4, "score": 0.5, "generate": 0.1}
+START_S: dict[Kind, float] = {
+    "train": 30.0,
+    "score": 10.0,
+    "generate": 10.0,
+}  # actors, workers, models
+# Bytes of activations a token and layer, as multiples of width × bytes of a number.
+ACTIVATIONS = {False: 16.0, True: 2.0}  # without and with gradient checkpointing
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The sampled pairs in one model's tokens.
+
+    Attributes:
+        fits: the share that fits `max_length`.
+        shared: mean tokens of a row that fits: the prompt once and both answers.
+        longest: mean tokens of prompt and longer answer.
+        answers: mean tokens of both answers.
+    """
+
+    fits: float
+    shared: float
+    longest: float
+    answers: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage output takes.
+
+    Attributes:
+        work: in words.
+        tokens: that go through a model.
+        flops: floating-point operations.
+        kind: of work, which decides how close it comes to the machine's rate.
+        side_by_side: workers or actors that share it.
+        memory: bytes of one of them.
+    """
+
+    work: str
+    tokens: int = 0
+    flops: float = 0.0
+    kind: Kind = "score"
+    side_by_side: int = 1
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers of pairs, tokens and parameters, put together stage by stage."""
+
+    config: Config
+    counted: Census
+    checked: Checked
+    lengths: Mapping[str, Lengths]
+
+    def of(self, node: Node) -> Cost:
+        """The cost of one stage output."""
+        makers = {
+            "prepare": self._prepare,
+            "tokens": self._tokens,
+            "fit": self._fit,
+            "annotate": self._annotate,
+            "sft": self._sft,
+            "reference": self._log_probs,
+            "weigh": self._weigh,
+            "align": self._align,
+            "generate": self._answers,
+            "evaluate": self._evaluate,
+        }
+        return makers[node.stage](node)
+
+    def _prepare(self, node: Node) -> Cost:
+        splits = ", ".join(f"{n:,} {name}" for name, n in sorted(self.counted.splits.items()))
+        return Cost(f"{splits}; {self.counted.rejects:,} set aside")
+
+    def _tokens(self, node: Node) -> Cost:
+        return Cost(f"{sum(self.counted.splits.values()):,} pairs, tokenised once")
+
+    def _weigh(self, node: Node) -> Cost:
+        return Cost(f"{self.counted.pairs(*node.settings['splits']):,} pairs")
+
+    def _evaluate(self, node: Node) -> Cost:
+        split = self.config.evaluate.split
+        return Cost(f"{self.counted.pairs(split):,} {split} pairs")
+
+    def _fit(self, node: Node) -> Cost:
+        size = self.checked.sizes["weak"]
+        pairs = self._fitting("weak", self.counted.pairs("labelled"))
+        return self._training(self.config.fit, size, pairs, self.lengths["weak"])
+
+    def _sft(self, node: Node) -> Cost:
+        sft = self.config.sft
+        assert sft is not None, "graph() makes no sft node without its section"
+        pairs = self._fitting("policy", self.counted.pairs(*node.settings["splits"]))
+        both = self.lengths["policy"]
+        chosen = replace(both, shared=both.longest, answers=both.answers / 2)
+        return self._training(sft, self.checked.sizes["policy"], pairs, chosen)
+
+    def _align(self, node: Node) -> Cost:
+        weigh = node.inputs["weigh"].settings
+        pairs = self._fitting("policy", self.counted.pairs(*weigh["splits"]))
+        pairs = round(pairs * (weigh["top_fraction"] or 1.0))
+        sizes, lengths = self.checked.sizes["policy"], self.lengths["policy"]
+        return self._training(self.config.align, sizes, pairs, lengths)
+
+    def _annotate(self, node: Node) -> Cost:
+        field = "weak" if "weak" in self.lengths else "annotate.model"
+        pairs = self.counted.pairs(*self.config.annotate.splits)
+        return self._scoring(field, pairs, self.config.annotate)
+
+    def _log_probs(self, node: Node) -> Cost:
+        pairs = self.counted.pairs(*node.settings["splits"])
+        return self._scoring("policy", pairs, self.config.reference)
+
+    def _answers(self, node: Node) -> Cost:
+        evaluate, size = self.config.evaluate, self.checked.sizes["policy"]
+        prompts = min(evaluate.num_prompts, self.counted.pairs(evaluate.split))
+        tokens = prompts * evaluate.max_new_tokens
+        return Cost(
+            f"{prompts:,} prompts, at most {evaluate.max_new_tokens} new tokens each",
+            tokens,
+            2.0 * (size.matmul + size.head) * tokens,
+            "generate",
+            evaluate.num_actors,
+            self._number_bytes * size.parameters,
+        )
+
+    def _fitting(self, field: str, pairs: int) -> int:
+        return round(pairs * self.lengths[field].fits)
+
+    def _scoring(self, field: str, pairs: int, pool: PoolConfig) -> Cost:
+        size, length = self.checked.sizes[field], self.lengths[field]
+        tokens = round(self._fitting(field, pairs) * length.shared)
+        each = self._number_bytes
+        held = each * (size.parameters + 4 * pool.max_tokens_per_batch * size.width)
+        flops = tokens * _flops(size, length)
+        return Cost(f"{pairs:,} pairs", tokens, flops, "score", pool.num_actors, held)
+
+    def _training(
+        self, training: TrainingConfig, size: ModelSize, pairs: int, lengths: Lengths
+    ) -> Cost:
+        steps = total_steps(training, pairs)
+        seen = min(steps * training.global_batch_size, pairs * training.num_train_epochs)
+        tokens = round(seen * lengths.shared)
+        # A forward pass; a backward one of twice that, half of it for weights that LoRA freezes;
+        # and another forward pass where activations are computed again.
+        passes = (3 if training.lora is None else 2) + training.gradient_checkpointing
+        kind = "LoRA" if training.lora is not None else "full"
+        return Cost(
+            f"{pairs:,} pairs, {steps:,} steps of {training.global_batch_size} ({kind})",
+            tokens,
+            passes * tokens * _flops(size, lengths),
+            "train",
+            training.num_workers,
+            self._training_memory(training, size),
+        )
+
+    def _training_memory(self, training: TrainingConfig, size: ModelSize) -> int:
+        """Bytes a worker: weights, gradients, optimizer, each sharded from its ZeRO stage on."""
+        on_gpu = training.use_gpu is not False and gpus(self.checked.machines) > 0
+        number = 2 if on_gpu else 4
+        trained, workers, zero = size.trained(training), training.num_workers, training.zero_stage
+        optimizer = trained * (12 if on_gpu else 8)  # moments, and under bf16 an fp32 copy
+        adapter = trained if training.lora is not None else 0
+        held = (
+            number * (size.parameters + adapter) / (workers if zero >= 3 else 1)
+            + number * trained / (workers if zero >= 2 else 1)
+            + optimizer / (workers if zero >= 1 else 1)
+        )
+        each_layer = ACTIVATIONS[training.gradient_checkpointing] * size.layers + 16
+        activations = training.max_tokens_per_micro_batch * size.width * number * each_layer
+        return round(held + activations)
+
+    @property
+    def _number_bytes(self) -> int:
+        return 2 if gpus(self.checked.machines) else 4
+
+
+def _flops(size: ModelSize, lengths: Lengths) -> float:
+    """Of one forward pass, a token: only answer tokens reach the output layer."""
+    return 2.0 * (size.matmul + size.head * lengths.answers / lengths.shared)
+
+
+def total_steps(training: TrainingConfig, pairs: int) -> int:
+    """Optimizer steps of a training stage."""
+    if training.max_steps > 0:
+        return training.max_steps
+    return round(-(-pairs // training.global_batch_size) * training.num_train_epochs)
+
+
+class Rates:
+    """How fast this machine multiplies, measured once; nothing is known of others."""
+
+    def __init__(self, machines: Sequence[Machine]) -> None:
+        has_gpu = torch.cuda.is_available()
+        self.flops = _measured(has_gpu) if has_gpu or not gpus(machines) else None
+
+    def seconds(self, cost: Cost) -> float | None:
+        """About how long a stage takes here; None for a cluster whose GPUs we cannot ask."""
+        if not cost.flops:
+            return 0.0
+        if self.flops is None:
+            return None
+        rate = self.flops * UTILISATION[cost.kind] * cost.side_by_side
+        return START_S[cost.kind] + cost.flops / rate
+
+
+def _measured(on_gpu: bool) -> float:
+    """Floating-point operations a second of a matrix product, one thread on a CPU."""
+    size, device = (4096, "cuda") if on_gpu else (512, "cpu")
+    number = torch.bfloat16 if on_gpu else torch.float32
+    matrix = torch.randn(size, size, device=device, dtype=number)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = min(_timed(matrix, on_gpu) for _ in range(5))
+    finally:
+        torch.set_num_threads(threads)
+    return float(2 * size**3 / best)
+
+
+def _timed(matrix: torch.Tensor, on_gpu: bool) -> float:
+    started = time.perf_counter()
+    matrix @ matrix
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def gpus(machines: Sequence[Machine]) -> float:
+    """GPUs of all nodes."""
+    return sum(machine.gpus for machine in machines)

@@ -1,0 +1,215 @@
+"""A configuration in; what each stage will do and about what it costs out, before a worker starts.
+
+Counts come from reading the sources for a few seconds, times from a matrix product on this
+machine. Both are rough, and say so; the checks are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from cwpo_dist.config import Config, ConfigError, ModelConfig
+from cwpo_dist.lm.rows import Row, collate
+from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.pairs.census import Census, census
+from cwpo_dist.pairs.parsing import ParsedPair
+from cwpo_dist.stages.checks import check, models, trainings
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.costs import Estimate, Lengths, Rates, total_steps
+from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
+from cwpo_dist.storage import Store
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage output.
+
+    Attributes:
+        stage: its name, with its role where a stage has several.
+        arms: the arms that share it.
+        done: it is committed already.
+        work: what it does, in words.
+        tokens: that go through a model; 0 where none does.
+        seconds: about; None where this machine cannot tell.
+        memory: bytes of one worker or actor: weights, gradients, optimizer, activations; about.
+    """
+
+    stage: str
+    arms: tuple[str, ...]
+    done: bool
+    work: str
+    tokens: int = 0
+    seconds: float | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A pair as a model sees it: decoded tokens, and what its mask lets through."""
+
+    model: str
+    prompt: str
+    answers: tuple[str, ...]
+    mask: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...]
+    rows: tuple[ShownRow, ...]
+
+
+def plan(config: Config, show: int = 0) -> Plan:
+    """Checks a run and estimates what it costs; starts and writes nothing.
+
+    Args:
+        config: the run.
+        show: how many sampled pairs to show as each model sees them.
+
+    Raises:
+        ConfigError: for everything that would stop the run later; one line a fault.
+    """
+    until = _until(config)
+    checked = check(config, until)
+    counted = census(config.prepare, config.seed)
+    encoders = {field: (model, _encoder(field, model)) for field, model, _ in models(config, until)}
+    lengths = {field: _lengths(*given, counted.sample) for field, given in encoders.items()}
+    faults = list(_empty(config, counted, lengths))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    estimate = Estimate(config, counted, checked, lengths)
+    rows = [
+        _shown(field, model, encoder, pair)
+        for pair in counted.sample[:show]
+        for field, (model, encoder) in encoders.items()
+    ]
+    return Plan(
+        tuple(_stages(config, estimate)),
+        tuple(_notes(config, estimate)),
+        tuple(row for row in rows if row is not None),
+    )
+
+
+def _until(config: Config) -> str | None:
+    """Without a policy, annotating is the whole of the run."""
+    return None if config.policy is not None else "annotate"
+
+
+def _encoder(field: str, model: ModelConfig) -> Encoder:
+    tokenizer = load_tokenizer(model, distinct_pad=field == "weak")
+    return Encoder(tokenizer, model.chat_template)
+
+
+def _row(model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> Row | None:
+    row = encoder.encode(pair.prompt, (pair.first, pair.second))
+    return fit_length(row, model.max_length, model.over_length, bos_id=encoder.bos_id)
+
+
+def _lengths(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPair]) -> Lengths:
+    try:
+        rows = [_row(model, encoder, pair) for pair in sample]
+    except TokenError as error:
+        raise ConfigError(f"{model.model_name_or_path}: {error}") from error
+    fitting = [row for row in rows if row is not None]
+    if not fitting:
+        return Lengths(0.0, 0.0, 0.0, 0.0)
+    return Lengths(
+        len(fitting) / len(rows),
+        fmean(row.n_tokens for row in fitting),
+        fmean(row.n_longest for row in fitting),
+        fmean(row.n_tokens - len(row.prompt) for row in fitting),
+    )
+
+
+def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> Iterator[str]:
+    """Stages that would find no pair."""
+    for field, model, _ in models(config, _until(config)):
+        if lengths[field].fits == 0.0 and field != "evaluate.gold_model":
+            yield (
+                f"{field}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
+                f"set {field}.over_length=truncate"
+            )
+    if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
+        yield (
+            "prepare.labelled_fraction: no labelled pair to fit an annotator on; raise it, or give "
+            "annotate.model"
+        )
+    if config.policy is not None and not counted.pairs(config.evaluate.split):
+        yield (
+            f"evaluate.split: no pair is in {config.evaluate.split!r}; raise prepare."
+            f"{config.evaluate.split}_fraction, or give a source with into: {config.evaluate.split}"
+        )
+
+
+def _stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
+    """Each stage output once, in order, with the arms that share it."""
+    context = Context(config, Store(config.output_dir))
+    found: dict[str, tuple[str, Node, list[str]]] = {}
+    for arm, nodes in _graphs(config).items():
+        for role, node in nodes.items():
+            found.setdefault(node.path, (role, node, []))[2].append(arm)
+    rates = Rates(estimate.checked.machines)
+    for role, node, arms in found.values():
+        cost = estimate.of(node)
+        name = node.stage if role == node.stage else f"{node.stage} ({role})"
+        done = context.done(node)
+        seconds = 0.0 if done else rates.seconds(cost)
+        yield StagePlan(name, tuple(arms), done, cost.work, cost.tokens, seconds, cost.memory)
+
+
+def _graphs(config: Config) -> dict[str, dict[str, Node]]:
+    if config.policy is not None:
+        return {arm: graph(config, arm) for arm in config.arms}
+    prepared = prepare_node(config)
+    nodes = {"prepare": prepared} | annotator_nodes(config, prepared)
+    return dict.fromkeys(config.arms, nodes)
+
+
+def _notes(config: Config, estimate: Estimate) -> Iterator[str]:
+    """What a reader should know that is no fault."""
+    if not estimate.counted.exact:
+        yield "counts are estimates: the sources are too large to read in a few seconds"
+    if config.policy is None:
+        yield "no policy is given: this config can run up to `annotate`"
+    for field, lengths in estimate.lengths.items():
+        if 0 < lengths.fits < 1 and field != "evaluate.gold_model":
+            yield f"{field}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
+    for name, training in trainings(config, _until(config)):
+        split = "labelled" if name == "fit" else "unlabelled"
+        steps = total_steps(training, estimate.counted.pairs(split))
+        if training.warmup_steps >= steps:
+            yield (
+                f"{name}.warmup_steps: {training.warmup_steps} of about {steps} steps, so the "
+                "learning rate never reaches its peak"
+            )
+    if config.simulated_labels:
+        yield "labels are simulated: drawn from a rule, not given by people"
+
+
+def _shown(field: str, model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> ShownRow | None:
+    """One pair as a shared row; what the mask lets through is read off the real mask."""
+    row = _row(model, encoder, pair)
+    if row is None:
+        return None
+    batch = collate([row], "shared", 0)
+    positions, allowed = batch.position_ids[0], batch.attention_mask[0, 0]
+    lines = [f"prompt: {len(row.prompt)} tokens at positions 0–{len(row.prompt) - 1}"]
+    start = len(row.prompt)
+    for name, answer in zip("ab", row.answers, strict=False):
+        span = slice(start, start + len(answer))
+        seen = int(allowed[span.stop - 1].sum())
+        first, last = int(positions[span.start]), int(positions[span.stop - 1])
+        lines.append(
+            f"{name}: {len(answer)} tokens at positions {first}–{last}; its last token sees {seen} "
+            f"of {batch.input_ids.shape[1]}"
+        )
+        start = span.stop
+    decode = encoder.tokenizer.decode
+    return ShownRow(
+        field, str(decode(row.prompt)), tuple(str(decode(a)) for a in row.answers), tuple(lines)
+    )

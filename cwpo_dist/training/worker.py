@@ -1,0 +1,278 @@
+"""One rank of a training stage: settings in; a trained, checkpointed, exported model out."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from cwpo_dist.config import ModelConfig, TrainingConfig
+from cwpo_dist.lm.loading import load_annotator_base, load_policy, model_fingerprint
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.storage import Store, digest
+from cwpo_dist.training import checkpoint
+from cwpo_dist.training.lease import LeaseToken
+from cwpo_dist.training.loop import Hooks, Run
+from cwpo_dist.training.loop import train as run_loop
+from cwpo_dist.training.lora import Head, add_lora
+from cwpo_dist.training.tasks import Task
+
+ASK_DRIVER_S = 3.0  # how often rank 0 asks whether the driver was told to stop
+ASK_RAY_S = 10.0  # how often all ranks ask Ray for a notice of preemption
+METRICS, METRICS_FILE = "metrics", "metrics.jsonl"
+
+told_to_stop = threading.Event()  # set by signal handlers, and by the driver's word
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One training stage; picklable, as workers on other nodes are given it.
+
+    Attributes:
+        name: of the stage, for progress lines.
+        store: the stage's folder, where all nodes can reach it.
+        key: of the stage: what decides its outcome; a checkpoint of another key is refused.
+        seed: of order, adapters, an annotator's new head, and dropout.
+        config: schedule, batch, workers.
+        model: what training starts from.
+        head: 'logps' for a causal LM, 'scores' for an annotator.
+        make_task: called in each worker with the model's encoder; gives the data set.
+    """
+
+    name: str
+    store: Store
+    key: str
+    seed: int
+    config: TrainingConfig
+    model: ModelConfig
+    head: Head
+    make_task: Callable[[Encoder], Task]
+
+
+class Watchdog:
+    """Ends the process, after dumping the stack of every thread, when no beat comes in time.
+
+    It is a C thread of faulthandler's, so it works while a collective holds the GIL.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    def beat(self) -> None:
+        """Starts the time anew."""
+        # Descriptor 2, as Ray puts another object in the place of sys.stderr.
+        faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=2)
+
+    def end(self) -> None:
+        """No further beat is expected."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+def run_rank(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
+    """Trains from the newest checkpoint to the end; rank 0 exports.
+
+    Returns:
+        On rank 0 numbers of the run, elsewhere nothing.
+    """
+    watchdog = Watchdog(spec.config.step_timeout_s)
+    watchdog.beat()
+    torch.set_num_threads(max(1, int(spec.config.cpus_per_worker)))
+    if dist.get_rank() == 0:
+        token = token.for_new_group()  # rank 0 commits, and shuts out groups still alive elsewhere
+    try:
+        return _Rank(spec, token, watchdog).run()
+    finally:
+        watchdog.end()
+
+
+class _Rank:
+    """What one rank holds while it trains."""
+
+    def __init__(self, spec: TrainSpec, token: LeaseToken, watchdog: Watchdog) -> None:
+        from cwpo_dist.training import engine  # deepspeed takes its time to import
+
+        self.spec, self.token, self.watchdog = spec, token, watchdog
+        self.rank = dist.get_rank()
+        self.encoder = Encoder(
+            load_tokenizer(spec.model, distinct_pad=spec.head == "scores"),
+            spec.model.chat_template,
+        )
+        self.task = spec.make_task(self.encoder)
+        device = ray.train.torch.get_device()
+        settings = engine.deepspeed_config(spec.config, _dtype(spec.model, device))
+        with engine.sharded_loading(settings):
+            placed = None if engine.zero_stage(settings) == 3 else device
+            self.model = _load(spec, self.encoder.tokenizer, placed)
+        wrap: Any = AnswerLogProbs if spec.head == "logps" else AnswerScores
+        self.module = wrap(self.model)
+        self.engine = engine.DeepSpeedEngine(self.module, spec.config, settings)
+        self.identity = checkpoint.RunIdentity(
+            spec.key, spec.seed, digest(model_fingerprint(spec.model))
+        )
+
+    def run(self) -> dict[str, Any]:
+        spec, tokenizer = self.spec, self.encoder.tokenizer
+        layout = choose_layout(self.module, longest=spec.model.max_length).layout
+        run = Run(spec.config, spec.seed, layout, tokenizer.pad_token_id)
+        total = run.total_steps(len(self.task.rows))
+        start = self.resume()
+        if self.rank == 0:
+            _say(f"{spec.name}: {len(self.task.rows)} rows, step {start} of {total}, {layout} rows")
+        self.module.train()  # for lora_dropout and gradient checkpointing; models have no other
+        run_loop(self.task, self.engine, run, _RankHooks(self, start), start)
+        self.export()
+        if self.rank > 0:
+            return {}
+        last = _join_metrics(spec.store)
+        return {"steps": total, "rows": len(self.task.rows), "layout": layout, "last": last}
+
+    def resume(self) -> int:
+        """Restores the newest checkpoint; the steps done. Rank 0 decides which one for all."""
+        found = [checkpoint.newest(self.spec.store) if self.rank == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return 0
+        checkpoint.load(found[0], self.engine, self.identity)
+        return found[0].step
+
+    def export(self) -> None:
+        """`model/`, and `adapter/` of a LoRA run; the other ranks only help to gather."""
+        from cwpo_dist.training import export
+
+        self.watchdog.end()  # merging a large base takes as long as it takes
+        spec, tokenizer = self.spec, self.encoder.tokenizer
+        lora = spec.config.lora is not None
+        weights = export.gather_weights(self.engine, self.model, trainable_only=lora)
+        if self.rank > 0:
+            return
+        self.token.check()
+        if lora:
+            export.export_lora(
+                self.model, weights, tokenizer, spec.store, spec.model, spec.head, spec.seed
+            )
+        else:
+            export.export_full(self.model, weights, tokenizer, spec.store)
+
+
+class _RankHooks(Hooks):
+    """Sign of life, log, checkpoints, and requests to stop."""
+
+    def __init__(self, rank: _Rank, start: int) -> None:
+        self._rank, self._spec, self._last_save = rank, rank.spec, start
+        self._attempt = uuid.uuid4().hex[:8]
+        self._records: list[dict[str, Any]] = []
+        self._asked_driver = self._asked_ray = time.monotonic()
+        self._heeded_notice = False
+
+    def before_step(self, step: int) -> None:
+        self._rank.watchdog.beat()
+
+    def wants_stop(self) -> bool:
+        now = time.monotonic()
+        if self._rank.rank == 0 and now - self._asked_driver > ASK_DRIVER_S:
+            self._asked_driver = now
+            if self._rank.token.asked_to_stop():
+                told_to_stop.set()
+        return told_to_stop.is_set()
+
+    def wants_poll(self) -> bool:
+        now = time.monotonic()
+        due = self._rank.rank == 0 and now - self._asked_ray > ASK_RAY_S
+        if due:
+            self._asked_ray = now
+        return due
+
+    def poll(self) -> bool:
+        """A node is to be drained: checkpoint once, train on until Ray moves the group."""
+        notice = ray.train.get_preemption_info() is not None
+        first, self._heeded_notice = notice and not self._heeded_notice, notice
+        return first
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        _say(f"{self._spec.name}: {_progress(record)}")
+
+    def save(self, step: int) -> None:
+        if step == self._last_save:
+            return
+        spec = self._spec
+        if self._rank.rank == 0 and self._records:  # before the commit: nothing is lost with it
+            lines = "".join(json.dumps(record) + "\n" for record in self._records)
+            spec.store.create(f"{METRICS}/{step:06d}.jsonl", lines.encode())
+            self._records = []
+        checkpoint.save(
+            spec.store,
+            self._rank.engine,
+            self._rank.identity,
+            step,
+            self._attempt,
+            keep=spec.config.save_total_limit,
+            fence=self._rank.token.check,
+        )
+        self._last_save = step
+        self._rank.watchdog.beat()
+
+
+def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device | None) -> Any:
+    """The model as training sees it: adapted, and with activation checkpoints, if asked for."""
+    if spec.head == "logps":
+        model = load_policy(spec.model, device=device)
+    else:
+        model = load_annotator_base(spec.model, tokenizer, spec.seed, device=device)
+    if spec.config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    if spec.config.lora is None:
+        return model.requires_grad_(True)
+    return add_lora(model, spec.config.lora, spec.head, spec.seed)
+
+
+def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The precision that `load_policy` gives this model on this device."""
+    if model.torch_dtype != "auto":
+        return torch.bfloat16 if model.torch_dtype == "bfloat16" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _progress(record: dict[str, Any]) -> str:
+    left = record["total_steps"] - record["step"]
+    seconds = int(left * record["pairs_per_step"] / record["pairs_per_second"])
+    eta = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return (
+        f"step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
+        f"grad {record['grad_norm']:.3g}  lr {record['learning_rate']:.2e}  "
+        f"{record['pairs_per_second']:.2f} pairs/s  {eta} left"
+    )
+
+
+def _join_metrics(store: Store) -> dict[str, Any]:
+    """`metrics.jsonl` from the parts of all attempts, each step once; its last record."""
+    records: dict[int, dict[str, Any]] = {}
+    for name in store.names(METRICS):
+        for line in store.read(name).decode().splitlines():
+            record = json.loads(line)
+            records.setdefault(record["step"], record)
+    ordered = [records[step] for step in sorted(records)]
+    lines = "".join(json.dumps(record) + "\n" for record in ordered)
+    store.write(METRICS_FILE, lines.encode())
+    return ordered[-1] if ordered else {}
+
+
+def _say(line: str) -> None:
+    """Ray brings a worker's standard output to the driver's."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

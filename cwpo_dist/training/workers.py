@@ -1,0 +1,237 @@
+"""A training stage's settings in, its trained model in the store out: Ray Train around the loop.
+
+The driver holds the stage's lease and starts a worker group. When a worker, node or network fails,
+Ray starts the group again, up to `max_failures` times, and it resumes from the newest committed
+checkpoint. Our own checkpoints are the truth: `ray.train.report` is not called, as it is a barrier,
+and what it reports is not yet durable when it returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.storage import Store
+from cwpo_dist.training.checkpoint import CommitFailed
+from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
+from cwpo_dist.training.loop import NonFiniteLoss, Preempted
+from cwpo_dist.training.worker import TrainSpec, run_rank, told_to_stop
+
+__all__ = ["TrainSpec", "TrainingFailed", "TrainingRefused", "check_placement", "train"]
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 600  # of a worker group; Ray's 60 s are too few for large images and models
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class TrainingFailed(RuntimeError):
+    """Workers failed more often than `max_failures` allows; the same command resumes."""
+
+
+class TrainingRefused(ValueError):
+    """Data, model or settings that cannot be trained with; the message is the worker's."""
+
+
+def train(spec: TrainSpec) -> dict[str, Any]:
+    """Trains to the end; writes `model/`, `metrics.jsonl` and, for LoRA, `adapter/` in the store.
+
+    A rerun after any kind of end resumes from the newest checkpoint.
+
+    Returns:
+        Numbers of the run: steps, rows, layout, the last log record, seconds of this command.
+
+    Raises:
+        ConfigError: when the cluster has no room for the workers.
+        LeaseHeld: while another driver trains this stage.
+        Preempted: after SIGTERM or SIGUSR1; the same command resumes.
+        NonFiniteLoss: naming step and pairs; the last good checkpoint stays.
+        TrainingRefused: for data, a model or settings that cannot be trained with.
+        TrainingFailed: when workers failed too often.
+    """
+    started = time.monotonic()
+    spec = _for_any_node(spec)
+    check_placement(spec.config)
+    with Lease.acquire(spec.store) as lease:
+        outcome = _fit(spec, lease.token)
+    if "error" in outcome:
+        raise _KINDS.get(outcome["error"], TrainingRefused)(outcome["message"])
+    return {**outcome["summary"], "seconds": time.monotonic() - started}
+
+
+def check_placement(config: TrainingConfig) -> None:
+    """Returns when the cluster, as it is now, can hold all workers at once.
+
+    Raises:
+        ConfigError: naming what lacks; a KubeRay cluster that grows on demand is not refused.
+    """
+    need = _resources(config)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(k, 0.0) / v + 1e-9) for k, v in need.items()) for node in nodes)
+    if room < config.num_workers and not _grows():
+        raise ConfigError(
+            f"num_workers: {config.num_workers} workers of {need} each; this cluster has room for "
+            f"{room}. Lower num_workers or cpus_per_worker, or add nodes"
+        )
+
+
+def _for_any_node(spec: TrainSpec) -> TrainSpec:
+    """Local files read, and paths made absolute, before the spec leaves this process."""
+    from cwpo_dist.training.engine import read_deepspeed_section
+
+    section = read_deepspeed_section(spec.config.deepspeed)
+    config = spec.config.model_copy(update={"deepspeed": section})
+    store = Store(spec.store.root) if spec.store.is_local else spec.store
+    return replace(spec, config=config, store=store)
+
+
+def _uses_gpu(config: TrainingConfig) -> bool:
+    if config.use_gpu == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+    return config.use_gpu
+
+
+def _resources(config: TrainingConfig) -> dict[str, float]:
+    """What one worker reserves."""
+    gpu = {"GPU": 1.0} if _uses_gpu(config) else {}
+    wanted = {"CPU": config.cpus_per_worker, **gpu, **config.resources_per_worker}
+    return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def _grows() -> bool:
+    """True under KubeRay's autoscaler, which starts Ray without its own monitor."""
+    return "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
+
+
+def _fit(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
+    """Runs worker groups until one ends well; what its rank 0 returned."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
+    try:
+        with _stop_on_signal(token):
+            result: Any = _trainer(spec, token).fit()
+    except TrainingFailedError as error:
+        refusal = _refusal(token)
+        if refusal is None:
+            raise TrainingFailed(
+                f"{spec.name}: workers failed more than max_failures = "
+                f"{spec.config.max_failures} times; what was committed stays, and the same "
+                f"command resumes.\n{error}"
+            ) from error
+        return refusal
+    finally:
+        spec.store.child("ray").remove()
+    outcome: dict[str, Any] = result.return_value
+    return outcome
+
+
+def _trainer(spec: TrainSpec, token: LeaseToken) -> TorchTrainer:
+    config, use_gpu = spec.config, _uses_gpu(spec.config)
+    scratch = spec.store.child("ray")  # Ray Train wants a folder, if only for a marker file
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"spec": spec, "token": token},
+        torch_config=_TorchConfig(
+            backend="nccl" if use_gpu else "gloo",
+            timeout_s=int(config.step_timeout_s) + 60,  # the watchdog comes first, with stacks
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=_resources(config),
+        ),
+        run_config=RunConfig(
+            name=f"{spec.name}-{token.epoch}",
+            storage_path=scratch.root,
+            storage_filesystem=PyFileSystem(FSSpecHandler(scratch.filesystem)),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+
+
+@contextmanager
+def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
+    """SIGTERM or SIGUSR1 to the driver asks the workers to checkpoint and end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _: Any) -> None:
+        logger.warning("%s: asking workers to checkpoint and end", signal.Signals(number).name)
+        token.ask_to_stop()
+
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _TorchConfig(TorchConfig):
+    """Ray's process group set-up, and signal handlers in each worker."""
+
+    @property
+    def backend_cls(self) -> type[Any]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Handlers can be set in a process's main thread alone; training runs in another."""
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(_handle_stop_signals)
+
+
+def _handle_stop_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: told_to_stop.set())
+
+
+def _worker(loop_config: dict[str, Any]) -> Any:
+    """One rank; rank 0 returns {summary}, or {error, message} where no retry would help."""
+    spec, token = loop_config["spec"], loop_config["token"]
+    refusal = _refusal(token)
+    if refusal is not None:  # the group before could not even begin
+        return refusal
+    try:
+        return {"summary": run_rank(spec, token)}
+    except (NonFiniteLoss, Preempted, LeaseLost) as error:  # on all ranks alike
+        return {"error": type(error).__name__, "message": str(error)}
+    except CommitFailed:  # rank 0 says why
+        return None
+    except ValueError as error:  # perhaps on this rank alone, so the group must end, but once
+        message = f"{type(error).__name__}: {error}"
+        token.store.create_json(_refusal_name(token), {"error": "refused", "message": message})
+        raise
+
+
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (NonFiniteLoss, Preempted, LeaseLost)
+}
+
+
+def _refusal_name(token: LeaseToken) -> str:
+    return f"lease/{token.epoch:06d}.refused"
+
+
+def _refusal(token: LeaseToken) -> dict[str, Any] | None:
+    """What an earlier group of this driver could not train with, if that is why it ended."""
+    name = _refusal_name(token)
+    return token.store.read_json(name) if token.store.exists(name) else None

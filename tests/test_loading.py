@@ -1,0 +1,264 @@
+"""Loading: complete models only, nothing random but a new head, and that from its seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_causal_lm, tiny_classifier, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.loading import (
+    ModelError,
+    load_annotator_base,
+    load_policy,
+    load_reward_model,
+    model_fingerprint,
+    save,
+)
+from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+
+IDS = torch.arange(3, 23)[None]
+
+
+def config(path: Path | str, **settings) -> ModelConfig:
+    return ModelConfig(model_name_or_path=str(path), **settings)
+
+
+def without(folder: Path, *names: str) -> Path:
+    """The model with tensors taken out of its file."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in names:
+        del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def edited(folder: Path, **changes) -> Path:
+    """The model with changes in its config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    folder = save_tiny(tmp_path / "llama", "llama")
+    tiny_tokenizer(pad_is_eos=True).save_pretrained(folder)
+    return folder
+
+
+def annotator(folder: Path, seed: int = 0):
+    tokenizer = load_tokenizer(folder, distinct_pad=True)
+    return load_annotator_base(config(folder), tokenizer, seed)
+
+
+def test_policy_is_the_stock_model(llama):
+    policy = load_policy(config(llama), device="cpu")
+    stock = AutoModelForCausalLM.from_pretrained(llama)
+    assert not policy.training
+    assert policy.dtype == torch.float32
+    assert policy.config._attn_implementation == "sdpa"
+    assert torch.equal(policy(IDS).logits, stock(IDS).logits)
+    eager = load_policy(config(llama, attn_implementation="eager", torch_dtype="bfloat16"))
+    assert (eager.config._attn_implementation, eager.dtype) == ("eager", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("arch", "tensor"),
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight"),
+        ("llama", "lm_head.weight"),
+        ("opt", "model.decoder.layers.0.fc1.bias"),
+    ],
+)
+def test_missing_tensors_are_refused_by_name(tmp_path, arch, tensor):
+    folder = without(save_tiny(tmp_path, arch, tie_word_embeddings=False), tensor)
+    with pytest.raises(ModelError, match=f"model_name_or_path: .* lacks the tensors {tensor} of"):
+        load_policy(config(folder))
+
+
+def test_tied_embeddings_are_not_missing(tmp_path):
+    folder = save_tiny(tmp_path, "llama", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    load_policy(config(folder))
+
+
+def test_a_long_list_of_missing_tensors_is_cut(llama):
+    names = [name for name in load_file(llama / "model.safetensors") if "layers.1" in name]
+    with pytest.raises(ModelError, match=f"and {len(names) - 5} more"):
+        load_policy(config(without(llama, *names)))
+
+
+def test_pickled_weights_and_remote_code_are_refused(llama):
+    torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        load_policy(config(llama))
+    (llama / "remote.py").write_text("open('was-here', 'w')")
+    edited(llama, model_type="mine", auto_map={"AutoConfig": "remote.Mine"})
+    with pytest.raises(ModelError, match=r"trust_remote_code|custom code"):
+        load_policy(config(llama))
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="model_name_or_path: no folder '/nowhere/model'"):
+        load_policy(config("/nowhere/model"))
+    with pytest.raises(ModelError, match="model_name_or_path: "):
+        load_policy(config(tmp_path))
+    with pytest.raises(ModelError, match="no tokenizer in"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arch", "layers"),
+    [("llama", "layers"), ("qwen2", "layers"), ("gpt2", "h"), ("gpt_neox", "layers")],
+)
+def test_first_layers(tmp_path, arch, layers):
+    save_tiny(tmp_path, arch, num_hidden_layers=3)
+    cut = load_policy(config(tmp_path, num_hidden_layers=2))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    setattr(stock.base_model, layers, getattr(stock.base_model, layers)[:2])
+    stock.config.num_hidden_layers = 2
+    assert torch.equal(cut(IDS).logits, stock(IDS, use_cache=False).logits)
+    # and its folder is that of a model of two layers
+    save(cut, tiny_tokenizer(), tmp_path / "cut")
+    assert torch.equal(load_policy(config(tmp_path / "cut"))(IDS).logits, cut(IDS).logits)
+
+
+def test_more_layers_than_there_are_is_refused(llama):
+    with pytest.raises(ModelError, match=r"num_hidden_layers: 9, but .* has 2"):
+        load_policy(config(llama, num_hidden_layers=9))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "opt", "bloom", "gpt_neox"])
+def test_dropout_is_off(tmp_path, arch):
+    rates = {
+        "gpt2": {"attn_pdrop": 0.3, "embd_pdrop": 0.3, "resid_pdrop": 0.3},
+        "opt": {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.3},
+        "bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+        "gpt_neox": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    }[arch]
+    save_tiny(tmp_path, arch, **rates)
+    attention = "eager" if arch == "bloom" else "sdpa"
+    policy = load_policy(config(tmp_path, attn_implementation=attention)).train()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    assert torch.equal(policy(IDS).logits, policy(IDS).logits)
+    assert not torch.equal(stock(IDS).logits, stock(IDS).logits)
+    tokenizer = load_tokenizer(tmp_path)
+    settings = config(tmp_path, attn_implementation=attention)
+    base = load_annotator_base(settings, tokenizer, 0).train()
+    assert torch.equal(base(IDS).logits, base(IDS).logits)
+
+
+def test_new_head_comes_from_the_seed_alone(llama):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = annotator(llama, seed=7).score.weight
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(annotator(llama, seed=7).score.weight, first)
+    assert not torch.equal(annotator(llama, seed=8).score.weight, first)
+    assert first.shape == (1, 32)
+    assert 0.1 < first.std() < 0.3  # the tiny configuration's initializer_range is 0.2
+
+
+def test_annotator_base_keeps_the_weak_models_trunk(llama):
+    base = annotator(llama)
+    weak = AutoModelForCausalLM.from_pretrained(llama)
+    assert torch.equal(base.model(IDS).last_hidden_state, weak.model(IDS).last_hidden_state)
+    # the new pad token has a row of its own, and EOS, which was the pad, learns again
+    assert base.config.pad_token_id == 266
+    assert base.config.num_labels == 1
+    assert base.model.embed_tokens.weight.shape == (267, 32)
+    base(torch.tensor([[3, 1, 4]])).logits.sum().backward()
+    assert base.model.embed_tokens.weight.grad[1].abs().sum() > 0
+
+
+def test_a_trained_head_is_kept(llama, tmp_path):
+    trained = annotator(llama, seed=1)
+    save(trained, load_tokenizer(llama, distinct_pad=True), tmp_path / "trained")
+    again = annotator(tmp_path / "trained", seed=2)
+    assert torch.equal(again.score.weight, trained.score.weight)
+    reward = load_reward_model(config(tmp_path / "trained"))
+    assert torch.equal(reward(IDS).logits, trained(IDS).logits)
+
+
+def test_only_the_head_may_be_missing(llama):
+    without(llama, "model.norm.weight")
+    with pytest.raises(ModelError, match=r"lacks the tensors model\.norm\.weight"):
+        annotator(llama)
+
+
+def test_annotator_needs_a_pad_token_of_its_own(llama):
+    with pytest.raises(ModelError, match="distinct_pad=True"):
+        load_annotator_base(config(llama), load_tokenizer(llama), 0)
+
+
+def test_reward_model_needs_its_head_and_one_label(llama, tmp_path):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM.* has 2 labels"):
+        load_reward_model(config(llama))
+    edited(llama, id2label={"0": "reward"}, label2id={"reward": 0})
+    with pytest.raises(ModelError, match=r"lacks the tensors score\.weight"):
+        load_reward_model(config(llama))
+    tiny_classifier("bert").save_pretrained(tmp_path / "bert")
+    assert load_reward_model(config(tmp_path / "bert")).num_labels == 1
+
+
+def test_a_store_is_staged(llama):
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{llama}/", "/models/staged/", recursive=True)
+    settings = config("memory://models/staged")
+    assert Encoder(load_tokenizer(settings)).encode("a", ["b"]).prompt
+    stock = AutoModelForCausalLM.from_pretrained(llama)
+    assert torch.equal(load_policy(settings)(IDS).logits, stock(IDS).logits)
+    names = [name for name, *_ in model_fingerprint(settings)]
+    assert "model.safetensors" in names
+
+
+def test_fingerprint_follows_weights_config_and_template(llama, tmp_path):
+    first = model_fingerprint(config(llama))
+    assert [name for name, *_ in first] == sorted(
+        [
+            "chat_template.jinja",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+    )
+    (llama / "README.md").write_text("read me")
+    assert model_fingerprint(config(llama)) == first
+    tiny_causal_lm("llama", seed=1).save_pretrained(llama)
+    assert model_fingerprint(config(llama)) != first
+    assert json.loads(json.dumps(first)) == first  # it goes into keys
+
+
+def test_fingerprint_of_a_hub_model_is_its_commit(llama, tmp_path, monkeypatch):
+    """A cache as the hub client lays it out, so that nothing is asked of a network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--small"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots").mkdir()
+    llama.rename(cached / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert model_fingerprint(config("someone/small")) == [["someone/small", commit]]
+    assert load_policy(config("someone/small")).config.num_hidden_layers == 2
+
+
+def test_saved_folder_is_safetensors_with_its_template(llama, tmp_path):
+    tokenizer = Encoder(load_tokenizer(llama), "plain").tokenizer
+    save(load_policy(config(llama)), tokenizer, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert not any(name.endswith((".bin", ".pt")) for name in names)
+    assert load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template

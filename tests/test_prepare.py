@@ -1,0 +1,508 @@
+"""The whole stage: every row is a pair, a merged duplicate or a reject, whatever happens."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cwpo_dist.config import ConfigError, PrepareConfig
+from cwpo_dist.pairs import pieces, sources
+from cwpo_dist.pairs.readers import SourceError
+from cwpo_dist.pairs.records import REJECT_SCHEMA, check, pair_schema
+from cwpo_dist.pairs.rejects import RejectsError
+from cwpo_dist.stages import prepare as stage
+from cwpo_dist.stages.prepare import prepare
+from cwpo_dist.storage import Store
+
+Rows = list[dict[str, Any]]
+UKP_VOTES = {"votes_a": "votes_chosen", "votes_b": "votes_rejected"}
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks run here, one after the other: what they write is the same."""
+
+    def each(task: Callable[[int], None], count: int, num_cpus: float) -> None:
+        for index in range(count):
+            task(index)
+
+    monkeypatch.setattr(stage, "_each", each)
+    monkeypatch.setattr(stage, "_check_placement", lambda num_cpus: None)
+
+
+@pytest.fixture
+def many_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs are cut as if they were large."""
+    monkeypatch.setattr(sources, "BUCKET_BYTES", 1000)
+    monkeypatch.setattr(pieces, "CHUNK_ROWS", 20)
+
+
+def write(path: Path, rows: Rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def row(i: Any, chosen: str = "yes", rejected: str = "no", **more: Any) -> dict[str, Any]:
+    return {"prompt": f"prompt {i}", "chosen": chosen, "rejected": rejected, **more}
+
+
+def config(*given: Any, **changes: Any) -> PrepareConfig:
+    listed = [{"path": each} if isinstance(each, str) else each for each in given]
+    return PrepareConfig(sources=listed, **changes)
+
+
+def files(store: Store) -> dict[str, bytes]:
+    return {name: store.read(name) for name in store.names()}
+
+
+def pairs(store: Store) -> Rows:
+    names = [name for name in store.names() if name.startswith("pairs/")]
+    return [row for name in names for row in store.read_table(name).to_pylist()]
+
+
+def rejects(store: Store) -> Rows:
+    names = [name for name in store.names() if name.startswith("rejects/")]
+    return [
+        row
+        for name in names
+        for row in check(store.read_table(name), REJECT_SCHEMA, name).to_pylist()
+    ]
+
+
+def add_up(counts: dict[str, Any], store: Store) -> None:
+    """What the manifest says is what lies there, and no row is missing."""
+    written, set_aside = pairs(store), rejects(store)
+    assert counts["rows_in"] == len(written) + counts["merged_duplicates"] + len(set_aside)
+    assert counts["pairs"] == len(written) == len({row["pair_id"] for row in written})
+    assert sum(counts["rejects"].values()) == len(set_aside)
+    assert sum(counts["splits"].values()) == len(written)
+    assert sum(counts["labelled"].values()) == sum(row["label"] is not None for row in written)
+    shards = [name for name in store.names() if name.startswith("pairs/")]
+    assert shards == [f"pairs/part-{index:05d}.parquet" for index in range(counts["shards"])]
+
+
+# -- on a real Ray
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_hh_harmless(cwpo_data: Path, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    counts = prepare(store, config(str(cwpo_data / "hh_harmless.jsonl.gz")), seed=0)
+    add_up(counts, store)
+    assert counts["rows_in"] == 2312
+    assert counts["pairs"] == 2303
+    assert counts["rejects"] == {"differing prefixes": 5, "empty answer: chosen": 4}
+    assert counts["kind"] == "conversational"
+    written = pairs(store)
+    assert abs(sum(row["label"] == "a" for row in written) / 2303 - 0.5) < 4 * 0.5 / 2303**0.5
+    assert all(row["prompt"][0]["role"] == "user" for row in written)
+    share = counts["splits"]["labelled"] / (2303 - counts["splits"]["test"])
+    assert abs(share - 0.3) < 0.04
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_ukp_split_by_topic(cwpo_data: Path, tmp_path: Path) -> None:
+    source = {"path": str(cwpo_data / "ukp_convincing.jsonl.gz"), "columns": UKP_VOTES}
+    store = Store(str(tmp_path))
+    given_config = config(
+        source, group_column="topic", keep_columns=["topic"], validation_fraction=0.2
+    )
+    counts = prepare(store, given_config, seed=1)
+    add_up(counts, store)
+    assert (counts["rows_in"], counts["pairs"]) == (11650, 11443)
+    assert (counts["merged_duplicates"], counts["conflicting_labels"]) == (207, 11)
+    assert counts["rejects"] == {}
+    written = pairs(store)
+    assert sum(row["label"] is None for row in written) == 11
+    sides: dict[str, set[str]] = {}
+    for each in written:
+        side = each["split"] if each["split"] in ("validation", "test") else "train"
+        sides.setdefault(each["topic"], set()).add(side)
+    assert len(sides) == 32
+    assert all(len(side) == 1 for side in sides.values())
+    with gzip.open(source["path"]) as raw:
+        assert {key_of(row): outcome(row) for row in written} == merged_by_hand(
+            map(json.loads, raw)
+        )
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, frozenset[str]]:
+    return row["prompt"], frozenset((row["response_a"], row["response_b"]))
+
+
+def outcome(row: dict[str, Any]) -> tuple[str | None, dict[str, int | None]]:
+    """The winning answer and the votes of each answer, without a and b."""
+    winner = row["label"] and row[f"response_{row['label']}"]
+    return winner, {row[f"response_{x}"]: row[f"votes_{x}"] for x in "ab"}
+
+
+def merged_by_hand(raws: Iterable[dict[str, Any]]) -> dict[Any, Any]:
+    winners: dict[Any, set[str]] = defaultdict(set)
+    votes: dict[Any, dict[str, int | None]] = defaultdict(dict)
+    for raw in raws:
+        key = raw["prompt"], frozenset((raw["chosen"], raw["rejected"]))
+        winners[key].add(raw["chosen"])
+        for answer in ("chosen", "rejected"):
+            count, before = raw[f"votes_{answer}"], votes[key].get(raw[answer])
+            votes[key][raw[answer]] = before if count is None else count + (before or 0)
+    return {
+        key: (next(iter(names)) if len(names) == 1 else None, votes[key])
+        for key, names in winners.items()
+    }
+
+
+@pytest.mark.usefixtures("ray_local", "many_files")
+def test_sources_and_output_on_s3(s3_store: Store, tmp_path: Path) -> None:
+    inputs = s3_store.child("inputs")
+    lines = [json.dumps(row(i, chosen=f"yes {i}")) for i in range(60)]
+    inputs.create("a.jsonl.gz", gzip.compress("\n".join([*lines[:30], "{broken"]).encode()))
+    table = pa.Table.from_pylist([json.loads(line) for line in lines[20:]])
+    inputs.create_table("b.parquet", table)
+    store = s3_store.child("prepare", "key")
+    given_config = config(inputs.uri + "/*", rows_per_shard=8)
+    counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert (counts["rows_in"], counts["pairs"], counts["merged_duplicates"]) == (71, 60, 10)
+    assert counts["rejects"] == {"malformed line": 1}
+    (bad,) = rejects(store)
+    assert bad["source"].startswith("s3://")
+    assert bad["source"].endswith("a.jsonl.gz")
+    assert (bad["position"], bad["row"]) == (31, "{broken")
+    shutil.rmtree(tmp_path / "local", ignore_errors=True)
+    local = Store(str(tmp_path / "local"))
+    prepare(local, given_config, seed=0)
+    assert files(local) == files(store)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_what_is_wrong_with_a_source_is_said_without_rays_wrapping(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"))
+    rows = b"".join(json.dumps(row(os.urandom(30).hex())).encode() + b"\n" for _ in range(3000))
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(rows)[:-9])
+    with pytest.raises(SourceError, match=r"torn\.jsonl\.gz: cannot be read to its end"):
+        prepare(store, config(str(tmp_path / "torn.jsonl.gz")), seed=0)
+    path = write(tmp_path / "x.jsonl", [row(0)])
+    with pytest.raises(ConfigError, match=r"prepare\.num_cpus: 99, but the largest node has 4"):
+        prepare(store, config(path, num_cpus=99), seed=0)
+
+
+# -- in this process
+
+
+@pytest.mark.usefixtures("in_process", "many_files")
+def test_shards_are_full_numbered_and_sorted(tmp_path: Path) -> None:
+    # Two thirds are duplicates, so that buckets shrink by whole shards.
+    rows = [row(i // 3 if i % 3 else f"{i} alone") for i in range(300)]
+    store = Store(str(tmp_path / "out"))
+    counts = prepare(store, config(write(tmp_path / "x.jsonl", rows), rows_per_shard=4), seed=0)
+    add_up(counts, store)
+    assert counts["shards"] > 20
+    written = pairs(store)
+    assert [row["pair_id"] for row in written] == sorted(row["pair_id"] for row in written)
+    sizes = [
+        store.read_table(f"pairs/part-{i:05d}.parquet").num_rows for i in range(counts["shards"])
+    ]
+    assert set(sizes) <= {1, 2, 3, 4}
+    n_buckets = sources.plan(config(str(tmp_path / "x.jsonl"))).n_buckets
+    assert sum(size < 4 for size in sizes) <= n_buckets
+    assert "work" not in {name.split("/")[0] for name in store.names()}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_pairs_do_not_depend_on_how_the_work_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(i % 90, chosen=f"yes {i % 100}", mark=i) for i in range(200)]
+    whole = config(write(tmp_path / "x.jsonl", rows), keep_columns=["mark"])
+    prepare(Store(str(tmp_path / "whole")), whole, seed=0)
+    write(tmp_path / "y1.jsonl", rows[:70])
+    write(tmp_path / "y2.jsonl", rows[70:])
+    monkeypatch.setattr(sources, "BUCKET_BYTES", 500)
+    monkeypatch.setattr(pieces, "CHUNK_ROWS", 7)
+    cut = config(str(tmp_path / "y*.jsonl"), keep_columns=["mark"], rows_per_shard=3)
+    prepare(Store(str(tmp_path / "cut")), cut, seed=0)
+
+    def content(name: str) -> Rows:
+        return [row | {"source": None} for row in pairs(Store(str(tmp_path / name)))]
+
+    assert content("whole") == content("cut")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_seed_moves_order_and_splits_but_no_pair(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [row(i) for i in range(200)])
+    for seed in (0, 1):
+        prepare(Store(str(tmp_path / str(seed))), config(path, validation_fraction=0.2), seed)
+    zero, one = (pairs(Store(str(tmp_path / str(seed)))) for seed in (0, 1))
+    assert [row["pair_id"] for row in zero] == [row["pair_id"] for row in one]
+    assert [row["label"] for row in zero] != [row["label"] for row in one]
+    assert [row["split"] for row in zero] != [row["split"] for row in one]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_tomorrows_rows_move_none_of_yesterdays(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", [row(i) for i in range(100)])
+    more = write(tmp_path / "b.jsonl", [row(i) for i in range(100, 300)])
+    prepare(Store(str(tmp_path / "yesterday")), config(first), seed=0)
+    prepare(Store(str(tmp_path / "today")), config(first, more), seed=0)
+    today = {row["pair_id"]: row for row in pairs(Store(str(tmp_path / "today")))}
+    yesterday = pairs(Store(str(tmp_path / "yesterday")))
+    assert len(today) == 300
+    assert [today[row["pair_id"]] for row in yesterday] == yesterday
+
+
+@pytest.mark.usefixtures("in_process")
+def test_labels_are_never_made_up(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"p{i}", "response_a": "x", "response_b": "y", "label": [None, "a", "b"][i % 3]}
+        for i in range(300)
+    ]
+    store = Store(str(tmp_path / "out"))
+    path = write(tmp_path / "x.jsonl", rows)
+    counts = prepare(store, config(path, labelled_fraction=1.0), seed=0)
+    add_up(counts, store)
+    assert counts["labelled"]["unlabelled"] == 0
+    assert counts["labelled"]["labelled"] == counts["splits"]["labelled"]
+    for each in pairs(store):
+        raw = rows[int(each["prompt"][1:])]
+        wanted = raw["label"] and raw[f"response_{raw['label']}"]
+        assert (each["label"] and each[f"response_{each['label']}"]) == wanted
+
+
+@pytest.mark.usefixtures("in_process")
+def test_mixed_sources_are_conversations(tmp_path: Path) -> None:
+    text = write(tmp_path / "text.jsonl", [row(0)])
+    turn = "\n\nHuman: hi\n\nAssistant: "
+    hh = write(tmp_path / "hh.jsonl", [{"chosen": turn + "yes", "rejected": turn + "no"}])
+    store = Store(str(tmp_path / "out"))
+    counts = prepare(store, config(text, hh), seed=0)
+    assert counts["kind"] == "conversational"
+    assert counts["formats"] == {text: "text", hh: "hh"}
+    table = store.read_table("pairs/part-00000.parquet")
+    assert table.schema == pair_schema("conversational")
+    prompts = {row["prompt"][0]["content"]: row for row in table.to_pylist()}
+    assert prompts.keys() == {"prompt 0", "hi"}
+    assert prompts["prompt 0"]["prompt"] == [{"role": "user", "content": "prompt 0"}]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_kept_columns_have_one_type_over_all_shards(tmp_path: Path) -> None:
+    rows = [row(i, n=i, x=i if i % 2 else i / 2, tags=[i]) for i in range(20)]
+    rows += [row(20)]
+    store = Store(str(tmp_path / "out"))
+    given_config = config(
+        write(tmp_path / "x.jsonl", rows), keep_columns=["n", "x", "tags"], rows_per_shard=4
+    )
+    counts = prepare(store, given_config, seed=0)
+    assert counts["keep_columns"] == {"n": "int", "x": "float", "tags": "json"}
+    expected = pair_schema(
+        "text", pa.schema([("n", pa.int64()), ("x", pa.float64()), ("tags", pa.string())])
+    )
+    for index in range(counts["shards"]):
+        assert store.read_table(f"pairs/part-{index:05d}.parquet").schema == expected
+    for each in pairs(store):
+        raw = rows[int(each["prompt"].split()[1])]
+        tags = each["tags"] and json.loads(each["tags"])
+        assert (each["n"], each["x"], tags) == (raw.get("n"), raw.get("x"), raw.get("tags"))
+
+
+@pytest.mark.usefixtures("in_process", "many_files")
+def test_no_prompt_is_on_two_sides_and_leaks_are_set_aside(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [row(i, rejected=f"no {i % 7}") for i in range(60)])
+    test = write(tmp_path / "test.jsonl", [row(i) for i in range(40, 70)])
+    validation = write(tmp_path / "validation.jsonl", [row(i) for i in (*range(5), 69)])
+    store = Store(str(tmp_path / "out"))
+    given_config = config(
+        {"path": train, "into": "train"},
+        {"path": test, "into": "test"},
+        {"path": validation, "into": "validation"},
+        max_reject_fraction=0.5,
+    )
+    counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert counts["rejects"] == {"prompt also in test": 21, "prompt also in validation": 5}
+    found = rejects(store)
+    assert sum(each["source"] == train for each in found) == 25
+    (of_validation,) = [each for each in found if each["source"] == validation]
+    assert of_validation["reason"] == "prompt also in test"
+    assert of_validation["position"] == 6
+    assert json.loads(of_validation["row"])["prompt"] == "prompt 69"
+    assert counts["splits"]["test"] == 30
+    assert counts["splits"]["validation"] == 5
+
+
+@pytest.mark.usefixtures("in_process")
+def test_groups_that_share_a_prompt_leak_and_are_set_aside(tmp_path: Path) -> None:
+    # Every topic asks the same question: whatever the sides, one of them keeps it.
+    rows = [
+        {"prompt": "same", "chosen": f"yes {i}", "rejected": "no", "topic": i % 50}
+        for i in range(200)
+    ]
+    store = Store(str(tmp_path / "out"))
+    path = write(tmp_path / "x.jsonl", rows)
+    given_config = config(path, group_column="topic", test_fraction=0.3, max_reject_fraction=1.0)
+    counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert counts["splits"]["test"] == counts["pairs"] > 0
+    assert counts["rejects"]["prompt also in test"] == 200 - counts["pairs"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_past_max_reject_fraction_the_stage_fails_and_the_rejects_lie_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [row(i, chosen="" if i < 6 else "yes") for i in range(100)])
+    store = Store(str(tmp_path / "out"))
+    with pytest.raises(RejectsError, match=r"6 of 100 rows[^|]*6 × empty answer: chosen"):
+        prepare(store, config(path), seed=0)
+    assert len(rejects(store)) == 6
+    assert prepare(store, config(path, max_reject_fraction=0.06), seed=0)["pairs"] == 94
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_split_that_stayed_empty_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "x.jsonl", [row(0)])
+    with caplog.at_level("WARNING"):
+        prepare(Store(str(tmp_path / "out")), config(path, test_fraction=0.01), seed=0)
+    assert "no pair is in split test, though prepare.test_fraction is 0.01" in caplog.text
+    assert "validation" not in caplog.text
+
+
+class Killed(Exception):
+    """Stands for the end of the driver."""
+
+
+@pytest.mark.usefixtures("in_process", "many_files")
+def test_a_driver_that_dies_at_any_step_ends_with_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        rows = [row(i, chosen="" if i == 3 else name * (i % 2)) for i in range(12)]
+        write(tmp_path / f"{name}.jsonl", rows)
+    wanted = config(
+        str(tmp_path / "*.jsonl"), rows_per_shard=2, group_column="prompt", max_reject_fraction=1.0
+    )
+    steps = LimitedSteps(monkeypatch)
+    undisturbed = Store(str(tmp_path / "undisturbed"))
+    counts = prepare(undisturbed, wanted, seed=0)
+    total = steps.taken
+    assert total > 20
+    for limit in range(total):
+        store = Store(str(tmp_path / f"out{limit}"))
+        steps.taken, steps.limit = 0, limit
+        with pytest.raises(Killed):
+            prepare(store, wanted, seed=0)
+        steps.limit = None
+        assert prepare(store, wanted, seed=0) == counts
+        assert files(store) == files(undisturbed)
+
+
+class LimitedSteps:
+    """Counts what changes a store, and ends the driver when a limit is reached."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken = 0
+        self.limit: int | None = None
+        for name in ("create", "remove"):
+            monkeypatch.setattr(Store, name, self._counted(getattr(Store, name)))
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*given: Any) -> Any:
+            if self.taken == self.limit:
+                raise Killed
+            self.taken += 1
+            return method(*given)
+
+        return step
+
+
+LINE = st.one_of(
+    st.binary(max_size=30).filter(lambda line: b"\n" not in line),
+    st.builds(
+        lambda prompt, chosen, rejected: json.dumps(
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        ).encode(),
+        *[st.sampled_from(["x", "y", "", "\ud800", None, 3, ["z"]]) for _ in range(3)],
+    ),
+)
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(lines=st.lists(LINE, max_size=25))
+@pytest.mark.usefixtures("in_process", "many_files")
+def test_no_line_vanishes_and_none_crashes(tmp_path: Path, lines: list[bytes]) -> None:
+    good = json.dumps(row(0)).encode()
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, *lines]))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    store = Store(str(tmp_path / "out"))
+    given_config = config(str(tmp_path / "x.jsonl"), max_reject_fraction=1.0)
+    counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert counts["rows_in"] == 1 + sum(bool(line.strip()) for line in lines)
+
+
+CHILD = """
+import sys, time
+import ray
+from cwpo_dist.config import PrepareConfig
+from cwpo_dist.pairs import pieces
+from cwpo_dist.stages import prepare
+
+def slow(*given):
+    time.sleep(0.1)
+    pieces.read_piece(*given)
+
+prepare.read_piece = slow
+ray.init(num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[3])
+config = PrepareConfig(sources=[{"path": sys.argv[1]}], rows_per_shard=16)
+prepare.prepare(prepare.Store(sys.argv[2]), config, 0)
+"""
+
+
+@pytest.fixture
+def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A short path: Ray's sockets below it have names of at most 107 bytes."""
+    folder = f"/tmp/cwpo-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.long
+def test_a_killed_driver_goes_on_where_it_was(
+    tmp_path: Path, ray_folder: str, in_process: None
+) -> None:
+    for i in range(40):
+        write(tmp_path / f"{i}.jsonl", [row(f"{i} {j}") for j in range(20)])
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "*.jsonl"), str(out), ray_folder]
+    with subprocess.Popen(command, start_new_session=True) as child:
+        deadline = time.monotonic() + 120
+        while len(list((out / "work" / "pieces").glob("*.json"))) < 5:
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(child.pid, signal.SIGKILL)
+    done = len(list((out / "work" / "pieces").glob("*.json")))
+    assert done < 40
+    wanted = config(str(tmp_path / "*.jsonl"), rows_per_shard=16)
+    counts = prepare(Store(str(out)), wanted, seed=0)
+    undisturbed = Store(str(tmp_path / "undisturbed"))
+    assert prepare(undisturbed, wanted, seed=0) == counts
+    assert files(Store(str(out))) == files(undisturbed)

@@ -1,0 +1,104 @@
+"""The probe: shared rows where they are exact, plain ones with a reason everywhere else."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny import tiny_causal_lm, tiny_classifier
+
+from cwpo_dist.lm.loading import ModelError
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.probe import choose_layout
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "mistral", "opt", "gpt2", "gpt_neox"])
+def test_shared_where_it_is_proved(arch, attention):
+    for module in (
+        AnswerLogProbs(tiny_causal_lm(arch, attn_implementation=attention)),
+        AnswerScores(tiny_classifier(arch, attn_implementation=attention)),
+    ):
+        choice = choose_layout(module, longest=512)
+        assert choice.layout == "shared"
+        assert choice.max_difference is not None
+        assert choice.max_difference < 1e-5
+
+
+def test_alibi_falls_back_and_says_so_once(caplog):
+    model = tiny_causal_lm("bloom")
+    model.config.name_or_path = "a-bloom"
+    with caplog.at_level(logging.INFO, logger="cwpo_dist.lm.probe"):
+        choices = [choose_layout(AnswerLogProbs(model), longest=64) for _ in range(3)]
+    assert {choice.layout for choice in choices} == {"plain"}
+    assert "ALiBi" in choices[0].reason
+    told = [record for record in caplog.records if "a-bloom" in record.message]
+    assert len(told) == 1
+    assert told[0].levelname == "WARNING"
+    assert "a-bloom (eager): plain rows" in told[0].message
+    assert choices[0].reason in told[0].message
+
+
+def test_a_sliding_window_counts_only_where_it_is_shorter_than_rows():
+    module = AnswerLogProbs(tiny_causal_lm("mistral", sliding_window=64))
+    assert choose_layout(module, longest=64).layout == "shared"
+    choice = choose_layout(module, longest=65)
+    assert choice.layout == "plain"
+    assert "sliding window of 64 is shorter than rows of 65" in choice.reason
+
+
+def test_flash_attention_and_encoders_take_plain_rows():
+    model = tiny_classifier("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert "packed sequences" in choose_layout(AnswerScores(model), longest=64).reason
+    choice = choose_layout(AnswerScores(tiny_classifier("bert")), longest=64)
+    assert choice.layout == "plain"
+    assert "as a whole" in choice.reason
+
+
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+def test_a_model_that_ignores_mask_or_positions_is_found_out(ignored):
+    model = tiny_causal_lm("llama")
+
+    def drop(_module, args, kwargs):
+        if "position_ids" in kwargs:
+            length = kwargs["input_ids"].shape[1]
+            causal = torch.ones(length, length).tril().log()[None, None]
+            stand_in = {"attention_mask": causal, "position_ids": torch.arange(length)[None]}
+            kwargs = {**kwargs, ignored: stand_in[ignored]}
+        return args, kwargs
+
+    model.model.register_forward_pre_hook(drop, with_kwargs=True)
+    choice = choose_layout(AnswerLogProbs(model), longest=64)
+    assert choice.layout == "plain"
+    assert choice.max_difference is not None
+    assert choice.max_difference > 1e-2
+    assert "shared rows miss plain ones" in choice.reason
+
+
+def test_a_model_that_refuses_the_mask_takes_plain_rows():
+    model = tiny_causal_lm("llama")
+
+    def refuse(_module, _args, kwargs):
+        if kwargs["attention_mask"].ndim == 4:
+            raise ValueError("mask must have two dimensions")
+
+    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    choice = choose_layout(AnswerLogProbs(model), longest=64)
+    assert choice.layout == "plain"
+    assert "refuses a 4-D mask with position ids: mask must have two" in choice.reason
+
+
+def test_logits_that_are_not_the_heads_are_refused():
+    module = AnswerLogProbs(tiny_causal_lm("llama"))
+    module.head.scale = 1.1
+    with pytest.raises(ModelError, match="its architecture is not supported"):
+        choose_layout(module, longest=64)
+
+
+def test_the_probe_leaves_the_training_mode_alone():
+    module = AnswerLogProbs(tiny_causal_lm("llama")).train()
+    choose_layout(module, longest=64)
+    assert module.training
+    assert module.model.model.layers[0].training

@@ -1,0 +1,210 @@
+"""Jobs on a real Ray head on loopback: sent, followed, attached to, refused, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from cwpo_dist.config import Config, ConfigError, parse_config
+from cwpo_dist.submit import (
+    Settings,
+    SubmitError,
+    follow,
+    job_name,
+    logs,
+    portable,
+    status,
+    stop,
+    submit,
+)
+
+RAY = str(Path(sys.executable).with_name("ray"))
+SECRET = "hf_a-secret-of-this-test"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """The job server of a Ray head that this module starts, and stops."""
+    folder = tempfile.mkdtemp(prefix="cwpo-head-")
+    dashboard, gcs = free_port(), free_port()
+    arguments = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
+    arguments += ["--num-cpus=2", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+    arguments += ["--object-store-memory=200000000", "--disable-usage-stats"]
+    arguments += [f"--dashboard-agent-listen-port={free_port()}"]
+    with (Path(folder) / "head.log").open("wb") as log:
+        # A group of its own, so that all it starts ends with it, and nothing else does.
+        process = subprocess.Popen(
+            [RAY, *arguments], stdout=log, stderr=log, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for(lambda: answers(url), 90)
+        yield url
+    finally:
+        os.killpg(process.pid, 15)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(url: str) -> bool:
+    try:
+        status("no-such-job", url)
+    except SubmitError as error:
+        return "does not exist" in str(error)
+    return False
+
+
+def wait_for(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.5)
+
+
+def small(folder: Path) -> Config:
+    """Pairs that are quick to prepare."""
+    rows = [{"prompt": f"p{i}", "chosen": "yes indeed", "rejected": "no"} for i in range(40)]
+    source = folder / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {"sources": [{"path": str(source)}], "num_cpus": 0.5}
+    return parse_config({"output_dir": str(folder / "run"), "prepare": sections})
+
+
+def on_this_python() -> Settings:
+    return Settings(python=sys.executable)
+
+
+def test_a_stage_runs_on_the_cluster_and_a_finished_job_is_not_run_twice(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    config = small(tmp_path)
+    job = submit(config, "prepare", head, on_this_python())
+    printed: list[str] = []
+
+    assert not job.attached
+    assert follow(job.submission_id, head, printed.append), "".join(printed)
+    assert list((tmp_path / "run" / "prepare").glob("*/manifest.json"))
+    assert "".join(printed) == logs(job.submission_id, head)
+    assert status(job.submission_id, head).startswith("SUCCEEDED")
+    assert SECRET not in "".join(printed)
+
+    again = submit(config, "prepare", head, on_this_python())
+    assert again.submission_id == f"{job.submission_id}-2"
+    printed.clear()
+    assert follow(again.submission_id, head, printed.append)
+    assert "done before" in "".join(printed)
+    assert len(list((tmp_path / "run" / "prepare").glob("*/manifest.json"))) == 1
+
+
+def test_a_running_job_is_attached_to_and_stopped(head: str, tmp_path: Path) -> None:
+    config = small(tmp_path)
+    # An interpreter that waits: the job is there, and running, for as long as the test needs.
+    slow = tmp_path / "slow-python"
+    slow.write_text("#!/bin/sh\nsleep 120\n")
+    slow.chmod(0o755)
+    first = submit(config, "prepare", head, Settings(python=str(slow)))
+    second = submit(config, "prepare", head, Settings(python=str(slow)))
+    assert (second.submission_id, second.attached) == (first.submission_id, True)
+
+    other = config.model_copy(update={"seed": 1})
+    with pytest.raises(SubmitError, match="another configuration"):
+        submit(other, "prepare", head, Settings(python=str(slow)))
+
+    assert stop(first.submission_id, head)
+    assert follow(first.submission_id, head, lambda text: None) is False
+    assert status(first.submission_id, head).startswith("STOPPED")
+
+
+def test_a_job_that_cannot_start_is_told_of_and_left(head: str, tmp_path: Path) -> None:
+    job = submit(small(tmp_path), "prepare", head, on_this_python())
+    with pytest.raises(SubmitError, match=r"still PENDING after 0 s.*--pending-timeout"):
+        follow(job.submission_id, head, lambda text: None, pending_timeout_s=0.0)
+    assert follow(job.submission_id, head, lambda text: None)
+
+
+def test_the_command_line_reports_a_job_that_fails(head: str, tmp_path: Path) -> None:
+    config = small(tmp_path).model_dump(mode="json")
+    config["prepare"]["sources"][0]["path"] = str(tmp_path / "nowhere.jsonl")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "cwpo_dist.cli", "submit", "prepare", str(path)]
+    command += ["--address", head, "--python", sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "prepare.sources.0.path: nothing to read at" in done.stdout
+    assert re.search(r"submitted cwpo-prepare-run-[0-9a-f]{8}", done.stdout)
+
+
+def test_no_server_is_one_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(SubmitError, match="no Ray job server answers at http://127.0.0.1:"):
+        submit(small(tmp_path), "run", f"http://127.0.0.1:{free_port()}")
+
+
+def test_the_name_is_a_function_of_place_and_stage() -> None:
+    name = job_name("s3://bucket/runs/my run", "align")
+    assert re.fullmatch(r"cwpo-align-my-run-[0-9a-f]{8}", name)
+    assert name == job_name("s3://bucket/runs/my run", "align")
+    assert len({name, job_name("s3://other/my run", "align"), job_name("x", "run")}) == 3
+
+
+def test_a_portable_config_finds_its_files_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    (tmp_path / "chat.jinja").write_text("template")
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    config = parse_config(
+        {
+            "output_dir": "runs/x",
+            "prepare": {"sources": [{"path": "pairs.jsonl"}, {"path": "Anthropic/hh-rlhf"}]},
+            "policy": {"model_name_or_path": "gpt2", "chat_template": "chat.jinja"},
+            "align": {"deepspeed": "ds.json"},
+        }
+    )
+    data = portable(config, work)
+    paths = [source["path"] for source in data["prepare"]["sources"]]
+    assert data["output_dir"] == str(tmp_path / "runs" / "x")
+    assert paths == [str(tmp_path / "pairs.jsonl"), "Anthropic/hh-rlhf"]
+    assert data["policy"]["model_name_or_path"] == "gpt2"
+    assert (work / data["policy"]["chat_template"]).read_text() == "template"
+    assert data["align"]["deepspeed"] == {"zero_optimization": {"stage": 3}}
+    parse_config(data)  # what travels is a valid configuration
+
+
+def test_a_missing_template_is_named(tmp_path: Path) -> None:
+    model = {"model_name_or_path": "gpt2", "chat_template": str(tmp_path / "no.jinja")}
+    sources = {"sources": [{"path": "x"}]}
+    config = parse_config({"output_dir": "s3://b/r", "prepare": sources, "policy": model})
+    with pytest.raises(ConfigError, match=r"policy.chat_template: no file .*no\.jinja"):
+        portable(config, tmp_path)
+
+
+def test_variables_that_are_not_set_are_not_sent(tmp_path: Path, head: str) -> None:
+    with pytest.raises(ConfigError, match="--env: NO_SUCH_VARIABLE is not set"):
+        submit(small(tmp_path), "run", head, Settings(env=("NO_SUCH_VARIABLE",)))

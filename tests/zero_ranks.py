@@ -1,0 +1,280 @@
+"""What the ranks of test_zero.py and test_checkpoint.py do: python zero_ranks.py FOLDER RANK WORLD.
+
+The folder holds `model/`; each case's results are written there as safetensors by rank 0. One
+process group serves all cases, as starting one takes longer than any of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
+from cwpo_dist.lm.batches import global_batch
+from cwpo_dist.lm.loading import load_annotator_base, load_policy
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.tokens import load_tokenizer
+from cwpo_dist.training.lora import add_lora
+from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine, gradients, train
+from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
+
+N_ROWS, BATCH = 22, 8
+BUDGETS = (10_000, 130, 61)  # one micro-batch, some, many: up to one row each
+SEED = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training set-up; `name` is also its file's."""
+
+    name: str
+    stage: int
+    lora: bool = False
+    task: str = "none"  # a weight normalisation, 'sft' or 'fit'
+    budget: int = 130
+    optim: str = "sgd"
+    threshold: int = 0  # of ZeRO-3: larger parameters are sharded
+    checkpointing: bool = False
+    dtype: str = "float32"
+
+    def config(self) -> TrainingConfig:
+        zero3 = {"stage3_param_persistence_threshold": self.threshold}
+        section = {"zero_optimization": zero3} if self.stage == 3 else None
+        return TrainingConfig(
+            learning_rate=0.05 if self.optim == "sgd" else 0.01,
+            lr_scheduler_type="linear",
+            max_steps=20 if self.optim == "sgd" else 6,
+            global_batch_size=BATCH,
+            max_tokens_per_micro_batch=self.budget,
+            max_grad_norm=0.5,
+            optim=self.optim,
+            weight_decay=0.1 if self.optim == "adamw" else 0.0,
+            lora=LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0) if self.lora else None,
+            zero_stage=self.stage,
+            gradient_checkpointing=self.checkpointing,
+            save_steps=1000,
+            deepspeed=section,
+        )
+
+
+ZERO_CASES = [
+    *(Case(f"full-{stage}", stage) for stage in range(4)),
+    *(Case(f"lora-{stage}", stage, lora=True, task="dataset") for stage in range(4)),
+    Case("batch-2", 2, task="batch"),
+    Case("sft-1", 1, task="sft"),
+    Case("sft-3", 3, task="sft", threshold=100_000, checkpointing=True),
+    Case("fit-3", 3, task="fit"),
+    Case("fit-2", 2, task="fit"),
+]
+RESUME_CASES = [
+    *(Case(f"adamw-{stage}", stage, optim="adamw") for stage in range(4)),
+    Case("adamw-lora-3", 3, lora=True, optim="adamw"),
+    *(Case(f"bf16-{stage}", stage, optim="adamw", dtype="bfloat16") for stage in (1, 2, 3)),
+]
+
+
+def make_rows(n_answers: int = 2) -> list[Row]:
+    """Rows of random tokens, from a few to sixty of them."""
+    draw = np.random.default_rng(SEED)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return draw.integers(3, 250, draw.integers(low, high)).tolist()
+
+    rows = [Row(tokens(3, 30), (tokens(1, 25), tokens(1, 15))) for _ in range(N_ROWS)]
+    return [Row(row.prompt, row.answers[:n_answers]) for row in rows]
+
+
+def make_task(name: str) -> Task:
+    """Bradley-Terry, SFT, or preferences with unequal weights and references."""
+    ids = [f"pair{i}" for i in range(N_ROWS)]
+    if name == "sft":
+        return Sft(make_rows(1), ids)
+    if name == "fit":
+        return BradleyTerry(make_rows(), ids)
+    draw = np.random.default_rng(SEED + 1)
+    weights = (draw.random(N_ROWS) ** 2).tolist()
+    rows = make_rows()
+    references = [
+        (-5.0 * len(r.answers[0]) + draw.normal(), -5.0 * len(r.answers[1])) for r in rows
+    ]
+    return Preference(rows, ids, weights, references, "sigmoid", 0.3, normalization=name)
+
+
+def make_module(case: Case, folder: Path) -> nn.Module:
+    """The module to train; LoRA's B is not zero, else half of the gradients would be."""
+    given = ModelConfig(
+        model_name_or_path=str(folder / "model"), torch_dtype=case.dtype, max_length=64
+    )
+    if case.task == "fit":
+        tokenizer = load_tokenizer(given, distinct_pad=True)
+        model: Any = load_annotator_base(given, tokenizer, SEED)
+    else:
+        model = load_policy(given)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    lora = case.config().lora
+    if lora is None:
+        model.requires_grad_(True)
+    else:
+        model = add_lora(model, lora, "logps", SEED)
+        generator = torch.Generator().manual_seed(SEED)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.1, generator=generator)
+    module = AnswerScores(model) if case.task == "fit" else AnswerLogProbs(model)
+    return module.train()
+
+
+def make_run(case: Case, budget: int | None = None) -> Run:
+    config = case.config()
+    if budget is not None:
+        config = config.model_copy(update={"max_tokens_per_micro_batch": budget})
+    return Run(config, SEED, "shared", 2)
+
+
+def oracle(case: Case, folder: Path) -> TorchEngine:
+    """The same case in one plain process."""
+    return TorchEngine(make_module(case, folder), case.config())
+
+
+def deepspeed_engine(case: Case, folder: Path) -> Any:
+    from cwpo_dist.training import engine
+
+    dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
+    settings = engine.deepspeed_config(case.config(), dtype)
+    with engine.sharded_loading(settings):
+        module = make_module(case, folder)
+    return engine.DeepSpeedEngine(module, case.config(), settings)
+
+
+def first_batch() -> list[int]:
+    indices: list[int] = global_batch(N_ROWS, BATCH, SEED, 0)[1].tolist()
+    return indices
+
+
+def weights_of(engine: Engine) -> dict[str, Tensor]:
+    from cwpo_dist.training.checkpoint import trainable
+
+    return {
+        name: engine.full(parameter, None).detach().clone().contiguous()
+        for name, parameter in trainable(engine.module)
+    }
+
+
+def full_gradients(engine: Any) -> dict[str, Tensor]:
+    """Whole gradients, averaged over ranks, before clipping."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from cwpo_dist.training.checkpoint import trainable
+
+    found = {}
+    for name, parameter in trainable(engine.module):
+        gradient = parameter.grad if engine.stage == 0 else safe_get_full_grad(parameter)
+        found[name] = gradient.detach().clone().contiguous()
+    return found
+
+
+def exactness(case: Case, folder: Path) -> None:
+    """Gradients at several budgets, the loss, and the weights after 20 steps."""
+    engine, task = deepspeed_engine(case, folder), make_task(case.task)
+    results = {}
+    for budget in BUDGETS:
+        result = gradients(task, engine, make_run(case, budget), 0, first_batch())
+        for name, gradient in full_gradients(engine).items():
+            results[f"gradient.{budget}.{name}"] = gradient
+        results[f"loss.{budget}"] = torch.tensor([result.loss], dtype=torch.float64)
+        norm = engine.step(0.0)
+        results[f"norm.{budget}"] = torch.tensor([norm], dtype=torch.float64)
+    train(task, engine, make_run(case), Hooks())
+    results |= {f"weight.{name}": value for name, value in weights_of(engine).items()}
+    write(folder, f"{case.name}.{dist.get_world_size()}", results)
+    engine.close()
+
+
+class _SaveAt(Hooks):
+    """Commits a checkpoint at each of the given steps."""
+
+    def __init__(self, case: Case, engine: Any, folder: Path, steps: tuple[int, ...]) -> None:
+        self.case, self.engine, self.folder, self.steps = case, engine, folder, steps
+
+    def save(self, step: int) -> None:
+        from cwpo_dist.storage import Store
+        from cwpo_dist.training import checkpoint
+
+        if step in self.steps:
+            world = self.engine.world_size
+            checkpoint.save(
+                Store(str(self.folder / f"{self.case.name}.{world}")),
+                self.engine,
+                checkpoint.RunIdentity("key", SEED, "base"),
+                step,
+                f"attempt{world}",
+                keep=2,
+                fence=lambda: None,
+            )
+
+
+def uninterrupted(case: Case, folder: Path) -> None:
+    """Six steps, with a checkpoint after the third."""
+    engine = deepspeed_engine(case, folder)
+    run = make_run(case)
+    run = replace(run, config=run.config.model_copy(update={"save_steps": 3}))
+    train(make_task(case.task), engine, run, _SaveAt(case, engine, folder, (3,)))
+    write(folder, f"{case.name}.{engine.world_size}.whole", weights_of(engine))
+    engine.close()
+
+
+def resumed(case: Case, folder: Path, written_by: int) -> None:
+    """The last three steps, from the checkpoint of a run with another number of ranks or not."""
+    from cwpo_dist.storage import Store
+    from cwpo_dist.training import checkpoint
+
+    engine = deepspeed_engine(case, folder)
+    found = checkpoint.newest(Store(str(folder / f"{case.name}.{written_by}")))
+    assert found is not None
+    assert found.step == 3
+    checkpoint.load(found, engine, checkpoint.RunIdentity("key", SEED, "base"))
+    train(make_task(case.task), engine, make_run(case), Hooks(), start_step=3)
+    write(folder, f"{case.name}.{engine.world_size}.from{written_by}", weights_of(engine))
+    engine.close()
+
+
+def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    if dist.get_rank() == 0:
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+def main(folder: Path, rank: int, world: int, what: str) -> None:
+    """Joins the group through a file, then does all cases of `what`."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous-{what}-{world}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    if what == "zero":
+        for case in ZERO_CASES:
+            exactness(case, folder)
+    elif what == "write":
+        for case in RESUME_CASES:
+            uninterrupted(case, folder)
+    for case in RESUME_CASES if what == "resume" else ():
+        for written_by in (1, 2):
+            resumed(case, folder, written_by)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
