@@ -216,6 +216,10 @@ class PoolConfig(Section):
     max_tokens_per_batch: PositiveInt = Field(4096, description="padded tokens of one forward")
 
 
+def _scored_splits() -> list[Split]:
+    return ["unlabelled", "validation", "test"]
+
+
 class AnnotateConfig(PoolConfig):
     """Which pairs are scored, and by whom."""
 
@@ -224,7 +228,7 @@ class AnnotateConfig(PoolConfig):
     model: ModelConfig | None = Field(
         None, description="any one-label reward model; null: the annotator that `fit` made"
     )
-    splits: list[Split] = Field(default_factory=lambda: ["unlabelled", "validation", "test"])
+    splits: list[Split] = Field(default_factory=_scored_splits)
     max_reject_fraction: Fraction = 0.05
 
 

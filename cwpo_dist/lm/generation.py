@@ -136,7 +136,7 @@ def _settings(
     pad = tokenizer.pad_token_id
     if pad is None:  # masked out wherever it stands, so any id serves
         pad = ends[0] if ends else 0
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

@@ -1,4 +1,4 @@
-"""The shard workers: pairs → tokens, pairs → reward scores, tokens → log-probs, prompts → answers."""
+"""Shard workers: pairs → tokens, pairs → scores, tokens → log-probs, prompts → answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pyarrow as pa
 import torch
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.batches import plan_micro_batches
+from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
@@ -101,6 +101,7 @@ class TokenWorker:
         self.encoder = Encoder(load_tokenizer(model), model.chat_template)
 
     def __call__(self, index: int) -> ShardOutput:
+        """The tokens of every pair that fits."""
         rejects = _Rejects(index)
         rows = self.pairs.read(index)
         encoded = _encode(self.encoder, self.model, rows, rejects)
@@ -132,6 +133,7 @@ class RewardWorker:
         )
 
     def __call__(self, index: int) -> ShardOutput:
+        """The scores of every pair that fits."""
         rejects = _Rejects(index)
         rows = self.pairs.read(index)
         encoded = _encode(self.encoder, self.model, rows, rejects)
@@ -172,6 +174,7 @@ class ReferenceWorker:
         self.forward = RowForward(AnswerLogProbs(policy), pad, model.max_length, max_tokens)
 
     def __call__(self, index: int) -> ShardOutput:
+        """The log-probs of every pair that the policy's tokens hold."""
         wanted = {row["pair_id"] for row in self.pairs.read(index)}
         rows = {i: r for i, r in read_tokens(self.tokens, index).items() if i in wanted}
         rejects = _Rejects(index)
@@ -211,6 +214,7 @@ class AnswerWorker:
         self.tokenizer = load_tokenizer(model)
 
     def __call__(self, index: int) -> ShardOutput:
+        """One answer to each prompt of the batch."""
         rows = self.prompts.read_table(part("prompts", index)).to_pylist()
         answers = generate(
             self.policy,

@@ -92,4 +92,3 @@ class WeightedPairs:
             label_smoothing=self.config.label_smoothing,
             normalization=self.normalization,
         )
-

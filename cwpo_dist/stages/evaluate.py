@@ -146,7 +146,9 @@ def _score_by_model(
             RewardWorker, PairsIn(store), model, "gold", config.max_tokens_per_batch
         ),
     )
-    run_shards(job, PoolConfig.model_validate(config.model_dump(include=set(PoolConfig.model_fields))))
+    run_shards(
+        job, PoolConfig.model_validate(config.model_dump(include=set(PoolConfig.model_fields)))
+    )
     scores = [
         row
         for index in range(len(shards))

@@ -99,7 +99,7 @@ def _policy_nodes(
     """From tokens to the aligned policy and the model answers to be judged."""
     tokens = Node("tokens", _token_settings(policy), {"prepare": given["prepare"]})
     labels = {"labels": arm.labels, "splits": list(arm.splits)}
-    scored = {name: given[name] for name in ("prepare", "annotate") if name in given}
+    scored = {name: node for name, node in given.items() if name in {"prepare", "annotate"}}
     nodes = {"tokens": tokens}
     frozen = {}
     if config.sft is not None:
@@ -110,9 +110,7 @@ def _policy_nodes(
     nodes["reference"] = _log_probs(policy, [*arm.splits, held_out], tokens, frozen)
     nodes["weigh"] = Node("weigh", labels | weigh_settings(config, arm), scored)
     align = config.align.identity() | _identity(policy) | {"seed": config.seed}
-    align["weight_normalization"] = (
-        config.align.weight_normalization or arm.weight_normalization
-    )
+    align["weight_normalization"] = config.align.weight_normalization or arm.weight_normalization
     read = {name: nodes[name] for name in ("tokens", "weigh", "reference")}
     nodes["align"] = Node("align", align, read | frozen)
     nodes["aligned"] = _log_probs(policy, [held_out], tokens, {"model": nodes["align"]})

@@ -57,7 +57,7 @@ def collect(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> dict[
 def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
     weigh = context.counts(nodes["weigh"])
     manifests = {role: context.place(node).read_json(MANIFEST) for role, node in nodes.items()}
-    evaluation = context.place(nodes["evaluate"]).read_json("metrics.json")
+    evaluation: dict[str, Any] = context.place(nodes["evaluate"]).read_json("metrics.json")
     return evaluation | {
         "pairs": weigh["selected"],
         "mean_weight": weigh["mean_weight"],
@@ -77,7 +77,7 @@ def _pointer(node: Node) -> dict[str, str]:
 
 
 def _confidences(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> list[float]:
-    """The confidences of the first arm that has any: ids are hashes, so the first rows are a sample."""
+    """Those of the first arm that has any; ids are hashes, so the first rows are a sample."""
     for nodes in graphs.values():
         if nodes["weigh"].settings["labels"] != "annotator":
             continue

@@ -1,4 +1,4 @@
-"""tokens, chosen answers → a policy that has seen good answers: the start and reference of align."""
+"""tokens, chosen answers → a policy that has seen good answers: where `align` starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from cwpo_dist.training.workers import TrainSpec, train
 def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
     policy, config = context.config.policy, context.config.sft
-    assert policy is not None and config is not None, "graph() makes no sft node without them"
+    assert policy is not None, "graph() makes no sft node without a policy"
+    assert config is not None, "graph() makes no sft node for `sft: none`"
     chosen = ChosenAnswers(
         pairs=context.place(node.inputs["prepare"]),
         tokens=context.place(node.inputs["tokens"]),

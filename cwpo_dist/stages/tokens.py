@@ -1,4 +1,4 @@
-"""pairs → tokens: what `sft`, `reference`, `align` and `evaluate` read, so text is tokenised once."""
+"""pairs → tokens, once: what `sft`, `reference`, `align` and `generate` read."""
 
 from __future__ import annotations
 
