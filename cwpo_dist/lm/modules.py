@@ -50,12 +50,24 @@ class ChunkedHead(nn.Module):
         return torch.cat([checkpoint(self._logps, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _logps(self, hidden_nH: Tensor, target_n: Tensor) -> Tensor:
-        logits_nV = self._lm_head[0](hidden_nH).float()
+        logits_nV = self._project(hidden_nH).float()
         if self.scale != 1.0:
             logits_nV = logits_nV * self.scale
         if self.softcap is not None:
             logits_nV = torch.tanh(logits_nV / self.softcap) * self.softcap
         return -nn.functional.cross_entropy(logits_nV, target_n, reduction="none")
+
+
+    def _project(self, hidden_nH: Tensor) -> Tensor:
+        """The head itself, [n, V].
+
+        A plain linear head is computed from our own parameters, not by a call of its module: ranks
+        have unequal numbers of chunks, and ZeRO-3 wants equal numbers of module calls on all.
+        """
+        lm_head = self._lm_head[0]
+        if type(lm_head) is nn.Linear:
+            return nn.functional.linear(hidden_nH, self.weight, getattr(self, "bias", None))
+        return lm_head(hidden_nH)  # type: ignore[no-any-return]
 
 
 class AnswerLogProbs(nn.Module):

@@ -64,15 +64,6 @@ def bucket_summaries(store: Store) -> list[BucketSummary]:
     return [BucketSummary(**store.read_json(name)) for name in store.names(SUMMARIES)]
 
 
-def remove_work(store: Store) -> None:
-    """Removes what lies between the two tasks; summaries first.
-
-    A summary promises the rows beside it, so that a removal cut short must never leave one.
-    """
-    for folder in (pieces.SUMMARIES, COUNTS, SUMMARIES, "work"):
-        store.remove(folder)
-
-
 def write_leaks(store: Store) -> int:
     """Writes which prompts lie on several sides, over all buckets; returns how many."""
     sides = [

@@ -68,11 +68,18 @@ class Piece:
 
 @dataclass
 class PieceSummary:
-    """What became of one piece."""
+    """What became of one piece.
+
+    Attributes:
+        rows_in: rows read.
+        rejects: how many were set aside, by reason.
+        files: where its pairs lie.
+        kept_types: the types of the values of each kept column.
+    """
 
     rows_in: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
-    bucket_rows: dict[str, int] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
     kept_types: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -88,7 +95,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
         SourceError: when an input cannot be read to its end.
     """
     name = f"{SUMMARIES}/{index:05d}.json"
-    if store.exists(name):
+    if _is_done(store, name):
         return
     files = _PieceFiles(store, index, piece.layout.kind)
     summary = PieceSummary()
@@ -107,9 +114,19 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
         files.add({**row, **place, "bucket": bucket, "piece": index})
     files.flush()
     summary.rejects = dict(files.rejected)
-    summary.bucket_rows = {str(bucket): count for bucket, count in sorted(files.added.items())}
+    summary.files = files.written
     summary.kept_types = {column: sorted(types) for column, types in kept_types.items()}
     store.create_json(name, asdict(summary))
+
+
+def _is_done(store: Store, name: str) -> bool:
+    """True for a summary with its files: a worker cut off from a dead driver may write late.
+
+    Then a summary can appear while another driver removes the files that it speaks of.
+    """
+    if not store.exists(name):
+        return False
+    return all(map(store.exists, PieceSummary(**store.read_json(name)).files))
 
 
 def _raw_rows(piece: Piece) -> Iterator[tuple[Part, RawRow]]:
@@ -164,11 +181,10 @@ class _PieceFiles:
         self._rejects: list[Reject] = []
         self._chars = 0
         self._chunk = 0
-        self.added: Counter[int] = Counter()
+        self.written: list[str] = []
         self.rejected: Counter[str] = Counter()
 
     def add(self, row: dict[str, Any]) -> None:
-        self.added[row["bucket"]] += 1
         self._rows.append(row)
         self._grow(sum(len(str(row[name])) for name in ("prompt", "response_a", "response_b")))
 
@@ -187,6 +203,7 @@ class _PieceFiles:
         if self._rows:
             table = pa.Table.from_pylist(self._rows, schema=self._schema)
             self._store.create(f"{ROWS}/{name}", _by_bucket(table))
+            self.written.append(f"{ROWS}/{name}")
         write_rejects(self._store, f"part-read-{name}", self._rejects)
         self._rows, self._rejects, self._chars = [], [], 0
         self._chunk += 1

@@ -56,13 +56,13 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     counts = _counts(planned, written, rejects, rows_in) | {"keep_columns": kept}
     refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
     _tell_empty(counts["splits"], config)
-    buckets.remove_work(store)
+    store.remove("work")
     return counts
 
 
 def _check_placement(num_cpus: float) -> None:
     """Refuses a task that fits on no node: Ray would wait for it for ever, silently."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()
     largest = max(float(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
     if num_cpus > largest:
         raise ConfigError(

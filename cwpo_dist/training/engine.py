@@ -158,6 +158,7 @@ class DeepSpeedEngine:
         )
         self.module = module
         self.device = torch.device(self._engine.device)
+        self._make_states()
 
     @property
     def sharded(self) -> bool:
@@ -217,15 +218,11 @@ class DeepSpeedEngine:
             safe_set_full_optimizer_state(parameter, value, key)
 
     def start_at(self, step: int) -> None:
-        """Makes optimizer state of zeros that has seen `step` updates.
-
-        DeepSpeed makes it in the first update only, too late for a checkpoint to be loaded.
-        """
-        outer = self._engine.optimizer
+        """Tells the optimizer that its state has seen `step` updates."""
         for flat in self._optimized_tensors():
-            self._states[flat] = fresh_state(flat, self.state_keys, step)
-        if self.stage in (1, 2):
-            outer._lazy_init_hp_params_optimizer_state()
+            state = self._states[flat]
+            if state:
+                state["step"].fill_(step)
 
     def gathered(self, parameters: list[nn.Parameter]) -> Any:
         """A context in which the data of these parameters is whole on every rank."""
@@ -234,6 +231,18 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Removes DeepSpeed's hooks from the module."""
         self._engine.destroy()
+
+    def _make_states(self) -> None:
+        """Optimizer state of zeros, before any update.
+
+        A checkpoint can only be loaded into state that is there. And left alone, DeepSpeed links
+        parameters to their state after the update of the first parameter group (stages 1 and 2),
+        when that of the second does not exist yet.
+        """
+        for flat in self._optimized_tensors():
+            self._states[flat] = fresh_state(flat, self.state_keys)
+        if self.stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def _states(self) -> Any:

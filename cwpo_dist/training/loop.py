@@ -74,7 +74,7 @@ class Engine(Protocol):
         """The reverse of `full`; a collective."""
 
     def start_at(self, step: int) -> None:
-        """Makes optimizer state of zeros that has seen `step` updates."""
+        """Tells the optimizer that its state has seen `step` updates."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +331,9 @@ class TorchEngine:
         self.optimizer = make_optimizer(module, config)
         self.state_keys = STATE_KEYS[config.optim]
         self._max_grad_norm = config.max_grad_norm
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter] = fresh_state(parameter, self.state_keys)
 
     def forward(self, batch: RowBatch) -> Tensor:
         """Outputs [P, K]."""
@@ -368,14 +371,14 @@ class TorchEngine:
         target.copy_(value)
 
     def start_at(self, step: int) -> None:
-        """Makes optimizer state of zeros that has seen `step` updates."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                self.optimizer.state[parameter] = fresh_state(parameter, self.state_keys, step)
+        """Tells the optimizer that its state has seen `step` updates."""
+        for state in self.optimizer.state.values():
+            if state:
+                state["step"].fill_(step)
 
 
-def fresh_state(like: Tensor, keys: tuple[str, ...], step: int) -> dict[str, Tensor]:
-    """Optimizer state of zeros, in torch's form, of a tensor that has seen `step` updates."""
+def fresh_state(like: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """Optimizer state of zeros, in torch's form, of a tensor that has seen no update."""
     if not keys:
         return {}
-    return {"step": torch.tensor(float(step)), **{key: torch.zeros_like(like) for key in keys}}
+    return {"step": torch.tensor(0.0), **{key: torch.zeros_like(like) for key in keys}}

@@ -1,0 +1,160 @@
+"""Checkpoints: resumed equals uninterrupted, at any stage and world size; commits are atomic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import zero_ranks
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from zero_ranks import RESUME_CASES, Case
+
+from cwpo_dist.config import TrainingConfig
+from cwpo_dist.storage import StorageError, Store
+from cwpo_dist.training import checkpoint
+from cwpo_dist.training.checkpoint import CheckpointError, RunIdentity
+from cwpo_dist.training.lease import LeaseLost
+from cwpo_dist.training.loop import TorchEngine
+
+IDENTITY = RunIdentity("key", 0, "base")
+CONFIG = TrainingConfig(learning_rate=0.1)
+
+
+def weights(case: Case, name: str) -> dict[str, Tensor]:
+    return dict(load_file(zero_ranks.results() / f"{case.name}.{name}.safetensors"))
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("case", RESUME_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_equals_uninterrupted(case: Case, world: int) -> None:
+    """Bit for bit, at the same world size and stage."""
+    assert distance(weights(case, f"{world}.whole"), weights(case, f"{world}.from{world}")) == 0
+
+
+@pytest.mark.parametrize("case", RESUME_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("world", "before"), [(1, 2), (2, 1)])
+def test_resume_at_another_world_size(case: Case, world: int, before: int) -> None:
+    """As if the world had never changed, but for the order of sums."""
+    tolerance = 2e-2 if case.dtype == "bfloat16" else 1e-5
+    whole, resumed = weights(case, f"{before}.whole"), weights(case, f"{world}.from{before}")
+    assert distance(whole, resumed) < tolerance
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_stages_end_alike(world: int) -> None:
+    first, *others = (case for case in RESUME_CASES if case.name.startswith("adamw-"))
+    for case in others:
+        if not case.lora and case.dtype == "float32":
+            whole = f"{world}.whole"
+            assert distance(weights(first, whole), weights(case, whole)) < 1e-4
+
+
+def test_lora_checkpoint_holds_the_adapter_alone() -> None:
+    case = next(case for case in RESUME_CASES if case.lora)
+    found = checkpoint.newest(Store(str(zero_ranks.results() / f"{case.name}.2")))
+    assert found is not None
+    names = load_file(found.store.path("parameters.safetensors"))
+    assert names
+    assert all(".lora_" in name for name in names)
+
+
+def make_engine(seed: int = 0) -> TorchEngine:
+    torch.manual_seed(seed)
+    return TorchEngine(nn.Linear(3, 2), CONFIG)
+
+
+def save(store: Store, step: int, attempt: str = "a", keep: int = 2, **changes: object) -> None:
+    arguments = {"keep": keep, "fence": lambda: None} | changes
+    checkpoint.save(store, make_engine(step), IDENTITY, step, attempt, **arguments)
+
+
+def folders(store: Store) -> list[str]:
+    return sorted({name.split("/")[1] for name in store.names("checkpoints")})
+
+
+def test_newest_counts_whole_commits_only(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    assert checkpoint.newest(store) is None
+    for step in (3, 6, 9):
+        save(store, step, keep=5)
+    store.remove("checkpoints/step-000009-a/commit.json")
+    store.remove("checkpoints/step-000006-a/exp_avg.safetensors")
+    found = checkpoint.newest(store)
+    assert found is not None
+    assert found.step == 3
+    engine = make_engine(seed=99)
+    checkpoint.load(found, engine, IDENTITY)
+    assert torch.equal(engine.module.weight, make_engine(3).module.weight)
+    assert all(float(state["step"]) == 3 for state in engine.optimizer.state.values())
+
+
+def test_keeps_the_newest_and_no_litter(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write("checkpoints/step-000002-dead/parameters.safetensors", b"half")
+    for step in (1, 2, 3):
+        save(store, step)
+    assert folders(store) == ["step-000002-a", "step-000003-a"]
+
+
+def test_attempts_never_mix(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    save(store, 4, "a", keep=5)
+    save(store, 4, "b", keep=5)
+    assert folders(store) == ["step-000004-a", "step-000004-b"]
+
+
+def test_a_zombie_commits_nothing(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise LeaseLost("taken over")
+
+    store = Store(str(tmp_path))
+    save(store, 1)
+    with pytest.raises(LeaseLost):
+        save(store, 2, fence=lost)
+    found = checkpoint.newest(store)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_refused_writes_leave_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    save(store, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        save(store, 2)
+    found = checkpoint.newest(store)
+    assert found is not None
+    assert found.step == 1
+
+
+@pytest.mark.parametrize("changed", ["key", "seed", "base"])
+def test_another_run_is_refused(tmp_path: Path, changed: str) -> None:
+    store = Store(str(tmp_path))
+    save(store, 1)
+    found = checkpoint.newest(store)
+    assert found is not None
+    other = RunIdentity(**(vars(IDENTITY) | {changed: 7}))
+    with pytest.raises(CheckpointError, match=changed):
+        checkpoint.load(found, make_engine(), other)
+
+
+def test_on_object_storage(s3_store: Store) -> None:
+    save(s3_store, 5)
+    found = checkpoint.newest(s3_store)
+    assert found is not None
+    engine = make_engine(seed=99)
+    checkpoint.load(found, engine, IDENTITY)
+    assert torch.equal(engine.module.weight, make_engine(5).module.weight)

@@ -1,0 +1,134 @@
+"""ZeRO-0 to -3 on two ranks against plain torch in one process: gradients, losses, weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zero_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+from zero_ranks import BUDGETS, ZERO_CASES, Case
+
+from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.training.checkpoint import trainable
+from cwpo_dist.training.loop import Hooks, gradients, train
+
+ALL_AT_ONCE = 10**6
+
+
+@pytest.fixture(params=ZERO_CASES, ids=lambda case: case.name, scope="module")
+def case(request: pytest.FixtureRequest) -> Case:
+    chosen: Case = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def got(case: Case) -> dict[str, Tensor]:
+    return dict(load_file(zero_ranks.results() / f"{case.name}.2.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def wanted(case: Case) -> dict[str, Tensor]:
+    """The oracle: one process, one micro-batch a step."""
+    engine = zero_ranks.oracle(case, zero_ranks.results())
+    task, run = zero_ranks.make_task(case.task), zero_ranks.make_run(case, ALL_AT_ONCE)
+    result = gradients(task, engine, run, 0, zero_ranks.first_batch())
+    found = {f"gradient.{name}": p.grad.clone() for name, p in trainable(engine.module)}
+    found["loss"] = torch.tensor([result.loss])
+    found["norm"] = torch.tensor([engine.step(0.0)])
+    found |= {f"start.{name}": value for name, value in zero_ranks.weights_of(engine).items()}
+    train(task, engine, run, Hooks())
+    return found | {f"weight.{name}": v for name, v in zero_ranks.weights_of(engine).items()}
+
+
+def flat(tensors: dict[str, Tensor], prefix: str) -> Tensor:
+    names = sorted(name for name in tensors if name.startswith(prefix))
+    return torch.cat([tensors[name].flatten().double() for name in names])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_gradient_before_clipping(
+    case: Case, got: dict[str, Tensor], wanted: dict[str, Tensor], budget: int
+) -> None:
+    """However a batch of unequal weights is split over ranks and micro-steps."""
+    expected = flat(wanted, "gradient.")
+    error = flat(got, f"gradient.{budget}.") - expected
+    assert float(error.norm() / expected.norm()) < 1e-5
+    assert float(got[f"norm.{budget}"]) == pytest.approx(float(wanted["norm"]), rel=1e-5)
+    assert float(got[f"loss.{budget}"]) == pytest.approx(float(wanted["loss"]), rel=1e-5)
+
+
+def test_weights_after_20_sgd_steps(
+    case: Case, got: dict[str, Tensor], wanted: dict[str, Tensor]
+) -> None:
+    expected, start = flat(wanted, "weight."), flat(wanted, "start.")
+    moved = float((expected - start).norm())
+    assert moved > 1e-3 * float(start.norm())
+    assert float((flat(got, "weight.") - expected).norm()) < 1e-4 * moved
+
+
+def test_shards_and_layout(case: Case, got: dict[str, Tensor]) -> None:
+    """ZeRO-3 holds nothing whole between steps (unless told to); rows are shared all the same."""
+    everything = case.stage == 3 and case.threshold == 0
+    assert (int(got["sharded"]) > 0) == everything
+    assert bool(got["shared"])
+
+
+def test_budgets_split_as_meant() -> None:
+    """From one micro-step a rank to several, with pads among them."""
+    from cwpo_dist.lm.batches import plan_micro_batches
+
+    rows = zero_ranks.make_rows()
+    lengths = [rows[i].n_tokens for i in zero_ranks.first_batch()]
+    plans = [plan_micro_batches(lengths, budget, 2) for budget in BUDGETS]
+    assert [len(plan[0]) for plan in plans][0] == 1
+    assert len({len(plan[0]) for plan in plans}) == len(BUDGETS)
+
+
+def make_config(section: dict | str | None, **changes: object) -> TrainingConfig:
+    return TrainingConfig(learning_rate=1.0, deepspeed=section, **changes)
+
+
+def test_deepspeed_section() -> None:
+    from cwpo_dist.training.engine import deepspeed_config
+
+    hf_json = {
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto"},
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+    }
+    merged = deepspeed_config(make_config(hf_json, max_grad_norm=0.3), torch.bfloat16)
+    assert merged["zero_optimization"]["stage"] == 3
+    assert merged["zero_optimization"]["overlap_comm"] is True
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 50_000_000
+    assert merged["gradient_clipping"] == 0.3
+    assert merged["bf16"] == {"enabled": True}
+    assert merged["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert not {"optimizer", "fp16", "train_batch_size"} & merged.keys()
+
+
+def test_bfloat16_is_never_summed_in_bfloat16() -> None:
+    from cwpo_dist.training.engine import deepspeed_config, zero_stage
+
+    assert zero_stage(deepspeed_config(make_config(None, zero_stage=0), torch.bfloat16)) == 1
+    assert zero_stage(deepspeed_config(make_config(None, zero_stage=0), torch.float32)) == 0
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"gradient_accumulation_steps": 4},
+        {"optimizer": {"type": "Adam", "params": {"lr": 0.1}}},
+        {"fp16": {"enabled": True}},
+        "no/such/file.json",
+    ],
+)
+def test_deepspeed_section_refused(section: dict | str) -> None:
+    from cwpo_dist.training.engine import deepspeed_config
+
+    name = "no/such/file.json" if isinstance(section, str) else next(iter(section))
+    with pytest.raises(ConfigError, match=name):
+        deepspeed_config(make_config(section), torch.float32)
