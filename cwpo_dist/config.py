@@ -57,7 +57,7 @@ class Source(Section):
 class PrepareConfig(Section):
     """Sources → pairs: what is read and how it is split."""
 
-    compute_fields: ClassVar[frozenset[str]] = frozenset({"num_cpus"})
+    compute_fields: ClassVar[frozenset[str]] = frozenset({"num_cpus", "max_reject_fraction"})
 
     sources: list[Source] = Field(min_length=1)
     labelled_fraction: Fraction = Field(0.3, description="labelled share of the training pairs")
@@ -223,7 +223,9 @@ def _scored_splits() -> list[Split]:
 class AnnotateConfig(PoolConfig):
     """Which pairs are scored, and by whom."""
 
-    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
+    compute_fields: ClassVar[frozenset[str]] = frozenset(
+        {*PoolConfig.model_fields, "max_reject_fraction", "model"}
+    )
 
     model: ModelConfig | None = Field(
         None, description="any one-label reward model; null: the annotator that `fit` made"

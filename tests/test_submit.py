@@ -156,8 +156,19 @@ def test_the_command_line_reports_a_job_that_fails(head: str, tmp_path: Path) ->
     assert re.search(r"submitted cwpo-prepare-run-[0-9a-f]{8}", done.stdout)
 
 
+@pytest.mark.long
+def test_a_job_script_is_enough_for_plain_ray_job_submit(head: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(small(tmp_path).model_dump(mode="json")))
+    command = [RAY, "job", "submit", "--address", head, "--working-dir", str(ROOT), "--"]
+    command += [sys.executable, "jobs/prepare.py", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "run" / "prepare").glob("*/manifest.json"))
+
+
 def test_no_server_is_one_clear_message(tmp_path: Path) -> None:
-    with pytest.raises(SubmitError, match="no Ray job server answers at http://127.0.0.1:"):
+    with pytest.raises(SubmitError, match="no Ray job server answers at"):
         submit(small(tmp_path), "run", f"http://127.0.0.1:{free_port()}")
 
 

@@ -80,11 +80,9 @@ class Case:
 ZERO_CASES = [
     *(Case(f"full-{stage}", stage) for stage in range(4)),
     *(Case(f"lora-{stage}", stage, lora=True, task="dataset") for stage in range(4)),
-    Case("batch-2", 2, task="batch"),
-    Case("sft-1", 1, task="sft"),
     Case("sft-3", 3, task="sft", threshold=100_000, checkpointing=True),
     Case("fit-3", 3, task="fit"),
-    Case("fit-2", 2, task="fit"),
+    Case("batch-2", 2, task="batch"),
 ]
 RESUME_CASES = [
     *(Case(f"adamw-{stage}", stage, optim="adamw") for stage in range(4)),

@@ -1,8 +1,7 @@
 """A stock Hugging Face model in; a module from a batch of rows to log-probs or scores out.
 
 Each module is one thing that a training engine can wrap: rows go in, one number an answer comes
-out, and nothing in between reads a weight except by calling the sub-module that owns it, which is
-what ZeRO-3 needs. Only answer tokens reach the vocabulary, and never all of them at once.
+out, and nothing in between reads a weight but in a module that holds it, which is what ZeRO-3 needs. Only answer tokens reach the vocabulary, and never all of them at once.
 
 Shapes: B sequences, L padded length, H width, R rows, K answers a row, N answer tokens, V words.
 """
@@ -25,10 +24,10 @@ _CHUNK_LOGITS = 2**24
 class ChunkedHead(nn.Module):
     """Hidden states of answer tokens → the log-probs of those tokens, without keeping logits.
 
-    The head's parameters are registered here too, under the same objects. So ZeRO-3's hooks gather
-    them when this module starts and hold them until it ends: one gather for all chunks, in forward
-    and in backward. Do not declare it a ZeRO-3 leaf module: under tied embeddings a leaf's
-    gradients are reduced before the embedding has added its own.
+    The head's parameters are registered here too, as the same objects, so ZeRO-3 gathers them when
+    this module starts and holds them until it ends: one gather for all chunks, in forward and in
+    backward. Chunks skip the hooks of the head's own module, as ZeRO-3 demands that all ranks call
+    the same modules equally often, and ranks differ in their chunks. So no leaf module is needed.
     """
 
     def __init__(self, lm_head: nn.Module, config: Any):
@@ -50,24 +49,12 @@ class ChunkedHead(nn.Module):
         return torch.cat([checkpoint(self._logps, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _logps(self, hidden_nH: Tensor, target_n: Tensor) -> Tensor:
-        logits_nV = self._project(hidden_nH).float()
+        logits_nV = self._lm_head[0].forward(hidden_nH).float()
         if self.scale != 1.0:
             logits_nV = logits_nV * self.scale
         if self.softcap is not None:
             logits_nV = torch.tanh(logits_nV / self.softcap) * self.softcap
         return -nn.functional.cross_entropy(logits_nV, target_n, reduction="none")
-
-
-    def _project(self, hidden_nH: Tensor) -> Tensor:
-        """The head itself, [n, V].
-
-        A plain linear head is computed from our own parameters, not by a call of its module: ranks
-        have unequal numbers of chunks, and ZeRO-3 wants equal numbers of module calls on all.
-        """
-        lm_head = self._lm_head[0]
-        if type(lm_head) is nn.Linear:
-            return nn.functional.linear(hidden_nH, self.weight, getattr(self, "bias", None))
-        return lm_head(hidden_nH)  # type: ignore[no-any-return]
 
 
 class AnswerLogProbs(nn.Module):

@@ -31,7 +31,7 @@ SUMMARIES = "work/pieces"
 
 # Rows are kept in memory until one of these is reached, then written as one file.
 CHUNK_ROWS = 50_000
-CHUNK_CHARS = 64 * 2**20
+CHUNK_CHARS = 32 * 2**20
 
 _BEFORE_PAIRS = pa.schema(
     [

@@ -7,31 +7,22 @@ first rows of each source.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import fsspec
-from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.exceptions import DatasetsError
-from fsspec.implementations.local import LocalFileSystem
-
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
+from cwpo_dist.pairs.locate import find_parts, is_hub_id, nothing_there
 from cwpo_dist.pairs.parsing import FIELDS, Format, Layout, answer_fields, is_transcript
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import (
     COMPRESSIONS,
-    READERS,
     Part,
     Reader,
     SourceError,
-    open_hub,
     read,
-    reader_of,
 )
 from cwpo_dist.pairs.records import Kind, pair_schema
 from cwpo_dist.storage import fingerprint
@@ -40,12 +31,10 @@ logger = logging.getLogger(__name__)
 
 PEEK_ROWS = 1000
 # One task holds one bucket in memory as Python objects, some three times its text.
-BUCKET_BYTES = 256 * 2**20
+BUCKET_BYTES = 128 * 2**20
 # Text is about so much longer than its compressed file.
 _EXPANSION: dict[Reader, int] = {"parquet": 4, "saved": 1, "hub": 1}
 _COMPRESSED = 4
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SAVED = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -132,15 +121,12 @@ def _text_bytes(part: Part) -> int:
     return part.size * _EXPANSION.get(part.reader, _COMPRESSED if packed else 1)
 
 
-# -- finding the inputs
-
-
 def _fingerprint(index: int, source: Source) -> Any:
-    if not _is_hub_id(source.path):
+    if not is_hub_id(source.path):
         try:
             return fingerprint(source.path)
         except OSError as error:
-            raise _nothing_there(f"prepare.sources.{index}.path", source.path, error) from None
+            raise nothing_there(f"prepare.sources.{index}.path", source.path, error) from None
     if source.revision is None:
         _warn_unpinned(source.path)
     return source.model_dump(include={"path", "name", "data_dir", "split", "revision"})
@@ -155,121 +141,9 @@ def _warn_unpinned(path: str) -> None:
     )
 
 
-def _is_hub_id(path: str) -> bool:
-    """True for `owner/name` or `name` that is nothing on disk and names no file of ours."""
-    if "://" in path or not _HUB_ID.fullmatch(path) or reader_of(path):
-        return False
-    filesystem, root = fsspec.url_to_fs(path)
-    return not filesystem.exists(root)
-
-
-def _parts(field: str, source: Source) -> list[Part]:
-    if _is_hub_id(source.path):
-        return _hub_parts(field, source)
-    try:
-        filesystem, root = fsspec.url_to_fs(source.path)
-        if filesystem.isdir(root):
-            return _folder_parts(field, source, filesystem, root)
-        whole = filesystem.isfile(root)
-        paths = [root] if whole else sorted(filesystem.glob(root))
-    except (OSError, ImportError, ValueError) as error:  # no access, no driver for the protocol
-        raise _nothing_there(field, source.path, error) from None
-    if not paths:
-        raise _nothing_there(field, source.path, "no such file")
-    return [_file_part(field, filesystem, path) for path in paths if not filesystem.isdir(path)]
-
-
-def _nothing_there(field: str, path: str, error: object) -> ConfigError:
-    return ConfigError(
-        f"{field}: nothing to read at {path!r} ({error}); give a file, a glob, a folder, a URI, or "
-        "a Hugging Face data set id"
-    )
-
-
-def _file_part(field: str, filesystem: Any, path: str) -> Part:
-    reader = reader_of(path)
-    if reader is None:
-        raise ConfigError(
-            f"{field}: {path!r} has an unknown suffix; we read {', '.join(READERS)}, each also "
-            f"with {', '.join(COMPRESSIONS)} (but Parquet, which compresses itself)"
-        )
-    return Part(_uri(filesystem, path), reader, size=filesystem.size(path) or 0)
-
-
-def _uri(filesystem: Any, path: str) -> str:
-    """A path that means the same on every node, whatever its working directory."""
-    if isinstance(filesystem, LocalFileSystem):
-        return path
-    return str(filesystem.unstrip_protocol(path))
-
-
-def _folder_parts(field: str, source: Source, filesystem: Any, root: str) -> list[Part]:
-    root = f"{root.rstrip('/')}/{source.data_dir}" if source.data_dir else root.rstrip("/")
-    if any(filesystem.exists(f"{root}/{name}") for name in _SAVED):
-        return [_saved_part(field, source, filesystem, root)]
-    uri = _uri(filesystem, root)
-    try:
-        found = DataFilesDict.from_patterns(get_data_patterns(uri), uri)
-    except (OSError, DatasetsError) as error:
-        raise _nothing_there(field, source.path, error) from None
-    if source.split not in found:
-        raise _no_split(field, source, found)
-    stripped = (filesystem._strip_protocol(path) for path in found[source.split])
-    paths = sorted(path for path in stripped if reader_of(path))
-    if not paths:
-        raise _nothing_there(field, source.path, f"no {', '.join(READERS)} in it")
-    return [_file_part(field, filesystem, path) for path in paths]
-
-
-def _saved_part(field: str, source: Source, filesystem: Any, root: str) -> Part:
-    size = sum(filesystem.du(root, total=False).values())
-    uri = _uri(filesystem, root)
-    if not filesystem.exists(f"{root}/dataset_dict.json"):
-        return Part(uri, "saved", size=size)
-    splits = json.loads(filesystem.cat_file(f"{root}/dataset_dict.json"))["splits"]
-    if source.split not in splits:
-        raise _no_split(field, source, splits)
-    return Part(uri, "saved", split=source.split, size=size)
-
-
-def _no_split(field: str, source: Source, splits: Iterable[Any]) -> ConfigError:
-    return ConfigError(
-        f"{field.removesuffix('path')}split: {source.path!r} has no split {source.split!r}; it has "
-        f"{', '.join(map(str, splits))}"
-    )
-
-
-def _hub_parts(field: str, source: Source) -> list[Part]:
-    """The shards of a hub split; each is read by its own task."""
-    whole = Part(
-        source.path,
-        "hub",
-        name=source.name,
-        data_dir=source.data_dir,
-        split=source.split,
-        revision=source.revision,
-    )
-    try:
-        rows = open_hub(whole)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ConfigError(
-            f"{field}: {source.path!r} is no file or folder here, and the Hugging Face hub does "
-            f"not give it: {error}; check path, name, split and revision"
-        ) from error
-    count = max(1, int(rows.num_shards))
-    split = (rows.info.splits or {}).get(source.split)
-    size = (split.num_bytes or 0) // count if split else 0
-    return [
-        Part(**{**vars(whole), "shard": (index, count), "size": size}) for index in range(count)
-    ]
-
-
-# -- looking at the first rows
-
-
 def _peek(index: int, source: Source) -> _Peeked:
     field = f"prepare.sources.{index}.path"
-    parts = tuple(_parts(field, source))
+    parts = tuple(find_parts(field, source))
     try:
         first = itertools.islice((raw for part in parts for raw in read(part)), PEEK_ROWS)
         raws = list(first)
@@ -357,9 +231,6 @@ def _check_prompt(peeked: _Peeked, columns: Mapping[str, str], spelled: Format, 
             f"answers are no transcripts; it has {', '.join(peeked.names)}. Say which it is: "
             "columns: {prompt: …}"
         )
-
-
-# -- settings
 
 
 def _check_settings(config: PrepareConfig) -> None:

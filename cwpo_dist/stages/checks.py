@@ -116,9 +116,9 @@ def check(config: Config, until: str | None = None) -> Checked:
         except (ModelError, TokenError) as error:
             faults.append(f"{field}.{error}")
     for name, training in trainings(config, until):
-        faults += _training_faults(name, training, machines)
+        faults += training_faults(name, training, machines)
     for name, pool in pools(config, until):
-        faults += _pool_faults(name, pool, machines)
+        faults += pool_faults(name, pool, machines)
     if faults:
         raise ConfigError("\n".join(faults))
     return Checked(sizes, machines)
@@ -286,9 +286,10 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
     return skeleton
 
 
-def _training_faults(
+def training_faults(
     name: str, training: TrainingConfig, machines: Iterable[Machine]
 ) -> Iterator[str]:
+    """Workers that fit on no nodes, and schedules that cannot be."""
     machines = list(machines)
     gpus = sum(machine.gpus for machine in machines)
     on_gpu = training.use_gpu is True or (training.use_gpu == "auto" and gpus > 0)
@@ -309,7 +310,8 @@ def _training_faults(
         )
 
 
-def _pool_faults(name: str, pool: PoolConfig, machines: Iterable[Machine]) -> Iterator[str]:
+def pool_faults(name: str, pool: PoolConfig, machines: Iterable[Machine]) -> Iterator[str]:
+    """An actor that fits on no node: Ray would wait for it for ever, silently."""
     machines = list(machines)
     if sum(_places(m, pool.cpus_per_actor, pool.gpus_per_actor) for m in machines) == 0:
         gpu = f" and {pool.gpus_per_actor:g} GPU" if pool.gpus_per_actor else ""

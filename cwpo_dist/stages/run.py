@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 import ray
+import ray.data
 
 from cwpo_dist import __version__
 from cwpo_dist.config import Config, ConfigError
@@ -184,14 +185,19 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def connect() -> None:
     """Joins the cluster of RAY_ADDRESS (a submitted job's own), else starts Ray here."""
+    _only_our_progress()
     if ray.is_initialized():
         return
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    environment = {"env_vars": threads}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env=environment, log_to_driver=True)
-    else:
-        ray.init(address="local", runtime_env=environment, include_dashboard=False)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(address=address, runtime_env={"env_vars": threads}, logging_level=logging.WARNING)
+
+
+def _only_our_progress() -> None:
+    """Every stage says how far it is; Ray's own bars and notices would drown that."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def versions() -> Mapping[str, str]:

@@ -1,0 +1,188 @@
+"""Configurations: what is refused and how it is said; overrides, layers, batch arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cwpo_dist.config import ARMS, Config, ConfigError, load_config, parse_config
+
+SMALL: dict[str, Any] = {"output_dir": "runs/x", "prepare": {"sources": [{"path": "pairs.jsonl"}]}}
+
+
+def written(folder: Path, data: Any, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+def fault(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**SMALL, **changes})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"output_dri": "x"}, ["output_dri", "unknown key", "remove it or check its spelling"]),
+        ({"align": {"betta": 1}}, ["align.betta", "unknown key"]),
+        ({"prepare": {}}, ["prepare.sources", "missing", "add it to the config"]),
+        ({"prepare": {"sources": []}}, ["prepare.sources", "at least 1 item", "got []"]),
+        ({"prepare": {"sources": [{}]}}, ["prepare.sources.0.path", "missing"]),
+        (
+            {"prepare": {**SMALL["prepare"], "labelled_fraction": 1.5}},
+            ["prepare.labelled_fraction", "less than or equal to 1", "got 1.5"],
+        ),
+        ({"align": {"beta": 0}}, ["align.beta", "greater than 0", "got 0"]),
+        ({"align": {"loss_type": "hinge"}}, ["align.loss_type", "'sigmoid'", "got 'hinge'"]),
+        ({"align": {"label_smoothing": 0.5}}, ["align.label_smoothing", "less than 0.5"]),
+        ({"fit": {"zero_stage": 4}}, ["fit.zero_stage", "0, 1, 2 or 3", "got 4"]),
+        ({"weak": {}}, ["weak.model_name_or_path", "missing"]),
+        (
+            {"policy": {"model_name_or_path": "x", "max_length": 0}},
+            ["policy.max_length", "greater than 0", "got 0"],
+        ),
+        ({"arms": []}, ["arms", "at least 1 item"]),
+        ({"arms": ["cw", "best"]}, ["'best' is unknown", "choose from", "cw_mean", "human100"]),
+        ({"sft": {"learning_rate": "fast"}}, ["sft.learning_rate", "valid number", "got 'fast'"]),
+    ],
+)
+def test_a_bad_value_is_refused_with_field_value_and_remedy(
+    changes: dict[str, Any], parts: list[str]
+) -> None:
+    message = fault(**changes)
+    for part in parts:
+        assert part in message
+
+
+def test_every_fault_has_its_line() -> None:
+    lines = fault(align={"beta": -1}, fit={"zero_stage": 9}, sead=1).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["fit.zero_stage", "align.beta", "sead"]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("output_dir: [1", "is not valid YAML"),
+        ("- a\n- b\n", "must hold a mapping of sections"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        load_config(written(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no file .*nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_overrides_are_yaml_and_go_from_left_to_right(tmp_path: Path) -> None:
+    overrides = [
+        "arms=[human, cw]",
+        "align.beta=0.1",
+        "align.beta=0.2",
+        "fit.learning_rate=1e-4",
+        "prepare.sources.0.split=test",
+        "sft=none",
+        "policy.model_name_or_path=gpt2",
+        "weigh.top_fraction=",
+    ]
+    config = load_config(written(tmp_path, SMALL), overrides)
+    assert config.arms == ["human", "cw"]
+    assert config.align.beta == 0.2
+    assert config.fit.learning_rate == 1e-4
+    assert config.prepare.sources[0].split == "test"
+    assert config.sft is None
+    assert config.policy is not None
+    assert config.policy.model_name_or_path == "gpt2"
+    assert config.weigh.top_fraction is None
+
+
+def test_a_further_file_is_laid_over_section_by_section(tmp_path: Path) -> None:
+    base = written(tmp_path, {**SMALL, "align": {"beta": 0.3, "num_train_epochs": 2}})
+    over = written(tmp_path, {"align": {"beta": 0.4}, "arms": ["weak"]}, "over.yaml")
+    config = load_config(base, ["align.beta=0.5", str(over)])
+    assert (config.align.beta, config.align.num_train_epochs) == (0.4, 2)
+    assert config.arms == ["weak"]
+    assert config.prepare.sources[0].path == "pairs.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("seed", "write key.sub=value"),
+        ("fit.learning_rate=[1", "fit.learning_rate: .* is not valid YAML"),
+        ("prepare.sources.7.split=test", r"no place 'prepare\.sources\.7\.split'"),
+        ("output_dir.deeper.still=1", r"no place 'output_dir\.deeper\.still'"),
+        ("align.gamma=1", r"align\.gamma: unknown key"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, override: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        load_config(written(tmp_path, SMALL), [override])
+
+
+@given(per_device=st.integers(1, 64), accumulation=st.integers(1, 16), workers=st.integers(1, 16))
+def test_trl_batch_names_give_one_global_batch(
+    per_device: int, accumulation: int, workers: int
+) -> None:
+    section = {
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        "num_workers": workers,
+    }
+    config = parse_config({**SMALL, "align": section})
+    assert config.align.global_batch_size == per_device * accumulation * workers
+
+
+def test_two_ways_to_say_the_batch_must_agree() -> None:
+    section = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_workers": 3}
+    message = fault(align={**section, "global_batch_size": 32})
+    assert "global_batch_size is 32" in message
+    assert "= 24: give one of the two" in message
+    agreeing = parse_config({**SMALL, "align": {**section, "global_batch_size": 24}})
+    assert agreeing.align.global_batch_size == 24
+
+
+def test_a_resolved_config_reads_back_the_same() -> None:
+    section = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    config = parse_config(
+        {**SMALL, "align": section, "sft": "none", "weak": {"model_name_or_path": "x"}}
+    )
+    again = parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
+    assert again == config
+
+
+def test_what_only_says_where_work_is_done_stays_out_of_keys() -> None:
+    one, two = (
+        parse_config({**SMALL, "align": {"num_workers": workers, "zero_stage": workers}})
+        for workers in (1, 2)
+    )
+    assert one.align.identity() == two.align.identity()
+    other = parse_config({**SMALL, "align": {"beta": 0.4}})
+    assert other.align.identity() != one.align.identity()
+
+
+def test_a_config_cannot_change() -> None:
+    config = parse_config(SMALL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 2  # type: ignore[misc]  # that this is an error is the point
+
+
+def test_only_human_arms_read_the_labels_of_unlabelled_rows() -> None:
+    for name, arm in ARMS.items():
+        assert (arm.labels == "human") == name.startswith("human")
+
+
+def test_defaults_are_complete() -> None:
+    config = parse_config(SMALL)
+    assert isinstance(config, Config)
+    assert config.arms == ["cw"]
+    assert config.sft is not None

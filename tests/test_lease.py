@@ -1,0 +1,157 @@
+"""One writer a stage: live holders refuse, dead and silent ones are followed, zombies are shut out."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cwpo_dist.storage import Store
+from cwpo_dist.training.lease import Holder, Lease, LeaseHeld, LeaseLost
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "align" / "key"))
+
+
+def holder(store: Store, epoch: int = 1, beat: float | None = None, **changes: object) -> None:
+    """Writes a lease as another process would have."""
+    held = vars(Holder.this_process()) | {"host": "elsewhere", "since": 0.0} | changes
+    assert store.create_json(f"lease/{epoch:06d}.json", held)
+    if beat is not None:
+        store.write(f"lease/{epoch:06d}.beat", repr(beat).encode())
+
+
+def test_a_live_holder_is_named(store: Store) -> None:
+    with Lease.acquire(store), pytest.raises(LeaseHeld) as caught:
+        Lease.acquire(store)
+    assert f"process {os.getpid()} on {socket.gethostname()}" in str(caught.value)
+    assert f"kill {os.getpid()}" in str(caught.value)
+
+
+def test_released_is_free(store: Store) -> None:
+    with Lease.acquire(store) as first:
+        pass
+    with Lease.acquire(store) as second:
+        assert second.token.epoch == first.token.epoch + 1
+
+
+def test_renewed_while_held(store: Store) -> None:
+    with Lease.acquire(store, ttl_s=0.3):
+        time.sleep(1.0)
+        with pytest.raises(LeaseHeld):
+            Lease.acquire(store, ttl_s=0.3)
+
+
+def test_silent_elsewhere(store: Store) -> None:
+    """Not judged by its process id, which means nothing here, but by its last sign of life."""
+    holder(store, beat=time.time() - 30)
+    with pytest.raises(LeaseHeld, match="on elsewhere, last heard of 3"):
+        Lease.acquire(store, ttl_s=60)
+    with Lease.acquire(store, ttl_s=20) as lease:
+        assert lease.token.epoch == 2
+
+
+def test_killed_before_its_first_beat(store: Store) -> None:
+    holder(store, since=time.time() - 30)
+    with pytest.raises(LeaseHeld):
+        Lease.acquire(store, ttl_s=60)
+    Lease.acquire(store, ttl_s=20).release()
+
+
+def _take(store: Store, taken: object) -> None:
+    Lease.acquire(store)
+    taken.set()  # type: ignore[attr-defined]
+    time.sleep(60)
+
+
+def test_dead_here_needs_no_waiting(store: Store) -> None:
+    context = multiprocessing.get_context("spawn")
+    taken = context.Event()
+    process = context.Process(target=_take, args=(store, taken))
+    process.start()
+    assert taken.wait(60)
+    with pytest.raises(LeaseHeld, match=f"process {process.pid}"):
+        Lease.acquire(store)
+    process.kill()
+    process.join()
+    with Lease.acquire(store) as lease:
+        assert lease.token.epoch == 2
+
+
+def test_a_reused_process_id_is_another_process(store: Store) -> None:
+    here = Holder.this_process()
+    holder(store, beat=time.time(), host=here.host, started=here.started + 1)
+    Lease.acquire(store).release()
+
+
+def test_ids_of_another_container_or_boot_prove_nothing(store: Store) -> None:
+    here = Holder.this_process()
+    holder(store, beat=time.time(), host=here.host, boot="other", started=here.started + 1)
+    with pytest.raises(LeaseHeld):
+        Lease.acquire(store)
+
+
+def test_a_zombie_is_shut_out(store: Store) -> None:
+    holder(store, beat=0.0)
+    zombie = Lease.acquire(store)
+    workers = zombie.token.for_new_group()
+    workers.check()
+    holder(store, epoch=3)
+    for token in (workers, zombie.token):
+        with pytest.raises(LeaseLost, match="elsewhere"):
+            token.check()
+    with pytest.raises(LeaseLost):
+        zombie.token.for_new_group()
+    zombie.release()
+
+
+def test_a_group_shuts_out_the_one_before(store: Store) -> None:
+    with Lease.acquire(store) as lease:
+        first = lease.token.for_new_group()
+        second = lease.token.for_new_group()
+        second.check()
+        with pytest.raises(LeaseLost, match=r"1\.1 has passed on to 1\.2"):
+            first.check()
+
+
+def test_one_of_many_wins(store: Store) -> None:
+    results: list[str] = []
+    start = threading.Barrier(8)
+
+    def contend() -> None:
+        start.wait()
+        try:
+            Lease.acquire(store)
+            results.append("won")
+        except LeaseHeld:
+            results.append("refused")
+
+    threads = [threading.Thread(target=contend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["refused"] * 7 + ["won"]
+
+
+def test_word_to_the_workers(store: Store) -> None:
+    with Lease.acquire(store) as lease:
+        workers = lease.token.for_new_group()
+        assert not workers.asked_to_stop()
+        lease.token.ask_to_stop()
+        assert workers.asked_to_stop()
+
+
+def test_on_object_storage(s3_store: Store) -> None:
+    with Lease.acquire(s3_store) as lease:
+        lease.token.for_new_group().check()
+        with pytest.raises(LeaseHeld):
+            Lease.acquire(s3_store)
+    Lease.acquire(s3_store).release()

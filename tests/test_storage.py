@@ -1,0 +1,223 @@
+"""Folders on a disk and on S3: one writer wins, files are whole, and refusals are clear."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cwpo_dist.storage import StorageError, Store, digest, fingerprint, parquet_bytes, to_json
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """The same folder twice: on a disk, and behind the S3 protocol."""
+    if request.param == "disk":
+        return Store(str(tmp_path / "run"))
+    found = request.getfixturevalue("s3_store")
+    assert isinstance(found, Store)
+    return found
+
+
+def test_what_is_created_is_read_back(store: Store) -> None:
+    assert store.create("a/one.txt", b"one")
+    assert store.read("a/one.txt") == b"one"
+    assert store.exists("a/one.txt")
+    assert not store.exists("a/two.txt")
+    assert store.child("a").read("one.txt") == b"one"
+    with pytest.raises(FileNotFoundError):
+        store.read("a/two.txt")
+
+
+def test_the_first_to_create_wins_and_the_second_is_told(store: Store) -> None:
+    assert store.create("manifest.json", b"first")
+    assert not store.create("manifest.json", b"second")
+    assert store.read("manifest.json") == b"first"
+
+
+def test_write_replaces(store: Store) -> None:
+    store.write("report.html", b"old")
+    store.write("report.html", b"new")
+    assert store.read("report.html") == b"new"
+
+
+def test_names_are_sorted_relative_and_below(store: Store) -> None:
+    for name in ("b/2.txt", "b/10.txt", "a.txt"):
+        store.create(name, b"x")
+    assert store.names() == ["a.txt", "b/10.txt", "b/2.txt"]
+    assert store.names("b") == ["b/10.txt", "b/2.txt"]
+
+
+def test_another_writers_file_is_seen_although_we_listed_before(store: Store) -> None:
+    store.create("a.txt", b"x")
+    assert store.names() == ["a.txt"]
+    Store(store.uri).create("b.txt", b"x")
+    assert store.exists("b.txt")
+    assert store.names() == ["a.txt", "b.txt"]
+
+
+def test_of_many_writers_at_once_exactly_one_wins(store: Store) -> None:
+    payloads = [f"writer {i}".encode() * 1000 for i in range(8)]
+    with ThreadPoolExecutor(len(payloads)) as pool:
+        won = list(pool.map(lambda data: Store(store.uri).create("commit", data), payloads))
+    assert won.count(True) == 1
+    assert store.read("commit") == payloads[won.index(True)]
+
+
+def _create_many(uri: str, mark: bytes, barrier: object, results: object) -> None:
+    store = Store(uri)
+    barrier.wait()  # type: ignore[attr-defined]  # multiprocessing's proxies have no types
+    wins = [i for i in range(40) if store.create(f"shard-{i:03d}", mark)]
+    results.put((mark, wins))  # type: ignore[attr-defined]
+
+
+def test_two_racing_processes_share_the_wins_without_a_double(store: Store) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    writers = [
+        context.Process(target=_create_many, args=(store.uri, mark, barrier, results))
+        for mark in (b"A" * 4096, b"B" * 4096)
+    ]
+    for writer in writers:
+        writer.start()
+    wins = dict(results.get(timeout=60) for _ in writers)
+    for writer in writers:
+        writer.join()
+    assert sorted(index for won in wins.values() for index in won) == list(range(40))
+    for mark, won in wins.items():
+        assert all(store.read(f"shard-{index:03d}") == mark for index in won)
+
+
+def test_remove_takes_a_file_or_a_folder_and_minds_nothing_missing(store: Store) -> None:
+    store.create("a/1", b"x")
+    store.create("a/2", b"x")
+    store.create("b", b"x")
+    store.remove("a")
+    store.remove("a")
+    store.remove("b")
+    assert not store.exists("a/1")
+    assert not store.exists("b")
+
+
+def test_a_table_comes_back_and_has_the_same_bytes_every_time(store: Store) -> None:
+    table = pa.table({"pair_id": ["x", "y"], "score_a": pa.array([0.5, None], pa.float32())})
+    assert store.create_table("scores/part-00000.parquet", table)
+    assert store.read_table("scores/part-00000.parquet").equals(table)
+    only = store.read_table("scores/part-00000.parquet", columns=["pair_id"])
+    assert only.column_names == ["pair_id"]
+    assert parquet_bytes(table) == parquet_bytes(table)
+
+
+def test_a_folder_is_uploaded_and_staged_whole(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "adapter" / "weights.bin").write_bytes(b"\0" * 100)
+    store.child("model").upload(folder)
+    staged = store.child("model").staged()
+    assert (staged / "config.json").read_text() == "{}"
+    assert (staged / "adapter" / "weights.bin").read_bytes() == b"\0" * 100
+
+
+def test_a_store_travels_to_another_process(store: Store) -> None:
+    store.create("a", b"x")  # its filesystem, with locks and sockets, is open by now
+    again = pickle.loads(pickle.dumps(store))  # noqa: S301  # our own bytes
+    assert again == store
+    assert again.read("a") == b"x"
+
+
+def test_a_fingerprint_follows_the_content(store: Store) -> None:
+    store.write("data/a.jsonl", b"1\n")
+    store.write("data/b.jsonl", b"2\n")
+    before = fingerprint(store.child("data").uri)
+    assert fingerprint(f"{store.uri}/data/*.jsonl") == before
+    assert [entry[1] for entry in before] == [2, 2]
+    wait_for_another_stamp()
+    store.write("data/b.jsonl", b"3\n")
+    after = fingerprint(store.child("data").uri)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    with pytest.raises(FileNotFoundError, match="matches no file"):
+        fingerprint(f"{store.uri}/data/*.parquet")
+
+
+def wait_for_another_stamp() -> None:
+    """Disks may stamp two writes within some milliseconds alike."""
+    time.sleep(0.05)
+
+
+def test_a_killed_writer_leaves_no_file_to_be_seen(tmp_path: Path) -> None:
+    """Killed between the bytes and the link: nothing is listed, and the next writer succeeds."""
+    code = (
+        "import os, signal, sys; from cwpo_dist.storage import Store\n"
+        "os.link = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Store(sys.argv[1]).create('part.parquet', b'x' * 1000)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    store = Store(str(tmp_path))
+    assert list(tmp_path.iterdir()), "the partial file shows that the writer was at work"
+    assert store.names() == []
+    assert not store.exists("part.parquet")
+    assert store.create("part.parquet", b"y")
+    assert store.names() == ["part.parquet"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    store.create("kept", b"x")
+
+    def full(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for write in (store.create, store.write):
+        assert_refused(write, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert store.read("kept") == b"x"
+
+
+def assert_refused(write: Callable[[str, bytes], object], reason: str) -> None:
+    with pytest.raises(StorageError) as caught:
+        write("big", b"data")
+    message = str(caught.value)
+    for part in ("refused to write", "big", reason, "free space or fix permissions"):
+        assert part in message
+
+
+def test_a_forbidden_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:  # root may write anywhere: let the system call refuse
+
+        def forbid(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(os, "makedirs", forbid)
+    else:
+        tmp_path.chmod(0o500)
+    assert_refused(Store(str(tmp_path / "run")).create, "Permission denied")
+
+
+def test_a_bucket_that_is_not_there_is_told(s3_server: str) -> None:
+    with pytest.raises(StorageError, match="refused to write"):
+        Store("s3://no-such-bucket/run").create("a", b"x")
+
+
+def test_equal_values_have_equal_keys_and_others_do_not() -> None:
+    assert digest({"a": 1, "b": [2, "é"]}) == digest({"b": [2, "é"], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert len(digest(None)) == 16
+    assert to_json({"b": 1, "a": 2}) == b'{\n "a": 2,\n "b": 1\n}\n'
