@@ -27,8 +27,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "$(PYTHON) is older than 3.11: make install PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
-	@command -v g++ >/dev/null || \
-	  { echo "no C++ compiler, which DeepSpeed needs: apt-get install g++"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # torch first and alone: whatever is resolved after it keeps this build, so that a machine without
 # a GPU, whose pip offers the CPU build, never pulls gigabytes of CUDA packages.

@@ -76,3 +76,16 @@ def labelled(encoder: Encoder) -> Task:
 
 def nothing(encoder: Encoder) -> Task:
     raise TaskError("no pairs to train on: the test wants it so")
+
+
+@dataclass(frozen=True)
+class Poisoned(Preference):
+    """Its loss is not finite from the start."""
+
+    def losses(self, outputs_PK: Tensor, indices: Sequence[int]) -> Tensor:
+        return super().losses(outputs_PK, indices) * float("nan")
+
+
+def poisoned(encoder: Encoder) -> Task:
+    plain: Any = zero_ranks.make_task("none")
+    return Poisoned(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})

@@ -18,17 +18,18 @@ from small_run import small_config, write_config
 from cwpo_dist.config import load_config
 from cwpo_dist.stages.graph import graph
 
-COMMAND = [sys.executable, "-c", "from cwpo_dist.cli import main; main()", "run"]
+COMMAND = [sys.executable, "-m", "cwpo_dist.cli"]
 PATIENCE_S = 240
 
 
-def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(config: Path, log: Path, command: str = "run") -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
-        return subprocess.Popen([*COMMAND, str(config)], stdout=output, stderr=output)
+        return subprocess.Popen([*COMMAND, command, str(config)], stdout=output, stderr=output)
 
 
-def finish(config: Path, log: Path) -> None:
-    process = start(config, log)
+def finish(config: Path, log: Path, command: str = "run") -> None:
+    """Runs a command of `cwpo` to its end."""
+    process = start(config, log, command)
     assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import gzip
+import itertools
+import json
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +18,10 @@ from tiny import save_tiny, tiny_causal_lm, tiny_classifier, tiny_config, tiny_t
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.lm.loading import ModelError, load_annotator_base, save
+from cwpo_dist.lm.loading import ModelError, load_annotator_base, load_policy, save
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import Row, collate
-from cwpo_dist.lm.tokens import load_tokenizer
+from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 
 EOS, PAD = 1, 2
 SHARING = ("llama", "qwen2", "mistral", "opt", "gpt2", "gpt_neox")
@@ -335,3 +339,32 @@ def test_generation_cache_is_off():
     )
     AnswerLogProbs(model)(collate(random_rows(), "shared", PAD))
     assert seen == [(False, None)]
+
+
+def hh_rows(data: Path, tokenizer: Any, count: int) -> list[Row]:
+    """The first pairs of HH harmless, as one user message and an answer each."""
+    encoder = Encoder(tokenizer, "tokenizer")
+    rows = []
+    with gzip.open(data / "hh_harmless.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in itertools.islice(lines, count):
+            pair = json.loads(line)
+            start, chosen = pair["chosen"].rsplit("\n\nAssistant:", 1)
+            rejected = pair["rejected"].rsplit("\n\nAssistant:", 1)[1]
+            rows.append(encoder.encode(start, [chosen, rejected]))
+    return rows
+
+
+def test_smollm2_on_human_preferences(smollm2, cwpo_data):
+    """The first 4 layers of a real model: shared rows against its own logits, and a leak."""
+    settings = ModelConfig(model_name_or_path=str(smollm2), num_hidden_layers=4)
+    model = load_policy(settings)
+    module = AnswerLogProbs(model)
+    rows = hh_rows(cwpo_data, load_tokenizer(settings), 3)
+    batch = collate(rows, "shared", 0)
+    length = batch.input_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril().expand(len(rows), 1, -1, -1)
+    with torch.no_grad():
+        expected = stock_logps(model, rows)
+        torch.testing.assert_close(module.token_logps(batch), expected, rtol=0, atol=1e-4)
+        leaky = module.token_logps(replace(batch, attention_mask=causal))
+    assert (leaky - expected).abs().max() > 1

@@ -54,8 +54,10 @@ def head() -> Iterator[str]:
     arguments += [f"--dashboard-agent-listen-port={free_port()}"]
     with (Path(folder) / "head.log").open("wb") as log:
         # A group of its own, so that all it starts ends with it, and nothing else does.
+        # Without this checkout on its path: jobs must bring the package along.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         process = subprocess.Popen(
-            [RAY, *arguments], stdout=log, stderr=log, start_new_session=True
+            [RAY, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
         )
     url = f"http://127.0.0.1:{dashboard}"
     try:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,13 @@ from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import load_tokenizer
+from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.storage import Store
+from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine, gradients, train
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
+from cwpo_dist.training.worker import TrainSpec, checkpoint_activations, run_rank
 
 N_ROWS, BATCH = 22, 8
 BUDGETS = (10_000, 130, 61)  # one micro-batch, some, many: up to one row each
@@ -129,7 +132,7 @@ def make_module(case: Case, folder: Path) -> nn.Module:
     else:
         model = load_policy(given)
     if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     lora = case.config().lora
     if lora is None:
         model.requires_grad_(True)
@@ -220,7 +223,6 @@ class _SaveAt(Hooks):
         self.case, self.engine, self.folder, self.steps = case, engine, folder, steps
 
     def save(self, step: int) -> None:
-        from cwpo_dist.storage import Store
         from cwpo_dist.training import checkpoint
 
         if step in self.steps:
@@ -248,7 +250,6 @@ def uninterrupted(case: Case, folder: Path) -> None:
 
 def resumed(case: Case, folder: Path, written_by: int) -> None:
     """The last three steps, from the checkpoint of a run with another number of ranks or not."""
-    from cwpo_dist.storage import Store
     from cwpo_dist.training import checkpoint
 
     found = None
@@ -261,6 +262,41 @@ def resumed(case: Case, folder: Path, written_by: int) -> None:
     train(make_task(case.task), engine, make_run(case), Hooks(), start_step=3)
     write(folder, f"{case.name}.{engine.world_size}.from{written_by}", weights_of(engine))
     engine.close()
+
+
+STAGES = {
+    "fit": Case("fit", 3, task="fit", optim="adamw"),
+    "fit-lora": Case("fit-lora", 2, lora=True, task="fit", optim="adamw"),
+    "align": Case("align", 3, optim="adamw"),
+    "align-lora": Case("align-lora", 3, lora=True, optim="adamw"),
+}
+
+
+def make_spec(name: str, folder: Path, **changes: Any) -> TrainSpec:
+    """A whole training stage on the tiny model."""
+    case = STAGES[name]
+    return TrainSpec(
+        name=name,
+        store=Store(str(folder / "stages" / name)),
+        key="key",
+        seed=SEED,
+        config=case.config().model_copy(update={"num_workers": 2, "save_steps": 2, **changes}),
+        model=ModelConfig(
+            model_name_or_path=str(folder / "model"), max_length=64, chat_template="plain"
+        ),
+        head="scores" if case.task == "fit" else "logps",
+        make_task=partial(load_task, case.task),
+    )
+
+
+def load_task(name: str, encoder: Encoder) -> Task:
+    return make_task(name)
+
+
+def stage(name: str, folder: Path) -> None:
+    """A whole stage, as a Ray worker does it, but for Ray."""
+    spec = make_spec(name, folder)
+    run_rank(spec, LeaseToken(spec.store, 0), torch.device("cpu"))
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
@@ -282,6 +318,8 @@ def main(folder: Path, rank: int, world: int) -> None:
         uninterrupted(case, folder)
     for case in ZERO_CASES if world > 1 else ():
         exactness(case, folder)
+    for name in STAGES if world > 1 else ():
+        stage(name, folder)
     for case in RESUME_CASES:
         for written_by in (1, 2):
             resumed(case, folder, written_by)

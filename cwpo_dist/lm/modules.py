@@ -1,7 +1,8 @@
 """A stock Hugging Face model in; a module from a batch of rows to log-probs or scores out.
 
 Each module is one thing that a training engine can wrap: rows go in, one number an answer comes
-out, and nothing in between reads a weight but in a module that holds it, which is what ZeRO-3 needs. Only answer tokens reach the vocabulary, and never all of them at once.
+out, and a weight is read only while a module that holds it runs, which is what ZeRO-3 needs. Only
+answer tokens reach the vocabulary, and never all of them at once.
 
 Shapes: B sequences, L padded length, H width, R rows, K answers a row, N answer tokens, V words.
 """

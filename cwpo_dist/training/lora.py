@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
         target_modules=lora.target_modules,
         task_type=TaskType.CAUSAL_LM if head == "logps" else TaskType.SEQ_CLS,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers renamed
         torch.manual_seed(seed)
         # In the model's own precision: DeepSpeed wants one, and keeps the fp32 masters itself.
         adapted: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)

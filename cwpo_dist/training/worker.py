@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
+import os
 import sys
 import threading
 import time
@@ -13,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -82,8 +83,13 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-def run_rank(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
+def run_rank(spec: TrainSpec, token: LeaseToken, device: torch.device) -> dict[str, Any]:
     """Trains from the newest checkpoint to the end; rank 0 exports.
+
+    Args:
+        spec: the stage.
+        token: of the driver's lease.
+        device: this rank's; the process group is there already.
 
     Returns:
         On rank 0 numbers of the run, elsewhere nothing.
@@ -91,10 +97,14 @@ def run_rank(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
     watchdog = Watchdog(spec.config.step_timeout_s)
     watchdog.beat()
     torch.set_num_threads(max(1, int(spec.config.cpus_per_worker)))
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     if dist.get_rank() == 0:
         token = token.for_new_group()  # rank 0 commits, and shuts out groups still alive elsewhere
+    else:
+        logging.getLogger("cwpo_dist").setLevel(logging.WARNING)  # rank 0 speaks for all
     try:
-        return _Rank(spec, token, watchdog).run()
+        return _Rank(spec, token, device, watchdog).run()
     finally:
         watchdog.end()
 
@@ -102,8 +112,10 @@ def run_rank(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
 class _Rank:
     """What one rank holds while it trains."""
 
-    def __init__(self, spec: TrainSpec, token: LeaseToken, watchdog: Watchdog) -> None:
-        from cwpo_dist.training import engine  # deepspeed takes its time to import
+    def __init__(
+        self, spec: TrainSpec, token: LeaseToken, device: torch.device, watchdog: Watchdog
+    ) -> None:
+        from cwpo_dist.training import engine  # not above: it imports deepspeed
 
         self.spec, self.token, self.watchdog = spec, token, watchdog
         self.rank = dist.get_rank()
@@ -112,7 +124,6 @@ class _Rank:
             spec.model.chat_template,
         )
         self.task = spec.make_task(self.encoder)
-        device = ray.train.torch.get_device()
         settings = engine.deepspeed_config(spec.config, _dtype(spec.model, device))
         with engine.sharded_loading(settings):
             placed = None if engine.zero_stage(settings) == 3 else device
@@ -234,11 +245,17 @@ def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.dev
     else:
         model = load_annotator_base(spec.model, tokenizer, spec.seed, device=device)
     if spec.config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     model.config.use_cache = False
     if spec.config.lora is None:
         return model.requires_grad_(True)
     return add_lora(model, spec.config.lora, spec.head, spec.seed)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keeps the inputs of each layer alone for the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.23
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -211,7 +211,7 @@ def _worker(loop_config: dict[str, Any]) -> Any:
     if refusal is not None:  # the group before could not even begin
         return refusal
     try:
-        return {"summary": run_rank(spec, token)}
+        return {"summary": run_rank(spec, token, get_device())}
     except (NonFiniteLoss, Preempted, LeaseLost) as error:  # on all ranks alike
         return {"error": type(error).__name__, "message": str(error)}
     except CommitFailed:  # rank 0 says why

@@ -1,0 +1,263 @@
+"""Whole stages: exports, a real Ray whose workers are told to stop and killed, refusals, hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray_task
+import tiny
+import torch
+import torch.distributed as dist
+import zero_ranks
+from peft import PeftModel
+from ray_task import Mishap
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cwpo_dist.config import ConfigError, ModelConfig
+from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model
+from cwpo_dist.lm.tokens import PLAIN_TEMPLATE, load_tokenizer
+from cwpo_dist.storage import Store
+from cwpo_dist.training import checkpoint, workers
+from cwpo_dist.training.lease import Lease, LeaseHeld
+from cwpo_dist.training.lora import MergeError, merge_adapter
+from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, train
+from cwpo_dist.training.worker import TrainSpec
+
+
+def exported(name: str, part: str = "model") -> Path:
+    return zero_ranks.results() / "stages" / name / part
+
+
+def as_model(folder: Path) -> ModelConfig:
+    return ModelConfig(model_name_or_path=str(folder), max_length=64)
+
+
+def oracle_weights(name: str) -> dict[str, Tensor]:
+    """Trained in one plain process."""
+    folder = zero_ranks.results()
+    case = zero_ranks.STAGES[name]
+    engine = zero_ranks.oracle(case, folder)
+    # Adapters of a stage start at B = 0; those of the other tests do not.
+    for parameter_name, parameter in engine.module.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.zero_()
+    train(zero_ranks.make_task(case.task), engine, zero_ranks.make_run(case), Hooks())
+    return {n.removeprefix("model."): p.detach() for n, p in engine.module.named_parameters()}
+
+
+def assert_close(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert ours
+    for name, value in ours.items():
+        torch.testing.assert_close(value.float(), wanted[name], atol=2e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", ["fit", "align"])
+def test_full_export_is_what_was_trained(name: str) -> None:
+    """From ZeRO-3 shards, into a folder that stock loaders take."""
+    model = as_model(exported(name))
+    loaded = load_reward_model(model) if name == "fit" else load_policy(model)
+    assert_close(dict(loaded.named_parameters()), oracle_weights(name))
+
+
+def test_tokenizer_travels_with_its_template() -> None:
+    for name in zero_ranks.STAGES:
+        tokenizer = load_tokenizer(str(exported(name)))
+        assert tokenizer.chat_template == PLAIN_TEMPLATE
+        assert tokenizer.pad_token != tokenizer.eos_token
+    assert (exported("align") / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["fit-lora", "align-lora"])
+def test_merged_export_is_base_and_adapter(name: str) -> None:
+    """As peft merges them; the adapter is what was trained."""
+    base = as_model(zero_ranks.results() / "model")
+    if name == "fit-lora":
+        tokenizer = load_tokenizer(base, distinct_pad=True)
+        model = load_annotator_base(base, tokenizer, zero_ranks.SEED)
+        loaded = load_reward_model(as_model(exported(name)))
+    else:
+        model = load_policy(base)
+        loaded = load_policy(as_model(exported(name)))
+    adapted = PeftModel.from_pretrained(model, str(exported(name, "adapter")))
+    ours = {n: p.detach() for n, p in adapted.named_parameters() if "lora_" in n}
+    assert_close(ours, oracle_weights(name))
+    merged = adapted.merge_and_unload()
+    wanted = {n: p.detach() for n, p in merged.named_parameters()}
+    for parameter_name, parameter in loaded.named_parameters():
+        torch.testing.assert_close(parameter, wanted[parameter_name], atol=1e-6, rtol=0)
+
+
+def test_metrics_of_all_steps() -> None:
+    lines = (exported("align", "metrics.jsonl")).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
+    assert json.loads(lines[0])["rewards/accuracies"] >= 0
+
+
+def adapter_of(folder: Path, base: Path, **changes: Any) -> Path:
+    """A random adapter of a base folder, written by peft itself."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(load_policy(as_model(base)), LoraConfig(**(settings | changes)))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox", "opt"])
+def test_streamed_merge_equals_peft(tmp_path: Path, arch: str) -> None:
+    """Over several shards, too, and with biases."""
+    base = tiny.save_tiny(tmp_path / "base", arch)
+    load_policy(as_model(base)).save_pretrained(base, max_shard_size="40KB")
+    (base / "model.safetensors").unlink()
+    adapter = adapter_of(tmp_path / "adapter", base)
+    merge_adapter(base, adapter, tmp_path / "out")
+    wanted = PeftModel.from_pretrained(load_policy(as_model(base)), str(adapter))
+    ours, theirs = load_policy(as_model(tmp_path / "out")), wanted.merge_and_unload()
+    pairs = zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
+    for (name, parameter), (_, expected) in pairs:
+        torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=0, msg=name)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_streamed_merge_of_transposed_weights(tmp_path: Path) -> None:
+    """GPT-2's Conv1D; its files may lack the prefix that its class adds, which is refused."""
+    base = tiny.save_tiny(tmp_path / "base", "gpt2")
+    adapter = adapter_of(tmp_path / "adapter", base)
+    merge_adapter(base, adapter, tmp_path / "out", dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(load_policy(as_model(base)), str(adapter))
+    theirs = dict(wanted.merge_and_unload().named_parameters())
+    for name, parameter in load_policy(as_model(tmp_path / "out")).named_parameters():
+        torch.testing.assert_close(parameter, theirs[name], atol=1e-6, rtol=0, msg=name)
+    old = {n.removeprefix("transformer."): t for n, t in load_file(base / "model.safetensors").items()}
+    save_file(old, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeError, match="no tensor 'transformer"):
+        merge_adapter(base, adapter, tmp_path / "again")
+
+
+def test_more_than_plain_lora_is_refused(tmp_path: Path) -> None:
+    base = tiny.save_tiny(tmp_path / "base", "llama")
+    with pytest.raises(MergeError, match="use_rslora"):
+        merge_adapter(base, adapter_of(tmp_path / "a", base, use_rslora=True), tmp_path / "out")
+
+
+HANGING = """
+import sys, time
+from cwpo_dist.training.worker import Watchdog
+dog = Watchdog(0.5)
+dog.beat()
+time.sleep(0.3)
+dog.beat()
+time.sleep(0.3)
+print("alive", flush=True)
+def stuck_in_a_collective():
+    time.sleep(60)
+stuck_in_a_collective()
+"""
+
+
+def test_a_hang_dumps_stacks_and_ends_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == "alive\n"
+    assert "stuck_in_a_collective" in done.stderr
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainSpec]:
+    """A stage that `_worker` can run in this very process: a group of one."""
+    tiny.save_tiny(tmp_path / "model", "llama")
+    monkeypatch.setattr(workers, "get_device", lambda: torch.device("cpu"))
+    handlers = {number: signal.getsignal(number) for number in workers.STOP_SIGNALS}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield zero_ranks.make_spec("align-lora", tmp_path, num_workers=1)
+    dist.destroy_process_group()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    faulthandler.enable()
+
+
+def with_task(spec: TrainSpec, make_task: Any) -> TrainSpec:
+    return TrainSpec(**(vars(spec) | {"make_task": make_task}))
+
+
+def test_bad_data_end_the_group_once(alone: TrainSpec) -> None:
+    """The next group, which Ray starts unasked, ends at once and says why."""
+    spec = with_task(alone, ray_task.nothing)
+    with Lease.acquire(spec.store) as lease:
+        config = {"spec": spec, "token": lease.token}
+        with pytest.raises(ValueError, match="no pairs"):
+            workers._worker(config)
+        outcome = workers._worker(config)
+    assert outcome["message"] == "TaskError: no pairs to train on: the test wants it so"
+    with Lease.acquire(spec.store) as lease:  # a new driver tries anew
+        assert workers._refusal(lease.token) is None
+
+
+def test_non_finite_loss_needs_no_retry(alone: TrainSpec) -> None:
+    with Lease.acquire(alone.store) as lease:
+        outcome = workers._worker(
+            {"spec": with_task(alone, ray_task.poisoned), "token": lease.token}
+        )
+    assert outcome["error"] == NonFiniteLoss.__name__
+    assert "step 1" in outcome["message"]
+    assert checkpoint.newest(alone.store) is None
+
+
+def test_the_drivers_word_stops_workers(
+    alone: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cwpo_dist.training.worker.ASK_DRIVER_S", 0.0)
+    monkeypatch.setattr("cwpo_dist.training.worker.told_to_stop", workers.threading.Event())
+    with Lease.acquire(alone.store) as lease, workers._stop_on_signal(lease.token):
+        os.kill(os.getpid(), signal.SIGTERM)  # to the driver
+        outcome = workers._worker({"spec": alone, "token": lease.token})
+    assert outcome["error"] == Preempted.__name__
+    found = checkpoint.newest(alone.store)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path, capfd: Any) -> None:
+    """SIGTERM to one rank, a rerun, SIGKILL of the other: the same weights as one plain process.
+
+    Both befall a rank in the middle of a step, its forward pass done and its backward not.
+    """
+    tiny.save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
+    spec = zero_ranks.make_spec("align-lora", tmp_path, cpus_per_worker=0.5)
+    mishaps = (Mishap("SIGTERM", 1, 1, tmp_path), Mishap("SIGKILL", 0, 1, tmp_path))
+    spec = with_task(spec, partial(ray_task.preferences, mishaps=mishaps))
+    with Lease.acquire(spec.store), pytest.raises(LeaseHeld):
+        workers.train(spec)
+    with pytest.raises(Preempted, match="checkpoint at step 2 of 6"):
+        workers.train(spec)
+    summary = workers.train(spec)
+    assert (summary["steps"], summary["rows"]) == (6, zero_ranks.N_ROWS)
+    assert {path.name for path in tmp_path.glob("SIG*")} == {"SIGTERM-1-1", "SIGKILL-0-1"}
+    records = [json.loads(line) for line in spec.store.read("metrics.jsonl").splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    adapter = load_file(spec.store.path("adapter/adapter_model.safetensors"))
+    ours = {name.replace(".weight", ".default.weight"): value for name, value in adapter.items()}
+    assert_close(ours, oracle_weights("align-lora"))
+
+
+def test_what_can_never_be_placed_is_refused(ray_local: Any, tmp_path: Path) -> None:
+    spec = zero_ranks.make_spec("align", tmp_path, num_workers=3, cpus_per_worker=2.0)
+    with pytest.raises(ConfigError, match="num_workers: 3 workers .* room for 2"):
+        workers.train(spec)
+    assert not Store(str(tmp_path)).names("stages")
