@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; faults of the user end in one message and exit code 2."""
     try:
         app(args=arguments)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         message = user_message(error)
         if message is None:
             raise

@@ -34,7 +34,7 @@ class NonFiniteLoss(ArithmeticError):
     """The loss or gradient of a step is NaN or infinite; the last checkpoint stays good."""
 
 
-class Preempted(Exception):
+class Preempted(RuntimeError):
     """The run was asked to stop; it has checkpointed, and the same command resumes it."""
 
 
