@@ -19,6 +19,7 @@ MODELS = {
     "qwen2.5-7b": ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"),
     "qwen2.5-14b": ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-14B"),
 }
+WHOLE = ("small",)
 COMBINATIONS = list(itertools.product(DATA, MODELS))
 LONGEST = {"hh-harmless": 512, "hh-helpful": 512, "tldr": 1024, "ultrafeedback": 512}
 UNPINNED = {"opt-1.3b", "opt-13b", "tldr"}
@@ -31,7 +32,15 @@ def recipe(data: str, models: str) -> Config:
 
 
 def test_every_file_is_known() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"paper", *DATA, *MODELS}
+    known = {"paper", *DATA, *MODELS, *WHOLE}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == known
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_recipe_of_one_file_is_complete(name: str) -> None:
+    config = load_config(RECIPES / f"{name}.yaml")
+    assert config.policy is not None
+    assert config.weak is not None
 
 
 @pytest.mark.parametrize(("data", "models"), COMBINATIONS)

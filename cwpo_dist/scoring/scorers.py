@@ -19,7 +19,7 @@ from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Row, collate, planned_length
-from cwpo_dist.lm.tokens import Encoder, fit_length, load_tokenizer
+from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,
@@ -82,10 +82,12 @@ def _encode(
     """Tokens by pair id; what is longer than the model's `max_length` goes to the rejects."""
     encoded = {}
     for position, row in enumerate(rows):
-        tokens = encoder.encode(row["prompt"], (row["response_a"], row["response_b"]))
-        fitting = fit_length(
-            tokens, model.max_length, model.over_length, bos_id=encoder.bos_id
-        )
+        try:
+            tokens = encoder.encode(row["prompt"], (row["response_a"], row["response_b"]))
+        except TokenError as error:
+            rejects.add(f"tokens: {error}", position, row["pair_id"])
+            continue
+        fitting = fit_length(tokens, model.max_length, model.over_length, bos_id=encoder.bos_id)
         if fitting is None:
             rejects.add("over_length", position, row["pair_id"])
         else:
@@ -139,9 +141,7 @@ class RewardWorker:
         encoded = _encode(self.encoder, self.model, rows, rejects)
         values = self.forward(list(encoded.values()))
         scores = []
-        for position, (pair_id, (score_a, score_b)) in enumerate(
-            zip(encoded, values, strict=True)
-        ):
+        for position, (pair_id, (score_a, score_b)) in enumerate(zip(encoded, values, strict=True)):
             if math.isfinite(score_a) and math.isfinite(score_b):
                 scores.append(
                     {
@@ -165,9 +165,7 @@ class RewardWorker:
 class ReferenceWorker:
     """tokens → summed log-probs of both answers under a frozen policy."""
 
-    def __init__(
-        self, pairs: PairsIn, tokens: Store, model: ModelConfig, max_tokens: int
-    ) -> None:
+    def __init__(self, pairs: PairsIn, tokens: Store, model: ModelConfig, max_tokens: int) -> None:
         self.pairs, self.tokens = pairs, tokens
         policy = load_policy(model)
         pad = load_tokenizer(model).pad_token_id

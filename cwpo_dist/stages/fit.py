@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, fit_length
+from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import BradleyTerry
 from cwpo_dist.training.workers import TrainSpec, train
+
+logger = logging.getLogger(__name__)
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -52,19 +55,29 @@ class LabelledPairs:
         """Tokens of every labelled pair that fits, the human's choice first."""
         rows: list[Row] = []
         names: list[str] = []
-        for pair in self._labelled():
+        labelled = self._labelled()
+        for pair in labelled:
             answers = (pair["response_a"], pair["response_b"])
             chosen_first = answers if pair["label"] == "a" else answers[::-1]
-            row = fit_length(
-                encoder.encode(pair["prompt"], chosen_first),
-                self.model.max_length,
-                self.model.over_length,
-                bos_id=encoder.bos_id,
-            )
+            row = self._row(encoder, pair["prompt"], chosen_first)
             if row is not None:
                 rows.append(row)
                 names.append(pair["pair_id"])
+        if len(rows) < len(labelled):
+            logger.warning(
+                "fit: %d of %d labelled pairs are left out: longer than max_length %d, or without "
+                "tokens of their own",
+                *(len(labelled) - len(rows), len(labelled), self.model.max_length),
+            )
         return BradleyTerry(rows, names)
+
+    def _row(self, encoder: Encoder, prompt: Any, answers: tuple[Any, Any]) -> Row | None:
+        """None for a pair that is too long, or that cannot become tokens."""
+        try:
+            row = encoder.encode(prompt, answers)
+        except TokenError:
+            return None
+        return fit_length(row, self.model.max_length, self.model.over_length, bos_id=encoder.bos_id)
 
     def _labelled(self) -> list[dict[str, Any]]:
         columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
