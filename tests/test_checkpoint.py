@@ -9,7 +9,7 @@ import torch
 import zero_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from zero_ranks import RESUME_CASES, Case
+from zero_ranks import BF16_CASE, RESUME_CASES, Case
 
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.storage import StorageError, Store
@@ -31,8 +31,11 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize("case", RESUME_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("case", "world"),
+    [*((case, world) for case in RESUME_CASES for world in (1, 2)), (BF16_CASE, 2)],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
 def test_resume_equals_uninterrupted(case: Case, world: int) -> None:
     """Bit for bit, at the same world size and stage."""
     assert distance(weights(case, f"{world}.whole"), weights(case, f"{world}.from{world}")) == 0
@@ -42,18 +45,15 @@ def test_resume_equals_uninterrupted(case: Case, world: int) -> None:
 @pytest.mark.parametrize(("world", "before"), [(1, 2), (2, 1)])
 def test_resume_at_another_world_size(case: Case, world: int, before: int) -> None:
     """As if the world had never changed, but for the order of sums."""
-    tolerance = 2e-2 if case.dtype == "bfloat16" else 1e-5
     whole, resumed = weights(case, f"{before}.whole"), weights(case, f"{world}.from{before}")
-    assert distance(whole, resumed) < tolerance
+    assert distance(whole, resumed) < 1e-5
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_all_stages_end_alike(world: int) -> None:
-    first, *others = (case for case in RESUME_CASES if case.name.startswith("adamw-"))
-    for case in others:
-        if not case.lora and case.dtype == "float32":
-            whole = f"{world}.whole"
-            assert distance(weights(first, whole), weights(case, whole)) < 1e-4
+    first, *others = (weights(c, f"{world}.whole") for c in RESUME_CASES if not c.lora)
+    assert len(others) == 3
+    assert all(distance(first, other) < 1e-4 for other in others)
 
 
 def test_lora_checkpoint_holds_the_adapter_alone() -> None:

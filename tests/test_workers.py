@@ -59,7 +59,7 @@ def oracle_weights(name: str) -> dict[str, Tensor]:
 def assert_close(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert ours
     for name, value in ours.items():
-        torch.testing.assert_close(value.float(), wanted[name], atol=2e-5, rtol=0, msg=name)
+        torch.testing.assert_close(value.float(), wanted[name], atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("name", ["fit", "align"])

@@ -66,7 +66,8 @@ def run(config: Config, until: str | None = None, resume: bool = False) -> str:
     """
     context = Context(config, Store(config.output_dir))
     graphs = {arm: nodes_until(config, arm, until) for arm in config.arms}
-    connect()
+    if not all(context.done(node) for nodes in graphs.values() for node in nodes.values()):
+        connect()
     for arm, nodes in graphs.items():
         for node in nodes.values():
             execute(context, node, resume)
