@@ -49,9 +49,10 @@ def scores(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.glob("annotate/*/scores/part-*.parquet")}
 
 
-def curve(run: Path) -> list[tuple[int, float]]:
+def curve(run: Path) -> dict[int, float]:
+    """The loss of each step of align."""
     arm = json.loads((run / "metrics.json").read_text())["arms"]["cw"]
-    return [(line["step"], line["loss"]) for line in arm["curves"]["align"]]
+    return {line["step"]: line["loss"] for line in arm["curves"]["align"]}
 
 
 @pytest.mark.timeout(600)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from cwpo_dist.config import ARMS, Arm, Config, ConfigError, ModelConfig
@@ -154,10 +155,18 @@ def _answers(
 
 
 def _identity(model: ModelConfig) -> dict[str, Any]:
-    return {"model": model.identity(), "model_now": model_fingerprint(model)}
+    settings = model.identity() | {"chat_template": _template(model)}
+    return {"model": settings, "model_now": model_fingerprint(model)}
+
+
+def _template(model: ModelConfig) -> str:
+    """A template file counts by its content: moved it is the same, edited it is another."""
+    if model.chat_template in {"tokenizer", "plain"}:
+        return model.chat_template
+    return digest(Path(model.chat_template).read_text(encoding="utf-8"))
 
 
 def _token_settings(model: ModelConfig) -> dict[str, Any]:
     """Tokens depend on the tokenizer, not on weights, depth or attention implementation."""
     names = {"model_name_or_path", "revision", "chat_template", "max_length", "over_length"}
-    return model.model_dump(include=names)
+    return model.model_dump(include=names) | {"chat_template": _template(model)}
