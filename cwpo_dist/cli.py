@@ -160,6 +160,9 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory or URI.")],
     to: Annotated[str, typer.Option(help="An empty or new folder, or a URI.")],
     arm: Annotated[str | None, typer.Option(help="Needed when the run has several arms.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The LoRA adapter alone, not merged.")
+    ] = False,
 ) -> None:
     """Copy an arm's aligned model: a Hugging Face folder that loads anywhere.
 
@@ -167,7 +170,7 @@ def export(
     """
     from cwpo_dist.stages.export import export as copy_model
 
-    _say(f"model: {copy_model(run, arm, to)}")
+    _say(f"model: {copy_model(run, arm, to, adapter)}")
 
 
 @app.command()

@@ -250,6 +250,16 @@ def test_export_copies_the_aligned_model_and_nothing_else(tmp_path: Path) -> Non
     assert json.loads((to / "config.json").read_text()) == "weak"
 
 
+def test_export_gives_the_adapter_alone_where_there_is_one(tmp_path: Path) -> None:
+    run, to = str(tmp_path / "run"), tmp_path / "out"
+    finished_run(Store(run), ["cw"])
+    with pytest.raises(ExportError, match="trained in full and has no adapter"):
+        export(run, "cw", str(to), adapter=True)
+    Store(run).create("align/key-cw/adapter/adapter_config.json", b"{}")
+    export(run, "cw", str(to), adapter=True)
+    assert [path.name for path in to.rglob("*")] == ["adapter_config.json"]
+
+
 def test_export_reads_and_writes_s3(s3_store: Store) -> None:
     finished_run(s3_store, ["cw"])
     export(s3_store.uri, None, f"{s3_store.uri}-out")

@@ -47,7 +47,8 @@ def test_the_run_leaves_a_report_and_metrics_of_every_arm(finished: Config) -> N
         figures = metrics["arms"][arm]
         assert figures["policy"]["agreement"]["n"] > 0
         assert set(figures["gra"]) == {"own_sft", "common"}
-        assert (figures["annotator"] is not None) and figures["curves"]["align"]
+        assert figures["annotator"] is not None
+        assert figures["curves"]["align"]
         for name in ("config.json", "stages.json", "metrics.json", "report.html"):
             assert (root / "arms" / arm / name).is_file()
 
@@ -96,7 +97,7 @@ def test_models_load_with_the_stock_classes(finished: Config) -> None:
     annotator = AutoModelForSequenceClassification.from_pretrained(
         place(finished, "fit").child("model").root
     )
-    assert annotator.config.num_labels == 1 and annotator.config.num_hidden_layers == 1
+    assert (annotator.config.num_labels, annotator.config.num_hidden_layers) == (1, 1)
     aligned = AutoModelForCausalLM.from_pretrained(place(finished, "align").child("model").root)
     before = AutoModelForCausalLM.from_pretrained(place(finished, "sft").child("model").root)
     moved = [

@@ -1,4 +1,4 @@
-"""The sharded pipeline on a real Ray: each shard once, resumed, killed, refused where it must be."""
+"""The sharded pipeline on a real Ray: each shard once; resumed, killed, or refused."""
 
 from __future__ import annotations
 

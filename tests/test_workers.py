@@ -178,18 +178,27 @@ def test_a_hang_dumps_stacks_and_ends_the_process() -> None:
     assert "stuck_in_a_collective" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this very process; DeepSpeed bears but one in a process's life."""
+    folder = tmp_path_factory.mktemp("group")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)  # as Ray sets them
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
 @pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainSpec]:
-    """A stage that `_worker` can run in this very process: a group of one."""
+def alone(
+    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TrainSpec]:
+    """A stage that `_worker` can run in this process."""
     tiny.save_tiny(tmp_path / "model", "llama")
     monkeypatch.setattr(workers, "get_device", lambda: torch.device("cpu"))
-    handlers = {number: signal.getsignal(number) for number in workers.STOP_SIGNALS}
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield zero_ranks.make_spec("align-lora", tmp_path, num_workers=1)
-    dist.destroy_process_group()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    faulthandler.enable()
+    faulthandler.enable()  # pytest's, whose timer a worker's watchdog has taken
 
 
 def with_task(spec: TrainSpec, make_task: Any) -> TrainSpec:

@@ -14,13 +14,14 @@ class ExportError(ValueError):
     """There is nothing to export, or no room for it; the message says what to do."""
 
 
-def export(run: str, arm: str | None, to: str) -> str:
+def export(run: str, arm: str | None, to: str, adapter: bool = False) -> str:
     """Copies the aligned model of an arm.
 
     Args:
         run: the run directory, a path or a URI.
         arm: which arm; None when the run has one.
         to: where the copy goes, a path or a URI; must be new or empty.
+        adapter: the LoRA adapter alone, instead of the model it is merged into.
 
     Returns:
         `to`.
@@ -35,7 +36,10 @@ def export(run: str, arm: str | None, to: str) -> str:
     aligned = root.child(_aligned(root, arm))
     if not aligned.exists(MANIFEST):
         raise ExportError(f"{aligned.uri} is not finished; give `cwpo run` its config again")
-    with _on_this_disk(aligned.child("model")) as folder:
+    part = aligned.child("adapter" if adapter else "model")
+    if adapter and not part.filesystem.exists(part.root):
+        raise ExportError(f"--adapter: {aligned.uri} was trained in full and has no adapter")
+    with _on_this_disk(part) as folder:
         target.upload(folder)
     return to
 

@@ -112,6 +112,7 @@ def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 
     transformers keeps a weak reference to the object made here: it must outlive the loading.
     """
+    join_process_group()  # else `from_pretrained` would have DeepSpeed do it, and compile
     if zero_stage(ds_config) < 3:
         yield
         return
