@@ -122,9 +122,7 @@ def test_a_zombie_commits_nothing(tmp_path: Path) -> None:
     assert found.step == 1
 
 
-def test_refused_writes_leave_the_last_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_writes_leave_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(tmp_path))
     save(store, 1)
 

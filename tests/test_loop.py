@@ -257,8 +257,9 @@ def test_vectors_are_not_decayed() -> None:
         nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)),
         make_config(optim="adamw", weight_decay=0.1),
     )
-    shapes = {g["weight_decay"]: [tuple(p.shape) for p in g["params"]] for g in
-              optimizer.param_groups}
+    shapes = {
+        g["weight_decay"]: [tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups
+    }
     assert shapes == {0.1: [(2, 3)], 0.0: [(2,), (2,), (2,)]}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import signal
@@ -30,8 +29,8 @@ from cwpo_dist.lm.tokens import PLAIN_TEMPLATE, load_tokenizer
 from cwpo_dist.storage import Store
 from cwpo_dist.training import checkpoint, workers
 from cwpo_dist.training.lease import Lease, LeaseHeld
-from cwpo_dist.training.lora import MergeError, merge_adapter
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, train
+from cwpo_dist.training.lora import MergeError, merge_adapter
 from cwpo_dist.training.worker import TrainSpec
 
 
@@ -142,7 +141,9 @@ def test_streamed_merge_of_transposed_weights(tmp_path: Path) -> None:
     theirs = dict(wanted.merge_and_unload().named_parameters())
     for name, parameter in load_policy(as_model(tmp_path / "out")).named_parameters():
         torch.testing.assert_close(parameter, theirs[name], atol=1e-6, rtol=0, msg=name)
-    old = {n.removeprefix("transformer."): t for n, t in load_file(base / "model.safetensors").items()}
+    old = {
+        n.removeprefix("transformer."): t for n, t in load_file(base / "model.safetensors").items()
+    }
     save_file(old, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MergeError, match="no tensor 'transformer"):
         merge_adapter(base, adapter, tmp_path / "again")
@@ -191,14 +192,11 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def alone(
-    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[TrainSpec]:
+def alone(group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
     """A stage that `_worker` can run in this process."""
     tiny.save_tiny(tmp_path / "model", "llama")
     monkeypatch.setattr(workers, "get_device", lambda: torch.device("cpu"))
-    yield zero_ranks.make_spec("align-lora", tmp_path, num_workers=1)
-    faulthandler.enable()  # pytest's, whose timer a worker's watchdog has taken
+    return zero_ranks.make_spec("align-lora", tmp_path, num_workers=1)
 
 
 def with_task(spec: TrainSpec, make_task: Any) -> TrainSpec:
@@ -228,9 +226,7 @@ def test_non_finite_loss_needs_no_retry(alone: TrainSpec) -> None:
     assert checkpoint.newest(alone.store) is None
 
 
-def test_the_drivers_word_stops_workers(
-    alone: TrainSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_drivers_word_stops_workers(alone: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cwpo_dist.training.worker.ASK_DRIVER_S", 0.0)
     monkeypatch.setattr("cwpo_dist.training.worker.told_to_stop", workers.threading.Event())
     with Lease.acquire(alone.store) as lease, workers._stop_on_signal(lease.token):

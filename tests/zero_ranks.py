@@ -36,8 +36,8 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
-from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine, gradients, train
+from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
 from cwpo_dist.training.worker import TrainSpec, checkpoint_activations, run_rank
 

@@ -118,7 +118,12 @@ def _run_missing(job: ShardJob, missing: list[int], pool: PoolConfig) -> None:
         _ShardActor,
         fn_constructor_args=(job,),
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=actors),
+        compute=ActorPoolStrategy(
+            min_size=1,  # start with what fits; all of them where there is room
+            max_size=actors,
+            initial_size=actors,
+            max_tasks_in_flight_per_actor=2,  # one at work, one waiting: no tail behind one actor
+        ),
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
     )
