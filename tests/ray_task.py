@@ -1,4 +1,4 @@
-"""Tasks that workers of test_workers.py load, and mishaps that befall them in the middle of a step."""
+"""Tasks that workers of test_workers.py load, and mishaps that befall them in mid-step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import zero_ranks
 from torch import Tensor
 
 from cwpo_dist.lm.tokens import Encoder
-from cwpo_dist.training.tasks import BradleyTerry, Preference, Task, TaskError
+from cwpo_dist.training.tasks import Preference, Task, TaskError
+from cwpo_dist.training.worker import told_to_stop
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Mishap:
     """Befalls one rank once, within its forward pass over a given pair of a given step.
 
     Attributes:
-        kind: the name of a signal, 'hang' or 'slow'.
+        kind: the name of a signal, or 'hang'.
         rank: whom.
         step: the first step, from 0, in which it can happen.
         folder: where a mark says that it has.
@@ -42,6 +43,8 @@ class Mishap:
         if self.kind == "hang":
             time.sleep(3600)
         os.kill(os.getpid(), getattr(signal, self.kind))
+        # Python hears of a signal when its main thread, Ray's, next runs: at the controller's poll.
+        told_to_stop.wait(30)
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,6 @@ def preferences(encoder: Encoder, mishaps: tuple[Mishap, ...] = ()) -> Task:
     plain: Any = zero_ranks.make_task("none")
     fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
     return Unlucky(**fields, mishaps=mishaps)
-
-
-def labelled(encoder: Encoder) -> Task:
-    task = zero_ranks.make_task("fit")
-    return BradleyTerry(task.rows, task.pair_ids)
 
 
 def nothing(encoder: Encoder) -> Task:

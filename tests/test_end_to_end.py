@@ -17,7 +17,7 @@ from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.run import run
 from cwpo_dist.storage import MANIFEST, Store
 
-ARMS = ["human", "weak", "cw", "cw_mean"]
+ARMS = ["human", "weak", "cw"]
 
 
 def whole(store: Store, folder: str) -> pa.Table:
@@ -89,8 +89,7 @@ def test_step_zero_of_dpo_is_ln2_times_the_mean_weight_of_its_batch(finished: Co
     for arm, figures in metrics.items():
         first = figures["curves"]["align"][0]
         weight = first["weight"] if arm == "cw" else 1.0
-        if arm != "cw_mean":
-            assert first["loss"] == pytest.approx(math.log(2) * weight, rel=1e-4), arm
+        assert first["loss"] == pytest.approx(math.log(2) * weight, rel=1e-4), arm
 
 
 def test_models_load_with_the_stock_classes(finished: Config) -> None:

@@ -1,4 +1,4 @@
-"""One writer a stage: live holders refuse, dead and silent ones are followed, zombies are shut out."""
+"""One writer a stage: live holders refuse, dead or silent ones are followed, zombies shut out."""
 
 from __future__ import annotations
 

@@ -263,6 +263,6 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path, capfd: Any)
 
 def test_what_can_never_be_placed_is_refused(ray_local: Any, tmp_path: Path) -> None:
     spec = zero_ranks.make_spec("align", tmp_path, num_workers=3, cpus_per_worker=2.0)
-    with pytest.raises(ConfigError, match="num_workers: 3 workers .* room for 2"):
+    with pytest.raises(ConfigError, match=r"num_workers: 3 workers .* room for 2"):
         workers.train(spec)
     assert not Store(str(tmp_path)).names("stages")

@@ -80,8 +80,9 @@ def test_budgets_split_as_meant() -> None:
     rows = zero_ranks.make_rows()
     lengths = [rows[i].n_tokens for i in zero_ranks.first_batch()]
     plans = [plan_micro_batches(lengths, budget, 2) for budget in BUDGETS]
-    assert [len(plan[0]) for plan in plans][0] == 1
-    assert len({len(plan[0]) for plan in plans}) == len(BUDGETS)
+    micro_steps = [len(plan[0]) for plan in plans]
+    assert micro_steps[0] == 1
+    assert len(set(micro_steps)) == len(BUDGETS)
 
 
 def make_config(section: dict | str | None, **changes: object) -> TrainingConfig:
