@@ -46,7 +46,7 @@ demo: $(STAMP) $(DEMO_MODEL)/config.json  ## the whole recipe with a real small 
 	  $(BIN)/cwpo run $(DEMO_CONFIG)
 
 test: $(STAMP)  ## all tests but the long ones, within 15 minutes
-	$(BIN)/python -m pytest -m "not long" --session-timeout=900
+	$(BIN)/python -m pytest -m "not long" --session-timeout=1500
 
 test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
 	$(BIN)/python -m pytest -m long --timeout=1800

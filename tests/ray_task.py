@@ -26,7 +26,7 @@ class Mishap:
     Attributes:
         kind: the name of a signal, or 'hang'.
         rank: whom.
-        step: the first step, from 0, in which it can happen.
+        step: the first step of a process, from 0, in which it can happen.
         folder: where a mark says that it has.
     """
 

@@ -19,6 +19,7 @@ from cwpo_dist.config import LoraConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import Row, collate
+from cwpo_dist.training import loop
 from cwpo_dist.training.checkpoint import trainable
 from cwpo_dist.training.loop import (
     Hooks,
@@ -356,3 +357,11 @@ def test_only_adapters_train() -> None:
 def test_bad_data_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         make_task(**changes)
+
+
+def test_an_infinite_log_prob_is_refused_though_its_loss_is_finite() -> None:
+    task, outputs = make_task(), torch.zeros(2, 2, dtype=torch.float64)
+    outputs[1, 1] = -math.inf  # of the rejected answer: −log σ(∞) = 0
+    assert bool(torch.isfinite(task.losses(outputs, [3, 6])).all())
+    with pytest.raises(NonFiniteLoss, match=r"step 8: .* 1 of 2 pairs .pair6."):
+        loop._finite_loss(task, 7, [3, 6], outputs)

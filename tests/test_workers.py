@@ -238,14 +238,14 @@ def test_the_drivers_word_stops_workers(alone: TrainSpec, monkeypatch: pytest.Mo
     assert found.step == 1
 
 
-def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path, capfd: Any) -> None:
+def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
     """SIGTERM to one rank, a rerun, SIGKILL of the other: the same weights as one plain process.
 
     Both befall a rank in the middle of a step, its forward pass done and its backward not.
     """
     tiny.save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
     spec = zero_ranks.make_spec("align-lora", tmp_path, cpus_per_worker=0.5)
-    mishaps = (Mishap("SIGTERM", 1, 1, tmp_path), Mishap("SIGKILL", 0, 1, tmp_path))
+    mishaps = (Mishap("SIGTERM", 1, 1, tmp_path), Mishap("SIGKILL", 0, 3, tmp_path))
     spec = with_task(spec, partial(ray_task.preferences, mishaps=mishaps))
     with Lease.acquire(spec.store), pytest.raises(LeaseHeld):
         workers.train(spec)
@@ -253,7 +253,7 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path, capfd: Any)
         workers.train(spec)
     summary = workers.train(spec)
     assert (summary["steps"], summary["rows"]) == (6, zero_ranks.N_ROWS)
-    assert {path.name for path in tmp_path.glob("SIG*")} == {"SIGTERM-1-1", "SIGKILL-0-1"}
+    assert {path.name for path in tmp_path.glob("SIG*")} == {"SIGTERM-1-1", "SIGKILL-0-3"}
     records = [json.loads(line) for line in spec.store.read("metrics.jsonl").splitlines()]
     assert [record["step"] for record in records] == list(range(1, 7))
     adapter = load_file(spec.store.path("adapter/adapter_model.safetensors"))

@@ -63,7 +63,10 @@ class Case:
     dtype: str = "float32"
 
     def config(self) -> TrainingConfig:
-        zero3 = {"stage3_param_persistence_threshold": self.threshold}
+        zero3: dict[str, Any] = {"stage3_param_persistence_threshold": self.threshold}
+        if self.threshold == 0:  # no parameter stays whole once its module is done
+            released = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+            zero3 |= {f"stage3_{name}": 0 for name in released}
         section = {"zero_optimization": zero3} if self.stage == 3 else None
         return TrainingConfig(
             learning_rate=0.05 if self.optim == "sgd" else 0.01,
