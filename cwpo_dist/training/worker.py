@@ -20,11 +20,11 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
-from cwpo_dist.lm.loading import load_annotator_base, load_policy, model_fingerprint
+from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
-from cwpo_dist.storage import Store, digest
+from cwpo_dist.storage import Store
 from cwpo_dist.training import checkpoint
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Hooks, Run
@@ -52,6 +52,7 @@ class TrainSpec:
         model: what training starts from.
         head: 'logps' for a causal LM, 'scores' for an annotator.
         make_task: called in each worker with the model's encoder; gives the data set.
+        base: what identifies the model's files, where the driver sees them; `train` fills it in.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TrainSpec:
     model: ModelConfig
     head: Head
     make_task: Callable[[Encoder], Task]
+    base: str = ""
 
 
 class Watchdog:
@@ -131,9 +133,7 @@ class _Rank:
         wrap: Any = AnswerLogProbs if spec.head == "logps" else AnswerScores
         self.module = wrap(self.model)
         self.engine = engine.DeepSpeedEngine(self.module, spec.config, settings)
-        self.identity = checkpoint.RunIdentity(
-            spec.key, spec.seed, digest(model_fingerprint(spec.model))
-        )
+        self.identity = checkpoint.RunIdentity(spec.key, spec.seed, spec.base)
 
     def run(self) -> dict[str, Any]:
         spec, tokenizer = self.spec, self.encoder.tokenizer

@@ -20,13 +20,15 @@ from typing import Any
 
 import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cwpo_dist.config import ConfigError, TrainingConfig
-from cwpo_dist.storage import Store
+from cwpo_dist.lm.loading import model_fingerprint
+from cwpo_dist.storage import Store, digest
 from cwpo_dist.training.checkpoint import CommitFailed
 from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
 from cwpo_dist.training.loop import NonFiniteLoss, Preempted
@@ -41,7 +43,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class TrainingFailed(RuntimeError):
-    """Workers failed more often than `max_failures` allows; the same command resumes."""
+    """Workers failed more often than `max_failures` allows, or Ray did; a rerun resumes."""
 
 
 class TrainingRefused(ValueError):
@@ -91,13 +93,17 @@ def check_placement(config: TrainingConfig) -> None:
 
 
 def _for_any_node(spec: TrainSpec) -> TrainSpec:
-    """Local files read, and paths made absolute, before the spec leaves this process."""
+    """What this process alone should decide: local files read, paths absolute, the base's hash.
+
+    Another node may hold a copy of the model with other times of modification.
+    """
     from cwpo_dist.training.engine import read_deepspeed_section
 
     section = read_deepspeed_section(spec.config.deepspeed)
     config = spec.config.model_copy(update={"deepspeed": section})
     store = Store(spec.store.root) if spec.store.is_local else spec.store
-    return replace(spec, config=config, store=store)
+    base = digest(model_fingerprint(spec.model))
+    return replace(spec, config=config, store=store, base=base)
 
 
 def _uses_gpu(config: TrainingConfig) -> bool:
@@ -125,13 +131,13 @@ def _fit(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
     try:
         with _stop_on_signal(token):
             result: Any = _trainer(spec, token).fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:  # RayError: the controller itself died
         refusal = _refusal(token)
         if refusal is None:
             raise TrainingFailed(
-                f"{spec.name}: workers failed more than max_failures = "
-                f"{spec.config.max_failures} times; what was committed stays, and the same "
-                f"command resumes.\n{error}"
+                f"{spec.name}: the workers, or Ray Train's controller, failed for good "
+                f"(max_failures = {spec.config.max_failures}); what was committed stays, and the "
+                f"same command resumes.\n{error}"
             ) from error
         return refusal
     finally:
