@@ -262,6 +262,7 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
 
 
 def test_what_can_never_be_placed_is_refused(ray_local: Any, tmp_path: Path) -> None:
+    tiny.save_tiny(tmp_path / "model", "llama")
     spec = zero_ranks.make_spec("align", tmp_path, num_workers=3, cpus_per_worker=2.0)
     with pytest.raises(ConfigError, match=r"num_workers: 3 workers .* room for 2"):
         workers.train(spec)

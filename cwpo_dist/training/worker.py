@@ -209,7 +209,8 @@ class _RankHooks(Hooks):
 
     def poll(self) -> bool:
         """A node is to be drained: checkpoint once, train on until Ray moves the group."""
-        notice = ray.train.get_preemption_info() is not None
+        ask = getattr(ray.train, "get_preemption_info", None)  # older Rays have no notices
+        notice = ask is not None and ask() is not None
         first, self._heeded_notice = notice and not self._heeded_notice, notice
         return first
 
