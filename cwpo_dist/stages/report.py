@@ -59,7 +59,7 @@ def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
     manifests = {role: context.place(node).read_json(MANIFEST) for role, node in nodes.items()}
     evaluation: dict[str, Any] = context.place(nodes["evaluate"]).read_json("metrics.json")
     return evaluation | {
-        "pairs": weigh["selected"],
+        "pairs": manifests["align"]["counts"]["rows"],  # of those selected, what fits the policy
         "mean_weight": weigh["mean_weight"],
         "keys": {role: node.key for role, node in nodes.items()},
         "curves": {role: _curve(context, nodes[role]) for role in TRAINING_STAGES if role in nodes},
