@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -150,6 +151,20 @@ class TrainingConfig(Section):
     step_timeout_s: PositiveFloat = Field(
         1800.0, description="no step for so long: stacks are dumped, the workers restarted"
     )
+
+    def deepspeed_section(self) -> dict[str, Any]:
+        """The DeepSpeed section: as given, or read from the JSON file that it names.
+
+        Raises:
+            ConfigError: for a file that is missing or no JSON.
+        """
+        if not isinstance(self.deepspeed, str):
+            return self.deepspeed or {}
+        try:
+            section: dict[str, Any] = json.loads(Path(self.deepspeed).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"deepspeed: cannot read {self.deepspeed!r}: {error}") from None
+        return section
 
     @model_validator(mode="before")
     @classmethod

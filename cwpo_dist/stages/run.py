@@ -197,8 +197,9 @@ def connect() -> None:
 def _only_our_progress() -> None:
     """Every stage says how far it is; Ray's own bars and notices would drown that."""
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
 
 
 def versions() -> Mapping[str, str]:

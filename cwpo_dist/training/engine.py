@@ -9,12 +9,10 @@ The only file that imports deepspeed. What differs from its examples, and why:
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -79,26 +77,11 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, An
     }
     if half:  # gradients of many micro-batches are summed in fp32
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    merged = _merged(ours, _users_section(config.deepspeed))
+    merged = _merged(ours, _users_section(config.deepspeed_section()))
     if half and merged["zero_optimization"]["stage"] == 0:
         logger.warning("zero_stage 0 cannot sum bfloat16 gradients in float32: stage 1 is used")
         merged["zero_optimization"]["stage"] = 1
     return merged
-
-
-def read_deepspeed_section(section: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """The section itself, or the content of the JSON file that it names.
-
-    Raises:
-        ConfigError: for a file that is missing or no JSON.
-    """
-    if not isinstance(section, str):
-        return section
-    try:
-        content: dict[str, Any] = json.loads(Path(section).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"deepspeed: cannot read {section!r}: {error}") from None
-    return content
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -283,9 +266,9 @@ def _present(value: Tensor | None) -> Tensor:
     return value
 
 
-def _users_section(section: dict[str, Any] | str | None) -> dict[str, Any]:
+def _users_section(section: dict[str, Any]) -> dict[str, Any]:
     """The user's section without `auto`s, and without what it says in vain."""
-    concrete = _without_autos(read_deepspeed_section(section) or {})
+    concrete = _without_autos(section)
     concrete = {k: v for k, v in concrete.items() if k not in OURS or v != _SAYS_NOTHING}
     for name in ("optimizer", "scheduler"):
         if set(concrete.get(name, {})) == {"type"}:

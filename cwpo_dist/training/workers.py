@@ -97,10 +97,7 @@ def _for_any_node(spec: TrainSpec) -> TrainSpec:
 
     Another node may hold a copy of the model with other times of modification.
     """
-    from cwpo_dist.training.engine import read_deepspeed_section
-
-    section = read_deepspeed_section(spec.config.deepspeed)
-    config = spec.config.model_copy(update={"deepspeed": section})
+    config = spec.config.model_copy(update={"deepspeed": spec.config.deepspeed_section()})
     store = Store(spec.store.root) if spec.store.is_local else spec.store
     base = digest(model_fingerprint(spec.model))
     return replace(spec, config=config, store=store, base=base)
