@@ -20,7 +20,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-install: $(STAMP)  ## everything into $(VENV), pinned; instant when nothing changed
+install: $(STAMP)  ## everything into .venv, pinned; instant when nothing changed
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -40,10 +40,7 @@ $(DEMO_MODEL)/config.json: | $(STAMP)
 	$(BIN)/python -m cwpo_dist.demo.model $(DEMO_MODEL)
 
 demo: $(STAMP) $(DEMO_MODEL)/config.json  ## the whole recipe with a real small model; a report at the end
-# A token for this one run: Ray would otherwise write one into HOME, and every later `ray start`
-# of this user would ask for it.
-	RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') \
-	  $(BIN)/cwpo run $(DEMO_CONFIG)
+	$(BIN)/cwpo run $(DEMO_CONFIG)
 
 test: $(STAMP)  ## all tests but the long ones, within 15 minutes
 	$(BIN)/python -m pytest -m "not long" --session-timeout=1500

@@ -6,6 +6,8 @@ What is heavy to import (torch, ray) is imported by the command that needs it.
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -261,7 +263,19 @@ def stop(job: JobId, address: Address) -> None:
     _say("stopping" if ask(job, address) else "it had ended before")
 
 
+def _guard_own_ray() -> None:
+    """A token for the Ray that this process starts; must be set before ray is imported.
+
+    Ray would otherwise write one into HOME, and every later `ray start` of this user would ask
+    for it.
+    """
+    names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if not any(os.environ.get(name) for name in names):
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
 def _run(config: Config, until: str | None, resume: bool) -> None:
+    _guard_own_ray()
     from cwpo_dist.stages.checks import check
     from cwpo_dist.stages.run import run as run_stages
 

@@ -231,10 +231,6 @@ class PoolConfig(Section):
     max_tokens_per_batch: PositiveInt = Field(4096, description="padded tokens of one forward")
 
 
-def _scored_splits() -> list[Split]:
-    return ["unlabelled", "validation", "test"]
-
-
 class AnnotateConfig(PoolConfig):
     """Which pairs are scored, and by whom."""
 
@@ -245,8 +241,17 @@ class AnnotateConfig(PoolConfig):
     model: ModelConfig | None = Field(
         None, description="any one-label reward model; null: the annotator that `fit` made"
     )
-    splits: list[Split] = Field(default_factory=_scored_splits)
+    splits: list[Split] | None = Field(
+        None, description="null: all, but for an annotator of ours not those it was trained on"
+    )
     max_reject_fraction: Fraction = 0.05
+
+    def scored_splits(self) -> list[Split]:
+        """The splits whose pairs are scored."""
+        if self.splits is not None:
+            return self.splits
+        rest: list[Split] = ["unlabelled", "validation", "test"]
+        return rest if self.model is None else ["labelled", *rest]
 
 
 class WeighConfig(Section):

@@ -108,3 +108,22 @@ def test_annotating_alone_needs_no_policy(folder: Path) -> None:
         nodes_until(config, "cw", "fit")
     with pytest.raises(ConfigError, match=r"policy: arm 'cw' aligns a policy; give policy"):
         nodes_until(config, "cw", None)
+
+
+def test_a_ready_reward_model_scores_labelled_pairs_too_ours_not_what_it_learned(
+    folder: Path,
+) -> None:
+    config: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "prepare": {"sources": [{"path": str(folder / "pairs.jsonl")}]},
+        "weak": {"model_name_or_path": str(folder / "model")},
+    }
+
+    def splits(annotate: dict[str, Any]) -> list[str]:
+        made = nodes_until(parse_config(config | {"annotate": annotate}), "cw", "annotate")
+        return list(made["annotate"].settings["splits"])
+
+    ready = {"model": {"model_name_or_path": str(folder / "model")}}
+    assert splits(ready) == ["labelled", "test", "unlabelled", "validation"]
+    assert splits({}) == ["test", "unlabelled", "validation"]
+    assert splits({"splits": ["test"]}) == ["test"]

@@ -29,7 +29,10 @@ _ROLES = (
     "answers_aligned",
     "evaluate",
 )
-COMPARISONS = {"own_sft": "its own SFT model", "common": "the common reference"}
+COMPARISONS = {
+    "own_sft": "its own SFT model",
+    "common": "the common reference",
+}
 SIMULATED = (
     "SIMULATED LABELS: the preferences come from a rule, not from people. The figures say how "
     "well that rule was recovered, and nothing about what people prefer."
@@ -184,8 +187,8 @@ def arms_table(metrics: Metrics) -> Table:
         "trains on the data's own labels. Policy right: the policy's implicit reward against the "
         "same labels. Both are shares of the decided pairs. GRA: share of prompts on which the "
         "gold reward puts the arm's answer above the other model's; each arm has an SFT model of "
-        "its own, so only the common reference compares arms with each other. A tie counts as a "
-        "loss in GRA. Small: the 95 % interval of this one run, which does not hold the spread "
+        "its own, so only the common reference, the policy as it was given, compares arms. A tie "
+        "counts as a loss in GRA. Small: the 95 % interval of this one run, which does not hold the spread "
         "between seeds, and ties.",
     )
 

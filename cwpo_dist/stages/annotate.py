@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,8 @@ from cwpo_dist.scoring.pipeline import ShardJob, run_shards
 from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.stages.context import Context, trained
 from cwpo_dist.stages.graph import Node
+
+logger = logging.getLogger(__name__)
 
 
 class RejectsError(ValueError):
@@ -43,6 +46,12 @@ def run(context: Context, node: Node) -> dict[str, Any]:
             f"more than annotate.max_reject_fraction {config.max_reject_fraction} allows; see "
             f"{job.output.uri}/rejects, mend the model or raise the fraction"
         )
+    logger.info(
+        "annotate: %d pairs scored, %d set aside, %d too long; %s/scores has score_a and score_b, "
+        "to be joined by pair_id with response_a and response_b of %s/pairs",
+        *(counts["rows"], counts["rejects"], counts["over_length"], job.output.uri),
+        context.pairs(node).store.uri,
+    )
     return counts | {"annotator": name}
 
 

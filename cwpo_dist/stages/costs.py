@@ -126,7 +126,7 @@ class Estimate:
 
     def _annotate(self, node: Node) -> Cost:
         field = "weak" if "weak" in self.lengths else "annotate.model"
-        pairs = self.counted.pairs(*self.config.annotate.splits)
+        pairs = self.counted.pairs(*self.config.annotate.scored_splits())
         return self._scoring(field, pairs, self.config.annotate)
 
     def _log_probs(self, node: Node) -> Cost:

@@ -80,8 +80,9 @@ def annotator_nodes(config: Config, prepare: Node) -> dict[str, Node]:
     Raises:
         ConfigError: when neither `weak` nor `annotate.model` is given.
     """
+    scored = config.annotate.identity() | {"splits": sorted(config.annotate.scored_splits())}
     if config.annotate.model is not None:
-        settings = config.annotate.identity() | _identity(config.annotate.model)
+        settings = scored | _identity(config.annotate.model)
         return {"annotate": Node("annotate", settings, {"prepare": prepare})}
     if config.weak is None:
         raise ConfigError(
@@ -91,7 +92,7 @@ def annotator_nodes(config: Config, prepare: Node) -> dict[str, Node]:
     fit_settings = config.fit.identity() | _identity(config.weak) | {"seed": config.seed}
     fit = Node("fit", fit_settings, {"prepare": prepare})
     inputs = {"prepare": prepare, "fit": fit}
-    return {"fit": fit, "annotate": Node("annotate", config.annotate.identity(), inputs)}
+    return {"fit": fit, "annotate": Node("annotate", scored, inputs)}
 
 
 def _policy_nodes(

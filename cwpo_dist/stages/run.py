@@ -71,7 +71,8 @@ def run(config: Config, until: str | None = None, resume: bool = False) -> str:
     for arm, nodes in graphs.items():
         for node in nodes.values():
             execute(context, node, resume)
-        logger.info("arm %s: all stages done", arm)
+        if until is None:
+            logger.info("arm %s: all stages done", arm)
     if until is not None:
         return config.output_dir
     return report.run(context, graphs)
