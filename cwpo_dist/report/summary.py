@@ -188,8 +188,8 @@ def arms_table(metrics: Metrics) -> Table:
         "same labels. Both are shares of the decided pairs. GRA: share of prompts on which the "
         "gold reward puts the arm's answer above the other model's; each arm has an SFT model of "
         "its own, so only the common reference, the policy as it was given, compares arms. A tie "
-        "counts as a loss in GRA. Small: the 95 % interval of this one run, which does not hold the spread "
-        "between seeds, and ties.",
+        "counts as a loss in GRA. Small: the 95 % interval of this one run, which does not hold "
+        "the spread between seeds, and ties.",
     )
 
 
