@@ -35,6 +35,7 @@ class _AsDict:
     def as_dict(self) -> dict[str, Any]:
         """The record as plain dictionaries, lists and numbers."""
         assert not isinstance(self, type)
+        # Only its subclasses are dataclasses, which the type of `asdict` cannot know.
         return asdict(self)  # type: ignore[call-overload, no-any-return]
 
 

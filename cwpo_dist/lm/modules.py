@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.rows import RowBatch
 
+# Calling a module gives Any to the type checker: hence the four `no-any-return` below.
+
 # Floats of one chunk of logits: 64 MiB in fp32.
 _CHUNK_LOGITS = 2**24
 

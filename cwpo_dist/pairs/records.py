@@ -1,4 +1,4 @@
-"""The records that stages exchange: one Arrow schema each, checked wherever a table is read."""
+"""The records that stages exchange: one Arrow schema each, and a check of a table against it."""
 
 from __future__ import annotations
 

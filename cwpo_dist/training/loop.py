@@ -313,6 +313,7 @@ class _Meter:
             "tokens_per_second": self._useful / seconds,
             "padding": 1 - self._useful / self._padded,
         }
+        # mypy fears a subclass with another constructor; there is none.
         self.__init__()  # type: ignore[misc]
         return rates
 
