@@ -39,7 +39,7 @@ def test_callers_cannot_spoil_the_order():
 
 @given(lengths_st, st.integers(1, 4096), st.integers(1, 8))
 def test_plan_covers_each_row_once_within_the_budget(lengths, max_tokens, world_size):
-    plan = plan_micro_batches(lengths, max_tokens, world_size)
+    plan = plan_micro_batches(lengths, max_tokens, world_size, "shared")
     assert len(plan) == world_size
     assert len({len(micro_steps) for micro_steps in plan}) == 1
     assert len(plan[0]) >= 1
@@ -52,7 +52,7 @@ def test_plan_covers_each_row_once_within_the_budget(lengths, max_tokens, world_
 
 @given(lengths_st.filter(bool), st.integers(1, 4096), st.integers(1, 8))
 def test_ranks_idle_only_where_rows_are_lacking(lengths, max_tokens, world_size):
-    plan = plan_micro_batches(lengths, max_tokens, world_size)
+    plan = plan_micro_batches(lengths, max_tokens, world_size, "shared")
     micro_batches = [rows for rank in plan for rows in rank]
     if any(not rows for rows in micro_batches):
         assert max(map(len, micro_batches)) == 1
@@ -62,7 +62,7 @@ def test_ranks_idle_only_where_rows_are_lacking(lengths, max_tokens, world_size)
 @given(lengths_st.filter(bool), st.integers(900, 4096))
 def test_one_rank_wastes_no_micro_batch(lengths, max_tokens):
     """No two neighbours in the plan could have been one: greedy filling is tight."""
-    (plan,) = plan_micro_batches(lengths, max_tokens, 1)
+    (plan,) = plan_micro_batches(lengths, max_tokens, 1, "shared")
     by_length = sorted(plan, key=lambda rows: -max(lengths[row] for row in rows))
     for longer, shorter in pairwise(by_length):
         longest = max(lengths[row] for row in longer)
@@ -73,18 +73,18 @@ def test_one_rank_wastes_no_micro_batch(lengths, max_tokens):
 def test_plan_worked_by_hand():
     lengths = [5, 10, 2, 6, 10, 5]
     # 2 × 10 exceeds 18, and 3 × 6 does not; the costliest micro-batch comes first
-    assert plan_micro_batches(lengths, 18, 1) == [[[3, 0, 5], [1], [4], [2]]]
+    assert plan_micro_batches(lengths, 18, 1, "shared") == [[[3, 0, 5], [1], [4], [2]]]
     # three micro-batches for two ranks: the one with most rows is halved
-    plan = plan_micro_batches(lengths, 20, 1)
+    plan = plan_micro_batches(lengths, 20, 1, "shared")
     assert plan == [[[1, 4], [3, 0, 5], [2]]]
-    plan = plan_micro_batches(lengths, 20, 2)
+    plan = plan_micro_batches(lengths, 20, 2, "shared")
     assert plan == [[[1, 4], [5]], [[3, 0], [2]]]
 
 
 def test_plan_puts_like_costs_beside_each_other():
     """Ranks wait for each other at each micro-step, so its costs must not differ much."""
     lengths = np.random.default_rng(0).integers(50, 1000, 256)
-    plan = plan_micro_batches(lengths, 4096, 4)
+    plan = plan_micro_batches(lengths, 4096, 4, "shared")
 
     def cost(rows):
         return len(rows) * max(lengths[row] for row in rows)
@@ -94,8 +94,37 @@ def test_plan_puts_like_costs_beside_each_other():
     assert waited < 1.1 * worked
 
 
+@given(lengths_st, st.integers(1, 4096), st.integers(1, 8))
+def test_packed_plan_covers_each_row_once_within_the_budget(lengths, max_tokens, world_size):
+    plan = plan_micro_batches(lengths, max_tokens, world_size, "packed")
+    assert len(plan) == world_size
+    assert len({len(micro_steps) for micro_steps in plan}) == 1
+    flat = [row for rank in plan for rows in rank for row in rows]
+    assert sorted(flat) == list(range(len(lengths)))
+    for rows in (rows for rank in plan for rows in rank):
+        assert sum(lengths[row] for row in rows) <= max_tokens or len(rows) == 1
+
+
+def test_packed_plan_worked_by_hand():
+    # 38 tokens in batches of 20: two of 19, and for two ranks one each
+    lengths = [5, 10, 2, 6, 10, 5]
+    assert plan_micro_batches(lengths, 20, 1, "packed") == [[[4, 0, 5], [1, 3, 2]]]
+    assert plan_micro_batches(lengths, 20, 2, "packed") == [[[4, 0, 5]], [[1, 3, 2]]]
+    # a row longer than the budget stands alone
+    assert plan_micro_batches([30, 4, 4], 10, 1, "packed") == [[[0], [1, 2]]]
+
+
+def test_packed_micro_batches_are_even():
+    """Ranks wait for each other at each micro-step."""
+    lengths = np.random.default_rng(0).integers(50, 1000, 256)
+    plan = plan_micro_batches(lengths, 4096, 4, "packed")
+    tokens = [sum(lengths[row] for row in rows) for rank in plan for rows in rank]
+    assert max(tokens) < 1.05 * min(tokens)
+    assert len(tokens) <= -(-sum(lengths) // 4096) + 4
+
+
 def test_no_rows_is_one_empty_micro_step():
-    assert plan_micro_batches([], 100, 3) == [[[]], [[]], [[]]]
+    assert plan_micro_batches([], 100, 3, "shared") == [[[]], [[]], [[]]]
 
 
 @pytest.mark.parametrize(("n", "batch"), [(0, 4), (4, 0)])
@@ -103,4 +132,4 @@ def test_impossible_numbers_are_refused(n, batch):
     with pytest.raises(ValueError, match="at least 1"):
         global_batch(n, batch, 0, 0)
     with pytest.raises(ValueError, match="positive"):
-        plan_micro_batches([1], 0, 1)
+        plan_micro_batches([1], 0, 1, "shared")

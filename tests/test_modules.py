@@ -15,15 +15,18 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from tiny import save_tiny, tiny_causal_lm, tiny_classifier, tiny_config, tiny_tokenizer
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm import packed
 from cwpo_dist.lm.loading import ModelError, load_annotator_base, load_policy, save
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 
 EOS, PAD = 1, 2
+SDPA_LAYOUTS = ("shared", "plain")
 SHARING = ("llama", "qwen2", "mistral", "opt", "gpt2", "gpt_neox")
 
 
@@ -75,15 +78,15 @@ def coefficients(count: int) -> torch.Tensor:
     return torch.linspace(0.5, -1.5, count)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", packed.NAME])
 @pytest.mark.parametrize("arch", SHARING)
-def test_shared_rows_equal_stock_plain_rows(arch, attention):
+def test_all_layouts_equal_stock_plain_rows(arch, attention):
     model = tiny_causal_lm(arch, attn_implementation=attention)
     module, rows = AnswerLogProbs(model), random_rows()
     expected = stock_logps(model, rows)
     weights = coefficients(len(expected))
     expected_gradient = flat_gradient(model, (weights * expected).sum())
-    for layout in ("shared", "plain"):
+    for layout in ("packed", "shared", "plain") if attention == packed.NAME else SDPA_LAYOUTS:
         found = module.token_logps(collate(rows, layout, PAD))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert_same_gradient(flat_gradient(model, (weights * found).sum()), expected_gradient)
@@ -112,10 +115,41 @@ def test_a_leaky_mask_or_position_misses_by_far(arch, attention):
         assert error(replace(batch, position_ids=running_on)) > 100 * right
 
 
-@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_packed_rows_leak_nothing_and_flex_attention_agrees(attention):
+    """A dense causal mask over all rows misses by far; FlexAttention's block mask does not.
+
+    On CPU both run uncompiled, which is what can be shown without a GPU.
+    """
+    rows = random_rows()
+    batch = collate(rows, "packed", PAD)
+    size = batch.useful_tokens
+    causal = torch.ones(size, size, dtype=torch.bool).tril()[None, None]
+    mask_mod = packed.packed_mask_mod(batch.attention_mask[0, 0])
+    model = tiny_causal_lm("llama", attn_implementation=attention)
+    with torch.no_grad():
+        expected = stock_logps(tiny_causal_lm("llama"), rows)
+        if attention == "flex_attention":
+            mask = create_block_mask(mask_mod, 1, None, size, size, device="cpu")
+            hidden = model.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=mask,
+                use_cache=False,
+            ).last_hidden_state
+            found = AnswerLogProbs(model).head(hidden[0][batch.source], batch.target)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        else:
+            leaky = replace(batch, attention_mask=causal, layout="shared")
+            found = AnswerLogProbs(model).token_logps(leaky)
+            assert (found - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared", "plain"])
 @pytest.mark.parametrize("n_answers", [1, 2])
 def test_log_probs_are_summed_per_answer(n_answers, layout):
-    model, rows = tiny_causal_lm("llama"), random_rows(n_answers=n_answers)
+    model = tiny_causal_lm("llama", attn_implementation=packed.NAME)
+    rows = random_rows(n_answers=n_answers)
     with torch.no_grad():
         tokens = stock_logps(model, rows)
         counts = [len(answer) for row in rows for answer in row.answers]
@@ -274,8 +308,10 @@ def test_scores_equal_a_stock_classifier_reloaded_from_its_folder(arch, tmp_path
     plain = collate(rows, "plain", pad)
     with torch.no_grad():
         expected = stock(plain.input_ids, attention_mask=plain.attention_mask).logits[:, 0]
-        layouts = ("plain",) if arch == "bloom" else ("plain", "shared")
+        layouts = ("plain",) if arch == "bloom" else ("plain", "shared", "packed")
         for model in (annotator, stock):
+            if arch != "bloom":
+                model.set_attn_implementation(packed.NAME)
             for layout in layouts:
                 found = AnswerScores(model)(collate(rows, layout, pad))
                 assert found.shape == (len(rows), 2)
@@ -301,8 +337,10 @@ def test_gradients_of_scores_equal_the_stock_classifiers():
     stock = model(plain.input_ids, attention_mask=plain.attention_mask).logits[:, 0]
     weights = coefficients(len(stock))
     expected = flat_gradient(model, (weights * stock).sum())
-    scores = AnswerScores(model)(collate(rows, "shared", PAD)).flatten()
-    assert_same_gradient(flat_gradient(model, (weights * scores).sum()), expected)
+    model.set_attn_implementation(packed.NAME)
+    for layout in ("packed", "shared"):
+        scores = AnswerScores(model)(collate(rows, layout, PAD)).flatten()
+        assert_same_gradient(flat_gradient(model, (weights * scores).sum()), expected)
 
 
 @pytest.mark.parametrize("arch", ["bert", "deberta-v2"])
@@ -366,5 +404,8 @@ def test_smollm2_on_human_preferences(smollm2, cwpo_data):
     with torch.no_grad():
         expected = stock_logps(model, rows)
         torch.testing.assert_close(module.token_logps(batch), expected, rtol=0, atol=1e-4)
+        model.set_attn_implementation(packed.NAME)
+        found = module.token_logps(collate(rows, "packed", 0))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         leaky = module.token_logps(replace(batch, attention_mask=causal))
     assert (leaky - expected).abs().max() > 1

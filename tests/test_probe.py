@@ -10,18 +10,21 @@ from tiny import tiny_causal_lm, tiny_classifier
 
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.packed import packed_attention
 from cwpo_dist.lm.probe import choose_layout
+
+ONE_ROW = torch.tensor([[[[1, 1]]]])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "mistral", "opt", "gpt2", "gpt_neox"])
-def test_shared_where_it_is_proved(arch, attention):
+def test_packed_or_shared_where_it_is_proved(arch, attention):
     for module in (
         AnswerLogProbs(tiny_causal_lm(arch, attn_implementation=attention)),
         AnswerScores(tiny_classifier(arch, attn_implementation=attention)),
     ):
         choice = choose_layout(module, longest=512)
-        assert choice.layout == "shared"
+        assert choice.layout == {"sdpa": "packed", "eager": "shared"}[attention]
         assert choice.max_difference is not None
         assert choice.max_difference < 1e-5
 
@@ -42,7 +45,7 @@ def test_alibi_falls_back_and_says_so_once(caplog):
 
 def test_a_sliding_window_counts_only_where_it_is_shorter_than_rows():
     module = AnswerLogProbs(tiny_causal_lm("mistral", sliding_window=64))
-    assert choose_layout(module, longest=64).layout == "shared"
+    assert choose_layout(module, longest=64).layout == "packed"
     choice = choose_layout(module, longest=65)
     assert choice.layout == "plain"
     assert "sliding window of 64 is shorter than rows of 65" in choice.reason
@@ -87,7 +90,22 @@ def test_a_model_that_refuses_the_mask_takes_plain_rows():
     model.model.register_forward_pre_hook(refuse, with_kwargs=True)
     choice = choose_layout(AnswerLogProbs(model), longest=64)
     assert choice.layout == "plain"
-    assert "refuses a 4-D mask with position ids: mask must have two" in choice.reason
+    assert "refuses shared rows: mask must have two" in choice.reason
+
+
+def test_attention_that_packed_rows_do_not_know_takes_shared_rows():
+    """Some models cap their attention scores, for one, which packed rows would leave out."""
+    with pytest.raises(ValueError, match="softcap"):
+        packed_attention(torch.nn.Identity(), *[torch.ones(1, 2, 2, 4)] * 3, ONE_ROW, softcap=50.0)
+    model = tiny_causal_lm("llama", attn_implementation="sdpa")
+
+    def refuse(_module, _args, kwargs):
+        if kwargs["attention_mask"].dtype == torch.int64 and kwargs["attention_mask"].ndim == 4:
+            raise ValueError("packed rows know no softcap")
+
+    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    assert choose_layout(AnswerLogProbs(model), longest=64).layout == "shared"
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_logits_that_are_not_the_heads_are_refused():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
+from cwpo_dist.lm.packed import packed_mask_mod
 from cwpo_dist.lm.rows import PAD, Row, collate, mask_allows, planned_length, shared_mask
 
 PAD_ID = 99
@@ -54,6 +55,32 @@ def test_shared_token_sees_exactly_its_own_conversation(rows):
 
 @given(rows)
 @settings(max_examples=60, deadline=None)
+def test_packed_rows_are_shared_rows_without_their_pads(rows):
+    packed, shared = collate(rows, "packed", PAD_ID), collate(rows, "shared", PAD_ID)
+    real = (shared.input_ids != PAD_ID).flatten()
+    assert torch.equal(packed.input_ids[0], shared.input_ids.flatten()[real])
+    assert torch.equal(packed.position_ids[0], shared.position_ids.flatten()[real])
+    new_index = real.cumsum(0) - 1  # of a token, once pads are gone
+    for name in ("source", "last"):
+        assert torch.equal(getattr(packed, name), new_index[getattr(shared, name)])
+    assert torch.equal(packed.target, shared.target)
+    assert torch.equal(packed.answer, shared.answer)
+
+
+@given(rows)
+@settings(max_examples=30, deadline=None)
+def test_packed_block_mask_is_the_shared_masks_side_by_side(rows):
+    """The `mask_mod` that FlexAttention takes on CUDA, made dense on CPU."""
+    batch = collate(rows, "packed", PAD_ID)
+    masks = [collate([row], "shared", PAD_ID).attention_mask[0, 0] for row in rows]
+    size = batch.useful_tokens
+    mask_mod = packed_mask_mod(batch.attention_mask[0, 0])
+    dense = create_mask(mask_mod, B=1, H=None, Q_LEN=size, KV_LEN=size, device="cpu")
+    assert torch.equal(dense[0, 0], torch.block_diag(*masks).bool())
+
+
+@given(rows)
+@settings(max_examples=60, deadline=None)
 def test_plain_rows_are_stock_right_padded_batches(rows):
     batch = collate(rows, "plain", PAD_ID)
     conversations = [[*row.prompt, *answer] for row in rows for answer in row.answers]
@@ -68,12 +95,14 @@ def test_plain_rows_are_stock_right_padded_batches(rows):
     assert torch.equal(batch.input_ids.flatten()[batch.source + 1], batch.target)
 
 
-@given(rows, st.sampled_from(["shared", "plain"]))
+@given(rows, st.sampled_from(["packed", "shared", "plain"]))
 @settings(max_examples=40, deadline=None)
 def test_token_counts_and_planned_lengths_are_those_of_the_batch(rows, layout):
     batch = collate(rows, layout, PAD_ID)
     assert batch.padded_tokens == batch.input_ids.numel()
-    assert batch.padded_tokens == len(rows) * max(planned_length(row, layout) for row in rows)
+    lengths = [planned_length(row, layout) for row in rows]
+    padded = sum(lengths) if layout == "packed" else len(rows) * max(lengths)
+    assert batch.padded_tokens == padded
     assert batch.useful_tokens == (batch.input_ids != PAD_ID).sum()
     assert (batch.n_rows, batch.n_answers) == (len(rows), len(rows[0].answers))
     assert batch.last.shape == (batch.n_rows * batch.n_answers,)

@@ -70,7 +70,7 @@ def test_weights_after_20_sgd_steps(
 def test_shards_and_layout(case: Case, got: dict[str, Tensor]) -> None:
     """ZeRO-3 holds shards alone, and its layout is proved on them as on a whole model."""
     assert (int(got["sharded"]) > 0) == (case.stage == 3)
-    assert bool(got["shared"])
+    assert bool(got["packed"])
 
 
 def test_budgets_split_as_meant() -> None:
@@ -79,7 +79,7 @@ def test_budgets_split_as_meant() -> None:
 
     rows = zero_ranks.make_rows()
     lengths = [rows[i].n_tokens for i in zero_ranks.first_batch()]
-    plans = [plan_micro_batches(lengths, budget, 2) for budget in BUDGETS]
+    plans = [plan_micro_batches(lengths, budget, 2, "packed") for budget in BUDGETS]
     micro_steps = [len(plan[0]) for plan in plans]
     assert micro_steps[0] == 1
     assert len(set(micro_steps)) == len(BUDGETS)

@@ -32,7 +32,7 @@ from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
-from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.rows import Layout, Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
@@ -154,11 +154,11 @@ def make_module(case: Case, folder: Path) -> nn.Module:
     return module.train()
 
 
-def make_run(case: Case, budget: int | None = None) -> Run:
+def make_run(case: Case, budget: int | None = None, layout: Layout = "shared") -> Run:
     config = case.config()
     if budget is not None:
         config = config.model_copy(update={"max_tokens_per_micro_batch": budget})
-    return Run(config, SEED, "shared", 2)
+    return Run(config, SEED, layout, 2)
 
 
 def oracle(case: Case, folder: Path) -> TorchEngine:
@@ -210,15 +210,15 @@ def exactness(case: Case, folder: Path) -> None:
         engine.module.head.chunk_size = 7  # many chunks, one gather
     layout = choose_layout(engine.module, longest=64).layout  # as a worker does, engine first
     empty = sum(p.numel() == 0 for p in engine.module.parameters())
-    results = {"shared": torch.tensor([layout == "shared"]), "sharded": torch.tensor([empty])}
+    results = {"packed": torch.tensor([layout == "packed"]), "sharded": torch.tensor([empty])}
     for budget in BUDGETS:
-        result = gradients(task, engine, make_run(case, budget), 0, first_batch())
+        result = gradients(task, engine, make_run(case, budget, layout), 0, first_batch())
         for name, gradient in full_gradients(engine).items():
             results[f"gradient.{budget}.{name}"] = gradient
         results[f"loss.{budget}"] = torch.tensor([result.loss], dtype=torch.float64)
         norm = engine.step(0.0)
         results[f"norm.{budget}"] = torch.tensor([norm], dtype=torch.float64)
-    train(task, engine, make_run(case), Hooks())
+    train(task, engine, make_run(case, layout=layout), Hooks())
     results |= {f"weight.{name}": value for name, value in weights_of(engine).items()}
     write(folder, f"{case.name}.{dist.get_world_size()}", results)
     engine.close()

@@ -6,11 +6,14 @@ is split into micro-batches.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cwpo_dist.lm.rows import Layout
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -43,18 +46,24 @@ def global_batch(n: int, batch: int, seed: int, step: int) -> tuple[int, NDArray
 
 
 def plan_micro_batches(
-    lengths: Sequence[int] | NDArray[np.integer], max_tokens: int, world_size: int
+    lengths: Sequence[int] | NDArray[np.integer],
+    max_tokens: int,
+    world_size: int,
+    layout: Layout,
 ) -> list[list[list[int]]]:
-    """Splits one global batch over ranks and micro-steps by a budget of padded tokens.
+    """Splits one global batch over ranks and micro-steps by a budget of tokens, pads included.
 
-    Rows of like length share a micro-batch, and micro-batches of like cost share a micro-step, as
-    all ranks wait for the slowest in each. The longest come first, so that what does not fit in
-    memory fails at once.
+    Micro-batches of like cost share a micro-step, as all ranks wait for the slowest in each. Packed
+    rows have no pads: micro-batches are evened out by their tokens. Otherwise rows of like length
+    share a micro-batch. The costliest come first, so that what does not fit in memory fails at
+    once.
 
     Args:
         lengths: planned length of each row of the global batch.
-        max_tokens: bound on rows × longest row of a micro-batch; one row alone may exceed it.
+        max_tokens: bound on the tokens of a micro-batch: the sum of its rows, or rows × longest row
+            where they are padded; one row alone may exceed it.
         world_size: ranks.
+        layout: how the rows of a micro-batch are laid out.
 
     Returns:
         plan[rank][micro_step]: positions in `lengths`. All ranks have the same number (≥ 1) of
@@ -62,8 +71,11 @@ def plan_micro_batches(
     """
     if max_tokens < 1 or world_size < 1:
         raise ValueError(f"max_tokens {max_tokens}, world_size {world_size}: both must be positive")
-    micro_batches = _even_out(_fill(lengths, max_tokens), world_size)
-    micro_batches.sort(key=lambda rows: (-_cost(rows, lengths), rows))
+    if layout == "packed":
+        micro_batches, cost = _pack(lengths, max_tokens, world_size), _packed_tokens
+    else:
+        micro_batches, cost = _even_out(_fill(lengths, max_tokens), world_size), _padded_tokens
+    micro_batches.sort(key=lambda rows: (-cost(rows, lengths), rows))
     n_steps = max(1, -(-len(micro_batches) // world_size))
     micro_batches += [[]] * (n_steps * world_size - len(micro_batches))
     return [
@@ -100,5 +112,38 @@ def _even_out(micro_batches: list[list[int]], world_size: int) -> list[list[int]
     return micro_batches
 
 
-def _cost(rows: list[int], lengths: Sequence[int] | NDArray[np.integer]) -> int:
+def _pack(
+    lengths: Sequence[int] | NDArray[np.integer], max_tokens: int, world_size: int
+) -> list[list[int]]:
+    """The fewest equal micro-batches within the budget, as many on each rank where rows suffice."""
+    order = sorted(range(len(lengths)), key=lambda row: (-int(lengths[row]), row))
+    alone = [[row] for row in order if lengths[row] > max_tokens]
+    rest = order[len(alone) :]
+    count = -(-_packed_tokens(rest, lengths) // max_tokens)
+    while True:
+        count += -(len(alone) + count) % world_size
+        spread = _spread(rest, lengths, count)
+        if all(_packed_tokens(rows, lengths) <= max_tokens for rows in spread):
+            return alone + [rows for rows in spread if rows]
+        count += 1
+
+
+def _spread(
+    order: list[int], lengths: Sequence[int] | NDArray[np.integer], count: int
+) -> list[list[int]]:
+    """Each row, longest first, to the micro-batch with the fewest tokens so far (LPT)."""
+    loads = [(0, number) for number in range(count)]
+    spread: list[list[int]] = [[] for _ in range(count)]
+    for row in order if count else []:
+        load, number = loads[0]
+        spread[number].append(row)
+        heapq.heapreplace(loads, (load + int(lengths[row]), number))
+    return spread
+
+
+def _packed_tokens(rows: list[int], lengths: Sequence[int] | NDArray[np.integer]) -> int:
+    return sum(int(lengths[row]) for row in rows)
+
+
+def _padded_tokens(rows: list[int], lengths: Sequence[int] | NDArray[np.integer]) -> int:
     return len(rows) * max(int(lengths[row]) for row in rows)

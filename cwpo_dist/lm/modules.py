@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cwpo_dist.lm.loading import ModelError
+from cwpo_dist.lm.packed import packed_mask
 from cwpo_dist.lm.rows import RowBatch
 
 # Calling a module gives Any to the type checker: hence the four `no-any-return` below.
@@ -129,7 +130,7 @@ class AnswerScores(nn.Module):
         """One score an answer, fp32 [R, K].
 
         Raises:
-            ModelError: for shared rows where the classifier can only read plain ones.
+            ModelError: for other rows than plain ones where the classifier can read no others.
         """
         return self._scores(batch).float().view(batch.n_rows, batch.n_answers)
 
@@ -139,7 +140,7 @@ class AnswerScores(nn.Module):
             assert score is not None
             hidden_BLH = decode(decoder, batch)
             return score(hidden_BLH.flatten(0, 1)[batch.last])  # type: ignore[no-any-return]
-        if batch.layout == "shared":
+        if batch.layout != "plain":
             raise ModelError(
                 f"model: {type(unwrapped(self.model)).__name__} reads whole sequences; "
                 "collate its rows with layout 'plain'"
@@ -149,14 +150,15 @@ class AnswerScores(nn.Module):
 
 
 def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
-    """The last hidden states [B, L, H] of a Hugging Face decoder on either layout."""
+    """The last hidden states [B, L, H] of a Hugging Face decoder on any layout."""
     arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    if batch.layout != "plain":
+        arguments["position_ids"] = batch.position_ids
     if batch.layout == "shared":
         dtype = next(decoder.parameters()).dtype
-        arguments = {
-            "attention_mask": additive(batch.attention_mask, dtype),
-            "position_ids": batch.position_ids,
-        }
+        arguments["attention_mask"] = additive(batch.attention_mask, dtype)
+    if batch.layout == "packed":
+        arguments["attention_mask"] = packed_mask(batch.attention_mask, batch.useful_tokens)
     output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
     return output.last_hidden_state  # type: ignore[no-any-return]
 

@@ -1,7 +1,8 @@
-"""A model's module in, the layout of its rows out: shared prompts where they are proved exact.
+"""A model's module in, the layout of its rows out: packed or shared where it is proved exact.
 
 The proof is a probe: random rows through the stock decoder, laid out plainly, against the same rows
-laid out shared. What cannot be proved takes plain rows, and says why, once.
+packed, and where that fails against the same rows laid out shared. What cannot be proved takes
+plain rows, and says why, once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decode, unwrapped
+from cwpo_dist.lm.packed import attention_for
 from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class LayoutChoice:
     """How a model's rows are laid out, and what decided it.
 
     Attributes:
-        layout: 'shared' only where the probe proved it.
+        layout: 'packed' or 'shared' only where the probe proved it.
         reason: one sentence for logs and records.
         max_difference: the probe's largest relative error of a hidden state; None without a probe.
     """
@@ -45,7 +47,10 @@ class LayoutChoice:
 
 
 def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> LayoutChoice:
-    """Proves shared rows on this model and attention implementation, or falls back to plain ones.
+    """Proves packed or shared rows on this model, or falls back to plain ones.
+
+    A model that is to take packed rows is switched to the attention that knows them, which computes
+    all else as before.
 
     Args:
         module: on its device, before an engine wraps it.
@@ -94,27 +99,48 @@ def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str 
 
 
 def _probe(module: AnswerLogProbs | AnswerScores) -> LayoutChoice:
+    """The first layout, from the fastest on, that equals plain rows; else plain, and why."""
+    given = unwrapped(module.model).config._attn_implementation
+    packed = attention_for(next(module.parameters()).device)
+    if given in {"sdpa", packed}:
+        choice = _try(module, "packed", packed)
+        if choice.layout == "packed":
+            return choice
+        logger.debug("%s", choice.reason)
+    return _try(module, "shared", given)
+
+
+def _try(module: AnswerLogProbs | AnswerScores, layout: Layout, attention: str) -> LayoutChoice:
+    core = unwrapped(module.model)
+    try:
+        if core.config._attn_implementation != attention:
+            core.set_attn_implementation(attention)
+        return _compare(module, layout)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return LayoutChoice("plain", f"it refuses {layout} rows: {error}", None)
+
+
+def _compare(module: AnswerLogProbs | AnswerScores, layout: Layout) -> LayoutChoice:
+    """The layout when its hidden states equal those of plain rows, else plain."""
     decoder = unwrapped(module.model).base_model
     parameter = next(decoder.parameters())
     rows = probe_rows(_vocabulary(module.model))
-    batches = [collate(rows, layout, 0).to(parameter.device) for layout in ("plain", "shared")]
+    batches = [collate(rows, each, 0).to(parameter.device) for each in ("plain", layout)]
     was_training = module.training
     module.eval()
     try:
         with torch.no_grad():
-            plain_NH, shared_NH = (_answer_states(decoder, batch) for batch in batches)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return LayoutChoice("plain", f"it refuses a 4-D mask with position ids: {error}", None)
+            plain_NH, found_NH = (_answer_states(decoder, batch) for batch in batches)
     finally:
         module.train(was_training)
-    distance_N = (shared_NH - plain_NH).norm(dim=-1) / plain_NH.norm(dim=-1)
+    distance_N = (found_NH - plain_NH).norm(dim=-1) / plain_NH.norm(dim=-1)
     difference = float(distance_N.max())
     tolerance = _TOLERANCE[parameter.dtype]
     if not difference <= tolerance:  # also for NaN
-        reason = f"shared rows miss plain ones by {difference:.1e}, more than {tolerance:.0e}"
+        reason = f"{layout} rows miss plain ones by {difference:.1e}, more than {tolerance:.0e}"
         return LayoutChoice("plain", reason, difference)
-    reason = f"shared rows equal plain ones on a probe (largest relative error {difference:.1e})"
-    return LayoutChoice("shared", reason, difference)
+    reason = f"{layout} rows equal plain ones on a probe (largest relative error {difference:.1e})"
+    return LayoutChoice(layout, reason, difference)
 
 
 def _answer_states(decoder: nn.Module, batch: RowBatch) -> Tensor:
@@ -151,5 +177,5 @@ def _vocabulary(model: nn.Module) -> int:
 @cache
 def _tell(name: str, choice: LayoutChoice) -> None:
     """Once a process and model."""
-    level = logging.INFO if choice.layout == "shared" else logging.WARNING
+    level = logging.WARNING if choice.layout == "plain" else logging.INFO
     logger.log(level, "%s: %s rows, as %s", name, choice.layout, choice.reason)

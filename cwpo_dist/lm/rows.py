@@ -1,22 +1,24 @@
-"""Rows of token ids in, one padded batch of tensors out, with shared prompts or plain.
+"""Rows of token ids in, one batch of tensors out: packed, with shared prompts, or plain.
 
 A pair is one row: the prompt once, then both answers. Positions of each answer continue from the
 prompt, and an answer sees the prompt and itself, so that a stock model given this batch's mask and
-positions computes exactly what it computes on two plain rows.
+positions computes exactly what it computes on two plain rows. Packed rows lie end to end in one
+sequence without pads; shared rows are a sequence each under a dense mask; plain ones a sequence an
+answer.
 
 Shapes: B sequences, L padded length, R rows, K answers a row, N answer tokens of the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-Layout = Literal["shared", "plain"]
+Layout = Literal["packed", "shared", "plain"]
 
 PROMPT = 0  # segment of prompt tokens; answer k has segment k + 1
 PAD = -1
@@ -36,7 +38,7 @@ class Row:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the shared layout: the prompt once and all answers."""
+        """Tokens of a row that is not plain: the prompt once and all answers."""
         return len(self.prompt) + sum(len(answer) for answer in self.answers)
 
     @property
@@ -52,7 +54,8 @@ class RowBatch:
     Attributes:
         input_ids: [B, L] token ids.
         position_ids: [B, L] positions; each answer's continue from its prompt.
-        attention_mask: bool [B, 1, L, L], True where a query (dim 2) sees a key (dim 3), for layout
+        attention_mask: int64 [1, 1, R, 1 + K], tokens of each row's prompt and answers, for layout
+            'packed'; bool [B, 1, L, L], True where a query (dim 2) sees a key (dim 3), for
             'shared'; int64 [B, L], 1 on tokens and 0 on pads, for 'plain'.
         source: [N] flat index (sequence × L + position) of the hidden state that predicts a token.
         target: [N] the predicted answer tokens.
@@ -99,43 +102,38 @@ class _Sequence:
 def planned_length(row: Row, layout: Layout) -> int:
     """The length by which a micro-batch planner counts a row.
 
-    Rows × the longest planned length is the padded size of a batch: in the plain layout a row of
-    two answers is two sequences.
+    The sum of planned lengths is the size of a packed batch. Rows × the longest planned length is
+    the padded size of any other: in the plain layout a row of two answers is two sequences.
     """
-    return row.n_tokens if layout == "shared" else len(row.answers) * row.n_longest
+    return len(row.answers) * row.n_longest if layout == "plain" else row.n_tokens
 
 
 def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
-    """Lays rows out as one right-padded batch.
+    """Lays rows out as one batch, right-padded unless it is packed.
 
     Args:
         rows: at least one; all with the same number of answers.
-        layout: 'shared', one sequence a row, or 'plain', one sequence an answer.
+        layout: 'packed', one sequence in all; 'shared', one a row; or 'plain', one an answer.
         pad_id: fills the tail of shorter sequences; no token sees it.
 
     Raises:
         ValueError: for no rows, rows with unequal numbers of answers, an empty prompt or answer.
     """
     _check(rows)
-    n_answers = len(rows[0].answers)
-    lay_out = _shared if layout == "shared" else _plain
-    sequences = [sequence for row in rows for sequence in lay_out(row)]
+    sequences = _LAYOUTS[layout](rows)
     length = max(len(sequence.tokens) for sequence in sequences)
-    segment_BL = _padded([sequence.segments for sequence in sequences], length, PAD)
     spans = _answer_spans(rows, layout, length)
     return RowBatch(
         input_ids=_padded([sequence.tokens for sequence in sequences], length, pad_id),
         position_ids=_padded([sequence.positions for sequence in sequences], length, 0),
-        attention_mask=shared_mask(segment_BL)
-        if layout == "shared"
-        else (segment_BL != PAD).long(),
+        attention_mask=_attention_mask(rows, layout, sequences, length),
         source=torch.tensor([index for before, span in spans for index in (before, *span[:-1])]),
         target=torch.tensor([token for row in rows for answer in row.answers for token in answer]),
         answer=torch.tensor([a for a, (_, span) in enumerate(spans) for _ in span]),
         last=torch.tensor([span[-1] for _, span in spans]),
         layout=layout,
         n_rows=len(rows),
-        n_answers=n_answers,
+        n_answers=len(rows[0].answers),
         useful_tokens=sum(len(sequence.tokens) for sequence in sequences),
         padded_tokens=len(sequences) * length,
     )
@@ -179,25 +177,57 @@ def _check(rows: Sequence[Row]) -> None:
             raise ValueError(f"rows[{number}]: empty prompt or answer; set such rows aside")
 
 
-def _shared(row: Row) -> list[_Sequence]:
+def _attention_mask(
+    rows: Sequence[Row], layout: Layout, sequences: Sequence[_Sequence], length: int
+) -> Tensor:
+    if layout == "packed":
+        return torch.tensor([[[[len(row.prompt), *map(len, row.answers)] for row in rows]]])
+    segment_BL = _padded([sequence.segments for sequence in sequences], length, PAD)
+    return shared_mask(segment_BL) if layout == "shared" else (segment_BL != PAD).long()
+
+
+def _packed(rows: Sequence[Row]) -> list[_Sequence]:
+    shared = _shared(rows)
+    return [
+        _Sequence(
+            tokens=[token for sequence in shared for token in sequence.tokens],
+            segments=[segment for sequence in shared for segment in sequence.segments],
+            positions=[position for sequence in shared for position in sequence.positions],
+        )
+    ]
+
+
+def _shared(rows: Sequence[Row]) -> list[_Sequence]:
+    return [_shared_row(row) for row in rows]
+
+
+def _shared_row(row: Row) -> _Sequence:
     start = len(row.prompt)
     tokens, segments, positions = list(row.prompt), [PROMPT] * start, list(range(start))
     for k, answer in enumerate(row.answers):
         tokens += answer
         segments += [k + 1] * len(answer)
         positions += range(start, start + len(answer))
-    return [_Sequence(tokens, segments, positions)]
+    return _Sequence(tokens, segments, positions)
 
 
-def _plain(row: Row) -> list[_Sequence]:
+def _plain(rows: Sequence[Row]) -> list[_Sequence]:
     return [
         _Sequence(
             tokens=[*row.prompt, *answer],
             segments=[PROMPT] * len(row.prompt) + [1] * len(answer),
             positions=list(range(len(row.prompt) + len(answer))),
         )
+        for row in rows
         for answer in row.answers
     ]
+
+
+_LAYOUTS: dict[Layout, Callable[[Sequence[Row]], list[_Sequence]]] = {
+    "packed": _packed,
+    "shared": _shared,
+    "plain": _plain,
+}
 
 
 def _padded(values: list[list[int]], length: int, fill: int) -> Tensor:
@@ -207,11 +237,14 @@ def _padded(values: list[list[int]], length: int, fill: int) -> Tensor:
 def _answer_spans(rows: Sequence[Row], layout: Layout, length: int) -> list[tuple[int, range]]:
     """For each answer: the flat index of the prompt's last token, and those of its own tokens."""
     spans = []
-    for r, row in enumerate(rows):
+    start = 0  # flat index of the row's first token
+    for row in rows:
         written = 0  # tokens of earlier answers in the same sequence
         for k, answer in enumerate(row.answers):
-            sequence = r if layout == "shared" else r * len(row.answers) + k
-            base = sequence * length + len(row.prompt)
-            spans.append((base - 1, range(base + written, base + written + len(answer))))
-            written += len(answer) if layout == "shared" else 0
+            base = start + len(row.prompt) + (k * length if layout == "plain" else written)
+            before = base - 1 if layout == "plain" else start + len(row.prompt) - 1
+            spans.append((before, range(base, base + len(answer))))
+            written += len(answer)
+        sequences = len(row.answers) if layout == "plain" else 1
+        start += row.n_tokens if layout == "packed" else sequences * length
     return spans

@@ -28,7 +28,7 @@ class RowForward:
         """Values [len(rows), answers] in the order of the rows."""
         lengths = [planned_length(row, self.layout) for row in rows]
         values: list[list[float]] = [[] for _ in rows]
-        for micro in plan_micro_batches(lengths, self.max_tokens, 1)[0]:
+        for micro in plan_micro_batches(lengths, self.max_tokens, 1, self.layout)[0]:
             if not micro:
                 continue
             batch = collate([rows[i] for i in micro], self.layout, self.pad_id)

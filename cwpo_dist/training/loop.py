@@ -245,7 +245,7 @@ def _micro_batches(
     rows = [task.rows[i] for i in indices]
     lengths = [planned_length(row, run.layout) for row in rows]
     budget = run.config.max_tokens_per_micro_batch
-    plan = plan_micro_batches(lengths, budget, engine.world_size)[engine.rank]
+    plan = plan_micro_batches(lengths, budget, engine.world_size, run.layout)[engine.rank]
     shortest = min(range(len(rows)), key=lengths.__getitem__)
     for number, positions in enumerate(plan):
         filled = positions or [shortest]
