@@ -52,6 +52,7 @@ lint: $(STAMP)  ## style, formatting, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
 
 format: $(STAMP)  ## rewrite files to the house style

@@ -1,0 +1,401 @@
+"""How fast pairs are scored: our forward pass against the stock loop, Ray around it against none.
+
+Usage: python benchmarks/annotate.py [--part forward|pipeline|scale|all] [--help]
+
+forward: one process, one thread, fp32. Our packed rows against the stock Hugging Face loop (right-
+    padded batches of 16 sequences) on the same token ids, interleaved, in arrival order and sorted
+    by length.
+pipeline: two Ray Data actors against two bare processes, each scoring the same shards from Parquet
+    to Parquet; interleaved. Start-up is apart: a process's clock starts with its first shard.
+scale: a scorer that only reads lengths, at 20,000 and at 1,000,000 synthetic rows: what Ray costs a
+    row, and peak memory.
+
+The last line is one JSON object with all figures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided before torch
+
+import measure
+import numpy as np
+import pyarrow as pa
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from cwpo_dist.config import ModelConfig, PoolConfig
+from cwpo_dist.lm.flops import useful_flops
+from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model, save
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.pairs.records import SCORE_SCHEMA
+from cwpo_dist.scoring.forward import RowForward
+from cwpo_dist.scoring.pipeline import ShardJob, ShardOutput, commit, run_shards
+from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
+from cwpo_dist.storage import Store
+
+STOCK_BATCH = 16  # sequences
+SMALL, LARGE = 20_000, 1_000_000  # rows of the scale part
+ROWS_PER_SHARD = 1024
+
+Scorer = Literal["reward", "reference"]
+
+
+def stock_scores(model: Any, sequences: Sequence[list[int]], pad_id: int) -> list[float]:
+    """The loop of a model card: pad, forward, read the logit."""
+    values: list[float] = []
+    for start in range(0, len(sequences), STOCK_BATCH):
+        ids, mask = _padded(sequences[start : start + STOCK_BATCH], pad_id)
+        values += model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
+    return values
+
+
+def stock_logps(
+    model: Any, sequences: Sequence[list[int]], prompts: Sequence[int], pad_id: int
+) -> list[float]:
+    """Summed answer log-probs from logits of every position, as TRL computes a reference."""
+    values: list[float] = []
+    for start in range(0, len(sequences), STOCK_BATCH):
+        batch, lengths = sequences[start:][:STOCK_BATCH], prompts[start:][:STOCK_BATCH]
+        ids, mask = _padded(batch, pad_id)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        logps = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[:, :, 0]
+        answer = torch.arange(1, ids.shape[1])[None] >= torch.tensor(lengths)[:, None]
+        values += (logps * (answer & mask[:, 1:].bool())).sum(1).tolist()
+    return values
+
+
+def _padded(sequences: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(map(len, sequences))
+    ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in sequences])
+    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences])
+    return ids, mask
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The same pairs for both sides."""
+
+    ours: RowForward
+    rows: list[Row]
+    stock: Callable[[Sequence[list[int]], Sequence[int]], list[float]]
+
+    def run_ours(self) -> list[float]:
+        """All values, answer by answer, in the order of the rows."""
+        return [value for pair in self.ours(self.rows) for value in pair]
+
+    def run_stock(self, by_length: bool) -> list[float]:
+        """The same by the stock loop, which is given its batches in another order."""
+        sequences = [row.prompt + answer for row in self.rows for answer in row.answers]
+        prompts = [len(row.prompt) for row in self.rows for _ in row.answers]
+        order = list(range(len(sequences)))
+        if by_length:
+            order.sort(key=lambda i: -len(sequences[i]))
+        found = self.stock([sequences[i] for i in order], [prompts[i] for i in order])
+        values = [0.0] * len(order)
+        for i, value in zip(order, found, strict=True):
+            values[i] = value
+        return values
+
+
+def annotator_folder(folder: Path, base: Path, layers: int) -> ModelConfig:
+    """The base's first layers under a fresh scalar head, saved as `fit` saves an annotator."""
+    settings = ModelConfig(model_name_or_path=str(base), num_hidden_layers=layers, max_length=1024)
+    tokenizer = load_tokenizer(settings, distinct_pad=True)
+    save(load_annotator_base(settings, tokenizer, seed=0), tokenizer, folder)
+    return settings.model_copy(
+        update={"model_name_or_path": str(folder), "num_hidden_layers": None}
+    )
+
+
+def peers(scorer: Scorer, model: ModelConfig, pairs: Store, shards: int, tokens: int) -> Peers:
+    """Both sides, loaded, and the pairs' token ids."""
+    tokenizer = load_tokenizer(model)
+    encoder = Encoder(tokenizer, model.chat_template)
+    rows = measure.encoded(pairs, shards, encoder, model)
+    pad = tokenizer.pad_token_id
+    if scorer == "reward":
+        module: Any = AnswerScores(load_reward_model(model))
+        name = model.model_name_or_path
+        stock = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
+        loop = lambda ids, _prompts: stock_scores(stock.eval(), ids, pad)  # noqa: E731
+    else:
+        module = AnswerLogProbs(load_policy(model))
+        stock = AutoModelForCausalLM.from_pretrained(
+            model.model_name_or_path, num_hidden_layers=model.num_hidden_layers, dtype=torch.float32
+        )
+        loop = lambda ids, prompts: stock_logps(stock.eval(), ids, prompts, pad)  # noqa: E731
+    return Peers(RowForward(module, pad, model.max_length, tokens), rows, loop)
+
+
+def timed(run: Callable[[], list[float]]) -> tuple[float, list[float]]:
+    """Seconds and values."""
+    started = time.perf_counter()
+    with torch.inference_mode():
+        values = run()
+    return time.perf_counter() - started, values
+
+
+def forward_part(both: Peers, repeats: int) -> dict[str, Any]:
+    """Medians over interleaved repeats."""
+    seconds: dict[str, list[float]] = {"ours": [], "arrival": [], "sorted": []}
+    rate = difference = 0.0
+    both.ours(both.rows[:8])  # warm: the first call allocates
+    for _ in range(repeats):
+        rate = max(rate, measure.matmul_rate())
+        elapsed, values = timed(both.run_ours)
+        seconds["ours"].append(elapsed)
+        for order in ("arrival", "sorted"):
+            elapsed, stock = timed(partial(both.run_stock, order == "sorted"))
+            seconds[order].append(elapsed)
+            difference = max(difference, float(np.abs(np.subtract(values, stock)).max()))
+    took = {name: statistics.median(each) for name, each in seconds.items()}
+    flops = useful_flops(both.ours.module).forward(both.rows) / took["ours"]
+    rate = max(rate, measure.matmul_rate())
+    pairs = len(both.rows)
+    return {
+        "pairs": pairs,
+        "tokens": sum(row.n_tokens for row in both.rows),
+        "layout": both.ours.layout,
+        "ours_pairs_s": pairs / took["ours"],
+        "stock_arrival_pairs_s": pairs / took["arrival"],
+        "stock_sorted_pairs_s": pairs / took["sorted"],
+        "ratio_arrival": took["arrival"] / took["ours"],
+        "ratio_sorted": took["sorted"] / took["ours"],
+        "matmul_gflop_s": rate / 1e9,
+        "useful_gflop_s": flops / 1e9,
+        "useful_flops_share": flops / rate,
+        "max_score_diff": difference,
+    }
+
+
+class Clocked:
+    """A worker that notes when each of its shards began and ended, in a file of its own."""
+
+    def __init__(self, make_worker: Callable[[], Any], notes: Path) -> None:
+        """Builds the worker; `notes` is a folder that all processes share."""
+        torch.set_num_threads(1)
+        self.worker, self.notes = make_worker(), notes / f"{os.getpid()}.jsonl"
+
+    def __call__(self, index: int) -> ShardOutput:
+        """The worker's output, timed by the wall clock that all processes share."""
+        started = time.time()
+        output: ShardOutput = self.worker(index)
+        with self.notes.open("a") as file:
+            note = {"start": started, "end": time.time(), "rows": output.rows.num_rows}
+            file.write(json.dumps(note) + "\n")
+        return output
+
+
+def rate_of(notes: Path, shared_end: bool) -> float:
+    """Rows a second of all processes together, each from its own first shard on.
+
+    Args:
+        notes: what `Clocked` left.
+        shared_end: count every process up to the end of the last one: a tail then costs.
+    """
+    clocks = [list(map(json.loads, path.read_text().splitlines())) for path in notes.iterdir()]
+    ends = [max(note["end"] for note in clock) for clock in clocks]
+    total = 0.0
+    for clock, own_end in zip(clocks, ends, strict=True):
+        end = max(ends) if shared_end else own_end
+        start = min(note["start"] for note in clock)
+        total += sum(note["rows"] for note in clock) / (end - start)
+    return total
+
+
+def bare(job: ShardJob, numbers: Sequence[int], ready: Any) -> None:
+    """What an actor does, without Ray: some shards, one after another."""
+    worker = job.make_worker()
+    ready.wait()
+    for index in numbers:
+        commit(job, index, worker(index))
+
+
+def run_bare(job: ShardJob) -> None:
+    """Two processes, every other shard each, that start together."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(2)
+    processes = [
+        context.Process(target=bare, args=(job, range(first, job.shards, 2), ready))
+        for first in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def pipeline_part(
+    pairs: Store, shards: int, model: ModelConfig, tokens: int, rounds: int, scratch: Path
+) -> dict[str, Any]:
+    """Interleaved rounds of bare processes and Ray actors over the same shards."""
+    rates: dict[str, list[float]] = {"bare": [], "ray": []}
+    make = partial(RewardWorker, PairsIn(pairs), model, "bench", tokens)
+    for number in range(rounds):
+        for name in ("bare", "ray"):
+            notes = scratch / f"{name}-{number}-notes"
+            notes.mkdir()
+            output = Store(str(scratch / f"{name}-{number}"))
+            job = ShardJob("scores", output, shards, partial(Clocked, make, notes))
+            if name == "bare":
+                run_bare(job)
+            else:
+                with_ray(partial(run_shards, job, PoolConfig(num_actors=2)))
+            rates[name].append(rate_of(notes, shared_end=name == "ray"))
+            print(f"  round {number + 1}: {name} {rates[name][-1]:.2f} pairs/s", flush=True)
+    shares = [ray / bare for ray, bare in zip(rates["ray"], rates["bare"], strict=True)]
+    return {
+        "shards": shards,
+        "bare_pairs_s": statistics.median(rates["bare"]),
+        "ray_pairs_s": statistics.median(rates["ray"]),
+        "ray_efficiency": statistics.median(shares),
+        "ray_efficiency_rounds": [round(share, 3) for share in shares],
+    }
+
+
+class LengthWorker:
+    """Scores an answer by its length: all that is left is what the pipeline costs."""
+
+    def __init__(self, pairs: Store) -> None:
+        """Reads from the folder `pairs`."""
+        self.pairs = pairs
+
+    def __call__(self, index: int) -> ShardOutput:
+        """The lengths of both answers of each pair."""
+        table = self.pairs.read_table(f"pairs/part-{index:05d}.parquet")
+        lengths = [
+            pa.compute.utf8_length(table[name]).cast(pa.float64())
+            for name in ("response_a", "response_b")
+        ]
+        names = pa.array(["length"] * table.num_rows)
+        rows = pa.table([table["pair_id"], names, *lengths], schema=SCORE_SCHEMA)
+        nothing = pa.table({"reason": pa.array([], pa.string())})
+        counts = {"rows_in": table.num_rows, "rows": table.num_rows, "rejects": 0}
+        return ShardOutput(rows, nothing, counts)
+
+
+def synthetic_pairs(store: Store, rows: int) -> int:
+    """Short made-up pairs in shards of 1024; returns how many shards."""
+    generator = np.random.default_rng(0)
+    words = np.array(
+        [
+            "the",
+            "of",
+            "and",
+            "to",
+            "in",
+            "is",
+            "you",
+            "that",
+            "it",
+            "he",
+            "was",
+            "for",
+            "on",
+            "are",
+            "as",
+            "with",
+        ]
+    )
+    shards = -(-rows // ROWS_PER_SHARD)
+    for shard in range(shards):
+        count = min(ROWS_PER_SHARD, rows - shard * ROWS_PER_SHARD)
+        text = [[" ".join(line) for line in generator.choice(words, (count, 12))] for _ in range(3)]
+        ids = [f"{shard:08x}{row:08x}" for row in range(count)]
+        columns = {"pair_id": ids, "prompt": text[0], "response_a": text[1], "response_b": text[2]}
+        store.create_table(f"pairs/part-{shard:05d}.parquet", pa.table(columns))
+    return shards
+
+
+def scale_part(scratch: Path) -> dict[str, Any]:
+    """Microseconds a row and peak memory at both sizes."""
+    figures: dict[str, Any] = {}
+    for name, rows in (("small", SMALL), ("large", LARGE)):
+        pairs = Store(str(scratch / f"{name}-pairs"))
+        shards = synthetic_pairs(pairs, rows)
+        notes = scratch / f"{name}-length-notes"
+        notes.mkdir()
+        make = partial(Clocked, partial(LengthWorker, pairs), notes)
+        job = ShardJob("scores", Store(str(scratch / f"{name}-lengths")), shards, make)
+        with measure.PeakMemory() as memory:
+            with_ray(partial(run_shards, job, PoolConfig(num_actors=2)))
+        figures[f"us_per_row_{name}"] = 1e6 / rate_of(notes, shared_end=True)
+        figures[f"peak_mib_{name}"] = memory.peak / 2**20
+        print(f"  {rows} rows: {figures}", flush=True)
+    figures["us_per_row_ratio"] = figures["us_per_row_large"] / figures["us_per_row_small"]
+    figures["peak_memory_ratio"] = figures["peak_mib_large"] / figures["peak_mib_small"]
+    return figures
+
+
+def with_ray(work: Callable[[], Any]) -> Any:
+    """Runs on a Ray of two CPUs that is started for it and ended, its start apart."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        return work()
+    finally:
+        ray.shutdown()
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="a Hugging Face folder of a causal LM")] = Path(
+        "runs/models/SmolLM2-135M-Instruct"
+    ),
+    layers: Annotated[int, typer.Option(help="keep its first layers")] = 4,
+    data: Annotated[
+        Literal["hh", "ukp", "demo"], typer.Option(help="hh and ukp: CWPO_DATA")
+    ] = "hh",
+    scorer: Annotated[Scorer, typer.Option(help="of the forward part")] = "reward",
+    pairs: Annotated[int, typer.Option(help="rows read")] = 160,
+    part: Annotated[Literal["forward", "pipeline", "scale", "all"], typer.Option()] = "all",
+    max_tokens: Annotated[int, typer.Option(help="of one forward pass")] = 2048,
+    repeats: Annotated[int, typer.Option(help="of the forward part")] = 3,
+    rounds: Annotated[int, typer.Option(help="of the pipeline part")] = 5,
+) -> None:
+    """Measures and prints; see the head of this file for what is compared with what."""
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {"benchmark": "annotate", "data": data, "layers": layers}
+    figures |= {"scorer": scorer, "max_tokens": max_tokens, "environment": measure.environment()}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        given = ModelConfig(
+            model_name_or_path=str(model), num_hidden_layers=layers, max_length=1024
+        )
+        annotator = annotator_folder(scratch / "annotator", model, layers)
+        prepare = partial(measure.prepared, scratch / "pairs", data)
+        if part in {"forward", "all"}:
+            store, shards = with_ray(partial(prepare, pairs, 64))
+            scored = annotator if scorer == "reward" else given
+            both = peers(scorer, scored, store, shards, max_tokens)
+            figures |= forward_part(both, repeats)
+            print(json.dumps(figures, indent=1), flush=True)
+        if part in {"pipeline", "all"}:
+            prepare = partial(measure.prepared, scratch / "pipeline-pairs", data)
+            store, shards = with_ray(partial(prepare, 4 * pairs, 64))
+            figures |= pipeline_part(store, shards, annotator, max_tokens, rounds, scratch)
+        if part in {"scale", "all"}:
+            figures |= scale_part(scratch)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    typer.run(main)

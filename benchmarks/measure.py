@@ -1,0 +1,129 @@
+"""What the benchmarks share: the machine in words, its matrix-product rate, pairs, peak memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from cwpo_dist.config import ModelConfig, PrepareConfig, Source
+from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.tokens import Encoder, fit_length
+from cwpo_dist.storage import Store
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "trl")
+SIZE = 2048  # of the square fp32 matrices whose product sets the machine's rate
+
+# Real human preferences (see README, "Tests"); without them the demo's own pairs.
+DATA = {"hh": "hh_harmless.jsonl.gz", "ukp": "ukp_convincing.jsonl.gz"}
+DEMO = Path(__file__).resolve().parents[1] / "cwpo_dist" / "demo" / "pairs.jsonl"
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions, as BENCHMARKS.md quotes them."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def matmul_rate(seconds: float = 2.0) -> float:
+    """FLOP/s of the best 2048³ fp32 product within so many seconds, on torch's threads."""
+    left, right = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - started)
+    return 2 * SIZE**3 / best
+
+
+def source(data: str) -> Source:
+    """Where a benchmark's pairs come from.
+
+    Raises:
+        SystemExit: for real data when CWPO_DATA names no folder with it.
+    """
+    if data == "demo":
+        return Source(path=str(DEMO))
+    folder = os.environ.get("CWPO_DATA")
+    path = Path(folder or "") / DATA[data]
+    if folder is None or not path.is_file():
+        raise SystemExit(f"--data {data}: set CWPO_DATA to a folder with {DATA[data]}")
+    return Source(path=str(path))
+
+
+def prepared(folder: Path, data: str, pairs: int | None, rows_per_shard: int) -> tuple[Store, int]:
+    """Pairs as `prepare` writes them (a real one, on a Ray that must be up), and their shards."""
+    from cwpo_dist.stages.prepare import prepare
+
+    store = Store(str(folder))
+    given = source(data)
+    counts = prepare(
+        store,
+        PrepareConfig(
+            sources=[given.model_copy(update={"limit": pairs})],
+            rows_per_shard=rows_per_shard,
+            max_reject_fraction=0.5,
+        ),
+        seed=0,
+    )
+    return store, int(counts["shards"])
+
+
+def encoded(store: Store, shards: int, encoder: Encoder, model: ModelConfig) -> list[Row]:
+    """The token rows of all pairs that fit, in the order of the shards."""
+    rows = []
+    for index in range(shards):
+        for pair in store.read_table(f"pairs/part-{index:05d}.parquet").to_pylist():
+            row = encoder.encode(pair["prompt"], (pair["response_a"], pair["response_b"]))
+            fitting = fit_length(row, model.max_length, "drop", bos_id=encoder.bos_id)
+            if fitting is not None:
+                rows.append(fitting)
+    return rows
+
+
+class PeakMemory:
+    """The most resident bytes that this process and its descendants held together."""
+
+    def __init__(self, every_s: float = 0.2) -> None:
+        """Samples in a thread, every so many seconds, while the `with` block runs."""
+        self.peak = 0
+        self._every, self._stop = every_s, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        """Starts sampling."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Ends it."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(self._every):
+            total = 0
+            for process in (me, *me.children(recursive=True)):
+                try:
+                    total += process.memory_full_info().uss
+                except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
+                    continue  # it ended between the two calls
+            self.peak = max(self.peak, total)
