@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch, steps_per_epoch
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.loading import load_policy
+from cwpo_dist.lm.loading import load_policy, save
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
@@ -65,8 +65,7 @@ def policy(spec: dict[str, Any]) -> Any:
     """The model to align, in fp32, trainable in full or through LoRA."""
     from cwpo_dist.training.lora import add_lora
 
-    settings = ModelConfig(model_name_or_path=spec["model"], num_hidden_layers=spec["layers"])
-    model = load_policy(settings)
+    model = load_policy(ModelConfig(model_name_or_path=spec["model"]))
     if spec["lora"]:
         return add_lora(model, LORA, "logps", SEED)
     model.requires_grad_(True)
@@ -86,7 +85,8 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     if spec["engine"] == "torch":
         engine: Any = TorchEngine(module, config)
     else:
-        deepspeed_engine.join_process_group()
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         settings = deepspeed_engine.deepspeed_config(config, torch.float32)
         engine = deepspeed_engine.DeepSpeedEngine(module, config, settings)
     started = time.perf_counter()
@@ -115,12 +115,13 @@ def trl(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     """TRL's trainer on token ids; its tokenising is left out, as ours is."""
     import datasets
     import transformers
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
 
-    class Trainer(DPOTrainer):  # type: ignore[misc]
+    class Trainer(DPOTrainer):
         """Takes pairs that are tokenised already, in the order they stand in."""
 
         reference_s = 0.0
@@ -129,7 +130,7 @@ def trl(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
             return dataset
 
         def _get_train_sampler(self, *_rest: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(pairs)
 
         def _precompute_ref_logps(self, *given: Any) -> Any:
             started = time.perf_counter()
@@ -137,7 +138,7 @@ def trl(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
             self.reference_s = time.perf_counter() - started
             return dataset
 
-    class KeepGradient(transformers.TrainerCallback):  # type: ignore[misc]
+    class KeepGradient(transformers.TrainerCallback):
         """Writes the gradient of the first step."""
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
@@ -220,6 +221,13 @@ def run_side(spec: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def first_layers(model: Path, layers: int, folder: Path) -> str:
+    """The model's first layers as a folder of its own: TRL loads its reference from the name."""
+    settings = ModelConfig(model_name_or_path=str(model), num_hidden_layers=layers)
+    save(load_policy(settings), load_tokenizer(settings), folder)
+    return str(folder)
+
+
 def drawn_rows(data: str, model: str, count: int, folder: Path) -> Path:
     """So many pairs, drawn by a seed among those that neither side truncates, as a file of ids."""
     from annotate import with_ray
@@ -296,8 +304,9 @@ def compare(
     sizes = [int(size) for size in micro_batches.split(",")]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        rows = drawn_rows(data, str(model), pairs, folder)
-        common = {"model": str(model), "layers": layers, "lora": lora, "rows": str(rows)}
+        name = first_layers(model, layers, folder / "model")
+        rows = drawn_rows(data, name, pairs, folder)
+        common = {"model": name, "lora": lora, "rows": str(rows)}
         common |= {"epochs": epochs, "max_tokens": max_tokens, "engine": engine, "gradient": ""}
         common |= {"precompute": False}
         figures["max_grad_diff"] = gradient_difference(common, folder)
