@@ -85,8 +85,8 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     if spec["engine"] == "torch":
         engine: Any = TorchEngine(module, config)
     else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        meet = f"file://{tempfile.mkdtemp()}/group"
+        torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
         settings = deepspeed_engine.deepspeed_config(config, torch.float32)
         engine = deepspeed_engine.DeepSpeedEngine(module, config, settings)
     started = time.perf_counter()
