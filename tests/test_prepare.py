@@ -194,7 +194,9 @@ def test_what_is_wrong_with_a_source_is_said_without_rays_wrapping(tmp_path: Pat
     store = Store(str(tmp_path / "out"))
     rows = b"".join(json.dumps(row(os.urandom(30).hex())).encode() + b"\n" for _ in range(3000))
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(rows)[:-9])
-    with pytest.raises(SourceError, match=r"torn\.jsonl\.gz: cannot be read to its end"):
+    with pytest.raises(
+        SourceError, match=r"1 of 1 files are damaged[^|]*torn\.jsonl\.gz cannot be"
+    ):
         prepare(store, config(str(tmp_path / "torn.jsonl.gz")), seed=0)
     path = write(tmp_path / "x.jsonl", [row(0)])
     with pytest.raises(ConfigError, match=r"prepare\.num_cpus: 99, but the largest node has 4"):
@@ -371,6 +373,30 @@ def test_past_max_reject_fraction_the_stage_fails_and_the_rejects_lie_there(tmp_
         prepare(store, config(path), seed=0)
     assert len(rejects(store)) == 6
     assert prepare(store, config(path, max_reject_fraction=0.06), seed=0)["pairs"] == 94
+
+
+@pytest.mark.usefixtures("in_process")
+def test_one_torn_file_of_many_is_set_aside_and_several_stop_the_stage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        write(tmp_path / f"{i:02d}.jsonl", [row(f"{i} {j}") for j in range(30)])
+    torn = gzip.compress(b"".join(json.dumps(row(os.urandom(9).hex())).encode() for _ in "ab"))
+    (tmp_path / "20.jsonl.gz").write_bytes(torn[:-9])
+    given_config = config(str(tmp_path / "*.jsonl*"), max_reject_fraction=0.05)
+    store = Store(str(tmp_path / "out"))
+    with caplog.at_level("WARNING"):
+        counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert (counts["pairs"], counts["damaged_files"]) == (600, 1)
+    assert counts["rejects"] == {"damaged file": 1}
+    (bad,) = rejects(store)
+    assert (bad["source"], bad["position"]) == (str(tmp_path / "20.jsonl.gz"), 1)
+    assert "20.jsonl.gz cannot be read from here on: EOFError" in caplog.text
+    for name in ("21", "22"):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(torn[:-9])
+    with pytest.raises(SourceError, match=r"3 of 23 files are damaged, more than prepare\.max_rej"):
+        prepare(Store(str(tmp_path / "more")), given_config, seed=0)
 
 
 @pytest.mark.usefixtures("in_process")

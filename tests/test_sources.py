@@ -101,13 +101,52 @@ def test_compressed_files_read_as_plain_ones(tmp_path: Path, suffix: str, compre
     assert [row.value for row in read(part)] == [ROW, HH]
 
 
-def test_a_torn_file_is_an_error_for_nobody_can_count_what_it_lost(tmp_path: Path) -> None:
-    whole = gzip.compress(os.urandom(1000).hex().encode() + b"\n" + lines(*[ROW] * 1000))
-    torn = write(tmp_path / "x.jsonl.gz", whole[:-20])
-    with pytest.raises(SourceError, match=r"x\.jsonl\.gz.*fetch it again"):
-        list(read(torn))
-    with pytest.raises(SourceError, match=r"x\.parquet"):
-        list(read(write(tmp_path / "x.parquet", b"PAR1 is no more")))
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)],
+)
+def test_of_a_torn_file_the_head_is_read_and_the_rest_is_one_row(
+    tmp_path: Path, suffix: str, compress: Any
+) -> None:
+    whole = lines(*[ROW | {"noise": os.urandom(1000).hex()} for _ in range(1000)])
+    rows = list(read(write(tmp_path / f"x.jsonl{suffix}", compress(whole)[:-20])))
+    assert len(rows) > 1 or suffix == ".bz2"  # its block is 900 kB
+    assert {row.fault for row in rows[:-1]} <= {None}
+    assert (rows[-1].fault, rows[-1].position) == (Reason.DAMAGED, len(rows))
+    assert "cannot be read from here on" in rows[-1].as_text()
+
+
+def test_behind_a_damaged_row_group_the_next_are_read(tmp_path: Path) -> None:
+    rows = [ROW | {"prompt": f"p{i}"} for i in range(40)]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10, compression="zstd")
+    group = pq.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    start = group.dictionary_page_offset or group.data_page_offset
+    data[start : start + group.total_compressed_size] = b"\xff" * group.total_compressed_size
+    found = list(read(write(path, bytes(data))))
+    assert [row.position for row in found] == [*range(1, 12), *range(21, 41)]
+    assert [row.position for row in found if row.fault is Reason.DAMAGED] == [11]
+    (row,) = read(write(tmp_path / "y.parquet", b"PAR1 is no more"))
+    assert (row.fault, row.position) == (Reason.DAMAGED, 1)
+
+
+def test_storage_that_refuses_is_an_error_and_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = write(tmp_path / "x.jsonl.gz", gzip.compress(lines(ROW)))
+    (tmp_path / "x.jsonl.gz").unlink()
+    with pytest.raises(SourceError, match=r"x\.jsonl\.gz: cannot be read: .*No such file"):
+        list(read(part))
+
+    def slow(file: Any) -> Any:
+        yield RawRow(1, ROW)
+        raise TimeoutError("after 30 s")
+
+    write(tmp_path / "y.jsonl", lines(ROW))
+    monkeypatch.setattr(readers, "_json_lines", slow)
+    with pytest.raises(SourceError, match=r"y\.jsonl: cannot be read: after 30 s"):
+        list(read(Part(str(tmp_path / "y.jsonl"), "jsonl")))
 
 
 def test_a_json_file_is_an_array_or_lines(tmp_path: Path) -> None:
@@ -163,8 +202,9 @@ def test_csv_does_not_lose_the_file_to_one_open_quote(
 
 
 def test_csv_refuses_a_header_that_names_a_column_twice(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="names a column twice"):
-        list(read(write(tmp_path / "x.csv", b"a,a\n1,2\n")))
+    (row,) = read(write(tmp_path / "x.csv", b"a,a\n1,2\n"))
+    assert row.fault is Reason.DAMAGED
+    assert "names a column twice: a, a" in row.as_text()
 
 
 def test_parquet_reads_only_the_columns_it_needs(tmp_path: Path) -> None:
@@ -347,6 +387,7 @@ def test_a_fingerprint_follows_the_files_and_pins_the_hub(
         (ROW, "text", "text"),
         (HH, "hh", "conversational"),
         (MESSAGES, "conversational", "conversational"),
+        ([ROW, ROW, ROW | {"chosen": ["junk"]}], "text", "text"),
         ({"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " a", "rejected": " b"}, "hh", None),
         (
             {"prompt": MESSAGES["chosen"][:1], "chosen": "a", "rejected": "b"},
@@ -358,9 +399,9 @@ def test_a_fingerprint_follows_the_files_and_pins_the_hub(
     ],
 )
 def test_the_format_shows_in_the_first_rows(
-    tmp_path: Path, row: dict[str, Any], spelled: str, kind: str | None
+    tmp_path: Path, row: Any, spelled: str, kind: str | None
 ) -> None:
-    write(tmp_path / "x.jsonl", lines(row))
+    write(tmp_path / "x.jsonl", lines(*(row if isinstance(row, list) else [row])))
     planned = plan(config(tmp_path / "x.jsonl"))
     assert planned.pieces[0].layout.format == spelled
     assert planned.kind == (kind or "conversational")
@@ -422,7 +463,7 @@ def test_what_cannot_work_is_refused_by_name(
         ("x.jsonl", b"", r"no row among the first .* \(it is empty\)"),
         ("x.jsonl", b"{\n{\n", r"no row .* \(malformed line\)"),
         ("x.jsonl", b"[1]\n", r"no row .* \(not a mapping\)"),
-        ("x.jsonl.gz", b"no gzip", r"sources\.0\.path: .*x\.jsonl\.gz"),
+        ("x.jsonl.gz", b"no gzip", r"sources\.0\.path: .*x\.jsonl\.gz.*damaged file: cannot"),
         ("x.jsonl", lines({"text": "t"}), r"no columns for two answers; it has text"),
         ("x.jsonl", lines({"chosen": "c", "rejected": "r"}), r"columns\.prompt: .*no transcripts"),
     ],

@@ -22,7 +22,7 @@ from cwpo_dist.pairs import keep
 from cwpo_dist.pairs.parsing import Layout, ParsedPair, parse
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import Kind, canonical, content_hash, pair_id, pair_schema
-from cwpo_dist.pairs.rejects import BadRow, Reject, write_rejects
+from cwpo_dist.pairs.rejects import BadRow, Reason, Reject, write_rejects
 from cwpo_dist.pairs.splits import SIDE_SCHEMA, SIDES, Side, SplitRule, is_swapped
 from cwpo_dist.storage import Store
 
@@ -75,12 +75,14 @@ class PieceSummary:
         rejects: how many were set aside, by reason.
         files: where its pairs lie.
         kept_types: the types of the values of each kept column.
+        damaged: the inputs that could not be read to their end, with why.
     """
 
     rows_in: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     kept_types: dict[str, list[str]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
 
 
 def piece_summaries(store: Store) -> list[PieceSummary]:
@@ -92,7 +94,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     """Reads and parses one piece; writes `work/rows/`, `rejects/` and `work/pieces/<index>.json`.
 
     Raises:
-        SourceError: when an input cannot be read to its end.
+        SourceError: when storage refuses to be read.
     """
     name = f"{SUMMARIES}/{index:05d}.json"
     if _is_done(store, name):
@@ -102,6 +104,8 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     kept_types: dict[str, set[str]] = {column: set() for column in piece.layout.keep}
     for number, (part, raw) in enumerate(_raw_rows(piece)):
         summary.rows_in += 1
+        if raw.fault is Reason.DAMAGED:
+            summary.damaged[str(part)] = raw.as_text()
         try:
             pair = _parsed(raw, piece.layout)
         except BadRow as bad:

@@ -20,11 +20,13 @@ from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import (
     COMPRESSIONS,
     Part,
+    RawRow,
     Reader,
     SourceError,
     read,
 )
 from cwpo_dist.pairs.records import Kind, pair_schema
+from cwpo_dist.pairs.rejects import Reason
 from cwpo_dist.storage import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -151,12 +153,20 @@ def _peek(index: int, source: Source) -> _Peeked:
         raise ConfigError(f"{field}: {error}") from error
     rows = tuple(raw.value for raw in raws if not raw.fault and isinstance(raw.value, Mapping))
     if not rows:
-        why = raws[0].fault or "not a mapping" if raws else "it is empty"
+        why = _why_unreadable(raws)
         raise ConfigError(
             f"{field}: no row among the first {PEEK_ROWS} of {source.path!r} can be read ({why}); "
             "check that the file is what its name says"
         )
     return _Peeked(field.removesuffix(".path"), source, parts, rows)
+
+
+def _why_unreadable(raws: Sequence[RawRow]) -> str:
+    if not raws:
+        return "it is empty"
+    if raws[0].fault is Reason.DAMAGED:
+        return f"{raws[0].fault}: {raws[0].as_text()}"
+    return raws[0].fault or Reason.NOT_MAPPING
 
 
 def _columns(peeked: _Peeked) -> dict[str, str]:
@@ -204,13 +214,9 @@ def _format(peeked: _Peeked, columns: Mapping[str, str]) -> Format:
     # Transcripts show at the start of the whole text: the prompt's where there is one.
     begins = columns.get("prompt", columns[answer_fields(columns)[0]])
     starts = [row.get(begins) for row in peeked.rows]
-    texts = [
-        row.get(columns[name])
-        for row in peeked.rows
-        for name in ("prompt", *answer_fields(columns))
-        if name in columns
-    ]
-    if any(isinstance(text, list) for text in texts):
+    texts = [columns[name] for name in ("prompt", *answer_fields(columns)) if name in columns]
+    lists = [any(isinstance(row.get(name), list) for name in texts) for row in peeked.rows]
+    if 2 * sum(lists) > len(lists):
         return "conversational"
     return "hh" if 2 * sum(map(is_transcript, starts)) > len(starts) else "text"
 

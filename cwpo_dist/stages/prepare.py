@@ -38,13 +38,15 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
 
     Raises:
         ConfigError: before anything is read in full, for inputs or columns that are missing.
-        SourceError: for an input that is damaged as a whole.
+        SourceError: for storage that refuses to be read, and past `max_reject_fraction` of files
+            that are damaged.
         RejectsError: past `max_reject_fraction`, or when no pair is left.
     """
     planned = plan(config)
     _check_placement(config.num_cpus)
     _read(store, planned, config, seed)
     read = piece_summaries(store)
+    damaged = _damaged_files(planned, read, config)
     rejects = _added(piece.rejects for piece in read)
     rows_in = sum(piece.rows_in for piece in read)
     valid = rows_in - rejects.total()
@@ -53,7 +55,8 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     _write(store, planned, config, kept)
     written = buckets.bucket_summaries(store)
     rejects += _added(bucket.rejects for bucket in written)
-    counts = _counts(planned, written, rejects, rows_in) | {"keep_columns": kept}
+    counts = _counts(planned, written, rejects, rows_in)
+    counts |= {"keep_columns": kept, "damaged_files": damaged}
     refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
     _tell_empty(counts["splits"], config)
     store.remove("work")
@@ -84,6 +87,26 @@ def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None
         read_piece(store, index, planned.pieces[index], rule, planned.n_buckets)
 
     _each(task, len(planned.pieces), config.num_cpus)
+
+
+def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfig) -> int:
+    """How many files could not be read to their end; each was set aside from there on.
+
+    One torn file among thousands must not stop a run, but its loss counts as a single row: past
+    the share of rows that may be lost, so many files are too many as well.
+    """
+    damaged = {name: why for piece in read for name, why in piece.damaged.items()}
+    files = len({str(part) for piece in planned.pieces for part in piece.parts})
+    for name, why in damaged.items():
+        logger.warning("prepare: %s %s; the rows before it are kept", name, why)
+    if len(damaged) > config.max_reject_fraction * files:
+        raise SourceError(
+            f"prepare: {len(damaged)} of {files} files are damaged, more than "
+            f"prepare.max_reject_fraction={config.max_reject_fraction:g} allows. Fetch them again, "
+            "then run the same command:\n"
+            + "\n".join(f"  {name} {why}" for name, why in sorted(damaged.items())[:10])
+        )
+    return len(damaged)
 
 
 def _write(store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, str]) -> None:
