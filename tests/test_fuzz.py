@@ -297,8 +297,11 @@ class Folder:
             suffix = self.random.choice(list(pack))
             path = self._new(f"damaged/{i:04d}{suffix}")
             rows = [self.make.good() for _ in range(self.random.randrange(1, 40))]
+            torn = self.random.random() < 0.6
+            if not torn:  # a changed byte must not make a row of another file of it
+                rows = [row | {"prompt": f"loose {row['prompt'][5:]}"} for row in rows]
             data = bytearray(pack[suffix](b"\n".join(map(_line, rows)) + b"\n"))
-            if self.random.random() < 0.6:
+            if torn:
                 del data[self.random.randrange(1, len(data)) :]
                 self.expected.torn[str(path)] = [row["prompt"] for row in rows]
             else:

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cwpo_dist.config import ConfigError, PrepareConfig
-from cwpo_dist.pairs import pieces, sources
+from cwpo_dist.pairs import cutting, pieces, sources
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.records import REJECT_SCHEMA, check, pair_schema
 from cwpo_dist.pairs.rejects import RejectsError
@@ -49,6 +49,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def many_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small inputs are cut as if they were large."""
     monkeypatch.setattr(sources, "BUCKET_BYTES", 1000)
+    monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
+    monkeypatch.setattr(cutting, "CUT_BYTES", 700)
     monkeypatch.setattr(pieces, "CHUNK_ROWS", 20)
 
 
@@ -517,8 +519,10 @@ CHILD = """
 import sys, time
 import ray
 from cwpo_dist.config import PrepareConfig
-from cwpo_dist.pairs import pieces
+from cwpo_dist.pairs import cutting, pieces
 from cwpo_dist.stages import prepare
+
+cutting.JOIN_BYTES = 1
 
 def slow(*given):
     time.sleep(0.1)
@@ -541,8 +545,9 @@ def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.long
 def test_a_killed_driver_goes_on_where_it_was(
-    tmp_path: Path, ray_folder: str, in_process: None
+    tmp_path: Path, ray_folder: str, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
     for i in range(40):
         write(tmp_path / f"{i}.jsonl", [row(f"{i} {j}") for j in range(20)])
     out = tmp_path / "out"

@@ -110,7 +110,7 @@ def test_of_a_torn_file_the_head_is_read_and_the_rest_is_one_row(
 ) -> None:
     whole = lines(*[ROW | {"noise": os.urandom(1000).hex()} for _ in range(1000)])
     rows = list(read(write(tmp_path / f"x.jsonl{suffix}", compress(whole)[:-20])))
-    assert len(rows) > 1 or suffix == ".bz2"  # its block is 900 kB
+    assert len(rows) > 700 or suffix == ".bz2"  # its block is 900 kB
     assert {row.fault for row in rows[:-1]} <= {None}
     assert (rows[-1].fault, rows[-1].position) == (Reason.DAMAGED, len(rows))
     assert "cannot be read from here on" in rows[-1].as_text()
@@ -139,7 +139,7 @@ def test_storage_that_refuses_is_an_error_and_no_damage(
     with pytest.raises(SourceError, match=r"x\.jsonl\.gz: cannot be read: .*No such file"):
         list(read(part))
 
-    def slow(file: Any) -> Any:
+    def slow(*given: Any) -> Any:
         yield RawRow(1, ROW)
         raise TimeoutError("after 30 s")
 
@@ -270,16 +270,12 @@ def test_csv_gives_back_what_python_wrote(tmp_path: Path, rows: list[tuple[str, 
 # -- finding inputs
 
 
-def test_a_glob_gives_one_piece_a_file_in_name_order(tmp_path: Path) -> None:
+def test_a_glob_gives_its_files_in_name_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.gz"):
         data = lines(ROW)
         write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
-    pieces = plan(config(tmp_path / "*.jsonl*")).pieces
-    assert [Path(part.uri).name for piece in pieces for part in piece.parts] == [
-        "a.jsonl.gz",
-        "b.jsonl",
-    ]
-    assert len(pieces) == 2
+    (piece,) = plan(config(tmp_path / "*.jsonl*")).pieces
+    assert [Path(part.uri).name for part in piece.parts] == ["a.jsonl.gz", "b.jsonl"]
 
 
 def test_a_limit_counts_over_all_files_of_its_source(tmp_path: Path) -> None:
@@ -296,7 +292,7 @@ def test_a_folder_of_files_has_splits_by_their_names(tmp_path: Path) -> None:
         write_any.parent.mkdir(exist_ok=True)
         write_any.write_bytes(lines(ROW))
     folder = str(tmp_path / "set")
-    assert len(plan(config(folder)).pieces) == 2
+    assert len(plan(config(folder)).pieces[0].parts) == 2
     (piece,) = plan(config({"path": folder, "split": "test"})).pieces
     assert piece.parts[0].uri.endswith("test.jsonl")
     with pytest.raises(ConfigError, match=r"sources\.0\.split.*'dev'.*train, test"):
@@ -325,11 +321,11 @@ def test_a_hub_data_set_is_streamed_shard_by_shard(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = {"path": "someone/pairs", "name": "en", "data_dir": "base", "revision": "abc"}
-    pieces = plan(config(source)).pieces
-    assert len(pieces) == 2
-    prompts = [row.value["prompt"] for piece in pieces for row in read(piece.parts[0], ROW)]
+    (piece,) = plan(config(source)).pieces
+    assert len(piece.parts) == 2
+    prompts = [row.value["prompt"] for part in piece.parts for row in read(part, ROW)]
     assert sorted(prompts) == ["p0", "p1", "p2", "p3"]
-    assert str(pieces[1].parts[0]) == "someone/pairs@abc[en/base/train]#1/2"
+    assert str(piece.parts[1]) == "someone/pairs@abc[en/base/train]#1/2"
     options = {"data_dir": "base", "split": "train", "revision": "abc", "streaming": True}
     assert asked[0] == (("someone/pairs", "en"), options)
 
@@ -352,10 +348,10 @@ def test_sources_on_s3_are_found_by_glob_folder_and_key(s3_store: Store) -> None
     place.create("train-1.jsonl.gz", gzip.compress(lines(ROW, ROW)))
     place.create("test.jsonl", lines(ROW))
     for path, count in (("", 2), ("/*.gz", 2), ("/train-1.jsonl.gz", 1)):
-        pieces = plan(config(place.uri + path)).pieces
-        assert len(pieces) == count
-        assert all(piece.parts[0].uri.startswith("s3://") for piece in pieces)
-    assert sum(1 for _ in read(pieces[0].parts[0])) == 2
+        (piece,) = plan(config(place.uri + path)).pieces
+        assert len(piece.parts) == count
+        assert all(part.uri.startswith("s3://") for part in piece.parts)
+    assert sum(1 for _ in read(piece.parts[0])) == 2
     before = source_fingerprints(config(place.uri))
     place.write("test.jsonl", lines(ROW, ROW))
     assert source_fingerprints(config(place.uri)) != before

@@ -1,4 +1,4 @@
-"""One raw input in, its pairs filed by bucket out, with rejects and a summary.
+"""One piece of the inputs in, its pairs filed by bucket out, with rejects and a summary.
 
 A bucket is a range of pair ids; `buckets` gathers one from all pieces. A piece writes what depends
 on its arguments alone, with put-if-absent and its summary last: read twice, by anyone, it leaves
@@ -49,7 +49,7 @@ _BEFORE_PAIRS = pa.schema(
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads: one input, or all inputs of a source that has a limit.
+    """What one task reads: a part of a huge input, or one, or several small ones of a source.
 
     Attributes:
         source: the source as the config spells it.

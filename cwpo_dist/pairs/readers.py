@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import datasets
 import fsspec
@@ -38,13 +38,14 @@ READERS: dict[str, Reader] = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 BATCH_ROWS = 1000
+BUFFER_BYTES = 2**20
 # The csv module's own 128 KiB is shorter than a long answer; without any bound one stray quote
 # would swallow the rest of the file.
 CSV_FIELD_BYTES = 16 * 2**20
 
 
 # What damaged content raises, beside OSError, which storage raises too (see `_out_of_reach`).
-_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
 
 
 class SourceError(ValueError):
@@ -68,6 +69,9 @@ class Part:
         revision: commit of a hub data set.
         size: bytes on disk, 0 where unknown.
         shard: (index, count) of a hub split that is read in several parts.
+        span: the bytes of a file of JSON lines whose lines begin here, or the row groups of a
+            Parquet file, from and to; None: the whole file.
+        first: line number of the first line of such bytes.
     """
 
     uri: str
@@ -78,6 +82,8 @@ class Part:
     revision: str | None = None
     size: int = 0
     shard: tuple[int, int] = (0, 1)
+    span: tuple[int, int] | None = None
+    first: int = 1
 
     def __str__(self) -> str:
         """Where a row came from, as rejects name it."""
@@ -129,7 +135,7 @@ def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
     """
     wanted = None if columns is None else set(columns)
     try:
-        yield from _until_damage(_rows(part, wanted), 1)
+        yield from _until_damage(_rows(part, wanted), part.first)
     except (OSError, DatasetsError) as error:
         raise SourceError(
             f"{part}: cannot be read: {error}. Mend the access to it, then run the same command"
@@ -159,7 +165,7 @@ def _rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
     if part.reader in ("jsonl", "json", "csv"):
         return _text_rows(part)
     if part.reader == "parquet":
-        return _parquet_rows(part.uri, wanted)
+        return _parquet_rows(part, wanted)
     return _data_set_rows(part, wanted)
 
 
@@ -170,12 +176,15 @@ def _text_rows(part: Part) -> Iterator[RawRow]:
         elif part.reader == "json" and _opens_array(part.uri):
             yield from _array_rows(file.read().decode("utf-8-sig", "surrogateescape"))
         else:
-            yield from _json_lines(file)
+            yield from _json_lines(file, part)
 
 
 def _open(uri: str) -> IO[bytes]:
-    opened: IO[bytes] = fsspec.open(uri, "rb", compression="infer").open()
-    return opened
+    opened: Any = fsspec.open(uri, "rb", compression="infer").open()
+    if uri.lower().endswith(COMPRESSIONS):  # they buffer, and give all that precedes damage
+        return cast(IO[bytes], opened)
+    # Without a buffer of its own a remote file copies a whole block for each line.
+    return io.BufferedReader(opened, BUFFER_BYTES)
 
 
 def _opens_array(uri: str) -> bool:
@@ -184,8 +193,16 @@ def _opens_array(uri: str) -> bool:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _json_lines(file: IO[bytes]) -> Iterator[RawRow]:
-    for position, line in enumerate(file, 1):
+def _json_lines(file: IO[bytes], part: Part) -> Iterator[RawRow]:
+    """The lines that begin in the part's span."""
+    at, stop = part.span or (0, None)
+    if at:
+        file.seek(at - 1)
+        at += len(file.readline()) - 1  # what began before the span
+    for position, line in enumerate(file, part.first):
+        if stop is not None and at >= stop:
+            return
+        at += len(line)
         if line.strip():
             yield _json_line(position, line.rstrip(b"\r\n"))
 
@@ -284,12 +301,13 @@ def _data_set_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
     yield from _numbered((batch for table in tables for batch in table.to_batches()), 1)
 
 
-def _parquet_rows(uri: str, wanted: set[str] | None) -> Iterator[RawRow]:
+def _parquet_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
     """The rows of a Parquet file, group by group: behind a damaged one the next may be whole."""
-    with fsspec.open(uri, "rb") as file, closing(pq.ParquetFile(file)) as parquet:
+    with fsspec.open(part.uri, "rb") as file, closing(pq.ParquetFile(file)) as parquet:
         names = [name for name in parquet.schema_arrow.names if wanted is None or name in wanted]
-        first = 1
-        for group in range(parquet.num_row_groups):
+        start, stop = part.span or (0, parquet.num_row_groups)
+        first = 1 + sum(parquet.metadata.row_group(group).num_rows for group in range(start))
+        for group in range(start, stop):
             batches = parquet.iter_batches(
                 BATCH_ROWS, row_groups=[group], columns=names, use_threads=False
             )

@@ -44,7 +44,7 @@ class Plan:
     """All that `prepare` will read.
 
     Attributes:
-        pieces: the reading tasks, in the order of the sources.
+        pieces: one a source, all its inputs in their order; `cutting` makes tasks of them.
         kind: text when every source is text, else conversational (text rows become messages).
         n_buckets: ranges of pair ids, so many that one fits in a task's memory.
         may_leak: whether a prompt could lie on two sides, which draws by prompt rule out.
@@ -100,22 +100,16 @@ def plan(config: PrepareConfig) -> Plan:
     columns = [_columns(each) for each in peeked]
     formats = [_format(*given) for given in zip(peeked, columns, strict=True)]
     kind: Kind = "text" if set(formats) == {"text"} else "conversational"
-    pieces: list[Piece] = []
+    pieces = []
     for each, names, spelled in zip(peeked, columns, formats, strict=True):
         _check_prompt(each, names, spelled, kind)
         layout = Layout(names, spelled, kind, _group(each, config), tuple(config.keep_columns))
-        pieces += _pieces(each, layout)
+        source = each.source
+        pieces.append(Piece(source.path, each.parts, layout, source.into, source.limit))
     size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
     sides = {source.into for source in config.sources}
     may_leak = len(sides) > 1 or (config.group_column is not None and sides == {None})
     return Plan(tuple(pieces), kind, max(1, -(-size // BUCKET_BYTES)), may_leak)
-
-
-def _pieces(peeked: _Peeked, layout: Layout) -> list[Piece]:
-    """One piece an input; a limit counts over all inputs of its source, so they are one piece."""
-    source = peeked.source
-    together = [peeked.parts] if source.limit else [(part,) for part in peeked.parts]
-    return [Piece(source.path, parts, layout, source.into, source.limit) for parts in together]
 
 
 def _text_bytes(part: Part) -> int:

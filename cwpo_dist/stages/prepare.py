@@ -11,9 +11,9 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
-from cwpo_dist.pairs import buckets, keep
+from cwpo_dist.pairs import buckets, cutting, keep
 from cwpo_dist.pairs.buckets import BucketSummary, Shards
-from cwpo_dist.pairs.pieces import PieceSummary, piece_summaries, read_piece
+from cwpo_dist.pairs.pieces import Piece, PieceSummary, piece_summaries, read_piece
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import refuse_past
 from cwpo_dist.pairs.sources import Plan, plan
@@ -23,6 +23,8 @@ from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
+
+_LINES = "work/lines/{:05d}.json"
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -81,12 +83,28 @@ def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None
         validation=config.validation_fraction,
         test=config.test_fraction,
     )
-    logger.info("prepare: reading %d inputs", len(planned.pieces))
+    pieces = _numbered(store, cutting.cut(planned.pieces), config)
+    logger.info("prepare: reading %d inputs", len(pieces))
 
     def task(index: int) -> None:
-        read_piece(store, index, planned.pieces[index], rule, planned.n_buckets)
+        read_piece(store, index, pieces[index], rule, planned.n_buckets)
 
-    _each(task, len(planned.pieces), config.num_cpus)
+    _each(task, len(pieces), config.num_cpus)
+
+
+def _numbered(store: Store, pieces: list[Piece], config: PrepareConfig) -> list[Piece]:
+    """Counts the lines of files that are cut: rejects name the line of the file."""
+    spans = [piece.parts[0] for piece in pieces if not cutting.is_numbered(piece)]
+
+    def task(index: int) -> None:
+        if not store.exists(_LINES.format(index)):
+            store.create_json(_LINES.format(index), cutting.count_lines(spans[index]))
+
+    if spans:
+        logger.info("prepare: counting the lines of %d parts of large files", len(spans))
+        _each(task, len(spans), config.num_cpus)
+    lines = (store.read_json(_LINES.format(index)) for index in range(len(spans)))
+    return cutting.number_lines(pieces, lines)
 
 
 def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfig) -> int:
