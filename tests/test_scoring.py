@@ -14,7 +14,8 @@ import pytest
 
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
-from cwpo_dist.scoring.pipeline import ShardJob, ShardOutput, commit, run_shards
+from cwpo_dist.scoring.attempts import Rows, ShardOutput
+from cwpo_dist.scoring.pipeline import ShardJob, commit, run_shards
 from cwpo_dist.storage import Store
 
 NO_REJECTS = REJECT_SCHEMA.empty_table()
@@ -27,13 +28,16 @@ class Squares:
     trace: Path
     killed_at: int = -1
 
-    def __call__(self, index: int) -> ShardOutput:
+    def read(self, index: int) -> Rows:
+        return [{"pair_id": f"{index}-{i}", "position": i} for i in range(3)]
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
         mark = self.trace / f"{index}-{time.monotonic_ns()}"
         mark.touch()
         if index == self.killed_at and len(list(self.trace.glob(f"{index}-*"))) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        rows = pa.table({"square": [index * index] * 3})
-        return ShardOutput(rows, NO_REJECTS, {"rows_in": 3, "rows": 3})
+        table = pa.table({"square": [index * index] * len(rows)})
+        return ShardOutput(table, NO_REJECTS, {"rows_in": len(rows), "rows": len(rows)})
 
 
 def job(tmp_path: Path, killed_at: int = -1, shards: int = 6) -> ShardJob:

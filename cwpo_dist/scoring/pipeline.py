@@ -7,42 +7,28 @@ rerun of a killed driver submits only what is missing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 
 from cwpo_dist.config import ConfigError, PoolConfig
-from cwpo_dist.storage import Store
+from cwpo_dist.scoring.attempts import ShardOutput, ShardWorker, attempt
+from cwpo_dist.storage import Store, parquet_bytes
 
 logger = logging.getLogger(__name__)
 
-COUNTS = b"cwpo.counts"  # Parquet metadata of a commit file: what the shard read and wrote
-
-
-@dataclass(frozen=True)
-class ShardOutput:
-    """What one shard gives: rows, rows set aside, and counts that depend on its input alone."""
-
-    rows: pa.Table
-    rejects: pa.Table
-    counts: Mapping[str, int]
-
-
-class ShardWorker(Protocol):
-    """Lives in an actor: expensive state in its constructor, one shard a call."""
-
-    def __call__(self, index: int) -> ShardOutput:
-        """Reads input shard `index` and returns its output."""
-        ...
+# Parquet metadata of a commit file: what the shard read and wrote, and the file of its rejects.
+COUNTS = b"cwpo.counts"
+REJECTS = b"cwpo.rejects"
 
 
 @dataclass(frozen=True)
@@ -86,14 +72,23 @@ class _ShardActor:
         started = time.perf_counter()
         index = int(batch["shard"][0])
         if not self.job.output.exists(self.job.file(index)):
-            commit(self.job, index, self.worker(index))
+            commit(self.job, index, attempt(self.worker, index, part("pairs", index)))
         return {"shard": [index], "seconds": [time.perf_counter() - started]}
 
 
 def commit(job: ShardJob, index: int, output: ShardOutput) -> bool:
-    """Writes a shard's files, the rows last; True when this call was the first to commit."""
-    job.output.create_table(part("rejects", index), output.rejects)
+    """Writes a shard's files, the rows last; True when this call was the first to commit.
+
+    The file of rejects is named after its content, and the commit names it: an attempt that set
+    aside other rows and died before its commit leaves a file that no commit names.
+    """
     metadata = {COUNTS: json.dumps(dict(output.counts), sort_keys=True).encode()}
+    if output.rejects.num_rows:
+        data = parquet_bytes(output.rejects)
+        stem = job.file(index).split("/")[-1].removesuffix(".parquet")
+        name = f"rejects/{stem}.{hashlib.sha256(data).hexdigest()[:8]}.parquet"
+        job.output.create(name, data)
+        metadata[REJECTS] = name.encode()
     return job.output.create_table(job.file(index), output.rows.replace_schema_metadata(metadata))
 
 
@@ -157,7 +152,25 @@ def total_counts(job: ShardJob) -> Counter[str]:
     """Sums the counts that committed shards carry in their Parquet footers."""
     totals: Counter[str] = Counter()
     for index in range(job.shards):
-        with job.output.filesystem.open(job.output.path(job.file(index)), "rb") as file:
-            metadata = pq.ParquetFile(file).schema_arrow.metadata or {}
-        totals.update(json.loads(metadata.get(COUNTS, b"{}")))
+        totals.update(committed_counts(job, index))
+    out = totals["rows"] + totals["rejects"] + totals["over_length"]
+    assert totals["rows_in"] == out, (job.name, dict(totals))
     return totals
+
+
+def committed_counts(job: ShardJob, index: int) -> dict[str, int]:
+    """What a committed shard read and wrote."""
+    counts: dict[str, int] = json.loads(_metadata(job.output, job.file(index))[COUNTS])
+    return counts
+
+
+def committed_rejects(store: Store, file: str) -> list[dict[str, Any]]:
+    """The rows that a committed file of a shard set aside."""
+    name = _metadata(store, file).get(REJECTS)
+    rows: list[dict[str, Any]] = [] if name is None else store.read_table(name.decode()).to_pylist()
+    return rows
+
+
+def _metadata(store: Store, file: str) -> dict[bytes, bytes]:
+    with store.filesystem.open(store.path(file), "rb") as opened:
+        return dict(pq.ParquetFile(opened).schema_arrow.metadata or {})

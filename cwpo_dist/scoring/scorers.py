@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from cwpo_dist.pairs.records import (
     SCORE_SCHEMA,
     TOKEN_SCHEMA,
 )
+from cwpo_dist.scoring.attempts import Rows, ShardOutput
 from cwpo_dist.scoring.forward import RowForward
-from cwpo_dist.scoring.pipeline import ShardOutput, part
+from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,11 @@ class PairsIn:
     splits: tuple[str, ...] | None = None
 
     def read(self, index: int) -> list[dict[str, Any]]:
-        """The rows of one shard, in file order."""
+        """The rows of one shard, in file order, each with its `position` in the file."""
         columns = ["pair_id", "prompt", "response_a", "response_b", "split"]
         rows = self.store.read_table(part("pairs", index), columns).to_pylist()
-        return [row for row in rows if self.splits is None or row["split"] in self.splits]
+        placed = [row | {"position": position} for position, row in enumerate(rows)]
+        return [row for row in placed if self.splits is None or row["split"] in self.splits]
 
 
 class _Rejects:
@@ -57,10 +59,9 @@ class _Rejects:
         self.source = part("pairs", index)
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, reason: str, position: int, pair_id: str) -> None:
-        self.rows.append(
-            {"reason": reason, "source": self.source, "position": position, "row": pair_id}
-        )
+    def add(self, reason: str, row: Mapping[str, Any]) -> None:
+        place = {"source": self.source, "position": row["position"]}
+        self.rows.append({"reason": reason, "row": row["pair_id"]} | place)
 
     def table(self) -> pa.Table:
         return pa.Table.from_pylist(self.rows, schema=REJECT_SCHEMA)
@@ -73,21 +74,21 @@ class _Rejects:
 
 
 def _encode(
-    encoder: Encoder, model: ModelConfig, rows: Sequence[dict[str, Any]], rejects: _Rejects
-) -> dict[str, Row]:
-    """Tokens by pair id; what is longer than the model's `max_length` goes to the rejects."""
-    encoded = {}
-    for position, row in enumerate(rows):
+    encoder: Encoder, model: ModelConfig, rows: Rows, rejects: _Rejects
+) -> list[tuple[Mapping[str, Any], Row]]:
+    """Each pair with its tokens; what is longer than the model's `max_length` is set aside."""
+    encoded = []
+    for row in rows:
         try:
             tokens = encoder.encode(row["prompt"], (row["response_a"], row["response_b"]))
         except TokenError as error:
-            rejects.add(f"tokens: {error}", position, row["pair_id"])
+            rejects.add(f"tokens: {error}", row)
             continue
         fitting = fit_length(tokens, model.max_length, model.over_length, bos_id=encoder.bos_id)
         if fitting is None:
-            rejects.add("over_length", position, row["pair_id"])
+            rejects.add("over_length", row)
         else:
-            encoded[row["pair_id"]] = fitting
+            encoded.append((row, fitting))
     return encoded
 
 
@@ -98,21 +99,24 @@ class TokenWorker:
         self.pairs, self.model = pairs, model
         self.encoder = Encoder(load_tokenizer(model), model.chat_template)
 
-    def __call__(self, index: int) -> ShardOutput:
+    def read(self, index: int) -> Rows:
+        """The pairs."""
+        return self.pairs.read(index)
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
         """The tokens of every pair that fits."""
         rejects = _Rejects(index)
-        rows = self.pairs.read(index)
         encoded = _encode(self.encoder, self.model, rows, rejects)
         columns = {
-            "pair_id": list(encoded),
-            "prompt": [row.prompt for row in encoded.values()],
-            "answer_a": [row.answers[0] for row in encoded.values()],
-            "answer_b": [row.answers[1] for row in encoded.values()],
+            "pair_id": [pair["pair_id"] for pair, _ in encoded],
+            "prompt": [row.prompt for _, row in encoded],
+            "answer_a": [row.answers[0] for _, row in encoded],
+            "answer_b": [row.answers[1] for _, row in encoded],
         }
         counts = {
             "rows_in": len(rows),
             "rows": len(encoded),
-            "tokens": sum(row.n_tokens for row in encoded.values()),
+            "tokens": sum(row.n_tokens for _, row in encoded),
         }
         return ShardOutput(
             pa.table(columns, schema=TOKEN_SCHEMA), rejects.table(), counts | rejects.counts()
@@ -130,29 +134,32 @@ class RewardWorker:
             AnswerScores(reward_model), tokenizer.pad_token_id, model.max_length, max_tokens
         )
 
-    def __call__(self, index: int) -> ShardOutput:
+    def read(self, index: int) -> Rows:
+        """The pairs."""
+        return self.pairs.read(index)
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
         """The scores of every pair that fits."""
         rejects = _Rejects(index)
-        rows = self.pairs.read(index)
         encoded = _encode(self.encoder, self.model, rows, rejects)
-        values = self.forward(list(encoded.values()))
+        values = self.forward([row for _, row in encoded])
         scores = []
-        for position, (pair_id, (score_a, score_b)) in enumerate(zip(encoded, values, strict=True)):
+        for (pair, _), (score_a, score_b) in zip(encoded, values, strict=True):
             if math.isfinite(score_a) and math.isfinite(score_b):
                 scores.append(
                     {
-                        "pair_id": pair_id,
+                        "pair_id": pair["pair_id"],
                         "annotator": self.annotator,
                         "score_a": score_a,
                         "score_b": score_b,
                     }
                 )
             else:
-                rejects.add("non-finite score", position, pair_id)
+                rejects.add("non-finite score", pair)
         counts = {
             "rows_in": len(rows),
             "rows": len(scores),
-            "tokens": sum(row.n_tokens for row in encoded.values()),
+            "tokens": sum(row.n_tokens for _, row in encoded),
         }
         table = pa.Table.from_pylist(scores, schema=SCORE_SCHEMA)
         return ShardOutput(table, rejects.table(), counts | rejects.counts())
@@ -167,19 +174,22 @@ class ReferenceWorker:
         pad = load_tokenizer(model).pad_token_id
         self.forward = RowForward(AnswerLogProbs(policy), pad, model.max_length, max_tokens)
 
-    def __call__(self, index: int) -> ShardOutput:
-        """The log-probs of every pair that the policy's tokens hold."""
-        wanted = {row["pair_id"] for row in self.pairs.read(index)}
-        rows = {i: r for i, r in read_tokens(self.tokens, index).items() if i in wanted}
+    def read(self, index: int) -> Rows:
+        """The pairs that the policy's tokens hold, with those."""
+        tokens = read_tokens(self.tokens, index)
+        pairs = self.pairs.read(index)
+        return [pair | {"tokens": tokens[i]} for pair in pairs if (i := pair["pair_id"]) in tokens]
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+        """The log-probs of every pair."""
         rejects = _Rejects(index)
         reference = []
-        values = self.forward(list(rows.values()))
-        for position, (pair_id, row, (logp_a, logp_b)) in enumerate(
-            zip(rows, rows.values(), values, strict=True)
-        ):
+        values = self.forward([pair["tokens"] for pair in rows])
+        for pair, (logp_a, logp_b) in zip(rows, values, strict=True):
             if not (math.isfinite(logp_a) and math.isfinite(logp_b)):
-                rejects.add("non-finite log-probability", position, pair_id)
+                rejects.add("non-finite log-probability", pair)
                 continue
+            pair_id, row = pair["pair_id"], pair["tokens"]
             n_a, n_b = (len(answer) for answer in row.answers)
             reference.append(
                 {"pair_id": pair_id, "logp_a": logp_a, "logp_b": logp_b, "n_a": n_a, "n_b": n_b}
@@ -187,7 +197,7 @@ class ReferenceWorker:
         counts = {
             "rows_in": len(rows),
             "rows": len(reference),
-            "tokens": sum(row.n_tokens for row in rows.values()),
+            "tokens": sum(pair["tokens"].n_tokens for pair in rows),
         }
         table = pa.Table.from_pylist(reference, schema=REFERENCE_SCHEMA)
         return ShardOutput(table, rejects.table(), counts | rejects.counts())
@@ -207,9 +217,13 @@ class AnswerWorker:
         self.policy = load_policy(model)
         self.tokenizer = load_tokenizer(model)
 
-    def __call__(self, index: int) -> ShardOutput:
-        """One answer to each prompt of the batch."""
+    def read(self, index: int) -> Rows:
+        """The prompts of the batch."""
         rows = self.prompts.read_table(part("prompts", index)).to_pylist()
+        return [row | {"position": position} for position, row in enumerate(rows)]
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+        """One answer to each prompt of the batch."""
         answers = generate(
             self.policy,
             self.tokenizer,

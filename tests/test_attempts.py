@@ -1,0 +1,125 @@
+"""Rows that make a model or tokenizer fail: tried again, found by bisection, set aside."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from tiny import tiny_classifier, tiny_tokenizer
+
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.pairs.records import REJECT_SCHEMA, pair_schema
+from cwpo_dist.scoring.attempts import TRIES, Rows, ShardError, ShardOutput, attempt
+from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
+from cwpo_dist.storage import StorageError, Store
+
+N = 37
+SOURCE = "pairs/part-00000.parquet"
+
+
+@dataclass
+class Doubling:
+    """Doubles numbers; fails on some of them, in its first calls, or when some meet."""
+
+    bad: Mapping[int, Exception] = field(default_factory=dict)
+    bad_calls: int = 0
+    never_together: frozenset[int] = frozenset()
+    calls: int = 0
+
+    def read(self, index: int) -> Rows:
+        return [{"pair_id": str(i), "position": 100 + i, "number": i} for i in range(N)]
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+        self.calls += 1
+        if self.calls <= self.bad_calls:
+            raise RuntimeError("the network blinked")
+        numbers = [row["number"] for row in rows]
+        for number in numbers:
+            if number in self.bad:
+                raise self.bad[number]
+        if self.never_together and self.never_together <= set(numbers):
+            raise RuntimeError("together")
+        table = pa.table({"double": pa.array([2 * number for number in numbers], pa.int64())})
+        counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0, "over_length": 0}
+        return ShardOutput(table, REJECT_SCHEMA.empty_table(), counts)
+
+
+def blamed(output: ShardOutput) -> dict[str, str]:
+    return {row["row"]: row["reason"] for row in output.rejects.to_pylist()}
+
+
+@pytest.mark.parametrize("bad", [{0}, {36}, {7, 8, 20}, set(range(N))])
+def test_the_rows_that_fail_are_found_and_the_rest_is_one_run_without_them(bad: set[int]) -> None:
+    errors = {number: IndexError(f"{number} at <M object at 0x7f12ab>\nmore") for number in bad}
+    output = attempt(Doubling(errors), 0, SOURCE)
+    assert blamed(output) == {str(n): f"IndexError: {n} at <M object at 0x…>" for n in bad}
+    assert output.rows["double"].to_pylist() == [2 * n for n in range(N) if n not in bad]
+    assert {row["position"] - 100 for row in output.rejects.to_pylist()} == bad
+    assert {row["source"] for row in output.rejects.to_pylist()} == {SOURCE}
+    left = N - len(bad)
+    expected = {"rows_in": N, "rows": left, "rejects": len(bad), "over_length": 0}
+    assert output.counts == expected
+
+
+@pytest.mark.parametrize("bad_calls", [1, TRIES, TRIES + 3])
+def test_a_fault_that_passes_leaves_no_trace_in_the_output(bad_calls: int) -> None:
+    undisturbed = attempt(Doubling(), 0, SOURCE)
+    output = attempt(Doubling(bad_calls=bad_calls), 0, SOURCE)
+    assert output.rows.equals(undisturbed.rows)
+    assert output.counts == undisturbed.counts
+    assert output.rejects.num_rows == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageError("storage refused to write"),
+        OSError(errno.EIO, "disk"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        ImportError("no module"),
+    ],
+)
+def test_what_no_row_can_be_blamed_for_ends_the_run_at_once(error: Exception) -> None:
+    worker = Doubling({5: error})
+    with pytest.raises((OSError, ImportError, ShardError)):
+        attempt(worker, 0, SOURCE)
+    assert worker.calls == 1
+
+
+def test_rows_that_fail_only_together_are_not_blamed() -> None:
+    with pytest.raises(ShardError, match=r"fails as a whole \(RuntimeError: together\)"):
+        attempt(Doubling(never_together=frozenset({3, 30})), 0, SOURCE)
+
+
+def test_a_token_that_the_model_does_not_have_costs_its_row_alone(tmp_path: Path) -> None:
+    tiny_classifier("llama").save_pretrained(tmp_path / "reward")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "reward")
+    model = ModelConfig(model_name_or_path=str(tmp_path / "reward"))
+    rows: list[dict[str, Any]] = [
+        {"pair_id": f"{i:02}", "prompt": f"Why {i}?", "response_a": f"yes {i}", "response_b": "no"}
+        for i in range(24)
+    ]
+
+    def scored(folder: str) -> ShardOutput:
+        store = Store(str(tmp_path / folder))
+        table = pa.Table.from_pylist(rows, schema=pair_schema("text"))
+        store.create_table(part("pairs", 0), table)
+        return attempt(RewardWorker(PairsIn(store), model, "tiny", 512), 0, SOURCE)
+
+    for place in (4, 17):
+        rows[place]["response_b"] = "a <new> word"
+    output = scored("bad")
+    assert blamed(output) == dict.fromkeys(("04", "17"), "IndexError: index out of range in self")
+    rows = [row for row in rows if row["pair_id"] not in {"04", "17"}]
+    assert output.rows.equals(scored("good").rows), "byte for byte that of a shard without them"
