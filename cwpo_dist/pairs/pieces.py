@@ -32,6 +32,8 @@ SUMMARIES = "work/pieces"
 # Rows are kept in memory until one of these is reached, then written as one file.
 CHUNK_ROWS = 50_000
 CHUNK_CHARS = 32 * 2**20
+# Rows as Python objects take several times the memory of their text.
+_ROWS_AS_PYTHON = 2048
 
 _BEFORE_PAIRS = pa.schema(
     [
@@ -182,14 +184,18 @@ class _PieceFiles:
         self._index = index
         self._schema = _work_schema(kind)
         self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
         self._rejects: list[Reject] = []
         self._chars = 0
+        self._count = 0
         self._chunk = 0
         self.written: list[str] = []
         self.rejected: Counter[str] = Counter()
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
+        if len(self._rows) == _ROWS_AS_PYTHON:
+            self._pack()
         self._grow(sum(len(str(row[name])) for name in ("prompt", "response_a", "response_b")))
 
     def reject(self, reject: Reject) -> None:
@@ -199,17 +205,23 @@ class _PieceFiles:
 
     def _grow(self, chars: int) -> None:
         self._chars += chars
-        if self._chars >= CHUNK_CHARS or len(self._rows) + len(self._rejects) >= CHUNK_ROWS:
+        self._count += 1
+        if self._chars >= CHUNK_CHARS or self._count >= CHUNK_ROWS:
             self.flush()
+
+    def _pack(self) -> None:
+        self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows = []
 
     def flush(self) -> None:
         name = f"{self._index:05d}-{self._chunk:05d}.parquet"
-        if self._rows:
-            table = pa.Table.from_pylist(self._rows, schema=self._schema)
+        self._pack()
+        table = pa.concat_tables(self._tables)
+        if table.num_rows:
             self._store.create(f"{ROWS}/{name}", _by_bucket(table))
             self.written.append(f"{ROWS}/{name}")
         write_rejects(self._store, f"part-read-{name}", self._rejects)
-        self._rows, self._rejects, self._chars = [], [], 0
+        self._tables, self._rejects, self._chars, self._count = [], [], 0, 0
         self._chunk += 1
 
 

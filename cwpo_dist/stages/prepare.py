@@ -129,8 +129,8 @@ def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfi
 
 def _write(store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, str]) -> None:
     if planned.may_leak:
-        leaking = buckets.write_leaks(store)
-        logger.info("prepare: %d prompts lie on several sides", leaking)
+        find = partial(buckets.write_leaks, store, parts=planned.n_buckets)
+        _each(find, planned.n_buckets, config.num_cpus)
     first: tuple[int, ...] = (0,)
     if planned.n_buckets > 1:
         _each(partial(buckets.count_bucket, store), planned.n_buckets, config.num_cpus)
