@@ -125,14 +125,14 @@ def scores(*ids: str, value: float = 0.5) -> pa.Table:
 
 
 def test_scores_are_found_in_the_files_whose_range_holds_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = Store(str(tmp_path / "one")), Store(str(tmp_path / "two"))
+    one, two = s3_store.child("one"), Store(str(tmp_path / "two"))
     one.create_table("scores/part-00000.parquet", scores("a", "c"))
     one.create_table("scores/part-00001.parquet", scores("d", "f"))
     two.create_table("scores/part-00000.parquet", scores("b", "c", "e", value=9))
     two.create_table("scores/part-00001.parquet", scores())
-    files = score_files([one, two, Store(str(tmp_path / "none"))])
+    files = score_files([one, two, s3_store.child("none")])
     assert [(file.first, file.last) for file in files] == [("a", "c"), ("d", "f"), ("b", "e")]
     earlier = EarlierScores(files)
     found = earlier.of(["b", "c", "d", "zz"]).to_pylist()

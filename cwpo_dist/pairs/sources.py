@@ -32,8 +32,8 @@ from cwpo_dist.storage import fingerprint
 logger = logging.getLogger(__name__)
 
 PEEK_ROWS = 1000
-# One task holds one bucket in memory as Python objects, some three times its text.
-BUCKET_BYTES = 128 * 2**20
+# One task holds one bucket in memory, some four times its text: as read, as sorted, with its ids.
+BUCKET_BYTES = 32 * 2**20
 # Text is about so much longer than its compressed file.
 _EXPANSION: dict[Reader, int] = {"parquet": 4, "saved": 1, "hub": 1}
 _COMPRESSED = 4

@@ -18,6 +18,7 @@ from cwpo_dist.storage import Store, digest
 logger = logging.getLogger(__name__)
 
 ANNOTATOR = "annotator.json"  # who scores here: written before the first score
+_BLOCK_BYTES = 2**23
 
 
 class RejectsError(ValueError):
@@ -99,7 +100,9 @@ def _weights(fit: Store) -> str:
     content = hashlib.sha256()
     for name in fit.names("model"):
         if name.endswith(".safetensors"):
-            content.update(fit.read(name))
+            with fit.filesystem.open(fit.path(name), "rb") as file:
+                for block in iter(partial(file.read, _BLOCK_BYTES), b""):
+                    content.update(block)
     return content.hexdigest()
 
 
