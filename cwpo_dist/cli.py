@@ -121,7 +121,28 @@ def _add_stage(stage: str, does: str) -> None:
 
 
 for _stage, _does in STAGES.items():
-    _add_stage(_stage, _does)
+    if _stage != "annotate":
+        _add_stage(_stage, _does)
+
+
+@app.command()
+def annotate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    retry_rejects: Annotated[
+        bool,
+        typer.Option("--retry-rejects", help="Score again what was set aside for a failure."),
+    ] = False,
+) -> None:
+    """Score every pair with the annotator or any one-label reward model.
+
+    What it needs and is not done yet is done first, and said. --retry-rejects scores again what a
+    finished pass set aside for a failure or a score that is not finite, and nothing else.
+
+    Example: cwpo annotate run.yaml annotate.model.model_name_or_path=models/reward
+    """
+    _run(load_config(config, overrides), "annotate", resume, retry_rejects)
 
 
 @app.command()
@@ -274,15 +295,18 @@ def _guard_own_ray() -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
-def _run(config: Config, until: str | None, resume: bool) -> None:
+def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = False) -> None:
     _guard_own_ray()
+    from cwpo_dist.stages import run as stages
     from cwpo_dist.stages.checks import check
-    from cwpo_dist.stages.run import run as run_stages
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("cwpo_dist").setLevel(logging.INFO)
     check(config, until)  # before any worker starts
-    place = run_stages(config, until=until, resume=resume)
+    if retry_rejects:
+        place = stages.retry_rejects(config)
+    else:
+        place = stages.run(config, until=until, resume=resume)
     _say(f"{'report' if until is None else 'run directory'}: {place}")
 
 

@@ -13,7 +13,7 @@ from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import Config, parse_config
 from cwpo_dist.pairs.records import SCORE_SCHEMA
-from cwpo_dist.scoring.earlier import EarlierScores, score_files
+from cwpo_dist.scoring.earlier import EarlierScores, ranged_files
 from cwpo_dist.stages.run import nodes_until, run
 from cwpo_dist.storage import MANIFEST, Store
 
@@ -132,7 +132,7 @@ def test_scores_are_found_in_the_files_whose_range_holds_them(
     one.create_table("scores/part-00001.parquet", scores("d", "f"))
     two.create_table("scores/part-00000.parquet", scores("b", "c", "e", value=9))
     two.create_table("scores/part-00001.parquet", scores())
-    files = score_files([one, two, s3_store.child("none")])
+    files = ranged_files([one, two, s3_store.child("none")])
     assert [(file.first, file.last) for file in files] == [("a", "c"), ("d", "f"), ("b", "e")]
     earlier = EarlierScores(files)
     found = earlier.of(["b", "c", "d", "zz"]).to_pylist()

@@ -40,7 +40,7 @@ class ScoreFile:
         return found.replace_schema_metadata(None)
 
 
-def score_files(outputs: Iterable[Store]) -> tuple[ScoreFile, ...]:
+def ranged_files(outputs: Iterable[Store]) -> tuple[ScoreFile, ...]:
     """The committed files of outputs of `annotate`, finished or not, with rows in them."""
     named = [(store, name) for store in outputs for name in store.names(SCORES)]
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:  # each footer is a wait for storage

@@ -12,7 +12,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 # Parquet metadata of a commit file: what the shard read and wrote, and the file of its rejects.
 COUNTS = b"cwpo.counts"
 REJECTS = b"cwpo.rejects"
+READERS = 16  # of footers at once: on object storage each takes a round trip or two
 
 
 @dataclass(frozen=True)
@@ -39,26 +41,35 @@ class ShardJob:
         name: the folder of its output files below `output` (`scores`, `tokens`, …).
         shards: how many input shards there are.
         make_worker: builds the worker inside an actor; must be picklable.
+        only: the shards that it is about; None: all.
+        retry: 0, or which retry of the rejects this is: its files stand beside the first ones.
     """
 
     name: str
     output: Store
     shards: int
     make_worker: Callable[[], ShardWorker]
+    only: Sequence[int] | None = None
+    retry: int = 0
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The numbers of its shards."""
+        return range(self.shards) if self.only is None else self.only
 
     def file(self, index: int) -> str:
         """The commit file of a shard."""
-        return part(self.name, index)
+        return part(self.name, index, self.retry)
 
     def missing(self) -> list[int]:
         """The shards that have no committed output yet."""
         done = set(self.output.names(self.name))
-        return [index for index in range(self.shards) if self.file(index) not in done]
+        return [index for index in self.indices if self.file(index) not in done]
 
 
-def part(name: str, index: int) -> str:
-    """`scores/part-00012.parquet`."""
-    return f"{name}/part-{index:05d}.parquet"
+def part(name: str, index: int, retry: int = 0) -> str:
+    """`scores/part-00012.parquet`, or of a retry `scores/part-00012.retry-1.parquet`."""
+    return f"{name}/part-{index:05d}{f'.retry-{retry}' if retry else ''}.parquet"
 
 
 class _ShardActor:
@@ -99,7 +110,7 @@ def run_shards(job: ShardJob, pool: PoolConfig) -> Counter[str]:
         ConfigError: when an actor of the pool can never be placed on the cluster.
     """
     missing = job.missing()
-    logger.info("%s: %d of %d shards to do", job.name, len(missing), job.shards)
+    logger.info("%s: %d of %d shards to do", job.name, len(missing), len(job.indices))
     if missing:
         check_placement(pool, job.name)
         _run_missing(job, missing, pool)
@@ -151,17 +162,22 @@ def check_placement(pool: PoolConfig, name: str) -> None:
 def total_counts(job: ShardJob) -> Counter[str]:
     """Sums the counts that committed shards carry in their Parquet footers."""
     totals: Counter[str] = Counter()
-    for index in range(job.shards):
-        totals.update(committed_counts(job, index))
+    for counts in committed_counts(job).values():
+        totals.update(counts)
     out = totals["rows"] + totals["rejects"] + totals["over_length"]
     assert totals["rows_in"] == out, (job.name, dict(totals))
     return totals
 
 
-def committed_counts(job: ShardJob, index: int) -> dict[str, int]:
-    """What a committed shard read and wrote."""
-    counts: dict[str, int] = json.loads(_metadata(job.output, job.file(index))[COUNTS])
-    return counts
+def committed_counts(job: ShardJob) -> dict[int, dict[str, int]]:
+    """What each shard read and wrote; all shards must be committed."""
+
+    def read(index: int) -> dict[str, int]:
+        counts: dict[str, int] = json.loads(_metadata(job.output, job.file(index))[COUNTS])
+        return counts
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return dict(zip(job.indices, readers.map(read, job.indices), strict=True))
 
 
 def committed_rejects(store: Store, file: str) -> list[dict[str, Any]]:

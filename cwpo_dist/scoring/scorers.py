@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
+OVER_LENGTH = "over_length"  # the one reason of rejects that another try cannot change
+
 
 @dataclass(frozen=True)
 class PairsIn:
@@ -39,16 +41,21 @@ class PairsIn:
     Attributes:
         store: the output folder of `prepare` (or any folder with `pairs/part-*.parquet`).
         splits: rows of these splits only; None: all.
+        only: given a shard, the ids of its pairs to which it is restricted; None: all.
     """
 
     store: Store
     splits: tuple[str, ...] | None = None
+    only: Callable[[int], Container[str]] | None = None
 
     def read(self, index: int) -> list[dict[str, Any]]:
         """The rows of one shard, in file order, each with its `position` in the file."""
         columns = ["pair_id", "prompt", "response_a", "response_b", "split"]
         rows = self.store.read_table(part("pairs", index), columns).to_pylist()
         placed = [row | {"position": position} for position, row in enumerate(rows)]
+        if self.only is not None:
+            wanted = self.only(index)
+            placed = [row for row in placed if row["pair_id"] in wanted]
         return [row for row in placed if self.splits is None or row["split"] in self.splits]
 
 
@@ -69,7 +76,7 @@ class _Rejects:
     def counts(self) -> dict[str, int]:
         """Over-length rows are counted apart: they are good rows of another size."""
         reasons = Counter(row["reason"] for row in self.rows)
-        over_length = reasons.pop("over_length", 0)
+        over_length = reasons.pop(OVER_LENGTH, 0)
         return {"over_length": over_length, "rejects": sum(reasons.values())}
 
 
@@ -86,7 +93,7 @@ def _encode(
             continue
         fitting = fit_length(tokens, model.max_length, model.over_length, bos_id=encoder.bos_id)
         if fitting is None:
-            rejects.add("over_length", row)
+            rejects.add(OVER_LENGTH, row)
         else:
             encoded.append((row, fitting))
     return encoded

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from cwpo_dist.config import ConfigError, ModelConfig
-from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, score_files
-from cwpo_dist.scoring.pipeline import ShardJob, run_shards
-from cwpo_dist.scoring.scorers import RewardWorker
-from cwpo_dist.stages.context import Context, trained
+from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.scoring.pipeline import ShardJob, committed_rejects, part, run_shards, total_counts
+from cwpo_dist.scoring.scorers import OVER_LENGTH, RewardWorker
+from cwpo_dist.stages.context import Context, score_files, trained
 from cwpo_dist.stages.graph import FORMAT, Node
 from cwpo_dist.storage import Store, digest
 
@@ -32,33 +35,77 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         RejectsError: when more rows than `annotate.max_reject_fraction` have no finite score.
     """
     config = context.config.annotate
-    model = annotator(context, node)
-    name = f"{model.model_name_or_path.rstrip('/').rsplit('/', 1)[-1]}"
-    if "fit" in node.inputs:
-        name = f"fit/{node.inputs['fit'].key}"
-    score = partial(RewardWorker, context.pairs(node), model, name, config.max_tokens_per_batch)
-    earlier = EarlierScores(score_files(_same_annotator(context, node)))
-    job = ShardJob(
-        name="scores",
-        output=context.place(node),
-        shards=context.shards(node),
-        make_worker=partial(NewPairsWorker, earlier, score) if earlier.files else score,
-    )
-    counts = {"reused": 0} | run_shards(job, config)
+    job = _job(context, node)
+    counts = run_shards(_of_new_pairs(context, node, job), config)
+    counts.update(_retried_counts(context, node))
     allowed = config.max_reject_fraction * counts["rows_in"]
     if counts["rejects"] > allowed:
         raise RejectsError(
             f"annotate: {counts['rejects']} of {counts['rows_in']} pairs have no finite score, "
             f"more than annotate.max_reject_fraction {config.max_reject_fraction} allows; see "
-            f"{job.output.uri}/rejects, mend the model or raise the fraction"
+            f"{job.output.uri}/rejects, mend the model and give --retry-rejects, or raise the "
+            "fraction"
         )
     logger.info(
         "annotate: %d pairs scored, %d of them before, %d set aside, %d too long; %s/scores has "
         "score_a and score_b, to be joined by pair_id with response_a and response_b of %s/pairs",
-        *(counts["rows"], counts["reused"], counts["rejects"]),
-        *(counts["over_length"], job.output.uri, context.pairs(node).store.uri),
+        *(counts["rows"], counts["reused"], counts["rejects"], counts["over_length"]),
+        *(job.output.uri, context.pairs(node).store.uri),
     )
-    return counts | {"annotator": name}
+    return {"reused": 0, **counts, "annotator": _name(context, node)}
+
+
+def retry(context: Context, node: Node) -> dict[str, Any] | None:
+    """Scores again the pairs that were set aside for another reason than their length.
+
+    What a retry scores goes into files of its own, `scores/part-00012.retry-1.parquet`, one a shard
+    that has such pairs; what was committed before stays as it is. Readers read the files of those
+    retries that were committed (by `manifest.retry-N.json`, by the caller) when their stage's key
+    was made. The key of `annotate` stays, as settings and inputs do; the keys of all that reads the
+    scores change with each retry, so what was made of the earlier scores is made anew beside it.
+
+    Returns:
+        The counts of all scores with those of this retry; None when there was nothing to retry.
+    """
+    first = _job(context, node)
+    if first.missing():
+        logger.info("annotate: not all pairs were scored yet, so none is scored again")
+        return None
+    number = node.retries + 1
+    aside = [i for i in range(first.shards) if _set_aside(first.output, node.retries, i)]
+    if not aside:
+        logger.info("annotate: nothing was set aside but for its length")
+        return None
+    run_shards(_job(context, node, number, aside), context.config.annotate)
+    counts = total_counts(first)
+    counts.update(_retried_counts(context, replace(node, retries=number)))
+    return dict(counts)
+
+
+def _job(
+    context: Context, node: Node, retry: int = 0, only: Sequence[int] | None = None
+) -> ShardJob:
+    """The scoring of all pairs, or of those that the retries before `retry` left aside."""
+    output, pairs = context.place(node), context.pairs(node)
+    if retry:
+        pairs = replace(pairs, only=partial(_set_aside, output, retry - 1))
+    model, budget = annotator(context, node), context.config.annotate.max_tokens_per_batch
+    return ShardJob(
+        name="scores",
+        output=output,
+        shards=context.shards(node),
+        make_worker=partial(RewardWorker, pairs, model, _name(context, node), budget),
+        only=only,
+        retry=retry,
+    )
+
+
+def _of_new_pairs(context: Context, node: Node, job: ShardJob) -> ShardJob:
+    """The job without what the same annotator scored in other outputs: that is copied."""
+    earlier = EarlierScores(ranged_files(_same_annotator(context, node)))
+    if not earlier.files:
+        return job
+    return replace(job, make_worker=partial(NewPairsWorker, earlier, job.make_worker))
 
 
 def _same_annotator(context: Context, node: Node) -> list[Store]:
@@ -69,10 +116,7 @@ def _same_annotator(context: Context, node: Node) -> list[Store]:
     """
     stage, who = context.root.child("annotate"), _who(context, node)
     context.place(node).create_json(ANNOTATOR, who)
-    files: dict[str, int] = {}
-    for name in stage.names():
-        key = name.split("/")[0]
-        files[key] = files.get(key, 0) + 1
+    files = Counter(name.split("/")[0] for name in stage.names())
     others = sorted(files.keys() - {node.key}, key=lambda key: (-files[key], key))
     stores = [stage.child(key) for key in others]
     return [store for store in stores if store.exists(ANNOTATOR) and _says(store, who)]
@@ -104,6 +148,32 @@ def _weights(fit: Store) -> str:
                 for block in iter(partial(file.read, _BLOCK_BYTES), b""):
                     content.update(block)
     return content.hexdigest()
+
+
+def _name(context: Context, node: Node) -> str:
+    """What the column `annotator` holds."""
+    if "fit" in node.inputs:
+        return f"fit/{node.inputs['fit'].key}"
+    return annotator(context, node).model_name_or_path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _set_aside(output: Store, retries: int, index: int) -> frozenset[str]:
+    """The ids of a shard's pairs that have no score after so many retries, but fit."""
+    last = score_files(output, index, retries)[-1]
+    rejects = committed_rejects(output, last)
+    return frozenset(row["row"] for row in rejects if row["reason"] != OVER_LENGTH)
+
+
+def _retried_counts(context: Context, node: Node) -> Counter[str]:
+    """What the retries add to the counts: each row that they score was set aside before."""
+    totals: Counter[str] = Counter()
+    names = set(context.place(node).names("scores")) if node.retries else set()
+    for number in range(1, node.retries + 1):
+        shards = range(context.shards(node))
+        only = [i for i in shards if part("scores", i, number) in names]
+        totals.update(total_counts(_job(context, node, number, only)))
+        totals["rejects"] -= totals.pop("rows_in")
+    return totals
 
 
 def annotator(context: Context, node: Node) -> ModelConfig:

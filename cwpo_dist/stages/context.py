@@ -81,14 +81,22 @@ def scores_by_pair(
     """(score_a, score_b) of one shard by pair id; None where the node reads no scores."""
     if "annotate" not in node.inputs:
         return None
-    return read_scores(context.place(node.inputs["annotate"]), index)
+    scored = node.inputs["annotate"]
+    return read_scores(context.place(scored), index, scored.retries)
 
 
-def read_scores(store: Store, index: int) -> dict[str, tuple[float, float]]:
-    """(score_a, score_b) of one shard by pair id, from the output folder of `annotate`."""
+def read_scores(store: Store, index: int, retries: int) -> dict[str, tuple[float, float]]:
+    """(score_a, score_b) of one shard by pair id, from `annotate` and so many of its retries."""
     columns = ["pair_id", "score_a", "score_b"]
-    rows = store.read_table(part("scores", index), columns).to_pylist()
+    names = score_files(store, index, retries)
+    rows = [row for name in names for row in store.read_table(name, columns).to_pylist()]
     return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
+
+
+def score_files(store: Store, index: int, retries: int) -> list[str]:
+    """The files with one shard's scores: the first, and one of each retry that it was part of."""
+    again = [part("scores", index, number) for number in range(1, retries + 1)]
+    return [part("scores", index), *(name for name in again if store.exists(name))]
 
 
 def read_log_probs(store: Store, index: int) -> dict[str, tuple[float, float]]:

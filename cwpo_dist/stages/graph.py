@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from cwpo_dist.config import ARMS, Arm, Config, ConfigError, ModelConfig
 from cwpo_dist.lm.loading import model_fingerprint
 from cwpo_dist.pairs.sources import source_fingerprints
-from cwpo_dist.storage import digest
+from cwpo_dist.storage import Store, digest
 
 FORMAT = 1  # of what stages write: raised when the same settings would give other files
 
@@ -23,17 +24,26 @@ class Node:
         stage: the folder it lies in.
         settings: everything but its inputs that its content depends on.
         inputs: the outputs that it reads.
+        retries: how many retries of its rejects are committed. They add rows to an output whose
+            settings and inputs stay the same, so they are no part of its own key, but of the keys
+            of all that reads it.
     """
 
     stage: str
     settings: dict[str, Any]
     inputs: dict[str, Node] = field(default_factory=dict)
+    retries: int = 0
 
     @cached_property
     def key(self) -> str:
         """16 hex digits: the same settings and inputs give the same key on any machine."""
-        inputs = {name: node.key for name, node in self.inputs.items()}
+        inputs = {name: node.content for name, node in self.inputs.items()}
         return digest([FORMAT, self.stage, self.settings, inputs])
+
+    @property
+    def content(self) -> str:
+        """The key, and which retry: what the keys of its readers hash."""
+        return f"{self.key}+retry-{self.retries}" if self.retries else self.key
 
     @property
     def path(self) -> str:
@@ -83,7 +93,7 @@ def annotator_nodes(config: Config, prepare: Node) -> dict[str, Node]:
     scored = config.annotate.identity() | {"splits": sorted(config.annotate.scored_splits())}
     if config.annotate.model is not None:
         settings = scored | _identity(config.annotate.model)
-        return {"annotate": Node("annotate", settings, {"prepare": prepare})}
+        return {"annotate": _retried(config, Node("annotate", settings, {"prepare": prepare}))}
     if config.weak is None:
         raise ConfigError(
             "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
@@ -92,7 +102,19 @@ def annotator_nodes(config: Config, prepare: Node) -> dict[str, Node]:
     fit_settings = config.fit.identity() | _identity(config.weak) | {"seed": config.seed}
     fit = Node("fit", fit_settings, {"prepare": prepare})
     inputs = {"prepare": prepare, "fit": fit}
-    return {"fit": fit, "annotate": Node("annotate", scored, inputs)}
+    return {"fit": fit, "annotate": _retried(config, Node("annotate", scored, inputs))}
+
+
+def _retried(config: Config, node: Node) -> Node:
+    """The node with the number of its committed retries, which stand in the run directory."""
+    output = Store(config.output_dir).child(*node.path.split("/"))
+    done = next(n for n in itertools.count() if not output.exists(retry_manifest(n + 1)))
+    return replace(node, retries=done)
+
+
+def retry_manifest(number: int) -> str:
+    """The file that commits a retry of an output's rejects, numbered from 1."""
+    return f"manifest.retry-{number}.json"
 
 
 def _policy_nodes(

@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -32,7 +33,14 @@ from cwpo_dist.stages import (
     weigh,
 )
 from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node, annotator_nodes, graph, needs_annotator, prepare_node
+from cwpo_dist.stages.graph import (
+    Node,
+    annotator_nodes,
+    graph,
+    needs_annotator,
+    prepare_node,
+    retry_manifest,
+)
 from cwpo_dist.storage import MANIFEST, Store
 
 logger = logging.getLogger(__name__)
@@ -129,14 +137,58 @@ def execute(context: Context, node: Node, resume: bool = False) -> None:
     logger.info("%s: starting", node.path)
     started = time.time()
     counts = STAGES[node.stage](context, node)
-    manifest = _identity(node) | {
+    manifest = _record(node, counts, started)
+    context.place(node).create_json(MANIFEST, manifest)
+    logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
+
+
+def retry_rejects(config: Config) -> str:
+    """Annotates what is left to annotate, or scores again what was set aside for a failure.
+
+    Returns:
+        The URI of the run directory.
+    """
+    context = Context(config, Store(config.output_dir))
+    *before, node = nodes_until(config, config.arms[0], "annotate").values()
+    connect()
+    for needed in before:
+        execute(context, needed)
+    readers = list(_made_from(context, node))
+    started = time.time()
+    counts = annotate.retry(context, node)
+    if counts is not None:
+        node = replace(node, retries=node.retries + 1)
+        record = _record(node, counts, started)
+        context.place(node).create_json(retry_manifest(node.retries), record)
+        logger.info("%s: retry %d is done", node.path, node.retries)
+        for made in readers:
+            logger.warning(
+                "%s was made of the scores before this retry: it stays, and the next `cwpo run` "
+                "makes another beside it",
+                made.path,
+            )
+    execute(context, node)
+    return config.output_dir
+
+
+def _made_from(context: Context, node: Node) -> Iterable[Node]:
+    """The committed outputs of this configuration that read a node."""
+    arms = context.config.arms if context.config.policy is not None else []
+    nodes = {n.path: n for arm in arms for n in graph(context.config, arm).values()}
+    for made in nodes.values():
+        reads = node.path in {given.path for given in _ancestors(made.inputs.values())}
+        if reads and context.done(made):
+            yield made
+
+
+def _record(node: Node, counts: dict[str, Any], started: float) -> dict[str, Any]:
+    """What a manifest holds."""
+    return _identity(node) | {
         "counts": counts,
         "seconds": round(time.time() - started, 3),
         "versions": versions(),
         "device": device(),
     }
-    context.place(node).create_json(MANIFEST, manifest)
-    logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
 
 
 def _identity(node: Node) -> dict[str, Any]:
@@ -144,7 +196,7 @@ def _identity(node: Node) -> dict[str, Any]:
         "stage": node.stage,
         "key": node.key,
         "settings": node.settings,
-        "inputs": {name: given.path for name, given in node.inputs.items()},
+        "inputs": {name: f"{given.stage}/{given.content}" for name, given in node.inputs.items()},
     }
 
 

@@ -22,10 +22,12 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     policy, config = context.config.policy, context.config.sft
     assert policy is not None, "graph() makes no sft node without a policy"
     assert config is not None, "graph() makes no sft node for `sft: none`"
+    scored = node.inputs.get("annotate")
     chosen = ChosenAnswers(
         pairs=context.place(node.inputs["prepare"]),
         tokens=context.place(node.inputs["tokens"]),
-        scores=context.place(node.inputs["annotate"]) if "annotate" in node.inputs else None,
+        scores=None if scored is None else context.place(scored),
+        retries=0 if scored is None else scored.retries,
         shards=context.shards(node),
         labels=node.settings["labels"],
         splits=tuple(node.settings["splits"]),
@@ -51,6 +53,7 @@ class ChosenAnswers:
         pairs: the output folder of `prepare`.
         tokens: that of `tokens`.
         scores: that of `annotate`; None in a run without annotator.
+        retries: how many retries of its rejects count.
         shards: how many pair files there are.
         labels: whose choice counts.
         splits: the splits to train on.
@@ -59,6 +62,7 @@ class ChosenAnswers:
     pairs: Store
     tokens: Store
     scores: Store | None
+    retries: int
     shards: int
     labels: LabelSource
     splits: tuple[str, ...]
@@ -70,7 +74,9 @@ class ChosenAnswers:
         for index in range(self.shards):
             columns = ["pair_id", "label", "split"]
             pairs = self.pairs.read_table(part("pairs", index), columns).to_pylist()
-            scores = None if self.scores is None else read_scores(self.scores, index)
+            scores = None
+            if self.scores is not None:
+                scores = read_scores(self.scores, index, self.retries)
             tokens = read_tokens(self.tokens, index)
             for pair_id, decision in decide(pairs, scores, self.labels, self.splits).items():
                 if pair_id in tokens:
