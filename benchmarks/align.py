@@ -1,0 +1,341 @@
+"""How fast and lean a policy is aligned: our loop against TRL's DPOTrainer on the same pairs.
+
+Usage: python benchmarks/align.py [--layers 4] [--pairs 96] [--help]
+
+One process, one thread, fp32, no gradient checkpointing, global batch 8, one epoch of DPO with the
+policy as its own reference. Everything after tokenising counts: the reference pass, every forward
+and backward pass, every optimizer step. Both sides get the same token ids in the same order, and no
+pair is truncated. Each run is a process of its own, so that its peak memory is its own; sides are
+interleaved. TRL runs with each of its micro-batches and the best one counts, once computing its
+reference beside the policy (its default) and once before it (`precompute_ref_log_probs`).
+
+The last line is one JSON object with all figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided before torch
+
+import measure
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
+from cwpo_dist.lm.batches import global_batch, steps_per_epoch
+from cwpo_dist.lm.flops import useful_flops
+from cwpo_dist.lm.loading import load_policy, save
+from cwpo_dist.lm.modules import AnswerLogProbs
+from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+
+BATCH, BETA, RATE, SEED = 8, 0.1, 5e-6, 0
+MICRO_BATCHES = (1, 2, 4, 8)
+MAX_LENGTH = 1024
+LORA = LoraConfig(lora_dropout=0.0)
+
+app = typer.Typer(add_completion=False)
+
+
+def training_config(epochs: int, max_tokens: int, lora: bool) -> TrainingConfig:
+    """Ours, with TRL's schedule."""
+    return TrainingConfig(
+        learning_rate=RATE,
+        num_train_epochs=epochs,
+        global_batch_size=BATCH,
+        max_tokens_per_micro_batch=max_tokens,
+        lr_scheduler_type="linear",
+        zero_stage=0,
+        lora=LORA if lora else None,
+    )
+
+
+def policy(spec: dict[str, Any]) -> Any:
+    """The model to align, in fp32, trainable in full or through LoRA."""
+    from cwpo_dist.training.lora import add_lora
+
+    model = load_policy(ModelConfig(model_name_or_path=spec["model"]))
+    if spec["lora"]:
+        return add_lora(model, LORA, "logps", SEED)
+    model.requires_grad_(True)
+    return model
+
+
+def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+    """The reference pass, then the loop in DeepSpeed's engine: what `align` does in one worker."""
+    from cwpo_dist.scoring.forward import RowForward
+    from cwpo_dist.training import engine as deepspeed_engine
+    from cwpo_dist.training.loop import Hooks, Run, TorchEngine, gradients, train
+    from cwpo_dist.training.tasks import Preference
+
+    config = training_config(spec["epochs"], spec["max_tokens"], spec["lora"])
+    module = AnswerLogProbs(policy(spec))
+    flops = useful_flops(module).forward(rows)
+    if spec["engine"] == "torch":
+        engine: Any = TorchEngine(module, config)
+    else:
+        meet = f"file://{tempfile.mkdtemp()}/group"
+        torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+        settings = deepspeed_engine.deepspeed_config(config, torch.float32)
+        engine = deepspeed_engine.DeepSpeedEngine(module, config, settings)
+    started = time.perf_counter()
+    forward = RowForward(module, 0, MAX_LENGTH, spec["max_tokens"])
+    references = [(pair[0], pair[1]) for pair in forward(rows)]
+    reference_s = time.perf_counter() - started
+    run = Run(config, SEED, forward.layout, 0)
+    names = [str(i) for i in range(len(rows))]
+    task = Preference(rows, names, [1.0] * len(rows), references, "sigmoid", BETA)
+    module.train()
+    if spec["gradient"]:
+        _, first = global_batch(len(rows), BATCH, SEED, 0)
+        gradients(task, engine, run, 0, first.tolist())
+        _keep_gradient(module.model, spec["gradient"])
+        return {}
+    train(task, engine, run, Hooks())
+    return {
+        "reference_s": reference_s,
+        "train_s": time.perf_counter() - started - reference_s,
+        "flops": flops * (1 + 3 * spec["epochs"]),
+        "layout": forward.layout,
+    }
+
+
+def trl(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+    """TRL's trainer on token ids; its tokenising is left out, as ours is."""
+    import datasets
+    import transformers
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+
+    class Trainer(DPOTrainer):
+        """Takes pairs that are tokenised already, in the order they stand in."""
+
+        reference_s = 0.0
+
+        def _prepare_dataset(self, dataset: Any, *_rest: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, *_rest: Any) -> Any:
+            return torch.utils.data.SequentialSampler(pairs)
+
+        def _precompute_ref_logps(self, *given: Any) -> Any:
+            started = time.perf_counter()
+            dataset = super()._precompute_ref_logps(*given)
+            self.reference_s = time.perf_counter() - started
+            return dataset
+
+    class KeepGradient(transformers.TrainerCallback):
+        """Writes the gradient of the first step."""
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            _keep_gradient(kw["model"], spec["gradient"])
+
+    steps = range(steps_per_epoch(len(rows), BATCH))
+    order = [i for step in steps for i in global_batch(len(rows), BATCH, SEED, step)[1].tolist()]
+    pairs = [
+        {"prompt_ids": r.prompt, "chosen_ids": r.answers[0], "rejected_ids": r.answers[1]}
+        for r in (rows[i] for i in order)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=spec["micro_batch"],
+            gradient_accumulation_steps=BATCH // spec["micro_batch"],
+            num_train_epochs=spec["epochs"],
+            max_steps=1 if spec["gradient"] else -1,
+            max_grad_norm=1e9 if spec["gradient"] else 1.0,
+            learning_rate=RATE,
+            beta=BETA,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            precompute_ref_log_probs=spec["precompute"],
+            disable_dropout=True,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            seed=SEED,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        tokenizer = load_tokenizer(ModelConfig(model_name_or_path=spec["model"]))
+        trainer = Trainer(
+            model=policy(spec),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            callbacks=[KeepGradient()] if spec["gradient"] else [],
+        )
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    return {"reference_s": trainer.reference_s, "train_s": seconds}
+
+
+def _keep_gradient(model: Any, path: str) -> None:
+    """By parameter name; tied weights once."""
+    found = {
+        n: p.grad.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad
+    }
+    save_file(found, path)
+
+
+@app.command(hidden=True)
+def side(spec_json: str) -> None:
+    """One side, one run: prints its figures as JSON."""
+    torch.set_num_threads(1)
+    spec = json.loads(spec_json)
+    rows = [
+        Row(r["prompt"], tuple(r["answers"])) for r in json.loads(Path(spec["rows"]).read_text())
+    ]
+    figures = (ours if spec["side"] == "ours" else trl)(spec, rows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps(figures | {"peak_gib": peak}))
+
+
+def run_side(spec: dict[str, Any]) -> dict[str, Any]:
+    """Runs `side` in a process of its own.
+
+    Raises:
+        SystemExit: with its last lines, when it fails.
+    """
+    command = [sys.executable, __file__, "side", json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def first_layers(model: Path, layers: int, folder: Path) -> str:
+    """The model's first layers as a folder of its own: TRL loads its reference from the name."""
+    settings = ModelConfig(model_name_or_path=str(model), num_hidden_layers=layers)
+    save(load_policy(settings), load_tokenizer(settings), folder)
+    return str(folder)
+
+
+def drawn_rows(data: str, model: str, count: int, folder: Path) -> Path:
+    """So many pairs, drawn by a seed among those that neither side truncates, as a file of ids."""
+    from annotate import with_ray
+
+    settings = ModelConfig(model_name_or_path=model, max_length=MAX_LENGTH)
+    store, shards = with_ray(lambda: measure.prepared(folder / "pairs", data, None, 1024))
+    encoder = Encoder(load_tokenizer(settings), settings.chat_template)
+    rows = measure.encoded(store, shards, encoder, settings)
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))[:count]
+    path = folder / "rows.json"
+    path.write_text(
+        json.dumps(
+            [{"prompt": rows[i].prompt, "answers": rows[i].answers} for i in chosen.tolist()]
+        )
+    )
+    return path
+
+
+def gradient_difference(spec: dict[str, Any], folder: Path) -> float:
+    """‖ours − TRL's‖ / ‖TRL's‖ of the first step's flat gradient."""
+    found = []
+    for name in ("ours", "trl"):
+        path = str(folder / f"{name}.safetensors")
+        # plain torch: DeepSpeed keeps its gradients elsewhere; tests hold its engine to plain torch
+        run_side(spec | {"side": name, "gradient": path, "engine": "torch", "micro_batch": 4})
+        found.append(load_file(path))
+    mine, theirs = found
+    names = [name for name in theirs if name in mine]
+    error = sum(float((mine[n].double() - theirs[n].double()).square().sum()) for n in names)
+    size = sum(float(theirs[n].double().square().sum()) for n in names)
+    return float((error / size) ** 0.5)
+
+
+def summary(runs: dict[str, list[dict[str, Any]]], pairs: int) -> dict[str, Any]:
+    """Medians of each side's runs; TRL's best micro-batch is the one with the most pairs/s."""
+    figures: dict[str, Any] = {}
+    for name, each in runs.items():
+        seconds = statistics.median(run["reference_s"] + run["train_s"] for run in each)
+        figures[name] = {
+            "pairs_s": pairs / seconds,
+            "reference_s": statistics.median(run["reference_s"] for run in each),
+            "train_s": statistics.median(run["train_s"] for run in each),
+            "peak_gib": max(run["peak_gib"] for run in each),
+        }
+    return figures
+
+
+def best(figures: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The fastest side whose name starts so."""
+    sides = [figure for name, figure in figures.items() if name.startswith(prefix)]
+    return dict(max(sides, key=lambda figure: figure["pairs_s"]))
+
+
+@app.command()
+def compare(
+    model: Annotated[Path, typer.Option(help="a Hugging Face folder of a causal LM")] = Path(
+        "runs/models/SmolLM2-135M-Instruct"
+    ),
+    layers: Annotated[int, typer.Option(help="keep its first layers; 30: all of SmolLM2")] = 4,
+    data: Annotated[Literal["hh", "ukp", "demo"], typer.Option(help="hh, ukp: CWPO_DATA")] = "hh",
+    pairs: Annotated[int, typer.Option(help="drawn by a seed")] = 96,
+    epochs: int = 1,
+    max_tokens: Annotated[int, typer.Option(help="of one of our micro-batches")] = 2048,
+    lora: Annotated[bool, typer.Option(help="LoRA on both sides, in place of all weights")] = False,
+    engine: Annotated[Literal["deepspeed", "torch"], typer.Option(help="ours")] = "deepspeed",
+    repeats: Annotated[int, typer.Option(help="interleaved runs of each side")] = 1,
+    micro_batches: Annotated[str, typer.Option(help="TRL's")] = "1,2,4,8",
+) -> None:
+    """Measures and prints; see the head of this file for what is compared with what."""
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {"benchmark": "align", "data": data, "layers": layers, "lora": lora}
+    figures |= {"pairs": pairs, "epochs": epochs, "max_tokens": max_tokens, "engine": engine}
+    figures["environment"] = measure.environment()
+    sizes = [int(size) for size in micro_batches.split(",")]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        name = first_layers(model, layers, folder / "model")
+        rows = drawn_rows(data, name, pairs, folder)
+        common = {"model": name, "lora": lora, "rows": str(rows)}
+        common |= {"epochs": epochs, "max_tokens": max_tokens, "engine": engine, "gradient": ""}
+        common |= {"precompute": False}
+        figures["max_grad_diff"] = gradient_difference(common, folder)
+        print(f"gradients of the first step differ by {figures['max_grad_diff']:.1e}", flush=True)
+        sides = {"ours": common | {"side": "ours"}}
+        for size in sizes:
+            for name, precompute in (("default", False), ("precomputed", True)):
+                options = {"side": "trl", "micro_batch": size, "precompute": precompute}
+                sides[f"trl_{name}_{size}"] = common | options
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+        rate = measure.matmul_rate()
+        for _ in range(repeats):
+            for name, spec in sides.items():
+                runs[name].append(run_side(spec))
+                print(f"  {name}: {runs[name][-1]}", flush=True)
+                rate = max(rate, measure.matmul_rate(1.0))
+        figures["sides"] = summary(runs, pairs * epochs)
+    mine, default = figures["sides"]["ours"], best(figures["sides"], "trl_default")
+    precomputed = best(figures["sides"], "trl_precomputed")
+    seconds = mine["reference_s"] + mine["train_s"]
+    figures |= {
+        "ratio": mine["pairs_s"] / default["pairs_s"],
+        "ratio_precomputed": mine["pairs_s"] / precomputed["pairs_s"],
+        "memory_share": mine["peak_gib"] / default["peak_gib"],
+        "matmul_gflop_s": rate / 1e9,
+        "useful_flops_share": runs["ours"][0]["flops"] / seconds / rate,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    app(["compare", *sys.argv[1:]] if sys.argv[1:2] != ["side"] else sys.argv[1:])
