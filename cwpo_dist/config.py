@@ -68,7 +68,9 @@ class PrepareConfig(Section):
         None, description="rows that share its value stay on one side; null: the prompt"
     )
     keep_columns: list[str] = Field(default_factory=list, description="carried along untouched")
-    max_reject_fraction: Fraction = 0.05
+    max_reject_fraction: Fraction = Field(
+        0.05, description="the stage fails when more rows, or more files (damaged), are set aside"
+    )
     rows_per_shard: PositiveInt = Field(1024, description="about a minute's work of an annotator")
     num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")
 

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cwpo_dist.config import ConfigError, PrepareConfig
-from cwpo_dist.pairs import pieces, sources
+from cwpo_dist.pairs import cutting, pieces, sources
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.records import REJECT_SCHEMA, check, pair_schema
 from cwpo_dist.pairs.rejects import RejectsError
@@ -49,6 +49,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def many_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small inputs are cut as if they were large."""
     monkeypatch.setattr(sources, "BUCKET_BYTES", 1000)
+    monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
+    monkeypatch.setattr(cutting, "CUT_BYTES", 700)
     monkeypatch.setattr(pieces, "CHUNK_ROWS", 20)
 
 
@@ -194,7 +196,9 @@ def test_what_is_wrong_with_a_source_is_said_without_rays_wrapping(tmp_path: Pat
     store = Store(str(tmp_path / "out"))
     rows = b"".join(json.dumps(row(os.urandom(30).hex())).encode() + b"\n" for _ in range(3000))
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(rows)[:-9])
-    with pytest.raises(SourceError, match=r"torn\.jsonl\.gz: cannot be read to its end"):
+    with pytest.raises(
+        SourceError, match=r"1 of 1 files are damaged[^|]*torn\.jsonl\.gz cannot be"
+    ):
         prepare(store, config(str(tmp_path / "torn.jsonl.gz")), seed=0)
     path = write(tmp_path / "x.jsonl", [row(0)])
     with pytest.raises(ConfigError, match=r"prepare\.num_cpus: 99, but the largest node has 4"):
@@ -374,6 +378,30 @@ def test_past_max_reject_fraction_the_stage_fails_and_the_rejects_lie_there(tmp_
 
 
 @pytest.mark.usefixtures("in_process")
+def test_one_torn_file_of_many_is_set_aside_and_several_stop_the_stage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        write(tmp_path / f"{i:02d}.jsonl", [row(f"{i} {j}") for j in range(30)])
+    torn = gzip.compress(b"".join(json.dumps(row(os.urandom(9).hex())).encode() for _ in "ab"))
+    (tmp_path / "20.jsonl.gz").write_bytes(torn[:-9])
+    given_config = config(str(tmp_path / "*.jsonl*"), max_reject_fraction=0.05)
+    store = Store(str(tmp_path / "out"))
+    with caplog.at_level("WARNING"):
+        counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert (counts["pairs"], counts["damaged_files"]) == (600, 1)
+    assert counts["rejects"] == {"damaged file": 1}
+    (bad,) = rejects(store)
+    assert (bad["source"], bad["position"]) == (str(tmp_path / "20.jsonl.gz"), 1)
+    assert "20.jsonl.gz cannot be read from here on: EOFError" in caplog.text
+    for name in ("21", "22"):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(torn[:-9])
+    with pytest.raises(SourceError, match=r"3 of 23 files are damaged, more than prepare\.max_rej"):
+        prepare(Store(str(tmp_path / "more")), given_config, seed=0)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_limit_reads_so_many_rows_and_no_more(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [row(i) for i in range(5)])
     write(tmp_path / "b.jsonl", [row(i) for i in range(5, 10)])
@@ -491,8 +519,10 @@ CHILD = """
 import sys, time
 import ray
 from cwpo_dist.config import PrepareConfig
-from cwpo_dist.pairs import pieces
+from cwpo_dist.pairs import cutting, pieces
 from cwpo_dist.stages import prepare
+
+cutting.JOIN_BYTES = 1
 
 def slow(*given):
     time.sleep(0.1)
@@ -515,8 +545,9 @@ def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.long
 def test_a_killed_driver_goes_on_where_it_was(
-    tmp_path: Path, ray_folder: str, in_process: None
+    tmp_path: Path, ray_folder: str, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
     for i in range(40):
         write(tmp_path / f"{i}.jsonl", [row(f"{i} {j}") for j in range(20)])
     out = tmp_path / "out"

@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cwpo_dist.config import Split
@@ -24,9 +26,12 @@ from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
 from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, leaks, merge, split_of
 from cwpo_dist.storage import Store
 
-LEAKS = "work/leaks.parquet"
+LEAKS = "work/leaks"
 COUNTS = "work/counts"
 SUMMARIES = "work/buckets"
+
+_VOTED = ["label", "votes_a", "votes_b"]  # what copies of one pair may differ in
+_DECIDES = ("side", "in_labelled_part", "label")  # … a split
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,20 @@ def bucket_summaries(store: Store) -> list[BucketSummary]:
     return [BucketSummary(**store.read_json(name)) for name in store.names(SUMMARIES)]
 
 
-def write_leaks(store: Store) -> int:
-    """Writes which prompts lie on several sides, over all buckets; returns how many."""
-    sides = [
-        _read(store, name, columns=SIDE_SCHEMA.names).group_by(SIDE_SCHEMA.names).aggregate([])
-        for name in store.names(pieces.ROWS)
-    ]
-    found = leaks(pa.concat_tables([SIDE_SCHEMA.empty_table(), *sides]))
-    store.create_table(LEAKS, found)
-    return int(found.num_rows)
+def write_leaks(store: Store, part: int, parts: int) -> None:
+    """Writes which prompts lie on several sides, for one range of prompt hashes of `parts`."""
+    name = f"{LEAKS}/{part:05d}.parquet"
+    if store.exists(name):
+        return
+    bounds = [*(f"{(at << 32) // parts:08x}" for at in range(parts)), "g"]  # behind all hex digits
+    columns = SIDE_SCHEMA.names
+    inside = (pc.field(columns[0]) >= bounds[part]) & (pc.field(columns[0]) < bounds[part + 1])
+    sides = []
+    for rows in store.names(pieces.ROWS):
+        with store.filesystem.open(store.path(rows), "rb") as file:
+            table = pq.read_table(file, columns=columns, use_threads=False)
+        sides.append(table.filter(inside).group_by(columns).aggregate([]))
+    store.create_table(name, leaks(pa.concat_tables(sides)))
 
 
 def count_bucket(store: Store, bucket: int) -> None:
@@ -80,9 +90,9 @@ def count_bucket(store: Store, bucket: int) -> None:
     name = f"{COUNTS}/{bucket:05d}.json"
     if store.exists(name):
         return
-    kept_on = _kept_on(store)
     rows = _bucket_rows(store, bucket, ["pair_id", *SIDE_SCHEMA.names])
-    store.create_json(name, len({row["pair_id"] for row in rows if _leak(row, kept_on) is None}))
+    staying, _ = _without_leaks(rows, _kept_on(store, rows["prompt_hash"]))
+    store.create_json(name, pc.count_distinct(staying["pair_id"]).as_py())
 
 
 def number_shards(store: Store, rows_per_shard: int) -> tuple[int, ...]:
@@ -97,93 +107,110 @@ def write_bucket(store: Store, bucket: int, shards: Shards) -> None:
     name = f"{SUMMARIES}/{bucket:05d}.json"
     if store.exists(name):
         return
-    kept_on = _kept_on(store)
     rows = _bucket_rows(store, bucket)
-    reasons = [_leak(row, kept_on) for row in rows]
-    found = list(zip(rows, reasons, strict=True))
-    rejects = [_leaked(row, reason) for row, reason in found if reason is not None]
-    staying = [row for row, reason in found if reason is None]
-    summary = BucketSummary()
-    pairs = list(_merged(staying, shards.kept, summary))
-    summary.shards = _write_shards(store, pairs, shards, shards.first[bucket])
+    staying, leaking = _without_leaks(rows, _kept_on(store, rows["prompt_hash"]))
+    rejects = [_reject(row) for row in leaking.to_pylist()]
     write_rejects(store, f"part-leak-{bucket:05d}.parquet", rejects)
-    _count(summary, pairs, rejects)
+    pairs, conflicts = _merge_copies(staying)
+    table = _as_pairs(pairs, shards)
+    summary = BucketSummary(
+        pairs=pairs.num_rows,
+        merged_duplicates=staying.num_rows - pairs.num_rows,
+        conflicting_labels=conflicts,
+        shards=_write_shards(store, table, shards, shards.first[bucket]),
+        rejects=dict(Counter(reject.reason for reject in rejects)),
+        splits=dict(Counter(table["split"].to_pylist())),
+        labelled=dict(Counter(table.filter(pc.is_valid(table["label"]))["split"].to_pylist())),
+    )
     store.create_json(name, asdict(summary))
 
 
-def _bucket_rows(
-    store: Store, bucket: int, columns: list[str] | None = None
-) -> list[dict[str, Any]]:
+def _bucket_rows(store: Store, bucket: int, columns: list[str] | None = None) -> pa.Table:
     """One bucket's rows from all pieces, copies of a pair side by side in the sources' order."""
-    of_bucket = [("bucket", "=", bucket)]
     order = ["pair_id", "piece", "number"]
     wanted = None if columns is None else list(dict.fromkeys([*columns, *order]))
-    tables = [
-        _read(store, name, filters=of_bucket, columns=wanted) for name in store.names(pieces.ROWS)
-    ]
-    if not tables:
-        return []
-    table = pa.concat_tables(tables).sort_by([(column, "ascending") for column in order])
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    tables = [_rows_in(store, name, bucket, wanted) for name in store.names(pieces.ROWS)]
+    return pa.concat_tables(tables).sort_by([(column, "ascending") for column in order])
 
 
-def _read(store: Store, name: str, **options: Any) -> pa.Table:
-    return pq.read_table(
-        store.path(name), filesystem=store.filesystem, use_threads=False, **options
-    )
+def _rows_in(store: Store, name: str, bucket: int, columns: list[str] | None) -> pa.Table:
+    """A bucket's rows in one file of a piece, which has a row group for each of its buckets."""
+    with store.filesystem.open(store.path(name), "rb") as file, pq.ParquetFile(file) as rows:
+        column = rows.schema.names.index("bucket")  # among leaves: messages have several
+        numbers = [
+            rows.metadata.row_group(group).column(column).statistics.min
+            for group in range(rows.num_row_groups)
+        ]
+        groups = [group for group, number in enumerate(numbers) if number == bucket]
+        return rows.read_row_groups(groups, columns=columns, use_threads=False)
 
 
-def _kept_on(store: Store) -> dict[str, int]:
-    """Prompt hash → the side that keeps it, for prompts that lie on several."""
-    if not store.exists(LEAKS):
-        return {}
-    table = store.read_table(LEAKS)
-    return dict(zip(*(table[column].to_pylist() for column in SIDE_SCHEMA.names), strict=True))
+def _kept_on(store: Store, prompts: pa.ChunkedArray) -> dict[str, int]:
+    """Prompt hash → the side that keeps it, for those of the prompts that lie on several."""
+    tables = (store.read_table(name) for name in store.names(LEAKS))
+    found = (table.filter(pc.is_in(table["prompt_hash"], value_set=prompts)) for table in tables)
+    rows = (row for table in found for row in table.to_pylist())
+    return {row["prompt_hash"]: row["side"] for row in rows}
 
 
-def _leak(row: Mapping[str, Any], kept_on: Mapping[str, int]) -> str | None:
-    """The reason to set a row aside whose prompt stays on another side."""
-    side = kept_on.get(row["prompt_hash"], row["side"])
-    return None if side == row["side"] else str(LEAKED[SIDES[side]])
+def _without_leaks(rows: pa.Table, kept_on: Mapping[str, int]) -> tuple[pa.Table, pa.Table]:
+    """The rows that stay; and those whose prompt stays on another side, with the `reason`."""
+    if not kept_on:
+        return rows, rows.slice(0, 0)
+    columns = (rows[name].to_pylist() for name in SIDE_SCHEMA.names)
+    sides = ((kept_on.get(prompt, side), side) for prompt, side in zip(*columns, strict=True))
+    given = [None if keeps == side else str(LEAKED[SIDES[keeps]]) for keeps, side in sides]
+    reasons = pa.array(given, pa.string())
+    leaking = rows.append_column("reason", reasons).filter(pc.is_valid(reasons))
+    return rows.filter(pc.is_null(reasons)), leaking
 
 
-def _leaked(row: Mapping[str, Any], reason: str) -> Reject:
+def _reject(row: Mapping[str, Any]) -> Reject:
     shown = ("pair_id", "prompt", "response_a", "response_b", "label", "votes_a", "votes_b")
     text = row_text({name: row[name] for name in shown})
-    return Reject(reason, row["origin"], row["position"], text)
+    return Reject(row["reason"], row["origin"], row["position"], text)
 
 
-def _merged(
-    rows: list[dict[str, Any]], kept: Mapping[str, str], summary: BucketSummary
-) -> Iterator[dict[str, Any]]:
-    """The pairs as they are written, one for all its copies."""
-    for _, copies in itertools.groupby(rows, key=lambda row: row["pair_id"]):
-        same = list(copies)
-        pair, conflict = merge(same)
-        summary.merged_duplicates += len(same) - 1
-        summary.conflicting_labels += conflict
-        values = json.loads(pair["kept"])
-        yield {
-            **pair,
-            "split": split_of(SIDES[pair["side"]], pair["in_labelled_part"], pair["label"]),
-            **{name: keep.spell(values.get(name), kind) for name, kind in kept.items()},
-        }
+def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int]:
+    """One row for all copies of a pair, which lie side by side, and how many labels conflicted."""
+    ids = rows["pair_id"].combine_chunks()
+    is_first = np.ones(len(ids), bool)
+    is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(is_first)
+    if len(starts) == len(ids):
+        return rows, 0
+    ends = np.append(starts[1:], len(ids))
+    pairs, voted = rows.take(starts), rows.select(_VOTED)
+    values = pairs.select(_VOTED).to_pylist()
+    conflicts = 0
+    for place in np.flatnonzero(ends - starts > 1):
+        copies = voted.slice(starts[place], ends[place] - starts[place]).to_pylist()
+        values[place], conflict = merge(copies)
+        conflicts += conflict
+    merged = pa.Table.from_pylist(values, schema=voted.schema)
+    for name in _VOTED:
+        pairs = pairs.set_column(pairs.schema.get_field_index(name), name, merged[name])
+    return pairs, conflicts
 
 
-def _write_shards(store: Store, pairs: list[dict[str, Any]], shards: Shards, first: int) -> int:
+def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
+    """Merged rows as the pair record has them."""
+    decided = zip(*(rows[name].to_pylist() for name in _DECIDES), strict=True)
+    splits = [split_of(SIDES[side], is_labelled, label) for side, is_labelled, label in decided]
+    columns = {name: rows[name] for name in rows.column_names} | {
+        "split": pa.array(splits, pa.string())
+    }
+    if shards.kept:
+        values = [json.loads(kept) for kept in rows["kept"].to_pylist()]
+        for name, kind in shards.kept.items():
+            columns[name] = [keep.spell(value.get(name), kind) for value in values]
     schema = pair_schema(shards.kind, keep.kept_schema(shards.kept))
-    starts = range(0, len(pairs), shards.rows_per_shard)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def _write_shards(store: Store, pairs: pa.Table, shards: Shards, first: int) -> int:
+    starts = range(0, pairs.num_rows, shards.rows_per_shard)
     for number, start in enumerate(starts, first):
-        rows = pairs[start : start + shards.rows_per_shard]
-        table = pa.Table.from_pylist(rows, schema=schema)
-        store.create_table(f"pairs/part-{number:05d}.parquet", table)
+        rows = pairs.slice(start, shards.rows_per_shard)
+        store.create_table(f"pairs/part-{number:05d}.parquet", rows)
     return len(starts)
-
-
-def _count(summary: BucketSummary, pairs: list[dict[str, Any]], rejects: list[Reject]) -> None:
-    summary.pairs = len(pairs)
-    summary.rejects = dict(Counter(reject.reason for reject in rejects))
-    summary.splits = dict(Counter(pair["split"] for pair in pairs))
-    with_label = (pair["split"] for pair in pairs if pair["label"] is not None)
-    summary.labelled = dict(Counter(with_label))

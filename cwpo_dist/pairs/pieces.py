@@ -1,4 +1,4 @@
-"""One raw input in, its pairs filed by bucket out, with rejects and a summary.
+"""One piece of the inputs in, its pairs filed by bucket out, with rejects and a summary.
 
 A bucket is a range of pair ids; `buckets` gathers one from all pieces. A piece writes what depends
 on its arguments alone, with put-if-absent and its summary last: read twice, by anyone, it leaves
@@ -22,7 +22,7 @@ from cwpo_dist.pairs import keep
 from cwpo_dist.pairs.parsing import Layout, ParsedPair, parse
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import Kind, canonical, content_hash, pair_id, pair_schema
-from cwpo_dist.pairs.rejects import BadRow, Reject, write_rejects
+from cwpo_dist.pairs.rejects import BadRow, Reason, Reject, write_rejects
 from cwpo_dist.pairs.splits import SIDE_SCHEMA, SIDES, Side, SplitRule, is_swapped
 from cwpo_dist.storage import Store
 
@@ -32,6 +32,8 @@ SUMMARIES = "work/pieces"
 # Rows are kept in memory until one of these is reached, then written as one file.
 CHUNK_ROWS = 50_000
 CHUNK_CHARS = 32 * 2**20
+# Rows as Python objects take several times the memory of their text.
+_ROWS_AS_PYTHON = 2048
 
 _BEFORE_PAIRS = pa.schema(
     [
@@ -49,7 +51,7 @@ _BEFORE_PAIRS = pa.schema(
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads: one input, or all inputs of a source that has a limit.
+    """What one task reads: a part of a huge input, or one, or several small ones of a source.
 
     Attributes:
         source: the source as the config spells it.
@@ -75,12 +77,14 @@ class PieceSummary:
         rejects: how many were set aside, by reason.
         files: where its pairs lie.
         kept_types: the types of the values of each kept column.
+        damaged: the inputs that could not be read to their end, with why.
     """
 
     rows_in: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     kept_types: dict[str, list[str]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
 
 
 def piece_summaries(store: Store) -> list[PieceSummary]:
@@ -92,7 +96,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     """Reads and parses one piece; writes `work/rows/`, `rejects/` and `work/pieces/<index>.json`.
 
     Raises:
-        SourceError: when an input cannot be read to its end.
+        SourceError: when storage refuses to be read.
     """
     name = f"{SUMMARIES}/{index:05d}.json"
     if _is_done(store, name):
@@ -102,6 +106,8 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     kept_types: dict[str, set[str]] = {column: set() for column in piece.layout.keep}
     for number, (part, raw) in enumerate(_raw_rows(piece)):
         summary.rows_in += 1
+        if raw.fault is Reason.DAMAGED:
+            summary.damaged[str(part)] = raw.as_text()
         try:
             pair = _parsed(raw, piece.layout)
         except BadRow as bad:
@@ -178,14 +184,18 @@ class _PieceFiles:
         self._index = index
         self._schema = _work_schema(kind)
         self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
         self._rejects: list[Reject] = []
         self._chars = 0
+        self._count = 0
         self._chunk = 0
         self.written: list[str] = []
         self.rejected: Counter[str] = Counter()
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
+        if len(self._rows) == _ROWS_AS_PYTHON:
+            self._pack()
         self._grow(sum(len(str(row[name])) for name in ("prompt", "response_a", "response_b")))
 
     def reject(self, reject: Reject) -> None:
@@ -195,17 +205,23 @@ class _PieceFiles:
 
     def _grow(self, chars: int) -> None:
         self._chars += chars
-        if self._chars >= CHUNK_CHARS or len(self._rows) + len(self._rejects) >= CHUNK_ROWS:
+        self._count += 1
+        if self._chars >= CHUNK_CHARS or self._count >= CHUNK_ROWS:
             self.flush()
+
+    def _pack(self) -> None:
+        self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows = []
 
     def flush(self) -> None:
         name = f"{self._index:05d}-{self._chunk:05d}.parquet"
-        if self._rows:
-            table = pa.Table.from_pylist(self._rows, schema=self._schema)
+        self._pack()
+        table = pa.concat_tables(self._tables)
+        if table.num_rows:
             self._store.create(f"{ROWS}/{name}", _by_bucket(table))
             self.written.append(f"{ROWS}/{name}")
         write_rejects(self._store, f"part-read-{name}", self._rejects)
-        self._rows, self._rejects, self._chars = [], [], 0
+        self._tables, self._rejects, self._chars, self._count = [], [], 0, 0
         self._chunk += 1
 
 

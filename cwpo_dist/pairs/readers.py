@@ -1,8 +1,9 @@
 """One file, saved folder or hub split in, its raw rows out, the unreadable ones marked as such.
 
-A line or row that cannot be read never fails its file: it comes out with a fault and its text. A
-file that is damaged as a whole (a torn gzip, a Parquet file without its footer) is an error, for
-nobody can count the rows it lost.
+A line or row that cannot be read never fails its file: it comes out with a fault and its text.
+From where a file is damaged (a torn gzip, a Parquet file without its footer) its rest is one such
+row, for nobody can count what it lost; of a Parquet file, the rest of the row group. Storage that
+refuses to be read is an error: the same file may be whole a moment later.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import datasets
 import fsspec
@@ -36,13 +38,22 @@ READERS: dict[str, Reader] = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 BATCH_ROWS = 1000
+BUFFER_BYTES = 2**20
 # The csv module's own 128 KiB is shorter than a long answer; without any bound one stray quote
 # would swallow the rest of the file.
 CSV_FIELD_BYTES = 16 * 2**20
 
 
+# What damaged content raises, beside OSError, which storage raises too (see `_out_of_reach`).
+_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
+
+
 class SourceError(ValueError):
-    """A source that cannot be read as a whole; the message names it and the remedy."""
+    """A source that cannot be read; the message names it and the remedy."""
+
+
+class _HeaderError(ValueError):
+    """A CSV file whose first line names no columns."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,9 @@ class Part:
         revision: commit of a hub data set.
         size: bytes on disk, 0 where unknown.
         shard: (index, count) of a hub split that is read in several parts.
+        span: the bytes of a file of JSON lines whose lines begin here, or the row groups of a
+            Parquet file, from and to; None: the whole file.
+        first: line number of the first line of such bytes.
     """
 
     uri: str
@@ -68,6 +82,8 @@ class Part:
     revision: str | None = None
     size: int = 0
     shard: tuple[int, int] = (0, 1)
+    span: tuple[int, int] | None = None
+    first: int = 1
 
     def __str__(self) -> str:
         """Where a row came from, as rejects name it."""
@@ -115,37 +131,60 @@ def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
         columns: the columns needed, for formats that can skip the others; None: all.
 
     Raises:
-        SourceError: when the part is damaged, or its storage refuses to be read.
+        SourceError: when its storage, or the hub, refuses to be read.
     """
     wanted = None if columns is None else set(columns)
     try:
-        if part.reader in ("jsonl", "json", "csv"):
-            yield from _read_text(part)
-        else:
-            position = 1
-            for batch in _batches(part, wanted):
-                yield from _batch_rows(batch, position)
-                position += batch.num_rows
-    except (OSError, EOFError, zlib.error, pa.ArrowException, DatasetsError) as error:
+        yield from _until_damage(_rows(part, wanted), part.first)
+    except (OSError, DatasetsError) as error:
         raise SourceError(
-            f"{part}: cannot be read to its end: {error}. The file is damaged or out of reach: "
-            "fetch it again, then run the same command"
+            f"{part}: cannot be read: {error}. Mend the access to it, then run the same command"
         ) from error
 
 
-def _read_text(part: Part) -> Iterator[RawRow]:
+def _until_damage(rows: Iterator[RawRow], position: int) -> Iterator[RawRow]:
+    """The rows, and where they end in damage one more that stands for the rest."""
+    try:
+        for row in rows:
+            yield row
+            position = row.position + 1
+    except (OSError, _HeaderError, *_DAMAGE) as error:
+        if _out_of_reach(error):
+            raise
+        why = f"cannot be read from here on: {type(error).__name__}: {error}"
+        yield RawRow(position, None, why, fault=Reason.DAMAGED)
+
+
+def _out_of_reach(error: Exception) -> bool:
+    """True for what storage refused; gzip, bzip2 and Arrow report bad bytes as a bare OSError."""
+    refused = isinstance(error, TimeoutError | ConnectionError)
+    return refused or (isinstance(error, OSError) and error.errno is not None)
+
+
+def _rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
+    if part.reader in ("jsonl", "json", "csv"):
+        return _text_rows(part)
+    if part.reader == "parquet":
+        return _parquet_rows(part, wanted)
+    return _data_set_rows(part, wanted)
+
+
+def _text_rows(part: Part) -> Iterator[RawRow]:
     with _open(part.uri) as file:
         if part.reader == "csv":
-            yield from _csv_rows(file, str(part))
+            yield from _csv_rows(file)
         elif part.reader == "json" and _opens_array(part.uri):
             yield from _array_rows(file.read().decode("utf-8-sig", "surrogateescape"))
         else:
-            yield from _json_lines(file)
+            yield from _json_lines(file, part)
 
 
 def _open(uri: str) -> IO[bytes]:
-    opened: IO[bytes] = fsspec.open(uri, "rb", compression="infer").open()
-    return opened
+    opened: Any = fsspec.open(uri, "rb", compression="infer").open()
+    if uri.lower().endswith(COMPRESSIONS):  # they buffer, and give all that precedes damage
+        return cast(IO[bytes], opened)
+    # Without a buffer of its own a remote file copies a whole block for each line.
+    return io.BufferedReader(opened, BUFFER_BYTES)
 
 
 def _opens_array(uri: str) -> bool:
@@ -154,8 +193,16 @@ def _opens_array(uri: str) -> bool:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _json_lines(file: IO[bytes]) -> Iterator[RawRow]:
-    for position, line in enumerate(file, 1):
+def _json_lines(file: IO[bytes], part: Part) -> Iterator[RawRow]:
+    """The lines that begin in the part's span."""
+    at, stop = part.span or (0, None)
+    if at:
+        file.seek(at - 1)
+        at += len(file.readline()) - 1  # what began before the span
+    for position, line in enumerate(file, part.first):
+        if stop is not None and at >= stop:
+            return
+        at += len(line)
         if line.strip():
             yield _json_line(position, line.rstrip(b"\r\n"))
 
@@ -202,13 +249,13 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
-def _csv_rows(file: IO[bytes], where: str) -> Iterator[RawRow]:
+def _csv_rows(file: IO[bytes]) -> Iterator[RawRow]:
     csv.field_size_limit(CSV_FIELD_BYTES)
     seen: list[str] = []  # the physical lines of the row at hand: a quoted field spans several
     # Bytes that are no UTF-8 become lone surrogates, which parsing sets aside row by row.
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(_remembered(lines, seen), strict=True)
-    header = _csv_header(reader, where)
+    header = _csv_header(reader)
     position = 0
     while header:
         seen.clear()
@@ -228,13 +275,13 @@ def _csv_rows(file: IO[bytes], where: str) -> Iterator[RawRow]:
             yield RawRow(position, None, text, fault=Reason.MALFORMED)
 
 
-def _csv_header(reader: Any, where: str) -> list[str]:
+def _csv_header(reader: Any) -> list[str]:
     try:
         header: list[str] = next(reader, [])
     except csv.Error as error:
-        raise SourceError(f"{where}: its first line is no CSV header: {error}") from None
+        raise _HeaderError(f"its first line is no CSV header: {error}") from None
     if len(set(header)) < len(header):
-        raise SourceError(f"{where}: its header names a column twice: {', '.join(header)}")
+        raise _HeaderError(f"its header names a column twice: {printable(', '.join(header))}")
     return header
 
 
@@ -244,23 +291,34 @@ def _remembered(lines: Iterable[str], seen: list[str]) -> Iterator[str]:
         yield line
 
 
-def _batches(part: Part, wanted: set[str] | None) -> Iterator[pa.RecordBatch]:
-    """Arrow batches of a Parquet file, saved folder or hub split."""
-    if part.reader == "parquet":
-        yield from _parquet_batches(part.uri, wanted)
-        return
+def _data_set_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
+    """The rows of a saved folder or hub split."""
     rows = open_saved(part) if part.reader == "saved" else open_hub(part)
     names = [name for name in rows.column_names or [] if wanted is None or name in wanted]
     if names:
         rows = rows.select_columns(names)
-    for table in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        yield from table.to_batches()
+    tables = rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    yield from _numbered((batch for table in tables for batch in table.to_batches()), 1)
 
 
-def _parquet_batches(uri: str, wanted: set[str] | None) -> Iterator[pa.RecordBatch]:
-    with fsspec.open(uri, "rb") as file, closing(pq.ParquetFile(file)) as parquet:
+def _parquet_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
+    """The rows of a Parquet file, group by group: behind a damaged one the next may be whole."""
+    with fsspec.open(part.uri, "rb") as file, closing(pq.ParquetFile(file)) as parquet:
         names = [name for name in parquet.schema_arrow.names if wanted is None or name in wanted]
-        yield from parquet.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
+        start, stop = part.span or (0, parquet.num_row_groups)
+        first = 1 + sum(parquet.metadata.row_group(group).num_rows for group in range(start))
+        for group in range(start, stop):
+            batches = parquet.iter_batches(
+                BATCH_ROWS, row_groups=[group], columns=names, use_threads=False
+            )
+            yield from _until_damage(_numbered(batches, first), first)
+            first += parquet.metadata.row_group(group).num_rows
+
+
+def _numbered(batches: Iterable[pa.RecordBatch], first: int) -> Iterator[RawRow]:
+    for batch in batches:
+        yield from _batch_rows(batch, first)
+        first += batch.num_rows
 
 
 def open_saved(part: Part) -> datasets.Dataset:

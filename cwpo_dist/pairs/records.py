@@ -49,6 +49,9 @@ REJECT_SCHEMA = pa.schema(
 )
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
+
 class RecordError(ValueError):
     """A table does not follow its schema; the message names the column and the remedy."""
 
@@ -112,7 +115,7 @@ def pair_id(prompt: Any, first: Any, second: Any) -> str:
 
 def canonical(text: Any) -> str:
     """One spelling of a prompt or answer for hashing: JSON, keys sorted."""
-    return json.dumps(text, sort_keys=True, ensure_ascii=False)
+    return _ENCODER.encode(text)
 
 
 def content_hash(text: Any) -> str:

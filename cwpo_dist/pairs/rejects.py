@@ -19,6 +19,7 @@ class Reason(StrEnum):
     """The reasons of rejects; a field may follow, as in `missing field: chosen`."""
 
     MALFORMED = "malformed line"
+    DAMAGED = "damaged file"
     NOT_MAPPING = "not a mapping"
     UNICODE = "invalid Unicode"
     MISSING = "missing field"
@@ -39,6 +40,7 @@ _CORRECT = "correct or remove these rows"
 _OVERLAP = "remove the overlap between sources or groups, or split by hash (no `into`, no group)"
 REMEDIES: dict[Reason, str] = {
     Reason.MALFORMED: "check that the file is what its name says: one JSON object a line, or CSV",
+    Reason.DAMAGED: "fetch the file again, then run the same command; its rest counts as one row",
     Reason.NOT_MAPPING: "each row must be an object with named fields",
     Reason.UNICODE: "write the file as UTF-8, without lone surrogates",
     Reason.MISSING: "name the column under prepare.sources.N.columns, or fill it",

@@ -20,18 +20,20 @@ from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import (
     COMPRESSIONS,
     Part,
+    RawRow,
     Reader,
     SourceError,
     read,
 )
 from cwpo_dist.pairs.records import Kind, pair_schema
+from cwpo_dist.pairs.rejects import Reason
 from cwpo_dist.storage import fingerprint
 
 logger = logging.getLogger(__name__)
 
 PEEK_ROWS = 1000
-# One task holds one bucket in memory as Python objects, some three times its text.
-BUCKET_BYTES = 128 * 2**20
+# One task holds one bucket in memory, some four times its text: as read, as sorted, with its ids.
+BUCKET_BYTES = 32 * 2**20
 # Text is about so much longer than its compressed file.
 _EXPANSION: dict[Reader, int] = {"parquet": 4, "saved": 1, "hub": 1}
 _COMPRESSED = 4
@@ -42,7 +44,7 @@ class Plan:
     """All that `prepare` will read.
 
     Attributes:
-        pieces: the reading tasks, in the order of the sources.
+        pieces: one a source, all its inputs in their order; `cutting` makes tasks of them.
         kind: text when every source is text, else conversational (text rows become messages).
         n_buckets: ranges of pair ids, so many that one fits in a task's memory.
         may_leak: whether a prompt could lie on two sides, which draws by prompt rule out.
@@ -98,22 +100,16 @@ def plan(config: PrepareConfig) -> Plan:
     columns = [_columns(each) for each in peeked]
     formats = [_format(*given) for given in zip(peeked, columns, strict=True)]
     kind: Kind = "text" if set(formats) == {"text"} else "conversational"
-    pieces: list[Piece] = []
+    pieces = []
     for each, names, spelled in zip(peeked, columns, formats, strict=True):
         _check_prompt(each, names, spelled, kind)
         layout = Layout(names, spelled, kind, _group(each, config), tuple(config.keep_columns))
-        pieces += _pieces(each, layout)
+        source = each.source
+        pieces.append(Piece(source.path, each.parts, layout, source.into, source.limit))
     size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
     sides = {source.into for source in config.sources}
     may_leak = len(sides) > 1 or (config.group_column is not None and sides == {None})
     return Plan(tuple(pieces), kind, max(1, -(-size // BUCKET_BYTES)), may_leak)
-
-
-def _pieces(peeked: _Peeked, layout: Layout) -> list[Piece]:
-    """One piece an input; a limit counts over all inputs of its source, so they are one piece."""
-    source = peeked.source
-    together = [peeked.parts] if source.limit else [(part,) for part in peeked.parts]
-    return [Piece(source.path, parts, layout, source.into, source.limit) for parts in together]
 
 
 def _text_bytes(part: Part) -> int:
@@ -151,12 +147,20 @@ def _peek(index: int, source: Source) -> _Peeked:
         raise ConfigError(f"{field}: {error}") from error
     rows = tuple(raw.value for raw in raws if not raw.fault and isinstance(raw.value, Mapping))
     if not rows:
-        why = raws[0].fault or "not a mapping" if raws else "it is empty"
+        why = _why_unreadable(raws)
         raise ConfigError(
             f"{field}: no row among the first {PEEK_ROWS} of {source.path!r} can be read ({why}); "
             "check that the file is what its name says"
         )
     return _Peeked(field.removesuffix(".path"), source, parts, rows)
+
+
+def _why_unreadable(raws: Sequence[RawRow]) -> str:
+    if not raws:
+        return "it is empty"
+    if raws[0].fault is Reason.DAMAGED:
+        return f"{raws[0].fault}: {raws[0].as_text()}"
+    return raws[0].fault or Reason.NOT_MAPPING
 
 
 def _columns(peeked: _Peeked) -> dict[str, str]:
@@ -204,13 +208,9 @@ def _format(peeked: _Peeked, columns: Mapping[str, str]) -> Format:
     # Transcripts show at the start of the whole text: the prompt's where there is one.
     begins = columns.get("prompt", columns[answer_fields(columns)[0]])
     starts = [row.get(begins) for row in peeked.rows]
-    texts = [
-        row.get(columns[name])
-        for row in peeked.rows
-        for name in ("prompt", *answer_fields(columns))
-        if name in columns
-    ]
-    if any(isinstance(text, list) for text in texts):
+    texts = [columns[name] for name in ("prompt", *answer_fields(columns)) if name in columns]
+    lists = [any(isinstance(row.get(name), list) for name in texts) for row in peeked.rows]
+    if 2 * sum(lists) > len(lists):
         return "conversational"
     return "hh" if 2 * sum(map(is_transcript, starts)) > len(starts) else "text"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.pairs.rejects import RejectsError
+from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
     ShardJob,
     committed_counts,
@@ -21,10 +23,13 @@ from cwpo_dist.scoring.pipeline import (
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import OVER_LENGTH, RewardWorker
 from cwpo_dist.stages.context import Context, score_files, trained
-from cwpo_dist.stages.graph import Node
-from cwpo_dist.storage import Store
+from cwpo_dist.stages.graph import FORMAT, Node
+from cwpo_dist.storage import Store, digest
 
 logger = logging.getLogger(__name__)
+
+ANNOTATOR = "annotator.json"  # who scores here: written before the first score
+_BLOCK_BYTES = 2**23
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -35,14 +40,14 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     """
     job = _job(context, node)
     check = partial(_refuse_past, context, node, _pairs(context, node))
-    counts = run_shards(job, context.config.annotate, check)
-    counts = _plus(counts, _retried_counts(context, node))
+    counts = run_shards(_of_new_pairs(context, node, job), context.config.annotate, check)
+    counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
     _refuse_past(context, node, counts["rows_in"], counts["rejects"])
     logger.info(
-        "annotate: %d pairs scored, %d set aside, %d too long; %s/scores has score_a and score_b, "
-        "to be joined by pair_id with response_a and response_b of %s/pairs",
-        *(counts["rows"], counts["rejects"], counts["over_length"], job.output.uri),
-        context.pairs(node).store.uri,
+        "annotate: %d pairs scored, %d of them before, %d set aside, %d too long; %s/scores has "
+        "score_a and score_b, to be joined by pair_id with response_a and response_b of %s/pairs",
+        *(counts["rows"], counts["reused"], counts["rejects"], counts["over_length"]),
+        *(job.output.uri, context.pairs(node).store.uri),
     )
     return counts | {"annotator": _name(context, node)}
 
@@ -105,6 +110,56 @@ def _refuse_past(context: Context, node: Node, pairs: int, rejects: int) -> None
             f"{context.place(node).uri}/rejects, mend the model and give --retry-rejects, or raise "
             "the fraction"
         )
+
+
+def _of_new_pairs(context: Context, node: Node, job: ShardJob) -> ShardJob:
+    """The job without what the same annotator scored in other outputs: that is copied."""
+    earlier = EarlierScores(ranged_files(_same_annotator(context, node)))
+    if not earlier.files:
+        return job
+    return replace(job, make_worker=partial(NewPairsWorker, earlier, job.make_worker))
+
+
+def _same_annotator(context: Context, node: Node) -> list[Store]:
+    """The other outputs in this run directory whose scores are this annotator's.
+
+    They may be unfinished: a file of scores is final once it is there. The largest come first, as
+    they are likely to hold most.
+    """
+    stage, who = context.root.child("annotate"), _who(context, node)
+    context.place(node).create_json(ANNOTATOR, who)
+    files = Counter(name.split("/")[0] for name in stage.names())
+    others = sorted(files.keys() - {node.key}, key=lambda key: (-files[key], key))
+    stores = [stage.child(key) for key in others]
+    return [store for store in stores if store.exists(ANNOTATOR) and _says(store, who)]
+
+
+def _says(store: Store, who: str) -> bool:
+    return bool(store.read_json(ANNOTATOR) == who)
+
+
+def _who(context: Context, node: Node) -> str:
+    """One annotator, whatever pairs it is given: its settings, its weights, and which answer is a.
+
+    An annotator of ours is known by its weights: fitted again on the same labelled pairs, it is
+    the same one.
+    """
+    settings = {name: value for name, value in node.settings.items() if name != "splits"}
+    trained_on = None
+    if "fit" in node.inputs:
+        fit = node.inputs["fit"]
+        trained_on = [fit.settings, _weights(context.place(fit))]
+    return digest([FORMAT, settings, trained_on, context.config.seed])
+
+
+def _weights(fit: Store) -> str:
+    content = hashlib.sha256()
+    for name in fit.names("model"):
+        if name.endswith(".safetensors"):
+            with fit.filesystem.open(fit.path(name), "rb") as file:
+                for block in iter(partial(file.read, _BLOCK_BYTES), b""):
+                    content.update(block)
+    return content.hexdigest()
 
 
 def _name(context: Context, node: Node) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
-from cwpo_dist.pairs import buckets, keep
+from cwpo_dist.pairs import buckets, cutting, keep
 from cwpo_dist.pairs.buckets import BucketSummary, Shards
-from cwpo_dist.pairs.pieces import PieceSummary, piece_summaries, read_piece
+from cwpo_dist.pairs.pieces import Piece, PieceSummary, piece_summaries, read_piece
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import refuse_past
 from cwpo_dist.pairs.sources import Plan, plan
@@ -23,6 +23,8 @@ from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
+
+_LINES = "work/lines/{:05d}.json"
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -38,13 +40,15 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
 
     Raises:
         ConfigError: before anything is read in full, for inputs or columns that are missing.
-        SourceError: for an input that is damaged as a whole.
+        SourceError: for storage that refuses to be read, and past `max_reject_fraction` of files
+            that are damaged.
         RejectsError: past `max_reject_fraction`, or when no pair is left.
     """
     planned = plan(config)
     _check_placement(config.num_cpus)
     _read(store, planned, config, seed)
     read = piece_summaries(store)
+    damaged = _damaged_files(planned, read, config)
     rejects = _added(piece.rejects for piece in read)
     rows_in = sum(piece.rows_in for piece in read)
     valid = rows_in - rejects.total()
@@ -53,7 +57,8 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     _write(store, planned, config, kept)
     written = buckets.bucket_summaries(store)
     rejects += _added(bucket.rejects for bucket in written)
-    counts = _counts(planned, written, rejects, rows_in) | {"keep_columns": kept}
+    counts = _counts(planned, written, rejects, rows_in)
+    counts |= {"keep_columns": kept, "damaged_files": damaged}
     refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
     _tell_empty(counts["splits"], config)
     store.remove("work")
@@ -78,18 +83,54 @@ def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None
         validation=config.validation_fraction,
         test=config.test_fraction,
     )
-    logger.info("prepare: reading %d inputs", len(planned.pieces))
+    pieces = _numbered(store, cutting.cut(planned.pieces), config)
+    logger.info("prepare: reading %d inputs", len(pieces))
 
     def task(index: int) -> None:
-        read_piece(store, index, planned.pieces[index], rule, planned.n_buckets)
+        read_piece(store, index, pieces[index], rule, planned.n_buckets)
 
-    _each(task, len(planned.pieces), config.num_cpus)
+    _each(task, len(pieces), config.num_cpus)
+
+
+def _numbered(store: Store, pieces: list[Piece], config: PrepareConfig) -> list[Piece]:
+    """Counts the lines of files that are cut: rejects name the line of the file."""
+    spans = [piece.parts[0] for piece in pieces if not cutting.is_numbered(piece)]
+
+    def task(index: int) -> None:
+        if not store.exists(_LINES.format(index)):
+            store.create_json(_LINES.format(index), cutting.count_lines(spans[index]))
+
+    if spans:
+        logger.info("prepare: counting the lines of %d parts of large files", len(spans))
+        _each(task, len(spans), config.num_cpus)
+    lines = (store.read_json(_LINES.format(index)) for index in range(len(spans)))
+    return cutting.number_lines(pieces, lines)
+
+
+def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfig) -> int:
+    """How many files could not be read to their end; each was set aside from there on.
+
+    One torn file among thousands must not stop a run, but its loss counts as a single row: past
+    the share of rows that may be lost, so many files are too many as well.
+    """
+    damaged = {name: why for piece in read for name, why in piece.damaged.items()}
+    files = len({str(part) for piece in planned.pieces for part in piece.parts})
+    for name, why in damaged.items():
+        logger.warning("prepare: %s %s; the rows before it are kept", name, why)
+    if len(damaged) > config.max_reject_fraction * files:
+        raise SourceError(
+            f"prepare: {len(damaged)} of {files} files are damaged, more than "
+            f"prepare.max_reject_fraction={config.max_reject_fraction:g} allows. Fetch them again, "
+            "then run the same command:\n"
+            + "\n".join(f"  {name} {why}" for name, why in sorted(damaged.items())[:10])
+        )
+    return len(damaged)
 
 
 def _write(store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, str]) -> None:
     if planned.may_leak:
-        leaking = buckets.write_leaks(store)
-        logger.info("prepare: %d prompts lie on several sides", leaking)
+        find = partial(buckets.write_leaks, store, parts=planned.n_buckets)
+        _each(find, planned.n_buckets, config.num_cpus)
     first: tuple[int, ...] = (0,)
     if planned.n_buckets > 1:
         _each(partial(buckets.count_bucket, store), planned.n_buckets, config.num_cpus)

@@ -1,0 +1,147 @@
+"""Tomorrow's files beside yesterday's: only their pairs are scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from small_run import small_config
+from tiny import tiny_classifier, tiny_tokenizer
+
+from cwpo_dist.config import Config, parse_config
+from cwpo_dist.pairs.records import SCORE_SCHEMA
+from cwpo_dist.scoring.earlier import EarlierScores, ranged_files
+from cwpo_dist.stages.run import nodes_until, run
+from cwpo_dist.storage import MANIFEST, Store
+
+Scores = dict[str, dict[str, Any]]
+
+
+def write(path: Path, start: int, stop: int, **more: str) -> None:
+    rows = [
+        {"prompt": f"Question {i}?", "response_a": f"yes {i}", "response_b": f"no {i * i}", **more}
+        for i in range(start, stop)
+    ]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def growing(folder: Path, **changes: Any) -> Config:
+    config = {
+        "output_dir": str(folder / "run"),
+        "prepare": {
+            "sources": [{"path": str(folder / "in" / "*.jsonl")}],
+            "rows_per_shard": 16,
+            "num_cpus": 0.5,
+        },
+        "annotate": {
+            "model": {"model_name_or_path": str(folder / "reward"), "max_length": 400},
+            "cpus_per_actor": 0.5,
+        },
+    }
+    return parse_config(config | changes)
+
+
+def place(config: Config, stage: str) -> Store:
+    node = nodes_until(config, "cw", "annotate")[stage]
+    return Store(config.output_dir).child(*node.path.split("/"))
+
+
+def annotated(config: Config) -> tuple[dict[str, Any], Scores]:
+    """Runs until the scores are there; the counts and the scores by pair id."""
+    run(config, until="annotate")
+    store = place(config, "annotate")
+    rows = [row for name in store.names("scores") for row in store.read_table(name).to_pylist()]
+    by_pair = {row["pair_id"]: row for row in rows}
+    assert len(by_pair) == len(rows), "a pair twice"
+    counts = store.read_json(MANIFEST)["counts"]
+    assert counts["rows"] == len(rows) == counts["rows_in"] - counts["over_length"]
+    return counts, by_pair
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_only_the_pairs_of_new_files_are_scored(tmp_path: Path) -> None:
+    tiny_classifier("llama").save_pretrained(tmp_path / "reward")
+    tiny_tokenizer().save_pretrained(tmp_path / "reward")
+    for i in range(3):
+        write(tmp_path / "in" / f"{i}.jsonl", 30 * i, 30 * i + 30)
+    config = growing(tmp_path)
+    first, yesterday = annotated(config)
+    assert (first["rows"], first["reused"]) == (90, 0)
+    write(tmp_path / "in" / "3.jsonl", 85, 110)  # five of yesterday's once more
+    grown, today = annotated(config)
+    assert (grown["rows"], grown["reused"]) == (110, 90)
+    assert {pair_id: today[pair_id] for pair_id in yesterday} == yesterday
+    afresh, all_new = annotated(growing(tmp_path, output_dir=str(tmp_path / "other")))
+    assert afresh["reused"] == 0
+    assert grown["tokens"] == afresh["tokens"] - first["tokens"] > 0
+    for pair_id, row in all_new.items():
+        assert today[pair_id] == pytest.approx(row, abs=1e-5)
+
+    # One row changed, one file gone; of what was scored, one output never finished.
+    write(tmp_path / "in" / "0.jsonl", 0, 30)
+    text = (tmp_path / "in" / "0.jsonl").read_text()
+    (tmp_path / "in" / "0.jsonl").write_text(text.replace("yes 7", "yes, 7"))
+    (tmp_path / "in" / "1.jsonl").unlink()
+    for store in (store for store in outputs(tmp_path / "run") if store.exists(MANIFEST)):
+        store.remove(MANIFEST)
+    changed, left = annotated(config)
+    assert (changed["rows"], changed["reused"]) == (80, 79)
+    assert sum(left[pair_id] == today[pair_id] for pair_id in left.keys() & today.keys()) == 79
+
+    # Another seed draws anew which answer is a, another model scores otherwise.
+    assert annotated(growing(tmp_path, seed=1))[0]["reused"] == 0
+    tiny_classifier("llama", seed=1).save_pretrained(tmp_path / "reward")
+    assert annotated(config)[0]["reused"] == 0
+
+
+def outputs(root: Path) -> list[Store]:
+    return [Store(str(folder)) for folder in sorted((root / "annotate").iterdir())]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_an_annotator_fitted_again_on_the_same_pairs_scores_only_new_ones(
+    tmp_path: Path, ray_local: Any
+) -> None:
+    given = small_config(tmp_path / "in")
+    given["prepare"]["sources"].append({"path": str(tmp_path / "more" / "*.jsonl")})
+    write(tmp_path / "more" / "0.jsonl", 0, 20)  # without labels: they go to no labelled part
+    config = parse_config(given)
+    first, yesterday = annotated(config)
+    write(tmp_path / "more" / "1.jsonl", 20, 50)
+    grown, today = annotated(config)
+    assert grown["reused"] == first["rows"]
+    assert grown["rows"] == first["rows"] + 30
+    assert {pair_id: today[pair_id] for pair_id in yesterday} == yesterday
+
+
+def scores(*ids: str, value: float = 0.5) -> pa.Table:
+    columns = [list(ids), ["x"] * len(ids), [value] * len(ids), [-value] * len(ids)]
+    return pa.table(columns, schema=SCORE_SCHEMA)
+
+
+def test_scores_are_found_in_the_files_whose_range_holds_them(
+    tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = s3_store.child("one"), Store(str(tmp_path / "two"))
+    one.create_table("scores/part-00000.parquet", scores("a", "c"))
+    one.create_table("scores/part-00001.parquet", scores("d", "f"))
+    two.create_table("scores/part-00000.parquet", scores("b", "c", "e", value=9))
+    two.create_table("scores/part-00001.parquet", scores())
+    files = ranged_files([one, two, s3_store.child("none")])
+    assert [(file.first, file.last) for file in files] == [("a", "c"), ("d", "f"), ("b", "e")]
+    earlier = EarlierScores(files)
+    found = earlier.of(["b", "c", "d", "zz"]).to_pylist()
+    assert {row["pair_id"]: row["score_a"] for row in found} == {"b": 9, "c": 0.5, "d": 0.5}
+    assert earlier.of([]).num_rows == earlier.of(["0", "00"]).num_rows == 0
+    read: list[str] = []
+    given = Store.read_table
+    monkeypatch.setattr(
+        Store, "read_table", lambda self, *args: (read.append(args[0]), given(self, *args))[1]
+    )
+    earlier.of(["d", "f"])
+    assert read == ["scores/part-00001.parquet"], "all were found, so nothing more is read"
