@@ -6,11 +6,11 @@ import logging
 from functools import partial
 from typing import Any
 
-from cwpo_dist.config import ConfigError, ModelConfig
+from cwpo_dist.config import ModelConfig
 from cwpo_dist.scoring.pipeline import ShardJob, run_shards
 from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.stages.context import Context, trained
-from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.graph import Node, ready_model
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,8 @@ def run(context: Context, node: Node) -> dict[str, Any]:
 
 
 def annotator(context: Context, node: Node) -> ModelConfig:
-    """The given reward model, or the one that `fit` made."""
-    if context.config.annotate.model is not None:
-        return context.config.annotate.model
-    if context.config.weak is None:
-        raise ConfigError("weak: missing; give weak.model_name_or_path or annotate.model")
+    """The given reward model that the node stands for, or the one that its `fit` made."""
+    if "fit" not in node.inputs:
+        return ready_model(context.config, node)[1]
+    assert context.config.weak is not None, "graph() makes no fit node without a weak model"
     return trained(context.config.weak, context.place(node.inputs["fit"]))

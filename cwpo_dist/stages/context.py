@@ -75,22 +75,6 @@ def policy_of(context: Context, node: Node) -> ModelConfig:
     return trained(policy, context.place(node.inputs["model"]))
 
 
-def scores_by_pair(
-    context: Context, node: Node, index: int
-) -> dict[str, tuple[float, float]] | None:
-    """(score_a, score_b) of one shard by pair id; None where the node reads no scores."""
-    if "annotate" not in node.inputs:
-        return None
-    return read_scores(context.place(node.inputs["annotate"]), index)
-
-
-def read_scores(store: Store, index: int) -> dict[str, tuple[float, float]]:
-    """(score_a, score_b) of one shard by pair id, from the output folder of `annotate`."""
-    columns = ["pair_id", "score_a", "score_b"]
-    rows = store.read_table(part("scores", index), columns).to_pylist()
-    return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
-
-
 def read_log_probs(store: Store, index: int) -> dict[str, tuple[float, float]]:
     """(logp_a, logp_b) of one shard by pair id, from an output folder of `reference`."""
     columns = ["pair_id", "logp_a", "logp_b"]

@@ -96,15 +96,18 @@ def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
         made = graph(config, arm)
     if until is None:
         return made
-    if until not in made:
+    # Several annotators have roles of their own: annotate_0, annotate_1, …
+    wanted = [node for role, node in made.items() if role == until or role.startswith(f"{until}_")]
+    if not wanted:
         raise ConfigError(_no_stage(config, arm, until))
-    needed = {node.path for node in _ancestors([made[until]])}
+    needed = {node.path for node in _ancestors(wanted)}
     return {role: node for role, node in made.items() if node.path in needed}
 
 
 def _no_stage(config: Config, arm: str, stage: str) -> str:
-    if stage == "fit" and config.annotate.model is not None:
-        return "annotate.model: given, so there is nothing to fit; remove it to train `weak`"
+    if stage == "fit" and config.annotate.ready():
+        field = config.annotate.ready()[0][0]
+        return f"{field}: given, so there is nothing to fit; remove it to train `weak`"
     why = "" if needs_annotator(config) else " (no arm reads the annotator's labels)"
     return f"{stage}: arm {arm!r} has no such stage{why}"
 
