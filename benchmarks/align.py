@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided before torch
+os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, as of any launcher
 
 import measure
 import torch

@@ -43,9 +43,11 @@ from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_m
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
-from cwpo_dist.pairs.records import SCORE_SCHEMA
+from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.scoring.attempts import Rows, ShardOutput
 from cwpo_dist.scoring.forward import RowForward
-from cwpo_dist.scoring.pipeline import ShardJob, ShardOutput, commit, run_shards
+from cwpo_dist.scoring.pipeline import ShardJob, commit
+from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 
@@ -192,12 +194,17 @@ class Clocked:
         torch.set_num_threads(1)
         self.worker, self.notes = make_worker(), notes / f"{os.getpid()}.jsonl"
 
-    def __call__(self, index: int) -> ShardOutput:
+    def read(self, index: int) -> Rows:
+        """The worker's rows; a shard's clock starts here."""
+        self.started = time.time()
+        rows: Rows = self.worker.read(index)
+        return rows
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
         """The worker's output, timed by the wall clock that all processes share."""
-        started = time.time()
-        output: ShardOutput = self.worker(index)
+        output: ShardOutput = self.worker(index, rows)
         with self.notes.open("a") as file:
-            note = {"start": started, "end": time.time(), "rows": output.rows.num_rows}
+            note = {"start": self.started, "end": time.time(), "rows": output.rows.num_rows}
             file.write(json.dumps(note) + "\n")
         return output
 
@@ -224,7 +231,7 @@ def bare(job: ShardJob, numbers: Sequence[int], ready: Any) -> None:
     worker = job.make_worker()
     ready.wait()
     for index in numbers:
-        commit(job, index, worker(index))
+        commit(job, index, worker(index, worker.read(index)))
 
 
 def run_bare(job: ShardJob) -> None:
@@ -276,17 +283,24 @@ class LengthWorker:
         """Reads from the folder `pairs`."""
         self.pairs = pairs
 
-    def __call__(self, index: int) -> ShardOutput:
+    def read(self, index: int) -> Rows:
+        """Rows of ids and answers."""
+        columns = ["pair_id", "response_a", "response_b"]
+        table = self.pairs.read_table(f"pairs/part-{index:05d}.parquet", columns)
+        rows: Rows = table.to_pylist()
+        return rows
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
         """The lengths of both answers of each pair."""
-        table = self.pairs.read_table(f"pairs/part-{index:05d}.parquet")
+        table = pa.Table.from_pylist(list(rows))
         lengths = [
             pa.compute.utf8_length(table[name]).cast(pa.float64())
             for name in ("response_a", "response_b")
         ]
         names = pa.array(["length"] * table.num_rows)
         rows = pa.table([table["pair_id"], names, *lengths], schema=SCORE_SCHEMA)
-        nothing = pa.table({"reason": pa.array([], pa.string())})
-        counts = {"rows_in": table.num_rows, "rows": table.num_rows, "rejects": 0}
+        nothing = REJECT_SCHEMA.empty_table()
+        counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0}
         return ShardOutput(rows, nothing, counts)
 
 

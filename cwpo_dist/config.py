@@ -8,7 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Split = Literal["labelled", "unlabelled", "validation", "test"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -189,9 +196,22 @@ class TrainingConfig(Section):
 class FitConfig(TrainingConfig):
     """The annotator's training, Bradley–Terry (paper eq. 4–5, table 7)."""
 
+    # Each seed is in the key of the annotator that it makes.
+    compute_fields: ClassVar[frozenset[str]] = TrainingConfig.compute_fields | {"seeds"}
+
     learning_rate: PositiveFloat = 1e-5
     num_train_epochs: PositiveFloat = 5.0
     global_batch_size: PositiveInt = 32
+    seeds: list[int] | None = Field(
+        None, min_length=1, description="an ensemble, one annotator a seed; null: the run's seed"
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int] | None) -> list[int] | None:
+        if seeds is not None and len(set(seeds)) < len(seeds):
+            raise ValueError("a seed stands twice; equal seeds make the same annotator")
+        return seeds
 
 
 class SftConfig(TrainingConfig):
@@ -297,33 +317,60 @@ class AnnotateConfig(PoolConfig):
     """Which pairs are scored, and by whom."""
 
     compute_fields: ClassVar[frozenset[str]] = frozenset(
-        {*PoolConfig.model_fields, "max_reject_fraction", "model"}
+        {*PoolConfig.model_fields, "max_reject_fraction", "model", "models"}
     )
 
     model: ModelConfig | None = Field(
         None, description="any one-label reward model; null: the annotator that `fit` made"
+    )
+    models: list[ModelConfig] = Field(
+        default_factory=list, description="several reward models, an ensemble; instead of `model`"
     )
     splits: list[Split] | None = Field(
         None, description="null: all, but for an annotator of ours not those it was trained on"
     )
     max_reject_fraction: Fraction = 0.05
 
+    @model_validator(mode="after")
+    def _one_list(self) -> Self:
+        if self.model is not None and self.models:
+            raise ValueError("model and models are both given; put all of them into models")
+        if any(model in self.models[:k] for k, model in enumerate(self.models)):
+            raise ValueError("models: one stands twice; its scores would count double")
+        return self
+
+    def ready(self) -> list[tuple[str, ModelConfig]]:
+        """The given reward models, each with the field that names it; none: `fit` makes them."""
+        if self.model is not None:
+            return [("annotate.model", self.model)]
+        return [(f"annotate.models.{k}", model) for k, model in enumerate(self.models)]
+
     def scored_splits(self) -> list[Split]:
         """The splits whose pairs are scored."""
         if self.splits is not None:
             return self.splits
         rest: list[Split] = ["unlabelled", "validation", "test"]
-        return rest if self.model is None else ["labelled", *rest]
+        return ["labelled", *rest] if self.ready() else rest
 
 
 class WeighConfig(Section):
     """margin → confidence → weight."""
 
-    weight_function: Literal["confidence", "sigmoid", "clipped", "clipped_fifth", "one"] | None = (
-        Field(None, description="overrides the arm's; C, σ(m), min(m,1), min(0.2m,1), 1")
+    weight_function: (
+        Literal["confidence", "sigmoid", "clipped", "clipped_fifth", "one", "lower_confidence"]
+        | None
+    ) = Field(
+        None,
+        description="overrides the arm's; C, σ(m), min(m,1), min(0.2m,1), 1, C(m − disagreement)",
     )
     top_fraction: Fraction | None = Field(None, description="keep the most confident share")
     min_confidence: Fraction | None = Field(None, description="keep pairs at least so confident")
+    temperature: PositiveFloat | Literal["fitted"] | None = Field(
+        None, description="margins are divided by it; fitted: to human labels; null: the arm's"
+    )
+    calibration_split: Literal["validation", "labelled"] = Field(
+        "validation", description="where temperatures are fitted; labelled: ready models only"
+    )
 
 
 class ReferenceConfig(PoolConfig):
@@ -399,8 +446,9 @@ class Arm(Section):
 
     labels: Literal["human", "annotator"]
     splits: tuple[Split, ...] = ("unlabelled",)
-    weight_function: Literal["confidence", "one"] = "one"
+    weight_function: Literal["confidence", "one", "lower_confidence"] = "one"
     top_fraction: float | None = None
+    temperature: Literal["fitted"] | None = None
     weight_normalization: Literal["none", "batch", "dataset"] = "none"
 
 
@@ -413,6 +461,8 @@ ARMS: dict[str, Arm] = {
     "cw_mean": Arm(
         labels="annotator", weight_function="confidence", weight_normalization="dataset"
     ),
+    "cw_calibrated": Arm(labels="annotator", weight_function="confidence", temperature="fitted"),
+    "ensemble": Arm(labels="annotator", weight_function="lower_confidence"),
     "top30": Arm(labels="annotator", top_fraction=0.3),
 }
 

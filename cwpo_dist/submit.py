@@ -306,6 +306,7 @@ def _models(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         "weak": data["weak"],
         "policy": data["policy"],
         "annotate.model": data["annotate"]["model"],
+        **{f"annotate.models.{k}": m for k, m in enumerate(data["annotate"]["models"])},
         "evaluate.gold_model": data["evaluate"]["gold_model"],
     }
     return [(name, model) for name, model in found.items() if model is not None]

@@ -12,26 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.evaluation.accuracy import (
-    Accuracy,
-    annotator_accuracy,
-    correlation,
-    gra,
-    independent_decisions,
-    policy_accuracy,
-    wilson,
-)
+from cwpo_dist.evaluation.accuracy import annotator_accuracy, gra, policy_accuracy
+from cwpo_dist.evaluation.length import correlation, margin_by_length
+from cwpo_dist.evaluation.shares import Accuracy, independent_decisions, wilson
 
-# Six pairs: margins 2, −1, 0 (tie), 0.5, −3, 1 (no label)
-SCORE_A = [3.0, 0.0, 1.0, 0.5, -1.0, 1.0]
-SCORE_B = [1.0, 1.0, 1.0, 0.0, 2.0, 0.0]
+# Six pairs; the third is a tie, the last has no label
+MARGINS = [2.0, -1.0, 0.0, 0.5, -3.0, 1.0]
 LABELS = ["a", "a", "b", "a", "b", None]
 LENGTH_A = [10, 5, 5, 3, 4, 9]
 LENGTH_B = [5, 10, 5, 2, 8, 1]
 
 
 def test_agreement_by_hand() -> None:
-    found = annotator_accuracy(SCORE_A, SCORE_B, LABELS, LENGTH_A, LENGTH_B)
+    found = annotator_accuracy(MARGINS, LABELS, LENGTH_A, LENGTH_B)
     low, high = wilson(3, 4)
     assert found.agreement == Accuracy(5, 3, 1, 1, 0.75, low, high)
     # longer wins: right, wrong, tie, right, right
@@ -44,7 +37,7 @@ def test_agreement_by_hand() -> None:
 
 
 def test_quarters_by_hand() -> None:
-    found = annotator_accuracy(SCORE_A, SCORE_B, LABELS, LENGTH_A, LENGTH_B)
+    found = annotator_accuracy(MARGINS, LABELS, LENGTH_A, LENGTH_B)
     # by confidence: 0.5 (right), 1 (wrong), 2 (right), 3 (right)
     assert [group.accuracy for group in found.by_quarter] == [1.0, 0.0, 1.0, 1.0]
     assert [group.n for group in found.by_quarter] == [1, 1, 1, 1]
@@ -54,7 +47,7 @@ def test_quarters_by_hand() -> None:
 
 def test_reliability_and_calibration_error_by_hand() -> None:
     # σ(0.5) = .622 right, σ(1) = .731 wrong, σ(2) = .881 right, σ(3) = .953 right
-    found = annotator_accuracy(SCORE_A, SCORE_B, LABELS, LENGTH_A, LENGTH_B)
+    found = annotator_accuracy(MARGINS, LABELS, LENGTH_A, LENGTH_B)
     assert [group.n for group in found.reliability] == [0, 0, 1, 0, 1, 0, 0, 1, 0, 1]
     assert found.reliability[0].accuracy is None
     assert found.reliability[0].mean is None
@@ -64,7 +57,7 @@ def test_reliability_and_calibration_error_by_hand() -> None:
 
 
 def test_extreme_margins_fall_into_the_last_bin() -> None:
-    found = annotator_accuracy([1e6, 1e-9], [0, 0], ["a", "b"], [1, 1], [2, 2])
+    found = annotator_accuracy([1e6, 1e-9], ["a", "b"], [1, 1], [2, 2])
     assert found.reliability[-1].n == 1
     assert found.reliability[0].n == 1
     assert found.expected_calibration_error == pytest.approx(0.25)
@@ -75,8 +68,8 @@ def test_calibrated_annotator_has_a_small_error_and_an_overconfident_one_a_large
     margins = rng.normal(0, 2, 20_000)
     labels = np.where(rng.random(20_000) < 1 / (1 + np.exp(-margins)), "a", "b").tolist()
     nothing = np.zeros(20_000)
-    honest = annotator_accuracy(margins, nothing, labels, nothing, nothing)
-    loud = annotator_accuracy(margins * 5, nothing, labels, nothing, nothing)
+    honest = annotator_accuracy(margins, labels, nothing, nothing)
+    loud = annotator_accuracy(margins * 5, labels, nothing, nothing)
     assert honest.expected_calibration_error is not None
     assert honest.expected_calibration_error < 0.01
     assert loud.expected_calibration_error is not None
@@ -88,31 +81,33 @@ def test_calibrated_annotator_has_a_small_error_and_an_overconfident_one_a_large
 
 
 def test_nothing_to_measure_is_none_and_never_zero() -> None:
-    empty = annotator_accuracy([], [], [], [], [])
+    empty = annotator_accuracy([], [], [], [])
     assert empty.agreement == Accuracy(0, 0, 0, 0, None, None, None)
     assert empty.expected_calibration_error is None
     assert empty.mean_confidence is None
     assert empty.by_quarter == ()
-    unlabelled = annotator_accuracy([1.0], [0.0], [None], [1], [2])
+    unlabelled = annotator_accuracy([1.0], [None], [1], [2])
     assert unlabelled.agreement.accuracy is None
     assert unlabelled.mean_confidence == pytest.approx(math.tanh(0.5))
     assert gra([], []).accuracy is None
 
 
 def test_records_become_json() -> None:
-    found = annotator_accuracy(SCORE_A, SCORE_B, LABELS, LENGTH_A, LENGTH_B).as_dict()
+    found = annotator_accuracy(MARGINS, LABELS, LENGTH_A, LENGTH_B).as_dict()
     assert json.loads(json.dumps(found)) == {
         **found,
         "by_quarter": list(found["by_quarter"]),
         "reliability": list(found["reliability"]),
+        "margin_by_length": list(found["margin_by_length"]),
     }
     assert found["agreement"]["ties"] == 1
 
 
 def test_swapping_the_answers_changes_nothing() -> None:
     swap = {"a": "b", "b": "a", None: None}
-    first = annotator_accuracy(SCORE_A, SCORE_B, LABELS, LENGTH_A, LENGTH_B)
-    other = annotator_accuracy(SCORE_B, SCORE_A, [swap[x] for x in LABELS], LENGTH_B, LENGTH_A)
+    first = annotator_accuracy(MARGINS, LABELS, LENGTH_A, LENGTH_B)
+    margins = [-margin for margin in MARGINS]
+    other = annotator_accuracy(margins, [swap[x] for x in LABELS], LENGTH_B, LENGTH_A)
     assert first.agreement == other.agreement
     assert first.reliability == other.reliability
     assert first.margin_length == other.margin_length
@@ -127,7 +122,7 @@ def test_wilson_by_hand() -> None:
 
 
 def _decisions(right: list[int], prompts: list[int]) -> float:
-    return independent_decisions(np.array(right, dtype=bool), np.array(prompts, dtype=np.intp))
+    return independent_decisions(np.array(right, dtype=float), np.array(prompts, dtype=np.intp))
 
 
 def test_independent_decisions() -> None:
@@ -152,8 +147,8 @@ def test_interval_covers_when_prompts_repeat() -> None:
         difficulty = np.repeat(rng.beta(1.4, 0.6, 80), 5)  # mean 0.7
         labels = np.where(rng.random(400) < difficulty, "a", "b").tolist()
         ones, zeros, prompts = np.ones(400), np.zeros(400), np.repeat(np.arange(80), 5).tolist()
-        clustered = annotator_accuracy(ones, zeros, labels, zeros, zeros, prompts).agreement
-        naive = annotator_accuracy(ones, zeros, labels, zeros, zeros).agreement
+        clustered = annotator_accuracy(ones, labels, zeros, zeros, prompts).agreement
+        naive = annotator_accuracy(ones, labels, zeros, zeros).agreement
         assert clustered.low is not None
         assert clustered.high is not None
         assert naive.low is not None
@@ -197,13 +192,23 @@ def test_length_loving_annotator_is_seen() -> None:
     rng = random.Random(0)
     lengths = [(rng.randint(1, 99), rng.randint(1, 99)) for _ in range(200)]
     labels = [rng.choice("ab") for _ in lengths]
-    scores_a, scores_b = ([length[k] / 32 for length in lengths] for k in (0, 1))
-    found = annotator_accuracy(
-        scores_a, scores_b, labels, [x for x, _ in lengths], [y for _, y in lengths]
-    )
+    margins = [(x - y) / 32 for x, y in lengths]
+    found = annotator_accuracy(margins, labels, [x for x, _ in lengths], [y for _, y in lengths])
     assert found.margin_length.pearson == pytest.approx(1)
     assert found.confidence_length.spearman == pytest.approx(1)
     assert found.agreement == found.length_baseline
+
+
+def test_margin_by_length_by_hand() -> None:
+    # Twenty pairs in ten parts of two; the part of the longest has margins 1 and 3.
+    longer = np.arange(20.0)[::-1]
+    margin = np.array([1.0, 3.0, *[0.0] * 18])
+    parts = margin_by_length(margin, longer)
+    assert [part.n for part in parts] == [2] * 10
+    assert [part.length for part in parts] == [0.5 + 2 * k for k in range(10)]
+    assert (parts[-1].median, parts[-1].low, parts[-1].high) == pytest.approx((2, 1.2, 2.8))
+    assert (parts[0].median, parts[0].low) == (0, 0)
+    assert margin_by_length(margin[:9], longer[:9]) == ()
 
 
 def test_policy_by_hand() -> None:
@@ -235,10 +240,10 @@ def test_gra_by_hand() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([math.nan], [0.0], ["a"], [1], [1]), "score_a: must be one column of finite"),
-        (([0.0], [0.0], ["chosen"], [1], [1]), "label: 'chosen' is unknown"),
-        (([0.0], [0.0, 1.0], ["a"], [1], [1]), "score_b: 2 values for 1"),
-        (([0.0], [0.0], ["a"], [1], [1], ["p", "q"]), "prompts: 2 values for 1"),
+        (([math.nan], ["a"], [1], [1]), "margin: must be one column of finite"),
+        (([0.0], ["chosen"], [1], [1]), "label: 'chosen' is unknown"),
+        (([0.0, 1.0], ["a"], [1], [1]), "margin: 2 values for 1"),
+        (([0.0], ["a"], [1], [1], ["p", "q"]), "prompts: 2 values for 1"),
     ],
 )
 def test_bad_columns_are_refused(arguments: tuple[list[float], ...], message: str) -> None:

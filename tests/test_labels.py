@@ -1,6 +1,6 @@
 """Who decides: human labels are read for human arms alone, ties and missing scores are apart."""
 
-from cwpo_dist.pairs.labels import Decision, decide
+from cwpo_dist.pairs.labels import Decision, Opinion, decide
 
 PAIRS = [
     {"pair_id": "p", "label": "b", "split": "unlabelled"},
@@ -8,15 +8,20 @@ PAIRS = [
     {"pair_id": "r", "label": "a", "split": "labelled"},
     {"pair_id": "s", "label": "a", "split": "test"},
     {"pair_id": "t", "label": "b", "split": "unlabelled"},
+    {"pair_id": "v", "label": None, "split": "unlabelled"},
 ]
-SCORES = {"p": (2.0, 0.5), "q": (1.0, 1.0), "s": (0.0, 1.0)}
+OPINIONS = {"p": Opinion(1.5), "q": Opinion(0.0), "s": Opinion(-1.0), "v": Opinion(-2.0, 0.5)}
 
 
 def test_annotator_decides_by_score_and_never_reads_a_human_label() -> None:
-    decided = decide(PAIRS, SCORES, "annotator", ["unlabelled"])
-    assert decided == {"p": Decision("a", 1.5), "q": Decision("a", 0.0)}
+    decided = decide(PAIRS, OPINIONS, "annotator", ["unlabelled"])
+    assert decided == {
+        "p": Decision("a", 1.5),
+        "q": Decision("a", 0.0),
+        "v": Decision("b", 2.0, 0.5),
+    }
     flipped = [pair | {"label": "a" if pair["label"] == "b" else "b"} for pair in PAIRS]
-    assert decide(flipped, SCORES, "annotator", ["unlabelled"]) == decided
+    assert decide(flipped, OPINIONS, "annotator", ["unlabelled"]) == decided
 
 
 def test_human_decides_by_label_and_a_missing_label_takes_the_pair_out() -> None:
@@ -28,4 +33,4 @@ def test_human_decides_by_label_and_a_missing_label_takes_the_pair_out() -> None
 
 def test_human_arm_keeps_to_pairs_that_the_annotator_could_read() -> None:
     splits = ["labelled", "unlabelled"]
-    assert set(decide(PAIRS, SCORES, "human", splits)) == {"p", "r"}
+    assert set(decide(PAIRS, OPINIONS, "human", splits)) == {"p", "r"}

@@ -12,15 +12,15 @@ import pytest
 from rich.console import Console
 
 from cwpo_dist.evaluation.accuracy import annotator_accuracy, gra, policy_accuracy
+from cwpo_dist.evaluation.annotators import HeldOut, annotator_figures
+from cwpo_dist.report.cells import Cell, duration
+from cwpo_dist.report.outputs import cost_table, keys_table, prepare_table
 from cwpo_dist.report.page import render
 from cwpo_dist.report.summary import (
     SIMULATED,
-    Cell,
+    annotator_table,
     arms_table,
-    cost_table,
-    duration,
-    keys_table,
-    prepare_table,
+    ensemble_table,
 )
 from cwpo_dist.report.table import print_summary
 
@@ -33,11 +33,16 @@ def _annotator(seed: int = 0, n: int = 600, scale: float = 1.0) -> dict[str, Any
     margins, lengths = rng.normal(0, 1.2, n), rng.integers(5, 200, (2, n))
     margins += (lengths[0] - lengths[1]) / 150
     labels = np.where(rng.random(n) < 1 / (1 + np.exp(-margins)), "a", "b").tolist()
-    prompts = rng.integers(0, n // 2, n).tolist()
-    found = annotator_accuracy(
-        margins * scale, np.zeros(n), labels, lengths[0], lengths[1], prompts
+    prompts = [str(k) for k in rng.integers(0, n // 2, n)]
+    held = HeldOut(
+        (margins * scale)[:, None],
+        labels,
+        np.array([float(label == "a") for label in labels]),
+        lengths[0].astype(float),
+        lengths[1].astype(float),
+        prompts,
     )
-    return found.as_dict()
+    return annotator_figures(held, held, ["one"], by_member=False)
 
 
 def _curve(seed: int, start: float, end: float, n: int) -> list[dict[str, float]]:
@@ -159,8 +164,8 @@ def test_page_shows_the_figures(page: str) -> None:
     assert f"{100 * agreement['low']:.1f} – {100 * agreement['high']:.1f}" in words
     for text in ("2,290", "0.412", "identical answers", "1a2b3c4d5e6f7a8b", "beta: 0.5", "torch"):
         assert text in words
-    # GRA by arm, confidence, quarters, reliability, three curves
-    assert _Page(page).tags.count("svg") == 7
+    # GRA by arm, confidence, quarters, reliability, margin against length, three curves
+    assert _Page(page).tags.count("svg") == 8
 
 
 def test_page_stands_alone(page: str) -> None:
@@ -245,7 +250,7 @@ def test_empty_runs_render(metrics: dict[str, Any]) -> None:
 
 def test_nothing_decided_reads_no_pairs() -> None:
     arm = {
-        "annotator": annotator_accuracy([0.0], [0.0], ["a"], [1], [2]).as_dict(),
+        "annotator": annotator_accuracy([0.0], ["a"], [1], [2]).as_dict(),
         "gra": {"own_sft": gra([], []).as_dict(), "common": None},
     }
     row = arms_table({"arms": {"cw": arm}}).rows[0]
@@ -294,6 +299,49 @@ def test_human_arms_show_no_annotator() -> None:
     human, weak = (row[3] for row in arms_table({"arms": arms}).rows)
     assert human.text == "as given"
     assert weak.text.endswith(" %")
+
+
+def test_ensemble_stands_beside_its_members() -> None:
+    rng = np.random.default_rng(2)
+    truth, noise = rng.normal(0, 1, 400), rng.normal(0, 1, (400, 2))
+    labels = np.where(rng.random(400) < 1 / (1 + np.exp(-truth)), "a", "b").tolist()
+    people = np.array([float(label == "a") for label in labels])
+    lengths, prompts = rng.integers(1, 90, (2, 400)).astype(float), [str(k) for k in range(400)]
+    held = HeldOut(3 * truth[:, None] + noise, labels, people, *lengths, prompts)
+    figures = annotator_figures(held, held, ["seed 0", "seed 1"], by_member=True)
+    weigh = {"annotators": 2, "partial": 0, "alone": 7, "contested": 91, "mean_disagreement": 0.52}
+    metrics = sample_metrics()
+    metrics["arms"] = {"ensemble": metrics["arms"]["cw"] | {"annotator": figures}}
+    assert annotator_table(metrics).columns == ("", "ensemble", "seed 0", "seed 1")
+    assert ensemble_table(metrics) is None, "an older run recorded nothing of it"
+    arm = metrics["arms"]["ensemble"]
+    arm["weigh"] = {"ensemble": weigh}
+    arm["keys"] = {"fit_0": "k0", "fit_1": "k1"}
+    arm["curves"] = {f"fit_{k}": _curve(k, 0.7, 0.5, 40) for k in range(2)}
+    table = ensemble_table(metrics)
+    assert table is not None
+    assert [cell.text for cell in table.rows[0][:6]] == ["ensemble", "2", "0", "7", "91", "0.520"]
+    page = render(metrics)
+    assert "right where contested" in page
+    assert "fit_1" in " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", page))
+    assert [row[0].text for row in keys_table(metrics).rows] == ["fit_0", "fit_1"]
+
+
+def test_calibration_shows_before_and_after_and_why_not() -> None:
+    metrics = sample_metrics()
+    record = metrics["arms"]["cw"]["annotator"]
+    rows = {row[0].text: row[1] for row in annotator_table(metrics).rows}
+    found = record["temperature"]
+    assert rows["temperature fitted to held-out labels"].text == f"{found['value']:.2f}"
+    after = record["calibrated"]["expected_calibration_error"]
+    assert rows["ECE with it"].text == f"{100 * after:.1f} %"
+    assert f"{100 * after:.1f} % with margins divided by" in render(metrics)
+    for arm in metrics["arms"].values():
+        if arm["annotator"] is not None:
+            arm["annotator"] |= {"temperature": None, "calibrated": None, "no_temperature": "why"}
+    table = annotator_table(metrics)
+    assert "Not fitted (annotator): why." in table.note
+    assert "with margins divided by" not in render(metrics)
 
 
 def test_broken_curves_draw_what_is_finite() -> None:

@@ -14,7 +14,7 @@ from tiny import tiny_classifier, tiny_tokenizer
 from cwpo_dist.cli import main
 from cwpo_dist.config import Config
 from cwpo_dist.stages.annotate import RejectsError
-from cwpo_dist.stages.context import read_scores
+from cwpo_dist.stages.context import ScoresIn
 from cwpo_dist.stages.graph import graph
 from cwpo_dist.stages.run import run
 from cwpo_dist.storage import MANIFEST, Store
@@ -65,7 +65,7 @@ def test_what_failed_is_scored_again_and_nothing_else(
 
     counts = output.read_json("manifest.retry-1.json")["counts"]
     assert (counts["rows_in"], counts["rows"], counts["rejects"]) == (40, 40, 0)
-    scored = [read_scores(output, i, retries=1) for i in range(3)]
+    scored = [ScoresIn(output, retries=1).read(i) for i in range(3)]
     assert sum(map(len, scored)) == 40
     ids = [pair_id for shard in scored for pair_id in shard]
     assert len(set(ids)) == 40

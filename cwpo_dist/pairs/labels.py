@@ -10,21 +10,40 @@ LabelSource = Literal["human", "annotator"]
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """What the annotators say of a pair.
+
+    Attributes:
+        margin: score difference a − b, of several annotators the mean.
+        disagreement: standard deviation of several annotators' margins; None for one annotator.
+        dissent: share of them that vote against the majority; 0 for one.
+        scored: how many of them scored the pair.
+    """
+
+    margin: float
+    disagreement: float | None = None
+    dissent: float = 0.0
+    scored: int = 1
+
+
+@dataclass(frozen=True)
 class Decision:
     """The chosen answer of a pair.
 
     Attributes:
         label: `a` or `b`.
         margin: r⁺ − r⁻ ≥ 0 of the annotator; None where a human decided.
+        disagreement: of several annotators; None for one, and where a human decided.
     """
 
     label: str
     margin: float | None
+    disagreement: float | None = None
 
 
 def decide(
     pairs: Iterable[Mapping[str, Any]],
-    scores: Mapping[str, tuple[float, float]] | None,
+    opinions: Mapping[str, Opinion] | None,
     labels: LabelSource,
     splits: Collection[str],
 ) -> dict[str, Decision]:
@@ -32,9 +51,9 @@ def decide(
 
     Args:
         pairs: records with `pair_id`, `label` and `split`.
-        scores: (score_a, score_b) by pair id; None in a run without annotator. Where a run has
-            one, pairs that it could not read are left out for human labels too, so that all arms
-            train on the same pairs; labelled rows, which it trained on, need no score.
+        opinions: by pair id; None in a run without annotator. Where a run has one, pairs that it
+            could not read are left out for human labels too, so that all arms train on the same
+            pairs; labelled rows, which it trained on, need no score.
         labels: whose word counts. A human label is read for `human` alone.
         splits: the splits to train on.
     """
@@ -42,10 +61,10 @@ def decide(
     for pair in pairs:
         if pair["split"] not in splits:
             continue
-        score = None if scores is None else scores.get(pair["pair_id"])
-        if scores is not None and score is None and pair["split"] != "labelled":
+        opinion = None if opinions is None else opinions.get(pair["pair_id"])
+        if opinions is not None and opinion is None and pair["split"] != "labelled":
             continue
-        decision = _human(pair["label"]) if labels == "human" else _annotator(score)
+        decision = _human(pair["label"]) if labels == "human" else _annotator(opinion)
         if decision is not None:
             decisions[pair["pair_id"]] = decision
     return decisions
@@ -55,9 +74,9 @@ def _human(label: str | None) -> Decision | None:
     return None if label is None else Decision(label, None)
 
 
-def _annotator(score: tuple[float, float] | None) -> Decision | None:
+def _annotator(opinion: Opinion | None) -> Decision | None:
     """The higher score wins (eq. 6); a tie goes to `a`, whose place is random, with margin 0."""
-    if score is None:
+    if opinion is None:
         return None
-    score_a, score_b = score
-    return Decision("a" if score_a >= score_b else "b", abs(score_a - score_b))
+    label = "a" if opinion.margin >= 0 else "b"
+    return Decision(label, abs(opinion.margin), opinion.disagreement)

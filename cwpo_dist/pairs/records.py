@@ -84,7 +84,7 @@ def preference_schema(kind: Kind) -> pa.Schema:
     """The preference record: TRL's names and format, with margin, confidence and weight.
 
     `label` says which answer of the pair was chosen (`a`, `b`); margin and confidence are null
-    where a human chose.
+    where a human chose, disagreement also where there is one annotator alone.
     """
     text = text_type(kind)
     return pa.schema(
@@ -95,6 +95,7 @@ def preference_schema(kind: Kind) -> pa.Schema:
             ("rejected", text),
             ("label", pa.string()),
             ("margin", pa.float32()),
+            ("disagreement", pa.float32()),
             ("confidence", pa.float32()),
             ("weight", pa.float32()),
         ]

@@ -13,9 +13,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cwpo_dist.report import plots, summary
+from cwpo_dist.report import cells, outputs, plots, summary
+from cwpo_dist.report.cells import Metrics, at
 from cwpo_dist.report.plots import Plot
-from cwpo_dist.report.summary import Metrics, at
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -34,47 +34,49 @@ _CURVES = {
 def render(metrics: Metrics) -> str:
     """The report of one run; parts that were not run say so."""
     annotators = summary.annotators(metrics)
+    ensemble = summary.ensemble_table(metrics)
     template = _TEMPLATES.get_template("page.html.j2")
     return template.render(
         output_dir=at(metrics, "run", "output_dir") or "",
         seed=at(metrics, "run", "seed"),
-        arms=[name for name, _ in summary.arm_items(metrics)],
+        arms=[name for name, _ in cells.arm_items(metrics)],
         simulated=summary.SIMULATED if summary.is_simulated(metrics) else None,
         tiles=_tiles(metrics),
         arms_table=summary.arms_table(metrics),
         gra_table=summary.gra_table(metrics),
         gra_plot=_drawn(plots.gra_plot(metrics)),
         annotator_table=summary.annotator_table(metrics),
-        one_annotator=len(annotators) <= 1,
+        one_annotator=len(annotators) <= 1 and ensemble is None,
+        ensemble_table=ensemble,
         annotator_plots=_annotator_plots(metrics, annotators),
         curves=[
             (title, _drawn(plots.curve_plot(metrics, stage)), stage == "align")
             for stage, title in _CURVES.items()
         ],
         data_tables=[
-            summary.prepare_table(metrics),
-            summary.splits_table(metrics),
-            summary.rejects_table(metrics),
+            outputs.prepare_table(metrics),
+            outputs.splits_table(metrics),
+            outputs.rejects_table(metrics),
         ],
-        cost_table=summary.cost_table(metrics),
-        provenance_tables=[summary.provenance_table(metrics), summary.keys_table(metrics)],
+        cost_table=outputs.cost_table(metrics),
+        provenance_tables=[outputs.provenance_table(metrics), outputs.keys_table(metrics)],
         config=_yaml(at(metrics, "config")),
     )
 
 
-def _tiles(metrics: Metrics) -> list[tuple[str, summary.Cell]]:
+def _tiles(metrics: Metrics) -> list[tuple[str, cells.Cell]]:
     """The few figures that a reader looks for first."""
     found = summary.annotators(metrics)
     record = found[0][1] if len(found) == 1 else None
-    tiles = [("pairs prepared", summary.count(at(metrics, "prepare", "pairs")))]
+    tiles = [("pairs prepared", cells.count(at(metrics, "prepare", "pairs")))]
     if len(found) > 1:  # one number would hide which annotator it is
         return tiles
     return [
         *tiles,
-        ("annotator accuracy", summary.share(at(record, "agreement"))),
-        ("longer answer wins", summary.share(at(record, "length_baseline"))),
-        ("calibration error", summary.percent(record, "expected_calibration_error")),
-        ("mean confidence", summary.inner(record, "mean_confidence")),
+        ("annotator accuracy", cells.share(at(record, "agreement"))),
+        ("longer answer wins", cells.share(at(record, "length_baseline"))),
+        ("calibration error", cells.percent(record, "expected_calibration_error")),
+        ("mean confidence", cells.inner(record, "mean_confidence")),
     ]
 
 
@@ -87,8 +89,10 @@ def _annotator_plots(
         suffix = f" ({label})" if len(annotators) > 1 else ""
         named.append((f"Accuracy by confidence{suffix}", plots.quarter_plot(record, str(k))))
         named.append((f"Reliability{suffix}", plots.reliability_plot(record, str(k))))
+        named.append((f"Margin against length{suffix}", plots.length_plot(record, str(k))))
     if not annotators:
-        named += [("Accuracy by confidence", None), ("Reliability", None)]
+        names = ("Accuracy by confidence", "Reliability", "Margin against length")
+        named += [(name, None) for name in names]
     return [(title, _drawn(plot)) for title, plot in named]
 
 

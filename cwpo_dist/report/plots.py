@@ -20,7 +20,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from cwpo_dist.report.summary import COMPARISONS, Metrics, arm_items, at, shared_outputs
+from cwpo_dist.report.cells import Metrics, arm_items, at
+from cwpo_dist.report.outputs import numbered, shared_outputs
+from cwpo_dist.report.summary import COMPARISONS
 
 INK, MUTED, GRID, ACCENT, SECOND = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05"
 SERIES = tuple(f"#0a0c{k:02x}" for k in range(8))
@@ -156,35 +158,66 @@ def reliability_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
     bins = [b for b in record.get("reliability") or [] if b["n"]]
     if not bins:
         return None
-    total = sum(b["n"] for b in bins)
+    total, after = sum(b["n"] for b in bins), record.get("calibrated")
     with mpl.rc_context(_STYLE):
         figure, ax = _figure()
         ax.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
-        means = [b["mean"] for b in bins]
-        _whiskers(ax, means, bins, horizontal=False)
-        sizes = [30 + 400 * b["n"] / total for b in bins]
-        shares = [b["accuracy"] for b in bins]
-        ax.scatter(means, shares, s=sizes, color=ACCENT, zorder=3, alpha=0.85, linewidth=0)
+        _bins(ax, bins, ACCENT, "as scored")
+        if after is not None:
+            _bins(ax, [b for b in after["reliability"] if b["n"]], SECOND, "calibrated")
+            ax.legend(loc="upper left")
         ax.set(xlabel="probability claimed, σ(|margin|)", ylabel="accuracy", xlim=(0.49, 1.01))
         for axis in (ax.xaxis, ax.yaxis):
             _percent(axis)
         error = record["expected_calibration_error"]  # a number wherever a bin has pairs
+        words = f"ECE {100 * error:.1f} %."
+        if after is not None:
+            fitted, left = record["temperature"], after["expected_calibration_error"]
+            words = (
+                f"ECE {100 * error:.1f} % as scored, {100 * left:.1f} % with margins divided by "
+                f"{fitted['value']:.2f}, a temperature fitted to "
+                f"{fitted['n']:,} pairs of another split."
+            )
         return Plot(
             _svg(figure, f"reliability-{salt}"),
             f"Ten bins of {total:,} decided held-out pairs; a dot's area is its share, whiskers "
-            f"are 95 % intervals, the dashed line is perfect calibration. ECE {100 * error:.1f} %."
+            f"are 95 % intervals, the dashed line is perfect calibration. {words}"
             " Below the line: overconfident.",
+        )
+
+
+def length_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
+    """Margin against length difference; None where there were too few pairs."""
+    parts = record.get("margin_by_length")
+    if not parts:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure, ax = _figure()
+        lengths = [part["length"] for part in parts]
+        _whiskers(ax, lengths, parts, horizontal=False)
+        ax.scatter(lengths, [part["median"] for part in parts], s=45, color=ACCENT, zorder=3)
+        for draw in (ax.axhline, ax.axvline):
+            draw(0, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        ax.set(xlabel="length difference a − b, characters", ylabel="margin a − b")
+        found = at(record, "margin_length", "pearson")
+        words = "" if found is None else f" Correlation over all pairs: {found:+.2f}."
+        return Plot(
+            _svg(figure, f"length-{salt}"),
+            "Median margin, with its 10–90 % range, of held-out pairs in ten equal parts by "
+            f"length difference.{words} A slope says that length is part of the score.",
         )
 
 
 def curve_plot(metrics: Metrics, stage: str) -> Plot | None:
     """Training loss of a stage by step, one line an output; None where none was trained."""
     curves = []
-    for output in shared_outputs(metrics, stage, having="curves"):
-        points = at(metrics, "arms", output.arms[0], "curves", stage)
-        steps, losses = _points(points)
-        if len(steps):
-            curves.append((_short(output.label), steps, losses))
+    roles = numbered(metrics, stage, "curves")
+    for role in roles:
+        for output in shared_outputs(metrics, role, having="curves"):
+            steps, losses = _points(at(metrics, "arms", output.arms[0], "curves", role))
+            if len(steps):
+                label = output.label if len(roles) == 1 else role
+                curves.append((_short(label), steps, losses))
     if not curves:
         return None
     with mpl.rc_context(_STYLE):
@@ -228,12 +261,27 @@ def _intervals(ax: Axes, found: Sequence[Mapping[str, Any] | None], *, horizonta
     ax.scatter(x, y, s=55, color=ACCENT, zorder=4, linewidth=0)
 
 
+def _bins(ax: Axes, bins: Sequence[Mapping[str, Any]], colour: str, label: str) -> None:
+    """A dot a bin of a reliability diagram, its area the bin's share."""
+    total, means = sum(b["n"] for b in bins), [b["mean"] for b in bins]
+    _whiskers(ax, means, bins, horizontal=False, colour=colour)
+    sizes = [30 + 400 * b["n"] / total for b in bins]
+    shares = [b["accuracy"] for b in bins]
+    ax.scatter(means, shares, s=sizes, color=colour, zorder=3, alpha=0.75, linewidth=0)
+    ax.scatter([], [], s=45, color=colour, linewidth=0, label=label)  # one size in the legend
+
+
 def _whiskers(
-    ax: Axes, places: Sequence[float], records: Sequence[Mapping[str, Any]], *, horizontal: bool
+    ax: Axes,
+    places: Sequence[float],
+    records: Sequence[Mapping[str, Any]],
+    *,
+    horizontal: bool,
+    colour: str = ACCENT,
 ) -> None:
     draw = ax.hlines if horizontal else ax.vlines
     lows, highs = [r["low"] for r in records], [r["high"] for r in records]
-    draw(places, lows, highs, color=ACCENT, linewidth=1.6, alpha=0.6, zorder=2)
+    draw(places, lows, highs, color=colour, linewidth=1.6, alpha=0.6, zorder=2)
 
 
 def _level(ax: Axes, value: float | None, label: str, colour: str) -> None:

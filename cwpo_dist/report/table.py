@@ -6,7 +6,8 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cwpo_dist.report.summary import SIMULATED, Cell, Metrics, Table, is_simulated, tables
+from cwpo_dist.report.cells import Cell, Metrics, Table
+from cwpo_dist.report.summary import SIMULATED, is_simulated, tables
 
 _NOTE_WIDTH = 100
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cwpo_dist.config import ConfigError, ModelConfig
+from cwpo_dist.config import ModelConfig
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
@@ -23,7 +23,7 @@ from cwpo_dist.scoring.pipeline import (
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import OVER_LENGTH, RewardWorker
 from cwpo_dist.stages.context import Context, score_files, trained
-from cwpo_dist.stages.graph import FORMAT, Node
+from cwpo_dist.stages.graph import FORMAT, Node, ready_model
 from cwpo_dist.storage import Store, digest
 
 logger = logging.getLogger(__name__)
@@ -193,9 +193,8 @@ def _plus(counts: Mapping[str, Any], more: Mapping[str, int]) -> dict[str, Any]:
 
 
 def annotator(context: Context, node: Node) -> ModelConfig:
-    """The given reward model, or the one that `fit` made."""
-    if context.config.annotate.model is not None:
-        return context.config.annotate.model
-    if context.config.weak is None:
-        raise ConfigError("weak: missing; give weak.model_name_or_path or annotate.model")
+    """The given reward model that the node stands for, or the one that its `fit` made."""
+    if "fit" not in node.inputs:
+        return ready_model(context.config, node)[1]
+    assert context.config.weak is not None, "graph() makes no fit node without a weak model"
     return trained(context.config.weak, context.place(node.inputs["fit"]))

@@ -24,10 +24,12 @@ from transformers import (
 )
 
 from cwpo_dist.config import (
+    ARMS,
     Config,
     ConfigError,
     ModelConfig,
     PoolConfig,
+    PrepareConfig,
     TrainingConfig,
 )
 from cwpo_dist.evaluation.gold import load_function
@@ -40,7 +42,7 @@ from cwpo_dist.lm.loading import (
 from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
 from cwpo_dist.pairs.sources import check as check_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
-from cwpo_dist.stages.graph import needs_annotator
+from cwpo_dist.stages.graph import needs_annotator, weigh_settings
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
@@ -101,6 +103,7 @@ def check(config: Config, until: str | None = None) -> Checked:
     machines = tuple(available())
     sizes: dict[str, ModelSize] = {}
     faults = [*_source_faults(config), *_missing_models(config, until), *_gold_faults(config)]
+    faults += weighing_faults(config) if "align" in reached(config, until) else []
     for field, model, load in models(config, until):
         try:
             sizes[field] = _size(model, load)
@@ -148,7 +151,7 @@ def models(config: Config, until: str | None = None) -> Iterator[tuple[str, Mode
     stages = reached(config, until)
     named: list[tuple[str, str, ModelConfig | None, Loader]] = [
         ("fit", "weak", config.weak, _annotator),
-        ("annotate", "annotate.model", config.annotate.model, _reward_model),
+        *(("annotate", field, model, _reward_model) for field, model in config.annotate.ready()),
         ("align", "policy", config.policy, _policy),
         ("evaluate", "evaluate.gold_model", config.evaluate.gold_model, _reward_model),
     ]
@@ -179,7 +182,7 @@ def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolC
 
 def reached(config: Config, until: str | None) -> set[str]:
     """The stages with settings of their own that a run up to `until` goes through."""
-    labelling = {"fit", "annotate"} if config.annotate.model is None else {"annotate"}
+    labelling = {"annotate"} if config.annotate.ready() else {"fit", "annotate"}
     if until == "prepare":
         return set()
     if until in labelling:
@@ -201,6 +204,41 @@ def _gold_faults(config: Config) -> Iterator[str]:
             load_function(config.evaluate.gold_function)
         except ValueError as error:
             yield str(error)
+
+
+def weighing_faults(config: Config) -> Iterator[str]:
+    """Arms whose weights need labels or annotators that the run will not have."""
+    several = len(config.annotate.ready() or config.fit.seeds or [config.seed]) > 1
+    if "ensemble" in config.arms and not several:
+        yield (
+            "arms: 'ensemble' weighs by what several annotators differ by, but there is one; give "
+            "fit.seeds, or annotate.models"
+        )
+    fitted = calibrated_arms(config)
+    if not fitted:
+        return
+    what, split = f"weigh.temperature: fitted (arm {fitted[0]!r})", config.weigh.calibration_split
+    if split == "labelled" and not config.annotate.ready():
+        yield (
+            "weigh.calibration_split: 'labelled' holds what the annotator is trained on; give "
+            "'validation'"
+        )
+    if split == "validation" and not _has_validation(config.prepare):
+        yield (
+            f"prepare.validation_fraction: 0, but {what} needs human labels there; raise it, or "
+            "give a source with into: validation"
+        )
+    if split not in config.annotate.scored_splits():
+        yield f"annotate.splits: lacks {split!r}, where {what} needs scores; add it"
+
+
+def calibrated_arms(config: Config) -> list[str]:
+    """The arms whose margins are divided by a fitted temperature."""
+    return [a for a in config.arms if weigh_settings(config, ARMS[a])["temperature"] == "fitted"]
+
+
+def _has_validation(prepare: PrepareConfig) -> bool:
+    return prepare.validation_fraction > 0 or any(s.into == "validation" for s in prepare.sources)
 
 
 def _missing_models(config: Config, until: str | None) -> Iterator[str]:

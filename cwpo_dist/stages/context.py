@@ -75,22 +75,24 @@ def policy_of(context: Context, node: Node) -> ModelConfig:
     return trained(policy, context.place(node.inputs["model"]))
 
 
-def scores_by_pair(
-    context: Context, node: Node, index: int
-) -> dict[str, tuple[float, float]] | None:
-    """(score_a, score_b) of one shard by pair id; None where the node reads no scores."""
-    if "annotate" not in node.inputs:
-        return None
-    scored = node.inputs["annotate"]
-    return read_scores(context.place(scored), index, scored.retries)
+@dataclass(frozen=True)
+class ScoresIn:
+    """What one annotator gave.
 
+    Attributes:
+        store: its output folder of `annotate`.
+        retries: how many retries of its rejects count.
+    """
 
-def read_scores(store: Store, index: int, retries: int) -> dict[str, tuple[float, float]]:
-    """(score_a, score_b) of one shard by pair id, from `annotate` and so many of its retries."""
-    columns = ["pair_id", "score_a", "score_b"]
-    names = score_files(store, index, retries)
-    rows = [row for name in names for row in store.read_table(name, columns).to_pylist()]
-    return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
+    store: Store
+    retries: int
+
+    def read(self, index: int) -> dict[str, tuple[float, float]]:
+        """(score_a, score_b) of one shard by pair id."""
+        columns = ["pair_id", "score_a", "score_b"]
+        names = score_files(self.store, index, self.retries)
+        rows = [row for name in names for row in self.store.read_table(name, columns).to_pylist()]
+        return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
 
 
 def score_files(store: Store, index: int, retries: int) -> list[str]:

@@ -13,7 +13,7 @@ from cwpo_dist.config import Config, PoolConfig, TrainingConfig
 from cwpo_dist.pairs.census import Census
 from cwpo_dist.scoring.placement import Machine
 from cwpo_dist.stages.checks import Checked, ModelSize
-from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.graph import Node, ready_model
 
 Kind = Literal["train", "score", "generate"]
 
@@ -126,7 +126,7 @@ class Estimate:
         return self._training(self.config.align, sizes, pairs, lengths)
 
     def _annotate(self, node: Node) -> Cost:
-        field = "weak" if "weak" in self.lengths else "annotate.model"
+        field = "weak" if "fit" in node.inputs else ready_model(self.config, node)[0]
         pairs = self.counted.pairs(*self.config.annotate.scored_splits())
         return self._scoring(field, pairs, self.config.annotate)
 

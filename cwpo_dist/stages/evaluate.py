@@ -9,14 +9,16 @@ from typing import Any
 import pyarrow as pa
 
 from cwpo_dist.config import ConfigError, ModelConfig, PoolConfig
-from cwpo_dist.evaluation.accuracy import annotator_accuracy, gra, policy_accuracy
+from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
+from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.gold import load_function
 from cwpo_dist.pairs.records import pair_schema
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
-from cwpo_dist.stages.context import Context, read_log_probs, scores_by_pair
-from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.annotations import held_out, plain_text, raw
+from cwpo_dist.stages.context import Context, read_log_probs
+from cwpo_dist.stages.graph import Node, members
 from cwpo_dist.storage import Store
 
 Pair = dict[str, Any]
@@ -27,7 +29,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `metrics.json`; what was not asked for, or cannot be had, is null there."""
     pairs = [list(_held_out(context, node, index)) for index in range(context.shards(node))]
     metrics = {
-        "annotator": _annotator(context, node, pairs),
+        "annotator": _annotator(context, node),
         "policy": _policy(context, node, pairs),
         "gra": _gold(context, node),
     }
@@ -43,21 +45,25 @@ def _held_out(context: Context, node: Node, index: int) -> Iterator[Pair]:
             yield pair
 
 
-def _annotator(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str, Any] | None:
-    if "annotate" not in node.inputs:
+def _annotator(context: Context, node: Node) -> dict[str, Any] | None:
+    if not members(node):
         return None
-    rows = []
-    for index, pairs in enumerate(shards):
-        scores = scores_by_pair(context, node, index) or {}
-        rows += [(pair, scores[pair["pair_id"]]) for pair in pairs if pair["pair_id"] in scores]
-    return annotator_accuracy(
-        [score_a for _, (score_a, _) in rows],
-        [score_b for _, (_, score_b) in rows],
-        [pair["label"] for pair, _ in rows],
-        [len(plain_text(pair["response_a"])) for pair, _ in rows],
-        [len(plain_text(pair["response_b"])) for pair, _ in rows],
-        [plain_text(pair["prompt"]) for pair, _ in rows],
-    ).as_dict()
+    given = raw(context, node)
+    split, fitted_on = node.settings["split"], node.settings["calibration_split"]
+    figures = annotator_figures(
+        held_out(given, split),
+        None if fitted_on == split else held_out(given, fitted_on),
+        [_name(context, member) for member in members(node)],
+        by_member=node.inputs["weigh"].settings["temperature"] == "fitted",
+    )
+    return figures | {"temperature_split": fitted_on}
+
+
+def _name(context: Context, member: Node) -> str:
+    """An annotator in words: its seed, or its model."""
+    if "fit" in member.inputs:
+        return f"seed {member.inputs['fit'].settings['seed']}"
+    return str(context.counts(member)["annotator"])
 
 
 def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str, Any]:
@@ -172,8 +178,3 @@ def _prompts(context: Context, node: Node) -> dict[str, Any]:
         for index in range(context.shards(node))
         for row in store.read_table(part("pairs", index), ["pair_id", "prompt"]).to_pylist()
     }
-
-
-def plain_text(text: str | list[dict[str, str]]) -> str:
-    """A prompt or answer as one string; messages are joined by blank lines."""
-    return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)

@@ -28,7 +28,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         name="fit",
         store=context.place(node),
         key=node.key,
-        seed=context.config.seed,
+        seed=node.settings["seed"],
         config=context.config.fit,
         model=weak,
         head="scores",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +65,8 @@ def graph(config: Config, arm: str) -> dict[str, Node]:
     if config.policy is None:
         raise ConfigError(f"policy: arm {arm!r} aligns a policy; give policy.model_name_or_path")
     nodes |= _policy_nodes(config, config.policy, preset, nodes)
-    nodes["evaluate"] = Node("evaluate", config.evaluate.identity(), dict(nodes))
+    measured = config.evaluate.identity() | {"calibration_split": config.weigh.calibration_split}
+    nodes["evaluate"] = Node("evaluate", measured, dict(nodes))
     return nodes
 
 
@@ -85,24 +87,38 @@ def prepare_node(config: Config) -> Node:
 
 
 def annotator_nodes(config: Config, prepare: Node) -> dict[str, Node]:
-    """`fit` (unless a reward model is given) and `annotate`.
+    """`fit` (unless reward models are given) and `annotate`, numbered where there are several.
+
+    Each annotator has a key of its own, which knows nothing of the others: to add one scores no
+    pair anew by those that are there.
 
     Raises:
         ConfigError: when neither `weak` nor `annotate.model` is given.
     """
+    made = list(_annotators(config, prepare))
+    if len(made) == 1:
+        return made[0]
+    return {f"{role}_{k}": node for k, nodes in enumerate(made) for role, node in nodes.items()}
+
+
+def _annotators(config: Config, prepare: Node) -> Iterator[dict[str, Node]]:
     scored = config.annotate.identity() | {"splits": sorted(config.annotate.scored_splits())}
-    if config.annotate.model is not None:
-        settings = scored | _identity(config.annotate.model)
-        return {"annotate": _retried(config, Node("annotate", settings, {"prepare": prepare}))}
+    ready = config.annotate.ready()
+    for _, model in ready:
+        settings = scored | _identity(model)
+        yield {"annotate": _retried(config, Node("annotate", settings, {"prepare": prepare}))}
+    if ready:
+        return
     if config.weak is None:
         raise ConfigError(
             "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
             "annotate.model.model_name_or_path for a ready one-label reward model"
         )
-    fit_settings = config.fit.identity() | _identity(config.weak) | {"seed": config.seed}
-    fit = Node("fit", fit_settings, {"prepare": prepare})
-    inputs = {"prepare": prepare, "fit": fit}
-    return {"fit": fit, "annotate": _retried(config, Node("annotate", scored, inputs))}
+    for seed in config.fit.seeds or [config.seed]:
+        settings = config.fit.identity() | _identity(config.weak) | {"seed": seed}
+        fit = Node("fit", settings, {"prepare": prepare})
+        annotate = Node("annotate", scored, {"prepare": prepare, "fit": fit})
+        yield {"fit": fit, "annotate": _retried(config, annotate)}
 
 
 def _retried(config: Config, node: Node) -> Node:
@@ -117,22 +133,37 @@ def retry_manifest(number: int) -> str:
     return f"manifest.retry-{number}.json"
 
 
+def ready_model(config: Config, node: Node) -> tuple[str, ModelConfig]:
+    """The given reward model that an `annotate` node stands for, with the field that names it."""
+    for field_name, model in config.annotate.ready():
+        if _identity(model)["model"] == node.settings["model"]:
+            return field_name, model
+    raise AssertionError(f"{node.path} was not made from this configuration")
+
+
+def members(node: Node) -> list[Node]:
+    """The `annotate` outputs that a node reads."""
+    return [given for given in node.inputs.values() if given.stage == "annotate"]
+
+
 def _policy_nodes(
     config: Config, policy: ModelConfig, arm: Arm, given: dict[str, Node]
 ) -> dict[str, Node]:
     """From tokens to the aligned policy and the model answers to be judged."""
     tokens = Node("tokens", _token_settings(policy), {"prepare": given["prepare"]})
     labels = {"labels": arm.labels, "splits": list(arm.splits)}
-    scored = {name: node for name, node in given.items() if name in {"prepare", "annotate"}}
+    scored = {"prepare": given["prepare"]} | _scores(list(given.values()))
+    weigh = weigh_settings(config, arm)
+    chosen = labels | (_joint_scale(weigh) if len(scored) > 2 else {})
     nodes = {"tokens": tokens}
     frozen = {}
     if config.sft is not None:
-        settings = config.sft.identity() | _identity(policy) | labels | {"seed": config.seed}
+        settings = config.sft.identity() | _identity(policy) | chosen | {"seed": config.seed}
         nodes["sft"] = Node("sft", settings, scored | {"tokens": tokens})
         frozen = {"model": nodes["sft"]}
     held_out = config.evaluate.split
     nodes["reference"] = _log_probs(policy, [*arm.splits, held_out], tokens, frozen)
-    nodes["weigh"] = Node("weigh", labels | weigh_settings(config, arm), scored)
+    nodes["weigh"] = Node("weigh", labels | weigh, scored)
     align = config.align.identity() | _identity(policy) | {"seed": config.seed}
     align["weight_normalization"] = config.align.weight_normalization or arm.weight_normalization
     read = {name: nodes[name] for name in ("tokens", "weigh", "reference")}
@@ -147,19 +178,38 @@ def _policy_nodes(
     return nodes
 
 
+def _scores(nodes: list[Node]) -> dict[str, Node]:
+    """The `annotate` outputs as inputs; several by key, since their order changes nothing."""
+    found = [node for node in nodes if node.stage == "annotate"]
+    if len(found) > 1:
+        return {f"annotate_{node.key}": node for node in sorted(found, key=lambda node: node.key)}
+    return {"annotate": found[0]} if found else {}
+
+
 def weigh_settings(config: Config, arm: Arm) -> dict[str, Any]:
     """The arm's preset with what the user set over it.
 
-    Another weight function is for arms that weigh at all (`weak` stays at 1); a selection is for
-    every arm that has confidences to select by.
+    Another weight function is for arms that weigh at all (`weak` stays at 1); a selection and a
+    temperature are for every arm that has confidences.
     """
     user = config.weigh
     weighs, scored = arm.weight_function != "one", arm.labels == "annotator"
+    temperature = (user.temperature if scored else None) or arm.temperature
+    split = {"calibration_split": user.calibration_split} if temperature == "fitted" else {}
     return {
         "weight_function": (weighs and user.weight_function) or arm.weight_function,
         "top_fraction": (user.top_fraction if scored else None) or arm.top_fraction,
         "min_confidence": user.min_confidence if scored else None,
+        "temperature": temperature,
+        **split,
     }
+
+
+def _joint_scale(weigh: dict[str, Any]) -> dict[str, Any]:
+    """What of the weighting decides which answer several annotators choose together."""
+    if weigh["temperature"] != "fitted":
+        return {}
+    return {name: weigh[name] for name in ("temperature", "calibration_split")}
 
 
 def _log_probs(

@@ -15,7 +15,7 @@ from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
 from cwpo_dist.pairs.census import Census, census
 from cwpo_dist.pairs.parsing import ParsedPair
-from cwpo_dist.stages.checks import check, models, trainings
+from cwpo_dist.stages.checks import calibrated_arms, check, models, trainings
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.costs import Estimate, Lengths, Rates, total_steps
 from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
@@ -138,6 +138,12 @@ def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> I
         yield (
             "prepare.labelled_fraction: no labelled pair to fit an annotator on; raise it, or give "
             "annotate.model"
+        )
+    fitted_on = config.weigh.calibration_split
+    if config.policy is not None and calibrated_arms(config) and not counted.pairs(fitted_on):
+        yield (
+            f"weigh.calibration_split: no pair is in {fitted_on!r}, where the temperature of arm "
+            f"{calibrated_arms(config)[0]!r} is fitted; raise prepare.{fitted_on}_fraction"
         )
     if config.policy is not None and not counted.pairs(config.evaluate.split):
         yield (

@@ -61,8 +61,13 @@ def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
     return evaluation | {
         "pairs": manifests["align"]["counts"]["rows"],  # of those selected, what fits the policy
         "mean_weight": weigh["mean_weight"],
+        "weigh": weigh,
         "keys": {role: node.key for role, node in nodes.items()},
-        "curves": {role: _curve(context, nodes[role]) for role in TRAINING_STAGES if role in nodes},
+        "curves": {
+            role: _curve(context, node)
+            for role, node in nodes.items()
+            if node.stage in TRAINING_STAGES
+        },
         "seconds": {role: manifest["seconds"] for role, manifest in manifests.items()},
         "tokens": {
             role: manifest["counts"]["tokens"]

@@ -104,15 +104,18 @@ def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
         made = graph(config, arm)
     if until is None:
         return made
-    if until not in made:
+    # Several annotators have roles of their own: annotate_0, annotate_1, …
+    wanted = [node for role, node in made.items() if role == until or role.startswith(f"{until}_")]
+    if not wanted:
         raise ConfigError(_no_stage(config, arm, until))
-    needed = {node.path for node in _ancestors([made[until]])}
+    needed = {node.path for node in _ancestors(wanted)}
     return {role: node for role, node in made.items() if node.path in needed}
 
 
 def _no_stage(config: Config, arm: str, stage: str) -> str:
-    if stage == "fit" and config.annotate.model is not None:
-        return "annotate.model: given, so there is nothing to fit; remove it to train `weak`"
+    if stage == "fit" and config.annotate.ready():
+        field = config.annotate.ready()[0][0]
+        return f"{field}: given, so there is nothing to fit; remove it to train `weak`"
     why = "" if needs_annotator(config) else " (no arm reads the annotator's labels)"
     return f"{stage}: arm {arm!r} has no such stage{why}"
 
@@ -149,10 +152,17 @@ def retry_rejects(config: Config) -> str:
         The URI of the run directory.
     """
     context = Context(config, Store(config.output_dir))
-    *before, node = nodes_until(config, config.arms[0], "annotate").values()
+    nodes = nodes_until(config, config.arms[0], "annotate").values()
     connect()
-    for needed in before:
-        execute(context, needed)
+    for node in nodes:
+        if node.stage == "annotate":
+            node = _retry(context, node)
+        execute(context, node)
+    return config.output_dir
+
+
+def _retry(context: Context, node: Node) -> Node:
+    """Retries the rejects of one annotator, commits that, and says what was made before it."""
     readers = list(_made_from(context, node))
     started = time.time()
     counts = annotate.retry(context, node)
@@ -167,8 +177,7 @@ def retry_rejects(config: Config) -> str:
                 "makes another beside it",
                 made.path,
             )
-    execute(context, node)
-    return config.output_dir
+    return node
 
 
 def _made_from(context: Context, node: Node) -> Iterable[Node]:

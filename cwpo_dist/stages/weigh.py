@@ -1,88 +1,204 @@
-"""pairs, scores → preferences: who won, by what margin, how confidently, with what weight."""
+"""pairs, scores → preferences: who won, by what margin, how confidently, with what weight.
+
+Each shard is a Ray task that decides alone. What a pair's weight needs to know of all others is
+two numbers, found in passes of their own where they are asked for: the fitted temperature, and the
+last pair of the top share.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import ray.data
 
-from cwpo_dist.pairs.labels import Decision, decide
+from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
 from cwpo_dist.pairs.records import kind_of, preference_schema
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages.context import Context, scores_by_pair
+from cwpo_dist.stages.annotations import TASK_CPUS, Annotated, annotated, gather
+from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
-from cwpo_dist.weighting import WEIGHT_FUNCTIONS, confidence, select
+from cwpo_dist.storage import StorageError, Store
+from cwpo_dist.weighting import Selection, confidence, last_of_top, weights
+
+CONFIDENCES = pa.schema([("pair_id", pa.string()), ("confidence", pa.float64())])
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `preferences/part-*.parquet` (TRL's names) and returns the counts."""
-    shards = [_decisions(context, node, index) for index in range(context.shards(node))]
-    weights = _weights(node, {i: d for shard in shards for i, d in shard.items()})
-    pairs = context.place(node.inputs["prepare"])
-    for index, decisions in enumerate(shards):
-        table = pairs.read_table(part("pairs", index))
-        rows = list(_preferences(table.to_pylist(), decisions, weights))
-        schema = preference_schema(kind_of(table))
-        output = pa.Table.from_pylist(rows, schema=schema)
-        context.place(node).create_table(part("preferences", index), output)
-    confidences = [_confidence(d) for shard in shards for d in shard.values()]
-    return {
-        "pairs": len(confidences),
-        "selected": len(weights),
-        "ties": sum(value == 0.0 for value in confidences),
-        "mean_confidence": _mean([value for value in confidences if value is not None]),
-        "mean_weight": _mean(list(weights.values())),
-    }
-
-
-def _decisions(context: Context, node: Node, index: int) -> dict[str, Decision]:
-    columns = ["pair_id", "label", "split"]
-    pairs = context.place(node.inputs["prepare"]).read_table(part("pairs", index), columns)
-    scores = scores_by_pair(context, node, index)
-    return decide(pairs.to_pylist(), scores, node.settings["labels"], node.settings["splits"])
-
-
-def _weights(node: Node, decisions: dict[str, Decision]) -> dict[str, float]:
-    """The weight of each pair that selection keeps; a human's choice counts as certain."""
-    weigh = WEIGHT_FUNCTIONS[node.settings["weight_function"]]
-    kept = select(
-        [1.0 if d.margin is None else confidence(d.margin) for d in decisions.values()],
-        list(decisions),
-        node.settings["top_fraction"],
-        node.settings["min_confidence"],
+    read = annotated(context, node)
+    shards = Shards(
+        annotated=read,
+        output=context.place(node),
+        labels=node.settings["labels"],
+        splits=tuple(node.settings["splits"]),
+        weight_function=node.settings["weight_function"],
     )
-    return {
-        pair_id: 1.0 if d.margin is None else weigh(d.margin)
-        for (pair_id, d), keep in zip(decisions.items(), kept, strict=True)
-        if keep
-    }
+    selection = Selection(_last(shards, node), node.settings["min_confidence"])
+    return _summary(_write(shards, selection), read)
 
 
-def _preferences(
-    pairs: list[dict[str, Any]], decisions: dict[str, Decision], weights: dict[str, float]
-) -> Iterator[dict[str, Any]]:
-    for pair in pairs:
-        if pair["pair_id"] not in weights:
-            continue
-        decision = decisions[pair["pair_id"]]
-        a, b = pair["response_a"], pair["response_b"]
-        chosen, rejected = (a, b) if decision.label == "a" else (b, a)
-        yield {
-            "pair_id": pair["pair_id"],
-            "prompt": pair["prompt"],
-            "chosen": chosen,
-            "rejected": rejected,
-            "label": decision.label,
-            "margin": decision.margin,
-            "confidence": _confidence(decision),
-            "weight": weights[pair["pair_id"]],
+@dataclass(frozen=True)
+class Shards:
+    """What a task needs to weigh one shard.
+
+    Attributes:
+        annotated: the pairs and what the annotators say of them.
+        output: the folder of this stage.
+        labels: whose choice counts.
+        splits: the splits to train on.
+        weight_function: its name.
+    """
+
+    annotated: Annotated
+    output: Store
+    labels: LabelSource
+    splits: tuple[str, ...]
+    weight_function: str
+
+    def confidences(self, index: int) -> pa.Table:
+        """Ids and confidences of one shard's pairs."""
+        pairs = self.annotated.rows(index, ["pair_id", "label", "split"])
+        opinions, _ = self.annotated.opinions(index)
+        decisions = decide(pairs, opinions, self.labels, self.splits)
+        found = {"pair_id": list(decisions), "confidence": _confidences(decisions)}
+        return pa.table(found, schema=CONFIDENCES)
+
+    def write(self, selection: Selection, row: dict[str, Any]) -> dict[str, Any]:
+        """Writes one shard's preferences; its counts, and what storage had against it."""
+        index = int(row["shard"])
+        pairs = self.annotated.pairs.read_table(part("pairs", index))
+        rows, (opinions, alone) = pairs.to_pylist(), self.annotated.opinions(index)
+        decisions = decide(rows, opinions, self.labels, self.splits)
+        kept = list(self._preferences(rows, decisions, selection))
+        table = pa.Table.from_pylist(kept, schema=preference_schema(kind_of(pairs)))
+        refused = ""
+        try:
+            self.output.create_table(part("preferences", index), table)
+        except StorageError as error:  # handed on as a value: Ray would wrap it in its own
+            refused = str(error)
+        wanted = {pair["pair_id"] for pair in rows if pair["split"] in self.splits}
+        counts = self._counts(decisions, opinions or {}, kept)
+        return {"shard": index, "refused": refused, "alone": len(wanted & alone), **counts}
+
+    def _preferences(
+        self, pairs: list[dict[str, Any]], decisions: dict[str, Decision], selection: Selection
+    ) -> Iterator[dict[str, Any]]:
+        """The pairs that selection keeps, in the order of the shard."""
+        sure = dict(zip(decisions, _confidences(decisions), strict=True))
+        weight = dict(zip(decisions, self._weights(decisions), strict=True))
+        for pair in pairs:
+            pair_id = pair["pair_id"]
+            if pair_id not in decisions or not selection.keeps(sure[pair_id], pair_id):
+                continue
+            decision = decisions[pair_id]
+            a, b = pair["response_a"], pair["response_b"]
+            chosen, rejected = (a, b) if decision.label == "a" else (b, a)
+            yield {
+                "pair_id": pair_id,
+                "prompt": pair["prompt"],
+                "chosen": chosen,
+                "rejected": rejected,
+                "label": decision.label,
+                "margin": decision.margin,
+                "disagreement": decision.disagreement,
+                "confidence": None if decision.margin is None else sure[pair_id],
+                "weight": weight[pair_id],
+            }
+
+    def _weights(self, decisions: dict[str, Decision]) -> list[float]:
+        """One a decision; a human's choice counts as certain."""
+        if self.labels == "human":
+            return [1.0] * len(decisions)
+        margin = np.array([d.margin for d in decisions.values()], dtype=np.float64)
+        disagreement = np.array([d.disagreement or 0.0 for d in decisions.values()])
+        found: list[float] = weights(self.weight_function, margin, disagreement).tolist()
+        return found
+
+    def _counts(
+        self,
+        decisions: dict[str, Decision],
+        opinions: dict[str, Opinion],
+        kept: list[dict[str, Any]],
+    ) -> dict[str, float]:
+        """Numbers of one shard that add up over all of them."""
+        scored = {i: d for i, d in decisions.items() if d.margin is not None}
+        annotators = len(self.annotated.scores)
+        return {
+            "pairs": len(decisions),
+            "selected": len(kept),
+            "scored": len(scored),
+            "ties": sum(d.margin == 0.0 for d in scored.values()),
+            "partial": sum(opinions[i].scored < annotators for i in scored),
+            "contested": sum(opinions[i].dissent > 0 for i in scored),
+            "confidence": sum(_confidences(scored)),
+            "disagreement": sum(d.disagreement or 0.0 for d in scored.values()),
+            "weight": sum(row["weight"] for row in kept),
         }
 
 
-def _confidence(decision: Decision) -> float | None:
-    return None if decision.margin is None else confidence(decision.margin)
+def _confidences(decisions: dict[str, Decision]) -> list[float]:
+    """One a decision; a human's choice counts as certain."""
+    margins = [math.inf if d.margin is None else d.margin for d in decisions.values()]
+    found: list[float] = confidence(np.array(margins, dtype=np.float64)).tolist()
+    return found
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _last(shards: Shards, node: Node) -> tuple[float, str] | None:
+    """The last pair of the top share.
+
+    The driver holds 8 bytes of confidence and 36 of id a pair, and the confidences twice more
+    while it looks for the last: 60 MB a million pairs.
+    """
+    if node.settings["top_fraction"] is None:
+        return None
+    found = gather(shards.confidences, shards.annotated.shards, CONFIDENCES)
+    confidences = found["confidence"].to_numpy()
+    return last_of_top(confidences, found["pair_id"], node.settings["top_fraction"])
+
+
+def _write(shards: Shards, selection: Selection) -> Counter[str]:
+    """Writes every shard's preferences and returns the sums of their counts.
+
+    Raises:
+        StorageError: when storage refuses a write.
+    """
+    count = shards.annotated.shards
+    numbers = ray.data.from_items([{"shard": i} for i in range(count)], override_num_blocks=count)
+    done = numbers.map(partial(shards.write, selection), num_cpus=TASK_CPUS).take_all()
+    totals: Counter[str] = Counter()
+    for row in sorted(done, key=lambda row: int(row["shard"])):  # so that sums repeat to the bit
+        if row["refused"]:
+            raise StorageError(row["refused"])
+        totals.update({name: row[name] for name in row if name not in {"shard", "refused"}})
+    return totals
+
+
+def _summary(totals: Counter[str], read: Annotated) -> dict[str, Any]:
+    """The counts of the manifest; what only an ensemble has is there for an ensemble alone."""
+    scored, selected = totals["scored"], totals["selected"]
+    counts: dict[str, Any] = {
+        "pairs": totals["pairs"],
+        "selected": selected,
+        "ties": totals["ties"],
+        "mean_confidence": totals["confidence"] / scored if scored else None,
+        "mean_weight": totals["weight"] / selected if selected else None,
+    }
+    if not scored:
+        return counts
+    counts["temperatures"] = [temperature * read.scale.joint for temperature in read.scale.members]
+    if len(read.scores) > 1:
+        counts["ensemble"] = {
+            "annotators": len(read.scores),
+            "partial": totals["partial"],
+            "alone": totals["alone"],
+            "contested": totals["contested"],
+            "mean_disagreement": totals["disagreement"] / scored,
+        }
+    return counts

@@ -1,0 +1,138 @@
+"""Values of a run's metrics in, the cells and tables that show them out.
+
+What a run did not do reads "not run"; what it did on no pairs reads "no pairs". Neither is a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value; `details` stand smaller beside it; `missing` is greyed."""
+
+    text: str
+    details: tuple[str, ...] = ()
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table: its first `n_names` columns name the row, the others hold values."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    n_names: int = 1
+
+
+NOT_RUN = Cell("not run", missing=True)
+NO_PAIRS = Cell("no pairs", missing=True)
+AS_GIVEN = Cell("as given", missing=True)
+
+
+def at(metrics: Any, *path: str) -> Any:
+    """The value at a path of keys; None where a part is missing."""
+    for key in path:
+        if not isinstance(metrics, Mapping):
+            return None
+        metrics = metrics.get(key)
+    return metrics
+
+
+def arm_items(metrics: Metrics) -> list[tuple[str, Metrics]]:
+    """The arms, in the order of the run."""
+    return list((at(metrics, "arms") or {}).items())
+
+
+def share(record: Metrics | None, *, with_ties: bool = False) -> Cell:
+    """An accuracy with its interval and, if asked, its ties."""
+    if record is None:
+        return NOT_RUN
+    tied = (ties(record["ties"]),) if with_ties else ()
+    if record.get("accuracy") is None:
+        return Cell("no pairs", tied, missing=True)
+    interval = f"{100 * record['low']:.1f} – {100 * record['high']:.1f}"
+    return Cell(f"{100 * record['accuracy']:.1f} %", (interval, *tied))
+
+
+def percent(record: Metrics | None, key: str) -> Cell:
+    """A share of a record, in per cent."""
+    if record is None:
+        return NOT_RUN
+    value = record.get(key)
+    return NO_PAIRS if value is None else Cell(f"{100 * value:.1f} %")
+
+
+def inner(record: Metrics | None, key: str) -> Cell:
+    """A number of a record."""
+    if record is None:
+        return NOT_RUN
+    value = record.get(key)
+    return NO_PAIRS if value is None else Cell(f"{value:.3f}")
+
+
+def number(value: float | None, digits: int) -> Cell:
+    """A number that a stage makes."""
+    return NOT_RUN if value is None else Cell(f"{value:.{digits}f}")
+
+
+def count(value: int | None) -> Cell:
+    """A count that a stage makes."""
+    return NOT_RUN if value is None else Cell(f"{value:,}")
+
+
+def plain(value: Any) -> Cell:
+    """Any recorded value, in words."""
+    if value is None:
+        return NOT_RUN
+    return Cell({True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def ties(n: int) -> str:
+    """A number of ties in words."""
+    return f"{n:,} tie" if n == 1 else f"{n:,} ties"
+
+
+def temperature(record: Metrics | None) -> Cell:
+    """A fitted temperature with its interval."""
+    if record is None or "temperature" not in record:
+        return NOT_RUN
+    found = record["temperature"]
+    if found is None:
+        return Cell("not fitted", missing=True)
+    if found["low"] is None:
+        return Cell(f"{found['value']:.2f}")
+    return Cell(f"{found['value']:.2f}", (f"{found['low']:.2f} – {found['high']:.2f}",))
+
+
+def correlation(record: Metrics | None) -> Cell:
+    """Pearson's coefficient, with Spearman's beside it."""
+    if record is None:
+        return NOT_RUN
+    if record.get("pearson") is None:
+        return NO_PAIRS
+    return Cell(f"{record['pearson']:+.2f}", (f"{record['spearman']:+.2f}",))
+
+
+def counts(title: str, columns: tuple[str, ...], found: Mapping[str, int] | None) -> Table:
+    """A table of names and their counts."""
+    if not found:
+        return Table(title, columns, ((NOT_RUN, Cell("")),))
+    return Table(title, columns, tuple((Cell(str(k)), count(n)) for k, n in found.items()))

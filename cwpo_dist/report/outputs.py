@@ -1,0 +1,180 @@
+"""A run's metrics in; tables of its data, its stage outputs, their cost and origin out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cwpo_dist.report.cells import (
+    NOT_RUN,
+    Cell,
+    Metrics,
+    Table,
+    arm_items,
+    at,
+    count,
+    counts,
+    duration,
+    plain,
+)
+
+# Roles of stage outputs in reading order; a run's other roles come after them.
+_ROLES = (
+    "prepare",
+    "fit",
+    "annotate",
+    "weigh",
+    "tokens",
+    "sft",
+    "reference",
+    "align",
+    "aligned",
+    "answers_base",
+    "answers_sft",
+    "answers_aligned",
+    "evaluate",
+)
+_NUMBER = re.compile(r"_\d+$")  # of one annotator among several
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A stage output and the arms that share it.
+
+    Attributes:
+        stage: its name.
+        key: its content key; empty where the run recorded none.
+        arms: the arms that use it.
+        all_arms: whether these are all arms of the run.
+    """
+
+    stage: str
+    key: str
+    arms: tuple[str, ...]
+    all_arms: bool
+
+    @property
+    def label(self) -> str:
+        """The arms in words."""
+        if self.all_arms and len(self.arms) > 1:
+            return "all arms"
+        return ", ".join(self.arms)
+
+
+def shared_outputs(metrics: Metrics, stage: str, having: str) -> list[Shared]:
+    """The distinct outputs of a stage, by key, among arms that have `having`[stage].
+
+    Args:
+        metrics: the run's.
+        stage: fit, sft, …
+        having: `curves`, `seconds`, … which part of an arm must know the stage.
+    """
+    arms: dict[str, list[str]] = {}
+    items = arm_items(metrics)
+    for name, arm in items:
+        if at(arm, having, stage):
+            arms.setdefault(at(arm, "keys", stage) or f"\0{name}", []).append(name)
+    return [
+        Shared(stage, "" if key.startswith("\0") else key, tuple(names), len(names) == len(items))
+        for key, names in arms.items()
+    ]
+
+
+def _roles(metrics: Metrics, part: str) -> list[str]:
+    """The roles that any arm's `part` knows, in reading order; several annotators stay together."""
+    found = {role: None for _, arm in arm_items(metrics) for role in at(arm, part) or {}}
+    order = {role: k for k, role in enumerate(_ROLES)}
+    return sorted(found, key=lambda role: order.get(_NUMBER.sub("", role), len(order)))
+
+
+def numbered(metrics: Metrics, stage: str, part: str) -> list[str]:
+    """The roles of a stage: itself, or fit_0, fit_1, … where a run has several annotators."""
+    return [role for role in _roles(metrics, part) if _NUMBER.sub("", role) == stage]
+
+
+def prepare_table(metrics: Metrics) -> Table:
+    """Where every input row went."""
+    prepare = at(metrics, "prepare")
+    rejects = at(prepare, "rejects")
+    rejected = sum(rejects.values()) if rejects is not None else None
+    parts = (at(prepare, "pairs"), at(prepare, "merged_duplicates"), rejected)
+    rows_in = at(prepare, "rows_in")
+    lost = None
+    if rows_in is not None and None not in parts:
+        lost = rows_in - sum(part for part in parts if part is not None)
+    rows = (
+        (Cell("rows read"), count(rows_in)),
+        (Cell("pairs"), count(at(prepare, "pairs"))),
+        (Cell("duplicates merged into them"), count(at(prepare, "merged_duplicates"))),
+        (Cell("rejected"), count(rejected)),
+        (Cell("unaccounted for"), count(lost)),
+        (Cell("pairs with conflicting labels"), count(at(prepare, "conflicting_labels"))),
+    )
+    note = "Rows read = pairs + merged + rejected; anything unaccounted for is a fault."
+    return Table("Rows", ("", "count"), rows, note)
+
+
+def splits_table(metrics: Metrics) -> Table:
+    """Pairs of each split."""
+    return counts("Splits", ("split", "pairs"), at(metrics, "prepare", "splits"))
+
+
+def rejects_table(metrics: Metrics) -> Table:
+    """Rejected rows by reason."""
+    found = at(metrics, "prepare", "rejects")
+    if found == {}:
+        return Table("Rejects", ("reason", "rows"), ((Cell("none"), Cell("0")),))
+    return counts("Rejects", ("reason", "rows"), found)
+
+
+def cost_table(metrics: Metrics) -> Table:
+    """Time and tokens of each stage, once where arms share it."""
+    rows: list[tuple[Cell, ...]] = []
+    seen: set[str] = set()
+    for stage in _roles(metrics, "seconds"):
+        for output in shared_outputs(metrics, stage, having="seconds"):
+            if output.key and output.key in seen:  # one output in two roles was made once
+                continue
+            seen.add(output.key)
+            arm = at(metrics, "arms", output.arms[0])
+            seconds, tokens = at(arm, "seconds", stage), at(arm, "tokens", stage)
+            speed = tokens / seconds if tokens is not None and seconds else None
+            rows.append(
+                (
+                    Cell(stage),
+                    Cell(output.label),
+                    Cell(duration(seconds)),
+                    count(tokens) if tokens is not None else Cell("–", missing=True),
+                    count(round(speed)) if speed is not None else Cell("–", missing=True),
+                )
+            )
+    if not rows:
+        rows = [(NOT_RUN, *[Cell("") for _ in range(4)])]
+    columns = ("stage", "for", "time", "tokens", "tokens/s")
+    return Table("Time and tokens", columns, tuple(rows), n_names=2)
+
+
+def provenance_table(metrics: Metrics) -> Table:
+    """Run directory, seed and versions."""
+    run = at(metrics, "run") or {}
+    names = ["output_dir", "seed", "simulated_labels"]
+    names += [name for name in run if name not in [*names, "versions"]]
+    rows = [(Cell(str(name).replace("_", " ")), plain(at(run, name))) for name in names]
+    versions = at(run, "versions") or {}
+    rows += [(Cell(str(name)), plain(version)) for name, version in sorted(versions.items())]
+    return Table("Run", ("", "value"), tuple(rows))
+
+
+def keys_table(metrics: Metrics) -> Table:
+    """Each arm's stage outputs by content key."""
+    items = arm_items(metrics)
+    rows = tuple(
+        (Cell(stage), *(plain(at(arm, "keys", stage)) for _, arm in items))
+        for stage in _roles(metrics, "keys")
+    )
+    return Table(
+        "Keys",
+        ("stage", *(name for name, _ in items)),
+        rows or ((NOT_RUN, *[Cell("") for _ in items]),),
+        note="Arms that show one key share that stage's output.",
+    )

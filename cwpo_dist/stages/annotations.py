@@ -1,0 +1,171 @@
+"""pairs and their annotators' scores in; joined opinions, shard by shard, and held-out rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from cwpo_dist.evaluation.annotators import HeldOut
+from cwpo_dist.evaluation.calibration import fit_scale, people_share
+from cwpo_dist.evaluation.shares import Floats
+from cwpo_dist.pairs.labels import Opinion
+from cwpo_dist.pairs.records import content_hash
+from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.stages.context import Context, ScoresIn
+from cwpo_dist.stages.graph import Node, members
+from cwpo_dist.storage import Store
+from cwpo_dist.weighting import Scale, join
+
+TASK_CPUS = 0.5  # of a task that reads one shard: beside whatever else a node does
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Pairs with the scores of their annotators; cheap to send to a worker.
+
+    Attributes:
+        pairs: the output folder of `prepare`.
+        shards: how many pair files it has.
+        scores: what each annotator gave; none in a run without annotator.
+        scale: what their margins are divided by.
+    """
+
+    pairs: Store
+    shards: int
+    scores: tuple[ScoresIn, ...]
+    scale: Scale
+
+    def rows(self, index: int, columns: list[str]) -> list[dict[str, Any]]:
+        """Columns of one shard's pairs."""
+        table = self.pairs.read_table(part("pairs", index), columns)
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+
+    def margins(self, index: int) -> tuple[list[str], Floats]:
+        """The pairs of a shard that any annotator scored, and margins a − b, NaN where none is."""
+        found = [
+            {pair_id: score_a - score_b for pair_id, (score_a, score_b) in each.read(index).items()}
+            for each in self.scores
+        ]
+        ids = list(dict.fromkeys(pair_id for each in found for pair_id in each))
+        columns = [[each.get(pair_id, np.nan) for pair_id in ids] for each in found]
+        return ids, np.array(columns, dtype=np.float64).T.reshape(len(ids), len(found))
+
+    def opinions(self, index: int) -> tuple[dict[str, Opinion] | None, set[str]]:
+        """What the annotators say of each pair of a shard, and the pairs that too few scored.
+
+        In a run without annotator there are no opinions: None.
+        """
+        if not self.scores:
+            return None, set()
+        ids, margins_NK = self.margins(index)
+        joined = join(margins_NK, self.scale)
+        several = len(self.scores) > 1
+        known = np.isfinite(joined.margin)
+        opinions = {
+            ids[i]: Opinion(
+                margin=float(joined.margin[i]),
+                disagreement=float(joined.disagreement[i]) if several else None,
+                dissent=float(joined.dissent[i]),
+                scored=int(joined.scored[i]),
+            )
+            for i in np.flatnonzero(known)
+        }
+        return opinions, {ids[i] for i in np.flatnonzero(~known)}
+
+
+def raw(context: Context, node: Node) -> Annotated:
+    """What a node reads, with margins as they are."""
+    scores = tuple(ScoresIn(context.place(m), m.retries) for m in members(node))
+    pairs = context.place(node.inputs["prepare"])
+    return Annotated(pairs, context.shards(node), scores, Scale.raw(len(scores)))
+
+
+def annotated(context: Context, node: Node) -> Annotated:
+    """What a node reads, its margins divided by what the node's settings say.
+
+    Raises:
+        CalibrationError: for fitted temperatures, where the labels allow none.
+    """
+    found, temperature = raw(context, node), node.settings.get("temperature")
+    if temperature is None or not found.scores:
+        return found
+    if temperature != "fitted":
+        return replace(found, scale=Scale.raw(len(found.scores), temperature))
+    held = held_out(found, node.settings["calibration_split"])
+    names = [member.path for member in members(node)]
+    fitted = fit_scale(held.margins_NK, held.people, held.prompts, names)
+    return replace(found, scale=fitted.scale)
+
+
+def held_out(given: Annotated, split: str) -> HeldOut:
+    """The labelled and scored pairs of a split, in the order of their ids."""
+    names = [f"margin_{k}" for k in range(len(given.scores))]
+    schema = pa.schema(
+        [
+            *(("pair_id", pa.string()), ("label", pa.string()), ("prompt", pa.string())),
+            *((name, pa.float64()) for name in ("people", "length_a", "length_b", *names)),
+        ]
+    )
+    table = gather(partial(_held_out, given, split, schema), given.shards, schema)
+    table = table.sort_by("pair_id")
+    numbers = {field.name: table[field.name].to_numpy() for field in schema}
+    return HeldOut(
+        margins_NK=np.stack([numbers[name] for name in names], axis=1),
+        labels=table["label"].to_pylist(),
+        people=numbers["people"],
+        length_a=numbers["length_a"],
+        length_b=numbers["length_b"],
+        prompts=table["prompt"].to_pylist(),
+    )
+
+
+def _held_out(given: Annotated, split: str, schema: pa.Schema, index: int) -> pa.Table:
+    ids, margins_NK = given.margins(index)
+    place = {pair_id: i for i, pair_id in enumerate(ids)}
+    columns = ["pair_id", "prompt", "response_a", "response_b"]
+    columns += ["label", "votes_a", "votes_b", "split"]
+    pairs = [
+        pair
+        for pair in given.rows(index, columns)
+        if pair["split"] == split and pair["label"] is not None and pair["pair_id"] in place
+    ]
+    found_NK = margins_NK[[place[pair["pair_id"]] for pair in pairs]]
+    values = {
+        "pair_id": [pair["pair_id"] for pair in pairs],
+        "label": [pair["label"] for pair in pairs],
+        "prompt": [content_hash(pair["prompt"]) for pair in pairs],
+        "people": [people_share(p["label"], p["votes_a"], p["votes_b"]) for p in pairs],
+        "length_a": [len(plain_text(pair["response_a"])) for pair in pairs],
+        "length_b": [len(plain_text(pair["response_b"])) for pair in pairs],
+        **{f"margin_{k}": found_NK[:, k] for k in range(len(given.scores))},
+    }
+    return pa.table(values, schema=schema)
+
+
+def gather(task: Callable[[int], pa.Table], shards: int, schema: pa.Schema) -> pa.Table:
+    """The tables that task(0) … task(shards - 1) return, as one, in any order of their rows.
+
+    Each is a Ray task of its own.
+    """
+    numbers = ray.data.from_items([{"shard": i} for i in range(shards)], override_num_blocks=shards)
+    tables = numbers.map_batches(
+        partial(_of_shard, task), batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS
+    )
+    found: Iterable[pa.Table] = tables.iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in found if t.num_rows)])
+
+
+def _of_shard(task: Callable[[int], pa.Table], batch: pa.Table) -> pa.Table:
+    return task(batch["shard"][0].as_py())
+
+
+def plain_text(text: str | list[dict[str, str]]) -> str:
+    """A prompt or answer as one string; messages are joined by blank lines."""
+    return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)
