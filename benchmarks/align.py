@@ -92,7 +92,7 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
         engine = deepspeed_engine.DeepSpeedEngine(module, config, settings)
     started = time.perf_counter()
     forward = RowForward(module, 0, MAX_LENGTH, spec["max_tokens"])
-    references = [(pair[0], pair[1]) for pair in forward(rows)]
+    references = [(pair[0], pair[1]) for pair in forward(rows).values]
     reference_s = time.perf_counter() - started
     run = Run(config, SEED, forward.layout, 0)
     names = [str(i) for i in range(len(rows))]

@@ -99,7 +99,7 @@ class Peers:
 
     def run_ours(self) -> list[float]:
         """All values, answer by answer, in the order of the rows."""
-        return [value for pair in self.ours(self.rows) for value in pair]
+        return [value for pair in self.ours(self.rows).values for value in pair]
 
     def run_stock(self, by_length: bool) -> list[float]:
         """The same by the stock loop, which is given its batches in another order."""

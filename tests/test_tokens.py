@@ -129,7 +129,6 @@ def test_chat_equals_the_stock_template_less_what_follows_eos(chat_folder):
     opening = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False)
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     assert row.prompt == opening
-    assert encoder.opening(history) == opening
     for ids, expected in zip(row.answers, stock, strict=True):
         assert ids[-1] == tokenizer.eos_token_id
         assert ids.count(tokenizer.eos_token_id) == 1
@@ -266,3 +265,13 @@ def test_no_room_to_truncate_to_is_refused():
 def test_tiny_template_is_like_smollm2s():
     assert tiny_tokenizer().chat_template == CHAT_TEMPLATE
     assert chat.tokenizer.apply_chat_template(user("a"), tokenize=False) == "<|user|>\na</s>\n"
+
+
+def test_many_pairs_at_once_are_the_same_pairs_one_by_one():
+    encoder = Encoder(tiny_tokenizer(), "plain")
+    good = [("Question: ", ("a longer answer", "the")), ("Q", ("x", "y and z"))]
+    bad = ("", [{"role": "assistant", "content": "a message"}])
+    found = encoder.encode_all([good[0], ("mixed", bad), good[1]])
+    assert [found[0], found[2]] == [encoder.encode(*pair) for pair in good]
+    assert isinstance(found[1], TokenError)
+    assert encoder.encode_all([]) == []

@@ -16,11 +16,6 @@ from numpy.typing import NDArray
 from cwpo_dist.lm.rows import Layout
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of `n` rows in one epoch: a permutation that depends on (n, seed, epoch) alone."""
-    return _permutation(n, seed, epoch).copy()
-
-
 def steps_per_epoch(n: int, batch: int) -> int:
     """Global batches in an epoch; the last may be short."""
     if n < 1 or batch < 1:

@@ -116,27 +116,38 @@ class Encoder:
             TokenError: for a prompt without tokens, mixed kinds, or messages that the template
                 refuses.
         """
-        opening = self._render(prompt, None)
-        texts = [opening, *(self._render(prompt, answer) for answer in answers)]
-        opening_ids, *full_ids = self._tokens(texts)
-        shared = _common_prefix([opening_ids, *full_ids])
-        if shared == 0:
-            raise TokenError(
-                f"prompt: {opening[:40]!r} has no token of its own that could predict its answer; "
-                "give a prompt, or a chat template that writes one"
-            )
-        return Row(
-            prompt=full_ids[0][:shared] if full_ids else opening_ids[:shared],
-            answers=tuple([*ids[shared:], self.eos_id] for ids in full_ids),
-        )
+        (row,) = self.encode_all([(prompt, answers)])
+        if isinstance(row, TokenError):
+            raise row
+        return row
 
-    def opening(self, prompt: Text) -> list[int]:
-        """The tokens of a prompt alone, with what asks for an answer: what generation starts from.
+    def encode_all(self, pairs: Sequence[tuple[Text, Sequence[Text]]]) -> list[Row | TokenError]:
+        """The rows of many pairs, tokenised in one call that may use several cores.
 
-        Raises:
-            TokenError: as `encode`.
+        Args:
+            pairs: prompt and answers of each, as for `encode`.
+
+        Returns:
+            A row for each pair, or the error that `encode` would raise.
         """
-        return self.encode(prompt, []).prompt
+        rendered = [self._rendered(prompt, answers) for prompt, answers in pairs]
+        texts = [text for each in rendered if not isinstance(each, TokenError) for text in each]
+        ids = iter(self._tokens(texts))
+        found: list[Row | TokenError] = []
+        for each in rendered:
+            if isinstance(each, TokenError):
+                found.append(each)
+            else:
+                found.append(_row(each, [next(ids) for _ in each], self.eos_id))
+        return found
+
+    def _rendered(self, prompt: Text, answers: Sequence[Text]) -> list[str] | TokenError:
+        """The prompt as text, up to where an answer is asked for, and each conversation."""
+        try:
+            conversations = [self._without_eos(self._render(prompt, answer)) for answer in answers]
+            return [self._render(prompt, None), *conversations]
+        except TokenError as error:
+            return error
 
     def _render(self, prompt: Text, answer: Text | None) -> str:
         """The conversation as text; without an answer, up to where one is asked for."""
@@ -157,10 +168,10 @@ class Encoder:
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids with one BOS in front, where the tokenizer uses one, and no EOS at the end."""
-        opening, *full = texts
-        closed = [opening, *(self._without_eos(text) for text in full)]
+        if not texts:
+            return []
         encoded: list[list[int]] = self.tokenizer(
-            closed, add_special_tokens=False, return_attention_mask=False, verbose=False
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         return [self._with_bos(ids) for ids in encoded]
 
@@ -174,6 +185,21 @@ class Encoder:
         if self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
         return [self.bos_id, *ids]
+
+
+def _row(texts: list[str], ids: list[list[int]], eos_id: int) -> Row | TokenError:
+    """The tokens that all sequences of a pair share, and each answer's own."""
+    opening_ids, *full_ids = ids
+    shared = _common_prefix([opening_ids, *full_ids])
+    if shared == 0:
+        return TokenError(
+            f"prompt: {texts[0][:40]!r} has no token of its own that could predict its answer; "
+            "give a prompt, or a chat template that writes one"
+        )
+    return Row(
+        prompt=full_ids[0][:shared],
+        answers=tuple([*ids[shared:], eos_id] for ids in full_ids),
+    )
 
 
 def fit_length(

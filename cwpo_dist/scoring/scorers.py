@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +33,7 @@ from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
+SLICE = 256  # pairs that are tokenised together, while those before are scored
 OVER_LENGTH = "over_length"  # the one reason of rejects that another try cannot change
 
 
@@ -80,23 +83,37 @@ class _Rejects:
         return {"over_length": over_length, "rejects": sum(reasons.values())}
 
 
-def _encode(
+def _encoded(
     encoder: Encoder, model: ModelConfig, rows: Rows, rejects: _Rejects
-) -> list[tuple[Mapping[str, Any], Row]]:
-    """Each pair with its tokens; what is longer than the model's `max_length` is set aside."""
-    encoded = []
-    for row in rows:
-        try:
-            tokens = encoder.encode(row["prompt"], (row["response_a"], row["response_b"]))
-        except TokenError as error:
-            rejects.add(f"tokens: {error}", row)
+) -> Iterator[list[tuple[Mapping[str, Any], Row]]]:
+    """Slices of pairs with their tokens; what has none or is too long is set aside.
+
+    A thread tokenises ahead, so that a device never waits for text.
+    """
+    slices = [rows[start : start + SLICE] for start in range(0, len(rows), SLICE)]
+    with ThreadPoolExecutor(1) as ahead:
+        tokenised = ahead.map(partial(_tokens, encoder, model), slices)
+        for pairs, found in zip(slices, tokenised, strict=True):
+            encoded = []
+            for pair, tokens in zip(pairs, found, strict=True):
+                if isinstance(tokens, Row):
+                    encoded.append((pair, tokens))
+                else:
+                    rejects.add(tokens, pair)
+            yield encoded
+
+
+def _tokens(encoder: Encoder, model: ModelConfig, rows: Rows) -> list[Row | str]:
+    """Each pair's tokens, or why it is set aside."""
+    pairs = [(row["prompt"], (row["response_a"], row["response_b"])) for row in rows]
+    found: list[Row | str] = []
+    for tokens in encoder.encode_all(pairs):
+        if isinstance(tokens, TokenError):
+            found.append(f"tokens: {tokens}")
             continue
         fitting = fit_length(tokens, model.max_length, model.over_length, bos_id=encoder.bos_id)
-        if fitting is None:
-            rejects.add(OVER_LENGTH, row)
-        else:
-            encoded.append((row, fitting))
-    return encoded
+        found.append(OVER_LENGTH if fitting is None else fitting)
+    return found
 
 
 class TokenWorker:
@@ -113,7 +130,8 @@ class TokenWorker:
     def __call__(self, index: int, rows: Rows) -> ShardOutput:
         """The tokens of every pair that fits."""
         rejects = _Rejects(index)
-        encoded = _encode(self.encoder, self.model, rows, rejects)
+        slices = _encoded(self.encoder, self.model, rows, rejects)
+        encoded = [pair for each in slices for pair in each]
         columns = {
             "pair_id": [pair["pair_id"] for pair, _ in encoded],
             "prompt": [row.prompt for _, row in encoded],
@@ -148,28 +166,20 @@ class RewardWorker:
     def __call__(self, index: int, rows: Rows) -> ShardOutput:
         """The scores of every pair that fits."""
         rejects = _Rejects(index)
-        encoded = _encode(self.encoder, self.model, rows, rejects)
-        values = self.forward([row for _, row in encoded])
+        counts = Counter({"rows_in": len(rows)})
         scores = []
-        for (pair, _), (score_a, score_b) in zip(encoded, values, strict=True):
-            if math.isfinite(score_a) and math.isfinite(score_b):
-                scores.append(
-                    {
-                        "pair_id": pair["pair_id"],
-                        "annotator": self.annotator,
-                        "score_a": score_a,
-                        "score_b": score_b,
-                    }
-                )
-            else:
-                rejects.add("non-finite score", pair)
-        counts = {
-            "rows_in": len(rows),
-            "rows": len(scores),
-            "tokens": sum(row.n_tokens for _, row in encoded),
-        }
+        for encoded in _encoded(self.encoder, self.model, rows, rejects):
+            forwarded = self.forward([row for _, row in encoded])
+            counts.update(forwarded.counts)
+            for (pair, _), (score_a, score_b) in zip(encoded, forwarded.values, strict=True):
+                if not (math.isfinite(score_a) and math.isfinite(score_b)):
+                    rejects.add("non-finite score", pair)
+                    continue
+                scored = {"pair_id": pair["pair_id"], "annotator": self.annotator}
+                scores.append(scored | {"score_a": score_a, "score_b": score_b})
+        counts.update({"rows": len(scores)} | rejects.counts())
         table = pa.Table.from_pylist(scores, schema=SCORE_SCHEMA)
-        return ShardOutput(table, rejects.table(), counts | rejects.counts())
+        return ShardOutput(table, rejects.table(), dict(counts))
 
 
 class ReferenceWorker:
@@ -191,8 +201,8 @@ class ReferenceWorker:
         """The log-probs of every pair."""
         rejects = _Rejects(index)
         reference = []
-        values = self.forward([pair["tokens"] for pair in rows])
-        for pair, (logp_a, logp_b) in zip(rows, values, strict=True):
+        forwarded = self.forward([pair["tokens"] for pair in rows])
+        for pair, (logp_a, logp_b) in zip(rows, forwarded.values, strict=True):
             if not (math.isfinite(logp_a) and math.isfinite(logp_b)):
                 rejects.add("non-finite log-probability", pair)
                 continue
@@ -201,11 +211,7 @@ class ReferenceWorker:
             reference.append(
                 {"pair_id": pair_id, "logp_a": logp_a, "logp_b": logp_b, "n_a": n_a, "n_b": n_b}
             )
-        counts = {
-            "rows_in": len(rows),
-            "rows": len(reference),
-            "tokens": sum(pair["tokens"].n_tokens for pair in rows),
-        }
+        counts = {"rows_in": len(rows), "rows": len(reference)} | forwarded.counts
         table = pa.Table.from_pylist(reference, schema=REFERENCE_SCHEMA)
         return ShardOutput(table, rejects.table(), counts | rejects.counts())
 
