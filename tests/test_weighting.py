@@ -102,7 +102,7 @@ def test_selection_is_exact_best_and_independent_of_order(
 
 
 def test_top_thirty_percent_by_hand() -> None:
-    ids = ["e", "d", "c", "b", "a", "f", "g", "h", "i", "j"]
+    ids = ["e", "b", "d", "c", "a", "f", "g", "h", "i", "j"]
     values = [0.9, 0.5, 0.5, 0.5, 0.1, 0.2, 0.3, 0.4, 0.0, 0.1]
     # 3 of 10: e, then b and c of the three that tie
     kept = [i for i, keep in zip(ids, select(values, ids, 0.3), strict=True) if keep]
