@@ -224,13 +224,73 @@ class AlignConfig(TrainingConfig):
     )
 
 
-class PoolConfig(Section):
-    """A pool of Ray Data actors."""
+class Pool(Section):
+    """Actors of one kind, and the nodes that they may run on."""
 
-    num_actors: PositiveInt = 1
+    num_actors: PositiveInt | tuple[Annotated[int, Field(ge=0)], PositiveInt] = Field(
+        1,
+        description="so many, or as many of them as there is room for; [min, max]: at least min "
+        "(0: its nodes may come later), at most max",
+    )
     cpus_per_actor: PositiveFloat = 1.0
-    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="0.5: two actors share a GPU"
+    )
+    accelerator_type: str | None = Field(None, description="as Ray names it: H100, L4, …")
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="labels of the nodes: a value, !value, in(a,b) or !in(a,b)",
+    )
+    resources: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="custom Ray resources of one actor"
+    )
+
+    @property
+    def min_actors(self) -> int:
+        """How many must find a place."""
+        return 1 if isinstance(self.num_actors, int) else self.num_actors[0]
+
+    @property
+    def max_actors(self) -> int:
+        """How many there are where there is room."""
+        return self.num_actors if isinstance(self.num_actors, int) else self.num_actors[1]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"num_actors: [min, max] is {self.num_actors}; min is above max")
+        if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
+            raise ValueError(
+                f"gpus_per_actor: {self.gpus_per_actor}; Ray shares one GPU, or gives whole ones"
+            )
+        return self
+
+
+class PoolConfig(Pool):
+    """A stage's Ray Data actors: one pool, or several on different devices."""
+
     max_tokens_per_batch: PositiveInt = Field(4096, description="padded tokens of one forward")
+    pools: list[Pool] = Field(
+        default_factory=list,
+        description="several pools that share the work, each with its own num_actors, …",
+    )
+
+    def actor_pools(self) -> list[Pool]:
+        """The pools, or the one that the section itself describes."""
+        return self.pools or [self]
+
+    @property
+    def most_actors(self) -> int:
+        """How many actors there are, over all pools, where there is room."""
+        return sum(pool.max_actors for pool in self.actor_pools())
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        plain = Pool()
+        given = [name for name in Pool.model_fields if getattr(self, name) != getattr(plain, name)]
+        if self.pools and given:
+            raise ValueError(f"pools: given beside {', '.join(given)}; put these into each pool")
+        return self
 
 
 class AnnotateConfig(PoolConfig):

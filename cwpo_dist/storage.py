@@ -6,6 +6,7 @@ alike. A file either exists whole or not at all, and of two writers of one name 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -159,26 +160,27 @@ class Store:
             raise self._refused(name, error) from error
 
     def staged(self) -> Path:
-        """This folder as a local one, downloaded once a node when it is remote."""
+        """This folder as a local one, downloaded once a node, and version, when it is remote."""
         if self.is_local:
             return Path(self.root)
         cache = Path(tempfile.gettempdir()) / f"cwpo-stage-{os.getuid()}"
-        target = cache / hashlib.sha256(self.uri.encode()).hexdigest()[:24]
-        if not target.exists():
-            self._download(target)
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target = cache / digest([self.uri, fingerprint(self.uri)])
+        with target.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one copies, others wait; a kill frees it
+            if not target.exists():
+                self._download(target)
         return target
 
     def _download(self, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+        """Copies all files; the folder gets its name when it is whole."""
+        partial = target.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of one who was killed half-way
         for name in self.names():
             local = partial / name
             local.parent.mkdir(parents=True, exist_ok=True)
             self.filesystem.get_file(self.path(name), str(local))
-        try:
-            partial.rename(target)
-        except OSError:  # another process of this node was faster: its copy is as good
-            shutil.rmtree(partial)
+        partial.rename(target)
 
     def _partial(self, name: str, data: bytes | None) -> str:
         """A finished temporary file beside `name`, on the same disk."""

@@ -208,8 +208,8 @@ def test_workers_are_placed_on_nodes_not_on_a_sum_of_cpus(tmp_path: Path) -> Non
     (fault,) = training_faults("fit", config.fit, [Machine(8.0, 1.0)])  # auto: GPUs are used
     assert "room for 1" in fault
     pool = config.annotate.model_copy(update={"gpus_per_actor": 1.0})
-    assert list(pool_faults("annotate", pool, [Machine(1.0, 1.0)])) == []
-    assert len(list(pool_faults("annotate", pool, halves))) == 1
+    assert list(pool_faults("annotate.", pool, [Machine(1.0, 1.0)])) == []
+    assert len(list(pool_faults("annotate.", pool, halves))) == 1
 
 
 def test_sizes_count_tied_weights_once(tmp_path: Path) -> None:

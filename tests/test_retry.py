@@ -24,13 +24,14 @@ SICK = [3, 13, 23, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39]  # those with the dig
 
 def spoil(weights: Path, sick: bool) -> None:
     """Rows with a 3 get no finite score, or all do again; size and time of the file stay."""
-    before = weights.stat()
+    before, made = weights.stat(), weights.parent.with_name("made")
     model = tiny_classifier("llama")
     if sick:
         (digit,) = tiny_tokenizer()("3", add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             model.get_input_embeddings().weight[digit] = float("nan")
-    model.save_pretrained(weights.parent)
+    model.save_pretrained(made)
+    weights.write_bytes((made / weights.name).read_bytes())
     assert weights.stat().st_size == before.st_size
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
 
@@ -45,7 +46,7 @@ def test_what_failed_is_scored_again_and_nothing_else(
     config = Config.model_validate(config.model_dump() | policy)
     weights = tmp_path / "reward" / "model.safetensors"
     spoil(weights, sick=True)
-    with pytest.raises(RejectsError, match=r"of 40 pairs have no finite score.*--retry-rejects"):
+    with pytest.raises(RejectsError, match=r"of 40 pairs have no finite.*--retry-rejects"):
         run(config, until="annotate")
     lenient = config.model_copy(
         update={"annotate": config.annotate.model_copy(update={"max_reject_fraction": 1.0})}

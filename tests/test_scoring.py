@@ -15,7 +15,8 @@ import pytest
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
-from cwpo_dist.scoring.pipeline import ShardJob, commit, run_shards
+from cwpo_dist.scoring.pipeline import ShardJob, commit
+from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.storage import Store
 
 NO_REJECTS = REJECT_SCHEMA.empty_table()
@@ -53,7 +54,11 @@ POOL = PoolConfig(num_actors=2, cpus_per_actor=0.5)
 @pytest.mark.usefixtures("ray_local")
 def test_every_shard_is_committed_and_a_rerun_does_nothing(tmp_path: Path) -> None:
     counts = run_shards(job(tmp_path), POOL)
+    speed = counts.pop("throughput")
     assert counts == {"rows_in": 18, "rows": 18}
+    assert (speed["shards"], speed["actors"]) == (6, 2)
+    assert 0 < speed["pairs_per_s"] == pytest.approx(18 / speed["seconds"], rel=1e-3)
+    assert 0 < speed["device_hours"] <= 2 * 0.5 * speed["seconds"] / 3600 * 1.001
     calls = len(list((tmp_path / "trace").iterdir()))
     assert calls == 6
     assert run_shards(job(tmp_path), POOL) == counts
@@ -87,6 +92,6 @@ def test_the_first_commit_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["cpus_per_actor", "gpus_per_actor"])
 def test_an_actor_that_fits_nowhere_is_refused_before_start(tmp_path: Path, field: str) -> None:
     pool = PoolConfig.model_validate({field: 1000})
-    with pytest.raises(ConfigError, match=f"{field} is 1000.*largest node has.*lower it"):
+    with pytest.raises(ConfigError, match=f"{field}: 1000, .*largest node .* has .*lower it"):
         run_shards(job(tmp_path), pool)
     assert not (tmp_path / "out").exists()

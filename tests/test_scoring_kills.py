@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from scoring_driver import POOL, ROWS, SHARDS, make_job, write_inputs
 
-from cwpo_dist.scoring.pipeline import committed_rejects, run_shards, total_counts
+from cwpo_dist.scoring.pipeline import committed_rejects, total_counts
+from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.storage import Store
 
 PATIENCE_S = 120

@@ -92,7 +92,7 @@ def test_a_score_that_is_not_finite_is_set_aside_and_too_many_are_refused(tmp_pa
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "reward")
-    with pytest.raises(RejectsError, match=r"40 of 40 pairs .* annotate\.max_reject_fraction 0.05"):
+    with pytest.raises(RejectsError, match=r" of 40 pairs .* annotate\.max_reject_fraction 0.05"):
         run(config, until="annotate")
     lenient = annotate_only(tmp_path, "llama", max_reject_fraction=1.0)
     model.save_pretrained(tmp_path / "reward")

@@ -5,14 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from cwpo_dist.config import ConfigError, ModelConfig
+from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, ranged_files
-from cwpo_dist.scoring.pipeline import ShardJob, committed_rejects, part, run_shards, total_counts
+from cwpo_dist.scoring.pipeline import (
+    ShardJob,
+    committed_counts,
+    committed_rejects,
+    part,
+    total_counts,
+)
+from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import OVER_LENGTH, RewardWorker
 from cwpo_dist.stages.context import Context, score_files, trained
 from cwpo_dist.stages.graph import FORMAT, Node
@@ -24,35 +32,25 @@ ANNOTATOR = "annotator.json"  # who scores here: written before the first score
 _BLOCK_BYTES = 2**23
 
 
-class RejectsError(ValueError):
-    """More rows were set aside than `max_reject_fraction` allows."""
-
-
 def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `scores/part-*.parquet` and returns the counts.
 
     Raises:
         RejectsError: when more rows than `annotate.max_reject_fraction` have no finite score.
     """
-    config = context.config.annotate
     job = _job(context, node)
-    counts = run_shards(_of_new_pairs(context, node, job), config)
-    counts.update(_retried_counts(context, node))
-    allowed = config.max_reject_fraction * counts["rows_in"]
-    if counts["rejects"] > allowed:
-        raise RejectsError(
-            f"annotate: {counts['rejects']} of {counts['rows_in']} pairs have no finite score, "
-            f"more than annotate.max_reject_fraction {config.max_reject_fraction} allows; see "
-            f"{job.output.uri}/rejects, mend the model and give --retry-rejects, or raise the "
-            "fraction"
-        )
+    check = partial(_refuse_past, context, node, _pairs(context, node))
+    counts = run_shards(_of_new_pairs(context, node, job), context.config.annotate, check)
+    counts.setdefault("reused", 0)
+    counts = _plus(counts, _retried_counts(context, node))
+    _refuse_past(context, node, counts["rows_in"], counts["rejects"])
     logger.info(
         "annotate: %d pairs scored, %d of them before, %d set aside, %d too long; %s/scores has "
         "score_a and score_b, to be joined by pair_id with response_a and response_b of %s/pairs",
         *(counts["rows"], counts["reused"], counts["rejects"], counts["over_length"]),
         *(job.output.uri, context.pairs(node).store.uri),
     )
-    return {"reused": 0, **counts, "annotator": _name(context, node)}
+    return counts | {"annotator": _name(context, node)}
 
 
 def retry(context: Context, node: Node) -> dict[str, Any] | None:
@@ -67,19 +65,17 @@ def retry(context: Context, node: Node) -> dict[str, Any] | None:
     Returns:
         The counts of all scores with those of this retry; None when there was nothing to retry.
     """
-    first = _job(context, node)
-    if first.missing():
-        logger.info("annotate: not all pairs were scored yet, so none is scored again")
-        return None
+    first, config = _job(context, node), context.config.annotate
+    run_shards(_of_new_pairs(context, node, first), config)
     number = node.retries + 1
-    aside = [i for i in range(first.shards) if _set_aside(first.output, node.retries, i)]
+    failed = [index for index, counts in committed_counts(first).items() if counts["rejects"]]
+    aside = [index for index in failed if _set_aside(first.output, node.retries, index)]
     if not aside:
         logger.info("annotate: nothing was set aside but for its length")
         return None
-    run_shards(_job(context, node, number, aside), context.config.annotate)
-    counts = total_counts(first)
-    counts.update(_retried_counts(context, replace(node, retries=number)))
-    return dict(counts)
+    throughput = run_shards(_job(context, node, number, aside), config).get("throughput")
+    retried = _retried_counts(context, replace(node, retries=number))
+    return _plus(total_counts(first), retried) | {"throughput": throughput}
 
 
 def _job(
@@ -98,6 +94,23 @@ def _job(
         only=only,
         retry=retry,
     )
+
+
+def _pairs(context: Context, node: Node) -> int:
+    """How many pairs there are to score."""
+    splits = context.counts(node.inputs["prepare"])["splits"]
+    return sum(splits[split] for split in node.settings["splits"])
+
+
+def _refuse_past(context: Context, node: Node, pairs: int, rejects: int) -> None:
+    fraction = context.config.annotate.max_reject_fraction
+    if rejects > fraction * pairs:
+        raise RejectsError(
+            f"annotate: {rejects} of {pairs} pairs have no finite score, more than "
+            f"annotate.max_reject_fraction {fraction} allows; see "
+            f"{context.place(node).uri}/rejects, mend the model and give --retry-rejects, or raise "
+            "the fraction"
+        )
 
 
 def _of_new_pairs(context: Context, node: Node, job: ShardJob) -> ShardJob:
@@ -174,6 +187,10 @@ def _retried_counts(context: Context, node: Node) -> Counter[str]:
         totals.update(total_counts(_job(context, node, number, only)))
         totals["rejects"] -= totals.pop("rows_in")
     return totals
+
+
+def _plus(counts: Mapping[str, Any], more: Mapping[str, int]) -> dict[str, Any]:
+    return {**counts, **{name: counts.get(name, 0) + more[name] for name in more}}
 
 
 def annotator(context: Context, node: Node) -> ModelConfig:

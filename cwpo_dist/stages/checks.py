@@ -39,18 +39,11 @@ from cwpo_dist.lm.loading import (
 )
 from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
 from cwpo_dist.pairs.sources import check as check_sources
+from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
 from cwpo_dist.stages.graph import needs_annotator
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """One node's resources; a cluster is a tuple of them."""
-
-    cpus: float
-    gpus: float
 
 
 @dataclass(frozen=True)
@@ -118,23 +111,19 @@ def check(config: Config, until: str | None = None) -> Checked:
     for name, training in trainings(config, until):
         faults += training_faults(name, training, machines)
     for name, pool in pools(config, until):
-        faults += pool_faults(name, pool, machines)
+        faults += [f"{fault} ({ELSEWHERE})" for fault in pool_faults(f"{name}.", pool, machines)]
     if faults:
         raise ConfigError("\n".join(faults))
     return Checked(sizes, machines)
 
 
-def available() -> Iterator[Machine]:
+def available() -> list[Machine]:
     """The cluster that RAY_ADDRESS names, else what a local Ray would take from this machine."""
     if os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         ray.init()
     if not ray.is_initialized():
-        yield Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
-        return
-    for node in ray.nodes():
-        if node["Alive"]:
-            resources = node["Resources"]
-            yield Machine(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)))
+        return [Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))]
+    return alive_machines()
 
 
 def _annotator(model: ModelConfig) -> PreTrainedModel:
@@ -298,7 +287,7 @@ def training_faults(
         each = f"{training.cpus_per_worker:g} CPU" + (" and a GPU" if on_gpu else "")
         yield (
             f"{name}.num_workers: {training.num_workers} workers of {each} can never be placed on "
-            f"{_described(machines)}, which has room for {places}; lower num_workers or "
+            f"{described(machines)}, which has room for {places}; lower num_workers or "
             f"cpus_per_worker, or add nodes ({ELSEWHERE})"
         )
     if training.max_steps == 0:
@@ -310,27 +299,10 @@ def training_faults(
         )
 
 
-def pool_faults(name: str, pool: PoolConfig, machines: Iterable[Machine]) -> Iterator[str]:
-    """An actor that fits on no node: Ray would wait for it for ever, silently."""
-    machines = list(machines)
-    if sum(_places(m, pool.cpus_per_actor, pool.gpus_per_actor) for m in machines) == 0:
-        gpu = f" and {pool.gpus_per_actor:g} GPU" if pool.gpus_per_actor else ""
-        yield (
-            f"{name}.cpus_per_actor: an actor of {pool.cpus_per_actor:g} CPU{gpu} can never be "
-            f"placed on {_described(machines)}; lower it, or add a larger node ({ELSEWHERE})"
-        )
-
-
 def _places(machine: Machine, cpus: float, gpus: float) -> int:
     """How many workers of this size fit on a node side by side."""
     rooms = [machine.cpus / cpus] + ([machine.gpus / gpus] if gpus else [])
     return int(min(rooms) + 1e-9)  # 2 / 0.4 must not become 4.999…
-
-
-def _described(machines: list[Machine]) -> str:
-    cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
-    nodes = "this machine" if len(machines) == 1 else f"{len(machines)} nodes"
-    return f"{nodes} ({cpus:g} CPUs, {gpus:g} GPUs)"
 
 
 def _length_faults(field: str, model: ModelConfig, size: ModelSize) -> Iterator[str]:

@@ -11,7 +11,8 @@ import torch
 
 from cwpo_dist.config import Config, PoolConfig, TrainingConfig
 from cwpo_dist.pairs.census import Census
-from cwpo_dist.stages.checks import Checked, Machine, ModelSize
+from cwpo_dist.scoring.placement import Machine
+from cwpo_dist.stages.checks import Checked, ModelSize
 from cwpo_dist.stages.graph import Node
 
 Kind = Literal["train", "score", "generate"]
@@ -142,7 +143,7 @@ class Estimate:
             tokens,
             2.0 * (size.matmul + size.head) * tokens,
             "generate",
-            evaluate.num_actors,
+            evaluate.most_actors,
             self._number_bytes * size.parameters,
         )
 
@@ -155,7 +156,7 @@ class Estimate:
         each = self._number_bytes
         held = each * (size.parameters + 4 * pool.max_tokens_per_batch * size.width)
         flops = tokens * _flops(size, length)
-        return Cost(f"{pairs:,} pairs", tokens, flops, "score", pool.num_actors, held)
+        return Cost(f"{pairs:,} pairs", tokens, flops, "score", pool.most_actors, held)
 
     def _training(
         self, training: TrainingConfig, size: ModelSize, pairs: int, lengths: Lengths

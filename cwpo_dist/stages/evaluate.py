@@ -12,7 +12,8 @@ from cwpo_dist.config import ConfigError, ModelConfig, PoolConfig
 from cwpo_dist.evaluation.accuracy import annotator_accuracy, gra, policy_accuracy
 from cwpo_dist.evaluation.gold import load_function
 from cwpo_dist.pairs.records import pair_schema
-from cwpo_dist.scoring.pipeline import ShardJob, part, run_shards
+from cwpo_dist.scoring.pipeline import ShardJob, part
+from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.stages.context import Context, read_log_probs, scores_by_pair
 from cwpo_dist.stages.graph import Node

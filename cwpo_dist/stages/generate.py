@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from cwpo_dist.config import PoolConfig
 from cwpo_dist.pairs.records import PROMPT_SCHEMA
-from cwpo_dist.scoring.pipeline import ShardJob, part, run_shards
+from cwpo_dist.scoring.pipeline import ShardJob, part
+from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, read_tokens
 from cwpo_dist.stages.context import Context, policy_of
 from cwpo_dist.stages.graph import Node
@@ -35,7 +36,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     pool = PoolConfig.model_validate(
         context.config.evaluate.model_dump(include=set(PoolConfig.model_fields))
     )
-    return dict(run_shards(job, pool))
+    return run_shards(job, pool)
 
 
 def _prompts(context: Context, node: Node) -> list[dict[str, Any]]:

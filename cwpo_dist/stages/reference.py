@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from cwpo_dist.scoring.pipeline import ShardJob, run_shards
+from cwpo_dist.scoring.pipeline import ShardJob
+from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import ReferenceWorker
 from cwpo_dist.stages.context import Context, policy_of
 from cwpo_dist.stages.graph import Node
@@ -26,4 +27,4 @@ def run(context: Context, node: Node) -> dict[str, Any]:
             config.max_tokens_per_batch,
         ),
     )
-    return dict(run_shards(job, config))
+    return run_shards(job, config)

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from cwpo_dist.config import PoolConfig
-from cwpo_dist.scoring.pipeline import ShardJob, run_shards
+from cwpo_dist.scoring.pipeline import ShardJob
+from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import TokenWorker
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
@@ -23,5 +24,5 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         make_worker=partial(TokenWorker, context.pairs(node), policy),
     )
     # Tokenising needs no accelerator; as many actors as the reference pass has.
-    pool = PoolConfig(num_actors=context.config.reference.num_actors)
-    return dict(run_shards(job, pool))
+    pool = PoolConfig(num_actors=context.config.reference.most_actors)
+    return run_shards(job, pool)

@@ -1,0 +1,133 @@
+"""A pool of actors and a cluster's nodes in; why the pool can never be placed there, if so, out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from cwpo_dist.config import Pool, PoolConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One node; a cluster is a sequence of them.
+
+    Attributes:
+        resources: all that Ray counts there but CPUs and GPUs; None: not known before Ray runs.
+        labels: the node's.
+    """
+
+    cpus: float
+    gpus: float
+    resources: Mapping[str, float] | None = None
+    labels: Mapping[str, str] | None = None
+
+
+def alive_machines() -> list[Machine]:
+    """The nodes of the cluster that we are connected to."""
+    return [
+        Machine(
+            float(node["Resources"].get("CPU", 0)),
+            float(node["Resources"].get("GPU", 0)),
+            node["Resources"],
+            node.get("Labels", {}),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def pool_faults(prefix: str, config: PoolConfig, machines: Sequence[Machine]) -> Iterator[str]:
+    """Actors that fit on no node: Ray would wait for them for ever, silently.
+
+    A pool whose num_actors begins at 0 may have no node yet, but not every pool of a stage.
+
+    Args:
+        prefix: of the fields' names: the section with a dot at its end.
+        config: the stage's pools.
+        machines: the nodes that there are.
+    """
+    pools = config.actor_pools()
+    for number, pool in enumerate(pools):
+        field = f"{prefix}pools.{number}." if config.pools else prefix
+        room = sum(places(machine, pool) for machine in machines)
+        if room < (pool.min_actors if len(pools) > 1 else max(1, pool.min_actors)):
+            yield _fault(field, pool, machines, room)
+    somewhere = any(places(machine, pool) for machine in machines for pool in pools)
+    if len(pools) > 1 and not somewhere and not any(pool.min_actors for pool in pools):
+        yield f"{prefix}pools: none of them has a node now; start with one that has"
+
+
+def places(machine: Machine, pool: Pool) -> int:
+    """How many actors of a pool fit on a node side by side."""
+    if not all(_has_label(machine, key, wanted) for key, wanted in pool.labels.items()):
+        return 0
+    rooms = [_rooms(machine, name, amount) for name, amount in _wanted(pool).items()]
+    return int(min(rooms) + 1e-9)  # 2 / 0.4 must not become 4.999…
+
+
+def _wanted(pool: Pool) -> dict[str, float]:
+    """What one actor takes, by the field of the configuration."""
+    wanted = {"cpus_per_actor": pool.cpus_per_actor}
+    if pool.gpus_per_actor:
+        wanted["gpus_per_actor"] = pool.gpus_per_actor
+    if pool.accelerator_type:
+        wanted[f"accelerator_type:{pool.accelerator_type}"] = 0.001  # as Ray asks for it
+    return wanted | {f"resources.{name}": amount for name, amount in pool.resources.items()}
+
+
+def _rooms(machine: Machine, field: str, amount: float) -> float:
+    return _amount(machine, field) / amount
+
+
+def _amount(machine: Machine, field: str) -> float:
+    if field in {"cpus_per_actor", "gpus_per_actor"}:
+        return machine.cpus if field == "cpus_per_actor" else machine.gpus
+    if machine.resources is None:
+        return float("inf")
+    return float(machine.resources.get(field.removeprefix("resources."), 0.0))
+
+
+def _has_label(machine: Machine, key: str, wanted: str) -> bool:
+    """Ray's label selectors: `value`, `!value`, `in(a,b)`, `!in(a,b)`."""
+    if machine.labels is None:
+        return True
+    rest = wanted.removeprefix("!")
+    values = rest[3:-1].split(",") if rest.startswith("in(") else [rest]
+    found = machine.labels.get(key) in {value.strip() for value in values}
+    return found != wanted.startswith("!")
+
+
+def _fault(field: str, pool: Pool, machines: Sequence[Machine], room: int) -> str:
+    where = described(machines)
+    for key, wanted in pool.labels.items():
+        if not any(_has_label(machine, key, wanted) for machine in machines):
+            return f"{field}labels: no node of {where} has {key}={wanted}; start one, or drop it"
+    for name, amount in _wanted(pool).items():
+        most = max((_amount(machine, name) for machine in machines), default=0.0)
+        if most < amount:
+            key, _, kind = name.partition(":")
+            value = kind or f"{amount:g}"
+            return (
+                f"{field}{key}: {value}, but the largest node of {where} has {most:g}: such an "
+                "actor can never be placed; lower it, or add a node that has it"
+            )
+    if room == 0:
+        asked = ", ".join([*_wanted(pool), *(f"labels.{key}" for key in pool.labels)])
+        return (
+            f"{field}cpus_per_actor: {pool.cpus_per_actor:g}, but no single node of {where} has "
+            f"all of {asked}; lower them, or add a node"
+        )
+    return (
+        f"{field}num_actors: at least {pool.min_actors}, but {where} has room for {room}; lower "
+        "the minimum, or add nodes"
+    )
+
+
+def described(machines: Sequence[Machine]) -> str:
+    """`2 nodes (16 CPUs, 2 GPUs)`."""
+    cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
+    nodes = "this machine" if len(machines) == 1 else f"{len(machines)} nodes"
+    return f"{nodes} ({cpus:g} CPUs, {gpus:g} GPUs)"

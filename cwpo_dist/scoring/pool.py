@@ -1,0 +1,242 @@
+"""A job's missing shards in; committed by one or several pools of Ray Data actors; reports out.
+
+Each pool is a Ray Data pipeline of tickets. A ticket stands for a shard from the moment that an
+actor begins it, so a fast pool takes more of them, and none waits behind a long one. A lost actor's
+ticket is run again on the actor's next incarnation and stands for the same shard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy, DataContext
+from ray.util import metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cwpo_dist.config import Pool
+from cwpo_dist.scoring.attempts import ShardError, ShardWorker, attempt
+from cwpo_dist.scoring.pipeline import ShardJob, commit, part
+from cwpo_dist.scoring.progress import Report
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 2.0  # how often we look for lost nodes while no shard is reported
+END_S = 10.0  # how long we wait for a pool to wind up when nothing is left to do
+MOST_DEATHS = 10  # of actors on living nodes over one shard: then the shard itself kills them
+
+
+class _Shards:
+    """Which shard each ticket stands for; lives in an actor beside the driver."""
+
+    def __init__(self, name: str, shards: Sequence[int]) -> None:
+        self.name = name
+        self.waiting = deque(shards)
+        self.given: dict[tuple[int, int], int] = {}  # (pool, ticket) → shard
+        self.begun: Counter[tuple[int, int, str]] = Counter()  # the same on each node
+        self.under_way: dict[int, dict[int, str]] = {}  # shard → pool → node; oldest first
+
+    def take(self, pool: int, ticket: int, node: str) -> int | None:
+        """The ticket's shard; None when nothing is left for it to do.
+
+        Where nothing waits any more, a pool gets what another one has had for longest: the first
+        commit wins, and no pool idles behind a slower or a lost one.
+        """
+        if (pool, ticket) not in self.given:
+            index = self.waiting.popleft() if self.waiting else self._of_another(pool)
+            if index is None:
+                return None
+            self.given[pool, ticket] = index
+            self.under_way.setdefault(index, {})
+        index = self.given[pool, ticket]
+        if index not in self.under_way:
+            return None
+        self.under_way[index][pool] = node
+        self.begun[pool, ticket, node] += 1
+        if self.begun[pool, ticket, node] > MOST_DEATHS:
+            raise ShardError(
+                f"{self.name}: shard {index} took {MOST_DEATHS} actors down with it, on a node "
+                "that lives; look there for want of memory or a crash in native code"
+            )
+        return index
+
+    def _of_another(self, pool: int) -> int | None:
+        return next((i for i, holders in self.under_way.items() if pool not in holders), None)
+
+    def done(self, index: int) -> None:
+        """The shard is committed."""
+        self.under_way.pop(index, None)
+
+    def stranded(self, alive: set[str]) -> bool:
+        """True when all that is left lies with actors on lost nodes."""
+        holders = [set(held.values()) for held in self.under_way.values()]
+        return not self.waiting and not any(nodes & alive for nodes in holders)
+
+    def close(self) -> None:
+        """No ticket that has not begun gets a shard any more."""
+        self.waiting.clear()
+        self.under_way.clear()
+
+
+class _ShardActor:
+    """Ray Data's view of a worker: a ticket in, the report of its shard out."""
+
+    def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[Any]) -> None:
+        self.job, self.pool, self.shards = job, pool, shards
+        self.came_up = time.monotonic()
+        context = ray.get_runtime_context()
+        self.node = context.get_node_id()
+        self.name = f"{context.get_actor_id()}-{os.getpid()}"
+        tags = {"stage": job.name}
+        self.counters = {
+            kind: metrics.Counter(f"cwpo_{kind}", f"{kind} done", tag_keys=("stage",))
+            for kind in ("rows", "tokens", "rejects")
+        }
+        self.rate = metrics.Gauge("cwpo_rows_per_second", "of the last shard", tag_keys=("stage",))
+        for metric in (*self.counters.values(), self.rate):
+            metric.set_default_tags(tags)
+
+    @cached_property
+    def worker(self) -> ShardWorker:
+        """Made for the first shard: an actor that comes up when all is done loads no model."""
+        return self.job.make_worker()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        ticket = int(batch["ticket"][0])
+        taken: Any = self.shards.take.remote(self.pool, ticket, self.node)
+        index = ray.get(taken)
+        return {"report": ["" if index is None else json.dumps(asdict(self._do(index)))]}
+
+    def _do(self, index: int) -> Report:
+        worker, started, counts = self.worker, time.monotonic(), {}
+        if not self.job.output.exists(self.job.file(index)):
+            output = attempt(worker, index, part("pairs", index))
+            if commit(self.job, index, output):
+                counts = dict(output.counts)
+        now = time.monotonic()
+        self._measure(counts, now - started)
+        return Report(index, self.name, self.pool, now - started, now - self.came_up, counts)
+
+    def _measure(self, counts: dict[str, int], seconds: float) -> None:
+        for kind, counter in self.counters.items():
+            if counts.get(kind):
+                counter.inc(counts[kind])
+        self.rate.set(counts.get("rows", 0) / max(seconds, 1e-6))
+
+
+def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> Iterator[Report]:
+    """Does shards over pools of actors, and yields a report of each.
+
+    It ends early when what is left lies with actors that were on lost nodes: the caller comes again
+    with what is still missing, and other actors do it.
+    """
+    DataContext.get_current().execution_no_progress_timeout_s = -1  # nodes may be long in coming
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    make: Any = ray.remote(num_cpus=0)(_Shards)
+    shards = make.options(scheduling_strategy=here).remote(job.name, list(missing))
+    inbox: queue.Queue[Report | Exception | None] = queue.Queue()
+    streams = [
+        threading.Thread(
+            target=_stream, args=(job, len(missing), pool, number, shards, inbox), daemon=True
+        )
+        for number, pool in enumerate(pools)
+    ]
+    for stream in streams:
+        stream.start()
+    try:
+        yield from _reports(set(missing), shards, inbox, len(streams))
+    finally:
+        ray.get(shards.close.remote())
+        # A pool winds up at once. Only one whose nodes are lost or never came does not: its actors
+        # hold nothing while they wait for a place, and would find nothing to do.
+        for stream in streams:
+            stream.join(END_S)
+
+
+def _reports(
+    left: set[int],
+    shards: ActorHandle[Any],
+    inbox: queue.Queue[Report | Exception | None],
+    streams: int,
+) -> Iterator[Report]:
+    while left and streams:
+        try:
+            report = inbox.get(timeout=POLL_S)
+        except queue.Empty:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            if ray.get(shards.stranded.remote(alive)):
+                logger.warning("%d shards lie with lost nodes; others do them", len(left))
+                return
+            continue
+        if report is None:
+            streams -= 1
+        elif isinstance(report, Exception):
+            raise report
+        elif report.shard in left:
+            shards.done.remote(report.shard)
+            left.discard(report.shard)
+            yield report
+
+
+def _stream(
+    job: ShardJob,
+    tickets: int,
+    pool: Pool,
+    number: int,
+    shards: ActorHandle[Any],
+    inbox: queue.Queue[Report | Exception | None],
+) -> None:
+    """Runs one pool's pipeline in a thread of its own; its end, or its error, is a message too."""
+    try:
+        source = ray.data.from_items(
+            [{"ticket": ticket} for ticket in range(tickets)], override_num_blocks=tickets
+        )
+        results = source.map_batches(
+            _ShardActor,
+            fn_constructor_args=(job, number, shards),
+            batch_size=1,
+            compute=_strategy(pool, tickets),
+            num_cpus=pool.cpus_per_actor,
+            num_gpus=pool.gpus_per_actor or None,
+            **_selection(pool),
+        )
+        for row in results.iter_rows():
+            if row["report"]:
+                inbox.put(Report(**json.loads(row["report"])))
+        inbox.put(None)
+    except Exception as error:  # noqa: BLE001 (raised again in the thread that waits for it)
+        inbox.put(error)
+
+
+def _strategy(pool: Pool, tickets: int) -> ActorPoolStrategy:
+    most = min(pool.max_actors, tickets)
+    # A fixed number is not scaled down where several pools share the cluster by Ray Data's rules.
+    least = most if isinstance(pool.num_actors, int) else max(1, min(pool.min_actors, most))
+    return ActorPoolStrategy(
+        min_size=least,
+        max_size=most,
+        initial_size=most,  # all are asked for at once; work begins with those that fit
+        # One ticket at work and one waiting: it stands for no shard yet, so nothing waits with it.
+        max_tasks_in_flight_per_actor=2,
+    )
+
+
+def _selection(pool: Pool) -> dict[str, Any]:
+    """Where a pool's actors may run, as Ray's remote arguments; only what is asked for."""
+    asked = {
+        "accelerator_type": pool.accelerator_type,
+        "label_selector": pool.labels,
+        "resources": pool.resources,
+    }
+    return {name: value for name, value in asked.items() if value}

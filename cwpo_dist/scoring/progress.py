@@ -1,0 +1,170 @@
+"""Reports of committed shards in; a line of progress while it runs, throughput at the end, out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+
+from cwpo_dist.config import Pool
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 10.0  # where there is no terminal
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an actor says of one shard. It depends on time, so it never enters a committed file.
+
+    Attributes:
+        shard: its number.
+        actor: who did it.
+        pool: the number of the actor's pool.
+        busy_s: how long the shard took.
+        up_s: how long the actor has been up.
+        counts: of the shard; empty where another one had committed it before.
+    """
+
+    shard: int
+    actor: str
+    pool: int
+    busy_s: float
+    up_s: float
+    counts: Mapping[str, int]
+
+
+@dataclass
+class _Seen:
+    """An actor's time: since it came up, at work, and when it was last heard of."""
+
+    devices: float
+    came_up: float
+    busy_s: float = 0.0
+    last: float = 0.0
+
+
+@dataclass
+class Progress:
+    """A bar on a terminal, else a line in the log every few seconds.
+
+    Attributes:
+        name: of the job.
+        shards: how many it has.
+        done: how many were committed before.
+        pools: a device is a GPU in a pool that has them, else a CPU.
+    """
+
+    name: str
+    shards: int
+    done: int
+    pools: Sequence[Pool]
+    _counts: Counter[str] = field(default_factory=Counter)
+    _actors: dict[str, _Seen] = field(default_factory=dict)
+    _fresh: int = 0
+    _logged: float = field(default_factory=time.monotonic)
+    _bar: Bar | None = None
+    _task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (BarColumn(), TextColumn("{task.description}"))
+            self._bar = Bar(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(self.name, total=self.shards, completed=self.done)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def add(self, report: Report) -> None:
+        """Counts a shard in, and shows how far the job is."""
+        now = time.monotonic()
+        pool = self.pools[report.pool]
+        devices = pool.gpus_per_actor or pool.cpus_per_actor
+        seen = self._actors.setdefault(report.actor, _Seen(devices, now - report.up_s))
+        seen.busy_s += report.busy_s
+        seen.last = now
+        self.done += 1
+        self._fresh += 1
+        self._counts.update(report.counts)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, description=self.line())
+        elif now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            logger.info("%s", self.line())
+
+    @property
+    def rejects(self) -> int:
+        """Rows set aside so far."""
+        return self._counts["rejects"]
+
+    def line(self) -> str:
+        """Rates, share done, remaining time, rejects."""
+        counts, seconds = self._counts, self._seconds()
+        left = (self.shards - self.done) * seconds / max(self._fresh, 1)
+        return (
+            f"{self.name}: {self.done:,}/{self.shards:,} shards ({self.done / self.shards:.0%}), "
+            f"{counts['rows'] / seconds:,.1f} pairs/s, {counts['tokens'] / seconds:,.0f} tokens/s, "
+            f"{counts['rejects']:,} set aside, about {left:,.0f} s left"
+        )
+
+    def summary(self) -> str:
+        """What it took, in words."""
+        took = self.throughput()
+        if not took:
+            return "another driver did the rest"
+        hours = f"{took['device_hours']:.3g} device-hours"
+        if per_million := took.get("device_hours_per_million_pairs"):
+            hours += f", {per_million:.3g} for a million pairs"
+        return (
+            f"{self._counts['rows']:,} pairs in {took['seconds']:.0f} s by {took['actors']:.0f} "
+            f"actors, {took['busy_share']:.0%} busy, the first idle {took['tail_s']:.1f} s before "
+            f"the end: {hours}"
+        )
+
+    def throughput(self) -> dict[str, Any]:
+        """What this run did in what time; a resumed run counts its own part."""
+        counts, seconds, actors = self._counts, self._seconds(), list(self._actors.values())
+        held = sum(seen.devices * (seen.last - seen.came_up) for seen in actors) / 3600
+        if not actors:
+            return {}  # another driver did it all
+        idle_from, end = min(seen.last for seen in actors), max(seen.last for seen in actors)
+        numbers: dict[str, Any] = {
+            "shards": self._fresh,
+            "actors": len(actors),
+            "seconds": seconds,
+            "pairs_per_s": counts["rows"] / seconds,
+            "tokens_per_s": counts["tokens"] / seconds,
+            "device_hours": held,
+            "busy_share": sum(s.busy_s for s in actors) / sum(s.last - s.came_up for s in actors),
+            "tail_s": end - idle_from,
+        }
+        if counts["rows"]:
+            numbers["device_hours_per_million_pairs"] = held * 1e6 / counts["rows"]
+        if counts["padded_tokens"]:
+            numbers["padding_share"] = 1 - counts["tokens"] / counts["padded_tokens"]
+        if counts["flops"]:
+            numbers["useful_flops_per_s"] = counts["flops"] / seconds
+        return {name: float(f"{value:.6g}") for name, value in numbers.items()}
+
+    def _seconds(self) -> float:
+        """Since the first actor came up."""
+        came_up = [seen.came_up for seen in self._actors.values()]
+        last = [seen.last for seen in self._actors.values()]
+        return max(max(last) - min(came_up), 1e-3) if last else 1e-3

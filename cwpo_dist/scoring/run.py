@@ -1,0 +1,52 @@
+"""A sharded job and a stage's pools in; every shard committed; counts and throughput out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from cwpo_dist.config import ConfigError, PoolConfig
+from cwpo_dist.scoring.pipeline import ShardJob, total_counts
+from cwpo_dist.scoring.placement import alive_machines, pool_faults
+from cwpo_dist.scoring.pool import run_pools
+from cwpo_dist.scoring.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def run_shards(
+    job: ShardJob, config: PoolConfig, check_rejects: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Runs the missing shards.
+
+    Args:
+        job: what is to be done.
+        config: by which pools.
+        check_rejects: gets the number of rows that this run has set aside; what it raises ends it.
+
+    Returns:
+        The counts summed over all shards, and under `throughput` what this run did in what time.
+
+    Raises:
+        ConfigError: when a pool can never be placed on the cluster.
+        ShardError: when a shard cannot be done.
+    """
+    missing = job.missing()
+    done = len(job.indices) - len(missing)
+    logger.info("%s: %d of %d shards to do", job.name, len(missing), len(job.indices))
+    throughput = {}
+    if missing:
+        faults = [f"{job.name}: {fault}" for fault in pool_faults("", config, alive_machines())]
+        if faults:
+            raise ConfigError("\n".join(faults))
+        with Progress(job.name, len(job.indices), done, config.actor_pools()) as progress:
+            while missing:
+                for report in run_pools(job, missing, config.actor_pools()):
+                    progress.add(report)
+                    if check_rejects is not None:
+                        check_rejects(progress.rejects)
+                missing = job.missing()
+        logger.info("%s: %s", job.name, progress.summary())
+        throughput = {"throughput": progress.throughput()}
+    return dict(total_counts(job)) | throughput

@@ -1,0 +1,120 @@
+"""Several Ray nodes on this machine for test_pools.py: `python fleet.py FOLDER`.
+
+FOLDER/found.json says what each node did: several pools, a node that is lost, one that comes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.cluster_utils import Cluster
+
+from cwpo_dist.config import ConfigError, PoolConfig
+from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.scoring.attempts import Rows, ShardOutput
+from cwpo_dist.scoring.pipeline import ShardJob
+from cwpo_dist.scoring.run import run_shards
+from cwpo_dist.storage import Store
+
+SHARDS = 14
+
+
+@dataclass
+class Where:
+    """Says on which node a shard was done, after some seconds there."""
+
+    seconds: dict[str, float]
+    marks: Path
+
+    def read(self, index: int) -> Rows:
+        return [{"pair_id": str(index), "position": 0}]
+
+    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+        node = ray.get_runtime_context().get_node_labels()["kind"]
+        (self.marks / f"{index}-{node}").touch()
+        time.sleep(self.seconds[node])
+        counts = {"rows_in": len(rows), "rows": len(rows)}
+        return ShardOutput(pa.table({"node": [node]}), REJECT_SCHEMA.empty_table(), counts)
+
+
+def job(folder: Path, name: str, seconds: dict[str, float]) -> ShardJob:
+    marks = folder / f"{name}-marks"
+    marks.mkdir()
+    return ShardJob(name, Store(str(folder)), SHARDS, partial(Where, seconds, marks))
+
+
+def done_by(work: ShardJob) -> list[str]:
+    tables = [work.output.read_table(work.file(index)) for index in range(SHARDS)]
+    return [table["node"][0].as_py() for table in tables]
+
+
+def when_begun(marks: Path, node: str, what: Callable[[], Any]) -> None:
+    """Does something as soon as this node has a shard under way."""
+
+    def wait() -> None:
+        while not list(marks.glob(f"*-{node}")):
+            time.sleep(0.05)
+        what()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def pools(*kinds: tuple[str, Any]) -> PoolConfig:
+    made = [
+        {"num_actors": number, "cpus_per_actor": 0.5, "labels": {"kind": kind}}
+        for kind, number in kinds
+    ]
+    return PoolConfig.model_validate({"pools": made})
+
+
+def scenarios(cluster: Cluster, folder: Path) -> dict[str, Any]:
+    def add(kind: str) -> Any:
+        return cluster.add_node(num_cpus=1, labels={"kind": kind}, resources={kind: 1.0})
+
+    found: dict[str, Any] = {}
+    slow, _ = add("slow"), add("fast")
+    first = job(folder, "mixed", {"slow": 1.0, "fast": 0.1})
+    made = run_shards(first, pools(("slow", 1), ("fast", 1)))
+    found["mixed"] = done_by(first)
+    found["throughput"] = made["throughput"]
+
+    custom = job(folder, "custom", {"slow": 0.0, "fast": 0.0})
+    config = {"resources": {"fast": 0.5}, "num_actors": [1, 2], "cpus_per_actor": 0.5}
+    run_shards(custom, PoolConfig.model_validate(config))
+    found["custom"] = done_by(custom)
+    try:
+        run_shards(job(folder, "never", {}), pools(("fast", 1), ("purple", 1)))
+    except ConfigError as error:
+        found["refused"] = str(error)
+
+    lost = job(folder, "lost", {"slow": 60.0, "fast": 0.1, "late": 0.1})
+    marks = folder / "lost-marks"
+    when_begun(marks, "slow", lambda: cluster.remove_node(slow, allow_graceful=False))
+    when_begun(marks, "fast", lambda: add("late"))
+    started = time.monotonic()
+    run_shards(lost, pools(("slow", 1), ("fast", 1), ("late", (0, 1))))
+    found["lost"] = done_by(lost)
+    found["lost_s"] = time.monotonic() - started
+    found["lost_begun"] = sorted(path.name for path in marks.iterdir())
+    return found
+
+
+if __name__ == "__main__":
+    made_by = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        ray.init(address=made_by.address, logging_level="ERROR")
+        place = Path(sys.argv[1])
+        (place / "found.json").write_text(json.dumps(scenarios(made_by, place)))
+    finally:
+        ray.shutdown()
+        made_by.shutdown()

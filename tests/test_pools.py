@@ -1,0 +1,179 @@
+"""Pools: what can never be placed is refused; several kinds of nodes share one job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import SHARDS
+
+from cwpo_dist.config import ConfigError, Pool, PoolConfig, parse_config
+from cwpo_dist.scoring.placement import Machine, pool_faults
+from cwpo_dist.scoring.progress import Progress, Report
+from cwpo_dist.storage import Store
+
+PLAIN = Machine(8.0, 0.0, {"CPU": 8.0}, {"zone": "a"})
+GPUS = Machine(16.0, 4.0, {"GPU": 4.0, "accelerator_type:L4": 1.0, "licence": 2.0}, {"zone": "b"})
+
+
+def faults(**fields: Any) -> list[str]:
+    return list(pool_faults("annotate.", PoolConfig.model_validate(fields), [PLAIN, GPUS]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"cpus_per_actor": 17}, r"annotate\.cpus_per_actor: 17, but the largest node .* has 16"),
+        ({"gpus_per_actor": 5}, r"annotate\.gpus_per_actor: 5, but the largest .* has 4"),
+        ({"accelerator_type": "H100"}, r"annotate\.accelerator_type: H100, but .* has 0"),
+        ({"labels": {"zone": "c"}}, r"annotate\.labels: no node .* has zone=c; start one"),
+        ({"labels": {"zone": "!in(a,b)"}}, r"annotate\.labels: no node .* has zone=!in\(a,b\)"),
+        ({"resources": {"licence": 3}}, r"annotate\.resources\.licence: 3, but .* has 2"),
+        ({"resources": {"tape": 1}}, r"annotate\.resources\.tape: 1, but .* has 0"),
+        (
+            {"gpus_per_actor": 1, "labels": {"zone": "a"}},
+            r"annotate\.cpus_per_actor: 1, but no single .*, gpus_per_actor, labels\.zone",
+        ),
+        (
+            {"gpus_per_actor": 0.5, "num_actors": [9, 20]},
+            r"annotate\.num_actors: at least 9, but 2 nodes .* has room for 8",
+        ),
+        (
+            {"pools": [{"gpus_per_actor": 1}, {"resources": {"tape": 1}}]},
+            r"annotate\.pools\.1\.resources\.tape: 1",
+        ),
+        (
+            {"pools": [{"num_actors": [0, 2], "labels": {"zone": "c"}}]},
+            r"pools\.0\.labels",
+        ),
+    ],
+)
+def test_what_can_never_be_placed_is_refused_by_field(fields: dict[str, Any], said: str) -> None:
+    (fault,) = faults(**fields)
+    assert re.search(said, fault), fault
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_actors": 1000},  # as many as there is room for
+        {"gpus_per_actor": 0.5, "num_actors": [8, 20]},
+        {"accelerator_type": "L4", "gpus_per_actor": 1, "labels": {"zone": "in(b,c)"}},
+        {"labels": {"zone": "!a"}, "resources": {"licence": 2}},
+        {"pools": [{"gpus_per_actor": 1}, {"num_actors": [0, 9], "labels": {"zone": "c"}}]},
+    ],
+)
+def test_what_fits_is_not_refused(fields: dict[str, Any]) -> None:
+    assert faults(**fields) == []
+
+
+@pytest.mark.parametrize(
+    ("annotate", "said"),
+    [
+        ({"num_actors": [3, 2]}, "min is above max"),
+        ({"gpus_per_actor": 1.5}, "whole ones"),
+        ({"cpus_per_actor": 2, "pools": [{}]}, "given beside cpus_per_actor"),
+    ],
+)
+def test_pools_that_make_no_sense_are_refused(annotate: dict[str, Any], said: str) -> None:
+    sources = {"sources": [{"path": "pairs.jsonl"}]}
+    with pytest.raises(ConfigError, match=said):
+        parse_config({"output_dir": "run", "prepare": sources, "annotate": annotate})
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What nodes of several kinds did; they live on this machine, in a process of their own."""
+    script = Path(__file__).parent / "fleet.py"
+    scratch = tempfile.mkdtemp(prefix="cwpo-")  # short: a socket's path may have 107 bytes
+    folder = tmp_path_factory.mktemp("fleet")
+    command = [sys.executable, str(script), str(folder)]
+    environment = os.environ | {"RAY_TMPDIR": scratch}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    shutil.rmtree(scratch, ignore_errors=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def test_a_fast_pool_takes_more_shards_and_none_waits_behind_the_slow_one(
+    fleet: dict[str, Any],
+) -> None:
+    assert fleet["mixed"].count("fast") > fleet["mixed"].count("slow") > 0
+    assert fleet["throughput"]["actors"] == 2
+    assert fleet["throughput"]["tail_s"] < 1.5
+
+
+def test_actors_run_where_their_resources_are_and_nowhere_else(fleet: dict[str, Any]) -> None:
+    assert fleet["custom"] == ["fast"] * SHARDS
+    assert "never: pools.1.labels: no node" in fleet["refused"]
+    assert "kind=purple" in fleet["refused"]
+
+
+def test_a_lost_nodes_shard_is_done_elsewhere_and_a_node_that_comes_works(
+    fleet: dict[str, Any],
+) -> None:
+    assert any(name.endswith("-slow") for name in fleet["lost_begun"]), "nothing was under way"
+    assert set(fleet["lost"]) <= {"fast", "late"}
+    assert fleet["lost_s"] < 50, "it waited for the lost node"
+
+
+def test_actors_that_start_at_once_copy_a_remote_model_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Store(f"memory://{tmp_path.name}/model")
+    for name in ("config.json", "weights.bin"):
+        store.create(name, name.encode())
+    copied, get_file = [], store.filesystem.get_file
+
+    def slow(path: str, to: str) -> None:
+        copied.append(path)
+        time.sleep(0.1)
+        get_file(path, to)
+
+    monkeypatch.setattr(store.filesystem, "get_file", slow)
+    with ThreadPoolExecutor(4) as actors:
+        places = list(actors.map(lambda _: store.staged(), range(4)))
+    assert len(set(places)) == 1
+    assert len(copied) == 2, "each file once"
+    assert (places[0] / "weights.bin").read_bytes() == b"weights.bin"
+    shutil.rmtree(places[0])
+    half = places[0].with_suffix(".partial")  # as a copier leaves it that was killed
+    half.mkdir()
+    (half / "weights.bin").write_bytes(b"weig")
+    (half / "stale.json").touch()
+    assert sorted(path.name for path in store.staged().iterdir()) == ["config.json", "weights.bin"]
+    assert (places[0] / "weights.bin").read_bytes() == b"weights.bin"
+
+
+def test_throughput_is_counted_by_hand() -> None:
+    counts = {"rows": 100, "tokens": 5000, "padded_tokens": 6250, "flops": 10**9, "rejects": 2}
+    progress = Progress("scores", 10, 7, [Pool(gpus_per_actor=0.5), Pool(cpus_per_actor=3)])
+    with progress:
+        for shard, actor, pool in ((7, "gpu", 0), (8, "cpu", 1), (9, "gpu", 0)):
+            up_s = 10.0 if shard == 7 else 4.0
+            progress.add(Report(shard, actor, pool, 3.0, up_s, counts if shard < 9 else {}))
+            time.sleep(0.1)
+    found = progress.throughput()
+    assert found["seconds"] == pytest.approx(10.2, abs=0.05)
+    assert found["pairs_per_s"] == pytest.approx(200 / 10.2, rel=0.01)
+    assert found["padding_share"] == pytest.approx(0.2)
+    assert found["useful_flops_per_s"] == pytest.approx(2e9 / 10.2, rel=0.01)
+    hours = (0.5 * 10.2 + 3 * 4.0) / 3600
+    assert found["device_hours"] == pytest.approx(hours, rel=0.01)
+    assert found["device_hours_per_million_pairs"] == pytest.approx(hours * 5000, rel=0.01)
+    assert found["busy_share"] == pytest.approx(9.0 / 14.2, rel=0.01)
+    assert found["tail_s"] == pytest.approx(0.1, abs=0.05)
+    assert "10/10 shards (100%)" in progress.line()
+    assert "4 set aside, about 0 s left" in progress.line()
