@@ -14,7 +14,7 @@ from cwpo_dist.lm.loading import model_fingerprint
 from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.storage import Store, digest
 
-FORMAT = 1  # of what stages write: raised when the same settings would give other files
+FORMAT = 2  # of what stages write: raised when the same settings would give other files
 
 
 @dataclass(frozen=True)
