@@ -83,7 +83,7 @@ def scenarios(cluster: Cluster, folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     slow, _ = add("slow"), add("fast")
-    first = job(folder, "mixed", {"slow": 1.0, "fast": 0.1})
+    first = job(folder, "mixed", {"slow": 0.5, "fast": 0.15})
     made = run_shards(first, pools(("slow", 1), ("fast", 1)))
     found["mixed"] = done_by(first)
     found["throughput"] = made["throughput"]
@@ -97,15 +97,24 @@ def scenarios(cluster: Cluster, folder: Path) -> dict[str, Any]:
     except ConfigError as error:
         found["refused"] = str(error)
 
-    lost = job(folder, "lost", {"slow": 60.0, "fast": 0.1, "late": 0.1})
+    lost = job(folder, "lost", {"slow": 60.0, "fast": 1.0, "late": 0.1})
     marks = folder / "lost-marks"
     when_begun(marks, "slow", lambda: cluster.remove_node(slow, allow_graceful=False))
-    when_begun(marks, "fast", lambda: add("late"))
+    late: list[Any] = []
+    when_begun(marks, "fast", lambda: late.append(add("late")))
     started = time.monotonic()
     run_shards(lost, pools(("slow", 1), ("fast", 1), ("late", (0, 1))))
     found["lost"] = done_by(lost)
     found["lost_s"] = time.monotonic() - started
     found["lost_begun"] = sorted(path.name for path in marks.iterdir())
+
+    alone = job(folder, "alone", {"fast": 0.1, "late": 60.0})
+    marks = folder / "alone-marks"
+    when_begun(marks, "late", lambda: cluster.remove_node(late[0], allow_graceful=False))
+    one_pool = {"labels": {"kind": "in(fast,late)"}, "num_actors": 2, "cpus_per_actor": 1}
+    run_shards(alone, PoolConfig.model_validate(one_pool))
+    found["alone"] = done_by(alone)
+    found["alone_begun"] = sorted(path.name for path in marks.iterdir())
     return found
 
 

@@ -55,7 +55,7 @@ def blamed(output: ShardOutput) -> dict[str, str]:
     return {row["row"]: row["reason"] for row in output.rejects.to_pylist()}
 
 
-@pytest.mark.parametrize("bad", [{0}, {36}, {7, 8, 20}, set(range(N))])
+@pytest.mark.parametrize("bad", [{0}, {36}, {7, 8, 20}, set(range(1, N))])
 def test_the_rows_that_fail_are_found_and_the_rest_is_one_run_without_them(bad: set[int]) -> None:
     errors = {number: IndexError(f"{number} at <M object at 0x7f12ab>\nmore") for number in bad}
     output = attempt(Doubling(errors), 0, SOURCE)
@@ -93,6 +93,12 @@ def test_what_no_row_can_be_blamed_for_ends_the_run_at_once(error: Exception) ->
     with pytest.raises((OSError, ImportError, ShardError)):
         attempt(worker, 0, SOURCE)
     assert worker.calls == 1
+
+
+def test_where_every_row_fails_none_is_blamed() -> None:
+    errors = {number: KeyError("lm_head") for number in range(N)}
+    with pytest.raises(ShardError, match=r"each of its 37 rows fails \(KeyError: 'lm_head'\)"):
+        attempt(Doubling(errors), 0, SOURCE)
 
 
 def test_rows_that_fail_only_together_are_not_blamed() -> None:

@@ -95,3 +95,10 @@ def test_an_actor_that_fits_nowhere_is_refused_before_start(tmp_path: Path, fiel
     with pytest.raises(ConfigError, match=f"{field}: 1000, .*largest node .* has .*lower it"):
         run_shards(job(tmp_path), pool)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_more_actors_than_there_is_room_for_do_no_harm(tmp_path: Path) -> None:
+    counts = run_shards(job(tmp_path, shards=12), PoolConfig(num_actors=9, cpus_per_actor=1.5))
+    assert counts["rows"] == 36
+    assert counts["throughput"]["actors"] <= 2

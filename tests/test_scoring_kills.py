@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 from scoring_driver import POOL, ROWS, SHARDS, make_job, write_inputs
 
+from cwpo_dist.cli import user_message
 from cwpo_dist.scoring.pipeline import committed_rejects, total_counts
 from cwpo_dist.scoring.run import run_shards
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import StorageError, Store
 
 PATIENCE_S = 120
 Driver = subprocess.Popen[bytes]
@@ -104,8 +106,10 @@ def test_a_driver_and_its_actor_killed_while_a_second_driver_works(
 
 def test_a_writer_that_fails_half_way_ends_the_run_and_the_next_one_mends_it(quiet: Path) -> None:
     broken = make_job(quiet, "full", seconds=0.0, full_at=3)
-    with pytest.raises(Exception, match=r"storage refused to write .*part-00003\.parquet"):
+    with pytest.raises(StorageError) as raised:
         run_shards(broken, POOL)
+    said = user_message(raised.value) or ""
+    assert re.match(r"storage refused to write '.*part-00003\.parquet': .*File too large", said)
     assert 3 in broken.missing()
     assert any("part-00003" in name for name in broken.output.names("rejects")), "not half-way"
     run_shards(make_job(quiet, "full", seconds=0.0), POOL)

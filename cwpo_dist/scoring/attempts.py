@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 Rows = Sequence[Mapping[str, Any]]
 
 TRIES = 3
+SUSPICIOUS = 8  # rows of a shard that all fail: no coincidence
 # Never a row's fault: files and storage, host and device memory, a missing library.
 _ENVIRONMENT = (OSError, MemoryError, ImportError, torch.OutOfMemoryError)
 # How torch says, in plain RuntimeErrors, that a CPU is out of memory, and that a device is broken
@@ -57,16 +58,19 @@ class ShardWorker(Protocol):
         ...
 
 
-def attempt(worker: ShardWorker, index: int, source: str) -> ShardOutput:
+def attempt(
+    worker: ShardWorker, index: int, source: str, suspicious: float = SUSPICIOUS
+) -> ShardOutput:
     """Reads a shard and runs it through the worker; rows that make it fail are set aside.
 
     Args:
         worker: whose exceptions are a row's fault, unless they are the environment's.
         index: of the shard.
         source: the file that its rows came from, for the rejects.
+        suspicious: where so many rows or more all fail, the rows are not to blame.
 
     Raises:
-        ShardError: when device or memory fail, or all rows together but none of them alone.
+        ShardError: when device or memory fail, or every row, or all together but none alone.
         OSError: when storage fails.
     """
     rows = worker.read(index)
@@ -76,6 +80,11 @@ def attempt(worker: ShardWorker, index: int, source: str) -> ShardOutput:
             return output
         logger.warning("%s: try %d of %d failed: %s", source, number, TRIES, output)
     failing = _bisect(worker, index, rows)
+    if len(failing) == len(rows) >= suspicious:
+        raise ShardError(
+            f"{source}: each of its {len(rows)} rows fails ({failing[0]}), so the rows are not to "
+            "blame; mend the model, its tokenizer or the environment"
+        )
     logger.warning("%s: %d of %d rows set aside", source, len(failing), len(rows))
     rest = _try(worker, index, [row for place, row in enumerate(rows) if place not in failing])
     if isinstance(rest, str):

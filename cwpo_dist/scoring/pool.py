@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import threading
@@ -22,18 +23,19 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cwpo_dist.config import Pool
-from cwpo_dist.scoring.attempts import ShardError, ShardWorker, attempt
+from cwpo_dist.scoring.attempts import SUSPICIOUS, ShardError, ShardWorker, attempt
 from cwpo_dist.scoring.pipeline import ShardJob, commit, part
 from cwpo_dist.scoring.progress import Report
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 2.0  # how often we look for lost nodes while no shard is reported
-END_S = 10.0  # how long we wait for a pool to wind up when nothing is left to do
+END_S = 3.0  # how long a pool may take to wind up when nothing is left to do
 MOST_DEATHS = 10  # of actors on living nodes over one shard: then the shard itself kills them
 
 
@@ -121,7 +123,8 @@ class _ShardActor:
     def _do(self, index: int) -> Report:
         worker, started, counts = self.worker, time.monotonic(), {}
         if not self.job.output.exists(self.job.file(index)):
-            output = attempt(worker, index, part("pairs", index))
+            suspicious = math.inf if self.job.retry else SUSPICIOUS  # these all failed before
+            output = attempt(worker, index, part("pairs", index), suspicious)
             if commit(self.job, index, output):
                 counts = dict(output.counts)
         now = time.monotonic()
@@ -152,16 +155,32 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
         )
         for number, pool in enumerate(pools)
     ]
+    before = set(threading.enumerate())
     for stream in streams:
         stream.start()
     try:
         yield from _reports(set(missing), shards, inbox, len(streams))
     finally:
         ray.get(shards.close.remote())
-        # A pool winds up at once. Only one whose nodes are lost or never came does not: its actors
-        # hold nothing while they wait for a place, and would find nothing to do.
-        for stream in streams:
-            stream.join(END_S)
+        _end(streams, before)
+
+
+def _end(streams: Sequence[threading.Thread], before: set[threading.Thread]) -> None:
+    """Waits for the pools to wind up, and ends those that do not.
+
+    Their actors wait for nodes that are lost, or are busy with what another pool has done. Ray Data
+    is told to end by its consumer, which here waits for a row that may never come; its executor is
+    the thread that can be told instead.
+    """
+    deadline = time.monotonic() + END_S
+    for stream in streams:
+        stream.join(max(0.0, deadline - time.monotonic()))
+    if any(stream.is_alive() for stream in streams):
+        for thread in set(threading.enumerate()) - before:
+            if isinstance(thread, StreamingExecutor):
+                thread.shutdown(force=True)
+    for stream in streams:
+        stream.join(END_S)
 
 
 def _reports(
