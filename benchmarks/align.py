@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided before torch
-os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, as of any launcher
 
 import measure
 import torch
@@ -86,6 +85,7 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     if spec["engine"] == "torch":
         engine: Any = TorchEngine(module, config)
     else:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as of any launcher
         meet = f"file://{tempfile.mkdtemp()}/group"
         torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
         settings = deepspeed_engine.deepspeed_config(config, torch.float32)
