@@ -18,7 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cwpo_dist.config import Config, load_config
+from cwpo_dist import __version__
+from cwpo_dist.config import Config
+from cwpo_dist.config_file import load_config
 
 if TYPE_CHECKING:
     from cwpo_dist.stages.plan import Plan, ShownRow
@@ -47,6 +49,21 @@ app = typer.Typer(
     "then `cwpo run CONFIG.yaml`. A command that was cut off goes on where it was when "
     "you give it again.",
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cwpo_dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it, end.")
+    ] = False,
+) -> None: ...
+
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; see jobs/recipes for examples.")

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from small_run import small_config, write_config
 from tiny import save_tiny
 
-from cwpo_dist import cli
-from cwpo_dist.config import ConfigError, load_config, parse_config
+from cwpo_dist import __version__, cli
+from cwpo_dist.config import ConfigError
+from cwpo_dist.config_file import load_config, parse_config
 from cwpo_dist.stages.checks import Machine, check, pool_faults, training_faults
 from cwpo_dist.stages.compare import CompareError, compare
 from cwpo_dist.stages.costs import total_steps
@@ -56,6 +57,13 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"cwpo_dist {__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.config import ARMS, Config, ConfigError, load_config, parse_config
+from cwpo_dist.config import ARMS, Config, ConfigError
+from cwpo_dist.config_file import load_config, parse_config
 
 SMALL: dict[str, Any] = {"output_dir": "runs/x", "prepare": {"sources": [{"path": "pairs.jsonl"}]}}
 
@@ -30,8 +31,9 @@ def fault(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"output_dri": "x"}, ["output_dri", "unknown key", "remove it or check its spelling"]),
-        ({"align": {"betta": 1}}, ["align.betta", "unknown key"]),
+        ({"output_dri": "x"}, ["output_dri", "unknown key", "did you mean 'output_dir'?"]),
+        ({"align": {"betta": 1}}, ["align.betta", "unknown key; did you mean 'beta'?"]),
+        ({"align": {"zzz": 1}}, ["align.zzz", "remove it or check its spelling"]),
         ({"prepare": {}}, ["prepare.sources", "missing", "add it to the config"]),
         ({"prepare": {"sources": []}}, ["prepare.sources", "at least 1 item", "got []"]),
         ({"prepare": {"sources": [{}]}}, ["prepare.sources.0.path", "missing"]),

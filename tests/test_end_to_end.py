@@ -12,7 +12,8 @@ import pytest
 from small_run import small_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cwpo_dist.config import Config, parse_config
+from cwpo_dist.config import Config
+from cwpo_dist.config_file import parse_config
 from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.run import run
 from cwpo_dist.storage import MANIFEST, Store

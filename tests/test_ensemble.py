@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 
-from cwpo_dist.config import Config, ConfigError, parse_config
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config_file import parse_config
 from cwpo_dist.evaluation.calibration import fit_scale, fit_temperature
 from cwpo_dist.stages.checks import weighing_faults
 from cwpo_dist.stages.graph import graph

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
-from cwpo_dist.config import ConfigError, parse_config
+from cwpo_dist.config import ConfigError
+from cwpo_dist.config_file import parse_config
 from cwpo_dist.stages.graph import graph
 from cwpo_dist.stages.run import nodes_until
 

@@ -11,7 +11,8 @@ import pytest
 from small_run import small_config
 from tiny import tiny_classifier, tiny_tokenizer
 
-from cwpo_dist.config import Config, parse_config
+from cwpo_dist.config import Config
+from cwpo_dist.config_file import parse_config
 from cwpo_dist.pairs.records import SCORE_SCHEMA
 from cwpo_dist.scoring.earlier import EarlierScores, ranged_files
 from cwpo_dist.stages.run import nodes_until, run

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from small_run import small_config, write_config
 
-from cwpo_dist.config import load_config
+from cwpo_dist.config_file import load_config
 from cwpo_dist.stages.graph import graph
 
 COMMAND = [sys.executable, "-m", "cwpo_dist.cli"]

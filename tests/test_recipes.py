@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cwpo_dist.config import Config, LoraConfig, Source, load_config
+from cwpo_dist.config import Config, LoraConfig, Source
+from cwpo_dist.config_file import load_config
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
 DATA = ("hh-harmless", "hh-helpful", "tldr", "ultrafeedback")

@@ -13,7 +13,8 @@ from small_run import small_config, write_config
 from test_kills import finish, kill_when
 from tiny import tiny_classifier, tiny_tokenizer
 
-from cwpo_dist.config import Config, ConfigError, load_config, parse_config
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config_file import load_config, parse_config
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.annotate import RejectsError
 from cwpo_dist.stages.graph import graph

@@ -19,7 +19,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from cwpo_dist.config import Config, ConfigError, parse_config
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config_file import parse_config
 from cwpo_dist.submit import (
     Settings,
     SubmitError,

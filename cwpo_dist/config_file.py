@@ -1,0 +1,124 @@
+"""YAML files and dotted overrides in, a validated configuration out; errors that name the field."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from cwpo_dist.config import Config, ConfigError, Section
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file, lays overrides over it from left to right, validates.
+
+    An override is `key.sub=value` (the value is YAML), or another YAML file whose sections are
+    merged into what was read before it; so data, models and hyperparameters can live apart.
+
+    Raises:
+        ConfigError: for a missing file, bad YAML, an unknown key or a bad value; the message has
+            one line per fault: field, value, remedy.
+    """
+    data = _read_yaml(path)
+    for override in overrides or []:
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            _merge(data, _read_yaml(override))
+        else:
+            _apply(data, override)
+    return parse_config(data)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config: no file {str(path)!r}; see jobs/recipes for examples") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config: {path} must hold a mapping of sections")
+    return data
+
+
+def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:
+    """Lays `over` on `data` in place: mappings merge, everything else is replaced."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
+
+
+def parse_config(data: dict[str, Any]) -> Config:
+    """Validates a plain dictionary.
+
+    Raises:
+        ConfigError: one line per fault.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Sets `a.b.c=value` (also `a.0.b=value` for lists) in place."""
+    dotted, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: write key.sub=value, or name a YAML file")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{dotted}: {text!r} is not valid YAML: {error}") from None
+    *parents, last = dotted.split(".")
+    target: Any = data
+    try:
+        for part in parents:
+            target = _step_into(target, part)
+        target[int(last) if isinstance(target, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise ConfigError(
+            f"override {override!r}: there is no place {dotted!r}; the config has a single value "
+            "or a shorter list on the way"
+        ) from None
+
+
+def _step_into(target: Any, part: str) -> Any:
+    """The section or list entry `part` of `target`; a missing section is made."""
+    if isinstance(target, list):
+        return target[int(part)]
+    if target.get(part) is None:
+        target[part] = {}
+    return target[part]
+
+
+def _explain(fault: Any) -> str:
+    field = ".".join(str(part) for part in fault["loc"]) or "config"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        return f"{field}: unknown key; {_suggestion(fault['loc'])}"
+    if fault["type"] == "missing":
+        return f"{field}: missing; add it to the config"
+    return f"{field}: {message} (got {fault['input']!r})" if fault["loc"] else message
+
+
+def _suggestion(loc: tuple[str | int, ...]) -> str:
+    """The key of that section that is spelled most like it."""
+    section: Any = Config
+    for part in loc[:-1]:
+        if section is not None and part in section.model_fields:  # not a place in a list
+            section = _section_in(section.model_fields[part].annotation)
+    known = [] if section is None else list(section.model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "remove it or check its spelling"
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that a field holds, also in a list or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (_section_in(inner) for inner in get_args(annotation))
+    return next((section for section in found if section is not None), None)
