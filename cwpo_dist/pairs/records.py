@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
+
+from cwpo_dist.storage import Store
 
 Kind = Literal["text", "conversational"]
 
@@ -146,3 +149,38 @@ def check(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
         return table.select(schema.names).cast(schema)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise RecordError(f"{where}: {error}; rewrite it with the stage that made it") from None
+
+
+def read_records(
+    store: Store, name: str, schema: pa.Schema, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """A file of records, or some of its columns, checked: the door through which stages read.
+
+    Raises:
+        RecordError: for a file that does not follow its schema.
+    """
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    return check(_read(store, name, wanted.names), wanted, store.path(name))
+
+
+def read_pairs(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of a file of pairs, checked; prompt and answers are of the kind that they are."""
+    table = _read(store, name, columns)
+    text = [column for column in ("prompt", "response_a", "response_b") if column in columns]
+    messages = bool(text) and all(
+        pa.types.is_list(field.type) for field in table.schema if field.name in text
+    )
+    schema = pair_schema("conversational" if messages else "text")
+    wanted = pa.schema([schema.field(column) for column in columns])
+    return check(table, wanted, store.path(name))
+
+
+def _read(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
+    try:
+        return store.read_table(name, list(columns))
+    except pa.ArrowInvalid as error:  # a column that is missing, or no Parquet at all
+        what = str(error).splitlines()[0]
+        raise RecordError(
+            f"{store.path(name)}: cannot read {', '.join(columns)}: {what}; rewrite it with the "
+            "stage that made it"
+        ) from None

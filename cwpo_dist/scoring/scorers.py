@@ -25,6 +25,8 @@ from cwpo_dist.pairs.records import (
     REJECT_SCHEMA,
     SCORE_SCHEMA,
     TOKEN_SCHEMA,
+    read_pairs,
+    read_records,
 )
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
 from cwpo_dist.scoring.forward import RowForward
@@ -54,7 +56,7 @@ class PairsIn:
     def read(self, index: int) -> list[dict[str, Any]]:
         """The rows of one shard, in file order, each with its `position` in the file."""
         columns = ["pair_id", "prompt", "response_a", "response_b", "split"]
-        rows = self.store.read_table(part("pairs", index), columns).to_pylist()
+        rows = read_pairs(self.store, part("pairs", index), columns).to_pylist()
         placed = [row | {"position": position} for position, row in enumerate(rows)]
         if self.only is not None:
             wanted = self.only(index)
@@ -218,7 +220,7 @@ class ReferenceWorker:
 
 def read_tokens(tokens: Store, index: int) -> dict[str, Row]:
     """The tokens of one shard by pair id; answers in the pair's order (a, b)."""
-    table = tokens.read_table(part("tokens", index)).to_pylist()
+    table = read_records(tokens, part("tokens", index), TOKEN_SCHEMA).to_pylist()
     return {r["pair_id"]: Row(r["prompt"], (r["answer_a"], r["answer_b"])) for r in table}
 
 

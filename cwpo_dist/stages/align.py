@@ -8,6 +8,7 @@ from typing import Any
 from cwpo_dist.config import AlignConfig
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder
+from cwpo_dist.pairs.records import preference_schema, read_records
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages.context import Context, policy_of, read_log_probs
@@ -69,7 +70,8 @@ class WeightedPairs:
         references: list[tuple[float, float]] = []
         for index in range(self.shards):
             columns = ["pair_id", "label", "weight"]
-            table = self.preferences.read_table(part("preferences", index), columns)
+            name, schema = part("preferences", index), preference_schema("text")
+            table = read_records(self.preferences, name, schema, columns)
             tokens = read_tokens(self.tokens, index)
             log_probs = read_log_probs(self.reference, index)
             for line in table.to_pylist():

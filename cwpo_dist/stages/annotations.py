@@ -15,7 +15,7 @@ from cwpo_dist.evaluation.annotators import HeldOut
 from cwpo_dist.evaluation.calibration import fit_scale, people_share
 from cwpo_dist.evaluation.shares import Floats
 from cwpo_dist.pairs.labels import Opinion
-from cwpo_dist.pairs.records import content_hash
+from cwpo_dist.pairs.records import content_hash, read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context, ScoresIn
 from cwpo_dist.stages.graph import Node, members
@@ -43,7 +43,7 @@ class Annotated:
 
     def rows(self, index: int, columns: list[str]) -> list[dict[str, Any]]:
         """Columns of one shard's pairs."""
-        table = self.pairs.read_table(part("pairs", index), columns)
+        table = read_pairs(self.pairs, part("pairs", index), columns)
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
 

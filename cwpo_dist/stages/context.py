@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA, read_records
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn
 from cwpo_dist.stages.graph import Node
@@ -91,7 +92,8 @@ class ScoresIn:
         """(score_a, score_b) of one shard by pair id."""
         columns = ["pair_id", "score_a", "score_b"]
         names = score_files(self.store, index, self.retries)
-        rows = [row for name in names for row in self.store.read_table(name, columns).to_pylist()]
+        tables = [read_records(self.store, name, SCORE_SCHEMA, columns) for name in names]
+        rows = [row for table in tables for row in table.to_pylist()]
         return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
 
 
@@ -104,5 +106,6 @@ def score_files(store: Store, index: int, retries: int) -> list[str]:
 def read_log_probs(store: Store, index: int) -> dict[str, tuple[float, float]]:
     """(logp_a, logp_b) of one shard by pair id, from an output folder of `reference`."""
     columns = ["pair_id", "logp_a", "logp_b"]
-    rows = store.read_table(part("reference", index), columns).to_pylist()
+    name = part("reference", index)
+    rows = read_records(store, name, REFERENCE_SCHEMA, columns).to_pylist()
     return {row["pair_id"]: (row["logp_a"], row["logp_b"]) for row in rows}

@@ -12,7 +12,13 @@ from cwpo_dist.config import ConfigError, ModelConfig, PoolConfig
 from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.gold import load_function
-from cwpo_dist.pairs.records import pair_schema
+from cwpo_dist.pairs.records import (
+    ANSWER_SCHEMA,
+    SCORE_SCHEMA,
+    pair_schema,
+    read_pairs,
+    read_records,
+)
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
@@ -39,7 +45,8 @@ def run(context: Context, node: Node) -> dict[str, Any]:
 
 def _held_out(context: Context, node: Node, index: int) -> Iterator[Pair]:
     """The pairs of one shard on the evaluated side that carry a human label."""
-    table = context.place(node.inputs["prepare"]).read_table(part("pairs", index))
+    columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
+    table = read_pairs(context.place(node.inputs["prepare"]), part("pairs", index), columns)
     for pair in table.to_pylist():
         if pair["split"] == node.settings["split"] and pair["label"] is not None:
             yield pair
@@ -159,7 +166,7 @@ def _score_by_model(
     scores = [
         row
         for index in range(len(shards))
-        for row in store.read_table(part("scores", index)).to_pylist()
+        for row in read_records(store, part("scores", index), SCORE_SCHEMA).to_pylist()
     ]
     return [row["score_b"] for row in scores], [row["score_a"] for row in scores]
 
@@ -167,7 +174,8 @@ def _score_by_model(
 def _answers(context: Context, node: Node) -> dict[str, str]:
     store = context.place(node)
     names = store.names("answers")
-    rows = [row for name in names for row in store.read_table(name).to_pylist()]
+    tables = [read_records(store, name, ANSWER_SCHEMA) for name in names]
+    rows = [row for table in tables for row in table.to_pylist()]
     return {row["pair_id"]: row["answer"] for row in rows}
 
 
@@ -176,5 +184,5 @@ def _prompts(context: Context, node: Node) -> dict[str, Any]:
     return {
         row["pair_id"]: row["prompt"]
         for index in range(context.shards(node))
-        for row in store.read_table(part("pairs", index), ["pair_id", "prompt"]).to_pylist()
+        for row in read_pairs(store, part("pairs", index), ["pair_id", "prompt"]).to_pylist()
     }

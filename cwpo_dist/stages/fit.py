@@ -9,6 +9,7 @@ from typing import Any
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length
+from cwpo_dist.pairs.records import read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
@@ -81,6 +82,6 @@ class LabelledPairs:
 
     def _labelled(self) -> list[dict[str, Any]]:
         columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
-        tables = [self.pairs.read_table(part("pairs", k), columns) for k in range(self.shards)]
+        tables = [read_pairs(self.pairs, part("pairs", k), columns) for k in range(self.shards)]
         rows = [row for table in tables for row in table.to_pylist()]
         return [row for row in rows if row["split"] == "labelled" and row["label"] is not None]

@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray.data
 
 from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
-from cwpo_dist.pairs.records import kind_of, preference_schema
+from cwpo_dist.pairs.records import kind_of, preference_schema, read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.annotations import TASK_CPUS, Annotated, annotated, gather
 from cwpo_dist.stages.context import Context
@@ -73,7 +73,8 @@ class Shards:
     def write(self, selection: Selection, row: dict[str, Any]) -> dict[str, Any]:
         """Writes one shard's preferences; its counts, and what storage had against it."""
         index = int(row["shard"])
-        pairs = self.annotated.pairs.read_table(part("pairs", index))
+        columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
+        pairs = read_pairs(self.annotated.pairs, part("pairs", index), columns)
         rows, (opinions, alone) = pairs.to_pylist(), self.annotated.opinions(index)
         decisions = decide(rows, opinions, self.labels, self.splits)
         kept = list(self._preferences(rows, decisions, selection))
