@@ -144,7 +144,9 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
     It ends early when what is left lies with actors that were on lost nodes: the caller comes again
     with what is still missing, and other actors do it.
     """
-    DataContext.get_current().execution_no_progress_timeout_s = -1  # nodes may be long in coming
+    settings = DataContext.get_current()
+    settings.execution_no_progress_timeout_s = -1  # nodes may be long in coming
+    settings.raise_original_map_exception = True  # ours are written for the user
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     make: Any = ray.remote(num_cpus=0)(_Shards)
     shards = make.options(scheduling_strategy=here).remote(job.name, list(missing))
