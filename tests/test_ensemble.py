@@ -15,6 +15,7 @@ from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.evaluation.calibration import fit_scale, fit_temperature
+from cwpo_dist.stages import annotations
 from cwpo_dist.stages.checks import weighing_faults
 from cwpo_dist.stages.graph import graph
 from cwpo_dist.stages.run import nodes_until, run
@@ -193,8 +194,11 @@ def test_configurations_that_say_nothing_clear_are_refused(
 
 @pytest.fixture(scope="module")
 def finished(ray_local: Any, folder: Path) -> Config:
+    """With every shard a Ray task; test_end_to_end has the few that the driver does itself."""
     config = config_of(folder, [0, 1], weigh__temperature="fitted")
-    run(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotations, "FEW_SHARDS", 0)
+        run(config)
     return config
 
 

@@ -165,6 +165,7 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
     finally:
         ray.get(shards.close.remote())
         _end(streams, before)
+        ray.kill(shards)  # else it lives as long as anything of the pipelines that it was given to
 
 
 def _end(streams: Sequence[threading.Thread], before: set[threading.Thread]) -> None:

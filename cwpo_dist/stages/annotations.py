@@ -23,6 +23,8 @@ from cwpo_dist.storage import Store
 from cwpo_dist.weighting import Scale, join
 
 TASK_CPUS = 0.5  # of a task that reads one shard: beside whatever else a node does
+# So many shards the driver reads itself: for seconds of work, Ray's tasks take longer to start.
+FEW_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -152,14 +154,21 @@ def _held_out(given: Annotated, split: str, schema: pa.Schema, index: int) -> pa
 def gather(task: Callable[[int], pa.Table], shards: int, schema: pa.Schema) -> pa.Table:
     """The tables that task(0) … task(shards - 1) return, as one, in any order of their rows.
 
-    Each is a Ray task of its own.
+    Each is a Ray task of its own, unless they are few.
     """
+    if are_few(shards):
+        return pa.concat_tables([schema.empty_table(), *map(task, range(shards))])
     numbers = ray.data.from_items([{"shard": i} for i in range(shards)], override_num_blocks=shards)
     tables = numbers.map_batches(
         partial(_of_shard, task), batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS
     )
     found: Iterable[pa.Table] = tables.iter_batches(batch_size=None, batch_format="pyarrow")
     return pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in found if t.num_rows)])
+
+
+def are_few(shards: int) -> bool:
+    """Whether the driver does without Ray's tasks."""
+    return shards <= FEW_SHARDS
 
 
 def _of_shard(task: Callable[[int], pa.Table], batch: pa.Table) -> pa.Table:

@@ -21,7 +21,7 @@ import ray.data
 from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
 from cwpo_dist.pairs.records import kind_of, preference_schema, read_pairs
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages.annotations import TASK_CPUS, Annotated, annotated, gather
+from cwpo_dist.stages.annotations import TASK_CPUS, Annotated, annotated, are_few, gather
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import StorageError, Store
@@ -171,9 +171,13 @@ def _write(shards: Shards, selection: Selection) -> Counter[str]:
     Raises:
         StorageError: when storage refuses a write.
     """
-    count = shards.annotated.shards
-    numbers = ray.data.from_items([{"shard": i} for i in range(count)], override_num_blocks=count)
-    done = numbers.map(partial(shards.write, selection), num_cpus=TASK_CPUS).take_all()
+    count, write = shards.annotated.shards, partial(shards.write, selection)
+    numbers = [{"shard": index} for index in range(count)]
+    if are_few(count):
+        done = [write(number) for number in numbers]
+    else:
+        tasks = ray.data.from_items(numbers, override_num_blocks=count)
+        done = tasks.map(write, num_cpus=TASK_CPUS).take_all()
     totals: Counter[str] = Counter()
     for row in sorted(done, key=lambda row: int(row["shard"])):  # so that sums repeat to the bit
         if row["refused"]:
