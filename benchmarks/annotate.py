@@ -404,7 +404,7 @@ def main(
             print(json.dumps(figures, indent=1), flush=True)
         if part in {"pipeline", "all"}:
             prepare = partial(measure.prepared, scratch / "pipeline-pairs", data)
-            store, shards = with_ray(partial(prepare, 4 * pairs, 64))
+            store, shards = with_ray(partial(prepare, 8 * pairs, 64))  # 20: a tail of one is 5 %
             figures |= pipeline_part(store, shards, annotator, max_tokens, rounds, scratch)
         if part in {"scale", "all"}:
             figures |= scale_part(scratch)
