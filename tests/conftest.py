@@ -123,6 +123,7 @@ def ray_local(s3_server: str) -> Iterator[Any]:
         object_store_memory=300 * 2**20,
         _temp_dir=folder,
         log_to_driver=True,
+        _system_config={"metrics_report_interval_ms": 500},  # so that tests see metrics
     )
     yield ray
     ray.shutdown()

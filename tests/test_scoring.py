@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -28,6 +31,7 @@ class Squares:
 
     trace: Path
     killed_at: int = -1
+    pause: float = 0.0
 
     def read(self, index: int) -> Rows:
         return [{"pair_id": f"{index}-{i}", "position": i} for i in range(3)]
@@ -35,6 +39,7 @@ class Squares:
     def __call__(self, index: int, rows: Rows) -> ShardOutput:
         mark = self.trace / f"{index}-{time.monotonic_ns()}"
         mark.touch()
+        time.sleep(self.pause)
         if index == self.killed_at and len(list(self.trace.glob(f"{index}-*"))) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         table = pa.table({"square": [index * index] * len(rows)})
@@ -102,3 +107,22 @@ def test_more_actors_than_there_is_room_for_do_no_harm(tmp_path: Path) -> None:
     counts = run_shards(job(tmp_path, shards=12), PoolConfig(num_actors=9, cpus_per_actor=1.5))
     assert counts["rows"] == 36
     assert counts["throughput"]["actors"] <= 2
+
+
+def test_metrics_reach_rays_exporter(ray_local: Any, tmp_path: Path) -> None:
+    """What Ray's dashboard shows: rows and rates, by stage, while the actors live."""
+    port = ray_local.nodes()[0]["MetricsExportPort"]
+    work = job(tmp_path)
+    work = replace(
+        work, name="measured", make_worker=partial(Squares, tmp_path / "trace", pause=1.5)
+    )
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(run_shards, work, POOL)
+        found = ""
+        while not running.done() and "cwpo_rows" not in found:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+                found = page.read().decode()
+            time.sleep(0.3)
+        running.result()
+    lines = [line for line in found.splitlines() if 'stage="measured"' in line]
+    assert any("cwpo_rows" in line for line in lines), found[-2000:]
