@@ -60,7 +60,8 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it, end.")
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print it and exit."),
     ] = False,
 ) -> None: ...
 
@@ -121,7 +122,7 @@ def run(
 ) -> None:
     """Do all that is not done yet, arm by arm, and write the report.
 
-    Example: cwpo run run.yaml arms=[human,weak,cw] align.beta=0.1 output_dir=s3://bucket/run
+    Example: cwpo run run.yaml 'arms=[human,weak,cw]' align.beta=0.1 output_dir=s3://bucket/run
     """
     _run(load_config(config, overrides), until, resume)
 

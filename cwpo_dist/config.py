@@ -66,7 +66,9 @@ class PrepareConfig(Section):
     compute_fields: ClassVar[frozenset[str]] = frozenset({"num_cpus", "max_reject_fraction"})
 
     sources: list[Source] = Field(min_length=1)
-    labelled_fraction: Fraction = Field(0.3, description="labelled share of the training pairs")
+    labelled_fraction: Fraction = Field(
+        0.3, description="share of training prompts whose labels may be used; 1: all there are"
+    )
     validation_fraction: Fraction = 0.0
     test_fraction: Fraction = 0.1
     group_column: str | None = Field(
@@ -135,7 +137,7 @@ class TrainingConfig(Section):
         None, description="TRL's name; with gradient_accumulation_steps it sets global_batch_size"
     )
     gradient_accumulation_steps: PositiveInt | None = None
-    max_tokens_per_micro_batch: PositiveInt = Field(4096, description="padded tokens")
+    max_tokens_per_micro_batch: PositiveInt = Field(4096, description="tokens, with any padding")
     optim: Literal["adamw", "sgd"] = "adamw"
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -177,7 +179,14 @@ class TrainingConfig(Section):
     @classmethod
     def _resolve_global_batch(cls, data: Any) -> Any:
         """TRL's per-device batch × accumulation × workers becomes one global batch, once."""
-        if not isinstance(data, dict) or data.get("per_device_train_batch_size") is None:
+        if not isinstance(data, dict):
+            return data
+        if data.get("per_device_train_batch_size") is None:
+            if data.get("gradient_accumulation_steps") is not None:
+                raise ValueError(
+                    "gradient_accumulation_steps is given without per_device_train_batch_size: "
+                    "give both, or global_batch_size alone"
+                )
             return data
         workers = int(data.get("num_workers", 1))
         per_device = int(data["per_device_train_batch_size"])
@@ -287,7 +296,9 @@ class Pool(Section):
 class PoolConfig(Pool):
     """A stage's Ray Data actors: one pool, or several on different devices."""
 
-    max_tokens_per_batch: PositiveInt = Field(4096, description="padded tokens of one forward")
+    max_tokens_per_batch: PositiveInt = Field(
+        4096, description="tokens of one forward pass, with any padding"
+    )
     pools: list[Pool] = Field(
         default_factory=list,
         description="several pools that share the work, each with its own num_actors, …",

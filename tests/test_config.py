@@ -188,3 +188,9 @@ def test_defaults_are_complete() -> None:
     assert isinstance(config, Config)
     assert config.arms == ["cw"]
     assert config.sft is not None
+
+
+def test_accumulation_alone_says_nothing_about_the_batch() -> None:
+    data = {"output_dir": "x", "prepare": {"sources": [{"path": "a"}]}}
+    with pytest.raises(ConfigError, match="without per_device_train_batch_size: give both"):
+        parse_config(data | {"align": {"gradient_accumulation_steps": 8}})
