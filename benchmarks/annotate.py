@@ -58,7 +58,9 @@ ROWS_PER_SHARD = 1024
 Scorer = Literal["reward", "reference"]
 
 
-def stock_scores(model: Any, sequences: Sequence[list[int]], pad_id: int) -> list[float]:
+def stock_scores(
+    model: Any, pad_id: int, sequences: Sequence[list[int]], _prompts: Sequence[int]
+) -> list[float]:
     """The loop of a model card: pad, forward, read the logit."""
     values: list[float] = []
     for start in range(0, len(sequences), STOCK_BATCH):
@@ -68,7 +70,7 @@ def stock_scores(model: Any, sequences: Sequence[list[int]], pad_id: int) -> lis
 
 
 def stock_logps(
-    model: Any, sequences: Sequence[list[int]], prompts: Sequence[int], pad_id: int
+    model: Any, pad_id: int, sequences: Sequence[list[int]], prompts: Sequence[int]
 ) -> list[float]:
     """Summed answer log-probs from logits of every position, as TRL computes a reference."""
     values: list[float] = []
@@ -135,13 +137,13 @@ def peers(scorer: Scorer, model: ModelConfig, pairs: Store, shards: int, tokens:
         module: Any = AnswerScores(load_reward_model(model))
         name = model.model_name_or_path
         stock = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
-        loop = lambda ids, _prompts: stock_scores(stock.eval(), ids, pad)  # noqa: E731
+        loop = partial(stock_scores, stock.eval(), pad)
     else:
         module = AnswerLogProbs(load_policy(model))
         stock = AutoModelForCausalLM.from_pretrained(
             model.model_name_or_path, num_hidden_layers=model.num_hidden_layers, dtype=torch.float32
         )
-        loop = lambda ids, prompts: stock_logps(stock.eval(), ids, prompts, pad)  # noqa: E731
+        loop = partial(stock_logps, stock.eval(), pad)
     return Peers(RowForward(module, pad, model.max_length, tokens), rows, loop)
 
 

@@ -96,7 +96,7 @@ def test_selection_is_exact_best_and_independent_of_order(
         for left in set(ids) - chosen:
             assert (-known[kept], kept) < (-known[left], left)
     shuffled = list(ids)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)  # type: ignore[attr-defined]  # hypothesis gives a Random
     again = select([known[i] for i in shuffled], shuffled, fraction)
     assert {i for i, keep in zip(shuffled, again, strict=True) if keep} == chosen
 
@@ -180,7 +180,7 @@ ensembles = st.integers(1, 5).flatmap(
 def test_order_of_annotators_does_not_matter(margins: list[list[float]], random: object) -> None:
     margins_NK = np.array(margins)
     order = list(range(margins_NK.shape[1]))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)  # type: ignore[attr-defined]  # hypothesis gives a Random
     first = join(margins_NK, Scale.raw(len(order)))
     other = join(margins_NK[:, order], Scale.raw(len(order)))
     for name in ("margin", "disagreement", "dissent", "scored"):
