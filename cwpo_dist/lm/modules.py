@@ -15,18 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cwpo_dist.lm.last_layer import read_only
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.packed import packed_mask
 from cwpo_dist.lm.rows import RowBatch
+from cwpo_dist.lm.vocabulary import vocabulary_log_probs
 
 # Calling a module gives Any to the type checker: hence the four `no-any-return` below.
 
-# Floats of one chunk of logits: 64 MiB in fp32.
+# Floats of one chunk of logits, for heads that are more than a matrix: 64 MiB in fp32.
 _CHUNK_LOGITS = 2**24
 
 
 class ChunkedHead(nn.Module):
-    """Hidden states of answer tokens → the log-probs of those tokens, without keeping logits.
+    """Hidden states of answer tokens → the log-probs of those tokens, a piece of logits at a time.
+
+    A head that is one matrix goes through `vocabulary_log_probs`, by blocks of the vocabulary.
+    Others (biased, with LoRA inside, soft-capped, quantised) go by chunks of tokens, and make their
+    logits a second time for the backward pass.
 
     The head's parameters are registered here too, as the same objects, so ZeRO-3 gathers them when
     this module starts and holds them until it ends: one gather for all chunks, in forward and in
@@ -43,9 +49,16 @@ class ChunkedHead(nn.Module):
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale = _logit_scale(config)
         self.chunk_size = max(64, _CHUNK_LOGITS // int(config.vocab_size))
+        self.in_place = False  # see `accumulate_in_place`
+        is_matrix = type(lm_head) is nn.Linear and lm_head.bias is None
+        self.is_matrix = is_matrix and self.softcap is None
 
     def forward(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
-        """Log-prob of each target, in nats, fp32 [N]; logits are made again for the backward."""
+        """Log-prob of each target, in nats, fp32 [N]."""
+        if self.is_matrix:
+            scaled_NH = hidden_NH if self.scale == 1.0 else hidden_NH * self.scale
+            weight_VH: Any = self._lm_head[0].weight
+            return vocabulary_log_probs(scaled_NH, weight_VH, target_N, in_place=self.in_place)
         size = self.chunk_size
         chunks = zip(torch.split(hidden_NH, size), torch.split(target_N, size), strict=True)
         if not torch.is_grad_enabled():
@@ -84,6 +97,8 @@ class AnswerLogProbs(nn.Module):
                 f"model: {type(core).__name__} has no output embeddings; give a causal LM"
             )
         self._decoder = (core.base_model,)
+        read_only(core.base_model, "answers")
+        _spare_dense_gradient(core.get_input_embeddings(), lm_head)
         self.head = ChunkedHead(lm_head, core.config.get_text_config())
 
     def forward(self, batch: RowBatch) -> Tensor:
@@ -125,6 +140,8 @@ class AnswerScores(nn.Module):
             )
         self.reads_last_token = reads_last_token(core)
         self._parts = (core.base_model, getattr(core, "score", None))
+        if self.reads_last_token:
+            read_only(core.base_model, "ends")
 
     def forward(self, batch: RowBatch) -> Tensor:
         """One score an answer, fp32 [R, K].
@@ -149,6 +166,16 @@ class AnswerScores(nn.Module):
         return output.logits  # type: ignore[no-any-return]
 
 
+def accumulate_in_place(module: nn.Module) -> None:
+    """Lets an output head add to its weight's gradient itself: less memory, and a pass fewer.
+
+    For engines that read gradients off `.grad` after the backward pass, and use no hooks on them.
+    """
+    for head in module.modules():
+        if isinstance(head, ChunkedHead):
+            head.in_place = True
+
+
 def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
     """The last hidden states [B, L, H] of a Hugging Face decoder on any layout."""
     arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
@@ -161,6 +188,16 @@ def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
         arguments["attention_mask"] = packed_mask(batch.attention_mask, batch.useful_tokens)
     output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
     return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def _spare_dense_gradient(embeddings: nn.Module, lm_head: nn.Module) -> None:
+    """Tied embeddings: the look-up's gradient comes as the few rows that it has.
+
+    It is added to the head's, which is dense: the sum, all that anyone sees, is dense as ever, but
+    no second matrix of the vocabulary is filled with zeros for each micro-batch.
+    """
+    if type(embeddings) is nn.Embedding and embeddings.weight is getattr(lm_head, "weight", None):
+        embeddings.sparse = True
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from cwpo_dist.lm.rows import mask_allows
 
 NAME = "cwpo_packed"  # of the attention implementation, as transformers knows it
+_LENGTHS = "cwpo_lengths"  # of packed rows, on their block mask
 
 # What some models add to their attention scores, and this function would leave out.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
@@ -121,7 +122,17 @@ def packed_mask(lengths: Tensor, n_tokens: int) -> Tensor | BlockMask:
     if not lengths.is_cuda:
         return lengths
     mask_mod = packed_mask_mod(lengths[0, 0])
-    return create_block_mask(mask_mod, 1, None, n_tokens, n_tokens, device=lengths.device)
+    mask = create_block_mask(mask_mod, 1, None, n_tokens, n_tokens, device=lengths.device)
+    setattr(mask, _LENGTHS, lengths[0, 0])  # for whoever meets the mask further down
+    return mask
+
+
+def packed_lengths(mask: Any) -> Tensor | None:
+    """Lengths [R, 1 + K] out of what `packed_mask` gave; None for anything else."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.dim() == 4:
+        return mask[0, 0]
+    found: Tensor | None = getattr(mask, _LENGTHS, None)
+    return found
 
 
 def attention_for(device: torch.device) -> str:

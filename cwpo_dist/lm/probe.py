@@ -130,7 +130,7 @@ def _compare(module: AnswerLogProbs | AnswerScores, layout: Layout) -> LayoutCho
     module.eval()
     try:
         with torch.no_grad():
-            plain_NH, found_NH = (_answer_states(decoder, batch) for batch in batches)
+            plain_NH, found_NH = (_read_states(module, decoder, batch) for batch in batches)
     finally:
         module.train(was_training)
     distance_N = (found_NH - plain_NH).norm(dim=-1) / plain_NH.norm(dim=-1)
@@ -143,10 +143,12 @@ def _compare(module: AnswerLogProbs | AnswerScores, layout: Layout) -> LayoutCho
     return LayoutChoice(layout, reason, difference)
 
 
-def _answer_states(decoder: nn.Module, batch: RowBatch) -> Tensor:
-    """Hidden states of all answer tokens and of the prompts' last, float32 [N + R × K, H]."""
+def _read_states(
+    module: AnswerLogProbs | AnswerScores, decoder: nn.Module, batch: RowBatch
+) -> Tensor:
+    """The hidden states that the module reads: of tokens that predict, or of answers' ends."""
     hidden = decode(decoder, batch).flatten(0, 1).float()
-    return hidden[torch.cat([batch.source, batch.last])]
+    return hidden[batch.source if isinstance(module, AnswerLogProbs) else batch.last]
 
 
 def _check_head(module: AnswerLogProbs) -> None:

@@ -31,13 +31,14 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.training.loop import fresh_state
 from cwpo_dist.training.optim import STATE_KEYS, make_optimizer, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
-BUCKET_NUMBERS = 50_000_000  # 200 MB in fp32; DeepSpeed's default of 2 GB stalls small devices
+BUCKET_NUMBERS = 2**24  # 64 MiB in fp32; DeepSpeed's default of 2 GB stalls small devices
 
 # What a user's DeepSpeed section may not set, and what sets it here.
 OURS = {
@@ -140,6 +141,11 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=make_optimizer(module, config), config=ds_config
         )
+        if self.stage == 0:
+            # Gradients are exchanged in `step`, in buckets of our size: DeepSpeed's own, of 2 GB,
+            # would copy all of them at once.
+            self._engine.enable_backward_allreduce = False
+            accumulate_in_place(module)
         self.module = module
         self.device = torch.device(self._engine.device)
         self._make_states()
@@ -165,6 +171,8 @@ class DeepSpeedEngine:
         if self.stage > 0:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())
+        if self.world_size > 1:
+            self._engine.allreduce_gradients(bucket_size=BUCKET_NUMBERS)
         # Plain fp32 stage 0 reports no norm.
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))

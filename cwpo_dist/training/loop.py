@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.batches import global_batch, plan_micro_batches, steps_per_epoch
+from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import Layout, RowBatch, collate, planned_length
 from cwpo_dist.training.optim import (
     STATE_KEYS,
@@ -329,6 +330,7 @@ class TorchEngine:
     ) -> None:
         self.device = torch.device(device)
         self.module = module.to(self.device)
+        accumulate_in_place(self.module)
         self.optimizer = make_optimizer(module, config)
         self.state_keys = STATE_KEYS[config.optim]
         self._max_grad_norm = config.max_grad_norm

@@ -1,0 +1,108 @@
+"""A decoder in; the same decoder, whose last layer works only for the tokens that are read.
+
+After the last layer's keys and values nothing passes between tokens any more, and of packed rows
+only answers are read: for log-probs the states that predict their tokens, for scores each answer's
+last. So its queries, the projection after its attention and its MLP, most of the layer, take those
+tokens alone, and the others' states are left as they come. Few layers and long prompts gain most.
+
+Shapes: T tokens, M tokens that are read, H width; lengths of packed rows as in packed.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cwpo_dist.lm.packed import packed_lengths
+
+Reads = Literal["answers", "ends"]
+
+_TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+
+
+def read_only(decoder: nn.Module, reads: Reads) -> None:
+    """Restricts the last layer of a decoder for packed rows; other inputs go through as before.
+
+    What the probe of a model shows to be wrong is not used (probe.py). Layers without parts of
+    known names, and mixtures of experts, stay whole.
+
+    Args:
+        decoder: a Hugging Face decoder, before an engine wraps it.
+        reads: 'answers', the states that predict answer tokens; or 'ends', answers' last tokens.
+    """
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return
+    last = layers[-1]
+    known: _LastLayer | None = getattr(last, "_cwpo_last_layer", None)
+    if known is None:
+        object.__setattr__(last, "_cwpo_last_layer", _LastLayer(last, reads))
+    else:
+        known.reads = reads
+
+
+def read_tokens(lengths_RS: Tensor, reads: Reads) -> Tensor:
+    """Which tokens of packed rows are read, int64 [M], ascending.
+
+    Args:
+        lengths_RS: [R, 1 + K], tokens of each row's prompt and of its answers.
+        reads: see `read_only`.
+    """
+    end_RS = lengths_RS.flatten().cumsum(0).view_as(lengths_RS) - 1
+    if reads == "ends":
+        return end_RS[:, 1:].flatten()
+    start_RS = end_RS - lengths_RS + 1
+    read_T = torch.ones(int(lengths_RS.sum()), dtype=torch.bool, device=lengths_RS.device)
+    for prompt_start, prompt_end in zip(
+        start_RS[:, 0].tolist(), end_RS[:, 0].tolist(), strict=True
+    ):
+        read_T[prompt_start:prompt_end] = False  # all but its last, which predicts first tokens
+    read_T[end_RS[:, 1:].flatten()] = False
+    return read_T.nonzero().flatten()
+
+
+class _LastLayer:
+    """Hooks on a layer, which learn from its mask what is read, and on its parts.
+
+    The layer's own hook runs again when activation checkpointing computes the layer again.
+    """
+
+    def __init__(self, layer: nn.Module, reads: Reads) -> None:
+        self.reads = reads
+        self._read_M: Tensor | None = None
+        layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+        layer.register_forward_hook(self._after_layer, always_call=True)
+        for name in _TOKENWISE:
+            part = _submodule(layer, name)
+            if part is not None and not hasattr(part, "experts"):
+                part.register_forward_pre_hook(self._before_part)
+                part.register_forward_hook(self._after_part)
+
+    def _before_layer(self, _layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        found = (packed_lengths(value) for value in (*args, *kwargs.values()))
+        lengths_RS = next((lengths for lengths in found if lengths is not None), None)
+        self._read_M = None if lengths_RS is None else read_tokens(lengths_RS, self.reads)
+        self._n_tokens = 0 if lengths_RS is None else int(lengths_RS.sum())
+
+    def _after_layer(self, *_: Any) -> None:
+        self._read_M = None
+
+    def _before_part(self, _part: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        """[1, T, H] → [1, M, H]."""
+        return args if self._read_M is None else (args[0][:, self._read_M], *args[1:])
+
+    def _after_part(self, _part: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        """[1, M, H] → [1, T, H], zero where nobody reads."""
+        if self._read_M is None:
+            return output
+        whole = output.new_zeros(1, self._n_tokens, output.shape[-1])
+        return whole.index_copy(1, self._read_M, output)
+
+
+def _submodule(layer: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        return None
