@@ -91,7 +91,9 @@ class _LastLayer:
 
     def _before_part(self, _part: nn.Module, args: tuple[Tensor, ...]) -> Any:
         """[1, T, H] → [1, M, H]."""
-        return args if self._read_M is None else (args[0][:, self._read_M], *args[1:])
+        if self._read_M is None:
+            return args
+        return (args[0].index_select(1, self._read_M), *args[1:])
 
     def _after_part(self, _part: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """[1, M, H] → [1, T, H], zero where nobody reads."""
