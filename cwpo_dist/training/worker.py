@@ -27,7 +27,7 @@ from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.storage import Store
 from cwpo_dist.training import checkpoint
 from cwpo_dist.training.lease import LeaseToken
-from cwpo_dist.training.loop import Hooks, Run
+from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, Run
 from cwpo_dist.training.loop import train as run_loop
 from cwpo_dist.training.lora import Head, add_lora
 from cwpo_dist.training.tasks import Task
@@ -140,25 +140,37 @@ class _Rank:
         layout = choose_layout(self.module, longest=spec.model.max_length).layout
         run = Run(spec.config, spec.seed, layout, tokenizer.pad_token_id)
         total = run.total_steps(len(self.task.rows))
-        start = self.resume()
+        start, attempt = self.resume()
         if self.rank == 0:
             _say(f"{spec.name}: {len(self.task.rows)} rows, step {start} of {total}, {layout} rows")
         self.module.train()  # for lora_dropout and gradient checkpointing; models have no other
-        run_loop(self.task, self.engine, run, _RankHooks(self, start), start)
+        hooks = _RankHooks(self, start, attempt)
+        try:
+            run_loop(self.task, self.engine, run, hooks, start)
+        except (NonFiniteLoss, Preempted):  # of all ranks alike
+            hooks.settle()
+            raise
+        hooks.settle()
         self.export()
         if self.rank > 0:
             return {}
         last = _join_metrics(spec.store)
         return {"steps": total, "rows": len(self.task.rows), "layout": layout, "last": last}
 
-    def resume(self) -> int:
-        """Restores the newest checkpoint; the steps done. Rank 0 decides which one for all."""
-        found = [checkpoint.newest(self.spec.store) if self.rank == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
-            return 0
-        checkpoint.load(found[0], self.engine, self.identity)
-        return found[0].step
+    def resume(self) -> tuple[int, str]:
+        """Restores the newest checkpoint; the steps done, and a name for this attempt.
+
+        Rank 0 decides both for all.
+        """
+        decided: list[Any] = [None, None]
+        if self.rank == 0:
+            decided = [checkpoint.newest(self.spec.store), uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(decided, src=0)
+        found, attempt = decided
+        if found is None:
+            return 0, attempt
+        checkpoint.load(found, self.engine, self.identity)
+        return found.step, attempt
 
     def export(self) -> None:
         """`model/`, and `adapter/` of a LoRA run; the other ranks only help to gather."""
@@ -182,11 +194,18 @@ class _Rank:
 class _RankHooks(Hooks):
     """Sign of life, log, checkpoints, and requests to stop."""
 
-    def __init__(self, rank: _Rank, start: int) -> None:
+    def __init__(self, rank: _Rank, start: int, attempt: str) -> None:
         self._rank, self._spec, self._last_save = rank, rank.spec, start
-        self._attempt = uuid.uuid4().hex[:8]
+        self._saver = checkpoint.Saver(
+            rank.spec.store,
+            rank.engine,
+            rank.identity,
+            attempt,
+            keep=rank.spec.config.save_total_limit,
+            fence=rank.token.check,
+        )
         self._records: list[dict[str, Any]] = []
-        self._asked_driver = self._asked_ray = time.monotonic()
+        self._asked_driver = self._asked_ray = self._saved = time.monotonic()
         self._heeded_notice = False
 
     def before_step(self, step: int) -> None:
@@ -205,14 +224,25 @@ class _RankHooks(Hooks):
         due = self._rank.rank == 0 and now - self._asked_ray > ASK_RAY_S
         if due:
             self._asked_ray = now
-        return due
+        return due or self._saver.news or self._is_time()
 
     def poll(self) -> bool:
-        """A node is to be drained: checkpoint once, train on until Ray moves the group."""
+        """Commits what all ranks have written; True when it is time for the next checkpoint.
+
+        Once so when a node is to be drained: training goes on until Ray moves the group.
+        """
+        self._saver.settle()
         ask = getattr(ray.train, "get_preemption_info", None)  # older Rays have no notices
         notice = ask is not None and ask() is not None
         first, self._heeded_notice = notice and not self._heeded_notice, notice
-        return first
+        wanted = torch.tensor([float(first or self._is_time())], dtype=torch.float64)
+        return bool(self._rank.engine.total(wanted))
+
+    def _is_time(self) -> bool:
+        minutes = self._spec.config.save_minutes
+        if self._rank.rank > 0 or minutes is None:
+            return False
+        return time.monotonic() - self._saved >= 60 * minutes
 
     def log(self, record: dict[str, Any]) -> None:
         self._records.append(record)
@@ -226,17 +256,13 @@ class _RankHooks(Hooks):
             lines = "".join(json.dumps(record) + "\n" for record in self._records)
             spec.store.create(f"{METRICS}/{step:06d}.jsonl", lines.encode())
             self._records = []
-        checkpoint.save(
-            spec.store,
-            self._rank.engine,
-            self._rank.identity,
-            step,
-            self._attempt,
-            keep=spec.config.save_total_limit,
-            fence=self._rank.token.check,
-        )
-        self._last_save = step
+        self._saver.begin(step)
+        self._last_save, self._saved = step, time.monotonic()
         self._rank.watchdog.beat()
+
+    def settle(self) -> None:
+        """Commits the checkpoint under way, whatever ends the loop."""
+        self._saver.settle(wait=True)
 
 
 def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device | None) -> Any:

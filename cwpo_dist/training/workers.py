@@ -2,8 +2,9 @@
 
 The driver holds the stage's lease and starts a worker group. When a worker, node or network fails,
 Ray starts the group again, up to `max_failures` times, and it resumes from the newest committed
-checkpoint. Our own checkpoints are the truth: `ray.train.report` is not called, as it is a barrier,
-and what it reports is not yet durable when it returns.
+checkpoint; with `num_workers: [min, max]` also with fewer workers, or with more when there is room
+again. Our own checkpoints are the truth: `ray.train.report` is not called, as it is a barrier, and
+what it reports is not yet durable when it returns.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ __all__ = ["TrainSpec", "TrainingFailed", "TrainingRefused", "check_placement", 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600  # of a worker group; Ray's 60 s are too few for large images and models
+RESIZE_CHECK_S = 60.0  # how often Ray looks whether more of `num_workers: [min, max]` find room
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -77,7 +79,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
 
 
 def check_placement(config: TrainingConfig) -> None:
-    """Returns when the cluster, as it is now, can hold all workers at once.
+    """Returns when the cluster, as it is now, can hold all workers (or the fewest) at once.
 
     Raises:
         ConfigError: naming what lacks; a KubeRay cluster that grows on demand is not refused.
@@ -85,9 +87,9 @@ def check_placement(config: TrainingConfig) -> None:
     need = _resources(config)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min(int(node.get(k, 0.0) / v + 1e-9) for k, v in need.items()) for node in nodes)
-    if room < config.num_workers and not _grows():
+    if room < config.min_workers and not _grows():
         raise ConfigError(
-            f"num_workers: {config.num_workers} workers of {need} each; this cluster has room for "
+            f"num_workers: {config.min_workers} workers of {need} each; this cluster has room for "
             f"{room}. Lower num_workers or cpus_per_worker, or add nodes"
         )
 
@@ -153,11 +155,7 @@ def _trainer(spec: TrainSpec, token: LeaseToken) -> TorchTrainer:
             backend="nccl" if use_gpu else "gloo",
             timeout_s=int(config.step_timeout_s) + 60,  # the watchdog comes first, with stacks
         ),
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker=_resources(config),
-        ),
+        scaling_config=_scaling(config),
         run_config=RunConfig(
             name=f"{spec.name}-{token.epoch}",
             storage_path=scratch.root,
@@ -165,6 +163,17 @@ def _trainer(spec: TrainSpec, token: LeaseToken) -> TorchTrainer:
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
+
+
+def _scaling(config: TrainingConfig) -> ScalingConfig:
+    settings: dict[str, Any] = {  # Any: Ray shows type checkers an older class
+        "num_workers": config.num_workers,
+        "use_gpu": _uses_gpu(config),
+        "resources_per_worker": _resources(config),
+    }
+    if not isinstance(config.num_workers, int):
+        settings["elastic_resize_monitor_interval_s"] = RESIZE_CHECK_S
+    return ScalingConfig(**settings)
 
 
 @contextmanager
