@@ -414,7 +414,12 @@ class WeighConfig(Section):
 class ReferenceConfig(PoolConfig):
     """Log-probs of the frozen SFT policy."""
 
-    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
+    compute_fields: ClassVar[frozenset[str]] = frozenset({*PoolConfig.model_fields, "sharded"})
+
+    sharded: bool = Field(
+        False,
+        description="for a policy that exceeds one device: by the workers of `align`, under ZeRO-3",
+    )
 
 
 class EvaluateConfig(PoolConfig):

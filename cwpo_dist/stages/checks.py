@@ -177,6 +177,8 @@ def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolC
         "evaluate": config.evaluate,
     }
     stages = reached(config, until)
+    if config.reference.sharded:  # by the workers of `align`
+        stages -= {"reference"}
     yield from ((name, section) for name, section in sections.items() if name in stages)
 
 

@@ -88,6 +88,21 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config["zero_optimization"]["stage"])
 
 
+def frozen_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The same for a model that is only applied, under ZeRO-3."""
+    settings = deepspeed_config(config, dtype)
+    zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
+    return settings | {"zero_optimization": zero | {"stage": 3}}
+
+
+def wrap_frozen(module: nn.Module, ds_config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around a module that `sharded_loading` loaded; no optimizer."""
+    join_process_group()
+    engine, *_ = deepspeed.initialize(model=module, config=ds_config)
+    engine.eval()
+    return engine
+
+
 @contextmanager
 def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     """Within it, under ZeRO-3, `from_pretrained` hands each rank its shard and no more.

@@ -65,6 +65,10 @@ class TrainSpec:
     make_task: Callable[[Encoder], Task]
     base: str = ""
 
+    def run(self, token: LeaseToken, device: torch.device) -> dict[str, Any]:
+        """One rank's part; the process group is there already."""
+        return run_rank(self, token, device)
+
 
 class Watchdog:
     """Ends the process, after dumping the stack of every thread, when no beat comes in time.
@@ -126,7 +130,7 @@ class _Rank:
             spec.model.chat_template,
         )
         self.task = spec.make_task(self.encoder)
-        settings = engine.deepspeed_config(spec.config, _dtype(spec.model, device))
+        settings = engine.deepspeed_config(spec.config, dtype_of(spec.model, device))
         with engine.sharded_loading(settings):
             placed = None if engine.zero_stage(settings) == 3 else device
             self.model = _load(spec, self.encoder.tokenizer, placed)
@@ -178,17 +182,16 @@ class _Rank:
 
         self.watchdog.end()  # merging a large base takes as long as it takes
         spec, tokenizer = self.spec, self.encoder.tokenizer
-        lora = spec.config.lora is not None
-        weights = export.gather_weights(self.engine, self.model, trainable_only=lora)
-        if self.rank > 0:
+        if self.rank == 0:
+            self.token.check()
+        if spec.config.lora is None:
+            export.export_full(self.engine, self.model, tokenizer, spec.store)
             return
-        self.token.check()
-        if lora:
+        adapter = export.gather_weights(self.engine, self.model, export.trainable_names(self.model))
+        if self.rank == 0:
             export.export_lora(
-                self.model, weights, tokenizer, spec.store, spec.model, spec.head, spec.seed
+                self.model, adapter, tokenizer, spec.store, spec.model, spec.head, spec.seed
             )
-        else:
-            export.export_full(self.model, weights, tokenizer, spec.store)
 
 
 class _RankHooks(Hooks):
@@ -285,7 +288,7 @@ def checkpoint_activations(model: Any) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
     """The precision that `load_policy` gives this model on this device."""
     if model.torch_dtype != "auto":
         return torch.bfloat16 if model.torch_dtype == "bfloat16" else torch.float32

@@ -31,11 +31,22 @@ from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.loading import model_fingerprint
 from cwpo_dist.storage import Store, digest
 from cwpo_dist.training.checkpoint import CommitFailed
+from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
 from cwpo_dist.training.loop import NonFiniteLoss, Preempted
-from cwpo_dist.training.worker import TrainSpec, run_rank, told_to_stop
+from cwpo_dist.training.worker import TrainSpec, told_to_stop
 
-__all__ = ["TrainSpec", "TrainingFailed", "TrainingRefused", "check_placement", "train"]
+__all__ = [
+    "FrozenSpec",
+    "TrainSpec",
+    "TrainingFailed",
+    "TrainingRefused",
+    "apply_frozen",
+    "check_placement",
+    "train",
+]
+
+Spec = TrainSpec | FrozenSpec
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +80,32 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         TrainingFailed: when workers failed too often.
     """
     started = time.monotonic()
-    spec = _for_any_node(spec)
-    check_placement(spec.config)
-    with Lease.acquire(spec.store) as lease:
+    # Another node may hold a copy of the model with other times of modification.
+    summary = _run(replace(spec, base=digest(model_fingerprint(spec.model))))
+    return {**summary, "seconds": time.monotonic() - started}
+
+
+def apply_frozen(spec: FrozenSpec) -> None:
+    """Runs a worker group around a frozen policy until its work is done.
+
+    Raises:
+        ConfigError, LeaseHeld, Preempted, TrainingRefused, TrainingFailed: as `train`.
+    """
+    _run(spec)
+
+
+def _run(spec: Spec) -> dict[str, Any]:
+    """What rank 0 returned; local files are read and paths made absolute before."""
+    config = spec.config.model_copy(update={"deepspeed": spec.config.deepspeed_section()})
+    store = Store(spec.store.root) if spec.store.is_local else spec.store
+    spec = replace(spec, config=config, store=store)
+    check_placement(config)
+    with Lease.acquire(store) as lease:
         outcome = _fit(spec, lease.token)
     if "error" in outcome:
         raise _KINDS.get(outcome["error"], TrainingRefused)(outcome["message"])
-    return {**outcome["summary"], "seconds": time.monotonic() - started}
+    summary: dict[str, Any] = outcome["summary"]
+    return summary
 
 
 def check_placement(config: TrainingConfig) -> None:
@@ -92,17 +122,6 @@ def check_placement(config: TrainingConfig) -> None:
             f"num_workers: {config.min_workers} workers of {need} each; this cluster has room for "
             f"{room}. Lower num_workers or cpus_per_worker, or add nodes"
         )
-
-
-def _for_any_node(spec: TrainSpec) -> TrainSpec:
-    """What this process alone should decide: local files read, paths absolute, the base's hash.
-
-    Another node may hold a copy of the model with other times of modification.
-    """
-    config = spec.config.model_copy(update={"deepspeed": spec.config.deepspeed_section()})
-    store = Store(spec.store.root) if spec.store.is_local else spec.store
-    base = digest(model_fingerprint(spec.model))
-    return replace(spec, config=config, store=store, base=base)
 
 
 def _uses_gpu(config: TrainingConfig) -> bool:
@@ -123,7 +142,7 @@ def _grows() -> bool:
     return "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
 
 
-def _fit(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
+def _fit(spec: Spec, token: LeaseToken) -> dict[str, Any]:
     """Runs worker groups until one ends well; what its rank 0 returned."""
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
@@ -145,7 +164,7 @@ def _fit(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
     return outcome
 
 
-def _trainer(spec: TrainSpec, token: LeaseToken) -> TorchTrainer:
+def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
     config, use_gpu = spec.config, _uses_gpu(spec.config)
     scratch = spec.store.child("ray")  # Ray Train wants a folder, if only for a marker file
     return TorchTrainer(
@@ -223,7 +242,7 @@ def _worker(loop_config: dict[str, Any]) -> Any:
     if refusal is not None:  # the group before could not even begin
         return refusal
     try:
-        return {"summary": run_rank(spec, token, get_device())}
+        return {"summary": spec.run(token, get_device())}
     except (NonFiniteLoss, Preempted, LeaseLost) as error:  # on all ranks alike
         return {"error": type(error).__name__, "message": str(error)}
     except CommitFailed:  # rank 0 says why
