@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import zero_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from zero_ranks import ACROSS_STAGES, BF16_CASE, RESUME_CASES, Case
 
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training import checkpoint, shards
-from cwpo_dist.training.checkpoint import CheckpointError, RunIdentity, Saver
+from cwpo_dist.training.checkpoint import Checkpoint, CheckpointError, RunIdentity, Saver
 from cwpo_dist.training.lease import LeaseLost
 from cwpo_dist.training.loop import TorchEngine
 
@@ -91,6 +94,60 @@ def folders(store: Store) -> list[str]:
     return sorted({name.split("/")[1] for name in store.names("checkpoints")})
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved is the state of its step, committed when it is written; one at a time."""
+    gate = threading.Event()
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        assert gate.wait(60)
+        save_file(*arguments, **options)
+
+    monkeypatch.setattr(shards, "save_file", slow)
+    store, engine = Store(str(tmp_path)), make_engine(3)
+    saver = Saver(store, engine, IDENTITY, "a", keep=2, fence=lambda: None)
+    saver.begin(3)
+    engine.module.weight.data.zero_()
+    saver.settle()
+    assert not saver.news
+    assert checkpoint.newest(store) is None
+    gate.set()
+    saver.begin(4)  # waits for the one before
+    found = checkpoint.newest(store)
+    assert found is not None
+    assert found.step == 3
+    again = make_engine(seed=99)
+    checkpoint.load(found, again, IDENTITY)
+    assert torch.equal(again.module.weight, make_engine(3).module.weight)
+    saver.settle(wait=True)
+    assert folders(store) == ["step-000003-a", "step-000004-a"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_ranks_write_parts_that_make_a_whole(tmp_path: Path, world: int) -> None:
+    """Six weights and two biases, also by more ranks than there are numbers."""
+    store = Store(str(tmp_path)).child("checkpoints", "step-000004-a")
+    files = []
+    for rank in range(world):
+        engine = make_engine(4)
+        engine.rank, engine.world_size = rank, world
+        files.append(f"shard-{rank:05d}.safetensors")
+        checkpoint._copied(engine).write(store, files[-1])
+    store.create_json("commit.json", {"step": 4, "files": files, **vars(IDENTITY)})
+    found = checkpoint.newest(Store(str(tmp_path)))
+    assert found is not None
+    assert sum(length for f in found.shards() for *_, length in f.stretches) == 8
+    again = make_engine(seed=99)
+    checkpoint.load(found, again, IDENTITY)
+    assert torch.equal(again.module.weight, make_engine(4).module.weight)
+    assert torch.equal(again.module.bias, make_engine(4).module.bias)
+    if world > 1:
+        missing = Checkpoint(found.store, 4, found.files[1:])
+        with pytest.raises(CheckpointError, match=r"of the 6 numbers of weight \(parameters\)"):
+            checkpoint.load(missing, make_engine(), IDENTITY)
+
+
 def test_newest_counts_whole_commits_only(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     assert checkpoint.newest(store) is None
@@ -143,8 +200,12 @@ def test_refused_writes_leave_the_last_one(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards, "save_file", full)
+    saver = Saver(store, make_engine(), IDENTITY, "a", keep=2, fence=lambda: None)
+    saver.begin(2)
+    while not saver.news:
+        time.sleep(0.01)
     with pytest.raises(StorageError, match="No space left"):
-        save(store, 2)
+        saver.settle()
     found = checkpoint.newest(store)
     assert found is not None
     assert found.step == 1

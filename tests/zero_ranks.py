@@ -8,6 +8,7 @@ rank 0 writes each case's results there as safetensors.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -34,6 +36,11 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Layout, Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.pairs.records import REFERENCE_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, pair_schema
+from cwpo_dist.scoring.attempts import ShardOutput
+from cwpo_dist.scoring.pipeline import ShardJob, commit, part
+from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
+from cwpo_dist.scoring.together import Together
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine, gradients, train
@@ -330,20 +337,26 @@ STAGES = {
     "fit-lora": Case("fit-lora", 2, lora=True, task="fit", steps=6),
     "align": Case("align", 3, steps=6),
     "align-lora": Case("align-lora", 3, lora=True, steps=6),
+    "align-bf16": Case("align-bf16", 3, steps=2, dtype="bfloat16"),
 }
+REFERENCE_SHARDS = (5, 0, 1, 7)  # rows of each
+ALREADY_DONE = 2  # the shard that an earlier run committed
 
 
-def make_spec(name: str, folder: Path, **changes: Any) -> TrainSpec:
+def make_spec(of: str | Case, folder: Path, **changes: Any) -> TrainSpec:
     """A whole training stage on the tiny model."""
-    case = STAGES[name]
+    case = STAGES[of] if isinstance(of, str) else of
     return TrainSpec(
-        name=name,
-        store=Store(str(folder / "stages" / name)),
+        name=case.name,
+        store=Store(str(folder / "stages" / case.name)),
         key="key",
         seed=SEED,
         config=case.config().model_copy(update={"num_workers": 2, "save_steps": 2, **changes}),
         model=ModelConfig(
-            model_name_or_path=str(folder / "model"), max_length=64, chat_template="plain"
+            model_name_or_path=str(folder / "model"),
+            max_length=64,
+            chat_template="plain",
+            torch_dtype=case.dtype,
         ),
         head="scores" if case.task == "fit" else "logps",
         make_task=partial(load_task, case.task),
@@ -355,9 +368,51 @@ def load_task(name: str, encoder: Encoder) -> Task:
 
 
 def stage(name: str, folder: Path) -> None:
-    """A whole stage, as a Ray worker does it, but for Ray."""
+    """A whole stage, as a Ray worker does it, but for Ray; its model in several files."""
+    from cwpo_dist.training import export
+
+    export.MAX_SHARD_SIZE = "20KB"
     spec = make_spec(name, folder)
     run_rank(spec, LeaseToken(spec.store, 0), torch.device("cpu"))
+
+
+def write_reference_inputs(folder: Path) -> None:
+    """Pairs and their tokens, and one shard of the output."""
+    rows = iter(make_rows())
+    for index, number in enumerate(REFERENCE_SHARDS):
+        pairs, tokens = [], []
+        for place, row in enumerate(itertools.islice(rows, number)):
+            text = {"prompt": "?", "response_a": "a", "response_b": "b"}
+            pairs.append({"pair_id": f"{index}-{place}", "split": "unlabelled", **text})
+            answer_a, answer_b = row.answers
+            ids = {"prompt": row.prompt, "answer_a": answer_a, "answer_b": answer_b}
+            tokens.append({"pair_id": f"{index}-{place}", **ids})
+        for name, made, schema in (
+            ("pairs", pairs, pair_schema("text")),
+            ("tokens", tokens, TOKEN_SCHEMA),
+        ):
+            table = pa.Table.from_pylist(made, schema=schema)
+            Store(str(folder)).create_table(part(name, index), table)
+    nothing = REFERENCE_SCHEMA.empty_table(), REJECT_SCHEMA.empty_table()
+    commit(reference_job(folder), ALREADY_DONE, ShardOutput(*nothing, {"rows_in": 0, "rows": 0}))
+
+
+def reference_job(folder: Path) -> ShardJob:
+    model = ModelConfig(model_name_or_path=str(folder / "model"), max_length=64)
+    store = Store(str(folder))
+    make_worker = partial(ReferenceWorker, PairsIn(store), store, model, 100)
+    return ShardJob("reference", store.child("scored"), len(REFERENCE_SHARDS), make_worker)
+
+
+def reference(folder: Path) -> None:
+    """The shards that are left, by all ranks under ZeRO-3, as Ray workers do it, but for Ray."""
+    from cwpo_dist.training.frozen import FrozenSpec
+
+    job = reference_job(folder)
+    worker: Any = job.make_worker
+    config = Case("reference", 3).config()
+    spec = FrozenSpec("reference", job.output, config, worker.args[2], Together(job, worker))
+    spec.run(LeaseToken(job.output, 0), torch.device("cpu"))
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
@@ -401,6 +456,7 @@ def together(folder: Path) -> None:
         exactness(case, folder)
     for name in STAGES:
         stage(name, folder)
+    reference(folder)
     named = {case.name: case for case in RESUME_CASES}
     for case in RESUME_CASES:
         resumed(case, folder, written_by=1)
@@ -421,6 +477,7 @@ def _results(form: str) -> tuple[Path, str]:
     folder = Path(tempfile.mkdtemp(prefix="cwpo-zero-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     save_tiny(folder / "model", "llama", tie_word_embeddings=True)
+    write_reference_inputs(folder)
     ranks = [(rank, world) for world in (2, 1) for rank in range(world)]
     processes = []
     for rank, world in ranks:

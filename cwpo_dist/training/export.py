@@ -73,7 +73,6 @@ def export_full(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stage: Store,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes `model/` of a stage; called on all ranks after training, written by rank 0.
 
@@ -82,17 +81,14 @@ def export_full(
         model: its own weights may be shards; tied ones are written once.
         tokenizer: travels along, with its chat template.
         stage: the stage's folder.
-        max_shard_size: bytes of one file of weights, or '5GB'.
     """
     with _written(stage.child(MODEL)) if engine.rank == 0 else nullcontext() as folder:
-        _write_model(engine, model, folder, max_shard_size)
+        _write_model(engine, model, folder)
         if folder is not None:
             tokenizer.save_pretrained(folder)
 
 
-def _write_model(
-    engine: Gatherer, model: PreTrainedModel, folder: Path | None, max_shard_size: int | str
-) -> None:
+def _write_model(engine: Gatherer, model: PreTrainedModel, folder: Path | None) -> None:
     """Streams the weights to a folder, which only rank 0 has."""
     empty = {name: _empty(tensor) for name, tensor in _saved(model).items()}
     as_saved = revert_weight_conversion(model, dict(empty))
@@ -100,9 +96,9 @@ def _write_model(
         logger.info("%s is saved in another form: gathered whole", type(model).__name__)
         weights = gather_weights(engine, model, empty)
         if folder is not None:
-            model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
         return
-    plan = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=MAX_SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
         weights = gather_weights(engine, model, names)
         if folder is not None:

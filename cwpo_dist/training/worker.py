@@ -209,7 +209,7 @@ class _RankHooks(Hooks):
         )
         self._records: list[dict[str, Any]] = []
         self._asked_driver = self._asked_ray = self._saved = time.monotonic()
-        self._heeded_notice = False
+        self._asks_ray = self._heeded_notice = False
 
     def before_step(self, step: int) -> None:
         self._rank.watchdog.beat()
@@ -224,22 +224,24 @@ class _RankHooks(Hooks):
 
     def wants_poll(self) -> bool:
         now = time.monotonic()
-        due = self._rank.rank == 0 and now - self._asked_ray > ASK_RAY_S
-        if due:
-            self._asked_ray = now
-        return due or self._saver.news or self._is_time()
+        if self._rank.rank == 0 and now - self._asked_ray > ASK_RAY_S:
+            self._asked_ray, self._asks_ray = now, True
+        return self._asks_ray or self._saver.news or self._is_time()
 
     def poll(self) -> bool:
-        """Commits what all ranks have written; True when it is time for the next checkpoint.
-
-        Once so when a node is to be drained: training goes on until Ray moves the group.
-        """
+        """Commits what all ranks have written; True when it is time for the next checkpoint."""
         self._saver.settle()
+        wishes = torch.tensor([self._asks_ray, self._is_time()], dtype=torch.float64)
+        asks_ray, is_time = self._rank.engine.total(wishes).tolist()
+        self._asks_ray = False
+        return bool(asks_ray and self._new_notice()) or bool(is_time)
+
+    def _new_notice(self) -> bool:
+        """A node is to be drained: checkpoint once, train on until Ray moves the group."""
         ask = getattr(ray.train, "get_preemption_info", None)  # older Rays have no notices
         notice = ask is not None and ask() is not None
         first, self._heeded_notice = notice and not self._heeded_notice, notice
-        wanted = torch.tensor([float(first or self._is_time())], dtype=torch.float64)
-        return bool(self._rank.engine.total(wanted))
+        return first
 
     def _is_time(self) -> bool:
         minutes = self._spec.config.save_minutes
