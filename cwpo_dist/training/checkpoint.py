@@ -188,7 +188,10 @@ class _Upload:
         return not self.thread.is_alive()
 
     def _write(self, name: str, shard: Shard) -> None:
-        self.failure = _failure_of(shard.write, self.folder, name)
+        try:
+            shard.write(self.folder, name)
+        except Exception as error:  # noqa: BLE001 (raised again by settle, where training hears it)
+            self.failure = error
 
 
 def load(checkpoint: Checkpoint, engine: Engine, identity: RunIdentity) -> None:
