@@ -74,7 +74,8 @@ if __name__ == "__main__":
         ray.init(num_cpus=2, include_dashboard=False)
         workers.train(make_spec(place, cpus_per_worker=0.5))
         sys.exit()
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    quick = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
     try:
         ray.init(address=made.address, logging_level="ERROR")
         shrink_and_grow(made, place)

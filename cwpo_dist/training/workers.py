@@ -50,7 +50,11 @@ Spec = TrainSpec | FrozenSpec
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 600  # of a worker group; Ray's 60 s are too few for large images and models
+# How long Ray waits for room for a worker group. Its 60 s are few where nodes are still to come.
+# With `num_workers: [min, max]` it then looks again for how many there is room: what it asked for
+# may have counted in a node that was lost.
+START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 600, 30
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 RESIZE_CHECK_S = 60.0  # how often Ray looks whether more of `num_workers: [min, max]` find room
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -144,10 +148,9 @@ def _grows() -> bool:
 
 def _fit(spec: Spec, token: LeaseToken) -> dict[str, Any]:
     """Runs worker groups until one ends well; what its rank 0 returned."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
     try:
-        with _stop_on_signal(token):
+        with _start_timeout(spec.config), _stop_on_signal(token):
             result: Any = _trainer(spec, token).fit()
     except (TrainingFailedError, RayError) as error:  # RayError: the controller itself died
         refusal = _refusal(token)
@@ -193,6 +196,20 @@ def _scaling(config: TrainingConfig) -> ScalingConfig:
     if not isinstance(config.num_workers, int):
         settings["elastic_resize_monitor_interval_s"] = RESIZE_CHECK_S
     return ScalingConfig(**settings)
+
+
+@contextmanager
+def _start_timeout(config: TrainingConfig) -> Iterator[None]:
+    """Our patience with Ray's placement, unless the user's environment sets another."""
+    if START_TIMEOUT in os.environ:
+        yield
+        return
+    fixed = isinstance(config.num_workers, int)
+    os.environ[START_TIMEOUT] = str(START_TIMEOUT_S if fixed else ELASTIC_START_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        del os.environ[START_TIMEOUT]
 
 
 @contextmanager
