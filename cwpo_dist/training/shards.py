@@ -76,7 +76,8 @@ class Shard:
         for key, given in shares.items():
             kept = list(given)
             stretches = [(share.name, share.start, share.values.numel()) for share in kept]
-            tensors[key] = torch.empty(sum(length for *_, length in stretches))
+            size = sum(length for *_, length in stretches)
+            tensors[key] = torch.empty(size, dtype=torch.float32)
             place = 0
             for share, (*_, length) in zip(kept, stretches, strict=True):
                 tensors[key][place : place + length].copy_(share.values)
