@@ -196,7 +196,7 @@ def test_refused_writes_leave_the_last_one(tmp_path: Path, monkeypatch: pytest.M
     store = Store(str(tmp_path))
     save(store, 1)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards, "save_file", full)
