@@ -249,7 +249,11 @@ def full_gradients(engine: Any) -> dict[str, Tensor]:
 
     found = {}
     for name, parameter in trainable(engine.module):
-        gradient = parameter.grad if engine.stage == 0 else safe_get_full_grad(parameter)
+        if engine.stage == 0:  # which exchanges gradients as part of its step
+            gradient = parameter.grad / engine.world_size
+            dist.all_reduce(gradient)
+        else:
+            gradient = safe_get_full_grad(parameter)
         found[name] = gradient.detach().clone().contiguous()
     return found
 
