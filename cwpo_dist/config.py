@@ -120,6 +120,7 @@ class TrainingConfig(Section):
             "cpus_per_worker",
             "resources_per_worker",
             "save_steps",
+            "save_minutes",
             "save_total_limit",
             "logging_steps",
             "max_failures",
@@ -149,17 +150,34 @@ class TrainingConfig(Section):
     deepspeed: dict[str, Any] | str | None = Field(
         None, description="a section, or a Hugging Face DeepSpeed JSON file, merged over ours"
     )
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1,
+        description="so many; [min, max]: as many as there is room for, fewer when nodes are lost, "
+        "more when they come; what is computed stays the same",
+    )
     use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has GPUs")
     cpus_per_worker: PositiveFloat = 1.0
     resources_per_worker: dict[str, float] = Field(default_factory=dict)
     save_steps: PositiveInt = 100
+    save_minutes: PositiveFloat | None = Field(
+        None, description="a checkpoint also when the last one is so old"
+    )
     save_total_limit: PositiveInt = 2
     logging_steps: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
     step_timeout_s: PositiveFloat = Field(
         1800.0, description="no step for so long: stacks are dumped, the workers restarted"
     )
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     def deepspeed_section(self) -> dict[str, Any]:
         """The DeepSpeed section: as given, or read from the JSON file that it names.
@@ -175,6 +193,12 @@ class TrainingConfig(Section):
             raise ConfigError(f"deepspeed: cannot read {self.deepspeed!r}: {error}") from None
         return section
 
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers: {self.num_workers}; give [min, max], min first")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _resolve_global_batch(cls, data: Any) -> Any:
@@ -188,6 +212,11 @@ class TrainingConfig(Section):
                     "give both, or global_batch_size alone"
                 )
             return data
+        if isinstance(data.get("num_workers"), list | tuple):
+            raise ValueError(
+                "per_device_train_batch_size is given with num_workers [min, max], whose batch "
+                "would change with the workers: give global_batch_size instead"
+            )
         workers = int(data.get("num_workers", 1))
         per_device = int(data["per_device_train_batch_size"])
         total = per_device * int(data.get("gradient_accumulation_steps") or 1) * workers
@@ -385,7 +414,12 @@ class WeighConfig(Section):
 class ReferenceConfig(PoolConfig):
     """Log-probs of the frozen SFT policy."""
 
-    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
+    compute_fields: ClassVar[frozenset[str]] = frozenset({*PoolConfig.model_fields, "sharded"})
+
+    sharded: bool = Field(
+        False,
+        description="for a policy that exceeds one device: by the workers of `align`, under ZeRO-3",
+    )
 
 
 class EvaluateConfig(PoolConfig):

@@ -1,4 +1,4 @@
-"""Tasks that workers of test_workers.py load, and mishaps that befall them in mid-step."""
+"""Tasks that workers of tests load, and mishaps that befall them in mid-step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Mishap:
     """Befalls one rank once, within its forward pass over a given pair of a given step.
 
     Attributes:
-        kind: the name of a signal, or 'hang'.
+        kind: the name of a signal.
         rank: whom.
         step: the first step of a process, from 0, in which it can happen.
         folder: where a mark says that it has.
@@ -40,8 +40,6 @@ class Mishap:
         if dist.get_rank() != self.rank or step < self.step or mark.exists():
             return
         mark.write_text(str(step))
-        if self.kind == "hang":
-            time.sleep(3600)
         os.kill(os.getpid(), getattr(signal, self.kind))
         # Python hears of a signal when its main thread, Ray's, next runs: at the controller's poll.
         told_to_stop.wait(30)
@@ -67,9 +65,7 @@ class Unlucky(Preference):
 
 
 def preferences(encoder: Encoder, mishaps: tuple[Mishap, ...] = ()) -> Task:
-    plain: Any = zero_ranks.make_task("none")
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    return Unlucky(**fields, mishaps=mishaps)
+    return Unlucky(**_plain_fields(), mishaps=mishaps)
 
 
 def nothing(encoder: Encoder) -> Task:
@@ -77,13 +73,38 @@ def nothing(encoder: Encoder) -> Task:
 
 
 @dataclass(frozen=True)
-class Poisoned(Preference):
-    """Its loss is not finite from the start."""
+class Poisoned(Unlucky):
+    """Its loss is not finite from the fourth step on."""
 
     def losses(self, outputs_PK: Tensor, indices: Sequence[int]) -> Tensor:
-        return super().losses(outputs_PK, indices) * float("nan")
+        poison = float("nan") if self.__dict__["steps"] >= 3 else 1.0
+        return super().losses(outputs_PK, indices) * poison
 
 
 def poisoned(encoder: Encoder) -> Task:
+    return Poisoned(**_plain_fields())
+
+
+@dataclass(frozen=True)
+class Watched(Preference):
+    """Says in the folder which world does which step; takes its time until told to hurry."""
+
+    folder: Path = Path()
+
+    def denominator(self, indices: Sequence[int]) -> float:
+        """Called once a step, before its forward passes."""
+        if dist.get_rank() == 0:
+            marks = len(list(self.folder.glob("world-*")))
+            (self.folder / f"world-{dist.get_world_size()}-{marks}").touch()
+        if not (self.folder / "hurry").exists():
+            time.sleep(0.3)
+        return super().denominator(indices)
+
+
+def watched(encoder: Encoder, folder: Path) -> Task:
+    return Watched(**_plain_fields(), folder=folder)
+
+
+def _plain_fields() -> dict[str, Any]:
     plain: Any = zero_ranks.make_task("none")
-    return Poisoned(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
+    return {name: getattr(plain, name) for name in plain.__dataclass_fields__}

@@ -194,3 +194,12 @@ def test_accumulation_alone_says_nothing_about_the_batch() -> None:
     data = {"output_dir": "x", "prepare": {"sources": [{"path": "a"}]}}
     with pytest.raises(ConfigError, match="without per_device_train_batch_size: give both"):
         parse_config(data | {"align": {"gradient_accumulation_steps": 8}})
+
+
+def test_workers_are_so_many_or_from_few_to_many() -> None:
+    config = parse_config({**SMALL, "align": {"num_workers": [2, 8]}})
+    assert (config.align.min_workers, config.align.max_workers) == (2, 8)
+    with pytest.raises(ConfigError, match=r"\[min, max\], min first"):
+        parse_config({**SMALL, "align": {"num_workers": [8, 2]}})
+    with pytest.raises(ConfigError, match="give global_batch_size instead"):
+        parse_config({**SMALL, "align": {"num_workers": [1, 2], "per_device_train_batch_size": 4}})

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from peft import PeftModel
 from ray_task import Mishap
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model
@@ -63,10 +65,29 @@ def assert_close(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("name", ["fit", "align"])
 def test_full_export_is_what_was_trained(name: str) -> None:
-    """From ZeRO-3 shards, into a folder that stock loaders take."""
+    """From ZeRO-3 shards, file by file, into a folder that stock loaders take."""
     model = as_model(exported(name))
     loaded = load_reward_model(model) if name == "fit" else load_policy(model)
     assert_close(dict(loaded.named_parameters()), oracle_weights(name))
+    assert len(list(exported(name).glob("model-*-of-*.safetensors"))) > 1
+    if name == "align":  # log-probs, by transformers alone
+        ids = torch.tensor([zero_ranks.make_rows()[0].prompt])
+        stock = AutoModelForCausalLM.from_pretrained(exported(name)).eval()
+        base = load_policy(as_model(zero_ranks.results() / "model"))
+        base.load_state_dict(oracle_weights(name), strict=False)
+        with torch.no_grad():
+            ours, wanted = (m(input_ids=ids).logits.log_softmax(-1) for m in (stock, base.eval()))
+        torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=0)
+
+
+def test_bfloat16_export() -> None:
+    """In the precision that was trained in, and near to what float32 would have given."""
+    stock = AutoModelForCausalLM.from_pretrained(exported("align-bf16"))
+    assert stock.dtype == torch.bfloat16
+    wanted = oracle_weights("align-bf16")
+    for parameter_name, parameter in stock.named_parameters():
+        close = torch.isclose(parameter.float(), wanted[parameter_name].float(), atol=0.02)
+        assert float(close.float().mean()) > 0.99, parameter_name
 
 
 def test_tokenizer_travels_with_its_template() -> None:
@@ -200,7 +221,7 @@ def alone(group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def with_task(spec: TrainSpec, make_task: Any) -> TrainSpec:
-    return TrainSpec(**(vars(spec) | {"make_task": make_task}))
+    return replace(spec, make_task=make_task)
 
 
 def test_bad_data_end_the_group_once(alone: TrainSpec) -> None:
@@ -222,8 +243,20 @@ def test_non_finite_loss_needs_no_retry(alone: TrainSpec) -> None:
             {"spec": with_task(alone, ray_task.poisoned), "token": lease.token}
         )
     assert outcome["error"] == NonFiniteLoss.__name__
-    assert "step 1" in outcome["message"]
-    assert checkpoint.newest(alone.store) is None
+    assert "step 4" in outcome["message"]
+    found = checkpoint.newest(alone.store)
+    assert found is not None
+    assert found.step == 2, "the last good one, which was under way, is committed"
+
+
+def test_checkpoints_by_the_clock(alone: TrainSpec) -> None:
+    """With `save_minutes` they come between the steps of `save_steps`, too."""
+    changes = {"save_steps": 1000, "save_minutes": 1e-6, "save_total_limit": 10}
+    spec = replace(alone, config=alone.config.model_copy(update=changes))
+    with Lease.acquire(spec.store) as lease:
+        workers._worker({"spec": spec, "token": lease.token})
+    steps = {name.split("/")[1][:11] for name in spec.store.names("checkpoints")}
+    assert {"step-000001", "step-000006"} < steps
 
 
 def test_the_drivers_word_stops_workers(alone: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:

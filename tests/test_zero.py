@@ -2,37 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import zero_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from zero_ranks import BUDGETS, ZERO_CASES, Case
+from zero_ranks import ALONE_CASES, MATRIX_CASES, ZERO_CASES, Case
 
 from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.training.checkpoint import trainable
 from cwpo_dist.training.loop import Hooks, gradients, train
 
 ALL_AT_ONCE = 10**6
 
 
-@pytest.fixture(params=ZERO_CASES, ids=lambda case: case.name, scope="module")
-def case(request: pytest.FixtureRequest) -> Case:
-    chosen: Case = request.param
+@dataclass(frozen=True)
+class Group:
+    """A case as a group of so many ranks did it, in the short or the long form."""
+
+    case: Case
+    world: int
+    form: str = "short"
+
+    @property
+    def folder(self) -> Path:
+        return zero_ranks.results(self.form)
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        return zero_ranks.budgets(self.case, self.world)
+
+
+GROUPS: list[Any] = [
+    *(Group(case, 2) for case in ZERO_CASES),
+    *(Group(case, 1) for case in ALONE_CASES),
+    *(
+        pytest.param(Group(case, world, "long"), marks=pytest.mark.long)
+        for case in MATRIX_CASES
+        for world in (1, 2)
+    ),
+]
+
+
+@pytest.fixture(params=GROUPS, ids=lambda group: f"{group.case.name}x{group.world}", scope="module")
+def group(request: pytest.FixtureRequest) -> Group:
+    chosen: Group = request.param
     return chosen
 
 
 @pytest.fixture(scope="module")
-def got(case: Case) -> dict[str, Tensor]:
-    return dict(load_file(zero_ranks.results() / f"{case.name}.2.safetensors"))
+def got(group: Group) -> dict[str, Tensor]:
+    return dict(load_file(group.folder / f"{group.case.name}.{group.world}.safetensors"))
 
 
 @pytest.fixture(scope="module")
-def wanted(case: Case) -> dict[str, Tensor]:
+def wanted(group: Group) -> dict[str, Tensor]:
     """The oracle: one process, one micro-batch a step."""
-    engine = zero_ranks.oracle(case, zero_ranks.results())
+    case = group.case
+    engine = zero_ranks.oracle(case, group.folder)
     task, run = zero_ranks.make_task(case.task), zero_ranks.make_run(case, ALL_AT_ONCE)
-    result = gradients(task, engine, run, 0, zero_ranks.first_batch())
+    result = gradients(task, engine, run, 0, zero_ranks.first_batch(case))
     found = {f"gradient.{name}": p.grad.clone() for name, p in trainable(engine.module)}
     found["loss"] = torch.tensor([result.loss])
     found["norm"] = torch.tensor([engine.step(0.0)])
@@ -46,43 +80,48 @@ def flat(tensors: dict[str, Tensor], prefix: str) -> Tensor:
     return torch.cat([tensors[name].flatten().double() for name in names])
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
 def test_gradient_before_clipping(
-    case: Case, got: dict[str, Tensor], wanted: dict[str, Tensor], budget: int
+    group: Group, got: dict[str, Tensor], wanted: dict[str, Tensor]
 ) -> None:
     """However a batch of unequal weights is split over ranks and micro-steps."""
     expected = flat(wanted, "gradient.")
-    error = flat(got, f"gradient.{budget}.") - expected
-    assert float(error.norm() / expected.norm()) < 1e-5
-    assert float(got[f"norm.{budget}"]) == pytest.approx(float(wanted["norm"]), rel=1e-5)
-    assert float(got[f"loss.{budget}"]) == pytest.approx(float(wanted["loss"]), rel=1e-5)
+    for budget in group.budgets:
+        error = flat(got, f"gradient.{budget}.") - expected
+        assert float(error.norm() / expected.norm()) < 1e-5, budget
+        assert float(got[f"norm.{budget}"]) == pytest.approx(float(wanted["norm"]), rel=1e-5)
+        assert float(got[f"loss.{budget}"]) == pytest.approx(float(wanted["loss"]), rel=1e-5)
 
 
-def test_weights_after_20_sgd_steps(
-    case: Case, got: dict[str, Tensor], wanted: dict[str, Tensor]
-) -> None:
+def test_weights_after_20_sgd_steps(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     expected, start = flat(wanted, "weight."), flat(wanted, "start.")
     moved = float((expected - start).norm())
     assert moved > 1e-3 * float(start.norm())
     assert float((flat(got, "weight.") - expected).norm()) < 1e-4 * moved
 
 
-def test_shards_and_layout(case: Case, got: dict[str, Tensor]) -> None:
+def test_shards_and_layout(group: Group, got: dict[str, Tensor]) -> None:
     """ZeRO-3 holds shards alone, and its layout is proved on them as on a whole model."""
-    assert (int(got["sharded"]) > 0) == (case.stage == 3)
+    assert (int(got["sharded"]) > 0) == (group.case.stage == 3)
     assert bool(got["packed"])
 
 
-def test_budgets_split_as_meant() -> None:
-    """From one micro-step a rank to several, with pads among them."""
-    from cwpo_dist.lm.batches import plan_micro_batches
-
+def micro_steps(case: Case, world: int) -> list[int]:
     rows = zero_ranks.make_rows()
-    lengths = [rows[i].n_tokens for i in zero_ranks.first_batch()]
-    plans = [plan_micro_batches(lengths, budget, 2, "packed") for budget in BUDGETS]
-    micro_steps = [len(plan[0]) for plan in plans]
-    assert micro_steps[0] == 1
-    assert len(set(micro_steps)) == len(BUDGETS)
+    lengths = [rows[i].n_tokens for i in zero_ranks.first_batch(case)]
+    plans = [
+        plan_micro_batches(lengths, budget, world, "packed")
+        for budget in zero_ranks.budgets(case, world)
+    ]
+    return [len(plan[0]) for plan in plans]
+
+
+def test_budgets_split_as_meant() -> None:
+    """From one micro-step a rank to several, with pads among them; the long form in 1 to 7."""
+    few = micro_steps(ZERO_CASES[0], 2)
+    assert few[0] == 1
+    assert len(set(few)) == len(few)
+    for world in (1, 2):
+        assert micro_steps(MATRIX_CASES[0], world) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def make_config(section: dict | str | None, **changes: object) -> TrainingConfig:

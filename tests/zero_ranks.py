@@ -8,6 +8,7 @@ rank 0 writes each case's results there as safetensors.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -34,6 +36,11 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Layout, Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.pairs.records import REFERENCE_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, pair_schema
+from cwpo_dist.scoring.attempts import ShardOutput
+from cwpo_dist.scoring.pipeline import ShardJob, commit, part
+from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
+from cwpo_dist.scoring.together import Together
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine, gradients, train
@@ -43,8 +50,11 @@ from cwpo_dist.training.worker import TrainSpec, checkpoint_activations, run_ran
 
 N_ROWS, BATCH = 22, 8
 BUDGETS = (10_000, 130, 61)  # one micro-batch, some, many: up to one row each
+# Of a batch of 16 rows in 1 to 7 micro-steps a rank; test_zero.py says so.
+MATRIX_BATCH = 16
+MATRIX_BUDGETS = {1: (10_000, 400, 250, 180, 140, 120, 100), 2: (10_000, 250, 130, 100, 75, 63, 50)}
 SEED = 5
-TIME_LIMIT_S = 540  # a minute on an idle machine
+TIME_LIMIT_S = {"short": 540, "long": 1500}  # a tenth of it on an idle machine
 
 
 @dataclass(frozen=True)
@@ -60,19 +70,26 @@ class Case:
     steps: int = 20
     threshold: int = 0  # of ZeRO-3: larger parameters are sharded
     checkpointing: bool = False
+    offload: bool = False
     dtype: str = "float32"
+    batch: int = BATCH
 
     def config(self) -> TrainingConfig:
-        zero3: dict[str, Any] = {"stage3_param_persistence_threshold": self.threshold}
-        if self.threshold == 0:  # no parameter stays whole once its module is done
+        zero: dict[str, Any] = {}
+        if self.stage == 3:
+            zero |= {"stage3_param_persistence_threshold": self.threshold}
+        if self.stage == 3 and self.threshold == 0:  # nothing stays whole once its module is done
             released = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-            zero3 |= {f"stage3_{name}": 0 for name in released}
-        section = {"zero_optimization": zero3} if self.stage == 3 else None
+            zero |= {f"stage3_{name}": 0 for name in released}
+        if self.offload:
+            zero |= {"offload_optimizer": {"device": "cpu"}}
+        if self.offload and self.stage == 3:
+            zero |= {"offload_param": {"device": "cpu"}}
         return TrainingConfig(
             learning_rate=0.05 if self.optim == "sgd" else 0.01,
             lr_scheduler_type="linear",
             max_steps=self.steps,
-            global_batch_size=BATCH,
+            global_batch_size=self.batch,
             max_tokens_per_micro_batch=self.budget,
             max_grad_norm=0.5,
             optim=self.optim,
@@ -81,7 +98,7 @@ class Case:
             zero_stage=self.stage,
             gradient_checkpointing=self.checkpointing,
             save_steps=1000,
-            deepspeed=section,
+            deepspeed={"zero_optimization": zero} if zero else None,
         )
 
 
@@ -91,13 +108,33 @@ ZERO_CASES = [
     Case("sft-3", 3, task="sft", threshold=100_000, checkpointing=True),
     Case("fit-3", 3, task="fit"),
     Case("batch-2", 2, task="batch"),
+    Case("offload-2", 2, offload=True),
+    Case("offload-3", 3, offload=True, lora=True, task="dataset", checkpointing=True),
 ]
+# What a group of one does, too.
+ALONE_CASES = [case for case in ZERO_CASES if case.name.startswith("full-")]
 RESUME_CASES = [
     *(Case(f"adamw-{stage}", stage, optim="adamw", steps=6) for stage in range(4)),
     Case("adamw-lora-3", 3, lora=True, optim="adamw", steps=6),
 ]
-# Those that a group of one does, too, so that each resumes the other's.
-ALONE_CASES = [case for case in RESUME_CASES if case.name in ("adamw-2", "adamw-lora-3")]
+# All that can be switched, each with all: the long form of ZERO_CASES.
+MATRIX_CASES = [
+    Case(
+        f"matrix-{stage}{'-lora' * lora}{'-recompute' * checkpointing}{'-offload' * offload}",
+        stage,
+        lora=lora,
+        task="dataset" if lora else "none",
+        checkpointing=checkpointing,
+        offload=offload,
+        batch=MATRIX_BATCH,
+    )
+    for stage in range(4)
+    for lora in (False, True)
+    for checkpointing in (False, True)
+    for offload in ((False, True) if stage else (False,))
+]
+# (resumed by, written by) of another ZeRO stage, at the same world size.
+ACROSS_STAGES = [("adamw-0", "adamw-3"), ("adamw-3", "adamw-1"), ("adamw-2", "adamw-0")]
 # With masters and gradient sums in fp32, by yet another optimizer of DeepSpeed's; two ranks only.
 BF16_CASE = Case("adamw-bf16-1", 1, optim="adamw", steps=6, dtype="bfloat16")
 
@@ -176,18 +213,32 @@ def deepspeed_engine(case: Case, folder: Path) -> Any:
     return engine.DeepSpeedEngine(module, case.config(), settings)
 
 
-def first_batch() -> list[int]:
-    indices: list[int] = global_batch(N_ROWS, BATCH, SEED, 0)[1].tolist()
+def first_batch(case: Case) -> list[int]:
+    indices: list[int] = global_batch(N_ROWS, case.batch, SEED, 0)[1].tolist()
     return indices
+
+
+def budgets(case: Case, world: int) -> tuple[int, ...]:
+    return MATRIX_BUDGETS[world] if case.batch == MATRIX_BATCH else BUDGETS
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
     from cwpo_dist.training.checkpoint import trainable
 
     return {
-        name: engine.full(parameter, None).detach().clone().contiguous()
+        name: _whole(engine, parameter).detach().clone().contiguous()
         for name, parameter in trainable(engine.module)
     }
+
+
+def _whole(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The fp32 parameter; a collective."""
+    if engine.replicated:
+        return parameter
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found: Tensor = safe_get_full_fp32_param(parameter)
+    return found
 
 
 def full_gradients(engine: Any) -> dict[str, Tensor]:
@@ -198,7 +249,11 @@ def full_gradients(engine: Any) -> dict[str, Tensor]:
 
     found = {}
     for name, parameter in trainable(engine.module):
-        gradient = parameter.grad if engine.stage == 0 else safe_get_full_grad(parameter)
+        if engine.stage == 0:  # which exchanges gradients as part of its step
+            gradient = parameter.grad / engine.world_size
+            dist.all_reduce(gradient)
+        else:
+            gradient = safe_get_full_grad(parameter)
         found[name] = gradient.detach().clone().contiguous()
     return found
 
@@ -211,8 +266,8 @@ def exactness(case: Case, folder: Path) -> None:
     layout = choose_layout(engine.module, longest=64).layout  # as a worker does, engine first
     empty = sum(p.numel() == 0 for p in engine.module.parameters())
     results = {"packed": torch.tensor([layout == "packed"]), "sharded": torch.tensor([empty])}
-    for budget in BUDGETS:
-        result = gradients(task, engine, make_run(case, budget, layout), 0, first_batch())
+    for budget in budgets(case, engine.world_size):
+        result = gradients(task, engine, make_run(case, budget, layout), 0, first_batch(case))
         for name, gradient in full_gradients(engine).items():
             results[f"gradient.{budget}.{name}"] = gradient
         results[f"loss.{budget}"] = torch.tensor([result.loss], dtype=torch.float64)
@@ -225,25 +280,31 @@ def exactness(case: Case, folder: Path) -> None:
 
 
 class _SaveAt(Hooks):
-    """Commits a checkpoint at each of the given steps."""
+    """Begins a checkpoint at each of the given steps, and commits it when all ranks have it."""
 
     def __init__(self, case: Case, engine: Any, folder: Path, steps: tuple[int, ...]) -> None:
-        self.case, self.engine, self.folder, self.steps = case, engine, folder, steps
-
-    def save(self, step: int) -> None:
         from cwpo_dist.training import checkpoint
 
+        self.steps = steps
+        self.saver = checkpoint.Saver(
+            Store(str(folder / f"{case.name}.{engine.world_size}")),
+            engine,
+            checkpoint.RunIdentity("key", SEED, "base"),
+            f"attempt{engine.world_size}",
+            keep=2,
+            fence=lambda: None,
+        )
+
+    def wants_poll(self) -> bool:
+        return self.saver.news
+
+    def poll(self) -> bool:
+        self.saver.settle()
+        return False
+
+    def save(self, step: int) -> None:
         if step in self.steps:
-            world = self.engine.world_size
-            checkpoint.save(
-                Store(str(self.folder / f"{self.case.name}.{world}")),
-                self.engine,
-                checkpoint.RunIdentity("key", SEED, "base"),
-                step,
-                f"attempt{world}",
-                keep=2,
-                fence=lambda: None,
-            )
+            self.saver.begin(step)
 
 
 def uninterrupted(case: Case, folder: Path) -> None:
@@ -251,24 +312,27 @@ def uninterrupted(case: Case, folder: Path) -> None:
     engine = deepspeed_engine(case, folder)
     run = make_run(case)
     run = replace(run, config=run.config.model_copy(update={"save_steps": 3}))
-    train(make_task(case.task), engine, run, _SaveAt(case, engine, folder, (3,)))
+    hooks = _SaveAt(case, engine, folder, (3,))
+    train(make_task(case.task), engine, run, hooks)
+    hooks.saver.settle(wait=True)
     write(folder, f"{case.name}.{engine.world_size}.whole", weights_of(engine))
     engine.close()
 
 
-def resumed(case: Case, folder: Path, written_by: int) -> None:
-    """The last three steps, from the checkpoint of a run with another number of ranks or not."""
+def resumed(case: Case, folder: Path, written_by: int, of: str = "") -> None:
+    """The last three steps, from the checkpoint of a run with other ranks or of another stage."""
     from cwpo_dist.training import checkpoint
 
+    store = Store(str(folder / f"{of or case.name}.{written_by}"))
     found = None
     while found is None:  # the other group may be behind; the test's time limit bounds this
-        found = checkpoint.newest(Store(str(folder / f"{case.name}.{written_by}")))
+        found = checkpoint.newest(store)
         time.sleep(0.1)
     assert found.step == 3
     engine = deepspeed_engine(case, folder)
     checkpoint.load(found, engine, checkpoint.RunIdentity("key", SEED, "base"))
     train(make_task(case.task), engine, make_run(case), Hooks(), start_step=3)
-    write(folder, f"{case.name}.{engine.world_size}.from{written_by}", weights_of(engine))
+    write(folder, f"{case.name}.{engine.world_size}.from{written_by}{of}", weights_of(engine))
     engine.close()
 
 
@@ -277,20 +341,26 @@ STAGES = {
     "fit-lora": Case("fit-lora", 2, lora=True, task="fit", steps=6),
     "align": Case("align", 3, steps=6),
     "align-lora": Case("align-lora", 3, lora=True, steps=6),
+    "align-bf16": Case("align-bf16", 3, steps=2, dtype="bfloat16"),
 }
+REFERENCE_SHARDS = (5, 0, 1, 7)  # rows of each
+ALREADY_DONE = 2  # the shard that an earlier run committed
 
 
-def make_spec(name: str, folder: Path, **changes: Any) -> TrainSpec:
+def make_spec(of: str | Case, folder: Path, **changes: Any) -> TrainSpec:
     """A whole training stage on the tiny model."""
-    case = STAGES[name]
+    case = STAGES[of] if isinstance(of, str) else of
     return TrainSpec(
-        name=name,
-        store=Store(str(folder / "stages" / name)),
+        name=case.name,
+        store=Store(str(folder / "stages" / case.name)),
         key="key",
         seed=SEED,
         config=case.config().model_copy(update={"num_workers": 2, "save_steps": 2, **changes}),
         model=ModelConfig(
-            model_name_or_path=str(folder / "model"), max_length=64, chat_template="plain"
+            model_name_or_path=str(folder / "model"),
+            max_length=64,
+            chat_template="plain",
+            torch_dtype=case.dtype,
         ),
         head="scores" if case.task == "fit" else "logps",
         make_task=partial(load_task, case.task),
@@ -302,9 +372,51 @@ def load_task(name: str, encoder: Encoder) -> Task:
 
 
 def stage(name: str, folder: Path) -> None:
-    """A whole stage, as a Ray worker does it, but for Ray."""
+    """A whole stage, as a Ray worker does it, but for Ray; its model in several files."""
+    from cwpo_dist.training import export
+
+    export.MAX_SHARD_SIZE = "20KB"
     spec = make_spec(name, folder)
     run_rank(spec, LeaseToken(spec.store, 0), torch.device("cpu"))
+
+
+def write_reference_inputs(folder: Path) -> None:
+    """Pairs and their tokens, and one shard of the output."""
+    rows = iter(make_rows())
+    for index, number in enumerate(REFERENCE_SHARDS):
+        pairs, tokens = [], []
+        for place, row in enumerate(itertools.islice(rows, number)):
+            text = {"prompt": "?", "response_a": "a", "response_b": "b"}
+            pairs.append({"pair_id": f"{index}-{place}", "split": "unlabelled", **text})
+            answer_a, answer_b = row.answers
+            ids = {"prompt": row.prompt, "answer_a": answer_a, "answer_b": answer_b}
+            tokens.append({"pair_id": f"{index}-{place}", **ids})
+        for name, made, schema in (
+            ("pairs", pairs, pair_schema("text")),
+            ("tokens", tokens, TOKEN_SCHEMA),
+        ):
+            table = pa.Table.from_pylist(made, schema=schema)
+            Store(str(folder)).create_table(part(name, index), table)
+    nothing = REFERENCE_SCHEMA.empty_table(), REJECT_SCHEMA.empty_table()
+    commit(reference_job(folder), ALREADY_DONE, ShardOutput(*nothing, {"rows_in": 0, "rows": 0}))
+
+
+def reference_job(folder: Path) -> ShardJob:
+    model = ModelConfig(model_name_or_path=str(folder / "model"), max_length=64)
+    store = Store(str(folder))
+    make_worker = partial(ReferenceWorker, PairsIn(store), store, model, 100)
+    return ShardJob("reference", store.child("scored"), len(REFERENCE_SHARDS), make_worker)
+
+
+def reference(folder: Path) -> None:
+    """The shards that are left, by all ranks under ZeRO-3, as Ray workers do it, but for Ray."""
+    from cwpo_dist.training.frozen import FrozenSpec
+
+    job = reference_job(folder)
+    worker: Any = job.make_worker
+    config = Case("reference", 3).config()
+    spec = FrozenSpec("reference", job.output, config, worker.args[2], Together(job, worker))
+    spec.run(LeaseToken(job.output, 0), torch.device("cpu"))
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
@@ -312,8 +424,8 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, folder / f"{name}.safetensors")
 
 
-def main(folder: Path, rank: int, world: int) -> None:
-    """Joins the group through a file, then does all cases."""
+def main(folder: Path, rank: int, world: int, form: str) -> None:
+    """Joins the group through a file, then does all cases of the short or the long form."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -322,13 +434,25 @@ def main(folder: Path, rank: int, world: int) -> None:
         world_size=world,
         timeout=timedelta(seconds=120),
     )
-    if world == 1:
-        for case in ALONE_CASES:
-            uninterrupted(case, folder)
-        for case in ALONE_CASES:
-            resumed(case, folder, written_by=1)
-            resumed(case, folder, written_by=2)
-        return
+    cases = {("long", 1): long_form, ("long", 2): long_form, ("short", 1): alone}
+    cases.get((form, world), together)(folder)
+
+
+def long_form(folder: Path) -> None:
+    for case in MATRIX_CASES:
+        exactness(case, folder)
+
+
+def alone(folder: Path) -> None:
+    for case in RESUME_CASES:
+        uninterrupted(case, folder)
+    for case in RESUME_CASES:
+        resumed(case, folder, written_by=2)
+    for case in ALONE_CASES:
+        exactness(case, folder)
+
+
+def together(folder: Path) -> None:
     for case in [*RESUME_CASES, BF16_CASE]:
         uninterrupted(case, folder)
         resumed(case, folder, written_by=2)
@@ -336,23 +460,28 @@ def main(folder: Path, rank: int, world: int) -> None:
         exactness(case, folder)
     for name in STAGES:
         stage(name, folder)
-    for case in ALONE_CASES:
+    reference(folder)
+    named = {case.name: case for case in RESUME_CASES}
+    for case in RESUME_CASES:
         resumed(case, folder, written_by=1)
+    for name, of in ACROSS_STAGES:
+        resumed(named[name], folder, written_by=2, of=of)
 
 
-def results() -> Path:
+def results(form: str = "short") -> Path:
     """The folder with all results, made once for all tests of this process."""
-    folder, failure = _results()
+    folder, failure = _results(form)
     assert not failure, failure
     return folder
 
 
 @cache
-def _results() -> tuple[Path, str]:
+def _results(form: str) -> tuple[Path, str]:
     """The folder, and what the ranks said if one failed."""
     folder = Path(tempfile.mkdtemp(prefix="cwpo-zero-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     save_tiny(folder / "model", "llama", tie_word_embeddings=True)
+    write_reference_inputs(folder)
     ranks = [(rank, world) for world in (2, 1) for rank in range(world)]
     processes = []
     for rank, world in ranks:
@@ -363,9 +492,9 @@ def _results() -> tuple[Path, str]:
             "WORLD_SIZE": str(world),
         }
         log = (folder / f"log-{world}-{rank}").open("w")
-        command = [sys.executable, __file__, str(folder), str(rank), str(world)]
+        command = [sys.executable, __file__, str(folder), str(rank), str(world), form]
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    deadline = time.monotonic() + TIME_LIMIT_S
+    deadline = time.monotonic() + TIME_LIMIT_S[form]
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):  # the others may wait for it
             break
@@ -379,6 +508,6 @@ def _results() -> tuple[Path, str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     # Past the interpreter's end: torch's file store aborts there now and then, all work done.
     os._exit(0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
-from cwpo_dist.lm.rows import Row, collate, planned_length
+from cwpo_dist.lm.rows import Row, RowBatch, collate, planned_length
 
 Module = AnswerLogProbs | AnswerScores
 
@@ -30,33 +33,110 @@ class Forwarded:
     counts: dict[str, int]
 
 
-class RowForward:
-    """A model that is applied to rows in token-budget batches, without gradients."""
+class Ranks(Protocol):
+    """Processes that apply one sharded model together, each to its share of the batches.
 
-    def __init__(self, module: Module, pad_id: int, max_length: int, max_tokens: int) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.module = module.to(self.device).eval()
+    Attributes:
+        device: where batches go.
+        rank: of this process.
+        world_size: how many there are.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @property
+    def module(self) -> Module:
+        """The model, to be called through `forward`."""
+        ...
+
+    def forward(self, batch: RowBatch) -> Tensor:
+        """One number an answer [P, K]; called equally often on all ranks."""
+        ...
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over ranks."""
+        ...
+
+    def agreed(self, value: Any) -> Any:
+        """What rank 0 has, on all ranks."""
+        ...
+
+    def check_stop(self) -> None:
+        """Raises, on all ranks, when one was told to stop."""
+        ...
+
+
+class RowForward:
+    """A model that is applied to rows in token-budget batches, without gradients.
+
+    Batches depend on the rows alone, also where several ranks share them.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        pad_id: int,
+        max_length: int,
+        max_tokens: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Moves the model to this process's device, unless ranks hold it together."""
+        self.ranks = ranks
+        if ranks is None:
+            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.module = module.to(self.device).eval()
+        else:
+            self.device, self.module = ranks.device, module
         self.pad_id, self.max_tokens = pad_id, max_tokens
         self.layout = choose_layout(self.module, longest=max_length).layout
         self.flops = useful_flops(self.module)
 
-    @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> Forwarded:
         """One number for each answer."""
         lengths = [planned_length(row, self.layout) for row in rows]
         (plan,) = plan_micro_batches(lengths, self.max_tokens, 1, self.layout)
+        apply = self._alone if self.ranks is None else partial(self._together, self.ranks)
+        values, padded_tokens = apply([micro for micro in plan if micro], rows)
+        counts = {
+            "tokens": sum(row.n_tokens for row in rows),
+            "padded_tokens": padded_tokens,
+            "flops": int(self.flops.forward(rows)),
+        }
+        return Forwarded(values, counts)
+
+    @torch.inference_mode()
+    def _alone(self, plan: list[list[int]], rows: Sequence[Row]) -> tuple[list[list[float]], int]:
         outputs, padded_tokens = [], 0
-        for micro in filter(None, plan):
-            batch = collate([rows[i] for i in micro], self.layout, self.pad_id)
+        for micro in plan:
+            batch = self._collated(micro, rows)
             outputs.append(self.module(batch.to(self.device)).float())
             padded_tokens += batch.padded_tokens
         # Read back once: a device computes on while the next batch is laid out.
         found = torch.cat(outputs).cpu().tolist() if outputs else []
         order = [i for micro in plan for i in micro]
         by_row = dict(zip(order, found, strict=True))
-        counts = {
-            "tokens": sum(row.n_tokens for row in rows),
-            "padded_tokens": padded_tokens,
-            "flops": int(self.flops.forward(rows)),
-        }
-        return Forwarded([by_row[i] for i in range(len(rows))], counts)
+        return [by_row[i] for i in range(len(rows))], padded_tokens
+
+    def _together(
+        self, ranks: Ranks, plan: list[list[int]], rows: Sequence[Row]
+    ) -> tuple[list[list[float]], int]:
+        """Batches dealt to ranks in turn; who has none left repeats the last, in vain."""
+        if not plan:
+            return [], 0
+        values_RK = torch.zeros(len(rows), len(rows[0].answers), device=self.device)
+        padded = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for first in range(0, len(plan), ranks.world_size):
+            number = first + ranks.rank
+            micro = plan[min(number, len(plan) - 1)]
+            batch = self._collated(micro, rows)
+            output_PK = ranks.forward(batch)
+            if number < len(plan):
+                values_RK[micro] = output_PK
+                padded += batch.padded_tokens
+        found: list[list[float]] = ranks.total(values_RK).cpu().tolist()
+        return found, int(ranks.total(padded))
+
+    def _collated(self, micro: list[int], rows: Sequence[Row]) -> RowBatch:
+        return collate([rows[i] for i in micro], self.layout, self.pad_id)

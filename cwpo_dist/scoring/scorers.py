@@ -29,7 +29,7 @@ from cwpo_dist.pairs.records import (
     read_records,
 )
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
-from cwpo_dist.scoring.forward import RowForward
+from cwpo_dist.scoring.forward import Ranks, RowForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 
@@ -187,11 +187,19 @@ class RewardWorker:
 class ReferenceWorker:
     """tokens → summed log-probs of both answers under a frozen policy."""
 
-    def __init__(self, pairs: PairsIn, tokens: Store, model: ModelConfig, max_tokens: int) -> None:
+    def __init__(
+        self,
+        pairs: PairsIn,
+        tokens: Store,
+        model: ModelConfig,
+        max_tokens: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Loads the policy, unless ranks hold it together."""
         self.pairs, self.tokens = pairs, tokens
-        policy = load_policy(model)
+        module = AnswerLogProbs(load_policy(model)) if ranks is None else ranks.module
         pad = load_tokenizer(model).pad_token_id
-        self.forward = RowForward(AnswerLogProbs(policy), pad, model.max_length, max_tokens)
+        self.forward = RowForward(module, pad, model.max_length, max_tokens, ranks)
 
     def read(self, index: int) -> Rows:
         """The pairs that the policy's tokens hold, with those."""

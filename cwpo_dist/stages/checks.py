@@ -177,6 +177,8 @@ def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolC
         "evaluate": config.evaluate,
     }
     stages = reached(config, until)
+    if config.reference.sharded:  # by the workers of `align`
+        stages -= {"reference"}
     yield from ((name, section) for name, section in sections.items() if name in stages)
 
 
@@ -321,10 +323,10 @@ def training_faults(
     gpus = sum(machine.gpus for machine in machines)
     on_gpu = training.use_gpu is True or (training.use_gpu == "auto" and gpus > 0)
     places = sum(_places(m, training.cpus_per_worker, 1.0 if on_gpu else 0.0) for m in machines)
-    if places < training.num_workers:
+    if places < training.min_workers:
         each = f"{training.cpus_per_worker:g} CPU" + (" and a GPU" if on_gpu else "")
         yield (
-            f"{name}.num_workers: {training.num_workers} workers of {each} can never be placed on "
+            f"{name}.num_workers: {training.min_workers} workers of {each} can never be placed on "
             f"{described(machines)}, which has room for {places}; lower num_workers or "
             f"cpus_per_worker, or add nodes ({ELSEWHERE})"
         )

@@ -173,7 +173,7 @@ class Estimate:
             tokens,
             passes * tokens * _flops(size, lengths),
             "train",
-            training.num_workers,
+            training.max_workers,
             self._training_memory(training, size),
         )
 
@@ -181,7 +181,7 @@ class Estimate:
         """Bytes a worker: weights, gradients, optimizer, each sharded from its ZeRO stage on."""
         on_gpu = training.use_gpu is not False and gpus(self.checked.machines) > 0
         number = 2 if on_gpu else 4
-        trained, workers, zero = size.trained(training), training.num_workers, training.zero_stage
+        trained, workers, zero = size.trained(training), training.min_workers, training.zero_stage
         optimizer = trained * (12 if on_gpu else 8)  # moments, and under bf16 an fp32 copy
         adapter = trained if training.lora is not None else 0
         held = (

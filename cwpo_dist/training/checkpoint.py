@@ -1,50 +1,43 @@
 """An engine's state out to a stage's folder and back in, at any world size and ZeRO stage.
 
-A checkpoint is the trainable parameters in fp32 and each optimizer state, every tensor whole, as
-safetensors, and `state.json`. With LoRA that is the adapter and its moments. It says nothing of
-ranks or shards, so it resumes at another world size or stage, with the same data order.
+A checkpoint is the trainable parameters in fp32 and each optimizer state, each rank's share of them
+in a file of its own (see shards.py). With LoRA that is the adapter and its moments. No rank ever
+gathers what others hold, and none reads what it does not keep: numbers are found by their parameter
+and place in it, so another world size or ZeRO stage needs no conversion, and parameter groups are
+made from the config as in any start.
 
-`checkpoints/step-000012-<attempt>/` is written file by file; `commit.json` comes last and lists
-them, so a folder that lacks it, or a file it lists, never counts; and no two attempts ever write
-into one folder.
-
-Each tensor is gathered whole on all ranks in turn, and rank 0 holds one copy of all parameters (4
-bytes each) while it writes. That is right for adapters and models of a few billion parameters;
-full fine-tuning of larger ones wants sharded checkpoints, which are not here yet.
+`checkpoints/step-000012-<attempt>/` is written by all ranks at once, beside training, from a copy
+in host memory. When all files are on storage, rank 0 writes `commit.json`, which lists them: a
+folder that lacks it, or a file it lists, never counts; and no two attempts write into one folder.
 """
 
 from __future__ import annotations
 
 import re
-import tempfile
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from cwpo_dist.storage import StorageError, Store, to_json
+from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseLost
 from cwpo_dist.training.loop import Engine
+from cwpo_dist.training.shards import PARAMETERS, Shard, ShardFile, Share
 
 FOLDER = "checkpoints"
 COMMIT = "commit.json"
-STATE = "state.json"
-PARAMETERS = "parameters"
 _NAME = re.compile(r"step-(\d+)-\w+")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint of another run; the message says what differs, and the remedy."""
+    """A checkpoint of another run, or a damaged one; the message says which, and the remedy."""
 
 
 class CommitFailed(RuntimeError):
-    """Rank 0 could not commit; raised on the other ranks, so that none trains on alone."""
+    """Another rank could not write or commit; raised on all others, so that none goes on alone."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +62,16 @@ class Checkpoint:
     Attributes:
         store: its folder.
         step: optimizer steps done.
+        files: one of each rank that wrote it.
     """
 
     store: Store
     step: int
+    files: tuple[str, ...]
 
-    def tensors(self, name: str) -> _Tensors:
-        """One file of tensors: 'parameters' or an optimizer state."""
-        return _Tensors(self.store, _file(name))
+    def shards(self) -> list[ShardFile]:
+        """The files of all ranks."""
+        return [ShardFile(self.store, name) for name in self.files]
 
 
 def newest(stage: Store) -> Checkpoint | None:
@@ -85,60 +80,142 @@ def newest(stage: Store) -> Checkpoint | None:
     return committed[0] if committed else None
 
 
-def save(
-    stage: Store,
-    engine: Engine,
-    identity: RunIdentity,
-    step: int,
-    attempt: str,
-    *,
-    keep: int,
-    fence: Callable[[], None],
-) -> None:
-    """Commits a checkpoint; called on all ranks, written by rank 0.
+class Saver:
+    """Writes an engine's checkpoints beside training; at most one is under way.
 
-    Args:
-        stage: the stage's folder.
-        engine: whose state is saved.
-        identity: of the run.
-        step: optimizer steps done.
-        attempt: letters and digits, another for each start of the worker group.
-        keep: older committed checkpoints beyond so many are removed, and whatever other attempts
-            left unfinished.
-        fence: called right before the commit; raises where this process may no longer commit.
+    All ranks call `begin` and `settle` alike, as both decide together what becomes of a checkpoint.
     """
-    folder = stage.child(FOLDER, f"step-{step:06d}-{attempt}")
-    failure: Exception | None = None
-    for name, key in _files(engine):
-        whole = _gather(engine, key)  # by all ranks, also after a failure of rank 0
-        if engine.rank == 0 and failure is None:
-            failure = _failure_of(_write, folder, name, whole)
-    if engine.rank == 0 and failure is None:
-        record = {"step": step, "files": [STATE, *(_file(name) for name, _ in _files(engine))]}
-        state = to_json({"step": step, **asdict(identity)})
-        failure = _failure_of(folder.write, STATE, state)
-        failure = failure or _failure_of(fence) or _failure_of(folder.create_json, COMMIT, record)
-    failed = engine.total(torch.tensor([float(failure is not None)], dtype=torch.float64))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise CommitFailed(f"rank 0 could not commit the checkpoint of step {step}")
-    if engine.rank == 0:
-        _tidy(stage, keep)
+
+    def __init__(
+        self,
+        stage: Store,
+        engine: Engine,
+        identity: RunIdentity,
+        attempt: str,
+        *,
+        keep: int,
+        fence: Callable[[], None],
+    ) -> None:
+        """Writes nothing yet.
+
+        Args:
+            stage: the stage's folder.
+            engine: whose state is saved.
+            identity: of the run.
+            attempt: letters and digits, the same on all ranks, another for each worker group.
+            keep: older committed checkpoints beyond so many are removed, and whatever other
+                attempts left unfinished.
+            fence: called right before a commit; raises where this process may no longer commit.
+        """
+        self._stage, self._engine, self._identity = stage, engine, identity
+        self._attempt, self._keep, self._fence = attempt, keep, fence
+        self._upload: _Upload | None = None
+
+    @property
+    def news(self) -> bool:
+        """True when this rank's part of the checkpoint under way is written, or has failed."""
+        return self._upload is not None and self._upload.done
+
+    def begin(self, step: int) -> None:
+        """Copies this rank's state and starts to write it; a collective.
+
+        Args:
+            step: optimizer steps done.
+
+        Raises:
+            OSError, LeaseLost, CommitFailed: as `settle`, for the checkpoint before.
+        """
+        self.settle(wait=True)
+        folder = self._stage.child(FOLDER, f"step-{step:06d}-{self._attempt}")
+        self._upload = _Upload(step, folder, _file(self._engine.rank), _copied(self._engine))
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Commits the checkpoint under way if all ranks have written their parts; a collective.
+
+        Args:
+            wait: until it is written.
+
+        Raises:
+            OSError, LeaseLost: what kept this rank from writing or committing it.
+            CommitFailed: on the other ranks.
+        """
+        upload = self._upload
+        if upload is None:
+            return
+        if wait:
+            upload.thread.join()
+        pending = self._sum(float(not upload.done))
+        self._agree(upload.failure if upload.done else None, upload.step)
+        if pending:
+            return
+        self._upload = None
+        leads = self._engine.rank == 0
+        self._agree(_failure_of(self._commit, upload) if leads else None, upload.step)
+        if leads:
+            _tidy(self._stage, self._keep)
+
+    def _commit(self, upload: _Upload) -> None:
+        self._fence()
+        files = [_file(rank) for rank in range(self._engine.world_size)]
+        record = {"step": upload.step, "files": files, **asdict(self._identity)}
+        upload.folder.create_json(COMMIT, record)
+
+    def _agree(self, failure: Exception | None, step: int) -> None:
+        """Returns on all ranks, or raises on all."""
+        failed = self._sum(float(failure is not None))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise CommitFailed(f"another rank could not write the checkpoint of step {step}")
+
+    def _sum(self, number: float) -> float:
+        return float(self._engine.total(torch.tensor([number], dtype=torch.float64)))
+
+
+class _Upload:
+    """One rank's part of a checkpoint on its way to storage, in a thread of its own."""
+
+    def __init__(self, step: int, folder: Store, name: str, shard: Shard) -> None:
+        self.step, self.folder = step, folder
+        self.failure: Exception | None = None
+        self.thread = threading.Thread(
+            target=self._write, args=(name, shard), name="checkpoint", daemon=True
+        )
+        self.thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self.thread.is_alive()
+
+    def _write(self, name: str, shard: Shard) -> None:
+        try:
+            shard.write(self.folder, name)
+        except Exception as error:  # noqa: BLE001 (raised again by settle, where training hears it)
+            self.failure = error
 
 
 def load(checkpoint: Checkpoint, engine: Engine, identity: RunIdentity) -> None:
-    """Restores an engine; called on all ranks.
+    """Restores an engine; called on all ranks, each of which reads what it keeps.
 
     Raises:
-        CheckpointError: when the checkpoint belongs to another run.
+        CheckpointError: when the checkpoint belongs to another run, or lacks numbers.
     """
     _check(checkpoint, identity)
     engine.start_at(checkpoint.step)
-    for name, key in _files(engine):
-        with checkpoint.tensors(name).opened() as tensors:
-            for parameter_name, parameter in trainable(engine.module):
-                engine.assign(parameter, key, tensors.get_tensor(parameter_name))
+    shards = checkpoint.shards()
+    for key in _keys(engine):
+        shares = {share.name: share for share in _shares(engine, key)}
+        found: Counter[str] = Counter()
+        for shard in shards:
+            found.update(shard.fill(key, shares))
+        for name, share in shares.items():
+            if found[name] != share.values.numel():
+                raise CheckpointError(
+                    f"{checkpoint.store.uri}: it holds {found[name]} of the "
+                    f"{share.values.numel()} numbers of {name} ({key}) that this rank keeps; "
+                    "remove the checkpoint, and an older one is taken"
+                )
+    engine.publish()
 
 
 def trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -146,45 +223,25 @@ def trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in module.named_parameters() if p.requires_grad)
 
 
-@dataclass(frozen=True)
-class _Tensors:
-    """A safetensors file in a store."""
-
-    store: Store
-    name: str
-
-    @contextmanager
-    def opened(self) -> Iterator[Any]:
-        """Reads tensor by tensor; a remote file is copied to this node for the while."""
-        if self.store.is_local:
-            with safe_open(self.store.path(self.name), framework="pt") as tensors:
-                yield tensors
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / self.name
-            self.store.filesystem.get_file(self.store.path(self.name), str(local))
-            with safe_open(local, framework="pt") as tensors:
-                yield tensors
+def _keys(engine: Engine) -> list[str]:
+    return [PARAMETERS, *engine.state_keys]
 
 
-def _gather(engine: Engine, key: str | None) -> dict[str, Tensor]:
-    """All trainable parameters, or one state of each; kept on rank 0 alone."""
-    whole = {}
-    for name, parameter in trainable(engine.module):
-        value = engine.full(parameter, key)
-        if engine.rank == 0:
-            # A copy: DeepSpeed's may be a view of a larger buffer, torch's the live weight.
-            whole[name] = value.to("cpu", torch.float32, copy=True).contiguous()
-    return whole
+def _shares(engine: Engine, key: str) -> Iterator[Share]:
+    return engine.shares(None if key == PARAMETERS else key)
 
 
-def _files(engine: Engine) -> list[tuple[str, str | None]]:
-    """Each file's name and the key of the state in it."""
-    return [(PARAMETERS, None), *((key, key) for key in engine.state_keys)]
+def _copied(engine: Engine) -> Shard:
+    """What this rank writes: its own, or a part of what all ranks have alike."""
+    shares = {key: list(_shares(engine, key)) for key in _keys(engine)}
+    if engine.replicated:
+        rank, world_size = engine.rank, engine.world_size
+        shares = {k: [s.part(rank, world_size) for s in given] for k, given in shares.items()}
+    return Shard.copied(shares)
 
 
-def _file(name: str) -> str:
-    return f"{name}.safetensors"
+def _file(rank: int) -> str:
+    return f"shard-{rank:05d}.safetensors"
 
 
 def _failure_of(act: Callable[..., object], *arguments: object) -> Exception | None:
@@ -196,28 +253,8 @@ def _failure_of(act: Callable[..., object], *arguments: object) -> Exception | N
     return None
 
 
-def _write(folder: Store, name: str, tensors: dict[str, Tensor]) -> None:
-    if folder.is_local:  # in place: nobody reads the folder before its commit
-        Path(folder.root).mkdir(parents=True, exist_ok=True)
-        _save(tensors, Path(folder.path(_file(name))))
-        return
-    with tempfile.TemporaryDirectory(prefix="cwpo-checkpoint-") as scratch:
-        _save(tensors, Path(scratch) / name)
-        folder.copy_in(Path(scratch) / name, _file(name))
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"checkpoint: cannot write {path}: {error}. The checkpoint before stays; free space, "
-            "then run the same command again"
-        ) from error
-
-
 def _check(checkpoint: Checkpoint, identity: RunIdentity) -> None:
-    held = checkpoint.store.read_json(STATE)
+    held = checkpoint.store.read_json(COMMIT)
     for name, value in asdict(identity).items():
         if held[name] != value:
             raise CheckpointError(
@@ -234,9 +271,9 @@ def _committed(stage: Store) -> list[Checkpoint]:
         match = _NAME.fullmatch(folder)
         store = stage.child(FOLDER, folder)
         if match and f"{FOLDER}/{folder}/{COMMIT}" in names:
-            listed = store.read_json(COMMIT)["files"]
+            listed = tuple(store.read_json(COMMIT)["files"])
             if all(f"{FOLDER}/{folder}/{file}" in names for file in listed):
-                found.append(Checkpoint(store, int(match[1])))
+                found.append(Checkpoint(store, int(match[1]), listed))
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
 

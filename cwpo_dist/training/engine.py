@@ -19,14 +19,6 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -35,6 +27,7 @@ from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.training.loop import fresh_state
 from cwpo_dist.training.optim import STATE_KEYS, make_optimizer, set_learning_rate
+from cwpo_dist.training.shards import Share
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +72,11 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, An
     if half:  # gradients of many micro-batches are summed in fp32
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = _merged(ours, _users_section(config.deepspeed_section()))
+    if merged["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+        raise ConfigError(
+            "deepspeed.zero_optimization.offload_optimizer.device: 'nvme' is not supported, as "
+            "checkpoints read the optimizer's state from memory; give 'cpu', or more workers"
+        )
     if half and merged["zero_optimization"]["stage"] == 0:
         logger.warning("zero_stage 0 cannot sum bfloat16 gradients in float32: stage 1 is used")
         merged["zero_optimization"]["stage"] = 1
@@ -88,6 +86,21 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, An
 def zero_stage(ds_config: dict[str, Any]) -> int:
     """The ZeRO stage that a merged configuration asks for."""
     return int(ds_config["zero_optimization"]["stage"])
+
+
+def frozen_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The same for a model that is only applied, under ZeRO-3."""
+    settings = deepspeed_config(config, dtype)
+    zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
+    return settings | {"zero_optimization": zero | {"stage": 3}}
+
+
+def wrap_frozen(module: nn.Module, ds_config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around a module that `sharded_loading` loaded; no optimizer."""
+    join_process_group()
+    engine, *_ = deepspeed.initialize(model=module, config=ds_config)
+    engine.eval()
+    return engine
 
 
 @contextmanager
@@ -136,6 +149,7 @@ class DeepSpeedEngine:
         join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.stage = zero_stage(ds_config)
+        self.replicated = self.stage == 0
         self.state_keys = STATE_KEYS[config.optim]
         self._max_grad_norm = config.max_grad_norm
         self._engine, *_ = deepspeed.initialize(
@@ -185,29 +199,27 @@ class DeepSpeedEngine:
         dist.all_reduce(shared)
         return shared.cpu()
 
-    def full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """The whole fp32 parameter (key None) or its optimizer state; a collective."""
-        if self.stage == 0:
-            held: Tensor = parameter if key is None else self._states[parameter][key]
-            return held.detach()
-        if key is None:
-            return _present(safe_get_full_fp32_param(parameter))
-        return _present(safe_get_full_optimizer_state(parameter, key))
+    def shares(self, key: str | None) -> Iterator[Share]:
+        """What this rank keeps of each trainable fp32 parameter (key None) or of its state."""
+        for name, parameter in self.module.named_parameters():
+            share = self._share(parameter, key) if parameter.requires_grad else None
+            if share is not None:
+                start, values = share
+                yield Share(name, start, values.detach())
 
-    def assign(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        """The reverse of `full`: the fp32 master and the weights the module computes with."""
-        value = value.to(self.device)
-        if key is None:
-            self._assign_weights(parameter, value)
-        if self.stage == 0:
-            if key is not None:
-                self._states[parameter][key].copy_(value)
+    def publish(self) -> None:
+        """Copies fp32 masters, written to through `shares`, into the weights computed with."""
+        outer = self._engine.optimizer
+        if self.stage in (1, 2):
+            outer.update_lp_params()
         elif self.stage == 3:
-            self._assign_shard(parameter, key, value)
-        elif key is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
+            whole = outer.persistent_parameters  # small ones, kept gathered
+            if whole:
+                whole[0].partition(whole)
+            for group in range(len(outer.fp32_partitioned_groups_flat)):
+                outer._reassign_or_swap_out_partitioned_parameters(group)
+            if whole:
+                whole[0].all_gather(whole)
 
     def start_at(self, step: int) -> None:
         """Tells the optimizer that its state has seen `step` updates."""
@@ -250,28 +262,25 @@ class DeepSpeedEngine:
         groups = outer.param_groups if self.stage == 0 else outer.optimizer.param_groups
         return [tensor for group in groups for tensor in group["params"]]
 
-    def _assign_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
-        whole = deepspeed.zero.GatheredParameters(
-            [parameter], modifier_rank=0, enabled=self.sharded
+    def _share(self, parameter: Any, key: str | None) -> tuple[int, Tensor] | None:
+        """Where this rank's stretch of a parameter starts, and its values; None where it has none.
+
+        DeepSpeed's own accessors copy, gather, or forget that the last shard is padded.
+        """
+        if self.stage == 0:
+            whole: Tensor = parameter.detach() if key is None else self._states[parameter][key]
+            return 0, whole.view(-1)
+        if self.stage < 3:
+            fragment = parameter._hp_mapping
+            if fragment is None:
+                return None
+            return fragment.lp_fragment_address.start, fragment.get_hp_fragment(key)
+        shard, _ = self._engine.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=key
         )
-        with whole, torch.no_grad():
-            if not self.sharded or self.rank == 0:
-                parameter.copy_(value)
-
-    def _assign_shard(self, parameter: Any, key: str | None, value: Tensor) -> None:
-        """This rank's shard; DeepSpeed's setter of whole parameters forgets the last one's pad."""
-        size = parameter.ds_tensor.numel()
-        padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
-        shard = padded.narrow(0, size * self.rank, size)
-        if key is None:
-            safe_set_local_fp32_param(parameter, shard)
-        else:
-            safe_set_local_optimizer_state(parameter, shard, key)
-
-
-def _present(value: Tensor | None) -> Tensor:
-    assert value is not None, "DeepSpeed holds no such parameter or state"
-    return value
+        start = self.rank * shard.numel()
+        left = parameter.ds_numel - start
+        return (start, shard[:left]) if left > 0 else None
 
 
 def _users_section(section: dict[str, Any]) -> dict[str, Any]:

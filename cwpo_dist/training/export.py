@@ -1,23 +1,33 @@
-"""A trained engine in, a Hugging Face folder out: gathered by all ranks, written by rank 0."""
+"""A trained engine in, a Hugging Face folder out: gathered by all ranks, written by rank 0.
+
+Weights are gathered and written one file after another, so rank 0 holds `MAX_SHARD_SIZE` of the
+model at most. The exception, said in the log, are models that transformers saves in another form
+than it computes with: they are gathered whole.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lora import (
+    INDEX,
     Head,
     MergeError,
     base_folder,
@@ -29,6 +39,7 @@ from cwpo_dist.training.lora import (
 logger = logging.getLogger(__name__)
 
 MODEL, ADAPTER = "model", "adapter"
+MAX_SHARD_SIZE = "5GB"  # of one file: what rank 0 holds at once
 
 
 class Gatherer(Protocol):
@@ -40,37 +51,80 @@ class Gatherer(Protocol):
         """A context in which the data of these parameters is whole on every rank."""
 
 
-def gather_weights(
-    engine: Gatherer, model: nn.Module, *, trainable_only: bool
-) -> dict[str, Tensor]:
-    """The model's weights by name, on the CPU of rank 0; empty on the others. A collective."""
+def gather_weights(engine: Gatherer, model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Parameters and buffers by name, on the CPU of rank 0; empty on the others. A collective."""
     whole = {}
-    for name, parameter in model.named_parameters():
-        if trainable_only and not parameter.requires_grad:
+    for name, tensor in _saved(model).items():
+        if name not in names:
             continue
-        with engine.gathered([parameter]):
+        with engine.gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
             if engine.rank == 0:
-                whole[name] = parameter.detach().to("cpu", copy=True)
+                whole[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return whole
 
 
+def trainable_names(model: nn.Module) -> list[str]:
+    """The names of the parameters that training changes."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def export_full(
+    engine: Gatherer,
     model: PreTrainedModel,
-    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     stage: Store,
 ) -> None:
-    """Writes `model/` of a stage from gathered weights; rank 0 alone, after training.
+    """Writes `model/` of a stage; called on all ranks after training, written by rank 0.
 
     Args:
-        model: its configuration and class; its own weights are not read (they may be shards).
-        weights: all of them, by the model's names; tied ones once.
+        engine: which gathers weights.
+        model: its own weights may be shards; tied ones are written once.
         tokenizer: travels along, with its chat template.
         stage: the stage's folder.
     """
-    with _written(stage.child(MODEL)) as folder:
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+    with _written(stage.child(MODEL)) if engine.rank == 0 else nullcontext() as folder:
+        _write_model(engine, model, folder)
+        if folder is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def _write_model(engine: Gatherer, model: PreTrainedModel, folder: Path | None) -> None:
+    """Streams the weights to a folder, which only rank 0 has."""
+    empty = {name: _empty(tensor) for name, tensor in _saved(model).items()}
+    as_saved = revert_weight_conversion(model, dict(empty))
+    if as_saved.keys() != empty.keys():
+        logger.info("%s is saved in another form: gathered whole", type(model).__name__)
+        weights = gather_weights(engine, model, empty)
+        if folder is not None:
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
+        return
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=MAX_SHARD_SIZE)
+    for file, names in plan.filename_to_tensors.items():
+        weights = gather_weights(engine, model, names)
+        if folder is not None:
+            save_file(weights, folder / file, metadata={"format": "pt"})
+    if folder is None:
+        return
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that a checkpoint of the model has."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return dict(model.named_parameters()) | buffers
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """Its shape without its data; under ZeRO-3 a parameter remembers it as `ds_shape`."""
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
 def export_lora(

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from cwpo_dist.training.optim import (
     make_optimizer,
     set_learning_rate,
 )
+from cwpo_dist.training.shards import Share
 from cwpo_dist.training.tasks import Indices, Task
 
 
@@ -48,6 +49,7 @@ class Engine(Protocol):
         rank: of this process.
         world_size: how many ranks there are.
         state_keys: names of the optimizer's state per parameter.
+        replicated: whether each rank keeps all of every parameter and state.
     """
 
     module: nn.Module
@@ -55,6 +57,7 @@ class Engine(Protocol):
     rank: int
     world_size: int
     state_keys: tuple[str, ...]
+    replicated: bool
 
     def forward(self, batch: RowBatch) -> Tensor:
         """Outputs [P, K]."""
@@ -68,11 +71,11 @@ class Engine(Protocol):
     def total(self, numbers: Tensor) -> Tensor:
         """The sum over ranks of a small float64 tensor on the CPU."""
 
-    def full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """The whole fp32 parameter (key None) or its optimizer state; a collective."""
+    def shares(self, key: str | None) -> Iterator[Share]:
+        """What this rank keeps of each trainable fp32 parameter (key None) or of its state."""
 
-    def assign(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        """The reverse of `full`; a collective."""
+    def publish(self) -> None:
+        """Tells the module of parameters that were written into `shares`; a collective."""
 
     def start_at(self, step: int) -> None:
         """Tells the optimizer that its state has seen `step` updates."""
@@ -121,7 +124,7 @@ class Hooks:
         """Takes the numbers of a step; called on rank 0."""
 
     def save(self, step: int) -> None:
-        """Commits a checkpoint after `step` steps; called on all ranks."""
+        """Makes a checkpoint after `step` steps; called on all ranks."""
 
 
 def total_steps(config: TrainingConfig, n_rows: int) -> int:
@@ -137,7 +140,7 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
 
     Raises:
         NonFiniteLoss: naming step and pairs; no update was made with it.
-        Preempted: when a rank was told to stop; a checkpoint has been committed.
+        Preempted: when a rank was told to stop; a checkpoint has been made.
     """
     total = run.total_steps(len(task.rows))
     rate = learning_rates(run.config, total)
@@ -324,6 +327,7 @@ class TorchEngine:
 
     rank = 0
     world_size = 1
+    replicated = True
 
     def __init__(
         self, module: nn.Module, config: TrainingConfig, device: torch.device | str = "cpu"
@@ -360,18 +364,15 @@ class TorchEngine:
         """The numbers themselves: there is one rank."""
         return numbers
 
-    def full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """The parameter, or its optimizer state."""
-        if key is None:
-            return parameter.detach().float()
-        state: dict[str, Any] = self.optimizer.state[parameter]
-        held: Tensor = state[key]
-        return held
+    def shares(self, key: str | None) -> Iterator[Share]:
+        """All of each trainable parameter, or of its optimizer state."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                held: dict[str | None, Tensor] = {None: parameter.detach()}
+                yield Share(name, 0, (held | self.optimizer.state[parameter])[key].view(-1))
 
-    def assign(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        """The reverse of `full`."""
-        target = parameter.data if key is None else self.optimizer.state[parameter][key]
-        target.copy_(value)
+    def publish(self) -> None:
+        """Nothing to do: the module computes with the very parameters."""
 
     def start_at(self, step: int) -> None:
         """Tells the optimizer that its state has seen `step` updates."""

@@ -27,7 +27,7 @@ from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.storage import Store
 from cwpo_dist.training import checkpoint
 from cwpo_dist.training.lease import LeaseToken
-from cwpo_dist.training.loop import Hooks, Run
+from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, Run
 from cwpo_dist.training.loop import train as run_loop
 from cwpo_dist.training.lora import Head, add_lora
 from cwpo_dist.training.tasks import Task
@@ -64,6 +64,10 @@ class TrainSpec:
     head: Head
     make_task: Callable[[Encoder], Task]
     base: str = ""
+
+    def run(self, token: LeaseToken, device: torch.device) -> dict[str, Any]:
+        """One rank's part; the process group is there already."""
+        return run_rank(self, token, device)
 
 
 class Watchdog:
@@ -126,7 +130,7 @@ class _Rank:
             spec.model.chat_template,
         )
         self.task = spec.make_task(self.encoder)
-        settings = engine.deepspeed_config(spec.config, _dtype(spec.model, device))
+        settings = engine.deepspeed_config(spec.config, dtype_of(spec.model, device))
         with engine.sharded_loading(settings):
             placed = None if engine.zero_stage(settings) == 3 else device
             self.model = _load(spec, self.encoder.tokenizer, placed)
@@ -140,25 +144,37 @@ class _Rank:
         layout = choose_layout(self.module, longest=spec.model.max_length).layout
         run = Run(spec.config, spec.seed, layout, tokenizer.pad_token_id)
         total = run.total_steps(len(self.task.rows))
-        start = self.resume()
+        start, attempt = self.resume()
         if self.rank == 0:
             _say(f"{spec.name}: {len(self.task.rows)} rows, step {start} of {total}, {layout} rows")
         self.module.train()  # for lora_dropout and gradient checkpointing; models have no other
-        run_loop(self.task, self.engine, run, _RankHooks(self, start), start)
+        hooks = _RankHooks(self, start, attempt)
+        try:
+            run_loop(self.task, self.engine, run, hooks, start)
+        except (NonFiniteLoss, Preempted):  # of all ranks alike
+            hooks.settle()
+            raise
+        hooks.settle()
         self.export()
         if self.rank > 0:
             return {}
         last = _join_metrics(spec.store)
         return {"steps": total, "rows": len(self.task.rows), "layout": layout, "last": last}
 
-    def resume(self) -> int:
-        """Restores the newest checkpoint; the steps done. Rank 0 decides which one for all."""
-        found = [checkpoint.newest(self.spec.store) if self.rank == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
-            return 0
-        checkpoint.load(found[0], self.engine, self.identity)
-        return found[0].step
+    def resume(self) -> tuple[int, str]:
+        """Restores the newest checkpoint; the steps done, and a name for this attempt.
+
+        Rank 0 decides both for all.
+        """
+        decided: list[Any] = [None, None]
+        if self.rank == 0:
+            decided = [checkpoint.newest(self.spec.store), uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(decided, src=0)
+        found, attempt = decided
+        if found is None:
+            return 0, attempt
+        checkpoint.load(found, self.engine, self.identity)
+        return found.step, attempt
 
     def export(self) -> None:
         """`model/`, and `adapter/` of a LoRA run; the other ranks only help to gather."""
@@ -166,28 +182,34 @@ class _Rank:
 
         self.watchdog.end()  # merging a large base takes as long as it takes
         spec, tokenizer = self.spec, self.encoder.tokenizer
-        lora = spec.config.lora is not None
-        weights = export.gather_weights(self.engine, self.model, trainable_only=lora)
-        if self.rank > 0:
+        if self.rank == 0:
+            self.token.check()
+        if spec.config.lora is None:
+            export.export_full(self.engine, self.model, tokenizer, spec.store)
             return
-        self.token.check()
-        if lora:
+        adapter = export.gather_weights(self.engine, self.model, export.trainable_names(self.model))
+        if self.rank == 0:
             export.export_lora(
-                self.model, weights, tokenizer, spec.store, spec.model, spec.head, spec.seed
+                self.model, adapter, tokenizer, spec.store, spec.model, spec.head, spec.seed
             )
-        else:
-            export.export_full(self.model, weights, tokenizer, spec.store)
 
 
 class _RankHooks(Hooks):
     """Sign of life, log, checkpoints, and requests to stop."""
 
-    def __init__(self, rank: _Rank, start: int) -> None:
+    def __init__(self, rank: _Rank, start: int, attempt: str) -> None:
         self._rank, self._spec, self._last_save = rank, rank.spec, start
-        self._attempt = uuid.uuid4().hex[:8]
+        self._saver = checkpoint.Saver(
+            rank.spec.store,
+            rank.engine,
+            rank.identity,
+            attempt,
+            keep=rank.spec.config.save_total_limit,
+            fence=rank.token.check,
+        )
         self._records: list[dict[str, Any]] = []
-        self._asked_driver = self._asked_ray = time.monotonic()
-        self._heeded_notice = False
+        self._asked_driver = self._asked_ray = self._saved = time.monotonic()
+        self._asks_ray = self._heeded_notice = False
 
     def before_step(self, step: int) -> None:
         self._rank.watchdog.beat()
@@ -202,17 +224,30 @@ class _RankHooks(Hooks):
 
     def wants_poll(self) -> bool:
         now = time.monotonic()
-        due = self._rank.rank == 0 and now - self._asked_ray > ASK_RAY_S
-        if due:
-            self._asked_ray = now
-        return due
+        if self._rank.rank == 0 and now - self._asked_ray > ASK_RAY_S:
+            self._asked_ray, self._asks_ray = now, True
+        return self._asks_ray or self._saver.news or self._is_time()
 
     def poll(self) -> bool:
+        """Commits what all ranks have written; True when it is time for the next checkpoint."""
+        self._saver.settle()
+        wishes = torch.tensor([self._asks_ray, self._is_time()], dtype=torch.float64)
+        asks_ray, is_time = self._rank.engine.total(wishes).tolist()
+        self._asks_ray = False
+        return bool(asks_ray and self._new_notice()) or bool(is_time)
+
+    def _new_notice(self) -> bool:
         """A node is to be drained: checkpoint once, train on until Ray moves the group."""
         ask = getattr(ray.train, "get_preemption_info", None)  # older Rays have no notices
         notice = ask is not None and ask() is not None
         first, self._heeded_notice = notice and not self._heeded_notice, notice
         return first
+
+    def _is_time(self) -> bool:
+        minutes = self._spec.config.save_minutes
+        if self._rank.rank > 0 or minutes is None:
+            return False
+        return time.monotonic() - self._saved >= 60 * minutes
 
     def log(self, record: dict[str, Any]) -> None:
         self._records.append(record)
@@ -226,17 +261,13 @@ class _RankHooks(Hooks):
             lines = "".join(json.dumps(record) + "\n" for record in self._records)
             spec.store.create(f"{METRICS}/{step:06d}.jsonl", lines.encode())
             self._records = []
-        checkpoint.save(
-            spec.store,
-            self._rank.engine,
-            self._rank.identity,
-            step,
-            self._attempt,
-            keep=spec.config.save_total_limit,
-            fence=self._rank.token.check,
-        )
-        self._last_save = step
+        self._saver.begin(step)
+        self._last_save, self._saved = step, time.monotonic()
         self._rank.watchdog.beat()
+
+    def settle(self) -> None:
+        """Commits the checkpoint under way, whatever ends the loop."""
+        self._saver.settle(wait=True)
 
 
 def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device | None) -> Any:
@@ -259,7 +290,7 @@ def checkpoint_activations(model: Any) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
     """The precision that `load_policy` gives this model on this device."""
     if model.torch_dtype != "auto":
         return torch.bfloat16 if model.torch_dtype == "bfloat16" else torch.float32

@@ -2,8 +2,9 @@
 
 The driver holds the stage's lease and starts a worker group. When a worker, node or network fails,
 Ray starts the group again, up to `max_failures` times, and it resumes from the newest committed
-checkpoint. Our own checkpoints are the truth: `ray.train.report` is not called, as it is a barrier,
-and what it reports is not yet durable when it returns.
+checkpoint; with `num_workers: [min, max]` also with fewer workers, or with more when there is room
+again. Our own checkpoints are the truth: `ray.train.report` is not called, as it is a barrier, and
+what it reports is not yet durable when it returns.
 """
 
 from __future__ import annotations
@@ -30,15 +31,31 @@ from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.loading import model_fingerprint
 from cwpo_dist.storage import Store, digest
 from cwpo_dist.training.checkpoint import CommitFailed
+from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
 from cwpo_dist.training.loop import NonFiniteLoss, Preempted
-from cwpo_dist.training.worker import TrainSpec, run_rank, told_to_stop
+from cwpo_dist.training.worker import TrainSpec, told_to_stop
 
-__all__ = ["TrainSpec", "TrainingFailed", "TrainingRefused", "check_placement", "train"]
+__all__ = [
+    "FrozenSpec",
+    "TrainSpec",
+    "TrainingFailed",
+    "TrainingRefused",
+    "apply_frozen",
+    "check_placement",
+    "train",
+]
+
+Spec = TrainSpec | FrozenSpec
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 600  # of a worker group; Ray's 60 s are too few for large images and models
+# How long Ray waits for room for a worker group. Its 60 s are few where nodes are still to come.
+# With `num_workers: [min, max]` it then looks again for how many there is room: what it asked for
+# may have counted in a node that was lost.
+START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 600, 30
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+RESIZE_CHECK_S = 60.0  # how often Ray looks whether more of `num_workers: [min, max]` find room
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -67,17 +84,36 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         TrainingFailed: when workers failed too often.
     """
     started = time.monotonic()
-    spec = _for_any_node(spec)
-    check_placement(spec.config)
-    with Lease.acquire(spec.store) as lease:
+    # Another node may hold a copy of the model with other times of modification.
+    summary = _run(replace(spec, base=digest(model_fingerprint(spec.model))))
+    return {**summary, "seconds": time.monotonic() - started}
+
+
+def apply_frozen(spec: FrozenSpec) -> None:
+    """Runs a worker group around a frozen policy until its work is done.
+
+    Raises:
+        ConfigError, LeaseHeld, Preempted, TrainingRefused, TrainingFailed: as `train`.
+    """
+    _run(spec)
+
+
+def _run(spec: Spec) -> dict[str, Any]:
+    """What rank 0 returned; local files are read and paths made absolute before."""
+    config = spec.config.model_copy(update={"deepspeed": spec.config.deepspeed_section()})
+    store = Store(spec.store.root) if spec.store.is_local else spec.store
+    spec = replace(spec, config=config, store=store)
+    check_placement(config)
+    with Lease.acquire(store) as lease:
         outcome = _fit(spec, lease.token)
     if "error" in outcome:
         raise _KINDS.get(outcome["error"], TrainingRefused)(outcome["message"])
-    return {**outcome["summary"], "seconds": time.monotonic() - started}
+    summary: dict[str, Any] = outcome["summary"]
+    return summary
 
 
 def check_placement(config: TrainingConfig) -> None:
-    """Returns when the cluster, as it is now, can hold all workers at once.
+    """Returns when the cluster, as it is now, can hold all workers (or the fewest) at once.
 
     Raises:
         ConfigError: naming what lacks; a KubeRay cluster that grows on demand is not refused.
@@ -85,22 +121,11 @@ def check_placement(config: TrainingConfig) -> None:
     need = _resources(config)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min(int(node.get(k, 0.0) / v + 1e-9) for k, v in need.items()) for node in nodes)
-    if room < config.num_workers and not _grows():
+    if room < config.min_workers and not _grows():
         raise ConfigError(
-            f"num_workers: {config.num_workers} workers of {need} each; this cluster has room for "
+            f"num_workers: {config.min_workers} workers of {need} each; this cluster has room for "
             f"{room}. Lower num_workers or cpus_per_worker, or add nodes"
         )
-
-
-def _for_any_node(spec: TrainSpec) -> TrainSpec:
-    """What this process alone should decide: local files read, paths absolute, the base's hash.
-
-    Another node may hold a copy of the model with other times of modification.
-    """
-    config = spec.config.model_copy(update={"deepspeed": spec.config.deepspeed_section()})
-    store = Store(spec.store.root) if spec.store.is_local else spec.store
-    base = digest(model_fingerprint(spec.model))
-    return replace(spec, config=config, store=store, base=base)
 
 
 def _uses_gpu(config: TrainingConfig) -> bool:
@@ -121,12 +146,11 @@ def _grows() -> bool:
     return "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
 
 
-def _fit(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
+def _fit(spec: Spec, token: LeaseToken) -> dict[str, Any]:
     """Runs worker groups until one ends well; what its rank 0 returned."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
     try:
-        with _stop_on_signal(token):
+        with _start_timeout(spec.config), _stop_on_signal(token):
             result: Any = _trainer(spec, token).fit()
     except (TrainingFailedError, RayError) as error:  # RayError: the controller itself died
         refusal = _refusal(token)
@@ -143,7 +167,7 @@ def _fit(spec: TrainSpec, token: LeaseToken) -> dict[str, Any]:
     return outcome
 
 
-def _trainer(spec: TrainSpec, token: LeaseToken) -> TorchTrainer:
+def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
     config, use_gpu = spec.config, _uses_gpu(spec.config)
     scratch = spec.store.child("ray")  # Ray Train wants a folder, if only for a marker file
     return TorchTrainer(
@@ -153,11 +177,7 @@ def _trainer(spec: TrainSpec, token: LeaseToken) -> TorchTrainer:
             backend="nccl" if use_gpu else "gloo",
             timeout_s=int(config.step_timeout_s) + 60,  # the watchdog comes first, with stacks
         ),
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker=_resources(config),
-        ),
+        scaling_config=_scaling(config),
         run_config=RunConfig(
             name=f"{spec.name}-{token.epoch}",
             storage_path=scratch.root,
@@ -165,6 +185,31 @@ def _trainer(spec: TrainSpec, token: LeaseToken) -> TorchTrainer:
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
+
+
+def _scaling(config: TrainingConfig) -> ScalingConfig:
+    settings: dict[str, Any] = {  # Any: Ray shows type checkers an older class
+        "num_workers": config.num_workers,
+        "use_gpu": _uses_gpu(config),
+        "resources_per_worker": _resources(config),
+    }
+    if not isinstance(config.num_workers, int):
+        settings["elastic_resize_monitor_interval_s"] = RESIZE_CHECK_S
+    return ScalingConfig(**settings)
+
+
+@contextmanager
+def _start_timeout(config: TrainingConfig) -> Iterator[None]:
+    """Our patience with Ray's placement, unless the user's environment sets another."""
+    if START_TIMEOUT in os.environ:
+        yield
+        return
+    fixed = isinstance(config.num_workers, int)
+    os.environ[START_TIMEOUT] = str(START_TIMEOUT_S if fixed else ELASTIC_START_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        del os.environ[START_TIMEOUT]
 
 
 @contextmanager
@@ -214,7 +259,7 @@ def _worker(loop_config: dict[str, Any]) -> Any:
     if refusal is not None:  # the group before could not even begin
         return refusal
     try:
-        return {"summary": run_rank(spec, token, get_device())}
+        return {"summary": spec.run(token, get_device())}
     except (NonFiniteLoss, Preempted, LeaseLost) as error:  # on all ranks alike
         return {"error": type(error).__name__, "message": str(error)}
     except CommitFailed:  # rank 0 says why

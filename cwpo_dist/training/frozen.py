@@ -1,0 +1,114 @@
+"""A frozen model and work for it in; forward passes that all workers share (ZeRO-3) out.
+
+For a policy that exceeds one device. Each forward pass gathers the model layer by layer, so every
+rank runs the same number of them, and what the work decides, rank 0 decides for all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cwpo_dist.config import ModelConfig, TrainingConfig
+from cwpo_dist.lm.loading import load_policy
+from cwpo_dist.lm.modules import AnswerLogProbs
+from cwpo_dist.lm.rows import RowBatch
+from cwpo_dist.storage import Store
+from cwpo_dist.training.lease import LeaseToken
+from cwpo_dist.training.loop import Preempted
+from cwpo_dist.training.worker import Watchdog, dtype_of, told_to_stop
+
+
+@dataclass(frozen=True)
+class FrozenSpec:
+    """What a worker group does with a frozen policy; picklable.
+
+    Attributes:
+        name: of the stage, for progress lines.
+        store: the stage's folder, where all nodes can reach it.
+        config: of the workers; its ZeRO stage counts as 3.
+        model: the policy.
+        work: called once on each rank.
+    """
+
+    name: str
+    store: Store
+    config: TrainingConfig
+    model: ModelConfig
+    work: Callable[[Frozen], None]
+
+    def run(self, token: LeaseToken, device: torch.device) -> dict[str, Any]:
+        """One rank's part; the process group is there already."""
+        watchdog = Watchdog(self.config.step_timeout_s)
+        watchdog.beat()
+        torch.set_num_threads(max(1, int(self.config.cpus_per_worker)))
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+        if dist.get_rank() > 0:
+            logging.getLogger("cwpo_dist").setLevel(logging.WARNING)  # rank 0 speaks for all
+        try:
+            self.work(Frozen(self, token, device, watchdog))
+        finally:
+            watchdog.end()
+        return {}
+
+
+class Frozen:
+    """A policy whose weights are spread over all ranks of the process group.
+
+    Attributes:
+        module: rows in, log-probs out; to be called through `forward`.
+        device: where batches go.
+        rank: of this process.
+        world_size: how many ranks there are.
+    """
+
+    def __init__(
+        self, spec: FrozenSpec, token: LeaseToken, device: torch.device, watchdog: Watchdog
+    ) -> None:
+        from cwpo_dist.training import engine  # not above: it imports deepspeed
+
+        self._name, self._token, self._watchdog = spec.name, token, watchdog
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        settings = engine.frozen_config(spec.config, dtype_of(spec.model, device))
+        with engine.sharded_loading(settings):
+            self.module = AnswerLogProbs(load_policy(spec.model).requires_grad_(False)).eval()
+        self._engine = engine.wrap_frozen(self.module, settings)
+        self.device = torch.device(self._engine.device)
+
+    def forward(self, batch: RowBatch) -> Tensor:
+        """Log-probs [P, K] of this rank's batch; a collective, and a sign of life."""
+        self._watchdog.beat()
+        with torch.no_grad():
+            output_PK: Tensor = self._engine(batch.to(self.device))
+        return output_PK.float()
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over ranks."""
+        dist.all_reduce(numbers)
+        return numbers
+
+    def agreed(self, value: Any) -> Any:
+        """What rank 0 has, on all ranks."""
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def check_stop(self) -> None:
+        """Returns unless a rank, or the driver, was told to stop; called on all ranks together.
+
+        Raises:
+            Preempted: on all ranks alike.
+        """
+        if self.rank == 0 and self._token.asked_to_stop():
+            told_to_stop.set()
+        wanted = torch.tensor([float(told_to_stop.is_set())], device=self.device)
+        if self.total(wanted):
+            raise Preempted(f"{self._name}: told to stop; a rerun does what is left")
