@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cwpo_dist.config import Config
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.pairs.records import SCORE_SCHEMA
 from cwpo_dist.scoring.earlier import EarlierScores, ranged_files
+from cwpo_dist.stages.plan import plan
 from cwpo_dist.stages.run import nodes_until, run
 from cwpo_dist.storage import MANIFEST, Store
 
@@ -73,6 +75,10 @@ def test_only_the_pairs_of_new_files_are_scored(tmp_path: Path) -> None:
     first, yesterday = annotated(config)
     assert (first["rows"], first["reused"]) == (90, 0)
     write(tmp_path / "in" / "3.jsonl", 85, 110)  # five of yesterday's once more
+    said = {stage.stage: stage for stage in plan(config).stages}["annotate"]
+    before = re.fullmatch(r"115 pairs, about (\d+) of them scored before", said.work)
+    assert before is not None, said.work
+    assert 80 < int(before[1]) < 110
     grown, today = annotated(config)
     assert (grown["rows"], grown["reused"]) == (110, 90)
     assert {pair_id: today[pair_id] for pair_id in yesterday} == yesterday

@@ -163,7 +163,8 @@ def test_actors_that_start_at_once_copy_a_remote_model_once(
 
 
 def test_throughput_is_counted_by_hand() -> None:
-    counts = {"rows": 100, "tokens": 5000, "padded_tokens": 6250, "flops": 10**9, "rejects": 2}
+    counts = {"rows": 130, "reused": 30, "tokens": 5000, "padded_tokens": 6250, "flops": 10**9}
+    counts["rejects"] = 2
     progress = Progress("scores", 10, 7, [Pool(gpus_per_actor=0.5), Pool(cpus_per_actor=3)])
     with progress:
         for shard, actor, pool in ((7, "gpu", 0), (8, "cpu", 1), (9, "gpu", 0)):

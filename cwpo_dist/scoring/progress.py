@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -83,12 +82,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -114,13 +108,18 @@ class Progress:
         """Rows set aside so far."""
         return self._counts["rejects"]
 
+    @property
+    def _scored(self) -> int:
+        """Rows without those that were copied from earlier scores, which take no time."""
+        return self._counts["rows"] - self._counts["reused"]
+
     def line(self) -> str:
         """Rates, share done, remaining time, rejects."""
         counts, seconds = self._counts, self._seconds()
         left = (self.shards - self.done) * seconds / max(self._fresh, 1)
         return (
             f"{self.name}: {self.done:,}/{self.shards:,} shards ({self.done / self.shards:.0%}), "
-            f"{counts['rows'] / seconds:,.1f} pairs/s, {counts['tokens'] / seconds:,.0f} tokens/s, "
+            f"{self._scored / seconds:,.1f} pairs/s, {counts['tokens'] / seconds:,.0f} tokens/s, "
             f"{counts['rejects']:,} set aside, about {left:,.0f} s left"
         )
 
@@ -133,7 +132,7 @@ class Progress:
         if per_million := took.get("device_hours_per_million_pairs"):
             hours += f", {per_million:.3g} for a million pairs"
         return (
-            f"{self._counts['rows']:,} pairs in {took['seconds']:.0f} s by {took['actors']:.0f} "
+            f"{self._scored:,} pairs in {took['seconds']:.0f} s by {took['actors']:.0f} "
             f"actors, {took['busy_share']:.0%} busy, the first idle {took['tail_s']:.1f} s before "
             f"the end: {hours}"
         )
@@ -149,14 +148,14 @@ class Progress:
             "shards": self._fresh,
             "actors": len(actors),
             "seconds": seconds,
-            "pairs_per_s": counts["rows"] / seconds,
+            "pairs_per_s": self._scored / seconds,
             "tokens_per_s": counts["tokens"] / seconds,
             "device_hours": held,
             "busy_share": sum(s.busy_s for s in actors) / sum(s.last - s.came_up for s in actors),
             "tail_s": end - idle_from,
         }
-        if counts["rows"]:
-            numbers["device_hours_per_million_pairs"] = held * 1e6 / counts["rows"]
+        if self._scored:
+            numbers["device_hours_per_million_pairs"] = held * 1e6 / self._scored
         if counts["padded_tokens"]:
             numbers["padding_share"] = 1 - counts["tokens"] / counts["padded_tokens"]
         if counts["flops"]:
