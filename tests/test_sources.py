@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cwpo_dist.config import ConfigError, PrepareConfig
-from cwpo_dist.pairs import readers, sources
+from cwpo_dist.pairs import csv_files, readers, sources
 from cwpo_dist.pairs.readers import Part, RawRow, SourceError, read
 from cwpo_dist.pairs.rejects import Reason
 from cwpo_dist.pairs.sources import check, plan, source_fingerprints
@@ -194,7 +194,7 @@ def test_csv_reads_quoted_lines_and_marks_rows_that_do_not_fit(tmp_path: Path) -
 def test_csv_does_not_lose_the_file_to_one_open_quote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "CSV_FIELD_BYTES", 100)
+    monkeypatch.setattr(csv_files, "CSV_FIELD_BYTES", 100)
     data = b'prompt,chosen,rejected\np,"never closed,r\n' + b"p,c,r\n" * 50
     rows = list(read(write(tmp_path / "x.csv", data)))
     assert rows[0].fault is Reason.MALFORMED

@@ -158,8 +158,8 @@ class Estimate:
             return 0
         ids = sorted(pair_id(p.prompt, p.first, p.second) for p in self.counted.sample)
         ids = ids[:LOOKED_UP]  # ids are hashes: the first are as good as any, and lie close by
-        share = earlier.of(ids).num_rows / len(ids)
-        return round(share * sum(self.counted.splits.values()))
+        found = int(earlier.of(ids).num_rows)
+        return round(found / len(ids) * sum(self.counted.splits.values()))
 
     def _log_probs(self, node: Node) -> Cost:
         pairs = self.counted.pairs(*node.settings["splits"])

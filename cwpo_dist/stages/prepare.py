@@ -24,7 +24,7 @@ from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
 
-_LINES = "work/lines/{:05d}.json"
+_SPANS = "work/spans/{:05d}.json"
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -93,18 +93,18 @@ def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None
 
 
 def _numbered(store: Store, pieces: list[Piece], config: PrepareConfig) -> list[Piece]:
-    """Counts the lines of files that are cut: rejects name the line of the file."""
-    spans = [piece.parts[0] for piece in pieces if not cutting.is_numbered(piece)]
+    """Cuts large text files by their lines and rows, which rejects name by their numbers."""
+    parts = [piece.parts[0] for piece in pieces if not cutting.is_numbered(piece)]
 
     def task(index: int) -> None:
-        if not store.exists(_LINES.format(index)):
-            store.create_json(_LINES.format(index), cutting.count_lines(spans[index]))
+        if not store.exists(_SPANS.format(index)):
+            store.create_json(_SPANS.format(index), cutting.spans(parts[index]))
 
-    if spans:
-        logger.info("prepare: counting the lines of %d parts of large files", len(spans))
-        _each(task, len(spans), config.num_cpus)
-    lines = (store.read_json(_LINES.format(index)) for index in range(len(spans)))
-    return cutting.number_lines(pieces, lines)
+    if parts:
+        logger.info("prepare: counting the rows of %d parts of large files", len(parts))
+        _each(task, len(parts), config.num_cpus)
+    found = (store.read_json(_SPANS.format(index)) for index in range(len(parts)))
+    return cutting.number_rows(pieces, found)
 
 
 def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfig) -> int:
