@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_prepare import config, files, in_process, rejects, row, write
+from prepared import config, files, rejects, row, write
 
 from cwpo_dist.pairs import cutting
 from cwpo_dist.pairs.parsing import Layout
@@ -22,8 +22,6 @@ from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
-
-__all__ = ["in_process"]  # a fixture
 
 LAYOUT = Layout({name: name for name in ("prompt", "chosen", "rejected")}, "text", "text")
 LINES = st.lists(
