@@ -47,6 +47,7 @@ from cwpo_dist.storage import Store
 
 SMALL, LARGE = 20_000, 1_000_000  # rows of the scale part
 ROWS_PER_SHARD = 1024
+WORDS = "the of and to in is you that it he was for on are as with"
 
 
 def annotator_folder(folder: Path, base: Path, layers: int) -> ModelConfig:
