@@ -139,7 +139,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         for index in range(count):
             task(index)
 
-    monkeypatch.setattr(stage, "_each", each)
+    monkeypatch.setattr(stage, "run_tasks", each)
     monkeypatch.setattr(stage, "_check_placement", lambda num_cpus: None)
 
 
