@@ -50,10 +50,11 @@ def test_lines_of_a_file_cut_anywhere_are_those_of_the_file(
     path = tmp_path / "x.jsonl"
     for end in (b"", b"\n"):
         path.write_bytes(start + b"\n".join(lines) + end)
-        whole = [Piece("x", (Part(str(path), "jsonl", size=path.stat().st_size),), LAYOUT)]
+        piece = Piece("x", (Part(str(path), "jsonl", size=path.stat().st_size),), LAYOUT)
+        whole = [piece, replace(piece, source="the same file again")]
         monkeypatch.setattr(cutting, "CUT_BYTES", size)
         pieces = numbered(cutting.cut(whole))
-        assert len(pieces) == max(1, -(-path.stat().st_size // size))
+        assert len(pieces) == 2 * max(1, -(-path.stat().st_size // size))
         assert rows_of(pieces) == rows_of(whole)
 
 

@@ -88,18 +88,19 @@ def is_numbered(piece: Piece) -> bool:
 def number_rows(pieces: Sequence[Piece], found: Iterable[Sequence[Sequence[int]]]) -> list[Piece]:
     """Cuts the pieces that are not numbered by their `spans`, and numbers each one's first row."""
     spans_of, out = iter(found), []
-    first: dict[str, int] = {}
+    number = 1
     for piece in pieces:
         spans_found = [] if is_numbered(piece) else next(spans_of)
         if not spans_found:
             out.append(piece)
             continue
         (part,) = piece.parts
+        if part.span is None or part.span[0] == 0:  # a file begins
+            number = 1
         for start, stop, rows in spans_found:
-            number = first.get(part.uri, 1)
-            cut_part = replace(part, span=(start, stop), size=stop - start, first=number)
-            out.append(replace(piece, parts=(cut_part,)))
-            first[part.uri] = number + rows
+            span = replace(part, span=(start, stop), size=stop - start, first=number)
+            out.append(replace(piece, parts=(span,)))
+            number += rows
     return out
 
 
