@@ -319,12 +319,20 @@ def _guard_own_ray() -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
+class _Stderr(logging.Handler):
+    """Logs to what is stderr at the moment: while a progress bar is shown, that prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{self.format(record)}\n")
+
+
 def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = False) -> None:
     _guard_own_ray()
     from cwpo_dist.stages import run as stages
     from cwpo_dist.stages.checks import check
 
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handlers = [_Stderr()]
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     logging.getLogger("cwpo_dist").setLevel(logging.INFO)
     check(config, until)  # before any worker starts
     if retry_rejects:
