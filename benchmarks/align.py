@@ -231,10 +231,8 @@ def first_layers(model: Path, layers: int, folder: Path) -> str:
 
 def drawn_rows(data: str, model: str, count: int, folder: Path) -> Path:
     """So many pairs, drawn by a seed among those that neither side truncates, as a file of ids."""
-    from annotate import with_ray
-
     settings = ModelConfig(model_name_or_path=model, max_length=MAX_LENGTH)
-    store, shards = with_ray(lambda: measure.prepared(folder / "pairs", data, None, 1024))
+    store, shards = measure.with_ray(lambda: measure.prepared(folder / "pairs", data, None, 1024))
     encoder = Encoder(load_tokenizer(settings), settings.chat_template)
     rows = measure.encoded(store, shards, encoder, settings)
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))[:count]

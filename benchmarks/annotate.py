@@ -16,14 +16,12 @@ The last line is one JSON object with all figures.
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,86 +33,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from forward import Scorer, forward_part, peers
 
 from cwpo_dist.config import ModelConfig, PoolConfig
-from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model, save
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
-from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.lm.loading import load_annotator_base, save
+from cwpo_dist.lm.tokens import load_tokenizer
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
-from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.scoring.pipeline import ShardJob, commit
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 
-STOCK_BATCH = 16  # sequences
 SMALL, LARGE = 20_000, 1_000_000  # rows of the scale part
 ROWS_PER_SHARD = 1024
-
-Scorer = Literal["reward", "reference"]
-
-
-def stock_scores(
-    model: Any, pad_id: int, sequences: Sequence[list[int]], _prompts: Sequence[int]
-) -> list[float]:
-    """The loop of a model card: pad, forward, read the logit."""
-    values: list[float] = []
-    for start in range(0, len(sequences), STOCK_BATCH):
-        ids, mask = _padded(sequences[start : start + STOCK_BATCH], pad_id)
-        values += model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
-    return values
-
-
-def stock_logps(
-    model: Any, pad_id: int, sequences: Sequence[list[int]], prompts: Sequence[int]
-) -> list[float]:
-    """Summed answer log-probs from logits of every position, as TRL computes a reference."""
-    values: list[float] = []
-    for start in range(0, len(sequences), STOCK_BATCH):
-        batch, lengths = sequences[start:][:STOCK_BATCH], prompts[start:][:STOCK_BATCH]
-        ids, mask = _padded(batch, pad_id)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        logps = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[:, :, 0]
-        answer = torch.arange(1, ids.shape[1])[None] >= torch.tensor(lengths)[:, None]
-        values += (logps * (answer & mask[:, 1:].bool())).sum(1).tolist()
-    return values
-
-
-def _padded(sequences: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(map(len, sequences))
-    ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in sequences])
-    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences])
-    return ids, mask
-
-
-@dataclass(frozen=True)
-class Peers:
-    """The same pairs for both sides."""
-
-    ours: RowForward
-    rows: list[Row]
-    stock: Callable[[Sequence[list[int]], Sequence[int]], list[float]]
-
-    def run_ours(self) -> list[float]:
-        """All values, answer by answer, in the order of the rows."""
-        return [value for pair in self.ours(self.rows).values for value in pair]
-
-    def run_stock(self, by_length: bool) -> list[float]:
-        """The same by the stock loop, which is given its batches in another order."""
-        sequences = [row.prompt + answer for row in self.rows for answer in row.answers]
-        prompts = [len(row.prompt) for row in self.rows for _ in row.answers]
-        order = list(range(len(sequences)))
-        if by_length:
-            order.sort(key=lambda i: -len(sequences[i]))
-        found = self.stock([sequences[i] for i in order], [prompts[i] for i in order])
-        values = [0.0] * len(order)
-        for i, value in zip(order, found, strict=True):
-            values[i] = value
-        return values
+WORDS = "the of and to in is you that it he was for on are as with"
 
 
 def annotator_folder(folder: Path, base: Path, layers: int) -> ModelConfig:
@@ -125,67 +58,6 @@ def annotator_folder(folder: Path, base: Path, layers: int) -> ModelConfig:
     return settings.model_copy(
         update={"model_name_or_path": str(folder), "num_hidden_layers": None}
     )
-
-
-def peers(scorer: Scorer, model: ModelConfig, pairs: Store, shards: int, tokens: int) -> Peers:
-    """Both sides, loaded, and the pairs' token ids."""
-    tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, model.chat_template)
-    rows = measure.encoded(pairs, shards, encoder, model)
-    pad = tokenizer.pad_token_id
-    if scorer == "reward":
-        module: Any = AnswerScores(load_reward_model(model))
-        name = model.model_name_or_path
-        stock = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
-        loop = partial(stock_scores, stock.eval(), pad)
-    else:
-        module = AnswerLogProbs(load_policy(model))
-        stock = AutoModelForCausalLM.from_pretrained(
-            model.model_name_or_path, num_hidden_layers=model.num_hidden_layers, dtype=torch.float32
-        )
-        loop = partial(stock_logps, stock.eval(), pad)
-    return Peers(RowForward(module, pad, model.max_length, tokens), rows, loop)
-
-
-def timed(run: Callable[[], list[float]]) -> tuple[float, list[float]]:
-    """Seconds and values."""
-    started = time.perf_counter()
-    with torch.inference_mode():
-        values = run()
-    return time.perf_counter() - started, values
-
-
-def forward_part(both: Peers, repeats: int) -> dict[str, Any]:
-    """Medians over interleaved repeats."""
-    seconds: dict[str, list[float]] = {"ours": [], "arrival": [], "sorted": []}
-    rate = difference = 0.0
-    both.ours(both.rows[:8])  # warm: the first call allocates
-    for _ in range(repeats):
-        rate = max(rate, measure.matmul_rate())
-        elapsed, values = timed(both.run_ours)
-        seconds["ours"].append(elapsed)
-        for order in ("arrival", "sorted"):
-            elapsed, stock = timed(partial(both.run_stock, order == "sorted"))
-            seconds[order].append(elapsed)
-            difference = max(difference, float(np.abs(np.subtract(values, stock)).max()))
-    took = {name: statistics.median(each) for name, each in seconds.items()}
-    flops = useful_flops(both.ours.module).forward(both.rows) / took["ours"]
-    rate = max(rate, measure.matmul_rate())
-    pairs = len(both.rows)
-    return {
-        "pairs": pairs,
-        "tokens": sum(row.n_tokens for row in both.rows),
-        "layout": both.ours.layout,
-        "ours_pairs_s": pairs / took["ours"],
-        "stock_arrival_pairs_s": pairs / took["arrival"],
-        "stock_sorted_pairs_s": pairs / took["sorted"],
-        "ratio_arrival": took["arrival"] / took["ours"],
-        "ratio_sorted": took["sorted"] / took["ours"],
-        "matmul_gflop_s": rate / 1e9,
-        "useful_gflop_s": flops / 1e9,
-        "useful_flops_share": flops / rate,
-        "max_score_diff": difference,
-    }
 
 
 class Clocked:
@@ -265,7 +137,7 @@ def pipeline_part(
             if name == "bare":
                 run_bare(job)
             else:
-                with_ray(partial(run_shards, job, PoolConfig(num_actors=2)))
+                measure.with_ray(partial(run_shards, job, PoolConfig(num_actors=2)))
             rates[name].append(rate_of(notes, shared_end=name == "ray"))
             print(f"  round {number + 1}: {name} {rates[name][-1]:.2f} pairs/s", flush=True)
     shares = [ray / bare for ray, bare in zip(rates["ray"], rates["bare"], strict=True)]
@@ -350,26 +222,13 @@ def scale_part(scratch: Path) -> dict[str, Any]:
         make = partial(Clocked, partial(LengthWorker, pairs), notes)
         job = ShardJob("scores", Store(str(scratch / f"{name}-lengths")), shards, make)
         with measure.PeakMemory() as memory:
-            with_ray(partial(run_shards, job, PoolConfig(num_actors=2)))
+            measure.with_ray(partial(run_shards, job, PoolConfig(num_actors=2)))
         figures[f"us_per_row_{name}"] = 1e6 / rate_of(notes, shared_end=True)
         figures[f"peak_mib_{name}"] = memory.peak / 2**20
         print(f"  {rows} rows: {figures}", flush=True)
     figures["us_per_row_ratio"] = figures["us_per_row_large"] / figures["us_per_row_small"]
     figures["peak_memory_ratio"] = figures["peak_mib_large"] / figures["peak_mib_small"]
     return figures
-
-
-def with_ray(work: Callable[[], Any]) -> Any:
-    """Runs on a Ray of two CPUs that is started for it and ended, its start apart."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.WARNING)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    try:
-        return work()
-    finally:
-        ray.shutdown()
 
 
 def main(
@@ -399,14 +258,16 @@ def main(
         annotator = annotator_folder(scratch / "annotator", model, layers)
         prepare = partial(measure.prepared, scratch / "pairs", data)
         if part in {"forward", "all"}:
-            store, shards = with_ray(partial(prepare, pairs, 64))
+            store, shards = measure.with_ray(partial(prepare, pairs, 64))
             scored = annotator if scorer == "reward" else given
             both = peers(scorer, scored, store, shards, max_tokens)
             figures |= forward_part(both, repeats)
             print(json.dumps(figures, indent=1), flush=True)
         if part in {"pipeline", "all"}:
             prepare = partial(measure.prepared, scratch / "pipeline-pairs", data)
-            store, shards = with_ray(partial(prepare, 8 * pairs, 64))  # 20: a tail of one is 5 %
+            store, shards = measure.with_ray(
+                partial(prepare, 8 * pairs, 64)
+            )  # 20: a tail of one is 5 %
             figures |= pipeline_part(store, shards, annotator, max_tokens, rounds, scratch)
         if part in {"scale", "all"}:
             figures |= scale_part(scratch)

@@ -1,11 +1,13 @@
-"""What the benchmarks share: the machine in words, its matrix-product rate, pairs, peak memory."""
+"""What the benchmarks share: the machine and its matrix-product rate, pairs, memory, a Ray."""
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -127,3 +129,16 @@ class PeakMemory:
                 except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
                     continue  # it ended between the two calls
             self.peak = max(self.peak, total)
+
+
+def with_ray(work: Callable[[], Any]) -> Any:
+    """Runs on a Ray of two CPUs that is started for it and ended, its start apart."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        return work()
+    finally:
+        ray.shutdown()

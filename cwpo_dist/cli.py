@@ -79,6 +79,12 @@ Overrides = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Refuse to start a stage afresh if its inputs changed.")
 ]
+RetryRejects = Annotated[
+    bool,
+    typer.Option(
+        "--retry-rejects", help="`annotate`: score again what was set aside for a failure."
+    ),
+]
 Address = Annotated[
     str,
     typer.Option(
@@ -148,10 +154,7 @@ def annotate(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Resume = False,
-    retry_rejects: Annotated[
-        bool,
-        typer.Option("--retry-rejects", help="Score again what was set aside for a failure."),
-    ] = False,
+    retry_rejects: RetryRejects = False,
 ) -> None:
     """Score every pair with the annotator or any one-label reward model.
 
@@ -236,6 +239,7 @@ def submit(
     pending_timeout: Annotated[
         float, typer.Option(help="Seconds a job may wait for its start before we say so.")
     ] = 600.0,
+    retry_rejects: RetryRejects = False,
 ) -> None:
     """Send a run, or one stage, to a Ray cluster; the same command again attaches or resumes.
 
@@ -250,10 +254,12 @@ def submit(
     stage = what.pop(0) if what[0] in {*STAGES, "run", "plan"} else "run"
     if not what:
         raise typer.BadParameter("name a CONFIG after the stage", param_hint="CONFIG")
+    if retry_rejects and stage != "annotate":
+        raise typer.BadParameter("goes with `cwpo submit annotate`", param_hint="--retry-rejects")
     loaded = load_config(what[0], what[1:])
     if "://" not in loaded.output_dir:
         _say(f"output_dir {loaded.output_dir!r} is a local path: every node must see it")
-    settings = Settings(python, tuple(py_module or ()), tuple(env or ()))
+    settings = Settings(python, tuple(py_module or ()), tuple(env or ()), retry_rejects)
     job = send(loaded, stage, address, settings)
     _say(f"{'attached to' if job.attached else 'submitted'} {job.submission_id}")
     if wait and not follow(job.submission_id, address, sys.stdout.write, pending_timeout):
@@ -313,12 +319,20 @@ def _guard_own_ray() -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
+class _Stderr(logging.Handler):
+    """Logs to what is stderr at the moment: while a progress bar is shown, that prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{self.format(record)}\n")
+
+
 def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = False) -> None:
     _guard_own_ray()
     from cwpo_dist.stages import run as stages
     from cwpo_dist.stages.checks import check
 
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handlers = [_Stderr()]
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     logging.getLogger("cwpo_dist").setLevel(logging.INFO)
     check(config, until)  # before any worker starts
     if retry_rejects:

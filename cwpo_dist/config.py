@@ -347,7 +347,10 @@ class PoolConfig(Pool):
         plain = Pool()
         given = [name for name in Pool.model_fields if getattr(self, name) != getattr(plain, name)]
         if self.pools and given:
-            raise ValueError(f"pools: given beside {', '.join(given)}; put these into each pool")
+            raise ValueError(
+                f"pools: given beside {', '.join(given)}; put these into each pool, or give "
+                "pools: [] for the one pool that they describe"
+            )
         return self
 
 

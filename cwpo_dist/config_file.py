@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from cwpo_dist.config import Config, ConfigError, Section
+from cwpo_dist.config import Config, ConfigError, Pool, Section
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -45,11 +45,19 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:
     """Lays `over` on `data` in place: mappings merge, everything else is replaced."""
+    if over.get("pools"):
+        _drop_single_pool(data)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(data.get(key), dict):
             _merge(data[key], value)
         else:
             data[key] = value
+
+
+def _drop_single_pool(section: Any) -> None:
+    """Pools laid over a section (a recipe's, say) replace the one pool that it described."""
+    for name in Pool.model_fields.keys() & section.keys():
+        del section[name]
 
 
 def parse_config(data: dict[str, Any]) -> Config:
@@ -78,6 +86,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     try:
         for part in parents:
             target = _step_into(target, part)
+        if last == "pools" and value:
+            _drop_single_pool(target)
         target[int(last) if isinstance(target, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError):
         raise ConfigError(

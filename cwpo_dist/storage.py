@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 MANIFEST = "manifest.json"
+# A smaller file comes whole in one request: footer and columns apart would be three, one by one.
+ONE_REQUEST_BYTES = 4 * 2**20
 
 
 class StorageError(OSError):
@@ -101,10 +103,7 @@ class Store:
         try:
             if self.is_local:
                 return self._link(name, data)
-            self.filesystem.pipe_file(self.path(name), data, mode="create")
-            return True
-        except FileExistsError:
-            return False
+            return self._put(name, data)
         except OSError as error:
             raise self._refused(name, error) from error
 
@@ -134,8 +133,14 @@ class Store:
         return self.create(name, to_json(value))
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A Parquet file as a table."""
-        return pq.read_table(pa.BufferReader(self.read(name)), columns=columns)
+        """A Parquet file as a table; of a large one only the columns asked for are fetched."""
+        if columns is None:
+            return pq.read_table(pa.BufferReader(self.read(name)))
+        self.filesystem.invalidate_cache()  # another one may have written it since we listed
+        # Arrow plans its own ranges; fsspec's read-ahead would fetch what lies between them.
+        with self.filesystem.open(self.path(name), "rb", cache_type="none") as file:
+            small = file.size <= ONE_REQUEST_BYTES
+            return pq.read_table(pa.BufferReader(file.read()) if small else file, columns=columns)
 
     def create_table(self, name: str, table: pa.Table) -> bool:
         """Like `create`, for a table as Parquet; the same table gives the same bytes."""
@@ -202,9 +207,19 @@ class Store:
         partial = self._partial(name, data)
         try:
             os.link(partial, self.path(name))
+            return True
+        except FileExistsError:
+            return False
         finally:
             os.unlink(partial)
-        return True
+
+    def _put(self, name: str, data: bytes) -> bool:
+        """Put-if-absent on object storage: a conditional write."""
+        try:
+            self.filesystem.pipe_file(self.path(name), data, mode="create")
+            return True
+        except FileExistsError:
+            return False
 
     def _refused(self, name: str, error: OSError) -> StorageError:
         return StorageError(

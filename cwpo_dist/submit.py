@@ -77,11 +77,13 @@ class Settings:
         python: the interpreter on the cluster's nodes; None: the one that runs Ray.
         py_modules: folders of your own packages that the job imports (a gold function's, say).
         env: names of further environment variables that travel with the job.
+        retry_rejects: whether `annotate` scores again what was set aside for a failure.
     """
 
     python: str | None = None
     py_modules: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
+    retry_rejects: bool = False
 
 
 def submit(config: Config, stage: str, address: str, settings: Settings | None = None) -> Submitted:
@@ -97,11 +99,12 @@ def submit(config: Config, stage: str, address: str, settings: Settings | None =
         SubmitError: when the cluster cannot be reached, or runs this directory's stage with
             another configuration.
     """
+    settings = settings or Settings()
     with tempfile.TemporaryDirectory(prefix="cwpo-submit-") as folder, _client(address) as client:
         data = portable(config, Path(folder))
         (Path(folder) / CONFIG_NAME).write_bytes(to_json(data))  # JSON is YAML
         base = job_name(data["output_dir"], stage)
-        mark = digest(data)
+        mark = digest([data, settings.retry_rejects])
         while True:
             attempts = _attempts(client, base)
             for job in attempts.values():
@@ -236,9 +239,8 @@ def _send(
     stage: str,
     folder: Path,
     metadata: dict[str, str],
-    settings: Settings | None,
+    settings: Settings,
 ) -> None:
-    settings = settings or Settings()
     missing = [variable for variable in settings.env if variable not in os.environ]
     if missing:
         raise ConfigError(f"--env: {', '.join(missing)} is not set here; export it first")
@@ -251,9 +253,10 @@ def _send(
     }
     if settings.python is not None:
         environment["py_executable"] = settings.python
-    python = shlex.quote(settings.python or "python")
+    command = [settings.python or "python", "-m", "cwpo_dist.cli", stage, CONFIG_NAME]
+    command += ["--retry-rejects"] if settings.retry_rejects else []
     client.submit_job(
-        entrypoint=f"{python} -m cwpo_dist.cli {shlex.quote(stage)} {CONFIG_NAME}",
+        entrypoint=shlex.join(command),
         submission_id=name,
         runtime_env=environment,
         metadata=metadata,
@@ -274,7 +277,8 @@ def _attempts(client: JobSubmissionClient, base: str) -> dict[int, JobDetails]:
 def _attach(job: JobDetails, mark: str) -> Submitted:
     if (job.metadata or {}).get("cwpo_config") != mark:
         raise SubmitError(
-            f"{job.submission_id} runs in this output_dir with another configuration: wait for it, "
+            f"{job.submission_id} runs in this output_dir with another configuration or another "
+            f"choice of --retry-rejects: wait for it, "
             f"end it with `cwpo stop {job.submission_id}`, or choose another output_dir"
         )
     return Submitted(str(job.submission_id), attached=True)

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +128,27 @@ def ray_local(s3_server: str) -> Iterator[Any]:
     yield ray
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks of `prepare` run here, one after the other: what they write is the same."""
+    from cwpo_dist.stages import prepare as stage
+
+    def each(task: Callable[[int], None], count: int, num_cpus: float) -> None:
+        for index in range(count):
+            task(index)
+
+    monkeypatch.setattr(stage, "run_tasks", each)
+    monkeypatch.setattr(stage, "_check_placement", lambda num_cpus: None)
+
+
+@pytest.fixture
+def many_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare` cuts small inputs as if they were large."""
+    from cwpo_dist.pairs import cutting, pieces, sources
+
+    monkeypatch.setattr(sources, "BUCKET_BYTES", 1000)
+    monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
+    monkeypatch.setattr(cutting, "CUT_BYTES", 700)
+    monkeypatch.setattr(pieces, "CHUNK_ROWS", 20)

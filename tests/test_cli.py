@@ -21,6 +21,7 @@ from tiny import save_tiny
 from cwpo_dist import __version__, cli
 from cwpo_dist.config import ConfigError
 from cwpo_dist.config_file import load_config, parse_config
+from cwpo_dist.stages import checks
 from cwpo_dist.stages.checks import Machine, check, pool_faults, training_faults
 from cwpo_dist.stages.compare import CompareError, compare
 from cwpo_dist.stages.costs import total_steps
@@ -125,6 +126,37 @@ def test_plan_counts_what_prepare_will_find(tmp_path: Path) -> None:
         int(number) for number in re.findall(r"(\d+) (?:labelled|unlabelled|test)", prepare.work)
     ]
     assert sum(counts) == 96
+
+
+def test_plan_counts_no_unlabelled_pair_for_an_arm_of_people(tmp_path: Path) -> None:
+    config = small_config(tmp_path, arms=["human", "weak"], prepare__labelled_fraction=0.2)
+    source = Path(config["prepare"]["sources"][0]["path"])
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for row in rows[::2]:
+        row["label"] = None
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    planned = plan(parse_config(config))
+    counts = {
+        (stage.stage, arm): int(stage.work.split()[0])
+        for stage in planned.stages
+        for arm in stage.arms
+        if stage.stage in {"weigh", "sft", "align"}
+    }
+    for stage in ("weigh", "sft", "align"):
+        assert 0 < counts[stage, "human"] < 0.7 * counts[stage, "weak"], counts
+
+
+def test_plan_names_gpus_that_would_stand_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "available", lambda: [Machine(8.0, 2.0), Machine(8.0, 2.0)])
+    pool = {"num_actors": 3, "gpus_per_actor": 1}
+    config = small_config(tmp_path, annotate=pool, reference={"pools": [pool, pool]})
+    notes = [note for note in plan(parse_config(config)).notes if "GPU" in note]
+    assert [note.split(";")[0] for note in notes] == [
+        "annotate: its actors take 3 of 4 GPUs",
+        "evaluate: its actors take 0 of 4 GPUs",
+    ]
 
 
 def test_shown_rows_are_read_off_the_real_mask(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,20 @@ def test_a_further_file_is_laid_over_section_by_section(tmp_path: Path) -> None:
     assert (config.align.beta, config.align.num_train_epochs) == (0.4, 2)
     assert config.arms == ["weak"]
     assert config.prepare.sources[0].path == "pairs.jsonl"
+
+
+def test_pools_laid_over_a_recipe_replace_its_one_pool(tmp_path: Path) -> None:
+    recipe = {"num_actors": 4, "gpus_per_actor": 1, "max_tokens_per_batch": 32768}
+    base = written(tmp_path, {**SMALL, "annotate": recipe})
+    pools = [{"num_actors": 2, "cpus_per_actor": 3}, {"gpus_per_actor": 0.5}]
+    over = written(tmp_path, {"annotate": {"pools": pools}}, "over.yaml")
+    for override in (str(over), f"annotate.pools={json.dumps(pools)}"):
+        annotate = load_config(base, [override]).annotate
+        assert [pool.gpus_per_actor for pool in annotate.actor_pools()] == [0.0, 0.5]
+        assert annotate.max_tokens_per_batch == 32768
+    assert load_config(base, ["annotate.pools=[]"]).annotate.num_actors == 4
+    with pytest.raises(ConfigError, match=r"given beside num_actors; .*pools: \[\]"):
+        load_config(base, [str(over), "annotate.num_actors=8"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_prepare import config, files, in_process, rejects, row, write
+from prepared import config, files, rejects, row, write
 
 from cwpo_dist.pairs import cutting
 from cwpo_dist.pairs.parsing import Layout
@@ -21,8 +22,6 @@ from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
-
-__all__ = ["in_process"]  # a fixture
 
 LAYOUT = Layout({name: name for name in ("prompt", "chosen", "rejected")}, "text", "text")
 LINES = st.lists(
@@ -33,8 +32,8 @@ LINES = st.lists(
 
 
 def numbered(pieces: list[Piece]) -> list[Piece]:
-    spans = [piece.parts[0] for piece in pieces if not cutting.is_numbered(piece)]
-    return cutting.number_lines(pieces, map(cutting.count_lines, spans))
+    parts = [piece.parts[0] for piece in pieces if not cutting.is_numbered(piece)]
+    return cutting.number_rows(pieces, map(cutting.spans, parts))
 
 
 def rows_of(pieces: list[Piece]) -> list[tuple[str, RawRow]]:
@@ -51,11 +50,45 @@ def test_lines_of_a_file_cut_anywhere_are_those_of_the_file(
     path = tmp_path / "x.jsonl"
     for end in (b"", b"\n"):
         path.write_bytes(start + b"\n".join(lines) + end)
-        whole = [Piece("x", (Part(str(path), "jsonl", size=path.stat().st_size),), LAYOUT)]
+        piece = Piece("x", (Part(str(path), "jsonl", size=path.stat().st_size),), LAYOUT)
+        whole = [piece, replace(piece, source="the same file again")]
         monkeypatch.setattr(cutting, "CUT_BYTES", size)
         pieces = numbered(cutting.cut(whole))
-        assert len(pieces) == max(1, -(-path.stat().st_size // size))
+        assert len(pieces) == 2 * max(1, -(-path.stat().st_size // size))
         assert rows_of(pieces) == rows_of(whole)
+
+
+CSV_LINES = st.lists(
+    st.sampled_from(
+        [
+            *("", "\r", "1,2", '"x\ny",2\r', '"a ""quoted"" word","b\n\nc"', 'x"y,3', '"x"y,3'),
+            *('"open', "1,2,3", "ü,\udcff", "\ufeff1,2"),
+        ]
+    )
+)
+
+
+@settings(
+    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lines=CSV_LINES,
+    header=st.sampled_from(["a,b", "\ufeffa,b", '"a\nc",b\r', "a,a", '"a', ""]),
+    size=st.integers(1, 40),
+)
+def test_rows_of_a_csv_file_cut_anywhere_are_those_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], header: str, size: int
+) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes("\n".join([header, *lines]).encode("utf-8", "surrogateescape"))
+    whole = [Piece("x", (Part(str(path), "csv", size=path.stat().st_size),), LAYOUT)]
+    monkeypatch.setattr(cutting, "CUT_BYTES", size)
+    pieces = numbered(cutting.cut(whole))
+    assert rows_of(pieces) == rows_of(whole)
+    if header == "a,b" and all(line == "1,2" for line in lines):
+        assert len(pieces) >= min(len(lines), len(lines) * 3 // size)
+    limited = [replace(whole[0], limit=1)]
+    assert numbered(cutting.cut(limited)) == limited
 
 
 @pytest.mark.parametrize("size", [1, 5000, 10**6])
@@ -80,13 +113,13 @@ def test_tiny_files_share_a_task_and_what_cannot_be_cut_is_said(
     monkeypatch.setattr(cutting, "JOIN_BYTES", 100)
     monkeypatch.setattr(cutting, "OPEN_BYTES", 20)
     sizes = [1, 1, 1, 1, 1, 1, 50, 50, 90, 2000, 0]
-    parts = tuple(Part(f"{i}.csv", "csv", size=size) for i, size in enumerate(sizes))
+    parts = tuple(Part(f"{i}.csv.gz", "csv", size=size) for i, size in enumerate(sizes))
     piece = Piece("x", parts, LAYOUT)
     with caplog.at_level("INFO"):
         pieces = cutting.cut([piece, replace(piece, limit=5)])
     shared = [[part.size for part in piece.parts] for piece in pieces]
     assert shared == [[1] * 5, [1, 50], [50], [90], [2000], [0], sizes]
-    assert caplog.text.count("9.csv (0 MB) is read by one task: compressed files cannot be") == 1
+    assert caplog.text.count("9.csv.gz (0 MB) is read by one task: compressed files and") == 1
     hub = tuple(Part("a/b", "hub", shard=(i, 3)) for i in range(3))
     assert len(cutting.cut([Piece("a/b", hub, LAYOUT)])) == 3
     torn = Part(str(tmp_path / "no.parquet"), "parquet", size=2000)
@@ -104,6 +137,10 @@ def test_pairs_and_rejects_are_the_same_however_inputs_are_cut(
     with (tmp_path / "0.jsonl").open("a") as file:
         file.write('{"torn\n\n' + json.dumps(row("last", chosen="")))
     pq.write_table(pa.Table.from_pylist(rows[:150]), tmp_path / "1.parquet", row_group_size=20)
+    with (tmp_path / "1.csv").open("w", newline="") as table:
+        writer = csv.DictWriter(table, ["prompt", "chosen", "rejected"])
+        writer.writeheader()
+        writer.writerows({**given, "rejected": 'no,\n"no"'} for given in rows[50:120])
     (tmp_path / "2.jsonl.gz").write_bytes(gzip.compress(b"[1]\n" + json.dumps(rows[1]).encode()))
     for i in range(3, 9):
         write(tmp_path / f"{i}.jsonl", rows[i : i + 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 
+from cwpo_dist.cli import user_message
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.evaluation.calibration import fit_scale, fit_temperature
+from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import annotations
 from cwpo_dist.stages.checks import weighing_faults
 from cwpo_dist.stages.graph import graph
 from cwpo_dist.stages.run import nodes_until, run
-from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.stages.weigh import Shards
+from cwpo_dist.storage import MANIFEST, StorageError, Store
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +291,43 @@ def test_top_share_is_that_of_all_shards_together(finished: Config) -> None:
     order = sorted(rows, key=lambda row: (-row["confidence"], row["pair_id"]))
     assert kept == {row["pair_id"] for row in order[: math.ceil(0.3 * len(rows))]}
     assert 0 < len(kept) == counts_of(config, "weigh")["selected"] < len(rows)
+
+
+def test_a_shard_that_was_weighed_before_is_not_weighed_again(
+    finished: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(finished.output_dir).child(*graph(finished, "ensemble")["weigh"].path.split("/"))
+    files = {name: store.read(name) for name in store.names("preferences")}
+    counts = counts_of(finished, "weigh")
+    store.remove(MANIFEST)
+    store.remove(part("preferences", 1))
+    weighed: list[int] = []
+    given = Shards._weighed
+
+    def watched(shards: Shards, index: int, *rest: Any) -> Any:
+        weighed.append(index)
+        return given(shards, index, *rest)
+
+    monkeypatch.setattr(Shards, "_weighed", watched)
+    run(finished, until="weigh")
+    assert weighed == [1]
+    assert {name: store.read(name) for name in store.names("preferences")} == files
+    assert counts_of(finished, "weigh") == counts
+
+
+def test_storage_that_refuses_a_task_of_weigh_is_told_as_it_is(
+    finished: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(Path(finished.output_dir).parent, [0, 1], weigh__min_confidence=0.01)
+    store = Store(config.output_dir).child(*graph(config, "ensemble")["weigh"].path.split("/"))
+    store.create("preferences", b"a file where the folder should be")
+    monkeypatch.setattr(annotations, "FEW_SHARDS", 0)  # tasks of Ray
+    with pytest.raises(StorageError) as raised:
+        run(config, until="weigh")
+    said = user_message(raised.value) or ""
+    assert re.match(r"storage refused to write '.*part-0000\d\.parquet': .*File exists", said)
+    assert not store.exists(MANIFEST)
+    store.remove("preferences")
+    monkeypatch.undo()
+    run(config, until="weigh")
+    assert counts_of(config, "weigh")["selected"] == len(rows_of(config, "weigh", "preferences"))

@@ -22,13 +22,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_prepare import in_process, pairs, rejects
+from prepared import pairs, rejects
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
-
-__all__ = ["in_process"]  # a fixture
 
 Row = dict[str, Any]
 Case = tuple[bytes, str | None]  # one line and its reason; None: a good row

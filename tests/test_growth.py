@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from tiny import tiny_classifier, tiny_tokenizer
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.pairs.records import SCORE_SCHEMA
-from cwpo_dist.scoring.earlier import EarlierScores, ranged_files
+from cwpo_dist.scoring.earlier import EarlierScores, ScoreFile, ranged_files
+from cwpo_dist.stages.annotate import earlier_scores
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.plan import plan
 from cwpo_dist.stages.run import nodes_until, run
 from cwpo_dist.storage import MANIFEST, Store
 
@@ -73,6 +77,10 @@ def test_only_the_pairs_of_new_files_are_scored(tmp_path: Path) -> None:
     first, yesterday = annotated(config)
     assert (first["rows"], first["reused"]) == (90, 0)
     write(tmp_path / "in" / "3.jsonl", 85, 110)  # five of yesterday's once more
+    said = {stage.stage: stage for stage in plan(config).stages}["annotate"]
+    before = re.fullmatch(r"115 pairs, about (\d+) of them scored before", said.work)
+    assert before is not None, said.work
+    assert 80 < int(before[1]) < 110
     grown, today = annotated(config)
     assert (grown["rows"], grown["reused"]) == (110, 90)
     assert {pair_id: today[pair_id] for pair_id in yesterday} == yesterday
@@ -94,9 +102,17 @@ def test_only_the_pairs_of_new_files_are_scored(tmp_path: Path) -> None:
     assert sum(left[pair_id] == today[pair_id] for pair_id in left.keys() & today.keys()) == 79
 
     # Another seed draws anew which answer is a, another model scores otherwise.
-    assert annotated(growing(tmp_path, seed=1))[0]["reused"] == 0
+    more = growing(tmp_path, annotate=config.annotate.model_dump() | {"splits": ["test"]})
+    assert len(files_to_reuse(more)) > len(files_to_reuse(config)) > 0
+    assert files_to_reuse(growing(tmp_path, seed=1)) == []
     tiny_classifier("llama", seed=1).save_pretrained(tmp_path / "reward")
-    assert annotated(config)[0]["reused"] == 0
+    assert files_to_reuse(config) == []
+
+
+def files_to_reuse(config: Config) -> list[ScoreFile]:
+    """What a run would copy scores from, its own output left out."""
+    node = nodes_until(config, "cw", "annotate")["annotate"]
+    return list(earlier_scores(Context(config, Store(config.output_dir)), node).files)
 
 
 def outputs(root: Path) -> list[Store]:

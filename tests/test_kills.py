@@ -67,25 +67,25 @@ def test_a_driver_killed_in_three_places_ends_as_if_undisturbed(tmp_path: Path) 
         configs.append(write_config(tmp_path / f"{run.name}.yaml", config))
     quiet, rough = configs
     nodes = graph(load_config(rough), "cw")
-    log = tmp_path / "log"
-    finish(quiet, log)
-    shards = len(scores(quiet_run))
+    log, quiet_log = tmp_path / "log", tmp_path / "quiet.log"
+    with start(quiet, quiet_log) as undisturbed:  # beside the other one: each waits a good deal
+        kill_when(rough, log, lambda: len(scores(rough_run)) >= 3)
+        shards = len(list((rough_run / nodes["prepare"].path).glob("pairs/*.parquet")))
+        assert 3 <= len(scores(rough_run)) < shards, "annotate was not in flight"
+        assert not (rough_run / nodes["annotate"].path / "manifest.json").exists()
 
-    kill_when(rough, log, lambda: len(scores(rough_run)) >= 3)
-    done = scores(rough_run)
-    assert 3 <= len(done) < shards, "annotate was not in flight"
-    assert not (rough_run / nodes["annotate"].path / "manifest.json").exists()
+        kill_when(rough, log, (rough_run / nodes["weigh"].path / "manifest.json").exists)
+        assert not (rough_run / nodes["align"].path / "manifest.json").exists()
+        assert len(scores(rough_run)) == shards
 
-    kill_when(rough, log, (rough_run / nodes["weigh"].path / "manifest.json").exists)
-    assert not (rough_run / nodes["align"].path / "manifest.json").exists()
+        align = rough_run / nodes["align"].path
+        kill_when(rough, log, lambda: len(list(align.glob("checkpoints/*/commit.json"))) >= 1)
+        assert not (align / "manifest.json").exists(), "align was not in flight"
+
+        finish(rough, log)
+        assert "resuming" in log.read_text()
+        assert undisturbed.wait(PATIENCE_S) == 0, quiet_log.read_text()[-4000:]
     assert scores(rough_run) == scores(quiet_run), "byte for byte"
-
-    align = rough_run / nodes["align"].path
-    kill_when(rough, log, lambda: len(list(align.glob("checkpoints/*/commit.json"))) >= 1)
-    assert not (align / "manifest.json").exists(), "align was not in flight"
-
-    finish(rough, log)
-    assert "resuming" in log.read_text()
     assert curve(rough_run) == pytest.approx(curve(quiet_run), abs=1e-6), "another order of data"
     after, before = (
         load_file(run / nodes["align"].path / "model" / "model.safetensors")

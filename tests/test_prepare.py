@@ -1,4 +1,4 @@
-"""The whole stage: every row is a pair, a merged duplicate or a reject, whatever happens."""
+"""The whole stage: every row is a pair, a merged duplicate or a reject, in the right place."""
 
 from __future__ import annotations
 
@@ -6,99 +6,23 @@ import gzip
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from prepared import Rows, add_up, config, files, pairs, rejects, row, write
 
-from cwpo_dist.config import ConfigError, PrepareConfig
-from cwpo_dist.pairs import cutting, pieces, sources
+from cwpo_dist.config import ConfigError
+from cwpo_dist.pairs import pieces, sources
 from cwpo_dist.pairs.readers import SourceError
-from cwpo_dist.pairs.records import REJECT_SCHEMA, check, pair_schema
-from cwpo_dist.pairs.rejects import RejectsError
-from cwpo_dist.stages import prepare as stage
+from cwpo_dist.pairs.records import pair_schema
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 
-Rows = list[dict[str, Any]]
 UKP_VOTES = {"votes_a": "votes_chosen", "votes_b": "votes_rejected"}
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tasks run here, one after the other: what they write is the same."""
-
-    def each(task: Callable[[int], None], count: int, num_cpus: float) -> None:
-        for index in range(count):
-            task(index)
-
-    monkeypatch.setattr(stage, "_each", each)
-    monkeypatch.setattr(stage, "_check_placement", lambda num_cpus: None)
-
-
-@pytest.fixture
-def many_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small inputs are cut as if they were large."""
-    monkeypatch.setattr(sources, "BUCKET_BYTES", 1000)
-    monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
-    monkeypatch.setattr(cutting, "CUT_BYTES", 700)
-    monkeypatch.setattr(pieces, "CHUNK_ROWS", 20)
-
-
-def write(path: Path, rows: Rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def row(i: Any, chosen: str = "yes", rejected: str = "no", **more: Any) -> dict[str, Any]:
-    return {"prompt": f"prompt {i}", "chosen": chosen, "rejected": rejected, **more}
-
-
-def config(*given: Any, **changes: Any) -> PrepareConfig:
-    listed = [{"path": each} if isinstance(each, str) else each for each in given]
-    return PrepareConfig(sources=listed, **changes)
-
-
-def files(store: Store) -> dict[str, bytes]:
-    return {name: store.read(name) for name in store.names()}
-
-
-def pairs(store: Store) -> Rows:
-    names = [name for name in store.names() if name.startswith("pairs/")]
-    return [row for name in names for row in store.read_table(name).to_pylist()]
-
-
-def rejects(store: Store) -> Rows:
-    names = [name for name in store.names() if name.startswith("rejects/")]
-    return [
-        row
-        for name in names
-        for row in check(store.read_table(name), REJECT_SCHEMA, name).to_pylist()
-    ]
-
-
-def add_up(counts: dict[str, Any], store: Store) -> None:
-    """What the manifest says is what lies there, and no row is missing."""
-    written, set_aside = pairs(store), rejects(store)
-    assert counts["rows_in"] == len(written) + counts["merged_duplicates"] + len(set_aside)
-    assert counts["pairs"] == len(written) == len({row["pair_id"] for row in written})
-    assert sum(counts["rejects"].values()) == len(set_aside)
-    assert sum(counts["splits"].values()) == len(written)
-    assert sum(counts["labelled"].values()) == sum(row["label"] is not None for row in written)
-    shards = [name for name in store.names() if name.startswith("pairs/")]
-    assert shards == [f"pairs/part-{index:05d}.parquet" for index in range(counts["shards"])]
-
-
-# -- on a real Ray
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -203,9 +127,6 @@ def test_what_is_wrong_with_a_source_is_said_without_rays_wrapping(tmp_path: Pat
     path = write(tmp_path / "x.jsonl", [row(0)])
     with pytest.raises(ConfigError, match=r"prepare\.num_cpus: 99, but the largest node has 4"):
         prepare(store, config(path, num_cpus=99), seed=0)
-
-
-# -- in this process
 
 
 @pytest.mark.usefixtures("in_process", "many_files")
@@ -368,40 +289,6 @@ def test_groups_that_share_a_prompt_leak_and_are_set_aside(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("in_process")
-def test_past_max_reject_fraction_the_stage_fails_and_the_rejects_lie_there(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", [row(i, chosen="" if i < 6 else "yes") for i in range(100)])
-    store = Store(str(tmp_path / "out"))
-    with pytest.raises(RejectsError, match=r"6 of 100 rows[^|]*6 × empty answer: chosen"):
-        prepare(store, config(path), seed=0)
-    assert len(rejects(store)) == 6
-    assert prepare(store, config(path, max_reject_fraction=0.06), seed=0)["pairs"] == 94
-
-
-@pytest.mark.usefixtures("in_process")
-def test_one_torn_file_of_many_is_set_aside_and_several_stop_the_stage(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for i in range(20):
-        write(tmp_path / f"{i:02d}.jsonl", [row(f"{i} {j}") for j in range(30)])
-    torn = gzip.compress(b"".join(json.dumps(row(os.urandom(9).hex())).encode() for _ in "ab"))
-    (tmp_path / "20.jsonl.gz").write_bytes(torn[:-9])
-    given_config = config(str(tmp_path / "*.jsonl*"), max_reject_fraction=0.05)
-    store = Store(str(tmp_path / "out"))
-    with caplog.at_level("WARNING"):
-        counts = prepare(store, given_config, seed=0)
-    add_up(counts, store)
-    assert (counts["pairs"], counts["damaged_files"]) == (600, 1)
-    assert counts["rejects"] == {"damaged file": 1}
-    (bad,) = rejects(store)
-    assert (bad["source"], bad["position"]) == (str(tmp_path / "20.jsonl.gz"), 1)
-    assert "20.jsonl.gz cannot be read from here on: EOFError" in caplog.text
-    for name in ("21", "22"):
-        (tmp_path / f"{name}.jsonl.gz").write_bytes(torn[:-9])
-    with pytest.raises(SourceError, match=r"3 of 23 files are damaged, more than prepare\.max_rej"):
-        prepare(Store(str(tmp_path / "more")), given_config, seed=0)
-
-
-@pytest.mark.usefixtures("in_process")
 def test_a_limit_reads_so_many_rows_and_no_more(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [row(i) for i in range(5)])
     write(tmp_path / "b.jsonl", [row(i) for i in range(5, 10)])
@@ -420,151 +307,3 @@ def test_a_split_that_stayed_empty_is_said(
         prepare(Store(str(tmp_path / "out")), config(path, test_fraction=0.01), seed=0)
     assert "no pair is in split test, though prepare.test_fraction is 0.01" in caplog.text
     assert "validation" not in caplog.text
-
-
-class Killed(Exception):
-    """Stands for the end of the driver."""
-
-
-@pytest.mark.usefixtures("in_process", "many_files")
-def test_a_driver_that_dies_at_any_step_ends_with_the_same_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a", "b", "c"):
-        rows = [row(i, chosen="" if i == 3 else name * (i % 2)) for i in range(12)]
-        write(tmp_path / f"{name}.jsonl", rows)
-    wanted = config(
-        str(tmp_path / "*.jsonl"), rows_per_shard=2, group_column="prompt", max_reject_fraction=1.0
-    )
-    steps = LimitedSteps(monkeypatch)
-    undisturbed = Store(str(tmp_path / "undisturbed"))
-    counts = prepare(undisturbed, wanted, seed=0)
-    total = steps.taken
-    assert total > 20
-    for limit in range(total):
-        store = Store(str(tmp_path / f"out{limit}"))
-        steps.taken, steps.limit = 0, limit
-        with pytest.raises(Killed):
-            prepare(store, wanted, seed=0)
-        steps.limit = None
-        assert prepare(store, wanted, seed=0) == counts
-        assert files(store) == files(undisturbed)
-
-
-def killed(*given: Any) -> None:
-    raise Killed
-
-
-@pytest.mark.usefixtures("in_process", "many_files")
-def test_a_summary_whose_rows_are_gone_counts_for_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tmp_path / "x.jsonl", [row(i) for i in range(50)])
-    store = Store(str(tmp_path / "out"))
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "_write", killed)
-        with pytest.raises(Killed):
-            prepare(store, config(path), seed=0)
-    store.remove("work/rows/00000-00001.parquet")
-    assert prepare(store, config(path), seed=0)["pairs"] == 50
-
-
-class LimitedSteps:
-    """Counts what changes a store, and ends the driver when a limit is reached."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.taken = 0
-        self.limit: int | None = None
-        for name in ("create", "remove"):
-            monkeypatch.setattr(Store, name, self._counted(getattr(Store, name)))
-
-    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*given: Any) -> Any:
-            if self.taken == self.limit:
-                raise Killed
-            self.taken += 1
-            return method(*given)
-
-        return step
-
-
-LINE = st.one_of(
-    st.binary(max_size=30).filter(lambda line: b"\n" not in line),
-    st.builds(
-        lambda prompt, chosen, rejected: json.dumps(
-            {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        ).encode(),
-        *[st.sampled_from(["x", "y", "", "\ud800", None, 3, ["z"]]) for _ in range(3)],
-    ),
-)
-
-
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(lines=st.lists(LINE, max_size=25))
-@pytest.mark.usefixtures("in_process", "many_files")
-def test_no_line_vanishes_and_none_crashes(tmp_path: Path, lines: list[bytes]) -> None:
-    good = json.dumps(row(0)).encode()
-    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, *lines]))
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    store = Store(str(tmp_path / "out"))
-    given_config = config(str(tmp_path / "x.jsonl"), max_reject_fraction=1.0)
-    counts = prepare(store, given_config, seed=0)
-    add_up(counts, store)
-    assert counts["rows_in"] == 1 + sum(bool(line.strip()) for line in lines)
-
-
-CHILD = """
-import sys, time
-import ray
-from cwpo_dist.config import PrepareConfig
-from cwpo_dist.pairs import cutting, pieces
-from cwpo_dist.stages import prepare
-
-cutting.JOIN_BYTES = 1
-
-def slow(*given):
-    time.sleep(0.1)
-    pieces.read_piece(*given)
-
-prepare.read_piece = slow
-ray.init(num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[3])
-config = PrepareConfig(sources=[{"path": sys.argv[1]}], rows_per_shard=16)
-prepare.prepare(prepare.Store(sys.argv[2]), config, 0)
-"""
-
-
-@pytest.fixture
-def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A short path: Ray's sockets below it have names of at most 107 bytes."""
-    folder = f"/tmp/cwpo-{os.getpid()}"
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.long
-def test_a_killed_driver_goes_on_where_it_was(
-    tmp_path: Path, ray_folder: str, in_process: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
-    for i in range(40):
-        write(tmp_path / f"{i}.jsonl", [row(f"{i} {j}") for j in range(20)])
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "*.jsonl"), str(out), ray_folder]
-    with subprocess.Popen(command, start_new_session=True) as child:
-        deadline = time.monotonic() + 120
-        while len(list((out / "work" / "pieces").glob("*.json"))) < 5:
-            assert child.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.killpg(child.pid, signal.SIGKILL)
-    done = len(list((out / "work" / "pieces").glob("*.json")))
-    assert done < 40
-    wanted = config(str(tmp_path / "*.jsonl"), rows_per_shard=16)
-    counts = prepare(Store(str(out)), wanted, seed=0)
-    undisturbed = Store(str(tmp_path / "undisturbed"))
-    assert prepare(undisturbed, wanted, seed=0) == counts
-    # Workers outlive their driver for a moment and may still write what nobody reads any more.
-    left = {name: data for name, data in files(Store(str(out))).items() if name[:5] != "work/"}
-    assert left == files(undisturbed)

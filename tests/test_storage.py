@@ -13,8 +13,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from s3fs.core import S3File
 
 from cwpo_dist.storage import StorageError, Store, digest, fingerprint, parquet_bytes, to_json
 
@@ -118,6 +120,34 @@ def test_a_table_comes_back_and_has_the_same_bytes_every_time(store: Store) -> N
     assert parquet_bytes(table) == parquet_bytes(table)
 
 
+def test_of_a_large_table_only_the_columns_asked_for_are_fetched(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).bytes(8 * 2**20).hex()
+    texts = [noise[i : i + 2**20] for i in range(0, len(noise), 2**20)]
+    ids = [f"id-{i}" for i in range(len(texts))]
+    s3_store.names()  # what was listed before a file came must not hide it
+    s3_store.create_table("pairs.parquet", pa.table({"prompt": texts, "pair_id": ids}))
+    fetched: list[int] = []
+    fetch = S3File._fetch_range
+
+    def counted(file: S3File, start: int, end: int) -> bytes:
+        fetched.append(end - start)
+        return bytes(fetch(file, start, end))
+
+    monkeypatch.setattr(S3File, "_fetch_range", counted)
+    whole = s3_store.filesystem.size(s3_store.path("pairs.parquet"))
+    assert s3_store.read_table("pairs.parquet", ["pair_id"])["pair_id"].to_pylist() == ids
+    assert sum(fetched) < whole / 20, "the prompts came too"
+    fetched.clear()
+    assert s3_store.read_table("pairs.parquet", ["prompt"])["prompt"].to_pylist() == texts
+    assert sum(fetched) > whole / 2
+    with pytest.raises(pa.ArrowInvalid, match="nothing"):
+        s3_store.read_table("pairs.parquet", ["nothing"])
+    with pytest.raises(FileNotFoundError):
+        s3_store.read_table("none.parquet", ["pair_id"])
+
+
 def test_a_folder_is_uploaded_and_staged_whole(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     (folder / "adapter").mkdir(parents=True)
@@ -209,6 +239,11 @@ def test_a_forbidden_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     else:
         tmp_path.chmod(0o500)
     assert_refused(Store(str(tmp_path / "run")).create, "Permission denied")
+
+
+def test_a_folder_whose_name_a_file_has_is_no_file_that_was_there_before(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    assert_refused(Store(str(tmp_path / "run")).create, "File exists")
 
 
 def test_a_bucket_that_is_not_there_is_told(s3_server: str) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,17 +130,19 @@ def test_a_running_job_is_attached_to_and_stopped(head: str, tmp_path: Path) -> 
     # Waits where the job's entrypoint would run, so that it is there for as long as we need it.
     slow = tmp_path / "slow-python"
     python = f'exec {sys.executable} "$@"'
-    slow.write_text(f'#!/bin/sh\ncase "$*" in *cwpo_dist.cli*) sleep 120;; *) {python};; esac\n')
+    waits = 'echo "$*"; sleep 120'
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *cwpo_dist.cli*) {waits};; *) {python};; esac\n')
     slow.chmod(0o755)
-    settings = Settings(python=str(slow))
-    first = submit(config, "prepare", head, settings)
-    wait_for(lambda: status(first.submission_id, head).startswith("RUNNING"), 60)
-    second = submit(config, "prepare", head, settings)
+    settings = Settings(python=str(slow), retry_rejects=True)
+    first = submit(config, "annotate", head, settings)
+    wait_for(lambda: "config.yaml --retry-rejects" in logs(first.submission_id, head), 60)
+    second = submit(config, "annotate", head, settings)
     assert (second.submission_id, second.attached) == (first.submission_id, True)
 
     other = config.model_copy(update={"seed": 1})
-    with pytest.raises(SubmitError, match="another configuration"):
-        submit(other, "prepare", head, settings)
+    for given, how in ((other, settings), (config, replace(settings, retry_rejects=False))):
+        with pytest.raises(SubmitError, match="another configuration"):
+            submit(given, "annotate", head, how)
 
     assert stop(first.submission_id, head)
     assert follow(first.submission_id, head, lambda text: None) is False

@@ -27,12 +27,14 @@ class Census:
 
     Attributes:
         splits: pairs by split.
+        labelled: those of them with a human's label.
         rejects: rows that will be set aside.
         exact: True when everything was read; else the counts are scaled up by file size.
         sample: pairs drawn evenly from what was read.
     """
 
     splits: Mapping[str, int]
+    labelled: Mapping[str, int]
     rejects: int
     exact: bool
     sample: tuple[ParsedPair, ...]
@@ -40,6 +42,10 @@ class Census:
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
         return sum(self.splits.get(split, 0) for split in splits)
+
+    def labelled_pairs(self, *splits: str) -> int:
+        """Pairs in these splits that carry a human's label."""
+        return sum(self.labelled.get(split, 0) for split in splits)
 
 
 def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: int = 256) -> Census:
@@ -58,6 +64,8 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
     )
     counts: Counter[str] = Counter()
+    labelled: Counter[str] = Counter()
+    rejects = 0
     kept: list[ParsedPair] = []
     draw = random.Random(seed)
     reading = _Reading(plan(config).pieces, seconds)
@@ -67,13 +75,16 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
                 raise BadRow(raw.fault)
             pair = parse(raw.value, piece.layout)
         except BadRow:
-            counts["rejected"] += 1
+            rejects += 1
             continue
-        counts[_split(pair, piece, rule)] += 1
-        _keep(kept, pair, draw, counts.total() - counts["rejected"], sample)
-    rejects = counts.pop("rejected", 0)
-    scaled = {split: round(count * reading.scale) for split, count in counts.items()}
-    return Census(scaled, round(rejects * reading.scale), reading.complete, tuple(kept))
+        split = _split(pair, piece, rule)
+        counts[split] += 1
+        labelled[split] += pair.label is not None
+        _keep(kept, pair, draw, counts.total(), sample)
+    pairs, people = (
+        {k: round(n * reading.scale) for k, n in c.items()} for c in (counts, labelled)
+    )
+    return Census(pairs, people, round(rejects * reading.scale), reading.complete, tuple(kept))
 
 
 class _Reading:

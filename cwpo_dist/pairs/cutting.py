@@ -16,8 +16,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cwpo_dist.pairs.csv_files import csv_spans
 from cwpo_dist.pairs.pieces import Piece
-from cwpo_dist.pairs.readers import COMPRESSIONS, Part, SourceError
+from cwpo_dist.pairs.readers import COMPRESSIONS, Part, SourceError, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,42 +48,59 @@ def cut(pieces: Sequence[Piece]) -> list[Piece]:
     return out
 
 
-def count_lines(part: Part) -> int:
-    """How many lines begin in a span of JSON lines.
+def spans(part: Part) -> list[tuple[int, int, int]]:
+    """Byte ranges of a large text file for a task each, with how many rows begin in each.
+
+    Args:
+        part: a span of JSON lines, which is one range; or a whole CSV file, which is read once to
+            find where its rows end: little work beside what its rows then are for several tasks.
 
     Raises:
         SourceError: when its storage refuses to be read.
     """
-    assert part.span is not None
-    start, stop = part.span
-    at, count = (start - 1, 0) if start else (0, 1)  # a line begins behind the newline before it
     try:
-        with fsspec.open(part.uri, "rb") as file:
-            file.seek(at)
-            while data := file.read(min(_READ_BYTES, stop - 1 - at)):
-                count += data.count(b"\n")
-                at += len(data)
+        if part.reader == "csv":
+            with open_file(part.uri) as file:
+                return list(csv_spans(file, CUT_BYTES))
+        assert part.span is not None
+        return [(*part.span, _count_lines(part.uri, *part.span))]
     except OSError as error:
         raise SourceError(f"{part}: cannot be read: {error}; mend the access to it") from error
+
+
+def _count_lines(uri: str, start: int, stop: int) -> int:
+    at, count = (start - 1, 0) if start else (0, 1)  # a line begins behind the newline before it
+    with fsspec.open(uri, "rb") as file:
+        file.seek(at)
+        while data := file.read(min(_READ_BYTES, stop - 1 - at)):
+            count += data.count(b"\n")
+            at += len(data)
     return count
 
 
 def is_numbered(piece: Piece) -> bool:
-    """False for a piece whose first line number must be counted from the spans before it."""
-    return not any(part.reader == "jsonl" and part.span for part in piece.parts)
+    """False for a piece whose `spans` must be known: where it is cut, or its first row's number."""
+    return piece.limit is not None or not any(
+        _is_cut_by_rows(part) or (part.reader == "jsonl" and part.span) for part in piece.parts
+    )
 
 
-def number_lines(pieces: Sequence[Piece], lines: Iterable[int]) -> list[Piece]:
-    """Sets the first line number of each span of JSON lines, from the line counts of all spans."""
-    counts, out = iter(lines), []
-    first: dict[str, int] = {}
+def number_rows(pieces: Sequence[Piece], found: Iterable[Sequence[Sequence[int]]]) -> list[Piece]:
+    """Cuts the pieces that are not numbered by their `spans`, and numbers each one's first row."""
+    spans_of, out = iter(found), []
+    number = 1
     for piece in pieces:
-        if is_numbered(piece):
+        spans_found = [] if is_numbered(piece) else next(spans_of)
+        if not spans_found:
             out.append(piece)
             continue
         (part,) = piece.parts
-        out.append(replace(piece, parts=(replace(part, first=first.get(part.uri, 1)),)))
-        first[part.uri] = first.get(part.uri, 1) + next(counts)
+        if part.span is None or part.span[0] == 0:  # a file begins
+            number = 1
+        for start, stop, rows in spans_found:
+            span = replace(part, span=(start, stop), size=stop - start, first=number)
+            out.append(replace(piece, parts=(span,)))
+            number += rows
     return out
 
 
@@ -91,16 +109,27 @@ def _cut_part(part: Part) -> list[Part]:
         return [part]
     if part.reader == "parquet":
         return [replace(part, span=span, size=size) for span, size in _group_spans(part)] or [part]
-    if part.reader == "jsonl" and not part.uri.lower().endswith(COMPRESSIONS):
+    if part.reader == "jsonl" and not _is_compressed(part):
         bounds = [*range(0, part.size, CUT_BYTES), part.size]
-        spans = itertools.pairwise(bounds)
-        return [replace(part, span=(a, b), size=b - a) for a, b in spans]
+        return [replace(part, span=(a, b), size=b - a) for a, b in itertools.pairwise(bounds)]
+    if _is_cut_by_rows(part):
+        return [part]
     logger.info(
-        "prepare: %s (%d MB) is read by one task: compressed files cannot be cut, nor CSV and JSON "
-        "arrays, whose rows may hold line breaks; Parquet and plain JSON lines can",
+        "prepare: %s (%d MB) is read by one task: compressed files and JSON arrays cannot be cut; "
+        "Parquet, plain JSON lines and plain CSV can",
         *(part, part.size >> 20),
     )
     return [part]
+
+
+def _is_cut_by_rows(part: Part) -> bool:
+    """True for a large CSV file, whose line breaks may stand inside quotes."""
+    large = part.span is None and part.size > CUT_BYTES
+    return part.reader == "csv" and large and not _is_compressed(part)
+
+
+def _is_compressed(part: Part) -> bool:
+    return part.uri.lower().endswith(COMPRESSIONS)
 
 
 def _group_spans(part: Part) -> Iterator[tuple[tuple[int, int], int]]:
@@ -136,5 +165,6 @@ def _joined(parts: Iterable[Part]) -> Iterator[tuple[Part, ...]]:
 
 def _cost(part: Part) -> int:
     """A part of a cut file, and a data set of unknown size, has a task of its own."""
-    alone = part.span is not None or part.reader in ("saved", "hub")
+    cut_up = part.span is not None or _is_cut_by_rows(part)
+    alone = cut_up or part.reader in ("saved", "hub")
     return JOIN_BYTES if alone else max(part.size, OPEN_BYTES)

@@ -8,11 +8,11 @@ refuses to be read is an error: the same file may be whole a moment later.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import lzma
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
+from cwpo_dist.pairs.csv_files import HeaderError, csv_rows
 from cwpo_dist.pairs.rejects import Reason, printable, row_text
 
 Reader = Literal["jsonl", "json", "csv", "parquet", "saved", "hub"]
@@ -39,9 +40,6 @@ READERS: dict[str, Reader] = {
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 BATCH_ROWS = 1000
 BUFFER_BYTES = 2**20
-# The csv module's own 128 KiB is shorter than a long answer; without any bound one stray quote
-# would swallow the rest of the file.
-CSV_FIELD_BYTES = 16 * 2**20
 
 
 # What damaged content raises, beside OSError, which storage raises too (see `_out_of_reach`).
@@ -50,10 +48,6 @@ _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecod
 
 class SourceError(ValueError):
     """A source that cannot be read; the message names it and the remedy."""
-
-
-class _HeaderError(ValueError):
-    """A CSV file whose first line names no columns."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,9 @@ class Part:
         revision: commit of a hub data set.
         size: bytes on disk, 0 where unknown.
         shard: (index, count) of a hub split that is read in several parts.
-        span: the bytes of a file of JSON lines whose lines begin here, or the row groups of a
-            Parquet file, from and to; None: the whole file.
-        first: line number of the first line of such bytes.
+        span: the bytes of a file of JSON lines whose lines begin here, those of whole rows of a
+            CSV file, or the row groups of a Parquet file, from and to; None: the whole file.
+        first: number of the first line or row of such bytes.
     """
 
     uri: str
@@ -148,7 +142,7 @@ def _until_damage(rows: Iterator[RawRow], position: int) -> Iterator[RawRow]:
         for row in rows:
             yield row
             position = row.position + 1
-    except (OSError, _HeaderError, *_DAMAGE) as error:
+    except (OSError, HeaderError, *_DAMAGE) as error:
         if _out_of_reach(error):
             raise
         why = f"cannot be read from here on: {type(error).__name__}: {error}"
@@ -170,16 +164,19 @@ def _rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
 
 
 def _text_rows(part: Part) -> Iterator[RawRow]:
-    with _open(part.uri) as file:
+    with open_file(part.uri) as file:
         if part.reader == "csv":
-            yield from _csv_rows(file)
+            for position, (value, text) in enumerate(csv_rows(file, part.span), part.first):
+                fault = Reason.MALFORMED if value is None else None
+                yield RawRow(position, value, text, fault)
         elif part.reader == "json" and _opens_array(part.uri):
             yield from _array_rows(file.read().decode("utf-8-sig", "surrogateescape"))
         else:
             yield from _json_lines(file, part)
 
 
-def _open(uri: str) -> IO[bytes]:
+def open_file(uri: str) -> IO[bytes]:
+    """A file for reading, unpacked where its suffix says so."""
     opened: Any = fsspec.open(uri, "rb", compression="infer").open()
     if uri.lower().endswith(COMPRESSIONS):  # they buffer, and give all that precedes damage
         return cast(IO[bytes], opened)
@@ -189,8 +186,8 @@ def _open(uri: str) -> IO[bytes]:
 
 def _opens_array(uri: str) -> bool:
     """True for a `.json` file that is one array, not JSON lines."""
-    with _open(uri) as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    with open_file(uri) as file:
+        return file.read(4096).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _json_lines(file: IO[bytes], part: Part) -> Iterator[RawRow]:
@@ -247,48 +244,6 @@ def _skip_space(text: str, at: int) -> int:
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
-
-
-def _csv_rows(file: IO[bytes]) -> Iterator[RawRow]:
-    csv.field_size_limit(CSV_FIELD_BYTES)
-    seen: list[str] = []  # the physical lines of the row at hand: a quoted field spans several
-    # Bytes that are no UTF-8 become lone surrogates, which parsing sets aside row by row.
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(_remembered(lines, seen), strict=True)
-    header = _csv_header(reader)
-    position = 0
-    while header:
-        seen.clear()
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            fields = [""] * (len(header) + 1)
-        if not fields:  # an empty line
-            continue
-        position += 1
-        text = "".join(seen).rstrip("\r\n")
-        if len(fields) == len(header):
-            yield RawRow(position, dict(zip(header, fields, strict=True)), text)
-        else:
-            yield RawRow(position, None, text, fault=Reason.MALFORMED)
-
-
-def _csv_header(reader: Any) -> list[str]:
-    try:
-        header: list[str] = next(reader, [])
-    except csv.Error as error:
-        raise _HeaderError(f"its first line is no CSV header: {error}") from None
-    if len(set(header)) < len(header):
-        raise _HeaderError(f"its header names a column twice: {printable(', '.join(header))}")
-    return header
-
-
-def _remembered(lines: Iterable[str], seen: list[str]) -> Iterator[str]:
-    for line in lines:
-        seen.append(line)
-        yield line
 
 
 def _data_set_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cwpo_dist.scoring.attempts import ShardOutput, ShardWorker
@@ -71,14 +72,19 @@ def commit(job: ShardJob, index: int, output: ShardOutput) -> bool:
     The file of rejects is named after its content, and the commit names it: an attempt that set
     aside other rows and died before its commit leaves a file that no commit names.
     """
-    metadata = {COUNTS: json.dumps(dict(output.counts), sort_keys=True).encode()}
+    rows = counted(output.rows, output.counts)
     if output.rejects.num_rows:
         data = parquet_bytes(output.rejects)
         stem = job.file(index).split("/")[-1].removesuffix(".parquet")
         name = f"rejects/{stem}.{hashlib.sha256(data).hexdigest()[:8]}.parquet"
         job.output.create(name, data)
-        metadata[REJECTS] = name.encode()
-    return job.output.create_table(job.file(index), output.rows.replace_schema_metadata(metadata))
+        rows = rows.replace_schema_metadata({**rows.schema.metadata, REJECTS: name.encode()})
+    return job.output.create_table(job.file(index), rows)
+
+
+def counted(rows: pa.Table, counts: Mapping[str, float]) -> pa.Table:
+    """Rows that carry what was counted while they were made; `read_counts` finds it again."""
+    return rows.replace_schema_metadata({COUNTS: json.dumps(dict(counts), sort_keys=True).encode()})
 
 
 def total_counts(job: ShardJob) -> Counter[str]:
@@ -95,11 +101,16 @@ def committed_counts(job: ShardJob) -> dict[int, dict[str, int]]:
     """What each shard read and wrote; all shards must be committed."""
 
     def read(index: int) -> dict[str, int]:
-        counts: dict[str, int] = json.loads(_metadata(job.output, job.file(index))[COUNTS])
-        return counts
+        return read_counts(job.output, job.file(index))
 
     with ThreadPoolExecutor(READERS) as readers:
         return dict(zip(job.indices, readers.map(read, job.indices), strict=True))
+
+
+def read_counts(store: Store, file: str) -> dict[str, Any]:
+    """What was counted while a committed file was made."""
+    counts: dict[str, Any] = json.loads(_metadata(store, file)[COUNTS])
+    return counts
 
 
 def committed_rejects(store: Store, file: str) -> list[dict[str, Any]]:

@@ -60,6 +60,14 @@ def pool_faults(prefix: str, config: PoolConfig, machines: Sequence[Machine]) ->
         yield f"{prefix}pools: none of them has a node now; start with one that has"
 
 
+def gpus_taken(config: PoolConfig, machines: Sequence[Machine]) -> float:
+    """How many of a cluster's GPUs a stage's actors take, all of them up; at most."""
+    pools = [pool for pool in config.actor_pools() if pool.gpus_per_actor]
+    actors = [min(pool.max_actors, sum(places(m, pool) for m in machines)) for pool in pools]
+    taken = sum(n * pool.gpus_per_actor for n, pool in zip(actors, pools, strict=True))
+    return min(taken, sum(machine.gpus for machine in machines))
+
+
 def places(machine: Machine, pool: Pool) -> int:
     """How many actors of a pool fit on a node side by side."""
     if not all(_has_label(machine, key, wanted) for key, wanted in pool.labels.items()):

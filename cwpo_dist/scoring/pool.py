@@ -132,10 +132,12 @@ class _ShardActor:
         return Report(index, self.name, self.pool, now - started, now - self.came_up, counts)
 
     def _measure(self, counts: dict[str, int], seconds: float) -> None:
+        done = Counter(counts)
+        done["rows"] -= done["reused"]  # copied from earlier scores, not done
         for kind, counter in self.counters.items():
-            if counts.get(kind):
-                counter.inc(counts[kind])
-        self.rate.set(counts.get("rows", 0) / max(seconds, 1e-6))
+            if done[kind]:
+                counter.inc(done[kind])
+        self.rate.set(done["rows"] / max(seconds, 1e-6))
 
 
 def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> Iterator[Report]:

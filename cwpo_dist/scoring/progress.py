@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from datetime import timedelta
 from typing import Any, Self
 
 from rich.console import Console
@@ -44,12 +45,17 @@ class Report:
 
 @dataclass
 class _Seen:
-    """An actor's time: since it came up, at work, and when it was last heard of."""
+    """An actor's time by its own clock, and when it came up by ours; reports may come late."""
 
     devices: float
-    came_up: float
+    came_up: float = math.inf
     busy_s: float = 0.0
-    last: float = 0.0
+    up_s: float = 0.0
+
+    @property
+    def last(self) -> float:
+        """When it ended the last shard that it reported."""
+        return self.came_up + self.up_s
 
 
 @dataclass
@@ -83,12 +89,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -97,9 +98,10 @@ class Progress:
         now = time.monotonic()
         pool = self.pools[report.pool]
         devices = pool.gpus_per_actor or pool.cpus_per_actor
-        seen = self._actors.setdefault(report.actor, _Seen(devices, now - report.up_s))
+        seen = self._actors.setdefault(report.actor, _Seen(devices))
+        seen.came_up = min(seen.came_up, now - report.up_s)
         seen.busy_s += report.busy_s
-        seen.last = now
+        seen.up_s = max(seen.up_s, report.up_s)
         self.done += 1
         self._fresh += 1
         self._counts.update(report.counts)
@@ -114,14 +116,19 @@ class Progress:
         """Rows set aside so far."""
         return self._counts["rejects"]
 
+    @property
+    def _scored(self) -> int:
+        """Rows without those that were copied from earlier scores, which take no time."""
+        return self._counts["rows"] - self._counts["reused"]
+
     def line(self) -> str:
-        """Rates, share done, remaining time, rejects."""
+        """Share done, remaining time, rates, rejects: on a narrow terminal its end is cut off."""
         counts, seconds = self._counts, self._seconds()
-        left = (self.shards - self.done) * seconds / max(self._fresh, 1)
+        left = timedelta(seconds=round((self.shards - self.done) * seconds / max(self._fresh, 1)))
         return (
-            f"{self.name}: {self.done:,}/{self.shards:,} shards ({self.done / self.shards:.0%}), "
-            f"{counts['rows'] / seconds:,.1f} pairs/s, {counts['tokens'] / seconds:,.0f} tokens/s, "
-            f"{counts['rejects']:,} set aside, about {left:,.0f} s left"
+            f"{self.name}: {self.done / self.shards:.0%}, {left} left, "
+            f"{self._scored / seconds:,.1f} pairs/s, {counts['tokens'] / seconds:,.0f} tokens/s, "
+            f"{counts['rejects']:,} set aside, {self.done:,}/{self.shards:,} shards"
         )
 
     def summary(self) -> str:
@@ -133,7 +140,7 @@ class Progress:
         if per_million := took.get("device_hours_per_million_pairs"):
             hours += f", {per_million:.3g} for a million pairs"
         return (
-            f"{self._counts['rows']:,} pairs in {took['seconds']:.0f} s by {took['actors']:.0f} "
+            f"{self._scored:,} pairs in {took['seconds']:.0f} s by {took['actors']:.0f} "
             f"actors, {took['busy_share']:.0%} busy, the first idle {took['tail_s']:.1f} s before "
             f"the end: {hours}"
         )
@@ -141,7 +148,7 @@ class Progress:
     def throughput(self) -> dict[str, Any]:
         """What this run did in what time; a resumed run counts its own part."""
         counts, seconds, actors = self._counts, self._seconds(), list(self._actors.values())
-        held = sum(seen.devices * (seen.last - seen.came_up) for seen in actors) / 3600
+        held = sum(seen.devices * seen.up_s for seen in actors) / 3600
         if not actors:
             return {}  # another driver did it all
         idle_from, end = min(seen.last for seen in actors), max(seen.last for seen in actors)
@@ -149,14 +156,14 @@ class Progress:
             "shards": self._fresh,
             "actors": len(actors),
             "seconds": seconds,
-            "pairs_per_s": counts["rows"] / seconds,
+            "pairs_per_s": self._scored / seconds,
             "tokens_per_s": counts["tokens"] / seconds,
             "device_hours": held,
-            "busy_share": sum(s.busy_s for s in actors) / sum(s.last - s.came_up for s in actors),
+            "busy_share": sum(s.busy_s for s in actors) / sum(s.up_s for s in actors),
             "tail_s": end - idle_from,
         }
-        if counts["rows"]:
-            numbers["device_hours_per_million_pairs"] = held * 1e6 / counts["rows"]
+        if self._scored:
+            numbers["device_hours_per_million_pairs"] = held * 1e6 / self._scored
         if counts["padded_tokens"]:
             numbers["padding_share"] = 1 - counts["tokens"] / counts["padded_tokens"]
         if counts["flops"]:

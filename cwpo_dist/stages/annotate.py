@@ -114,10 +114,18 @@ def _refuse_past(context: Context, node: Node, pairs: int, rejects: int) -> None
 
 def _of_new_pairs(context: Context, node: Node, job: ShardJob) -> ShardJob:
     """The job without what the same annotator scored in other outputs: that is copied."""
-    earlier = EarlierScores(ranged_files(_same_annotator(context, node)))
+    context.place(node).create_json(ANNOTATOR, _who(context, node))
+    earlier = earlier_scores(context, node)
     if not earlier.files:
         return job
     return replace(job, make_worker=partial(NewPairsWorker, earlier, job.make_worker))
+
+
+def earlier_scores(context: Context, node: Node) -> EarlierScores:
+    """What the same annotator scored in other outputs of this run directory."""
+    if "fit" in node.inputs and not context.done(node.inputs["fit"]):
+        return EarlierScores(())  # its weights, by which it is known, are not there yet
+    return EarlierScores(ranged_files(_same_annotator(context, node)))
 
 
 def _same_annotator(context: Context, node: Node) -> list[Store]:
@@ -127,7 +135,6 @@ def _same_annotator(context: Context, node: Node) -> list[Store]:
     they are likely to hold most.
     """
     stage, who = context.root.child("annotate"), _who(context, node)
-    context.place(node).create_json(ANNOTATOR, who)
     files = Counter(name.split("/")[0] for name in stage.names())
     others = sorted(files.keys() - {node.key}, key=lambda key: (-files[key], key))
     stores = [stage.child(key) for key in others]

@@ -11,9 +11,13 @@ import torch
 
 from cwpo_dist.config import Config, PoolConfig, TrainingConfig
 from cwpo_dist.pairs.census import Census
+from cwpo_dist.pairs.records import pair_id
 from cwpo_dist.scoring.placement import Machine
+from cwpo_dist.stages.annotate import earlier_scores
 from cwpo_dist.stages.checks import Checked, ModelSize
+from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node, ready_model
+from cwpo_dist.storage import Store
 
 Kind = Literal["train", "score", "generate"]
 
@@ -24,6 +28,7 @@ START_S: dict[Kind, float] = {
     "score": 10.0,
     "generate": 10.0,
 }  # actors, workers, models
+LOOKED_UP = 64  # sampled pairs, each perhaps in a file of scores of its own
 # Bytes of activations a token and layer, as multiples of width × bytes of a number.
 ACTIVATIONS = {False: 16.0, True: 2.0}  # without and with gradient checkpointing
 
@@ -99,36 +104,62 @@ class Estimate:
         return Cost(f"{sum(self.counted.splits.values()):,} pairs, tokenised once")
 
     def _weigh(self, node: Node) -> Cost:
-        return Cost(f"{self.counted.pairs(*node.settings['splits']):,} pairs")
+        return Cost(f"{self._decided(node):,} pairs")
 
     def _evaluate(self, node: Node) -> Cost:
         split = self.config.evaluate.split
-        return Cost(f"{self.counted.pairs(split):,} {split} pairs")
+        return Cost(f"{self.counted.labelled_pairs(split):,} {split} pairs with a label")
+
+    def _decided(self, node: Node) -> int:
+        """The pairs of which an arm's labels say which answer is chosen."""
+        labels, splits = node.settings["labels"], node.settings["splits"]
+        counted = self.counted
+        return counted.labelled_pairs(*splits) if labels == "human" else counted.pairs(*splits)
+
+    def trained_on(self, node: Node) -> int:
+        """The pairs of a training stage: those that fit its model."""
+        if node.stage == "fit":
+            return self._fitting("weak", self.counted.pairs("labelled"))
+        if node.stage == "sft":
+            return self._fitting("policy", self._decided(node))
+        weigh = node.inputs["weigh"]
+        kept: float = weigh.settings["top_fraction"] or 1.0
+        return round(self._fitting("policy", self._decided(weigh)) * kept)
 
     def _fit(self, node: Node) -> Cost:
-        size = self.checked.sizes["weak"]
-        pairs = self._fitting("weak", self.counted.pairs("labelled"))
+        size, pairs = self.checked.sizes["weak"], self.trained_on(node)
         return self._training(self.config.fit, size, pairs, self.lengths["weak"])
 
     def _sft(self, node: Node) -> Cost:
         sft = self.config.sft
         assert sft is not None, "graph() makes no sft node without its section"
-        pairs = self._fitting("policy", self.counted.pairs(*node.settings["splits"]))
         both = self.lengths["policy"]
         chosen = replace(both, shared=both.longest, answers=both.answers / 2)
-        return self._training(sft, self.checked.sizes["policy"], pairs, chosen)
+        return self._training(sft, self.checked.sizes["policy"], self.trained_on(node), chosen)
 
     def _align(self, node: Node) -> Cost:
-        weigh = node.inputs["weigh"].settings
-        pairs = self._fitting("policy", self.counted.pairs(*weigh["splits"]))
-        pairs = round(pairs * (weigh["top_fraction"] or 1.0))
         sizes, lengths = self.checked.sizes["policy"], self.lengths["policy"]
-        return self._training(self.config.align, sizes, pairs, lengths)
+        return self._training(self.config.align, sizes, self.trained_on(node), lengths)
 
     def _annotate(self, node: Node) -> Cost:
         field = "weak" if "fit" in node.inputs else ready_model(self.config, node)[0]
         pairs = self.counted.pairs(*self.config.annotate.scored_splits())
-        return self._scoring(field, pairs, self.config.annotate)
+        before = min(pairs, self._scored_before(node))
+        cost = self._scoring(field, pairs - before, self.config.annotate)
+        if not before:
+            return cost
+        return replace(cost, work=f"{pairs:,} pairs, about {before:,} of them scored before")
+
+    def _scored_before(self, node: Node) -> int:
+        """Pairs whose scores lie in this run directory already, by a look-up of sampled ones."""
+        context = Context(self.config, Store(self.config.output_dir))
+        earlier = earlier_scores(context, node)
+        if not earlier.files or context.done(node):
+            return 0
+        ids = sorted(pair_id(p.prompt, p.first, p.second) for p in self.counted.sample)
+        ids = ids[:LOOKED_UP]  # ids are hashes: the first are as good as any, and lie close by
+        found = int(earlier.of(ids).num_rows)
+        return round(found / len(ids) * sum(self.counted.splits.values()))
 
     def _log_probs(self, node: Node) -> Cost:
         pairs = self.counted.pairs(*node.settings["splits"])

@@ -15,9 +15,10 @@ from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
 from cwpo_dist.pairs.census import Census, census
 from cwpo_dist.pairs.parsing import ParsedPair
-from cwpo_dist.stages.checks import calibrated_arms, check, models, trainings
+from cwpo_dist.scoring.placement import Machine, gpus_taken
+from cwpo_dist.stages.checks import calibrated_arms, check, models, pools, trainings
 from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.costs import Estimate, Lengths, Rates, total_steps
+from cwpo_dist.stages.costs import Estimate, Lengths, Rates, gpus, total_steps
 from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
 from cwpo_dist.storage import Store
 
@@ -185,16 +186,38 @@ def _notes(config: Config, estimate: Estimate) -> Iterator[str]:
     for field, lengths in estimate.lengths.items():
         if 0 < lengths.fits < 1 and field != "evaluate.gold_model":
             yield f"{field}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
-    for name, training in trainings(config, _until(config)):
-        split = "labelled" if name == "fit" else "unlabelled"
-        steps = total_steps(training, estimate.counted.pairs(split))
-        if training.warmup_steps >= steps:
-            yield (
-                f"{name}.warmup_steps: {training.warmup_steps} of about {steps} steps, so the "
-                "learning rate never reaches its peak"
-            )
+    yield from _short_trainings(config, estimate)
+    yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:
         yield "labels are simulated: drawn from a rule, not given by people"
+
+
+def _short_trainings(config: Config, estimate: Estimate) -> Iterator[str]:
+    """Schedules that end before they have warmed up, in the arm with the fewest steps."""
+    sections = dict(trainings(config, _until(config)))
+    fewest: dict[str, int] = {}
+    for node in (node for nodes in _graphs(config).values() for node in nodes.values()):
+        if node.stage in sections:
+            steps = total_steps(sections[node.stage], estimate.trained_on(node))
+            fewest[node.stage] = min(steps, fewest.get(node.stage, steps))
+    for name, steps in fewest.items():
+        if sections[name].warmup_steps >= steps:
+            yield (
+                f"{name}.warmup_steps: {sections[name].warmup_steps} of about {steps} steps, so "
+                "the learning rate never reaches its peak"
+            )
+
+
+def _idle_gpus(config: Config, machines: Sequence[Machine]) -> Iterator[str]:
+    """Scoring stages that leave GPUs of the cluster without work."""
+    there = gpus(machines)
+    for name, pool in pools(config, _until(config)):
+        taken = gpus_taken(pool, machines)
+        if taken < there and (name != "evaluate" or config.evaluate.num_prompts):
+            yield (
+                f"{name}: its actors take {taken:g} of {there:g} GPUs; {name}.gpus_per_actor and "
+                "num_actors say how many there may be"
+            )
 
 
 def _shown(field: str, model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> ShownRow | None:

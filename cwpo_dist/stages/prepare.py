@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,14 @@ from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import refuse_past
 from cwpo_dist.pairs.sources import Plan, plan
 from cwpo_dist.pairs.splits import SPLITS, SplitRule
+from cwpo_dist.scoring.tasks import run_tasks
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
-from cwpo_dist.storage import StorageError, Store
+from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
-_LINES = "work/lines/{:05d}.json"
+_SPANS = "work/spans/{:05d}.json"
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -89,22 +90,22 @@ def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None
     def task(index: int) -> None:
         read_piece(store, index, pieces[index], rule, planned.n_buckets)
 
-    _each(task, len(pieces), config.num_cpus)
+    run_tasks(task, len(pieces), config.num_cpus)
 
 
 def _numbered(store: Store, pieces: list[Piece], config: PrepareConfig) -> list[Piece]:
-    """Counts the lines of files that are cut: rejects name the line of the file."""
-    spans = [piece.parts[0] for piece in pieces if not cutting.is_numbered(piece)]
+    """Cuts large text files by their lines and rows, which rejects name by their numbers."""
+    parts = [piece.parts[0] for piece in pieces if not cutting.is_numbered(piece)]
 
     def task(index: int) -> None:
-        if not store.exists(_LINES.format(index)):
-            store.create_json(_LINES.format(index), cutting.count_lines(spans[index]))
+        if not store.exists(_SPANS.format(index)):
+            store.create_json(_SPANS.format(index), cutting.spans(parts[index]))
 
-    if spans:
-        logger.info("prepare: counting the lines of %d parts of large files", len(spans))
-        _each(task, len(spans), config.num_cpus)
-    lines = (store.read_json(_LINES.format(index)) for index in range(len(spans)))
-    return cutting.number_lines(pieces, lines)
+    if parts:
+        logger.info("prepare: counting the rows of %d parts of large files", len(parts))
+        run_tasks(task, len(parts), config.num_cpus)
+    found = (store.read_json(_SPANS.format(index)) for index in range(len(parts)))
+    return cutting.number_rows(pieces, found)
 
 
 def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfig) -> int:
@@ -130,37 +131,16 @@ def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfi
 def _write(store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, str]) -> None:
     if planned.may_leak:
         find = partial(buckets.write_leaks, store, parts=planned.n_buckets)
-        _each(find, planned.n_buckets, config.num_cpus)
+        run_tasks(find, planned.n_buckets, config.num_cpus)
     first: tuple[int, ...] = (0,)
     if planned.n_buckets > 1:
-        _each(partial(buckets.count_bucket, store), planned.n_buckets, config.num_cpus)
+        run_tasks(partial(buckets.count_bucket, store), planned.n_buckets, config.num_cpus)
         first = buckets.number_shards(store, config.rows_per_shard)
     shards = Shards(planned.kind, kept, config.rows_per_shard, first)
     logger.info("prepare: writing %d buckets", planned.n_buckets)
-    _each(partial(buckets.write_bucket, store, shards=shards), planned.n_buckets, config.num_cpus)
-
-
-def _each(task: Callable[[int], None], count: int, num_cpus: float) -> None:
-    """Runs task(0) … task(count - 1) on the cluster, each as a Ray task of its own."""
-    numbers = ray.data.from_items([{"index": i} for i in range(count)], override_num_blocks=count)
-    done = numbers.map(partial(_outcome, task), num_cpus=num_cpus).take_all()
-    for row in done:
-        if row["storage_error"]:
-            raise StorageError(row["storage_error"])
-        if row["source_error"]:
-            raise SourceError(row["source_error"])
-
-
-def _outcome(task: Callable[[int], None], row: dict[str, Any]) -> dict[str, str]:
-    """Runs a task; an error meant for the user comes back as it is, not wrapped in Ray's."""
-    outcome = {"storage_error": "", "source_error": ""}
-    try:
-        task(int(row["index"]))
-    except StorageError as error:
-        outcome["storage_error"] = str(error)
-    except SourceError as error:
-        outcome["source_error"] = str(error)
-    return outcome
+    run_tasks(
+        partial(buckets.write_bucket, store, shards=shards), planned.n_buckets, config.num_cpus
+    )
 
 
 def _kept_types(read: Iterable[PieceSummary], config: PrepareConfig) -> dict[str, str]:

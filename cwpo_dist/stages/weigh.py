@@ -20,7 +20,7 @@ import ray.data
 
 from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
 from cwpo_dist.pairs.records import kind_of, preference_schema, read_pairs
-from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.scoring.pipeline import counted, part, read_counts
 from cwpo_dist.stages.annotations import TASK_CPUS, Annotated, annotated, are_few, gather
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
@@ -71,22 +71,32 @@ class Shards:
         return pa.table(found, schema=CONFIDENCES)
 
     def write(self, selection: Selection, row: dict[str, Any]) -> dict[str, Any]:
-        """Writes one shard's preferences; its counts, and what storage had against it."""
+        """Writes one shard's preferences; its counts, and what storage had against it.
+
+        A shard that was committed before is not weighed again: its file carries its counts.
+        """
         index = int(row["shard"])
+        name, refused = part("preferences", index), ""
+        if self.output.exists(name):
+            return {"shard": index, "refused": "", **read_counts(self.output, name)}
+        table, counts = self._weighed(index, selection)
+        try:
+            self.output.create_table(name, counted(table, counts))
+        except StorageError as error:  # handed on as a value: Ray would wrap it in its own
+            refused = str(error)
+        return {"shard": index, "refused": refused, **counts}
+
+    def _weighed(self, index: int, selection: Selection) -> tuple[pa.Table, dict[str, float]]:
+        """The preferences of one shard, and numbers that add up over all of them."""
         columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
         pairs = read_pairs(self.annotated.pairs, part("pairs", index), columns)
         rows, (opinions, alone) = pairs.to_pylist(), self.annotated.opinions(index)
         decisions = decide(rows, opinions, self.labels, self.splits)
         kept = list(self._preferences(rows, decisions, selection))
-        table = pa.Table.from_pylist(kept, schema=preference_schema(kind_of(pairs)))
-        refused = ""
-        try:
-            self.output.create_table(part("preferences", index), table)
-        except StorageError as error:  # handed on as a value: Ray would wrap it in its own
-            refused = str(error)
         wanted = {pair["pair_id"] for pair in rows if pair["split"] in self.splits}
         counts = self._counts(decisions, opinions or {}, kept)
-        return {"shard": index, "refused": refused, "alone": len(wanted & alone), **counts}
+        table = pa.Table.from_pylist(kept, schema=preference_schema(kind_of(pairs)))
+        return table, counts | {"alone": len(wanted & alone)}
 
     def _preferences(
         self, pairs: list[dict[str, Any]], decisions: dict[str, Decision], selection: Selection
@@ -128,7 +138,6 @@ class Shards:
         opinions: dict[str, Opinion],
         kept: list[dict[str, Any]],
     ) -> dict[str, float]:
-        """Numbers of one shard that add up over all of them."""
         scored = {i: d for i, d in decisions.items() if d.margin is not None}
         annotators = len(self.annotated.scores)
         return {

@@ -1,0 +1,119 @@
+"""The bytes of a CSV file in; its rows by column name, and where it can be cut, out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+from cwpo_dist.pairs.rejects import printable
+
+# The csv module's own 128 KiB is shorter than a long answer; without any bound one stray quote
+# would swallow the rest of the file.
+CSV_FIELD_BYTES = 16 * 2**20
+
+
+class HeaderError(ValueError):
+    """A CSV file whose first line names no columns."""
+
+
+def csv_rows(
+    file: IO[bytes], span: tuple[int, int] | None = None
+) -> Iterator[tuple[dict[str, str] | None, str]]:
+    """Each row by column name, None where it does not fit the header; and its text.
+
+    Args:
+        file: at its start, where the header is.
+        span: one of `csv_spans`, to which it keeps; None: all rows.
+
+    Raises:
+        HeaderError: for a header that is none.
+    """
+    seen: list[str] = []
+    reader = _reader(_lines(file), seen)
+    header = _header(reader)
+    if span is not None:
+        file.seek(span[0])
+        rows = io.BytesIO(file.read(span[1] - span[0]))
+        reader = _reader(io.TextIOWrapper(rows, "utf-8", "surrogateescape", newline=""), seen)
+    for fields in _records(reader, seen) if header else ():
+        if fields == []:  # an empty line
+            continue
+        fits = fields is not None and len(fields) == len(header)
+        value = dict(zip(header, fields or (), strict=True)) if fits else None
+        yield value, "".join(seen).rstrip("\r\n")
+
+
+def csv_spans(file: IO[bytes], size: int) -> Iterator[tuple[int, int, int]]:
+    """Where a CSV file can be cut: byte ranges of whole rows, with how many rows are in each.
+
+    Only reading it from its start tells a line break between rows from one inside quotes.
+
+    Args:
+        file: at its start; not compressed.
+        size: bytes that a range has at least, but for the last.
+    """
+    seen: list[str] = []
+    has_mark = file.read(len(BOM_UTF8)) == BOM_UTF8
+    file.seek(0)
+    reader = _reader(_lines(file), seen)
+    try:
+        _header(reader)
+    except HeaderError:  # whoever reads the rows says so
+        return
+    start = at = _bytes_of(seen) + (len(BOM_UTF8) if has_mark else 0)
+    rows = 0
+    for fields in _records(reader, seen):
+        at += _bytes_of(seen)
+        rows += fields != []
+        if at - start >= size:
+            yield start, at, rows
+            start, rows = at, 0
+    if at > start:
+        yield start, at, rows
+
+
+def _lines(file: IO[bytes]) -> io.TextIOWrapper:
+    """Bytes that are no UTF-8 become lone surrogates, which parsing sets aside row by row."""
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+
+
+def _reader(lines: Iterable[str], seen: list[str]) -> Iterator[list[str]]:
+    """Rows of fields; `seen` grows by their physical lines: a quoted field spans several."""
+    csv.field_size_limit(CSV_FIELD_BYTES)
+    return csv.reader(_remembered(lines, seen), strict=True)
+
+
+def _remembered(lines: Iterable[str], seen: list[str]) -> Iterator[str]:
+    for line in lines:
+        seen.append(line)
+        yield line
+
+
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise HeaderError(f"its first line is no CSV header: {error}") from None
+    if len(set(header)) < len(header):
+        raise HeaderError(f"its header names a column twice: {printable(', '.join(header))}")
+    return header
+
+
+def _records(reader: Iterator[list[str]], seen: list[str]) -> Iterator[list[str] | None]:
+    """The fields of each row, None for one that is no CSV; `seen` holds its lines."""
+    while True:
+        seen.clear()
+        try:
+            fields: list[str] | None = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            fields = None
+        yield fields
+
+
+def _bytes_of(lines: Iterable[str]) -> int:
+    return len("".join(lines).encode("utf-8", "surrogateescape"))

@@ -1,0 +1,57 @@
+"""Rows in, small files of them; and what `prepare` left of them, read back and added up, out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cwpo_dist.config import PrepareConfig
+from cwpo_dist.pairs.records import REJECT_SCHEMA, check
+from cwpo_dist.storage import Store
+
+Rows = list[dict[str, Any]]
+
+
+def write(path: Path, rows: Rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def row(i: Any, chosen: str = "yes", rejected: str = "no", **more: Any) -> dict[str, Any]:
+    return {"prompt": f"prompt {i}", "chosen": chosen, "rejected": rejected, **more}
+
+
+def config(*given: Any, **changes: Any) -> PrepareConfig:
+    listed = [{"path": each} if isinstance(each, str) else each for each in given]
+    return PrepareConfig(sources=listed, **changes)
+
+
+def files(store: Store) -> dict[str, bytes]:
+    return {name: store.read(name) for name in store.names()}
+
+
+def pairs(store: Store) -> Rows:
+    names = [name for name in store.names() if name.startswith("pairs/")]
+    return [row for name in names for row in store.read_table(name).to_pylist()]
+
+
+def rejects(store: Store) -> Rows:
+    names = [name for name in store.names() if name.startswith("rejects/")]
+    return [
+        row
+        for name in names
+        for row in check(store.read_table(name), REJECT_SCHEMA, name).to_pylist()
+    ]
+
+
+def add_up(counts: dict[str, Any], store: Store) -> None:
+    """What the manifest says is what lies there, and no row is missing."""
+    written, set_aside = pairs(store), rejects(store)
+    assert counts["rows_in"] == len(written) + counts["merged_duplicates"] + len(set_aside)
+    assert counts["pairs"] == len(written) == len({row["pair_id"] for row in written})
+    assert sum(counts["rejects"].values()) == len(set_aside)
+    assert sum(counts["splits"].values()) == len(written)
+    assert sum(counts["labelled"].values()) == sum(row["label"] is not None for row in written)
+    shards = [name for name in store.names() if name.startswith("pairs/")]
+    assert shards == [f"pairs/part-{index:05d}.parquet" for index in range(counts["shards"])]

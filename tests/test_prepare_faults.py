@@ -1,0 +1,209 @@
+"""The stage when rows or files are bad, or its driver dies: nothing vanishes or is doubled."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prepared import add_up, config, files, rejects, row, write
+
+from cwpo_dist.pairs import cutting
+from cwpo_dist.pairs.readers import SourceError
+from cwpo_dist.pairs.rejects import RejectsError
+from cwpo_dist.stages import prepare as stage
+from cwpo_dist.stages.prepare import prepare
+from cwpo_dist.storage import Store
+
+
+@pytest.mark.usefixtures("in_process")
+def test_past_max_reject_fraction_the_stage_fails_and_the_rejects_lie_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [row(i, chosen="" if i < 6 else "yes") for i in range(100)])
+    store = Store(str(tmp_path / "out"))
+    with pytest.raises(RejectsError, match=r"6 of 100 rows[^|]*6 × empty answer: chosen"):
+        prepare(store, config(path), seed=0)
+    assert len(rejects(store)) == 6
+    assert prepare(store, config(path, max_reject_fraction=0.06), seed=0)["pairs"] == 94
+
+
+@pytest.mark.usefixtures("in_process")
+def test_one_torn_file_of_many_is_set_aside_and_several_stop_the_stage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        write(tmp_path / f"{i:02d}.jsonl", [row(f"{i} {j}") for j in range(30)])
+    torn = gzip.compress(b"".join(json.dumps(row(os.urandom(9).hex())).encode() for _ in "ab"))
+    (tmp_path / "20.jsonl.gz").write_bytes(torn[:-9])
+    given_config = config(str(tmp_path / "*.jsonl*"), max_reject_fraction=0.05)
+    store = Store(str(tmp_path / "out"))
+    with caplog.at_level("WARNING"):
+        counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert (counts["pairs"], counts["damaged_files"]) == (600, 1)
+    assert counts["rejects"] == {"damaged file": 1}
+    (bad,) = rejects(store)
+    assert (bad["source"], bad["position"]) == (str(tmp_path / "20.jsonl.gz"), 1)
+    assert "20.jsonl.gz cannot be read from here on: EOFError" in caplog.text
+    for name in ("21", "22"):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(torn[:-9])
+    with pytest.raises(SourceError, match=r"3 of 23 files are damaged, more than prepare\.max_rej"):
+        prepare(Store(str(tmp_path / "more")), given_config, seed=0)
+
+
+class Killed(Exception):
+    """Stands for the end of the driver."""
+
+
+@pytest.mark.usefixtures("in_process", "many_files")
+def test_a_driver_that_dies_at_any_step_ends_with_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        rows = [row(i, chosen="" if i == 3 else name * (i % 2)) for i in range(12)]
+        write(tmp_path / f"{name}.jsonl", rows)
+    wanted = config(
+        str(tmp_path / "*.jsonl"), rows_per_shard=2, group_column="prompt", max_reject_fraction=1.0
+    )
+    steps = LimitedSteps(monkeypatch)
+    undisturbed = Store(str(tmp_path / "undisturbed"))
+    counts = prepare(undisturbed, wanted, seed=0)
+    total = steps.taken
+    assert total > 20
+    for limit in range(total):
+        store = Store(str(tmp_path / f"out{limit}"))
+        steps.taken, steps.limit = 0, limit
+        with pytest.raises(Killed):
+            prepare(store, wanted, seed=0)
+        steps.limit = None
+        assert prepare(store, wanted, seed=0) == counts
+        assert files(store) == files(undisturbed)
+
+
+def killed(*given: Any) -> None:
+    raise Killed
+
+
+@pytest.mark.usefixtures("in_process", "many_files")
+def test_a_summary_whose_rows_are_gone_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x.jsonl", [row(i) for i in range(50)])
+    store = Store(str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_write", killed)
+        with pytest.raises(Killed):
+            prepare(store, config(path), seed=0)
+    store.remove("work/rows/00000-00001.parquet")
+    assert prepare(store, config(path), seed=0)["pairs"] == 50
+
+
+class LimitedSteps:
+    """Counts what changes a store, and ends the driver when a limit is reached."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken = 0
+        self.limit: int | None = None
+        for name in ("create", "remove"):
+            monkeypatch.setattr(Store, name, self._counted(getattr(Store, name)))
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*given: Any) -> Any:
+            if self.taken == self.limit:
+                raise Killed
+            self.taken += 1
+            return method(*given)
+
+        return step
+
+
+LINE = st.one_of(
+    st.binary(max_size=30).filter(lambda line: b"\n" not in line),
+    st.builds(
+        lambda prompt, chosen, rejected: json.dumps(
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        ).encode(),
+        *[st.sampled_from(["x", "y", "", "\ud800", None, 3, ["z"]]) for _ in range(3)],
+    ),
+)
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(lines=st.lists(LINE, max_size=25))
+@pytest.mark.usefixtures("in_process", "many_files")
+def test_no_line_vanishes_and_none_crashes(tmp_path: Path, lines: list[bytes]) -> None:
+    good = json.dumps(row(0)).encode()
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, *lines]))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    store = Store(str(tmp_path / "out"))
+    given_config = config(str(tmp_path / "x.jsonl"), max_reject_fraction=1.0)
+    counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert counts["rows_in"] == 1 + sum(bool(line.strip()) for line in lines)
+
+
+CHILD = """
+import sys, time
+import ray
+from cwpo_dist.config import PrepareConfig
+from cwpo_dist.pairs import cutting, pieces
+from cwpo_dist.stages import prepare
+
+cutting.JOIN_BYTES = 1
+
+def slow(*given):
+    time.sleep(0.1)
+    pieces.read_piece(*given)
+
+prepare.read_piece = slow
+ray.init(num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[3])
+config = PrepareConfig(sources=[{"path": sys.argv[1]}], rows_per_shard=16)
+prepare.prepare(prepare.Store(sys.argv[2]), config, 0)
+"""
+
+
+@pytest.fixture
+def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A short path: Ray's sockets below it have names of at most 107 bytes."""
+    folder = f"/tmp/cwpo-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.long
+def test_a_killed_driver_goes_on_where_it_was(
+    tmp_path: Path, ray_folder: str, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
+    for i in range(40):
+        write(tmp_path / f"{i}.jsonl", [row(f"{i} {j}") for j in range(20)])
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "*.jsonl"), str(out), ray_folder]
+    with subprocess.Popen(command, start_new_session=True) as child:
+        deadline = time.monotonic() + 120
+        while len(list((out / "work" / "pieces").glob("*.json"))) < 5:
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(child.pid, signal.SIGKILL)
+    done = len(list((out / "work" / "pieces").glob("*.json")))
+    assert done < 40
+    wanted = config(str(tmp_path / "*.jsonl"), rows_per_shard=16)
+    counts = prepare(Store(str(out)), wanted, seed=0)
+    undisturbed = Store(str(tmp_path / "undisturbed"))
+    assert prepare(undisturbed, wanted, seed=0) == counts
+    # Workers outlive their driver for a moment and may still write what nobody reads any more.
+    left = {name: data for name, data in files(Store(str(out))).items() if name[:5] != "work/"}
+    assert left == files(undisturbed)
