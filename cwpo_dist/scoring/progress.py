@@ -14,12 +14,14 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from cwpo_dist.config import Pool
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0  # where there is no terminal
+BAR_WIDTH = 12
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,12 @@ class Progress:
     def __enter__(self) -> Self:
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (BarColumn(), TextColumn("{task.description}"))
-            self._bar = Bar(*columns, console=console, transient=True)
-            self._task = self._bar.add_task(self.name, total=self.shards, completed=self.done)
+            # Of the two columns the text gives way on a narrow terminal.
+            text = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            columns = (BarColumn(BAR_WIDTH), TextColumn("{task.description}", table_column=text))
+            self._bar = Bar(*columns, console=console, transient=True, expand=True)
+            starting = f"{self.name}: actors are coming up"
+            self._task = self._bar.add_task(starting, total=self.shards, completed=self.done)
             self._bar.start()
         return self
 
@@ -136,13 +141,14 @@ class Progress:
         took = self.throughput()
         if not took:
             return "another driver did the rest"
+        actors = "1 actor" if took["actors"] == 1 else f"{took['actors']:.0f} actors"
         hours = f"{took['device_hours']:.3g} device-hours"
         if per_million := took.get("device_hours_per_million_pairs"):
             hours += f", {per_million:.3g} for a million pairs"
         return (
-            f"{self._scored:,} pairs in {took['seconds']:.0f} s by {took['actors']:.0f} "
-            f"actors, {took['busy_share']:.0%} busy, the first idle {took['tail_s']:.1f} s before "
-            f"the end: {hours}"
+            f"{self._scored:,} pairs in {took['seconds']:.0f} s by {actors}, "
+            f"{took['busy_share']:.0%} busy, the first idle {took['tail_s']:.1f} s before the end: "
+            f"{hours}"
         )
 
     def throughput(self) -> dict[str, Any]:
