@@ -187,3 +187,19 @@ def test_throughput_is_counted_by_hand() -> None:
     assert found["tail_s"] == pytest.approx(0.1, abs=0.05)
     assert progress.line().startswith("scores: 100%, 0:00:00 left")
     assert progress.line().endswith("4 set aside, 10/10 shards")
+
+
+def test_on_a_narrow_terminal_bar_and_rates_have_their_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("TERM", "xterm"), ("FORCE_COLOR", "1"), ("COLUMNS", "60")):
+        monkeypatch.setenv(name, value)
+    with Progress("scores", 4, 0, [Pool()]) as progress:
+        sys.stderr.write("a log line on the way\n")
+        progress.add(Report(0, "a", 0, 1.0, 2.0, {"rows": 10}))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    lines = [line for line in re.split(r"[\r\n]+", shown) if line.strip()]
+    assert "a log line on the way" in lines, "it stands in a line of its own"
+    bar = lines[-1]
+    assert len(bar) <= 60
+    assert re.match(r"[━╸╺]{12} scores: 25%, 0:00:06 left, 5\.0 pairs/s, .*…$", bar), bar
