@@ -10,20 +10,15 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from cwpo_dist import __version__
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import load_config
-
-if TYPE_CHECKING:
-    from cwpo_dist.stages.plan import Plan, ShownRow
 
 # What each stage does, in its order; `cwpo <stage>` exists for each.
 STAGES = {
@@ -177,9 +172,25 @@ def report(
 
     Example: cwpo report runs/seed0 runs/seed1 runs/seed2 --to seeds.html
     """
-    from cwpo_dist.stages.compare import compare
+    from cwpo_dist.stages.show import show
 
-    _say(f"report: {compare(runs, to)}")
+    _say(f"report: {show(runs, to)}")
+
+
+@app.command()
+def compare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run all trials of the `compare` section, with every seed, and say what they are worth.
+
+    What trials share is made once, independent ones run side by side where the cluster has room,
+    and the same command resumes. `cwpo plan` says what it will cost.
+
+    Example: cwpo compare jobs/recipes/hh-compare.yaml 'compare.seeds=[0,1]'
+    """
+    _guard_own_ray()
+    from cwpo_dist.stages.comparison import compare as compare_trials
+
+    _log_to_terminal()
+    _say(f"comparison: {compare_trials(load_config(config, overrides))}")
 
 
 @app.command()
@@ -195,6 +206,7 @@ def plan(
     Example: cwpo plan run.yaml --show 3
     """
     from cwpo_dist.stages.plan import plan as make_plan
+    from cwpo_dist.stages.plan_table import print_plan
 
     print_plan(make_plan(load_config(config, overrides), show))
 
@@ -251,7 +263,7 @@ def submit(
     from cwpo_dist.submit import Settings, follow
     from cwpo_dist.submit import submit as send
 
-    stage = what.pop(0) if what[0] in {*STAGES, "run", "plan"} else "run"
+    stage = what.pop(0) if what[0] in {*STAGES, "run", "plan", "compare"} else "run"
     if not what:
         raise typer.BadParameter("name a CONFIG after the stage", param_hint="CONFIG")
     if retry_rejects and stage != "annotate":
@@ -331,9 +343,7 @@ def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = 
     from cwpo_dist.stages import run as stages
     from cwpo_dist.stages.checks import check
 
-    handlers = [_Stderr()]
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
-    logging.getLogger("cwpo_dist").setLevel(logging.INFO)
+    _log_to_terminal()
     check(config, until)  # before any worker starts
     if retry_rejects:
         place = stages.retry_rejects(config)
@@ -342,50 +352,10 @@ def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = 
     _say(f"{'report' if until is None else 'run directory'}: {place}")
 
 
-def print_plan(plan: Plan) -> None:
-    """Shows a plan on the terminal."""
-    console = Console(highlight=False)
-    table = Table("stage", "arms", "work", box=None, pad_edge=False)
-    for name in ("tokens", "time", "memory"):
-        table.add_column(name, justify="right")
-    for stage in plan.stages:
-        table.add_row(
-            stage.stage,
-            ", ".join(stage.arms),
-            escape(stage.work),
-            f"{stage.tokens:,}" if stage.tokens else "",
-            "done" if stage.done else _duration(stage.seconds),
-            f"{stage.memory / 2**30:.1f} GiB" if stage.memory else "",
-        )
-    for row in plan.rows:
-        console.print(_shown(row), end="\n\n")
-    console.print(table)
-    known = [stage.seconds for stage in plan.stages if stage.seconds is not None]
-    if len(known) == len(plan.stages):
-        console.print(f"about {_duration(sum(known)) or 'no time'} in all, on this machine alone")
-    console.print("memory is of one worker; time and memory are rough, the checks are not")
-    for note in plan.notes:
-        console.print(f"note: {escape(note)}")
-
-
-def _shown(row: ShownRow) -> Text:
-    """A pair as its model reads it: the prompt dim, each answer in its colour."""
-    text = Text(f"{row.model} reads\n", style="bold")
-    text.append(row.prompt, style="dim")
-    for name, answer, colour in zip("ab", row.answers, ("green", "yellow"), strict=False):
-        text.append(f"\n{name}: ", style="bold")
-        text.append(answer, style=colour)
-    for line in row.mask:
-        text.append(f"\n  {line}", style="cyan")
-    return text
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown here"
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds else ""
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _log_to_terminal() -> None:
+    handlers = [_Stderr()]
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+    logging.getLogger("cwpo_dist").setLevel(logging.INFO)
 
 
 def _say(text: str) -> None:

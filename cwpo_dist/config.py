@@ -71,6 +71,9 @@ class PrepareConfig(Section):
     )
     validation_fraction: Fraction = 0.0
     test_fraction: Fraction = 0.1
+    flipped_labels: Fraction = Field(
+        0.0, description="share of training labels turned round, for experiments with poisoned ones"
+    )
     group_column: str | None = Field(
         None, description="rows that share its value stay on one side; null: the prompt"
     )
@@ -437,6 +440,40 @@ class EvaluateConfig(PoolConfig):
     max_new_tokens: PositiveInt = 512
     temperature: Annotated[float, Field(ge=0.0)] = Field(0.95, description="0: greedy")
     generation_batch_size: PositiveInt = 16
+    kl: bool = Field(
+        False, description="also estimate the KL divergence from the SFT model, on sampled answers"
+    )
+
+
+class Grid(Section):
+    """Trials to compare: every arm × loss × labelled share × share of flipped labels."""
+
+    arms: list[str] = Field(min_length=1)
+    losses: list[str] | None = Field(None, description="null: align.loss_type")
+    labelled_fractions: list[Fraction] | None = Field(
+        None, description="null: prepare.labelled_fraction"
+    )
+    flipped_labels: list[Fraction] | None = Field(None, description="null: prepare.flipped_labels")
+
+    @field_validator("losses")
+    @classmethod
+    def _known(cls, losses: list[str] | None) -> list[str] | None:
+        for loss in losses or []:
+            AlignConfig.model_validate({"loss_type": loss})
+        return losses
+
+
+class CompareConfig(Section):
+    """What `cwpo compare` runs, each trial once a seed."""
+
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    grids: list[Grid] = Field(default_factory=list, description="none: the run's arms")
+    learning_rates: list[PositiveFloat] = Field(
+        default_factory=list,
+        description="of align: each trial takes the best on validation, with the first seed; "
+        "none: align.learning_rate",
+    )
+    baseline: str | None = Field(None, description="whom others are paired with; null: the first")
 
 
 class Config(Section):
@@ -458,6 +495,7 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     align: AlignConfig = AlignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig | None = Field(None, description="read by `cwpo compare` and `plan`")
 
     @model_validator(mode="before")
     @classmethod
@@ -481,9 +519,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _known_arms(self) -> Self:
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise ValueError(f"arms: {arm!r} is unknown; choose from {', '.join(sorted(ARMS))}")
+        named = [("arms", self.arms)]
+        for k, grid in enumerate(self.compare.grids if self.compare else []):
+            named.append((f"compare.grids.{k}.arms", grid.arms))
+        for field, arms in named:
+            for arm in arms:
+                if arm not in ARMS:
+                    known = ", ".join(sorted(ARMS))
+                    raise ValueError(f"{field}: {arm!r} is unknown; choose from {known}")
         return self
 
 
@@ -491,6 +534,7 @@ class Arm(Section):
     """A named preset over `weigh` and `align`."""
 
     labels: Literal["human", "annotator"]
+    annotator: Literal["fitted", "implicit"] = "fitted"  # implicit: rewards of a weak DPO policy
     splits: tuple[Split, ...] = ("unlabelled",)
     weight_function: Literal["confidence", "one", "lower_confidence"] = "one"
     top_fraction: float | None = None
@@ -502,6 +546,8 @@ class Arm(Section):
 ARMS: dict[str, Arm] = {
     "human": Arm(labels="human"),
     "human100": Arm(labels="human", splits=("labelled", "unlabelled")),
+    "labelled_only": Arm(labels="human", splits=("labelled",)),
+    "ws_dpo": Arm(labels="annotator", annotator="implicit"),
     "weak": Arm(labels="annotator"),
     "cw": Arm(labels="annotator", weight_function="confidence"),
     "cw_mean": Arm(

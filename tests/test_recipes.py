@@ -10,6 +10,7 @@ import pytest
 
 from cwpo_dist.config import Config, LoraConfig, Source
 from cwpo_dist.config_file import load_config
+from cwpo_dist.stages.trials import names, section, trials
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
 DATA = ("hh-harmless", "hh-helpful", "tldr", "ultrafeedback")
@@ -20,7 +21,8 @@ MODELS = {
     "qwen2.5-7b": ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"),
     "qwen2.5-14b": ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-14B"),
 }
-WHOLE = ("small",)
+WHOLE = ("small", "hh-compare")
+LAID_OVER = ("ukp-compare",)
 COMBINATIONS = list(itertools.product(DATA, MODELS))
 LONGEST = {"hh-harmless": 512, "hh-helpful": 512, "tldr": 1024, "ultrafeedback": 512}
 UNPINNED = {"opt-1.3b", "opt-13b", "tldr"}
@@ -33,7 +35,7 @@ def recipe(data: str, models: str) -> Config:
 
 
 def test_every_file_is_known() -> None:
-    known = {"paper", *DATA, *MODELS, *WHOLE}
+    known = {"paper", *DATA, *MODELS, *WHOLE, *LAID_OVER}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == known
 
 
@@ -42,6 +44,16 @@ def test_a_recipe_of_one_file_is_complete(name: str) -> None:
     config = load_config(RECIPES / f"{name}.yaml")
     assert config.policy is not None
     assert config.weak is not None
+
+
+def test_comparisons_have_trials_of_the_papers_questions() -> None:
+    hh, ukp = (str(RECIPES / f"{name}-compare.yaml") for name in ("hh", "ukp"))
+    config = load_config(hh)
+    told = list(names(trials(config)).values())
+    assert {"cw, 30 % labelled", "cw, 20 % labelled", "human100, 20 % labelled"} <= set(told)
+    assert section(config).seeds == [0, 1, 2, 3, 4]
+    told = list(names(trials(load_config(hh, [ukp]))).values())
+    assert told == ["human", "weak", "cw"]
 
 
 @pytest.mark.parametrize(("data", "models"), COMBINATIONS)

@@ -87,6 +87,9 @@ def _arm(name: str, seed: int) -> dict[str, Any]:
             "sft": 841.0,
             "align": 4021.7 + seed,
         },
+        "device_hours": {"fit": 0.0 if human else 0.1, "sft": 0.3, "align": 1.2 + 0.1 * seed},
+        "weigh": {"pairs": 1571, "selected": 1571, "ties": 0, "mean_weight": 0.412},
+        "weights": {"effective": 0.62 if name == "cw" else 1.0},
         "tokens": {"fit": 1_204_331, "annotate": 804_332, "sft": 2_911_020, "align": 9_812_113},
     }  # fmt: skip
 
@@ -114,6 +117,30 @@ def sample_metrics(simulated: bool = False) -> dict[str, Any]:
         "confidences": confidences.tolist(),
         "config": {"output_dir": "runs/harmless", "seed": 7, "align": {"beta": 0.5}},
     }
+
+
+def sample_pairs(n: int = 60, text: str = "") -> dict[str, Any]:
+    """An explorer's sample of made-up pairs; `text` stands in every field that others write."""
+    rng = np.random.default_rng(3)
+    pairs = []
+    for k in range(n):
+        margins = rng.normal(0, 1.5, 2).round(3).tolist()
+        told = {"before": f"before {k} {text}", "after": f"after {k} {text}"}
+        pairs.append(
+            {
+                "id": f"{k:032x}",
+                "split": "test" if k % 3 else "unlabelled",
+                "prompt": f"What is number {k}? {text}",
+                "a": f"Answer a of {k}. " + "long " * int(rng.integers(0, 40)) + text,
+                "b": f"Answer b of {k}. " + "long " * int(rng.integers(0, 40)) + text,
+                "label": ["a", "b", None][k % 3],
+                "margins": margins,
+                "margin": sum(margins) / 2,
+                "answers": {"cw": told} if k < 10 else {},
+            }
+        )
+    names = [f"seed 0{text}", "seed 1"]
+    return {"total": 1_000_000, "annotators": names, "arms": ["weak", "cw"], "pairs": pairs}
 
 
 class _Page(HTMLParser):
@@ -164,8 +191,8 @@ def test_page_shows_the_figures(page: str) -> None:
     assert f"{100 * agreement['low']:.1f} – {100 * agreement['high']:.1f}" in words
     for text in ("2,290", "0.412", "identical answers", "1a2b3c4d5e6f7a8b", "beta: 0.5", "torch"):
         assert text in words
-    # GRA by arm, confidence, quarters, reliability, margin against length, three curves
-    assert _Page(page).tags.count("svg") == 8
+    # Cost, confidence, quarters, reliability, margin against length, three curves, GRA by arm
+    assert _Page(page).tags.count("svg") == 9
 
 
 def test_page_stands_alone(page: str) -> None:
@@ -218,7 +245,7 @@ def test_simulated_labels_are_named_at_every_figure() -> None:
     assert simulated.count('<span class="tag">simulated labels</span>') == figures
     terminal = _terminal(sample_metrics(simulated=True))
     assert "SIMULATED LABELS" in terminal
-    assert terminal.count("(simulated labels)") == 7
+    assert terminal.count("(simulated labels)") == 8
     assert "human labels" not in simulated + terminal
     honest = render(sample_metrics())
     assert 'class="tag"' not in honest
@@ -273,7 +300,7 @@ def test_lost_rows_show() -> None:
 def test_shared_stages_stand_once() -> None:
     """Fit is one output of three arms, align one of each: one line and one row each."""
     page = render(sample_metrics())
-    cost = page[page.index("<h2>Cost") : page.index("<h2>Provenance")]
+    cost = page[page.index('<h2 id="cost"') : page.index('<h2 id="provenance"')]
     rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", cost)]
     stages = [row[0] for row in rows[1:]]
     assert stages.count("prepare") == 1

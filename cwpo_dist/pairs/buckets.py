@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs import keep, pieces
-from cwpo_dist.pairs.records import Kind, pair_schema
+from cwpo_dist.pairs.records import Kind, pair_schema, unit_hash
 from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
 from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, leaks, merge, split_of
 from cwpo_dist.storage import Store
@@ -30,6 +30,7 @@ LEAKS = "work/leaks"
 COUNTS = "work/counts"
 SUMMARIES = "work/buckets"
 
+TRAINING = ("labelled", "unlabelled")
 _VOTED = ["label", "votes_a", "votes_b"]  # what copies of one pair may differ in
 _DECIDES = ("side", "in_labelled_part", "label")  # … a split
 
@@ -43,12 +44,16 @@ class Shards:
         kept: settled type of each kept column.
         rows_per_shard: rows of every shard but the last of a bucket.
         first: number of each bucket's first shard.
+        flipped: share of the training pairs' labels to turn round.
+        seed: which labels these are.
     """
 
     kind: Kind
     kept: Mapping[str, str]
     rows_per_shard: int
     first: tuple[int, ...]
+    flipped: float = 0.0
+    seed: int = 0
 
 
 @dataclass
@@ -204,8 +209,28 @@ def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
         values = [json.loads(kept) for kept in rows["kept"].to_pylist()]
         for name, kind in shards.kept.items():
             columns[name] = [keep.spell(value.get(name), kind) for value in values]
+    if shards.flipped:
+        columns["label"] = turned_labels(columns, shards)
     schema = pair_schema(shards.kind, keep.kept_schema(shards.kept))
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def turned_labels(columns: Mapping[str, Any], shards: Shards) -> pa.Array:
+    """Labels of training pairs, a share of them turned round; held-out ones stay true."""
+    other = {"a": "b", "b": "a", None: None}
+    rows = zip(*(columns[name].to_pylist() for name in ("pair_id", "split", "label")), strict=True)
+    return pa.array(
+        [
+            other[label] if split in TRAINING and _is_turned(shards, pair_id) else label
+            for pair_id, split, label in rows
+        ],
+        pa.string(),
+    )
+
+
+def _is_turned(shards: Shards, pair_id: str) -> bool:
+    """Whether a training pair's label is turned round: by hash, so a rerun agrees."""
+    return unit_hash(shards.seed, "flipped", pair_id) < shards.flipped
 
 
 def _write_shards(store: Store, pairs: pa.Table, shards: Shards, first: int) -> int:

@@ -1,11 +1,13 @@
-"""A run's metrics in, one self-contained HTML page out: it opens offline and runs no script.
+"""A run's metrics and a sample of its pairs in, one self-contained HTML page out, for any browser.
 
-Every text of the run is escaped by the template; only the plots, which are made here and escape
-their own text, go in as they are.
+It opens offline and fetches nothing. Every text of the run is escaped by the template; only the
+plots, which are made here and escape their own text, and the sample's JSON go in as they are. The
+one script that may run is the explorer's, named by its hash.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cwpo_dist.report import cells, outputs, plots, summary
+from cwpo_dist.report import cells, dots, explorer, outputs, plots, summary
 from cwpo_dist.report.cells import Metrics, at
-from cwpo_dist.report.plots import Plot
+from cwpo_dist.report.drawing import Plot
 
-_TEMPLATES = Environment(
+TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
     undefined=StrictUndefined,
@@ -31,20 +33,42 @@ _CURVES = {
 }
 
 
-def render(metrics: Metrics) -> str:
-    """The report of one run; parts that were not run say so."""
+_SECTIONS = {
+    "comparison": "Comparison",
+    "data": "Data",
+    "annotator": "Annotator",
+    "weights": "Weights",
+    "training": "Training",
+    "evaluation": "Evaluation",
+    "pairs": "Pairs",
+    "cost": "Cost",
+    "provenance": "Provenance",
+}
+
+
+def render(metrics: Metrics, sample: Mapping[str, Any] | None = None) -> str:
+    """The report of one run; parts that were not run say so.
+
+    Args:
+        metrics: the run's `metrics.json`.
+        sample: the run's `explorer.json`; None: the page has no explorer, and no script.
+    """
     annotators = summary.annotators(metrics)
     ensemble = summary.ensemble_table(metrics)
-    template = _TEMPLATES.get_template("page.html.j2")
-    return template.render(
+    template = TEMPLATES.get_template("page.html.j2")
+    page = template.render(
         output_dir=at(metrics, "run", "output_dir") or "",
         seed=at(metrics, "run", "seed"),
         arms=[name for name, _ in cells.arm_items(metrics)],
         simulated=summary.SIMULATED if summary.is_simulated(metrics) else None,
         tiles=_tiles(metrics),
+        sections=[(k, v) for k, v in _SECTIONS.items() if sample or k != "pairs"],
         arms_table=summary.arms_table(metrics),
+        cost_plot=_drawn(dots.arms_cost_plot(metrics)),
         gra_table=summary.gra_table(metrics),
         gra_plot=_drawn(plots.gra_plot(metrics)),
+        weights_table=summary.weights_table(metrics),
+        confidence_plot=_drawn(plots.confidence_plot(metrics)),
         annotator_table=summary.annotator_table(metrics),
         one_annotator=len(annotators) <= 1 and ensemble is None,
         ensemble_table=ensemble,
@@ -61,7 +85,44 @@ def render(metrics: Metrics) -> str:
         cost_table=outputs.cost_table(metrics),
         provenance_tables=[outputs.provenance_table(metrics), outputs.keys_table(metrics)],
         config=_yaml(at(metrics, "config")),
+        explorer=_explorer(metrics, sample) if sample else None,
     )
+    return page.encode("utf-8", "replace").decode()  # no page can hold a lone surrogate
+
+
+def _explorer(metrics: Metrics, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template needs to lay out the explorer."""
+    pairs, annotators = sample["pairs"], sample["annotators"]
+    label = "the simulated label" if summary.is_simulated(metrics) else "the human label"
+    shows = [("all", "all pairs")]
+    if annotators:
+        shows += [
+            ("wrong", f"annotator against {label}"),
+            ("right", f"annotator with {label}"),
+        ]
+    if len(annotators) > 1:
+        shows.append(("split", "annotators against each other"))
+    if any(pair["answers"] for pair in pairs):
+        shows.append(("answers", "with the model's answers"))
+    text, shown = explorer.embedded(sample)
+    return {
+        "label": label,
+        "hash": explorer.script_hash(),
+        "script": Markup(explorer.SCRIPT),
+        "json": Markup(text),
+        "shown": f"{shown:,}",
+        "total": f"{sample['total']:,}",
+        "shows": shows,
+        "splits": [("", "all"), *((s, s) for s in sorted({p["split"] for p in pairs}))],
+        "arms": [(arm, arm) for arm in sample["arms"]],
+        "orders": [
+            ("drawn", "as drawn"),
+            ("sure", "most confident first"),
+            ("unsure", "least confident first"),
+            ("longest", "longest answer first"),
+            ("difference", "largest difference in length first"),
+        ],
+    }
 
 
 def _tiles(metrics: Metrics) -> list[tuple[str, cells.Cell]]:
@@ -84,7 +145,7 @@ def _annotator_plots(
     metrics: Metrics, annotators: list[tuple[str, Metrics]]
 ) -> list[tuple[str, Any]]:
     """(title, plot or None) in reading order; titles name the annotator where there are several."""
-    named: list[tuple[str, Plot | None]] = [("Confidence", plots.confidence_plot(metrics))]
+    named: list[tuple[str, Plot | None]] = []
     for k, (label, record) in enumerate(annotators):
         suffix = f" ({label})" if len(annotators) > 1 else ""
         named.append((f"Accuracy by confidence{suffix}", plots.quarter_plot(record, str(k))))

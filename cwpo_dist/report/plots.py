@@ -1,61 +1,35 @@
-"""A run's metrics in, plots as inline SVG out: no scripts, no fonts, no links.
-
-Colours are written as placeholders and then become CSS variables, so that the page's stylesheet
-colours the plots, in light and in dark.
-"""
+"""A run's metrics in, plots as inline SVG out: no scripts, no fonts, no links."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from cwpo_dist.report.cells import Metrics, arm_items, at
+from cwpo_dist.report.drawing import (
+    ACCENT,
+    INK,
+    MUTED,
+    SECOND,
+    SERIES,
+    STYLE,
+    WIDTH,
+    Plot,
+    figure_of,
+    percent_axis,
+    short_name,
+    svg_of,
+)
 from cwpo_dist.report.outputs import numbered, shared_outputs
 from cwpo_dist.report.summary import COMPARISONS
 
-INK, MUTED, GRID, ACCENT, SECOND = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05"
-SERIES = tuple(f"#0a0c{k:02x}" for k in range(8))
-_VARIABLES = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    GRID: "var(--grid)",
-    ACCENT: "var(--accent)",
-    SECOND: "var(--second)",
-    **{colour: f"var(--series-{k})" for k, colour in enumerate(SERIES)},
-}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: readable, searchable, in the page's own font
-    "text.parse_math": False,  # names come from users: a $ is a $
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 9.5,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
-_WIDTH, _HEIGHT = 5.0, 3.1  # inches; a wide plot has twice the width
 _LONGEST_CURVE = 500  # points; longer curves are averaged in equal stretches
 # What the curve of each stage shows.
 _CURVES = {
@@ -64,16 +38,7 @@ _CURVES = {
     "align": "Weighted preference loss. Arms of different weights or normalisation start at "
     "different levels: read each line for its shape, and compare arms by GRA.",
 }
-_LONGEST_NAME = 28  # letters
 _WINDOW = 21  # stretches of the running mean
-
-
-@dataclass(frozen=True)
-class Plot:
-    """An SVG element, and in words what it shows."""
-
-    svg: str
-    caption: str
 
 
 def gra_plot(metrics: Metrics) -> Plot | None:
@@ -82,19 +47,19 @@ def gra_plot(metrics: Metrics) -> Plot | None:
     if not names:
         return None
     height = 0.9 + 0.42 * len(names)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(2 * _WIDTH, height), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2 * WIDTH, height), layout="constrained")
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         for ax, (key, words) in zip(axes, COMPARISONS.items(), strict=True):
             found = [at(metrics, "arms", name, "gra", key) for name in names]
             _intervals(ax, found, horizontal=True)
             ax.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
             ax.set(title=f"against {words}", ylim=(len(names) - 0.5, -0.5))
-            _percent(ax.xaxis)
-            ax.set_yticks(range(len(names)), [_short(name) for name in names])
+            percent_axis(ax.xaxis)
+            ax.set_yticks(range(len(names)), [short_name(name) for name in names])
             ax.grid(axis="y", visible=False)
         return Plot(
-            _svg(figure, "gra"),
+            svg_of(figure, "gra"),
             "Share of prompts won, ties counted as losses, with 95 % intervals. Hollow: with "
             "ties halved. Dashed: one half.",
         )
@@ -106,8 +71,8 @@ def confidence_plot(metrics: Metrics) -> Plot | None:
     if not confidences:
         return None
     values = np.asarray(confidences, dtype=float)
-    with mpl.rc_context(_STYLE):
-        figure, ax = _figure()
+    with mpl.rc_context(STYLE):
+        figure, ax = figure_of()
         weights = np.full(len(values), 1 / len(values))
         ax.hist(
             values, bins=np.linspace(0, 1, 26).tolist(), weights=weights, color=ACCENT, rwidth=0.92
@@ -122,10 +87,10 @@ def confidence_plot(metrics: Metrics) -> Plot | None:
             va="top",
         )
         ax.set(xlabel="confidence C", ylabel="share of pairs", xlim=(0, 1))
-        _percent(ax.yaxis)
+        percent_axis(ax.yaxis)
         ax.grid(axis="x", visible=False)
         return Plot(
-            _svg(figure, "confidence"),
+            svg_of(figure, "confidence"),
             f"C = tanh(margin / 2) of {len(values):,} annotated pairs.",
         )
 
@@ -135,20 +100,20 @@ def quarter_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
     quarters = record.get("by_quarter")
     if not quarters:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, ax = _figure()
+    with mpl.rc_context(STYLE):
+        figure, ax = figure_of()
         _intervals(ax, quarters, horizontal=False)
         _level(ax, at(record, "agreement", "accuracy"), "all pairs", ACCENT)
         _level(ax, at(record, "length_baseline", "accuracy"), "longer answer wins", SECOND)
         labels = [f"{q['lower']:.2f} – {q['upper']:.2f}" for q in quarters]
         ax.set_xticks(range(len(quarters)), labels)
         ax.set(xlabel="confidence C, by quarter", ylabel="accuracy", xlim=(-0.5, 3.5))
-        _percent(ax.yaxis)
+        percent_axis(ax.yaxis)
         ax.grid(axis="x", visible=False)
         ax.legend(loc="upper left", bbox_to_anchor=(0, 1.18), ncols=2)
         sizes = ", ".join(f"{q['n']:,}" for q in quarters)
         return Plot(
-            _svg(figure, f"quarters-{salt}"),
+            svg_of(figure, f"quarters-{salt}"),
             f"Decided held-out pairs in four equal parts ({sizes}), with 95 % intervals.",
         )
 
@@ -159,8 +124,8 @@ def reliability_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
     if not bins:
         return None
     total, after = sum(b["n"] for b in bins), record.get("calibrated")
-    with mpl.rc_context(_STYLE):
-        figure, ax = _figure()
+    with mpl.rc_context(STYLE):
+        figure, ax = figure_of()
         ax.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
         _bins(ax, bins, ACCENT, "as scored")
         if after is not None:
@@ -168,7 +133,7 @@ def reliability_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
             ax.legend(loc="upper left")
         ax.set(xlabel="probability claimed, σ(|margin|)", ylabel="accuracy", xlim=(0.49, 1.01))
         for axis in (ax.xaxis, ax.yaxis):
-            _percent(axis)
+            percent_axis(axis)
         error = record["expected_calibration_error"]  # a number wherever a bin has pairs
         words = f"ECE {100 * error:.1f} %."
         if after is not None:
@@ -179,7 +144,7 @@ def reliability_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
                 f"{fitted['n']:,} pairs of another split."
             )
         return Plot(
-            _svg(figure, f"reliability-{salt}"),
+            svg_of(figure, f"reliability-{salt}"),
             f"Ten bins of {total:,} decided held-out pairs; a dot's area is its share, whiskers "
             f"are 95 % intervals, the dashed line is perfect calibration. {words}"
             " Below the line: overconfident.",
@@ -191,8 +156,8 @@ def length_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
     parts = record.get("margin_by_length")
     if not parts:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, ax = _figure()
+    with mpl.rc_context(STYLE):
+        figure, ax = figure_of()
         lengths = [part["length"] for part in parts]
         _whiskers(ax, lengths, parts, horizontal=False)
         ax.scatter(lengths, [part["median"] for part in parts], s=45, color=ACCENT, zorder=3)
@@ -202,7 +167,7 @@ def length_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
         found = at(record, "margin_length", "pearson")
         words = "" if found is None else f" Correlation over all pairs: {found:+.2f}."
         return Plot(
-            _svg(figure, f"length-{salt}"),
+            svg_of(figure, f"length-{salt}"),
             "Median margin, with its 10–90 % range, of held-out pairs in ten equal parts by "
             f"length difference.{words} A slope says that length is part of the score.",
         )
@@ -217,11 +182,11 @@ def curve_plot(metrics: Metrics, stage: str) -> Plot | None:
             steps, losses = _points(at(metrics, "arms", output.arms[0], "curves", role))
             if len(steps):
                 label = output.label if len(roles) == 1 else role
-                curves.append((_short(label), steps, losses))
+                curves.append((short_name(label), steps, losses))
     if not curves:
         return None
-    with mpl.rc_context(_STYLE):
-        figure, ax = _figure(wide=stage == "align")
+    with mpl.rc_context(STYLE):
+        figure, ax = figure_of(wide=stage == "align")
         for k, (label, steps, losses) in enumerate(curves):
             colour = SERIES[k % len(SERIES)]
             dash = "-" if k < len(SERIES) else "--"
@@ -234,17 +199,7 @@ def curve_plot(metrics: Metrics, stage: str) -> Plot | None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(curves) > 1 or curves[0][0] != "all arms":
             ax.legend(loc="best")
-        return Plot(_svg(figure, f"curve-{stage}"), _CURVES[stage])
-
-
-def _figure(*, wide: bool = False) -> tuple[Figure, Axes]:
-    width = 2 * _WIDTH if wide else _WIDTH
-    figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _percent(axis: Axis) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+        return Plot(svg_of(figure, f"curve-{stage}"), _CURVES[stage])
 
 
 def _intervals(ax: Axes, found: Sequence[Mapping[str, Any] | None], *, horizontal: bool) -> None:
@@ -310,31 +265,5 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def _short(name: str) -> str:
-    """A name that leaves room for the plot."""
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
-
-
 def _marker(steps: np.ndarray) -> str | None:
     return "o" if len(steps) < 3 else None
-
-
-def _svg(figure: Figure, salt: str) -> str:
-    """The figure as one <svg> element whose ids are its own and whose bytes repeat."""
-    figure.patch.set_visible(False)
-    for ax in figure.axes:
-        ax.patch.set_visible(False)
-    buffer = io.StringIO()
-    # The salt keeps ids of clip paths apart when several plots stand in one page.
-    with mpl.rc_context({"svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    # Element ids such as "figure_1" would repeat from plot to plot; nothing refers to them.
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    for placeholder, variable in _VARIABLES.items():
-        text = text.replace(placeholder, variable)
-    return text.strip()

@@ -41,6 +41,7 @@ def tables(metrics: Metrics) -> list[Table]:
         gra_table(metrics),
         annotator_table(metrics),
         *([] if ensemble is None else [ensemble]),
+        weights_table(metrics),
         prepare_table(metrics),
         splits_table(metrics),
         rejects_table(metrics),
@@ -58,7 +59,7 @@ def held_out(metrics: Metrics) -> str:
     return "held-out simulated labels" if is_simulated(metrics) else "held-out human labels"
 
 
-def _is_human(name: str) -> bool:
+def is_human(name: str) -> bool:
     """Whether the arm trains on the data's own labels, so that no annotator's apply to it."""
     return name in ARMS and ARMS[name].labels == "human"
 
@@ -71,7 +72,7 @@ def arms_table(metrics: Metrics) -> Table:
             count(at(arm, "pairs")),
             number(at(arm, "mean_weight"), 3),
             AS_GIVEN
-            if _is_human(name)
+            if is_human(name)
             else share(at(arm, "annotator", "agreement"), with_ties=True),
             share(at(arm, "policy", "agreement"), with_ties=True),
             *(share(at(arm, "gra", key), with_ties=True) for key in COMPARISONS),
@@ -120,6 +121,38 @@ def gra_table(metrics: Metrics) -> Table:
         ("arm", "against", "wins", "ties", "losses", "GRA", "with ties halved"),
         tuple(rows),
         n_names=2,
+    )
+
+
+def weights_table(metrics: Metrics) -> Table:
+    """What each arm's weights are, and how many equally weighted pairs they are worth."""
+    rows = tuple(
+        (
+            Cell(name),
+            count(at(arm, "weigh", "pairs")),
+            count(at(arm, "weigh", "selected")),
+            count(at(arm, "weigh", "ties")),
+            number(at(arm, "weigh", "mean_confidence"), 3),
+            number(at(arm, "weigh", "mean_weight"), 3),
+            percent(at(arm, "weights"), "effective"),
+        )
+        for name, arm in arm_items(metrics)
+    )
+    return Table(
+        "Weights by arm",
+        (
+            "arm",
+            "labelled by it",
+            "selected",
+            "ties",
+            "mean confidence",
+            "mean weight",
+            "effective share",
+        ),
+        rows,
+        note="Effective share: (Σw)² / (n·Σw²), of the selected pairs how many equally weighted "
+        "ones vary as little (Kish). In the paper's form a mean weight below 1 also shrinks every "
+        "gradient; cw_mean divides it out.",
     )
 
 

@@ -19,11 +19,16 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
     if simulated:
         console.print(Text(SIMULATED, style="bold reverse"))
     for table in tables(metrics):
-        title = f"{table.title} (simulated labels)" if simulated else table.title
-        console.print(Text(f"\n{title}", style="bold"))
-        console.print(_rich(table))
-        if table.note:
-            console.print(Text(table.note, style="dim"), width=min(console.width, _NOTE_WIDTH))
+        print_table(table, console, simulated=simulated)
+
+
+def print_table(table: Table, console: Console, *, simulated: bool) -> None:
+    """Prints one table with its title and note."""
+    title = f"{table.title} (simulated labels)" if simulated else table.title
+    console.print(Text(f"\n{title}", style="bold"))
+    console.print(_rich(table))
+    if table.note:
+        console.print(Text(table.note, style="dim"), width=min(console.width, _NOTE_WIDTH))
 
 
 def _rich(table: Table) -> RichTable:

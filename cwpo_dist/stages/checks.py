@@ -149,7 +149,9 @@ Loader = Callable[[ModelConfig], PreTrainedModel]
 def models(config: Config, until: str | None = None) -> Iterator[tuple[str, ModelConfig, Loader]]:
     """Every model that is read up to a stage, with the field that names it."""
     stages = reached(config, until)
+    teacher = config.weak if implicit_arms(config) else None
     named: list[tuple[str, str, ModelConfig | None, Loader]] = [
+        ("align", "weak", teacher, _policy),
         ("fit", "weak", config.weak, _annotator),
         *(("annotate", field, model, _reward_model) for field, model in config.annotate.ready()),
         ("align", "policy", config.policy, _policy),
@@ -158,6 +160,11 @@ def models(config: Config, until: str | None = None) -> Iterator[tuple[str, Mode
     for stage, field, model, load in named:
         if stage in stages and model is not None:
             yield field, model, load
+
+
+def implicit_arms(config: Config) -> list[str]:
+    """The arms whose labels are the implicit rewards of the weak model, trained as a policy."""
+    return [arm for arm in config.arms if ARMS[arm].annotator == "implicit"]
 
 
 def trainings(config: Config, until: str | None = None) -> Iterator[tuple[str, TrainingConfig]]:
@@ -251,6 +258,9 @@ def _missing_models(config: Config, until: str | None) -> Iterator[str]:
             "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
             "annotate.model for a ready one-label reward model"
         )
+    implicit = implicit_arms(config) if "align" in stages else []
+    if implicit and config.weak is None:
+        yield f"weak: arm {implicit[0]!r} trains it by SFT and DPO; give weak.model_name_or_path"
     if "align" in stages and config.policy is None:
         yield f"policy: arm {config.arms[0]!r} aligns a policy; give policy.model_name_or_path"
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cwpo_dist.config import Config, ModelConfig
-from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA, read_records
+from cwpo_dist.pairs.records import (
+    ANSWER_SCHEMA,
+    REFERENCE_SCHEMA,
+    SCORE_SCHEMA,
+    read_records,
+)
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn
-from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.graph import Node, teacher_config
 from cwpo_dist.storage import MANIFEST, Store
 
 
@@ -24,6 +29,10 @@ class Context:
 
     config: Config
     root: Store
+
+    def of(self, node: Node) -> Context:
+        """The run as the node sees it: where it is about the weak model, that is the policy."""
+        return self if node.of == "policy" else replace(self, config=teacher_config(self.config))
 
     def place(self, node: Node) -> Store:
         """The folder of a stage output."""
@@ -109,3 +118,10 @@ def read_log_probs(store: Store, index: int) -> dict[str, tuple[float, float]]:
     name = part("reference", index)
     rows = read_records(store, name, REFERENCE_SCHEMA, columns).to_pylist()
     return {row["pair_id"]: (row["logp_a"], row["logp_b"]) for row in rows}
+
+
+def read_answers(context: Context, node: Node) -> dict[str, str]:
+    """A model's answers by the id of the pair whose prompt it was given."""
+    store = context.place(node)
+    tables = [read_records(store, name, ANSWER_SCHEMA) for name in store.names("answers")]
+    return {row["pair_id"]: row["answer"] for table in tables for row in table.to_pylist()}

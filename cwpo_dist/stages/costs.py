@@ -16,7 +16,7 @@ from cwpo_dist.scoring.placement import Machine
 from cwpo_dist.stages.annotate import earlier_scores
 from cwpo_dist.stages.checks import Checked, ModelSize
 from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node, ready_model
+from cwpo_dist.stages.graph import Node, ready_model, teacher_config
 from cwpo_dist.storage import Store
 
 Kind = Literal["train", "score", "generate"]
@@ -93,6 +93,7 @@ class Estimate:
             "align": self._align,
             "generate": self._answers,
             "evaluate": self._evaluate,
+            "implicit": self._implicit,
         }
         return makers[node.stage](node)
 
@@ -121,25 +122,32 @@ class Estimate:
         if node.stage == "fit":
             return self._fitting("weak", self.counted.pairs("labelled"))
         if node.stage == "sft":
-            return self._fitting("policy", self._decided(node))
+            return self._fitting(node.of, self._decided(node))
         weigh = node.inputs["weigh"]
         kept: float = weigh.settings["top_fraction"] or 1.0
-        return round(self._fitting("policy", self._decided(weigh)) * kept)
+        return round(self._fitting(node.of, self._decided(weigh)) * kept)
 
     def _fit(self, node: Node) -> Cost:
         size, pairs = self.checked.sizes["weak"], self.trained_on(node)
         return self._training(self.config.fit, size, pairs, self.lengths["weak"])
 
+    def _config(self, node: Node) -> Config:
+        """The run as the node sees it, whose policy may be the weak model."""
+        return self.config if node.of == "policy" else teacher_config(self.config)
+
+    def _implicit(self, node: Node) -> Cost:
+        return Cost(f"{self.counted.pairs(*self.config.annotate.scored_splits()):,} pairs")
+
     def _sft(self, node: Node) -> Cost:
-        sft = self.config.sft
+        sft = self._config(node).sft
         assert sft is not None, "graph() makes no sft node without its section"
-        both = self.lengths["policy"]
+        both = self.lengths[node.of]
         chosen = replace(both, shared=both.longest, answers=both.answers / 2)
-        return self._training(sft, self.checked.sizes["policy"], self.trained_on(node), chosen)
+        return self._training(sft, self.checked.sizes[node.of], self.trained_on(node), chosen)
 
     def _align(self, node: Node) -> Cost:
-        sizes, lengths = self.checked.sizes["policy"], self.lengths["policy"]
-        return self._training(self.config.align, sizes, self.trained_on(node), lengths)
+        sizes, lengths = self.checked.sizes[node.of], self.lengths[node.of]
+        return self._training(self._config(node).align, sizes, self.trained_on(node), lengths)
 
     def _annotate(self, node: Node) -> Cost:
         field = "weak" if "fit" in node.inputs else ready_model(self.config, node)[0]
@@ -163,7 +171,7 @@ class Estimate:
 
     def _log_probs(self, node: Node) -> Cost:
         pairs = self.counted.pairs(*node.settings["splits"])
-        return self._scoring("policy", pairs, self.config.reference)
+        return self._scoring(node.of, pairs, self.config.reference)
 
     def _answers(self, node: Node) -> Cost:
         evaluate, size = self.config.evaluate, self.checked.sizes["policy"]

@@ -11,23 +11,30 @@ import pyarrow as pa
 from cwpo_dist.config import ConfigError, ModelConfig, PoolConfig
 from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
+from cwpo_dist.evaluation.answers import answer_figures
 from cwpo_dist.evaluation.gold import load_function
-from cwpo_dist.pairs.records import (
-    ANSWER_SCHEMA,
-    SCORE_SCHEMA,
-    pair_schema,
-    read_pairs,
-    read_records,
-)
+from cwpo_dist.pairs.records import SCORE_SCHEMA, content_hash, read_pairs, read_records
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.stages.annotations import held_out, plain_text, raw
-from cwpo_dist.stages.context import Context, read_log_probs
+from cwpo_dist.stages.context import Context, read_answers, read_log_probs
+from cwpo_dist.stages.divergence import Answered, kl_divergence, write_pairs
 from cwpo_dist.stages.graph import Node, members
 from cwpo_dist.storage import Store
 
 Pair = dict[str, Any]
+ITEMS, ANSWERS = "items.parquet", "answers.parquet"  # what intervals over several runs need
+ITEM_SCHEMA = pa.schema(
+    [("pair_id", pa.string()), ("prompt", pa.string()), ("margin", pa.float64())]
+)
+JUDGED_SCHEMA = pa.schema(
+    [
+        *(("pair_id", pa.string()), ("prompt", pa.string()), ("against", pa.string())),
+        *(("length", pa.int64()), ("baseline_length", pa.int64())),
+        *(("gold", pa.float64()), ("baseline_gold", pa.float64())),
+    ]
+)
 BASELINES = {"own_sft": "answers_sft", "common": "answers_base"}
 
 
@@ -37,7 +44,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     metrics = {
         "annotator": _annotator(context, node),
         "policy": _policy(context, node, pairs),
-        "gra": _gold(context, node),
+        **_answered(context, node),
     }
     context.place(node).create_json("metrics.json", metrics)
     return {"held_out_pairs": sum(map(len, pairs))}
@@ -74,6 +81,7 @@ def _name(context: Context, member: Node) -> str:
 
 
 def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str, Any]:
+    """Accuracy of the implicit reward; `items.parquet` has it pair by pair."""
     aligned = context.place(node.inputs["aligned"])
     reference = context.place(node.inputs["reference"])
     rows = []
@@ -85,52 +93,90 @@ def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str,
             for pair in pairs
             if pair["pair_id"] in both
         ]
+    beta = context.config.align.beta
+    margins = [beta * ((new[0] - old[0]) - (new[1] - old[1])) for _, new, old in rows]
+    signs = [1 if pair["label"] == "a" else -1 for pair, _, _ in rows]
+    columns = {
+        "pair_id": [pair["pair_id"] for pair, _, _ in rows],
+        "prompt": [content_hash(pair["prompt"]) for pair, _, _ in rows],
+        "margin": [sign * margin for sign, margin in zip(signs, margins, strict=True)],
+    }
+    context.place(node).create_table(ITEMS, pa.table(columns, schema=ITEM_SCHEMA))
     return policy_accuracy(
         [after[0] for _, after, _ in rows],
         [after[1] for _, after, _ in rows],
         [before[0] for _, _, before in rows],
         [before[1] for _, _, before in rows],
         [pair["label"] for pair, _, _ in rows],
-        context.config.align.beta,
+        beta,
         [plain_text(pair["prompt"]) for pair, _, _ in rows],
     ).as_dict()
 
 
-def _gold(context: Context, node: Node) -> dict[str, Any] | None:
-    """GRA against the arm's own SFT model and against the policy as it was given."""
+def _answered(context: Context, node: Node) -> dict[str, Any]:
+    """GRA and answer figures against the arm's own SFT model and the policy as it was given.
+
+    `answers.parquet` has them prompt by prompt; the KL divergence is from the SFT model.
+    """
     config = context.config.evaluate
     if "answers_aligned" not in node.inputs:
-        return None
-    if config.gold_function is None and config.gold_model is None:
-        return None
+        return {"gra": None, "answers": None, "kl": None}
     prompts = _prompts(context, node)
-    aligned = _answers(context, node.inputs["answers_aligned"])
-    figures = {}
+    aligned = read_answers(context, node.inputs["answers_aligned"])
+    judged, figures, tables = {}, {}, []
     for name, role in BASELINES.items():
-        baseline = _answers(context, node.inputs[role])
+        baseline = read_answers(context, node.inputs[role])
         rows = [(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
-        if config.gold_model is not None:
-            gold = _score_by_model(context, context.place(node).child(name), rows)
-        else:
-            gold = _score_by_function(config.gold_function or "", rows)
-        figures[name] = gra(*gold).as_dict()
-    return figures
+        gold = _gold(context, context.place(node).child(name), rows)
+        kept = [row for row in rows if row[0] in gold] if gold else rows
+        scores = [gold[row[0]] for row in kept] if gold else None
+        ours, theirs = zip(*scores, strict=True) if scores else (None, None)
+        judged[name] = gra(ours or [], theirs or []).as_dict() if gold is not None else None
+        lengths = [(len(after), len(before)) for _, _, before, after in kept]
+        figures[name] = answer_figures(
+            [length[0] for length in lengths], [length[1] for length in lengths], ours, theirs
+        ).as_dict()
+        tables.append(_answer_table(name, kept, scores))
+    context.place(node).create_table(ANSWERS, pa.concat_tables(tables))
+    kl = kl_divergence(context, node, prompts) if config.kl else None
+    return {"gra": None if gold is None else judged, "answers": figures, "kl": kl}
 
 
-Answered = list[tuple[str, Any, str, str]]  # pair id, prompt, baseline's answer, aligned's answer
+def _answer_table(name: str, rows: Answered, scores: list[tuple[float, float]] | None) -> pa.Table:
+    columns = {
+        "pair_id": [row[0] for row in rows],
+        "prompt": [content_hash(row[1]) for row in rows],
+        "against": [name] * len(rows),
+        "length": [len(row[3]) for row in rows],
+        "baseline_length": [len(row[2]) for row in rows],
+        "gold": [score[0] for score in scores] if scores else [None] * len(rows),
+        "baseline_gold": [score[1] for score in scores] if scores else [None] * len(rows),
+    }
+    return pa.table(columns, schema=JUDGED_SCHEMA)
 
 
-def _score_by_function(name: str, rows: Answered) -> tuple[list[float], list[float]]:
+def _gold(context: Context, store: Store, rows: Answered) -> dict[str, tuple[float, float]] | None:
+    """Gold scores (aligned, baseline) by pair id; None without a gold model or function."""
+    config = context.config.evaluate
+    if config.gold_model is not None:
+        return _score_by_model(context, store, rows)
+    if config.gold_function is not None:
+        return _score_by_function(config.gold_function, rows)
+    return None
+
+
+def _score_by_function(name: str, rows: Answered) -> dict[str, tuple[float, float]]:
     """Gold scores (aligned, baseline) by a rule."""
     score = load_function(name)
-    texts = [(plain_text(prompt), before, after) for _, prompt, before, after in rows]
-    aligned = [score(prompt, after) for prompt, _, after in texts]
-    return aligned, [score(prompt, before) for prompt, before, _ in texts]
+    return {
+        pair_id: (score(plain_text(prompt), after), score(plain_text(prompt), before))
+        for pair_id, prompt, before, after in rows
+    }
 
 
 def _score_by_model(
     context: Context, store: Store, rows: Answered
-) -> tuple[list[float], list[float]]:
+) -> dict[str, tuple[float, float]]:
     """Gold scores (aligned, baseline) by a reward model, on the pipeline that annotates.
 
     An answer without a finite score, or one that is too long, takes its pair out.
@@ -139,23 +185,11 @@ def _score_by_model(
     model: ModelConfig | None = config.gold_model
     if model is None:
         raise ConfigError("evaluate.gold_model: missing")
-    text = not rows or isinstance(rows[0][1], str)
-    wrap = str if text else lambda answer: [{"role": "assistant", "content": answer}]
-    table = pa.Table.from_pylist(
-        [
-            {"pair_id": i, "prompt": p, "response_a": wrap(before), "response_b": wrap(after)}
-            for i, p, before, after in rows
-        ],
-        schema=pair_schema("text" if text else "conversational"),
-    )
-    size = context.config.prepare.rows_per_shard
-    shards = range(0, len(rows), size)
-    for index, start in enumerate(shards):
-        store.create_table(part("pairs", index), table.slice(start, size))
+    shards = write_pairs(context, store, rows)
     job = ShardJob(
         name="scores",
         output=store,
-        shards=len(shards),
+        shards=shards,
         make_worker=partial(
             RewardWorker, PairsIn(store), model, "gold", config.max_tokens_per_batch
         ),
@@ -165,18 +199,10 @@ def _score_by_model(
     )
     scores = [
         row
-        for index in range(len(shards))
+        for index in range(shards)
         for row in read_records(store, part("scores", index), SCORE_SCHEMA).to_pylist()
     ]
-    return [row["score_b"] for row in scores], [row["score_a"] for row in scores]
-
-
-def _answers(context: Context, node: Node) -> dict[str, str]:
-    store = context.place(node)
-    names = store.names("answers")
-    tables = [read_records(store, name, ANSWER_SCHEMA) for name in names]
-    rows = [row for table in tables for row in table.to_pylist()]
-    return {row["pair_id"]: row["answer"] for row in rows}
+    return {row["pair_id"]: (row["score_b"], row["score_a"]) for row in scores}
 
 
 def _prompts(context: Context, node: Node) -> dict[str, Any]:

@@ -7,13 +7,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cwpo_dist.config import ARMS, Arm, Config, ConfigError, ModelConfig
+from cwpo_dist.config import (
+    ARMS,
+    AlignConfig,
+    Arm,
+    Config,
+    ConfigError,
+    EvaluateConfig,
+    ModelConfig,
+    SftConfig,
+    WeighConfig,
+)
 from cwpo_dist.lm.loading import model_fingerprint
 from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.storage import Store, digest
 
+SCORES = ("annotate", "implicit")  # the stages that give a pair's two answers a score
 FORMAT = 2  # of what stages write: raised when the same settings would give other files
 
 
@@ -25,6 +36,8 @@ class Node:
         stage: the folder it lies in.
         settings: everything but its inputs that its content depends on.
         inputs: the outputs that it reads.
+        of: the section whose model the output is about or of; no part of the key, which knows the
+            model itself. `weak`: the weak model trained as a policy, for its implicit rewards.
         retries: how many retries of its rejects are committed. They add rows to an output whose
             settings and inputs stay the same, so they are no part of its own key, but of the keys
             of all that reads it.
@@ -34,6 +47,7 @@ class Node:
     settings: dict[str, Any]
     inputs: dict[str, Node] = field(default_factory=dict)
     retries: int = 0
+    of: Literal["policy", "weak"] = "policy"
 
     @cached_property
     def key(self) -> str:
@@ -60,28 +74,38 @@ def graph(config: Config, arm: str) -> dict[str, Node]:
     """
     preset = ARMS[arm]
     nodes = {"prepare": prepare_node(config)}
-    if needs_annotator(config):
+    if preset.annotator == "implicit":
+        nodes |= implicit_nodes(config, nodes["prepare"])
+    elif needs_annotator(config):
         nodes |= annotator_nodes(config, nodes["prepare"])
     if config.policy is None:
         raise ConfigError(f"policy: arm {arm!r} aligns a policy; give policy.model_name_or_path")
     nodes |= _policy_nodes(config, config.policy, preset, nodes)
     measured = config.evaluate.identity() | {"calibration_split": config.weigh.calibration_split}
+    measured["items"] = 1  # raised when `evaluate` writes other columns of single pairs and answers
     nodes["evaluate"] = Node("evaluate", measured, dict(nodes))
     return nodes
 
 
 def needs_annotator(config: Config) -> bool:
-    """True when any arm reads the annotator's labels.
+    """True when any arm reads the labels of an annotator that `fit` made, or a ready one.
 
     Then every arm of the run, `human` too, keeps to the pairs that the annotator could read, so
     that arms are compared on the same pairs.
     """
-    return any(ARMS[name].labels == "annotator" for name in config.arms)
+    return any(reads_annotator(ARMS[name]) for name in config.arms)
+
+
+def reads_annotator(arm: Arm) -> bool:
+    """Whether the arm's labels are those of a reward model."""
+    return arm.labels == "annotator" and arm.annotator == "fitted"
 
 
 def prepare_node(config: Config) -> Node:
     """Sources, as they are now, and the split settings."""
     settings = config.prepare.identity() | {"seed": config.seed}
+    if not config.prepare.flipped_labels:
+        del settings["flipped_labels"]  # as before there was such a thing
     settings["sources_now"] = source_fingerprints(config.prepare)
     return Node("prepare", settings)
 
@@ -121,6 +145,55 @@ def _annotators(config: Config, prepare: Node) -> Iterator[dict[str, Node]]:
         yield {"fit": fit, "annotate": _retried(config, annotate)}
 
 
+def implicit_nodes(config: Config, prepare: Node) -> dict[str, Node]:
+    """WS-DPO's annotator (Tao & Li 2025): the weak model after SFT and DPO on the labelled part.
+
+    Its score of an answer is β·log π/π_SFT, the implicit reward.
+
+    Raises:
+        ConfigError: when `weak` is not given.
+    """
+    if config.weak is None:
+        raise ConfigError(
+            "weak: arm 'ws_dpo' trains it by SFT and DPO; give weak.model_name_or_path"
+        )
+    teacher = teacher_config(config)
+    made = _policy_nodes(teacher, config.weak, ARMS["labelled_only"], {"prepare": prepare})
+    kept = {role: made[role] for role in ("tokens", "sft", "reference", "weigh", "align")}
+    splits: list[str] = [*config.annotate.scored_splits()]
+    tokens = made["tokens"]
+    before = _log_probs(config.weak, splits, tokens, {"model": made["sft"]})
+    after = _log_probs(config.weak, splits, tokens, {"model": made["align"]})
+    nodes = {f"teacher_{role}": replace(node, of="weak") for role, node in kept.items()}
+    nodes |= {
+        "teacher_before": replace(before, of="weak"),
+        "teacher_after": replace(after, of="weak"),
+    }
+    read = {"prepare": prepare, "before": before, "after": after}
+    nodes["annotate"] = Node("implicit", {"beta": teacher.align.beta}, read, of="weak")
+    return nodes
+
+
+def teacher_config(config: Config) -> Config:
+    """The run in which the weak model is the policy: on its schedule as an annotator, twice."""
+    schedule = config.fit.model_dump(exclude={"seeds"})
+    align = AlignConfig.model_validate(
+        schedule | {"beta": config.align.beta, "lora": config.fit.lora}
+    )
+    return config.model_copy(
+        update={
+            "policy": config.weak,
+            "sft": SftConfig.model_validate(schedule),
+            "align": align,
+            "arms": ["labelled_only"],
+            "weigh": WeighConfig(),
+            "compare": None,
+            # Nothing is measured here: where the run is measured must not change the annotator.
+            "evaluate": EvaluateConfig(split="test", num_prompts=0),
+        }
+    )
+
+
 def _retried(config: Config, node: Node) -> Node:
     """The node with the number of its committed retries, which stand in the run directory."""
     output = Store(config.output_dir).child(*node.path.split("/"))
@@ -143,7 +216,7 @@ def ready_model(config: Config, node: Node) -> tuple[str, ModelConfig]:
 
 def members(node: Node) -> list[Node]:
     """The `annotate` outputs that a node reads."""
-    return [given for given in node.inputs.values() if given.stage == "annotate"]
+    return [given for given in node.inputs.values() if given.stage in SCORES]
 
 
 def _policy_nodes(
@@ -162,7 +235,7 @@ def _policy_nodes(
         nodes["sft"] = Node("sft", settings, scored | {"tokens": tokens})
         frozen = {"model": nodes["sft"]}
     held_out = config.evaluate.split
-    nodes["reference"] = _log_probs(policy, [*arm.splits, held_out], tokens, frozen)
+    nodes["reference"] = _log_probs(policy, [*arm.splits, *_measured(config)], tokens, frozen)
     nodes["weigh"] = Node("weigh", labels | weigh, scored)
     align = config.align.identity() | _identity(policy) | {"seed": config.seed}
     align["weight_normalization"] = config.align.weight_normalization or arm.weight_normalization
@@ -180,7 +253,7 @@ def _policy_nodes(
 
 def _scores(nodes: list[Node]) -> dict[str, Node]:
     """The `annotate` outputs as inputs; several by key, since their order changes nothing."""
-    found = [node for node in nodes if node.stage == "annotate"]
+    found = [node for node in nodes if node.stage in SCORES]
     if len(found) > 1:
         return {f"annotate_{node.key}": node for node in sorted(found, key=lambda node: node.key)}
     return {"annotate": found[0]} if found else {}
@@ -210,6 +283,12 @@ def _joint_scale(weigh: dict[str, Any]) -> dict[str, Any]:
     if weigh["temperature"] != "fitted":
         return {}
     return {name: weigh[name] for name in ("temperature", "calibration_split")}
+
+
+def _measured(config: Config) -> list[str]:
+    """The splits that a policy is measured on: where rates are chosen on validation, that too."""
+    chosen = config.compare is not None and len(config.compare.learning_rates) > 1
+    return ["test", "validation"] if chosen else [config.evaluate.split]
 
 
 def _log_probs(

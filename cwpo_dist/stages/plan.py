@@ -7,7 +7,7 @@ machine. Both are rough, and say so; the checks are not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from cwpo_dist.config import Config, ConfigError, ModelConfig
@@ -20,6 +20,7 @@ from cwpo_dist.stages.checks import calibrated_arms, check, models, pools, train
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.costs import Estimate, Lengths, Rates, gpus, total_steps
 from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
+from cwpo_dist.stages.trials import by_grid, planned, trials
 from cwpo_dist.storage import Store
 
 
@@ -77,6 +78,8 @@ def plan(config: Config, show: int = 0) -> Plan:
     """
     until = _until(config)
     checked = check(config, until)
+    for run in by_grid(config, trials(config)) if config.compare else []:
+        checked = replace(checked, sizes=checked.sizes | check(run).sizes)
     counted = census(config.prepare, config.seed)
     encoders = {field: (model, _encoder(field, model)) for field, model, _ in models(config, until)}
     lengths = {field: _lengths(*given, counted.sample) for field, given in encoders.items()}
@@ -90,7 +93,7 @@ def plan(config: Config, show: int = 0) -> Plan:
         for field, (model, encoder) in encoders.items()
     ]
     return Plan(
-        tuple(_stages(config, estimate)),
+        tuple(_trial_stages(config, estimate) if config.compare else _stages(config, estimate)),
         tuple(_notes(config, estimate)),
         tuple(row for row in rows if row is not None),
     )
@@ -167,6 +170,39 @@ def _stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
         done = context.done(node)
         seconds = 0.0 if done else rates.seconds(cost)
         yield StagePlan(name, tuple(arms), done, cost.work, cost.tokens, seconds, cost.memory)
+
+
+def _trial_stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
+    """All outputs of a comparison, each once, added up by stage; every seed as the first."""
+    found: dict[str, tuple[str, Node, Config]] = {}
+    for run, arm in planned(config):
+        for node in graph(run, arm).values():
+            name = node.stage if node.of == "policy" else f"{node.stage} (weak)"
+            found.setdefault(node.path, (name, node, run))
+    context, rates = Context(config, Store(config.output_dir)), Rates(estimate.checked.machines)
+    counted: dict[str, Census] = {}
+    sums: dict[str, list[StagePlan]] = {}
+    for name, node, run in found.values():
+        prepare = run.prepare.model_dump_json()
+        if prepare not in counted:
+            counted[prepare] = census(run.prepare, run.seed)
+        cost = replace(estimate, config=run, counted=counted[prepare]).of(node)
+        done = context.done(node)
+        seconds = 0.0 if done else rates.seconds(cost)
+        each = StagePlan(name, (), done, cost.work, cost.tokens, seconds, cost.memory)
+        sums.setdefault(name, []).append(each)
+    for name, stages in sums.items():
+        times = [stage.seconds for stage in stages if stage.seconds is not None]
+        made = sum(stage.done for stage in stages)
+        yield StagePlan(
+            name,
+            ("all trials",),
+            made == len(stages),
+            f"{len(stages)} outputs" + (f", {made} of them done" if made else ""),
+            sum(stage.tokens for stage in stages),
+            sum(times) if len(times) == len(stages) else None,
+            max((stage.memory for stage in stages if stage.memory is not None), default=None),
+        )
 
 
 def _graphs(config: Config) -> dict[str, dict[str, Node]]:

@@ -55,7 +55,7 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     valid = rows_in - rejects.total()
     refuse_past(config.max_reject_fraction, rejects, rows_in, valid, store.uri)
     kept = _kept_types(read, config)
-    _write(store, planned, config, kept)
+    _write(store, planned, config, kept, seed)
     written = buckets.bucket_summaries(store)
     rejects += _added(bucket.rejects for bucket in written)
     counts = _counts(planned, written, rejects, rows_in)
@@ -128,7 +128,9 @@ def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfi
     return len(damaged)
 
 
-def _write(store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, str]) -> None:
+def _write(
+    store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, str], seed: int
+) -> None:
     if planned.may_leak:
         find = partial(buckets.write_leaks, store, parts=planned.n_buckets)
         run_tasks(find, planned.n_buckets, config.num_cpus)
@@ -136,7 +138,9 @@ def _write(store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, s
     if planned.n_buckets > 1:
         run_tasks(partial(buckets.count_bucket, store), planned.n_buckets, config.num_cpus)
         first = buckets.number_shards(store, config.rows_per_shard)
-    shards = Shards(planned.kind, kept, config.rows_per_shard, first)
+    shards = Shards(
+        planned.kind, kept, config.rows_per_shard, first, flipped=config.flipped_labels, seed=seed
+    )
     logger.info("prepare: writing %d buckets", planned.n_buckets)
     run_tasks(
         partial(buckets.write_bucket, store, shards=shards), planned.n_buckets, config.num_cpus

@@ -6,10 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.page import render
 from cwpo_dist.report.table import print_summary
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.explorer import sample
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import MANIFEST, to_json
 
@@ -19,7 +23,7 @@ TRAINING_STAGES = ("fit", "sft", "align")
 
 def run(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> str:
     """Writes each arm's folder and the run's report, shows the table, returns the report's URI."""
-    metrics = collect(context, graphs)
+    metrics, pairs = collect(context, graphs), sample(context, graphs)
     for arm, nodes in graphs.items():
         place = context.root.child("arms", arm)
         config = context.config.model_copy(update={"arms": [arm]})
@@ -29,7 +33,8 @@ def run(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> str:
         place.write("metrics.json", to_json(own["arms"][arm]))
         place.write("report.html", render(own).encode())
     context.root.write("metrics.json", to_json(metrics))
-    context.root.write("report.html", render(metrics).encode())
+    context.root.write(EXPLORER, json.dumps(pairs).encode())
+    context.root.write("report.html", render(metrics, pairs).encode())
     print_summary(metrics)
     return context.root.child("report.html").uri
 
@@ -68,7 +73,9 @@ def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
             for role, node in nodes.items()
             if node.stage in TRAINING_STAGES
         },
+        "weights": _weights(context, nodes["weigh"]),
         "seconds": {role: manifest["seconds"] for role, manifest in manifests.items()},
+        "device_hours": device_hours(nodes, manifests),
         "tokens": {
             role: manifest["counts"]["tokens"]
             for role, manifest in manifests.items()
@@ -77,23 +84,45 @@ def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
     }
 
 
+def device_hours(
+    nodes: Mapping[str, Node], manifests: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """Device-hours by role, an output in two roles once; what was made without models has none."""
+    hours = {
+        nodes[role].path: (role, manifest["device_hours"])
+        for role, manifest in manifests.items()
+        if manifest.get("device_hours")
+    }
+    return dict(hours.values())
+
+
+def _weights(context: Context, node: Node) -> dict[str, Any]:
+    """(Σw)² / (n·Σw²) of the first pairs; ids are hashes, so these are a sample."""
+    values = np.array(_column(context, node, "weight"))
+    total = float(np.sum(values**2))
+    return {"effective": float(values.sum() ** 2 / (len(values) * total)) if total else None}
+
+
 def _pointer(node: Node) -> dict[str, str]:
     return {"stage": node.stage, "key": node.key, "path": node.path}
 
 
 def _confidences(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> list[float]:
-    """Those of the first arm that has any; ids are hashes, so the first rows are a sample."""
+    """Those of the first arm that has any."""
     for nodes in graphs.values():
-        if nodes["weigh"].settings["labels"] != "annotator":
-            continue
-        store, values = context.place(nodes["weigh"]), []
-        for index in range(context.shards(nodes["weigh"])):
-            table = store.read_table(part("preferences", index), ["confidence"])
-            values += table["confidence"].to_pylist()
-            if len(values) >= MOST_CONFIDENCES:
-                break
-        return values[:MOST_CONFIDENCES]
+        if nodes["weigh"].settings["labels"] == "annotator":
+            return _column(context, nodes["weigh"], "confidence")
     return []
+
+
+def _column(context: Context, weigh: Node, name: str) -> list[float]:
+    """A column of the first preferences; ids are hashes, so the first rows are a sample."""
+    store, values = context.place(weigh), []
+    for index in range(context.shards(weigh)):
+        values += store.read_table(part("preferences", index), [name])[name].to_pylist()
+        if len(values) >= MOST_CONFIDENCES:
+            break
+    return values[:MOST_CONFIDENCES]
 
 
 def _curve(context: Context, node: Node) -> list[dict[str, Any]]:

@@ -18,13 +18,14 @@ import ray
 import ray.data
 
 from cwpo_dist import __version__
-from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config import Config, ConfigError, TrainingConfig
 from cwpo_dist.stages import (
     align,
     annotate,
     evaluate,
     fit,
     generate,
+    implicit,
     prepare,
     reference,
     report,
@@ -49,6 +50,7 @@ STAGES: dict[str, Callable[[Context, Node], dict[str, Any]]] = {
     "prepare": prepare.run,
     "fit": fit.run,
     "annotate": annotate.run,
+    "implicit": implicit.run,
     "tokens": tokens.run,
     "weigh": weigh.run,
     "sft": sft.run,
@@ -136,11 +138,18 @@ def execute(context: Context, node: Node, resume: bool = False) -> None:
         logger.info("%s: done before", node.path)
         return
     _tell_changed(context, node, resume)
+    make(context, node)
+
+
+def make(context: Context, node: Node) -> None:
+    """Runs one stage and commits its output."""
     context.place(node).create_json(STARTED, _identity(node))
     logger.info("%s: starting", node.path)
     started = time.time()
+    context = context.of(node)
     counts = STAGES[node.stage](context, node)
     manifest = _record(node, counts, started)
+    manifest["device_hours"] = _device_hours(context, node, manifest)
     context.place(node).create_json(MANIFEST, manifest)
     logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
 
@@ -198,6 +207,23 @@ def _record(node: Node, counts: dict[str, Any], started: float) -> dict[str, Any
         "versions": versions(),
         "device": device(),
     }
+
+
+def workers_of(config: Config, node: Node) -> TrainingConfig | None:
+    """The section whose workers make an output; None where actors or tasks do."""
+    sharded = config.align if config.reference.sharded else None
+    trainings = {"fit": config.fit, "sft": config.sft, "align": config.align, "reference": sharded}
+    return trainings.get(node.stage)
+
+
+def _device_hours(context: Context, node: Node, manifest: Mapping[str, Any]) -> float:
+    """GPU-hours, or CPU-hours where no GPU is used; a resumed stage counts its last command."""
+    counts, training = manifest["counts"], workers_of(context.config, node)
+    if training is None:
+        return float(counts.get("throughput", {}).get("device_hours", 0.0))
+    on_gpu = training.use_gpu is not False and ray.cluster_resources().get("GPU", 0) > 0
+    each = 1.0 if on_gpu else training.cpus_per_worker
+    return float(manifest["seconds"]) * each * training.max_workers / 3600
 
 
 def _identity(node: Node) -> dict[str, Any]:

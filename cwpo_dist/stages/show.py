@@ -1,20 +1,22 @@
-"""Finished run directories in; the terminal's table and one page over all of them out."""
+"""Finished runs, or a comparison, in; the terminal's tables and one page over all of it out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from cwpo_dist.report.comparison import FIGURES, PAGE, print_comparison, render_comparison
+from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.page import render
 from cwpo_dist.report.table import print_summary
 from cwpo_dist.storage import Store
 
 
-class CompareError(ValueError):
+class ShowError(ValueError):
     """Runs that cannot be shown together; the message says what to do."""
 
 
-def compare(runs: Sequence[str], to: str | None = None) -> str:
+def show(runs: Sequence[str], to: str | None = None) -> str:
     """Shows the figures of runs and writes their page; nothing is computed again.
 
     Args:
@@ -25,16 +27,37 @@ def compare(runs: Sequence[str], to: str | None = None) -> str:
         The page's place.
 
     Raises:
-        CompareError: for a run without a report, or several runs without `to`.
+        ShowError: for a run without a report, or several runs without `to`.
     """
     if to is None and len(runs) > 1:
-        raise CompareError("--to: several runs share a page; name its file")
+        raise ShowError("--to: several runs share a page; name its file")
+    if len(runs) == 1 and _compared_only(Store(runs[0])):
+        return _show_comparison(Store(runs[0]), to)
     found = {run: _metrics(run) for run in runs}
-    metrics = next(iter(found.values())) if len(found) == 1 else _merged(found)
+    sample = None
+    if len(found) == 1:
+        metrics, root = found[runs[0]], Store(runs[0])
+        sample = root.read_json(EXPLORER) if root.exists(EXPLORER) else None
+    else:
+        metrics = _merged(found)
     print_summary(metrics)
-    place = to if to is not None else f"{runs[0].rstrip('/')}/report.html"
+    return _written(render(metrics, sample), to or f"{runs[0].rstrip('/')}/report.html")
+
+
+def _compared_only(root: Store) -> bool:
+    return root.exists(FIGURES) and not root.exists("metrics.json")
+
+
+def _show_comparison(root: Store, to: str | None) -> str:
+    """The page of what `cwpo compare` left, made anew."""
+    found = root.read_json(FIGURES)
+    print_comparison(found)
+    return _written(render_comparison(found), to or f"{root.uri.rstrip('/')}/{PAGE}")
+
+
+def _written(page: str, place: str) -> str:
     folder, _, name = place.rpartition("/")
-    Store(folder or ".").write(name, render(metrics).encode())
+    Store(folder or ".").write(name, page.encode())
     return place
 
 
@@ -43,7 +66,7 @@ def _metrics(run: str) -> dict[str, Any]:
         metrics: dict[str, Any] = Store(run).read_json("metrics.json")
         return metrics
     except FileNotFoundError:
-        raise CompareError(
+        raise ShowError(
             f"{run!r} has no metrics.json: no run ended there; finish it with `cwpo run`"
         ) from None
 

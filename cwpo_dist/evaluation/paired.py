@@ -1,0 +1,118 @@
+"""One figure of several trials, seed by seed and item by item, in; means and intervals out.
+
+A seed draws split, initialisation and order anew. Two sources of chance are seen: between seeds,
+and between the items of one seed. The interval is the wider of two, so that neither few seeds that
+happen to agree nor few items make it too narrow: Student's over the seeds' means, and the normal's
+over items, clustered by prompt, across all seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cwpo_dist.evaluation.shares import Z95, AsDict, Floats, group_numbers
+
+POWER = 0.8
+_GRID = 20_001
+
+
+@dataclass(frozen=True)
+class Items:
+    """One figure's items of one seed.
+
+    Attributes:
+        names: [N] of the items (pair ids).
+        prompts: [N] what tells prompts apart.
+        values: [N] 1, 0 or between (accuracy), or any number.
+    """
+
+    names: Sequence[str]
+    prompts: Sequence[Hashable]
+    values: Floats
+
+
+@dataclass(frozen=True)
+class Mean(AsDict):
+    """A mean over seeds.
+
+    Attributes:
+        seeds: how many.
+        items: over all seeds.
+        mean: of the seeds' means; None without items.
+        low: lower end of its 95 % interval; None where nothing varies or one item is all.
+        high: upper end.
+        smallest: the smallest true effect that such a run finds with 80 % probability at the 5 %
+            level, (t_0.975 + t_0.8) standard errors.
+    """
+
+    seeds: int
+    items: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    smallest: float | None
+
+
+def over_seeds(found: Sequence[Items]) -> Mean:
+    """The mean of a figure."""
+    kept = [items for items in found if len(items.values)]
+    if not kept:
+        return Mean(0, 0, None, None, None, None)
+    means = np.array([items.values.mean() for items in kept])
+    n, count = len(kept), sum(len(items.values) for items in kept)
+    bounds = [_of_seeds(means), _of_items(kept)]
+    half, smallest = max(bounds, key=lambda bound: bound[0])
+    middle = float(means.mean())
+    if not half:
+        return Mean(n, count, middle, None, None, None)
+    return Mean(n, count, middle, middle - half, middle + half, smallest)
+
+
+def paired(ours: Mapping[int, Items], theirs: Mapping[int, Items]) -> Mean:
+    """The mean difference, ours − theirs, on the items and seeds that both have."""
+    differences = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        other = dict(zip(theirs[seed].names, theirs[seed].values.tolist(), strict=True))
+        places = [k for k, name in enumerate(ours[seed].names) if name in other]
+        names = [ours[seed].names[k] for k in places]
+        values = ours[seed].values[places] - np.array([other[name] for name in names])
+        prompts = [ours[seed].prompts[k] for k in places]
+        differences.append(Items(names, prompts, values))
+    return over_seeds(differences)
+
+
+def _of_seeds(means: Floats) -> tuple[float, float]:
+    """Half width and smallest effect by the spread between seeds; zeros for one seed."""
+    if len(means) < 2:
+        return 0.0, 0.0
+    error = float(means.std(ddof=1)) / math.sqrt(len(means))
+    sure, power = student(0.975, len(means) - 1), student(POWER, len(means) - 1)
+    return sure * error, (sure + power) * error
+
+
+def _of_items(found: Sequence[Items]) -> tuple[float, float]:
+    """The same by the spread between items; a prompt is one cluster over all seeds."""
+    deviations = [
+        (items.values - items.values.mean()) / (len(found) * len(items.values)) for items in found
+    ]
+    prompts = [prompt for items in found for prompt in items.prompts]
+    groups = group_numbers(prompts, len(prompts))
+    clusters = int(groups.max()) + 1
+    if clusters < 2:
+        return 0.0, 0.0
+    totals = np.bincount(groups, weights=np.concatenate(deviations))
+    error = math.sqrt(clusters / (clusters - 1) * float(np.sum(totals**2)))
+    return Z95 * error, (Z95 + 0.8416212335729143) * error
+
+
+def student(p: float, freedom: int) -> float:
+    """Student's quantile, to 1e-4: t = √ν·tan θ has a density proportional to cos^(ν−1) θ."""
+    theta = np.linspace(0, math.pi / 2, _GRID)
+    density = np.cos(theta) ** (freedom - 1)
+    half = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    angle = float(np.interp(abs(p - 0.5), half / half[-1] / 2, theta))
+    return math.copysign(math.sqrt(freedom) * math.tan(angle), p - 0.5)

@@ -1,0 +1,221 @@
+"""A configuration with a `compare` section in; all its trials run, their figures and page out.
+
+What runs share, by its key, is made once; the same command resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from cwpo_dist.config import ARMS, Config, ConfigError
+from cwpo_dist.evaluation.paired import Items, over_seeds, paired
+from cwpo_dist.report.comparison import FIGURES, PAGE, print_comparison, render_comparison
+from cwpo_dist.stages.checks import check
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.evaluate import ANSWERS, BASELINES, ITEMS
+from cwpo_dist.stages.graph import Node, graph
+from cwpo_dist.stages.report import device_hours
+from cwpo_dist.stages.run import device, versions
+from cwpo_dist.stages.side_by_side import Job, make_all
+from cwpo_dist.stages.trials import Trial, by_grid, names, section, trials, tuned, tuning
+from cwpo_dist.storage import MANIFEST, Store
+
+logger = logging.getLogger(__name__)
+
+Rates = Mapping[Trial, float]
+
+
+def compare(config: Config) -> str:
+    """Runs every trial with every seed, and writes `comparison.json` and `comparison.html`.
+
+    Returns:
+        The place of the page.
+
+    Raises:
+        ConfigError: for everything that would stop it later, before any worker starts.
+    """
+    chosen = check_trials(config)
+    rates, tried = _rates(config, chosen)
+    runs = {
+        (trial, seed): trial.configured(config, seed, rates[trial])
+        for trial in chosen
+        for seed in section(config).seeds
+    }
+    make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
+    found = collect(config, runs, tried)
+    root = Store(config.output_dir)
+    root.write(FIGURES, json.dumps(found, indent=1).encode())  # trials keep their order
+    root.write(PAGE, render_comparison(found).encode())
+    print_comparison(found)
+    return root.child(PAGE).uri
+
+
+def check_trials(config: Config) -> list[Trial]:
+    """The trials, when all of them can run."""
+    found = trials(config)
+    for run in by_grid(config, found):
+        check(run)
+    return found
+
+
+def _jobs(config: Config, arm: str) -> Iterator[Job]:
+    for node in graph(config, arm).values():
+        yield Job(config, node)
+
+
+def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, dict[str, Any]]]:
+    """Each trial's rate, and how good those tried were.
+
+    The rule is one for all: the highest share of held-out `validation` labels that the implicit
+    reward agrees with, with the first seed; of equal ones the smallest rate.
+    """
+    given = section(config).learning_rates or [config.align.learning_rate]
+    if not tuned(config):
+        return dict.fromkeys(chosen, given[0]), {}
+    runs = {(t, rate): tuning(config, t, rate) for t in chosen for rate in sorted(given)}
+    make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
+    tried: dict[Trial, dict[float, float]] = {trial: {} for trial in chosen}
+    for (trial, rate), run in runs.items():
+        agreement = _measured(run, trial.arm)["policy"]["agreement"]
+        if agreement["accuracy"] is None:
+            raise ConfigError("compare.learning_rates: validation has no labelled pair that fits")
+        tried[trial][rate] = agreement["accuracy"]
+    rates = {trial: max(told, key=lambda rate: told[rate]) for trial, told in tried.items()}
+    for trial, rate in rates.items():
+        logger.info("compare: %s takes learning rate %g", names(chosen)[trial], rate)
+    words = {
+        name: {f"{rate:g}": value for rate, value in tried[trial].items()}
+        for trial, name in names(chosen).items()
+    }
+    return rates, words
+
+
+def _evaluated(config: Config, arm: str) -> tuple[Store, Mapping[str, Node]]:
+    nodes = graph(config, arm)
+    return Context(config, Store(config.output_dir)).place(nodes["evaluate"]), nodes
+
+
+def _measured(config: Config, arm: str) -> dict[str, Any]:
+    metrics: dict[str, Any] = _evaluated(config, arm)[0].read_json("metrics.json")
+    return metrics
+
+
+def collect(
+    config: Config, runs: Mapping[tuple[Trial, int], Config], tried: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Every figure: means over seeds; differences of any two, paired by seed and item."""
+    told = names([*dict.fromkeys(trial for trial, _ in runs)])
+    baseline = section(config).baseline or next(iter(told.values()))
+    items = {name: _items(runs, trial) for trial, name in told.items()}
+    entries = {}
+    for trial, name in told.items():
+        single = [run for (other, _), run in runs.items() if other == trial]
+        entries[name] = {
+            "arm": trial.arm,
+            "loss": trial.loss,
+            "labelled_fraction": trial.labelled,
+            "flipped_labels": trial.flipped,
+            "learning_rate": single[0].align.learning_rate,
+            "figures": {k: over_seeds([*v.values()]).as_dict() for k, v in items[name].items()},
+            "against": {
+                other: {
+                    k: paired(v, items[other][k]).as_dict()
+                    for k, v in items[name].items()
+                    if k in items[other]
+                }
+                for other in items
+                if other != name
+            },
+            **_by_seed(trial, single),
+        }
+    return {
+        "run": {
+            "output_dir": config.output_dir,
+            "simulated_labels": config.simulated_labels,
+            "versions": dict(versions()),
+            "device": device(),
+        },
+        "seeds": section(config).seeds,
+        "baseline": baseline,
+        "tried": dict(tried),
+        "trials": entries,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _items(runs: Mapping[tuple[Trial, int], Config], trial: Trial) -> dict[str, dict[int, Items]]:
+    """Figure → seed → its items."""
+    found: dict[str, dict[int, Items]] = {}
+    for (other, seed), run in runs.items():
+        if other == trial:
+            for figure, items in _figures(_evaluated(run, trial.arm)[0]):
+                found.setdefault(figure, {})[seed] = items
+    return found
+
+
+def _figures(store: Store) -> Iterator[tuple[str, Items]]:
+    """What is known item by item: a tie counts a half, but in GRA, where it counts as a loss."""
+    rows = store.read_table(ITEMS).to_pylist()
+    yield "accuracy", _of(rows, [(1 + np.sign(row["margin"])) / 2 for row in rows])
+    if not store.exists(ANSWERS):
+        return
+    answers = store.read_table(ANSWERS).to_pylist()
+    for name in BASELINES:
+        rows = [row for row in answers if row["against"] == name]
+        if name == "common":
+            yield "length", _of(rows, [row["length"] for row in rows])
+        if rows and rows[0]["gold"] is not None:
+            won = [float(row["gold"] > row["baseline_gold"]) for row in rows]
+            yield f"gra_{name}", _of(rows, won)
+            ties = [float(row["gold"] == row["baseline_gold"]) for row in rows]
+            yield f"ties_{name}", _of(rows, ties)
+
+
+def _of(rows: list[dict[str, Any]], values: list[float]) -> Items:
+    return Items(
+        [row["pair_id"] for row in rows],
+        [row["prompt"] for row in rows],
+        np.array(values, dtype=np.float64),
+    )
+
+
+def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
+    """Figures that have no items: one number a seed, and their mean with Student's interval."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        store, nodes = _evaluated(run, trial.arm)
+        context = Context(run, Store(run.output_dir))
+        numbers = _single(context, nodes, store.read_json("metrics.json"))
+        if ARMS[trial.arm].labels == "human":  # no annotator's labels apply to it
+            numbers["labels_right"] = None
+        for name, value in numbers.items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return {
+        "by_seed": {name: _seeds(values) | {"values": values} for name, values in found.items()}
+    }
+
+
+def _single(
+    context: Context, nodes: Mapping[str, Node], metrics: dict[str, Any]
+) -> dict[str, float | None]:
+    manifests = {role: context.place(node).read_json(MANIFEST) for role, node in nodes.items()}
+    answers, kl, annotator = metrics["answers"] or {}, metrics["kl"], metrics["annotator"]
+    return {
+        "labels_right": annotator["agreement"]["accuracy"] if annotator else None,
+        "mean_weight": context.counts(nodes["weigh"])["mean_weight"],
+        "pairs": float(manifests["align"]["counts"]["rows"]),
+        "device_hours": sum(device_hours(nodes, manifests).values()),
+        "kl": kl["mean"] if kl else None,
+        **{f"length_controlled_{k}": v["length_controlled"] for k, v in answers.items()},
+    }
+
+
+def _seeds(values: list[float]) -> dict[str, Any]:
+    items = [Items(["all"], [k], np.array([value])) for k, value in enumerate(values)]
+    return over_seeds(items).as_dict()

@@ -1,0 +1,329 @@
+"""Comparing arms: trials and seeds, shared stages, honest intervals, and a whole small run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from small_run import small_config
+from tiny import save_tiny
+
+from cwpo_dist.config import Config, ConfigError, EvaluateConfig
+from cwpo_dist.config_file import load_config, parse_config
+from cwpo_dist.evaluation.answers import answer_figures, length_controlled, won
+from cwpo_dist.evaluation.paired import Items, over_seeds, paired, student
+from cwpo_dist.pairs.buckets import Shards, turned_labels
+from cwpo_dist.report.comparison import FIGURES, PAGE, render_comparison, tables
+from cwpo_dist.stages import run as stages
+from cwpo_dist.stages.comparison import compare
+from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
+from cwpo_dist.stages.graph import graph, members
+from cwpo_dist.stages.plan import plan
+from cwpo_dist.stages.show import show
+from cwpo_dist.stages.side_by_side import Job, need
+from cwpo_dist.stages.trials import names, planned, trials, tuning
+from cwpo_dist.storage import Store
+
+DEMO = Path(__file__).parents[1] / "cwpo_dist" / "demo" / "demo.yaml"
+
+
+def items(values: list[float], prompts: list[str] | None = None, first: int = 0) -> Items:
+    ids = [f"pair {first + k}" for k in range(len(values))]
+    return Items(ids, prompts or ids, np.array(values, dtype=np.float64))
+
+
+def test_students_quantiles_are_those_of_the_tables() -> None:
+    for freedom, value in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (30, 2.0423)):
+        assert student(0.975, freedom) == pytest.approx(value, rel=1e-3)
+    assert student(0.8, 4) == pytest.approx(0.9410, abs=1e-3)
+    assert student(0.2, 4) == pytest.approx(-0.9410, abs=1e-3)
+
+
+def test_a_mean_over_seeds_worked_by_hand() -> None:
+    """Means 0.5, 0.75, 1.0: their standard error is 0.25 / √3, and t with 2 degrees is 4.303."""
+    seeds = [items([0.5] * 40), items([0.75] * 40), items([1.0] * 40)]
+    found = over_seeds(seeds)
+    assert found.mean == pytest.approx(0.75)
+    half = 4.3027 * 0.25 / math.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((0.75 - half, 0.75 + half), rel=1e-3)
+    assert found.smallest == pytest.approx((4.3027 + 1.0607) * 0.25 / math.sqrt(3), rel=1e-3)
+
+
+def test_one_seed_has_the_interval_of_its_items_and_prompts_are_clusters() -> None:
+    values = [1.0, 0.0] * 50
+    alone = over_seeds([items(values)])
+    assert alone.seeds == 1
+    assert alone.high is not None
+    assert alone.high - 0.5 == pytest.approx(1.96 * math.sqrt(0.25 / 99), rel=1e-3)
+    doubled = over_seeds(
+        [items([v for v in values for _ in "ab"], [str(k // 2) for k in range(200)])]
+    )
+    assert doubled.high == pytest.approx(alone.high, rel=1e-6), "copies add nothing"
+    assert over_seeds([items([])]).mean is None
+    assert over_seeds([items([1.0])]).low is None
+
+
+def test_pairing_takes_away_what_both_share() -> None:
+    """Items differ widely, the difference is the same everywhere but in one item of each seed."""
+    rng = np.random.default_rng(0)
+    base = {seed: rng.normal(0, 5, 200) for seed in range(3)}
+    theirs = {seed: items(v.tolist()) for seed, v in base.items()}
+    ours = {seed: items((v + 0.5).tolist()) for seed, v in base.items()}
+    for seed in ours:
+        ours[seed].values[seed] += 1
+    found = paired(ours, theirs)
+    assert found.mean == pytest.approx(0.505)
+    assert found.low is not None
+    assert found.low > 0.49
+    alone = over_seeds(list(ours.values()))
+    assert alone.high is not None
+    assert alone.mean is not None
+    assert alone.high - alone.mean > 20 * (0.505 - found.low)
+    only = paired({0: items([1.0, 2.0], first=1)}, {0: items([0.0, 0.0], first=2), 1: items([9.0])})
+    assert (only.items, only.mean) == (1, 2.0), "items and seeds that both have"
+
+
+def test_a_win_that_length_bought_is_no_win_at_equal_length() -> None:
+    rng = np.random.default_rng(1)
+    longer = rng.normal(60, 50, 4000)
+    bought = (rng.random(4000) < 1 / (1 + np.exp(-3 * np.tanh(longer / 50)))).astype(float)
+    assert bought.mean() > 0.7
+    value = length_controlled(bought, longer)
+    assert value == pytest.approx(0.5, abs=0.04)
+    assert length_controlled(np.ones(50), np.zeros(50)) == pytest.approx(1.0, abs=0.02)
+    assert length_controlled(np.array([]), np.array([])) is None
+    equal = length_controlled(np.array([1.0, 0.5, 0.0, 1.0]), np.zeros(4))
+    assert equal == pytest.approx(0.625, abs=0.01)
+    assert won(np.array([2.0, 1.0, 0.0]), np.ones(3)).tolist() == [1.0, 0.5, 0.0]
+    figures = answer_figures([10, 20], [20, 20])
+    assert (figures.length, figures.baseline_length, figures.length_controlled) == (15, 20, None)
+
+
+def config(folder: Path, compare: dict[str, Any], **changes: Any) -> Config:
+    return parse_config(small_config(folder, **changes) | {"compare": compare})
+
+
+def test_trials_are_the_product_of_a_grid_and_name_what_differs(tmp_path: Path) -> None:
+    grids = [
+        {"arms": ["human", "cw"], "labelled_fractions": [0.3], "flipped_labels": [0.0, 0.1]},
+        {"arms": ["cw"], "labelled_fractions": [0.2]},
+    ]
+    found = trials(config(tmp_path, {"seeds": [3, 4], "grids": grids}))
+    assert list(names(found).values()) == [
+        "human, 30 % labelled, 0 % flipped",
+        "cw, 30 % labelled, 0 % flipped",
+        "human, 30 % labelled, 10 % flipped",
+        "cw, 30 % labelled, 10 % flipped",
+        "cw, 20 % labelled, 0 % flipped",
+    ]
+    run = found[3].configured(config(tmp_path, {"grids": grids}), 4, 0.5)
+    assert (run.seed, run.arms, run.align.learning_rate) == (4, ["human", "cw"], 0.5)
+    assert (run.prepare.labelled_fraction, run.prepare.flipped_labels) == (0.3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("compare", "changes", "fault"),
+    [
+        ({"seeds": [1, 1]}, {}, "compare.seeds"),
+        ({"learning_rates": [1e-3, 1e-4]}, {}, "prepare.validation_fraction"),
+        ({"baseline": "cv"}, {}, "compare.baseline: 'cv' is no trial; choose from cw"),
+        ({}, {"fit__seeds": [0, 1]}, "fit.seeds"),
+        ({"grids": [{"arms": ["cw"]}, {"arms": ["cw", "weak"]}]}, {}, "compare.grids"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, compare: dict[str, Any], changes: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        trials(config(tmp_path, compare, **changes))
+    with pytest.raises(ConfigError, match=r"compare\.grids\.0\.arms: 'cv' is unknown"):
+        config(tmp_path, {"grids": [{"arms": ["cv"]}]})
+
+
+def test_shared_stages_stand_once_and_rates_are_chosen_on_validation(tmp_path: Path) -> None:
+    compare = {
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 1e-4],
+        "grids": [{"arms": ["weak", "cw"], "losses": ["sigmoid", "ipo"]}],
+    }
+    made = config(tmp_path, compare, prepare__validation_fraction=0.2)
+    runs = list(planned(made))
+    assert len(runs) == 4 * 2 + 4 * 2, "each trial at each rate, then with each seed"
+    outputs = {node.path for run, arm in runs for node in graph(run, arm).values()}
+    counts = Counter(path.split("/")[0] for path in outputs)
+    assert counts["prepare"] == counts["fit"] == counts["annotate"] == counts["sft"] == 2
+    assert counts["reference"] == 2 + counts["align"] + 4, "tests of the rates, and of their best"
+    # Two rates with seed 0, one with seed 1, by trial: testing the best trains nothing again.
+    assert counts["align"] == 4 * 3
+    first = tuning(made, trials(made)[0], 1e-4)
+    assert (first.evaluate.split, first.evaluate.num_prompts, first.seed) == ("validation", 0, 0)
+    stages_of = {stage.stage: stage for stage in plan(made).stages}
+    assert stages_of["align"].work == "12 outputs"
+    assert stages_of["align"].tokens > stages_of["fit"].tokens
+
+
+def test_the_implicit_annotator_is_the_weak_model_after_sft_and_dpo(tmp_path: Path) -> None:
+    made = parse_config(small_config(tmp_path, arms=["weak", "ws_dpo"]))
+    ws, weak = graph(made, "ws_dpo"), graph(made, "weak")
+    (scores,) = members(ws["weigh"])
+    assert scores.stage == "implicit"
+    assert "fit" not in ws
+    assert ws["teacher_align"].settings["model"]["num_hidden_layers"] == 1
+    assert ws["teacher_align"].settings["learning_rate"] == made.fit.learning_rate
+    assert ws["teacher_sft"].settings["splits"] == ["labelled"]
+    assert ws["prepare"].key == weak["prepare"].key
+    assert ws["sft"].key != weak["sft"].key, "its labels are others"
+    elsewhere = made.model_copy(update={"evaluate": EvaluateConfig(split="validation")})
+    assert graph(elsewhere, "ws_dpo")["annotate"].key == scores.key, "wherever it is measured"
+    assert plan(made).stages
+
+
+def test_two_trainings_run_at_once_only_where_both_fit(tmp_path: Path) -> None:
+    made = parse_config(small_config(tmp_path, fit__num_workers=3))
+    fit = Job(made, graph(made, "cw")["fit"])
+    assert need(fit, {"CPU": 8.0, "GPU": 0.0}) == {"CPU": 1.5, "GPU": 0.0}
+    assert need(fit, {"CPU": 8.0, "GPU": 4.0}) == {"CPU": 1.5, "GPU": 3.0}
+    assert need(fit, {"CPU": 1.0, "GPU": 0.0})["CPU"] == 1.0, "more than all is waited for alone"
+
+
+def test_flipped_labels_are_so_many_training_ones_and_no_others() -> None:
+    n = 4000
+    ids = [f"{k:032x}" for k in range(n)]
+    splits = [("labelled", "unlabelled", "test", "validation")[k % 4] for k in range(n)]
+    labels = [("a", "b", None)[k % 3] for k in range(n)]
+    columns = {"pair_id": pa.array(ids), "split": pa.array(splits), "label": pa.array(labels)}
+
+    def turned(rate: float, seed: int = 0) -> set[int]:
+        shards = Shards("text", {}, 10, (0,), flipped=rate, seed=seed)
+        after = turned_labels(columns, shards).to_pylist()
+        moved = {k for k in range(n) if after[k] != labels[k]}
+        assert all({after[k], labels[k]} == {"a", "b"} for k in moved)
+        return moved
+
+    tenth = turned(0.1)
+    trained = [labels[k] for k in range(n) if splits[k] in ("labelled", "unlabelled")]
+    labelled = len(trained) - trained.count(None)
+    assert len(tenth) / labelled == pytest.approx(0.1, abs=0.02)
+    assert {splits[k] for k in tenth} == {"labelled", "unlabelled"}
+    assert tenth < turned(0.3), "more poison is the same poison and more"
+    assert tenth != turned(0.1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def compared(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """`cwpo compare` on the demo's configuration: its pairs and rule, on a tiny model."""
+    folder = tmp_path_factory.mktemp("compare")
+    save_tiny(folder / "model", "llama", 0)
+    changes = [
+        f"output_dir={folder / 'run'}",
+        f"weak.model_name_or_path={folder / 'model'}",
+        f"policy.model_name_or_path={folder / 'model'}",
+        f"prepare.sources.0.path={DEMO.parent / 'pairs.jsonl'}",
+        "prepare.sources.0.limit=90",
+        "weak.max_length=400",
+        "policy.max_length=400",
+        "weak.num_hidden_layers=1",
+        "evaluate.num_prompts=4",
+        "sft=none",
+        "evaluate.max_new_tokens=8",
+        "evaluate.kl=true",
+        "compare={seeds: [0], grids: [{arms: [human, cw]}]}",
+    ]
+    for name in ("fit", "align"):
+        changes += [f"{name}.max_steps=3", f"{name}.warmup_steps=1"]
+        # Two of them do not fit on four CPUs at once: stages run in this process, which on two
+        # cores is sooner done than starting others. Side by side they run in the long test.
+        changes += [f"{name}.num_workers=1", f"{name}.cpus_per_worker=2.1"]
+    for name in ("annotate", "reference", "evaluate"):
+        changes += [f"{name}.num_actors=1", f"{name}.cpus_per_actor=0.5"]
+    made = load_config(DEMO, changes)
+    compare(made)
+    return made
+
+
+def test_the_embedded_default_is_compared(compared: Config) -> None:
+    root = Path(compared.output_dir)
+    found = json.loads((root / FIGURES).read_text())
+    assert list(found["trials"]) == ["human", "cw"]
+    for name, trial in found["trials"].items():
+        accuracy = trial["figures"]["accuracy"]
+        assert 0 <= accuracy["mean"] <= 1
+        assert accuracy["items"] > 5
+        assert trial["figures"]["gra_common"]["items"] == 4
+        assert trial["by_seed"]["device_hours"]["mean"] > 0
+        assert abs(trial["by_seed"]["kl"]["mean"]) < 50
+        (other,) = set(found["trials"]) - {name}
+        assert trial["against"][other]["accuracy"]["items"] == accuracy["items"]
+    page = (root / PAGE).read_text()
+    assert "SIMULATED LABELS" in page
+    assert "<script" not in page
+    assert page == render_comparison(found)
+    assert show([str(root)]) == f"{root}/{PAGE}"
+
+
+def test_a_second_comparison_makes_nothing(
+    compared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_run(*_: Any) -> dict[str, Any]:
+        raise AssertionError("a finished stage ran again")
+
+    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
+    compare(compared)
+
+
+def test_pages_of_comparisons_say_what_was_not_run() -> None:
+    figure = {"seeds": 2, "items": 9, "mean": 0.5, "low": 0.4, "high": 0.6, "smallest": 0.2}
+    trial = {"learning_rate": 1e-4, "figures": {"accuracy": figure}, "by_seed": {}}
+    found = {
+        "run": {"output_dir": "<b>", "simulated_labels": False, "versions": {}, "device": "cpu"},
+        "seeds": [0, 1],
+        "baseline": "<b>",
+        "tried": {},
+        "trials": {"<b>": trial, "cw": trial | {"against": {"<b>": {"accuracy": figure}}}},
+        "config": {},
+    }
+    page = render_comparison(found)
+    assert "<b>" not in page
+    assert "not run" in page
+    (_, paired_table) = tables(found)
+    assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "+50.0", "20.0"]
+
+
+@pytest.mark.long
+def test_the_implicit_annotator_labels_and_stages_run_side_by_side(
+    ray_local: Any, tmp_path: Path
+) -> None:
+    """Two losses of two arms on four CPUs: alignments of half a CPU run at once, from Ray tasks."""
+    grids = [{"arms": ["labelled_only", "ws_dpo"], "losses": ["sigmoid", "ipo"]}]
+    made = config(
+        tmp_path,
+        {"seeds": [0], "grids": grids, "learning_rates": [1e-3, 3e-3]},
+        prepare__validation_fraction=0.2,
+        evaluate__num_prompts=0,
+    )
+    compare(made)
+    found = json.loads((Path(made.output_dir) / FIGURES).read_text())
+    assert set(found["tried"]) == set(found["trials"])
+    for name, trial in found["trials"].items():
+        told = found["tried"][name]
+        best = max(told.values())
+        assert told[f"{trial['learning_rate']:g}"] == best
+        assert ("labels_right" in trial["by_seed"]) == (trial["arm"] == "ws_dpo")
+    run = trials(made)[1].configured(made, 0)
+    assert trials(made)[1].arm == "ws_dpo"
+    (scores,) = members(graph(run, "ws_dpo")["weigh"])
+    nodes = graph(run, "ws_dpo")
+    context = Context(run, Store(run.output_dir))
+    told = ScoresIn(context.place(scores), 0).read(0)
+    after = read_log_probs(context.place(nodes["teacher_after"]), 0)
+    before = read_log_probs(context.place(nodes["teacher_before"]), 0)
+    assert told
+    for pair_id, (score_a, _) in told.items():
+        reward = made.align.beta * (after[pair_id][0] - before[pair_id][0])
+        assert score_a == pytest.approx(reward, abs=1e-4)
