@@ -142,7 +142,7 @@ def test_deepspeed_section() -> None:
     merged = deepspeed_config(make_config(hf_json, max_grad_norm=0.3), torch.bfloat16)
     assert merged["zero_optimization"]["stage"] == 3
     assert merged["zero_optimization"]["overlap_comm"] is True
-    assert merged["zero_optimization"]["reduce_bucket_size"] == 50_000_000
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 2**24
     assert merged["gradient_clipping"] == 0.3
     assert merged["bf16"] == {"enabled": True}
     assert merged["data_types"] == {"grad_accum_dtype": "fp32"}
