@@ -271,12 +271,19 @@ class AlignConfig(TrainingConfig):
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     lora: LoraConfig | None = LoraConfig()
-    loss_type: Literal["sigmoid", "ipo", "robust"] = Field(
-        "sigmoid", description="sigmoid: DPO; robust: rDPO (TRL's names)"
+    loss_type: str = Field(
+        "sigmoid",
+        description="TRL's names: sigmoid (DPO), ipo (summed, the paper's), ipo_norm (per token, "
+        "TRL's ipo), robust (rDPO), hinge, simpo, orpo",
     )
     beta: PositiveFloat = 0.5
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
-        0.1, description="ε of rDPO; read by loss_type robust only"
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
+        None,
+        description="ε: of robust its share of flipped labels (null: the paper's 0.1), of sigmoid "
+        "conservative DPO, of simpo the same (null: 0)",
+    )
+    simpo_gamma: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="γ, SimPO's target margin (null: TRL's 0.5)"
     )
     weight_normalization: Literal["none", "batch", "dataset"] | None = Field(
         None, description="overrides the arm's: none (paper), by ΣC of the batch, by mean C"
@@ -540,6 +547,8 @@ class Arm(Section):
     top_fraction: float | None = None
     temperature: Literal["fitted"] | None = None
     weight_normalization: Literal["none", "batch", "dataset"] = "none"
+    sampling: Literal["proportional"] | None = None  # C says how often, not how much
+    soft_labels: bool = False  # the annotator's probability in place of a weight
 
 
 # All presets in one table. `human*` arms alone may read labels of unlabelled rows.
@@ -555,5 +564,7 @@ ARMS: dict[str, Arm] = {
     ),
     "cw_calibrated": Arm(labels="annotator", weight_function="confidence", temperature="fitted"),
     "ensemble": Arm(labels="annotator", weight_function="lower_confidence"),
+    "proportional": Arm(labels="annotator", weight_function="confidence", sampling="proportional"),
+    "soft": Arm(labels="annotator", soft_labels=True),
     "top30": Arm(labels="annotator", top_fraction=0.3),
 }

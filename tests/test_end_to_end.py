@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from small_run import small_config
@@ -113,6 +114,7 @@ def test_preferences_follow_the_scores_and_the_paper(finished: Config) -> None:
         expected = 2 * (1 / (1 + math.exp(-margin)) - 0.5)  # eq. 8
         assert row["confidence"] == pytest.approx(expected, abs=1e-6)
         assert row["weight"] == row["confidence"]
+        assert row["probability"] == pytest.approx((1 + expected) / 2, abs=1e-6)
     weak = whole(place(finished, "weigh", "weak"), "preferences").to_pylist()
     assert {row["weight"] for row in weak} == {1.0}
     assert [row["chosen"] for row in weak] == [row["chosen"] for row in preferences]
@@ -124,6 +126,27 @@ def test_step_zero_of_dpo_is_ln2_times_the_mean_weight_of_its_batch(finished: Co
         first = figures["curves"]["align"][0]
         weight = first["weight"] if arm == "cw" else 1.0
         assert first["loss"] == pytest.approx(math.log(2) * weight, rel=1e-4), arm
+
+
+def test_soft_labels_and_a_loss_without_a_reference_run_to_the_end(finished: Config) -> None:
+    """Beside the first run, whose stages it shares up to `weigh`."""
+    align = finished.align.model_copy(update={"loss_type": "simpo"})
+    config = finished.model_copy(update={"align": align, "arms": ["soft"]})
+    run(config, until="evaluate")
+    nodes = graph(config, "soft")
+    assert "reference" not in nodes
+    assert place(config, "sft", "soft").root == place(finished, "sft").root
+    policy = place(config, "evaluate", "soft").read_json("metrics.json")["policy"]
+    assert policy["agreement"]["n"] > 0
+    chosen, weak = (
+        whole(place(finished if arm == "weak" else config, "weigh", arm), "preferences")
+        for arm in ("soft", "weak")
+    )
+    assert chosen["probability"].to_pylist() == weak["probability"].to_pylist()
+    first = json.loads(place(config, "align", "soft").read("metrics.jsonl").splitlines()[0])
+    margin, epsilon = first["rewards/margins"], 1 - np.mean(chosen["probability"].to_pylist())
+    rough = np.logaddexp(0, 0.5 - margin) * (1 - epsilon) + np.logaddexp(0, margin - 0.5) * epsilon
+    assert first["loss"] == pytest.approx(rough, rel=0.2)
 
 
 def test_models_load_with_the_stock_classes(finished: Config) -> None:

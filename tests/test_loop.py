@@ -152,6 +152,43 @@ def test_any_split_gives_the_same_gradient(
     assert float((total - gradient(whole)).norm()) < 1e-5 * float(gradient(whole).norm())
 
 
+def test_proportional_sampling_trains_on_drawn_pairs_of_weight_one() -> None:
+    """Resumed half-way it ends with the same weights; a pair without weight never comes."""
+    weights = [0.0] * 4 + WEIGHTS[4:]
+    task = make_task(weights=weights, sampling="proportional")
+    assert task.order.drawn == int(sum(weights))
+    run = make_run(max_steps=-1, num_train_epochs=2, global_batch_size=4)
+    whole, hooks = make_engine(), Record()
+    train(task, whole, run, hooks)
+    assert hooks.saves[-1] == 2 * math.ceil(task.order.drawn / 4)
+    assert {record["weight"] for record in hooks.records} == {1.0}
+    assert hooks.records[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    parts = make_engine()
+    with pytest.raises(Preempted):
+        train(task, parts, run, Record(stop_at=2))
+    again = make_task(weights=weights, sampling="proportional")
+    train(again, parts, run, Record(), start_step=3)
+    for ours, theirs in zip(parts.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "orpo"])
+def test_objectives_without_a_reference_read_token_counts(loss_type: str) -> None:
+    """Training them raises the reward margin, β times the mean log-prob a token."""
+    task = make_task(loss_type=loss_type, references=None)
+    engine, hooks = make_engine(), Record()
+    train(task, engine, make_run(max_steps=6, global_batch_size=len(ROWS)), hooks)
+    first_record, last = hooks.records[0], hooks.records[-1]
+    assert last["rewards/margins"] > first_record["rewards/margins"]
+    with torch.no_grad():
+        means = make_engine().module(collate(ROWS, "shared", 2))
+    means = means / torch.tensor([[len(answer) for answer in row.answers] for row in ROWS])
+    expected = 0.5 * float((means[:, 0] - means[:, 1]).mean())
+    assert first_record["rewards/margins"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(TaskError, match="needs references"):
+        make_task(references=None)
+
+
 def test_sft_is_the_mean_over_answer_tokens() -> None:
     """Against the stock model's own loss with labels."""
     rows = zero_ranks.make_rows(1)

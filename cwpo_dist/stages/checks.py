@@ -40,6 +40,7 @@ from cwpo_dist.lm.loading import (
     load_reward_model,
 )
 from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
+from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.sources import check as check_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
 from cwpo_dist.stages.graph import needs_annotator, weigh_settings
@@ -103,7 +104,8 @@ def check(config: Config, until: str | None = None) -> Checked:
     machines = tuple(available())
     sizes: dict[str, ModelSize] = {}
     faults = [*_source_faults(config), *_missing_models(config, until), *_gold_faults(config)]
-    faults += weighing_faults(config) if "align" in reached(config, until) else []
+    if "align" in reached(config, until):
+        faults += [*objective_faults(config), *weighing_faults(config)]
     for field, model, load in models(config, until):
         try:
             sizes[field] = _size(model, load)
@@ -196,7 +198,7 @@ def reached(config: Config, until: str | None) -> set[str]:
         return set()
     if until in labelling:
         return {"fit"} if until == "fit" else labelling
-    wanted = {"sft", "reference", "align", "evaluate"}
+    wanted = {"sft", "reference", "align", "evaluate"}  # `aligned` is `reference` of another model
     return wanted | labelling if needs_annotator(config) else wanted
 
 
@@ -213,6 +215,17 @@ def _gold_faults(config: Config) -> Iterator[str]:
             load_function(config.evaluate.gold_function)
         except ValueError as error:
             yield str(error)
+
+
+def objective_faults(config: Config) -> Iterator[str]:
+    """A loss that there is not, settings that it would ignore, or an arm that it cannot serve."""
+    found = []
+    for arm in config.arms:
+        try:
+            objective(config.align, soft_labels=ARMS[arm].soft_labels)
+        except ConfigError as error:
+            found.append(str(error))
+    yield from dict.fromkeys(found)  # most faults are every arm's
 
 
 def weighing_faults(config: Config) -> Iterator[str]:

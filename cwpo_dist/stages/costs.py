@@ -147,7 +147,11 @@ class Estimate:
 
     def _align(self, node: Node) -> Cost:
         sizes, lengths = self.checked.sizes[node.of], self.lengths[node.of]
-        return self._training(self._config(node).align, sizes, self.trained_on(node), lengths)
+        align = self._config(node).align
+        cost = self._training(align, sizes, self.trained_on(node), lengths)
+        if node.settings["sampling"] and align.max_steps <= 0:  # of C nothing is known
+            return replace(cost, work=f"{cost.work} at most; times the mean confidence")
+        return cost
 
     def _annotate(self, node: Node) -> Cost:
         field = "weak" if "fit" in node.inputs else ready_model(self.config, node)[0]

@@ -97,9 +97,9 @@ class Run:
     layout: Layout
     pad_id: int
 
-    def total_steps(self, n_rows: int) -> int:
+    def total_steps(self, epoch_rows: int) -> int:
         """Optimizer steps of the whole run."""
-        return total_steps(self.config, n_rows)
+        return total_steps(self.config, epoch_rows)
 
 
 class Hooks:
@@ -127,11 +127,11 @@ class Hooks:
         """Makes a checkpoint after `step` steps; called on all ranks."""
 
 
-def total_steps(config: TrainingConfig, n_rows: int) -> int:
-    """Optimizer steps of a run: `max_steps`, or `num_train_epochs` over the rows."""
+def total_steps(config: TrainingConfig, epoch_rows: int) -> int:
+    """Optimizer steps of a run: `max_steps`, or `num_train_epochs` of so many rows."""
     if config.max_steps > 0:
         return config.max_steps
-    per_epoch = steps_per_epoch(n_rows, config.global_batch_size)
+    per_epoch = steps_per_epoch(epoch_rows, config.global_batch_size)
     return math.ceil(config.num_train_epochs * per_epoch)
 
 
@@ -142,12 +142,12 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
         NonFiniteLoss: naming step and pairs; no update was made with it.
         Preempted: when a rank was told to stop; a checkpoint has been made.
     """
-    total = run.total_steps(len(task.rows))
+    total = run.total_steps(task.order.drawn)
     rate = learning_rates(run.config, total)
     meter = _Meter()
     for step in range(start_step, total):
         hooks.before_step(step)
-        epoch, indices = global_batch(len(task.rows), run.config.global_batch_size, run.seed, step)
+        epoch, indices = global_batch(task.order, run.config.global_batch_size, run.seed, step)
         result = gradients(task, engine, run, step, indices.tolist(), hooks)
         grad_norm = engine.step(rate(step))
         if not math.isfinite(grad_norm):

@@ -143,7 +143,7 @@ class _Rank:
         spec, tokenizer = self.spec, self.encoder.tokenizer
         layout = choose_layout(self.module, longest=spec.model.max_length).layout
         run = Run(spec.config, spec.seed, layout, tokenizer.pad_token_id)
-        total = run.total_steps(len(self.task.rows))
+        total = run.total_steps(self.task.order.drawn)
         start, attempt = self.resume()
         if self.rank == 0:
             _say(f"{spec.name}: {len(self.task.rows)} rows, step {start} of {total}, {layout} rows")
