@@ -21,6 +21,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names field, value and remedy."""
 
@@ -126,6 +129,9 @@ class TrainingConfig(Section):
             "save_minutes",
             "save_total_limit",
             "logging_steps",
+            "report_to",
+            "eval_steps",
+            "eval_pairs",
             "max_failures",
             "step_timeout_s",
             "per_device_train_batch_size",
@@ -167,6 +173,15 @@ class TrainingConfig(Section):
     )
     save_total_limit: PositiveInt = 2
     logging_steps: PositiveInt = 1
+    report_to: list[Tracker] = Field(
+        ["tensorboard"], description="tensorboard, mlflow, wandb; none: metrics.jsonl alone"
+    )
+    eval_steps: PositiveInt | None = Field(
+        None, description="held-out loss and accuracy every so many steps; null: never"
+    )
+    eval_pairs: PositiveInt = Field(
+        128, description="of `validation`, else of evaluate.split; the same ones each time"
+    )
     max_failures: Annotated[int, Field(ge=-1)] = 3
     step_timeout_s: PositiveFloat = Field(
         1800.0, description="no step for so long: stacks are dumped, the workers restarted"
@@ -201,6 +216,14 @@ class TrainingConfig(Section):
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers: {self.num_workers}; give [min, max], min first")
         return self
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        """`report_to: wandb` and `report_to: none` are how people write it."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value or []
 
     @model_validator(mode="before")
     @classmethod
@@ -514,10 +537,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Self:
-        """URIs are written into manifests and reports: secrets must not be in them."""
-        for field, uri in [("output_dir", self.output_dir)] + [
-            (f"prepare.sources.{i}.path", s.path) for i, s in enumerate(self.prepare.sources)
-        ]:
+        """URIs are written into manifests, reports and trackers: secrets must not be in them."""
+        models = {"weak": self.weak, "policy": self.policy}
+        models |= dict(self.annotate.ready()) | {"evaluate.gold_model": self.evaluate.gold_model}
+        named = [("output_dir", self.output_dir)]
+        named += [(f"prepare.sources.{i}.path", s.path) for i, s in enumerate(self.prepare.sources)]
+        named += [(f"{k}.model_name_or_path", m.model_name_or_path) for k, m in models.items() if m]
+        for field, uri in named:
             if "@" in urlsplit(uri).netloc:
                 raise ValueError(
                     f"{field}: the URI carries credentials; pass them by environment variables"

@@ -137,6 +137,8 @@ def bradley_terry(score_chosen_P: Tensor, score_rejected_P: Tensor) -> Tensor:
 
 def _cross_entropy(logits_P: Tensor, epsilon: float | Tensor) -> Tensor:
     """−(1−ε)·log σ(z) − ε·log σ(−z), [P]: the label is right with probability 1 − ε."""
+    if isinstance(epsilon, float) and epsilon == 0.0:  # finite for an infinite margin, too
+        return -logsigmoid(logits_P)
     return -(1 - epsilon) * logsigmoid(logits_P) - epsilon * logsigmoid(-logits_P)
 
 
@@ -227,5 +229,6 @@ def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objecti
 
 def _those_with(attribute: str) -> str:
     """The names of the objectives that have it, for a message."""
-    names = [n for n, o in OBJECTIVES.items() if getattr(o, attribute) not in (None, False)]
+    having = {name: getattr(found, attribute) for name, found in OBJECTIVES.items()}
+    names = [name for name, value in having.items() if value is not None and value is not False]
     return " or ".join(names)

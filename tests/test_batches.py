@@ -60,7 +60,10 @@ def test_over_all_offsets_a_row_is_drawn_as_often_as_its_share_says(shares, draw
     assert counts.tolist() == [share * drawn for share in shares]
 
 
-@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60).filter(any), st.integers(0, 99))
+@given(
+    st.lists(st.just(0.0) | st.floats(2**-20, 1, width=32), min_size=1, max_size=60).filter(any),
+    st.integers(0, 99),
+)
 def test_an_epoch_of_proportional_sampling_has_sum_of_c_rows_none_twice(weights, seed):
     order = proportional(weights)
     assert order.drawn == max(1, int(sum(round(w * 2**32) for w in weights) / 2**32))
@@ -100,6 +103,8 @@ def test_draws_depend_on_seed_and_step_alone():
 def test_weights_that_cannot_be_probabilities_are_refused(weights):
     with pytest.raises(ValueError, match="from 0 to 1"):
         proportional(weights)
+    with pytest.raises(ValueError, match="all are zero, or nearly"):
+        proportional([0.0, 1e-30])
 
 
 @given(lengths_st, st.integers(1, 4096), st.integers(1, 8))

@@ -10,12 +10,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from huggingface_hub import ModelCard
 from small_run import small_config
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
+from cwpo_dist.stages.export import export
 from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.run import run
 from cwpo_dist.stages.show import show
@@ -161,6 +168,32 @@ def test_models_load_with_the_stock_classes(finished: Config) -> None:
         for a, b in zip(aligned.parameters(), before.parameters(), strict=True)
     ]
     assert max(moved) > 0
+
+
+def test_the_export_is_a_folder_for_the_hub(finished: Config, tmp_path: Path) -> None:
+    """The card says what it was made from and where nothing lies; loaders find all they need."""
+    to = tmp_path / "out"
+    export(finished.output_dir, "cw", str(to))
+    card = ModelCard.load(to / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.base_model is None, "a folder is no hub id"
+    keys = {role: node.key for role, node in graph(finished, "cw").items()}
+    for role in ("prepare", "fit", "weigh", "align"):
+        assert f"| {role} | `{keys[role]}` |" in card.text
+    metrics = json.loads((Path(finished.output_dir) / "metrics.json").read_text())["arms"]["cw"]
+    for figure in (metrics["policy"]["agreement"], metrics["annotator"]["agreement"]):
+        assert f"{figure['accuracy']:.1%} of {figure['n']} (95 % interval" in card.text
+    assert "`confidence` of the margin, normalised by none" in card.text
+    assert "Simulated labels" in card.text
+    assert "`sigmoid`, β 0.1" in card.text
+    for file in to.rglob("*"):
+        assert str(finished.output_dir).encode() not in file.read_bytes(), file
+        assert str(Path(finished.output_dir).parent).encode() not in file.read_bytes(), file
+    names = {path.name for path in to.iterdir()}
+    assert {"generation_config.json", "tokenizer.json", "model.safetensors"} <= names
+    assert AutoTokenizer.from_pretrained(to).chat_template
+    assert GenerationConfig.from_pretrained(to).eos_token_id is not None
 
 
 def test_a_second_run_does_nothing(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:

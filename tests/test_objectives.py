@@ -267,7 +267,10 @@ def test_soft_labels_are_each_pairs_own_smoothing() -> None:
         (
             {"loss_type": "hinge", "label_smoothing": 0.2},
             False,
-            ["align.label_smoothing: 0.2 is not read by loss_type 'hinge'", "sigmoid or robust"],
+            [
+                "align.label_smoothing: 0.2 is not read by loss_type 'hinge'",
+                "sigmoid or robust or simpo",
+            ],
         ),
         ({"simpo_gamma": 1.0}, False, ["align.simpo_gamma: 1.0", "'sigmoid'", "take simpo"]),
         ({"loss_type": "robust"}, True, ["'robust' takes no soft labels", "sigmoid or simpo"]),

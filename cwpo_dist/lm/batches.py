@@ -72,6 +72,8 @@ def proportional(weights: Sequence[float]) -> Order:
             "them from 0 to 1"
         )
     shares = np.rint(np.array(weights, dtype=np.float64) * _UNIT).astype(np.int64)
+    if not shares.any():
+        raise ValueError("weights: all are zero, or nearly; nothing can be drawn in proportion")
     return Order(len(weights), max(1, int(shares.sum()) // _UNIT), shares)
 
 

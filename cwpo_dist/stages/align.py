@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from cwpo_dist.config import AlignConfig
@@ -14,6 +15,7 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages.context import Context, policy_of, read_log_probs
 from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import Normalization, Preference, Sampling
 from cwpo_dist.training.workers import TrainSpec, train
@@ -30,6 +32,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         model=policy_of(context, node),
         head="logps",
         make_task=weighted_pairs(context, node),
+        make_held_out=HeldOutPairs.of(context, node),
     )
     return train(spec)
 
@@ -114,3 +117,34 @@ class WeightedPairs:
             self.preferences, name, schema, columns
         ).to_pylist()
         return rows
+
+
+@dataclass(frozen=True)
+class HeldOutPairs(WeightedPairs):
+    """Loads the pairs by which training is followed: people's choices, weight 1.
+
+    Attributes:
+        watched: which they are.
+    """
+
+    watched: WatchedPairs | None = None
+
+    @classmethod
+    def of(cls, context: Context, node: Node) -> HeldOutPairs:
+        """Those of an `align` node."""
+        trained = weighted_pairs(context, node)
+        plain = replace(trained, normalization="none", sampling=None, soft_labels=False)
+        given = {field.name: getattr(plain, field.name) for field in fields(plain)}
+        return cls(**given, watched=watched_pairs(context, node, context.config.align))
+
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        assert self.watched is not None, "made by `of`"
+        return self.watched.labels()
+
+    def _preferences(self, index: int) -> list[dict[str, Any]]:
+        """What people said of all watched pairs; those of other shards have no tokens here."""
+        return [
+            {"pair_id": pair_id, "label": label, "weight": 1.0}
+            for pair_id, label in self._labels.items()
+        ]

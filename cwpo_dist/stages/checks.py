@@ -29,7 +29,6 @@ from cwpo_dist.config import (
     ConfigError,
     ModelConfig,
     PoolConfig,
-    PrepareConfig,
     TrainingConfig,
 )
 from cwpo_dist.evaluation.gold import load_function
@@ -43,7 +42,7 @@ from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.sources import check as check_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
-from cwpo_dist.stages.graph import needs_annotator, weigh_settings
+from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
@@ -245,7 +244,7 @@ def weighing_faults(config: Config) -> Iterator[str]:
             "weigh.calibration_split: 'labelled' holds what the annotator is trained on; give "
             "'validation'"
         )
-    if split == "validation" and not _has_validation(config.prepare):
+    if split == "validation" and watched_split(config) != "validation":
         yield (
             f"prepare.validation_fraction: 0, but {what} needs human labels there; raise it, or "
             "give a source with into: validation"
@@ -257,10 +256,6 @@ def weighing_faults(config: Config) -> Iterator[str]:
 def calibrated_arms(config: Config) -> list[str]:
     """The arms whose margins are divided by a fitted temperature."""
     return [a for a in config.arms if weigh_settings(config, ARMS[a])["temperature"] == "fitted"]
-
-
-def _has_validation(prepare: PrepareConfig) -> bool:
-    return prepare.validation_fraction > 0 or any(s.into == "validation" for s in prepare.sources)
 
 
 def _missing_models(config: Config, until: str | None) -> Iterator[str]:

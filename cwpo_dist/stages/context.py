@@ -52,6 +52,10 @@ class Context:
         splits = node.settings.get("splits")
         return PairsIn(self.place(_prepare(node)), tuple(splits) if splits else None)
 
+    def prepared(self, node: Node) -> Store:
+        """The folder of pairs that this node descends from."""
+        return self.place(_prepare(node))
+
     def shards(self, node: Node) -> int:
         """How many pair files `prepare` made for this node."""
         return int(self.counts(_prepare(node))["shards"])

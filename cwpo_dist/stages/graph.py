@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from cwpo_dist.config import (
     EvaluateConfig,
     ModelConfig,
     SftConfig,
+    Split,
     WeighConfig,
 )
 from cwpo_dist.lm.loading import model_fingerprint
@@ -239,7 +240,8 @@ def _policy_nodes(
     held_out = config.evaluate.split
     compares, _ = objective(config.align, soft_labels=arm.soft_labels)
     if compares.reference:
-        nodes["reference"] = _log_probs(policy, [*arm.splits, *_measured(config)], tokens, frozen)
+        splits = [*arm.splits, *_measured(config), watched_split(config)]
+        nodes["reference"] = _log_probs(policy, splits, tokens, frozen)
     nodes["weigh"] = Node("weigh", labels | weigh, scored)
     align = config.align.identity() | _identity(policy) | {"seed": config.seed}
     align["weight_normalization"] = config.align.weight_normalization or arm.weight_normalization
@@ -283,6 +285,14 @@ def weigh_settings(config: Config, arm: Arm) -> dict[str, Any]:
     }
 
 
+def watched_split(config: Config) -> Split:
+    """Where training may be followed on human labels: `validation`, else the judged split."""
+    prepare = config.prepare
+    if prepare.validation_fraction > 0 or any(s.into == "validation" for s in prepare.sources):
+        return "validation"
+    return config.evaluate.split
+
+
 def _joint_scale(weigh: dict[str, Any]) -> dict[str, Any]:
     """What of the weighting decides which answer several annotators choose together."""
     if weigh["temperature"] != "fitted":
@@ -297,7 +307,7 @@ def _measured(config: Config) -> list[str]:
 
 
 def _log_probs(
-    policy: ModelConfig, splits: list[str], tokens: Node, model: dict[str, Node]
+    policy: ModelConfig, splits: Sequence[str], tokens: Node, model: dict[str, Node]
 ) -> Node:
     settings = _identity(policy) | {"splits": sorted(set(splits))}
     return Node("reference", settings, {"tokens": tokens} | model)

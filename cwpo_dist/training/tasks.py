@@ -203,9 +203,16 @@ class Preference(Task):
         return float(len(indices))
 
     def metrics(self, outputs_PK: Tensor, indices: Indices) -> dict[str, float]:
-        """TRL's names: implicit rewards, unweighted, and the mean weight."""
+        """TRL's names: implicit rewards, unweighted; an estimate of KL; and the mean weight.
+
+        `kl` is the mean of log π_ref(y) − log π(y) over both answers, in nats an answer. It is
+        KL(π_ref‖π) for answers drawn from the reference, which a data set's only resemble, so it
+        says how far training has gone and may be negative.
+        """
         pairs = self._pairs(outputs_PK, indices)
-        chosen_P, rejected_P = OBJECTIVES[self.loss_type].rewards(pairs, self.beta)
+        found = OBJECTIVES[self.loss_type]
+        chosen_P, rejected_P = found.rewards(pairs, self.beta)
+        ratios_2P = torch.cat(pairs.ratios)
         return {
             "rewards/chosen": float(chosen_P.mean()),
             "rewards/rejected": float(rejected_P.mean()),
@@ -213,6 +220,7 @@ class Preference(Task):
             "rewards/margins": float((chosen_P - rejected_P).mean()),
             "logps/chosen": float(outputs_PK[:, 0].mean()),
             "logps/rejected": float(outputs_PK[:, 1].mean()),
+            **({"kl": float(-ratios_2P.mean())} if found.reference else {}),
             "weight": float(self._weights(outputs_PK, indices).mean()),
         }
 
