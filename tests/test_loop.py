@@ -456,4 +456,4 @@ def test_an_infinite_log_prob_is_refused_though_its_loss_is_finite() -> None:
     outputs[1, 1] = -math.inf  # of the rejected answer: −log σ(∞) = 0
     assert bool(torch.isfinite(task.losses(outputs, [3, 6])).all())
     with pytest.raises(NonFiniteLoss, match=r"step 8: .* 1 of 2 pairs .pair6."):
-        loop._finite_loss(task, 7, [3, 6], outputs)
+        loop.finite_loss(task, 7, [3, 6], outputs)

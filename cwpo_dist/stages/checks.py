@@ -43,6 +43,7 @@ from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.sources import check as check_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
+from cwpo_dist.training.tracking import missing
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
@@ -273,6 +274,11 @@ def _missing_models(config: Config, until: str | None) -> Iterator[str]:
         yield f"policy: arm {config.arms[0]!r} aligns a policy; give policy.model_name_or_path"
 
 
+def model_size(model: ModelConfig) -> ModelSize:
+    """The sizes of a causal language model."""
+    return _size(model, _policy)
+
+
 def _size(model: ModelConfig, load: Loader) -> ModelSize:
     module = load(model) if _is_here(model.model_name_or_path) else _from_hub(model, load)
     text = module.config.get_text_config()
@@ -336,7 +342,7 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
 def training_faults(
     name: str, training: TrainingConfig, machines: Iterable[Machine]
 ) -> Iterator[str]:
-    """Workers that fit on no nodes, and schedules that cannot be."""
+    """Workers that fit on no nodes, trackers that are not there, schedules that cannot be."""
     machines = list(machines)
     gpus = sum(machine.gpus for machine in machines)
     on_gpu = training.use_gpu is True or (training.use_gpu == "auto" and gpus > 0)
@@ -348,6 +354,8 @@ def training_faults(
             f"{described(machines)}, which has room for {places}; lower num_workers or "
             f"cpus_per_worker, or add nodes ({ELSEWHERE})"
         )
+    for fault in missing(training.report_to):
+        yield f"{name}.report_to: {fault}"
     if training.max_steps == 0:
         yield f"{name}.max_steps: 0 trains nothing; give -1 for whole epochs, or a number of steps"
     if 0 < training.max_steps <= training.warmup_steps:
