@@ -91,7 +91,7 @@ def _provenance(config: Config, arm: str, figures: Figures) -> Iterator[tuple[st
         weak = [_model(config.weak)] if config.weak is not None else []
         yield "annotator", ", ".join(ready or weak)
         yield "weight of a pair", _weight(config, arm)
-        yield "mean weight", f"{at(figures, 'mean_weight')}"
+        yield "mean weight", f"{at(figures, 'mean_weight') or 0:.3f}"
 
 
 def _model(model: ModelConfig) -> str:

@@ -239,7 +239,7 @@ class Estimate:
         lines = [
             f"{size.parameters / 1e6:,.1f} M parameters, {size.trained(training) / 1e6:,.1f} M of "
             f"them trained; a worker holds {parts} GiB",
-            f"under ZeRO 0 / 1 / 2 / 3 with {training.min_workers} workers: {stages} GiB",
+            f"under ZeRO 0 / 1 / 2 / 3 (num_workers {training.min_workers}): {stages} GiB",
         ]
         space = room(training, self.checked.machines, on_gpu)
         if space is not None:
