@@ -19,9 +19,6 @@ from cwpo_dist.stages.checks import ModelSize
 # Autograd keeps about the inputs and outputs of a layer's linear maps: of norms, of attention and
 # of the activation function there are few more. In numbers a token, over their sum.
 KEPT = 1.1
-CHUNK_LOGITS = 2**24  # of the head, at once
-CHUNK_COPIES = 3  # logits, their probabilities, their gradient
-BUCKET = 50_000_000  # numbers that ZeRO reduces at once
 IMPORTS = 2**30  # what torch, transformers, deepspeed and Ray take in a process, in bytes
 # Of GPUs by Ray's names for them; the smallest where one name has several sizes.
 GPU_GIB = {
@@ -44,28 +41,27 @@ class Memory:
     Attributes:
         weights: of the model, whole under ZeRO 0 to 2.
         gradients: of what is trained.
-        optimizer: AdamW's moments, the fp32 copy that ZeRO keeps, a step's temporaries.
-        activations: of a full micro-batch, with the head's logits.
+        optimizer: AdamW's moments, and the fp32 copy of the weights that ZeRO keeps.
+        activations: of a full micro-batch.
+        update: the gradients once more, as ZeRO flattens them for a step, when no activations are
+            held.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-
-    @property
-    def held(self) -> int:
-        """What does not depend on the micro-batch."""
-        return self.weights + self.gradients + self.optimizer
+    update: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.held + self.activations
+        """At the peak."""
+        held = self.weights + self.gradients + self.optimizer
+        return held + max(self.activations, self.update)
 
     def parts(self) -> dict[str, int]:
-        """By name."""
-        return asdict(self)
+        """Those that a reader knows, by name."""
+        return {name: held for name, held in asdict(self).items() if name != "update"}
 
 
 def training_memory(training: TrainingConfig, size: ModelSize, number: int) -> Memory:
@@ -76,17 +72,17 @@ def training_memory(training: TrainingConfig, size: ModelSize, number: int) -> M
         size: of its model.
         number: bytes of a weight, 4 or 2.
     """
-    trained, workers, zero = size.trained(training), training.num_workers, training.zero_stage
+    trained, workers, zero = size.trained(training), training.min_workers, training.zero_stage
     adapter = trained if training.lora is not None else 0
     shard = trained / (workers if zero >= 1 else 1)
-    copies = 2 + (zero >= 1)  # moments, and ZeRO's own fp32 weights
     return Memory(
         weights=round(number * (size.parameters + adapter) / (workers if zero >= 3 else 1)),
         gradients=round(number * trained / (workers if zero >= 2 else 1)),
-        optimizer=round(4 * shard * copies + 4 * shard),
+        optimizer=round(4 * shard * (3 if zero >= 1 else 2)),
         activations=round(
             training.max_tokens_per_micro_batch * activation_bytes(training, size, number)
         ),
+        update=round(4 * shard) if zero >= 1 else 0,
     )
 
 
@@ -107,8 +103,10 @@ def by_zero_stage(training: TrainingConfig, size: ModelSize, number: int) -> tup
 def largest_budget(training: TrainingConfig, size: ModelSize, number: int, room: int) -> int:
     """The largest `max_tokens_per_micro_batch` that fits in so many bytes, about; 0: none does."""
     empty = training.model_copy(update={"max_tokens_per_micro_batch": 0})
-    left = room - training_memory(empty, size, number).total
-    return max(0, int(left / activation_bytes(training, size, number)))
+    needs = training_memory(empty, size, number)
+    if needs.total > room:
+        return 0
+    return int((room - needs.total + needs.update) / activation_bytes(training, size, number))
 
 
 def room(training: TrainingConfig, machines: Sequence[Machine], on_gpu: bool) -> int | None:
@@ -126,5 +124,5 @@ def _share_of_node(training: TrainingConfig, machine: Machine) -> int:
     """What is left of a node's memory for each worker, when as many work there as have place."""
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     whole = (machine.resources or {}).get("memory", here)
-    workers = min(training.num_workers, max(1, int(machine.cpus / training.cpus_per_worker)))
+    workers = min(training.min_workers, max(1, int(machine.cpus / training.cpus_per_worker)))
     return int(whole / workers) - IMPORTS
