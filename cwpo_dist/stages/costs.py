@@ -20,8 +20,6 @@ from cwpo_dist.stages.graph import Node, ready_model, teacher_config
 from cwpo_dist.stages.memory import (
     Memory,
     by_zero_stage,
-    largest_budget,
-    room,
     training_memory,
 )
 from cwpo_dist.storage import Store
@@ -236,19 +234,12 @@ class Estimate:
         memory = training_memory(training, size, number)
         parts = ", ".join(f"{name} {_gib(held)}" for name, held in memory.parts().items())
         stages = " / ".join(_gib(m.total) for m in by_zero_stage(training, size, number))
-        lines = [
+        lines = (
             f"{size.parameters / 1e6:,.1f} M parameters, {size.trained(training) / 1e6:,.1f} M of "
             f"them trained; a worker holds {parts} GiB",
             f"under ZeRO 0 / 1 / 2 / 3 (num_workers {training.min_workers}): {stages} GiB",
-        ]
-        space = room(training, self.checked.machines, on_gpu)
-        if space is not None:
-            fits = largest_budget(training, size, number, space)
-            lines.append(
-                f"max_tokens_per_micro_batch: {training.max_tokens_per_micro_batch:,}; up to about "
-                f"{fits:,} fits in the {_gib(space)} GiB that a worker has here"
-            )
-        return memory, tuple(lines)
+        )
+        return memory, lines
 
     @property
     def _number_bytes(self) -> int:
