@@ -485,13 +485,6 @@ class Grid(Section):
     )
     flipped_labels: list[Fraction] | None = Field(None, description="null: prepare.flipped_labels")
 
-    @field_validator("losses")
-    @classmethod
-    def _known(cls, losses: list[str] | None) -> list[str] | None:
-        for loss in losses or []:
-            AlignConfig.model_validate({"loss_type": loss})
-        return losses
-
 
 class CompareConfig(Section):
     """What `cwpo compare` runs, each trial once a seed."""
