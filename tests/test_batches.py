@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.lm.batches import global_batch, plan_micro_batches, steps_per_epoch
+from cwpo_dist.lm.batches import (
+    global_batch,
+    plan_micro_batches,
+    proportional,
+    steps_per_epoch,
+    systematic,
+)
 
 lengths_st = st.lists(st.integers(1, 900), max_size=80)
 
@@ -38,6 +44,67 @@ def test_order_is_pinned_and_changes_with_seed_and_epoch():
 def test_callers_cannot_spoil_the_order():
     global_batch(5, 5, 0, 0)[1][:] = 0
     assert sorted(order(5, 0, 0)) == list(range(5))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any), st.integers(1, 12))
+def test_over_all_offsets_a_row_is_drawn_as_often_as_its_share_says(shares, drawn):
+    """Exactly: share × drawn times in Σ shares offsets, so the mean loss is Σ C·ℓ / ΣC."""
+    total = sum(shares)
+    counts = np.zeros(len(shares), dtype=int)
+    for offset in range(total):
+        rows = systematic(np.array(shares), drawn, offset)
+        assert len(rows) == drawn
+        np.add.at(counts, rows, 1)
+        if max(shares) * drawn <= total:
+            assert len(set(rows.tolist())) == drawn, "twice in one epoch"
+    assert counts.tolist() == [share * drawn for share in shares]
+
+
+@given(
+    st.lists(st.just(0.0) | st.floats(2**-20, 1, width=32), min_size=1, max_size=60).filter(any),
+    st.integers(0, 99),
+)
+def test_an_epoch_of_proportional_sampling_has_sum_of_c_rows_none_twice(weights, seed):
+    order = proportional(weights)
+    assert order.drawn == max(1, int(sum(round(w * 2**32) for w in weights) / 2**32))
+    for epoch in range(3):
+        rows = order.epoch(seed, epoch)
+        assert len(rows) == order.drawn
+        assert len(set(rows.tolist())) == order.drawn
+        assert all(weights[row] > 0 for row in rows)
+
+
+def test_over_many_epochs_inclusion_is_proportional_to_c():
+    weights = [0.0, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 0.3125]  # ΣC = 3
+    order, epochs = proportional(weights), 4000
+    assert order.drawn == 3
+    counts = np.zeros(len(weights))
+    for epoch in range(epochs):
+        np.add.at(counts, order.epoch(7, epoch), 1)
+    spread = np.sqrt(np.array(weights) * (1 - np.array(weights)) / epochs)
+    assert np.all(np.abs(counts / epochs - weights) <= 4 * spread)
+    assert counts[6] == epochs, "C = 1: in every epoch"
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    """A resumed run, or one of another world size, asks for a step and finds the same rows."""
+    weights = [0.1 + 0.8 * (i % 7) / 7 for i in range(40)]
+    whole = [global_batch(proportional(weights), 4, 3, step) for step in range(20)]
+    for step in (13, 2, 19):
+        epoch, rows = global_batch(proportional(list(weights)), 4, 3, step)
+        assert (epoch, rows.tolist()) == (whole[step][0], whole[step][1].tolist())
+    # Pinned: a run of last year must continue with the same rows.
+    assert whole[0][1].tolist() == [13, 20, 33, 19]
+    assert [epoch for epoch, _ in whole] == [step // 5 for step in range(20)]  # 17 rows in fours
+    assert whole[0][1].tolist() != global_batch(proportional(weights), 4, 4, 0)[1].tolist()
+
+
+@pytest.mark.parametrize("weights", [[], [0.5, 1.5], [-0.1, 0.5]])
+def test_weights_that_cannot_be_probabilities_are_refused(weights):
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        proportional(weights)
+    with pytest.raises(ValueError, match="all are zero, or nearly"):
+        proportional([0.0, 1e-30])
 
 
 @given(lengths_st, st.integers(1, 4096), st.integers(1, 8))

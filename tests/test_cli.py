@@ -118,6 +118,9 @@ def test_plan_says_what_each_stage_will_do(
     print_plan(planned)
     shown = capsys.readouterr().out
     assert re.search(r"prepare +weak, cw +\d+ labelled", shown)
+    flat = " ".join(shown.split())  # the terminal breaks long lines
+    assert re.search(r"fit: [\d.]+ M parameters, .* a worker holds weights .* activations", flat)
+    assert flat.count("align: under ZeRO 0 / 1 / 2 / 3 (num_workers 1): ") == 1, "both arms' alike"
     assert "labels are simulated" in shown
 
 
@@ -275,7 +278,11 @@ def linear_names(stored: dict[str, torch.Tensor]) -> list[str]:
 
 
 def finished_run(root: Store, arms: list[str]) -> None:
+    policy = {"model_name_or_path": "/private/place/model"}
+    config = {"output_dir": "/private/run", "prepare": {"sources": [{"path": "/private/p.jsonl"}]}}
     for arm in arms:
+        root.create_json(f"arms/{arm}/config.json", config | {"policy": policy, "arms": [arm]})
+        root.create_json(f"arms/{arm}/metrics.json", {"pairs": 3})
         root.create_json(f"arms/{arm}/stages.json", {"align": {"key": f"key-{arm}"}})
         root.create(f"align/key-{arm}/model/config.json", f'"{arm}"'.encode())
         root.create(f"align/key-{arm}/model/shards/1.safetensors", b"weights")
@@ -288,7 +295,7 @@ def test_export_copies_the_aligned_model_and_nothing_else(tmp_path: Path) -> Non
     to = tmp_path / "out"
     assert export(str(tmp_path / "run"), "weak", str(to)) == str(to)
     files = sorted(path.relative_to(to).as_posix() for path in to.rglob("*") if path.is_file())
-    assert files == ["config.json", "shards/1.safetensors"]
+    assert files == ["README.md", "config.json", "shards/1.safetensors"]
     assert json.loads((to / "config.json").read_text()) == "weak"
 
 
@@ -299,13 +306,15 @@ def test_export_gives_the_adapter_alone_where_there_is_one(tmp_path: Path) -> No
         export(run, "cw", str(to), adapter=True)
     Store(run).create("align/key-cw/adapter/adapter_config.json", b"{}")
     export(run, "cw", str(to), adapter=True)
-    assert [path.name for path in to.rglob("*")] == ["adapter_config.json"]
+    assert sorted(path.name for path in to.rglob("*")) == ["README.md", "adapter_config.json"]
+    assert "library_name: peft" in (to / "README.md").read_text()
 
 
 def test_export_reads_and_writes_s3(s3_store: Store) -> None:
     finished_run(s3_store, ["cw"])
     export(s3_store.uri, None, f"{s3_store.uri}-out")
-    assert Store(f"{s3_store.uri}-out").names() == ["config.json", "shards/1.safetensors"]
+    names = Store(f"{s3_store.uri}-out").names()
+    assert names == ["README.md", "config.json", "shards/1.safetensors"]
 
 
 def test_export_refuses_with_the_choice_there_is(tmp_path: Path) -> None:

@@ -43,7 +43,6 @@ def fault(**changes: Any) -> str:
             ["prepare.labelled_fraction", "less than or equal to 1", "got 1.5"],
         ),
         ({"align": {"beta": 0}}, ["align.beta", "greater than 0", "got 0"]),
-        ({"align": {"loss_type": "hinge"}}, ["align.loss_type", "'sigmoid'", "got 'hinge'"]),
         ({"align": {"label_smoothing": 0.5}}, ["align.label_smoothing", "less than 0.5"]),
         ({"fit": {"zero_stage": 4}}, ["fit.zero_stage", "0, 1, 2 or 3", "got 4"]),
         ({"weak": {}}, ["weak.model_name_or_path", "missing"]),

@@ -7,14 +7,22 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from huggingface_hub import ModelCard
 from small_run import small_config
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
+from cwpo_dist.stages.export import export
 from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.run import run
 from cwpo_dist.stages.show import show
@@ -113,6 +121,7 @@ def test_preferences_follow_the_scores_and_the_paper(finished: Config) -> None:
         expected = 2 * (1 / (1 + math.exp(-margin)) - 0.5)  # eq. 8
         assert row["confidence"] == pytest.approx(expected, abs=1e-6)
         assert row["weight"] == row["confidence"]
+        assert row["probability"] == pytest.approx((1 + expected) / 2, abs=1e-6)
     weak = whole(place(finished, "weigh", "weak"), "preferences").to_pylist()
     assert {row["weight"] for row in weak} == {1.0}
     assert [row["chosen"] for row in weak] == [row["chosen"] for row in preferences]
@@ -124,6 +133,27 @@ def test_step_zero_of_dpo_is_ln2_times_the_mean_weight_of_its_batch(finished: Co
         first = figures["curves"]["align"][0]
         weight = first["weight"] if arm == "cw" else 1.0
         assert first["loss"] == pytest.approx(math.log(2) * weight, rel=1e-4), arm
+
+
+def test_soft_labels_and_a_loss_without_a_reference_run_to_the_end(finished: Config) -> None:
+    """Beside the first run, whose stages it shares up to `weigh`."""
+    align = finished.align.model_copy(update={"loss_type": "simpo"})
+    config = finished.model_copy(update={"align": align, "arms": ["soft"]})
+    run(config, until="evaluate")
+    nodes = graph(config, "soft")
+    assert "reference" not in nodes
+    assert place(config, "sft", "soft").root == place(finished, "sft").root
+    policy = place(config, "evaluate", "soft").read_json("metrics.json")["policy"]
+    assert policy["agreement"]["n"] > 0
+    chosen, weak = (
+        whole(place(finished if arm == "weak" else config, "weigh", arm), "preferences")
+        for arm in ("soft", "weak")
+    )
+    assert chosen["probability"].to_pylist() == weak["probability"].to_pylist()
+    first = json.loads(place(config, "align", "soft").read("metrics.jsonl").splitlines()[0])
+    margin, epsilon = first["rewards/margins"], 1 - np.mean(chosen["probability"].to_pylist())
+    rough = np.logaddexp(0, 0.5 - margin) * (1 - epsilon) + np.logaddexp(0, margin - 0.5) * epsilon
+    assert first["loss"] == pytest.approx(rough, rel=0.2)
 
 
 def test_models_load_with_the_stock_classes(finished: Config) -> None:
@@ -138,6 +168,32 @@ def test_models_load_with_the_stock_classes(finished: Config) -> None:
         for a, b in zip(aligned.parameters(), before.parameters(), strict=True)
     ]
     assert max(moved) > 0
+
+
+def test_the_export_is_a_folder_for_the_hub(finished: Config, tmp_path: Path) -> None:
+    """The card says what it was made from and where nothing lies; loaders find all they need."""
+    to = tmp_path / "out"
+    export(finished.output_dir, "cw", str(to))
+    card = ModelCard.load(to / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.base_model is None, "a folder is no hub id"
+    keys = {role: node.key for role, node in graph(finished, "cw").items()}
+    for role in ("prepare", "fit", "weigh", "align"):
+        assert f"| {role} | `{keys[role]}` |" in card.text
+    metrics = json.loads((Path(finished.output_dir) / "metrics.json").read_text())["arms"]["cw"]
+    for figure in (metrics["policy"]["agreement"], metrics["annotator"]["agreement"]):
+        assert f"{figure['accuracy']:.1%} of {figure['n']} (95 % interval" in card.text
+    assert "`confidence` of the margin, normalised by none" in card.text
+    assert "Simulated labels" in card.text
+    assert "`sigmoid`, β 0.1" in card.text
+    for file in to.rglob("*"):
+        assert str(finished.output_dir).encode() not in file.read_bytes(), file
+        assert str(Path(finished.output_dir).parent).encode() not in file.read_bytes(), file
+    names = {path.name for path in to.iterdir()}
+    assert {"generation_config.json", "tokenizer.json", "model.safetensors"} <= names
+    assert AutoTokenizer.from_pretrained(to).chat_template
+    assert GenerationConfig.from_pretrained(to).eos_token_id is not None
 
 
 def test_a_second_run_does_nothing(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,23 @@ def test_arms_with_the_same_labels_share_all_but_weighing_and_aligning(folder: P
     assert len({table["align"] for table in tables}) == 4
 
 
+def test_objectives_without_a_reference_skip_its_stage(folder: Path) -> None:
+    for loss_type in ("simpo", "orpo"):
+        made = keys(folder, align__loss_type=loss_type)
+        assert keys(folder).keys() - made.keys() == {"reference"}
+    with pytest.raises(ConfigError, match=r"align\.loss_type: 'simppo' is unknown; choose from"):
+        keys(folder, align__loss_type="simppo")
+    with pytest.raises(ConfigError, match="'hinge' takes no soft labels"):
+        keys(folder, "soft", align__loss_type="hinge")
+
+
+def test_sampling_and_soft_labels_change_the_alignment_alone(folder: Path) -> None:
+    arms = ["cw", "proportional", "weak", "soft"]
+    cw, proportional, weak, soft = (keys(folder, arm, arms=arms) for arm in arms)
+    assert changed(cw, proportional) == ALIGNED
+    assert changed(weak, soft) == ALIGNED
+
+
 def test_how_and_where_work_is_done_changes_no_key(folder: Path) -> None:
     after = keys(
         folder,

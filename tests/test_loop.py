@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from cwpo_dist.config import LoraConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch
+from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import Row, collate
-from cwpo_dist.training import loop
+from cwpo_dist.training import held_out, loop
 from cwpo_dist.training.checkpoint import trainable
 from cwpo_dist.training.loop import (
     Hooks,
@@ -32,6 +34,7 @@ from cwpo_dist.training.loop import (
     train,
 )
 from cwpo_dist.training.lora import add_lora
+from cwpo_dist.training.meter import PARTS
 from cwpo_dist.training.optim import learning_rates, make_optimizer
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task, TaskError
 
@@ -152,6 +155,43 @@ def test_any_split_gives_the_same_gradient(
     assert float((total - gradient(whole)).norm()) < 1e-5 * float(gradient(whole).norm())
 
 
+def test_proportional_sampling_trains_on_drawn_pairs_of_weight_one() -> None:
+    """Resumed half-way it ends with the same weights; a pair without weight never comes."""
+    weights = [0.0] * 4 + WEIGHTS[4:]
+    task = make_task(weights=weights, sampling="proportional")
+    assert task.order.drawn == int(sum(weights))
+    run = make_run(max_steps=-1, num_train_epochs=2, global_batch_size=4)
+    whole, hooks = make_engine(), Record()
+    train(task, whole, run, hooks)
+    assert hooks.saves[-1] == 2 * math.ceil(task.order.drawn / 4)
+    assert {record["weight"] for record in hooks.records} == {1.0}
+    assert hooks.records[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    parts = make_engine()
+    with pytest.raises(Preempted):
+        train(task, parts, run, Record(stop_at=2))
+    again = make_task(weights=weights, sampling="proportional")
+    train(again, parts, run, Record(), start_step=3)
+    for ours, theirs in zip(parts.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "orpo"])
+def test_objectives_without_a_reference_read_token_counts(loss_type: str) -> None:
+    """Training them raises the reward margin, β times the mean log-prob a token."""
+    task = make_task(loss_type=loss_type, references=None)
+    engine, hooks = make_engine(), Record()
+    train(task, engine, make_run(max_steps=6, global_batch_size=len(ROWS)), hooks)
+    first_record, last = hooks.records[0], hooks.records[-1]
+    assert last["rewards/margins"] > first_record["rewards/margins"]
+    with torch.no_grad():
+        means = make_engine().module(collate(ROWS, "shared", 2))
+    means = means / torch.tensor([[len(answer) for answer in row.answers] for row in ROWS])
+    expected = 0.5 * float((means[:, 0] - means[:, 1]).mean())
+    assert first_record["rewards/margins"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(TaskError, match="needs references"):
+        make_task(references=None)
+
+
 def test_sft_is_the_mean_over_answer_tokens() -> None:
     """Against the stock model's own loss with labels."""
     rows = zero_ranks.make_rows(1)
@@ -181,6 +221,7 @@ def test_preference_metrics_by_hand() -> None:
         "rewards/margins": pytest.approx((1.5 - 1.0) / 2),
         "logps/chosen": -2.0,
         "logps/rejected": -2.5,
+        "kl": pytest.approx((-1.0 + 2.0 + 2.0 + 0.0) / 4),
         "weight": 0.75,
     }
     loss = task.losses(outputs, [0, 1])
@@ -207,6 +248,57 @@ def test_log_counts_tokens_and_padding() -> None:
     train(make_task(), make_engine(), make_run(1, max_steps=1), alone)  # a row a micro-batch
     assert alone.records[0]["padding"] == 0
     assert alone.records[0]["pairs_per_step"] == 8
+
+
+def test_every_record_says_where_the_time_went_and_what_it_was_good_for() -> None:
+    hooks, engine = Record(), make_engine()
+    run = replace(make_run(130, logging_steps=2), flops=useful_flops(engine.module))
+    started = time.perf_counter()
+    train(make_task(), engine, run, hooks)
+    for record in hooks.records:
+        spent = [record[f"time/{part}"] for part in PARTS]
+        step = record["pairs_per_step"] / record["pairs_per_second"]
+        assert all(seconds >= 0 for seconds in spent)
+        assert record["time/forward"] > 0
+        assert record["time/backward"] > 0
+        assert 0.8 * step < sum(spent) <= step
+        pairs = run.flops.forward(ROWS) * 3 / len(ROWS)  # about: the rows differ
+        rate = pairs * record["pairs_per_second"]
+        assert record["useful_flops_per_second"] == pytest.approx(rate, rel=0.5)
+        assert "mfu" not in record, "nobody states the peak of this CPU"
+    assert (
+        sum(1 / r["pairs_per_second"] for r in hooks.records) * 16 < time.perf_counter() - started
+    )
+    assert [record["epoch"] for record in hooks.records] == [2 / 3, 4 / 3]
+
+
+def test_held_out_numbers_are_those_of_the_whole_set_and_leave_training_alone() -> None:
+    """Also under LoRA with dropout, whose random numbers must not be touched."""
+
+    def engine() -> TorchEngine:
+        model = tiny.tiny_causal_lm("llama", 0)
+        adapted = add_lora(model, LoraConfig(r=2, lora_dropout=0.5), "logps", 0)
+        return TorchEngine(AnswerLogProbs(adapted), make_config())
+
+    class Watches(Record):
+        def evaluate(self, step: int) -> dict[str, float]:
+            return held_out.evaluate(watched, watching, run, step)
+
+    watched = make_task(weights=[1.0] * len(ROWS))
+    run, quiet, watching, hooks = make_run(130, eval_steps=2), engine(), engine(), Watches()
+    train(make_task(), quiet, make_run(130), Record())
+    train(make_task(), watching, run, hooks)
+    for ours, theirs in zip(watching.module.parameters(), quiet.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert ["eval_loss" in record for record in hooks.records] == [False, True, False, True]
+    watching.module.eval()
+    with torch.no_grad():
+        outputs = watching.module(collate(ROWS, "shared", 2)).double()
+    expected = watched.metrics(outputs, range(len(ROWS)))
+    for name in ("rewards/accuracies", "rewards/margins", "kl"):
+        assert hooks.records[-1][f"eval_{name}"] == pytest.approx(expected[name], rel=1e-4), name
+    mean = float(watched.losses(outputs, range(len(ROWS))).mean())
+    assert hooks.records[-1]["eval_loss"] == pytest.approx(mean, rel=1e-4)
 
 
 def test_order_is_each_pair_once_an_epoch() -> None:
@@ -364,4 +456,4 @@ def test_an_infinite_log_prob_is_refused_though_its_loss_is_finite() -> None:
     outputs[1, 1] = -math.inf  # of the rejected answer: −log σ(∞) = 0
     assert bool(torch.isfinite(task.losses(outputs, [3, 6])).all())
     with pytest.raises(NonFiniteLoss, match=r"step 8: .* 1 of 2 pairs .pair6."):
-        loop._finite_loss(task, 7, [3, 6], outputs)
+        loop.finite_loss(task, 7, [3, 6], outputs)

@@ -10,6 +10,7 @@ import pytest
 
 from cwpo_dist.config import Config, LoraConfig, Source
 from cwpo_dist.config_file import load_config
+from cwpo_dist.objectives import objective
 from cwpo_dist.stages.trials import names, section, trials
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
@@ -68,7 +69,9 @@ def test_a_recipe_has_the_papers_settings(data: str, models: str) -> None:
     assert fit.lora is None
     assert (sft.num_train_epochs, sft.learning_rate, sft.global_batch_size) == (3, 1e-5, 16 * 4)
     assert (align.num_train_epochs, align.learning_rate) == (5, 5e-6)
-    assert (align.global_batch_size, align.beta, align.label_smoothing) == (16 * 4, 0.5, 0.1)
+    assert (align.global_batch_size, align.beta) == (16 * 4, 0.5)
+    robust = align.model_copy(update={"loss_type": "robust"})
+    assert objective(robust)[1].label_smoothing == 0.1
     for training in (sft, align):
         assert training.lora == lora
         assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 100)

@@ -19,9 +19,11 @@ import tiny
 import torch
 import torch.distributed as dist
 import zero_ranks
+from mlflow.tracking import MlflowClient
 from peft import PeftModel
 from ray_task import Mishap
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -271,6 +273,54 @@ def test_the_drivers_word_stops_workers(alone: TrainSpec, monkeypatch: pytest.Mo
     assert found.step == 1
 
 
+def test_trackers_follow_a_run_over_its_restart(
+    alone: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run in each tracker with every step once, held-out numbers among them, and no secret."""
+    secret = "5ecret" * 7
+    settings = {
+        "MLFLOW_TRACKING_URI": f"file://{tmp_path}/mlflow",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_API_KEY": secret,
+        "AWS_SECRET_ACCESS_KEY": secret,
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    changes = {"report_to": ["tensorboard", "mlflow", "wandb"], "eval_steps": 3}
+    config = alone.config.model_copy(update=changes)
+    held_out = partial(zero_ranks.load_task, "none")
+    spec = replace(alone, config=config, make_held_out=held_out)
+    monkeypatch.setattr("cwpo_dist.training.worker.ASK_DRIVER_S", 0.0)
+    for stops in (True, False):
+        stop = workers.threading.Event()
+        monkeypatch.setattr("cwpo_dist.training.worker.told_to_stop", stop)
+        with Lease.acquire(spec.store) as lease:
+            if stops:
+                stop.set()
+            outcome = workers._worker({"spec": spec, "token": lease.token})
+        assert ("error" in outcome) == stops
+    records = [json.loads(line) for line in spec.store.read("metrics.jsonl").splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    assert [r["step"] for r in records if "eval_rewards/accuracies" in r] == [3, 6]
+    losses = [(record["step"], pytest.approx(record["loss"])) for record in records]
+    events = EventAccumulator(spec.store.path("tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == losses
+    assert [event.step for event in events.Scalars("eval/kl")] == [3, 6]
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("cwpo_dist").experiment_id])
+    points = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in points] == losses
+    assert run.data.params["learning_rate"] == str(config.learning_rate)
+    offline = [path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert len(set(offline)) == 1, "one identity for both attempts"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
 def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
     """SIGTERM to one rank, a rerun, SIGKILL of the other: the same weights as one plain process.
 
@@ -280,6 +330,8 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
     spec = zero_ranks.make_spec("align-lora", tmp_path, cpus_per_worker=0.5)
     mishaps = (Mishap("SIGTERM", 1, 1, tmp_path), Mishap("SIGKILL", 0, 3, tmp_path))
     spec = with_task(spec, partial(ray_task.preferences, mishaps=mishaps))
+    watched = spec.config.model_copy(update={"eval_steps": 3})
+    spec = replace(spec, config=watched, make_held_out=partial(zero_ranks.load_task, "none"))
     with Lease.acquire(spec.store), pytest.raises(LeaseHeld):
         workers.train(spec)
     with pytest.raises(Preempted, match="checkpoint at step 2 of 6"):
@@ -289,6 +341,10 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("SIG*")} == {"SIGTERM-1-1", "SIGKILL-0-3"}
     records = [json.loads(line) for line in spec.store.read("metrics.jsonl").splitlines()]
     assert [record["step"] for record in records] == list(range(1, 7))
+    assert ["eval_loss" in record for record in records] == [False, False, True] * 2
+    events = EventAccumulator(spec.store.path("tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 7))
     adapter = load_file(spec.store.path("adapter/adapter_model.safetensors"))
     ours = {name.replace(".weight", ".default.weight"): value for name, value in adapter.items()}
     assert_close(ours, oracle_weights("align-lora"))

@@ -65,7 +65,7 @@ class AnnotatorAccuracy(AsDict):
 
 @dataclass(frozen=True)
 class PolicyAccuracy(AsDict):
-    """A policy's implicit reward β·log(π/π_ref) against held-out human labels.
+    """A policy's implicit reward, β·log(π/π_ref) or β·log π/|y|, against held-out human labels.
 
     Attributes:
         agreement: the answer with the higher implicit reward wins.
@@ -169,9 +169,10 @@ def policy_accuracy(
     """Measures a policy's implicit reward on held-out human pairs.
 
     Args:
-        logp_a: [N], summed log-probs of the first answers under the policy, in nats.
+        logp_a: [N], log-probs of the first answers under the policy, in nats: summed, or a token's
+            mean where the objective has no reference.
         logp_b: [N], of the second answers.
-        ref_logp_a: [N], the same under the reference.
+        ref_logp_a: [N], the same under the reference; 0 where there is none.
         ref_logp_b: [N], the same under the reference.
         labels: [N], the human's choice, `a` or `b`; None where there is none.
         beta: the β of the loss.

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cwpo_dist.lm.rows import Layout
+
+_UNIT = 2**32  # of a weight of 1, in whole numbers: Σ stays below 2⁶³ for two thousand million rows
 
 
 def steps_per_epoch(n: int, batch: int) -> int:
@@ -23,11 +26,76 @@ def steps_per_epoch(n: int, batch: int) -> int:
     return -(-n // batch)
 
 
-def global_batch(n: int, batch: int, seed: int, step: int) -> tuple[int, NDArray[np.int64]]:
+@dataclass(frozen=True, eq=False)  # compared, and cached, as the object that it is
+class Order:
+    """What decides the rows of an epoch, beside its seed.
+
+    Attributes:
+        rows: of the data set.
+        drawn: rows of an epoch; all of them, each once, unless `shares` draws among them.
+        shares: [rows] whole numbers, as often as a row is drawn in Σ shares / drawn epochs of ever
+            other offsets; None: each row once an epoch.
+    """
+
+    rows: int
+    drawn: int
+    shares: NDArray[np.int64] | None = None
+
+    def epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The row indices of one epoch, in their order."""
+        permutation = _permutation(self.rows, seed, epoch)
+        return permutation if self.shares is None else _drawn(self, seed, epoch)
+
+
+def uniform(rows: int) -> Order:
+    """Every row once an epoch."""
+    return Order(rows, rows)
+
+
+def proportional(weights: Sequence[float]) -> Order:
+    """An epoch of ⌊ΣC⌋ rows (at least 1), in which a row of weight C is with probability ∝ C.
+
+    By systematic sampling: rows lie end to end in the epoch's random order, each as long as its
+    weight, and are taken where evenly spaced points fall, from a random offset on. So an epoch has
+    the same number of rows whatever the offset, and no row twice. Σ ℓ over it has in expectation
+    the gradient of Σ C·ℓ over all rows, times drawn / ΣC; its mean that of Σ C·ℓ / ΣC.
+
+    Args:
+        weights: C of each row, from 0 (never drawn) to 1.
+
+    Raises:
+        ValueError: for a weight that would have its row drawn twice.
+    """
+    if not weights or min(weights) < 0 or max(weights) > 1:
+        raise ValueError(
+            f"weights: from {min(weights, default=0)} to {max(weights, default=0)}; sampling needs "
+            "them from 0 to 1"
+        )
+    shares = np.rint(np.array(weights, dtype=np.float64) * _UNIT).astype(np.int64)
+    if not shares.any():
+        raise ValueError("weights: all are zero, or nearly; nothing can be drawn in proportion")
+    return Order(len(weights), max(1, int(shares.sum()) // _UNIT), shares)
+
+
+def systematic(shares: NDArray[np.int64], drawn: int, offset: int) -> NDArray[np.int64]:
+    """The rows in which the points (offset + k·Σ shares) / drawn, k < drawn, fall; ascending.
+
+    Whole numbers alone, so that no row is drawn by rounding: over all offsets from 0 to Σ shares
+    a row is drawn exactly shares × drawn times, at most once by each where no share is above
+    Σ shares / drawn.
+    """
+    ends = np.cumsum(shares)
+    whole, rest = divmod(int(ends[-1]), drawn)
+    k = np.arange(drawn)
+    points = k * whole + (offset + k * rest) // drawn
+    return np.searchsorted(ends, points, side="right")
+
+
+def global_batch(n: int | Order, batch: int, seed: int, step: int) -> tuple[int, NDArray[np.int64]]:
     """The rows of one optimizer step.
 
     Args:
-        n: rows of the data set.
+        n: rows of the data set, or the order of its epochs.
         batch: rows a step over all workers.
         seed: of the run.
         step: counted from 0 over all epochs.
@@ -35,9 +103,10 @@ def global_batch(n: int, batch: int, seed: int, step: int) -> tuple[int, NDArray
     Returns:
         The epoch, and the row indices (fewer than `batch` in an epoch's last step).
     """
-    epoch, position = divmod(step, steps_per_epoch(n, batch))
-    order = _permutation(n, seed, epoch)
-    return epoch, order[position * batch : (position + 1) * batch].copy()
+    order = uniform(n) if isinstance(n, int) else n
+    epoch, position = divmod(step, steps_per_epoch(order.drawn, batch))
+    rows = order.epoch(seed, epoch)
+    return epoch, rows[position * batch : (position + 1) * batch].copy()
 
 
 def plan_micro_batches(
@@ -83,6 +152,17 @@ def plan_micro_batches(
 def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     return generator.permutation(n)
+
+
+@lru_cache(maxsize=4)
+def _drawn(order: Order, seed: int, epoch: int) -> NDArray[np.int64]:
+    """One epoch of a weighted order: still in the permutation's order, which is random."""
+    permutation = _permutation(order.rows, seed, epoch)
+    assert order.shares is not None, "a uniform order draws nothing"
+    shares = order.shares[permutation]
+    sequence = np.random.SeedSequence([seed, epoch, 1])  # another stream than the permutation's
+    offset = np.random.Generator(np.random.Philox(sequence)).integers(int(shares.sum()))
+    return permutation[systematic(shares, order.drawn, int(offset))]
 
 
 def _fill(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> list[list[int]]:

@@ -86,8 +86,9 @@ def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
 def preference_schema(kind: Kind) -> pa.Schema:
     """The preference record: TRL's names and format, with margin, confidence and weight.
 
-    `label` says which answer of the pair was chosen (`a`, `b`); margin and confidence are null
-    where a human chose, disagreement also where there is one annotator alone.
+    `label` says which answer of the pair was chosen (`a`, `b`); `probability` is the annotator's
+    that the chosen one is better. It, margin and confidence are null where a human chose,
+    disagreement also where there is one annotator alone.
     """
     text = text_type(kind)
     return pa.schema(
@@ -99,6 +100,7 @@ def preference_schema(kind: Kind) -> pa.Schema:
             ("label", pa.string()),
             ("margin", pa.float32()),
             ("disagreement", pa.float32()),
+            ("probability", pa.float32()),
             ("confidence", pa.float32()),
             ("weight", pa.float32()),
         ]

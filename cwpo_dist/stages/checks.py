@@ -29,7 +29,6 @@ from cwpo_dist.config import (
     ConfigError,
     ModelConfig,
     PoolConfig,
-    PrepareConfig,
     TrainingConfig,
 )
 from cwpo_dist.evaluation.gold import load_function
@@ -40,9 +39,11 @@ from cwpo_dist.lm.loading import (
     load_reward_model,
 )
 from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
+from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.sources import check as check_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
-from cwpo_dist.stages.graph import needs_annotator, weigh_settings
+from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
+from cwpo_dist.training.tracking import missing
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
@@ -103,7 +104,8 @@ def check(config: Config, until: str | None = None) -> Checked:
     machines = tuple(available())
     sizes: dict[str, ModelSize] = {}
     faults = [*_source_faults(config), *_missing_models(config, until), *_gold_faults(config)]
-    faults += weighing_faults(config) if "align" in reached(config, until) else []
+    if "align" in reached(config, until):
+        faults += [*objective_faults(config), *weighing_faults(config)]
     for field, model, load in models(config, until):
         try:
             sizes[field] = _size(model, load)
@@ -196,7 +198,7 @@ def reached(config: Config, until: str | None) -> set[str]:
         return set()
     if until in labelling:
         return {"fit"} if until == "fit" else labelling
-    wanted = {"sft", "reference", "align", "evaluate"}
+    wanted = {"sft", "reference", "align", "evaluate"}  # `aligned` is `reference` of another model
     return wanted | labelling if needs_annotator(config) else wanted
 
 
@@ -213,6 +215,17 @@ def _gold_faults(config: Config) -> Iterator[str]:
             load_function(config.evaluate.gold_function)
         except ValueError as error:
             yield str(error)
+
+
+def objective_faults(config: Config) -> Iterator[str]:
+    """A loss that there is not, settings that it would ignore, or an arm that it cannot serve."""
+    found = []
+    for arm in config.arms:
+        try:
+            objective(config.align, soft_labels=ARMS[arm].soft_labels)
+        except ConfigError as error:
+            found.append(str(error))
+    yield from dict.fromkeys(found)  # most faults are every arm's
 
 
 def weighing_faults(config: Config) -> Iterator[str]:
@@ -232,7 +245,7 @@ def weighing_faults(config: Config) -> Iterator[str]:
             "weigh.calibration_split: 'labelled' holds what the annotator is trained on; give "
             "'validation'"
         )
-    if split == "validation" and not _has_validation(config.prepare):
+    if split == "validation" and watched_split(config) != "validation":
         yield (
             f"prepare.validation_fraction: 0, but {what} needs human labels there; raise it, or "
             "give a source with into: validation"
@@ -244,10 +257,6 @@ def weighing_faults(config: Config) -> Iterator[str]:
 def calibrated_arms(config: Config) -> list[str]:
     """The arms whose margins are divided by a fitted temperature."""
     return [a for a in config.arms if weigh_settings(config, ARMS[a])["temperature"] == "fitted"]
-
-
-def _has_validation(prepare: PrepareConfig) -> bool:
-    return prepare.validation_fraction > 0 or any(s.into == "validation" for s in prepare.sources)
 
 
 def _missing_models(config: Config, until: str | None) -> Iterator[str]:
@@ -263,6 +272,11 @@ def _missing_models(config: Config, until: str | None) -> Iterator[str]:
         yield f"weak: arm {implicit[0]!r} trains it by SFT and DPO; give weak.model_name_or_path"
     if "align" in stages and config.policy is None:
         yield f"policy: arm {config.arms[0]!r} aligns a policy; give policy.model_name_or_path"
+
+
+def model_size(model: ModelConfig) -> ModelSize:
+    """The sizes of a causal language model."""
+    return _size(model, _policy)
 
 
 def _size(model: ModelConfig, load: Loader) -> ModelSize:
@@ -328,7 +342,7 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
 def training_faults(
     name: str, training: TrainingConfig, machines: Iterable[Machine]
 ) -> Iterator[str]:
-    """Workers that fit on no nodes, and schedules that cannot be."""
+    """Workers that fit on no nodes, trackers that are not there, schedules that cannot be."""
     machines = list(machines)
     gpus = sum(machine.gpus for machine in machines)
     on_gpu = training.use_gpu is True or (training.use_gpu == "auto" and gpus > 0)
@@ -340,6 +354,8 @@ def training_faults(
             f"{described(machines)}, which has room for {places}; lower num_workers or "
             f"cpus_per_worker, or add nodes ({ELSEWHERE})"
         )
+    for fault in missing(training.report_to):
+        yield f"{name}.report_to: {fault}"
     if training.max_steps == 0:
         yield f"{name}.max_steps: 0 trains nothing; give -1 for whole epochs, or a number of steps"
     if 0 < training.max_steps <= training.warmup_steps:

@@ -52,6 +52,10 @@ class Context:
         splits = node.settings.get("splits")
         return PairsIn(self.place(_prepare(node)), tuple(splits) if splits else None)
 
+    def prepared(self, node: Node) -> Store:
+        """The folder of pairs that this node descends from."""
+        return self.place(_prepare(node))
+
     def shards(self, node: Node) -> int:
         """How many pair files `prepare` made for this node."""
         return int(self.counts(_prepare(node))["shards"])
@@ -112,11 +116,22 @@ def score_files(store: Store, index: int, retries: int) -> list[str]:
     return [part("scores", index), *(name for name in again if store.exists(name))]
 
 
-def read_log_probs(store: Store, index: int) -> dict[str, tuple[float, float]]:
-    """(logp_a, logp_b) of one shard by pair id, from an output folder of `reference`."""
-    columns = ["pair_id", "logp_a", "logp_b"]
-    name = part("reference", index)
-    rows = read_records(store, name, REFERENCE_SCHEMA, columns).to_pylist()
+def read_log_probs(
+    store: Store, index: int, *, per_token: bool = False
+) -> dict[str, tuple[float, float]]:
+    """(logp_a, logp_b) of one shard by pair id, from an output folder of `reference`.
+
+    Args:
+        store: the folder.
+        index: of the shard.
+        per_token: each divided by its answer's tokens.
+    """
+    rows = read_records(store, part("reference", index), REFERENCE_SCHEMA).to_pylist()
+    if per_token:
+        rows = [
+            row | {"logp_a": row["logp_a"] / row["n_a"], "logp_b": row["logp_b"] / row["n_b"]}
+            for row in rows
+        ]
     return {row["pair_id"]: (row["logp_a"], row["logp_b"]) for row in rows}
 
 

@@ -17,6 +17,11 @@ from cwpo_dist.stages.annotate import earlier_scores
 from cwpo_dist.stages.checks import Checked, ModelSize
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node, ready_model, teacher_config
+from cwpo_dist.stages.memory import (
+    Memory,
+    by_zero_stage,
+    training_memory,
+)
 from cwpo_dist.storage import Store
 
 Kind = Literal["train", "score", "generate"]
@@ -29,8 +34,6 @@ START_S: dict[Kind, float] = {
     "generate": 10.0,
 }  # actors, workers, models
 LOOKED_UP = 64  # sampled pairs, each perhaps in a file of scores of its own
-# Bytes of activations a token and layer, as multiples of width × bytes of a number.
-ACTIVATIONS = {False: 16.0, True: 2.0}  # without and with gradient checkpointing
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Cost:
         kind: of work, which decides how close it comes to the machine's rate.
         side_by_side: workers or actors that share it.
         memory: bytes of one of them.
+        details: of a training stage's memory, a line each.
     """
 
     work: str
@@ -69,6 +73,7 @@ class Cost:
     kind: Kind = "score"
     side_by_side: int = 1
     memory: int | None = None
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,11 @@ class Estimate:
 
     def _align(self, node: Node) -> Cost:
         sizes, lengths = self.checked.sizes[node.of], self.lengths[node.of]
-        return self._training(self._config(node).align, sizes, self.trained_on(node), lengths)
+        align = self._config(node).align
+        cost = self._training(align, sizes, self.trained_on(node), lengths)
+        if node.settings["sampling"] and align.max_steps <= 0:  # of C nothing is known
+            return replace(cost, work=f"{cost.work} at most; times the mean confidence")
+        return cost
 
     def _annotate(self, node: Node) -> Cost:
         field = "weak" if "fit" in node.inputs else ready_model(self.config, node)[0]
@@ -207,30 +216,30 @@ class Estimate:
         # and another forward pass where activations are computed again.
         passes = (3 if training.lora is None else 2) + training.gradient_checkpointing
         kind = "LoRA" if training.lora is not None else "full"
+        memory, details = self._needs(training, size)
         return Cost(
             f"{pairs:,} pairs, {steps:,} steps of {training.global_batch_size} ({kind})",
             tokens,
             passes * tokens * _flops(size, lengths),
             "train",
             training.max_workers,
-            self._training_memory(training, size),
+            memory.total,
+            details,
         )
 
-    def _training_memory(self, training: TrainingConfig, size: ModelSize) -> int:
-        """Bytes a worker: weights, gradients, optimizer, each sharded from its ZeRO stage on."""
+    def _needs(self, training: TrainingConfig, size: ModelSize) -> tuple[Memory, tuple[str, ...]]:
+        """Bytes of a worker, and what to know of them."""
         on_gpu = training.use_gpu is not False and gpus(self.checked.machines) > 0
         number = 2 if on_gpu else 4
-        trained, workers, zero = size.trained(training), training.min_workers, training.zero_stage
-        optimizer = trained * (12 if on_gpu else 8)  # moments, and under bf16 an fp32 copy
-        adapter = trained if training.lora is not None else 0
-        held = (
-            number * (size.parameters + adapter) / (workers if zero >= 3 else 1)
-            + number * trained / (workers if zero >= 2 else 1)
-            + optimizer / (workers if zero >= 1 else 1)
+        memory = training_memory(training, size, number)
+        parts = ", ".join(f"{name} {_gib(held)}" for name, held in memory.parts().items())
+        stages = " / ".join(_gib(m.total) for m in by_zero_stage(training, size, number))
+        lines = (
+            f"{size.parameters / 1e6:,.1f} M parameters, {size.trained(training) / 1e6:,.1f} M of "
+            f"them trained; a worker holds {parts} GiB",
+            f"under ZeRO 0 / 1 / 2 / 3 (num_workers {training.min_workers}): {stages} GiB",
         )
-        each_layer = ACTIVATIONS[training.gradient_checkpointing] * size.layers + 16
-        activations = training.max_tokens_per_micro_batch * size.width * number * each_layer
-        return round(held + activations)
+        return memory, lines
 
     @property
     def _number_bytes(self) -> int:
@@ -286,6 +295,10 @@ def _timed(matrix: torch.Tensor, on_gpu: bool) -> float:
     if on_gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:.1f}"
 
 
 def gpus(machines: Sequence[Machine]) -> float:

@@ -81,12 +81,18 @@ def _name(context: Context, member: Node) -> str:
 
 
 def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str, Any]:
-    """Accuracy of the implicit reward; `items.parquet` has it pair by pair."""
+    """Accuracy of the implicit reward that was trained; `items.parquet` has it pair by pair.
+
+    Without a reference the reward is of a token's mean.
+    """
     aligned = context.place(node.inputs["aligned"])
-    reference = context.place(node.inputs["reference"])
+    compares = "reference" in node.inputs
     rows = []
     for index, pairs in enumerate(shards):
-        after, before = read_log_probs(aligned, index), read_log_probs(reference, index)
+        after = read_log_probs(aligned, index, per_token=not compares)
+        before = dict.fromkeys(after, (0.0, 0.0))
+        if compares:
+            before = read_log_probs(context.place(node.inputs["reference"]), index)
         both = after.keys() & before.keys()
         rows += [
             (pair, after[pair["pair_id"]], before[pair["pair_id"]])

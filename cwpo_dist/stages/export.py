@@ -1,4 +1,4 @@
-"""A run directory and an arm in; a copy of the arm's aligned Hugging Face folder out."""
+"""A run directory and an arm in; a copy of the arm's Hugging Face folder, with its card, out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from cwpo_dist.config import Config
+from cwpo_dist.report.card import model_card
 from cwpo_dist.storage import MANIFEST, Store
 
 
@@ -15,7 +18,7 @@ class ExportError(ValueError):
 
 
 def export(run: str, arm: str | None, to: str, adapter: bool = False) -> str:
-    """Copies the aligned model of an arm.
+    """Copies the aligned model of an arm, and writes its model card (README.md) beside it.
 
     Args:
         run: the run directory, a path or a URI.
@@ -33,7 +36,9 @@ def export(run: str, arm: str | None, to: str, adapter: bool = False) -> str:
     if target.filesystem.exists(target.root) and target.names():
         raise ExportError(f"--to: {to!r} is not empty; name a new folder")
     root = Store(run)
-    aligned = root.child(_aligned(root, arm))
+    chosen = _arm(root, arm)
+    stages = root.read_json(f"arms/{chosen}/stages.json")
+    aligned = root.child("align", stages["align"]["key"])
     if not aligned.exists(MANIFEST):
         raise ExportError(f"{aligned.uri} is not finished; give `cwpo run` its config again")
     part = aligned.child("adapter" if adapter else "model")
@@ -41,11 +46,24 @@ def export(run: str, arm: str | None, to: str, adapter: bool = False) -> str:
         raise ExportError(f"--adapter: {aligned.uri} was trained in full and has no adapter")
     with _on_this_disk(part) as folder:
         target.upload(folder)
+    card = model_card(
+        Config.model_validate(root.read_json(f"arms/{chosen}/config.json")),
+        chosen,
+        {role: stage["key"] for role, stage in stages.items()},
+        root.read_json(f"arms/{chosen}/metrics.json") | _versions(aligned),
+        adapter=adapter,
+    )
+    target.write("README.md", card.encode())
     return to
 
 
-def _aligned(root: Store, arm: str | None) -> str:
-    """The folder of the arm's `align` output, relative to the run directory."""
+def _versions(aligned: Store) -> dict[str, Any]:
+    """What the model was made with."""
+    return {"versions": aligned.read_json(MANIFEST).get("versions", {})}
+
+
+def _arm(root: Store, arm: str | None) -> str:
+    """The arm that is asked for, or the only one."""
     names = root.names("arms") if root.filesystem.exists(root.path("arms")) else []
     arms = sorted(name.split("/")[1] for name in names if name.endswith("/stages.json"))
     if not arms:
@@ -55,8 +73,7 @@ def _aligned(root: Store, arm: str | None) -> str:
     chosen = arm or arms[0]
     if chosen not in arms:
         raise ExportError(f"--arm: no {chosen!r} in {root.uri!r}; choose from {', '.join(arms)}")
-    stages = root.read_json(f"arms/{chosen}/stages.json")
-    return f"align/{stages['align']['key']}"
+    return chosen
 
 
 @contextmanager

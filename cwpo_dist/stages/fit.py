@@ -13,6 +13,7 @@ from cwpo_dist.pairs.records import read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import BradleyTerry
 from cwpo_dist.training.workers import TrainSpec, train
@@ -34,6 +35,12 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         model=weak,
         head="scores",
         make_task=LabelledPairs(pairs, context.shards(node), weak),
+        make_held_out=LabelledPairs(
+            pairs,
+            context.shards(node),
+            weak,
+            watched_pairs(context, node, context.config.fit),
+        ),
     )
     return train(spec)
 
@@ -46,11 +53,13 @@ class LabelledPairs:
         pairs: the output folder of `prepare`.
         shards: how many pair files it has.
         model: whose lengths and template apply.
+        watched: the held-out pairs to load instead; None: what is trained on.
     """
 
     pairs: Store
     shards: int
     model: ModelConfig
+    watched: WatchedPairs | None = None
 
     def __call__(self, encoder: Encoder) -> BradleyTerry:
         """Tokens of every labelled pair that fits, the human's choice first."""
@@ -84,4 +93,7 @@ class LabelledPairs:
         columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
         tables = [read_pairs(self.pairs, part("pairs", k), columns) for k in range(self.shards)]
         rows = [row for table in tables for row in table.to_pylist()]
+        if self.watched is not None:
+            watched = self.watched.labels()
+            return [row for row in rows if row["pair_id"] in watched]
         return [row for row in rows if row["split"] == "labelled" and row["label"] is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +18,17 @@ from cwpo_dist.config import (
     EvaluateConfig,
     ModelConfig,
     SftConfig,
+    Split,
     WeighConfig,
 )
 from cwpo_dist.lm.loading import model_fingerprint
+from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.storage import Store, digest
 
 SCORES = ("annotate", "implicit")  # the stages that give a pair's two answers a score
-FORMAT = 2  # of what stages write: raised when the same settings would give other files
+# Of what stages write: raised when the same settings would give other files.
+FORMAT, FORMAT_OF = 2, {"weigh": 3}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Node:
     def key(self) -> str:
         """16 hex digits: the same settings and inputs give the same key on any machine."""
         inputs = {name: node.content for name, node in self.inputs.items()}
-        return digest([FORMAT, self.stage, self.settings, inputs])
+        return digest([FORMAT_OF.get(self.stage, FORMAT), self.stage, self.settings, inputs])
 
     @property
     def content(self) -> str:
@@ -235,11 +238,15 @@ def _policy_nodes(
         nodes["sft"] = Node("sft", settings, scored | {"tokens": tokens})
         frozen = {"model": nodes["sft"]}
     held_out = config.evaluate.split
-    nodes["reference"] = _log_probs(policy, [*arm.splits, *_measured(config)], tokens, frozen)
+    compares, _ = objective(config.align, soft_labels=arm.soft_labels)
+    if compares.reference:
+        splits = [*arm.splits, *_measured(config), watched_split(config)]
+        nodes["reference"] = _log_probs(policy, splits, tokens, frozen)
     nodes["weigh"] = Node("weigh", labels | weigh, scored)
     align = config.align.identity() | _identity(policy) | {"seed": config.seed}
     align["weight_normalization"] = config.align.weight_normalization or arm.weight_normalization
-    read = {name: nodes[name] for name in ("tokens", "weigh", "reference")}
+    align |= {"sampling": arm.sampling, "soft_labels": arm.soft_labels}
+    read = {name: nodes[name] for name in ("tokens", "weigh", "reference") if name in nodes}
     nodes["align"] = Node("align", align, read | frozen)
     nodes["aligned"] = _log_probs(policy, [held_out], tokens, {"model": nodes["align"]})
     if config.evaluate.num_prompts:
@@ -278,6 +285,14 @@ def weigh_settings(config: Config, arm: Arm) -> dict[str, Any]:
     }
 
 
+def watched_split(config: Config) -> Split:
+    """Where training may be followed on human labels: `validation`, else the judged split."""
+    prepare = config.prepare
+    if prepare.validation_fraction > 0 or any(s.into == "validation" for s in prepare.sources):
+        return "validation"
+    return config.evaluate.split
+
+
 def _joint_scale(weigh: dict[str, Any]) -> dict[str, Any]:
     """What of the weighting decides which answer several annotators choose together."""
     if weigh["temperature"] != "fitted":
@@ -292,7 +307,7 @@ def _measured(config: Config) -> list[str]:
 
 
 def _log_probs(
-    policy: ModelConfig, splits: list[str], tokens: Node, model: dict[str, Node]
+    policy: ModelConfig, splits: Sequence[str], tokens: Node, model: dict[str, Node]
 ) -> Node:
     settings = _identity(policy) | {"splits": sorted(set(splits))}
     return Node("reference", settings, {"tokens": tokens} | model)

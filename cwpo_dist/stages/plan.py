@@ -36,6 +36,7 @@ class StagePlan:
         tokens: that go through a model; 0 where none does.
         seconds: about; None where this machine cannot tell.
         memory: bytes of one worker or actor: weights, gradients, optimizer, activations; about.
+        details: of that memory, a line each.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class StagePlan:
     tokens: int = 0
     seconds: float | None = None
     memory: int | None = None
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,9 @@ def _stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
         name = node.stage if role == node.stage else f"{node.stage} ({role})"
         done = context.done(node)
         seconds = 0.0 if done else rates.seconds(cost)
-        yield StagePlan(name, tuple(arms), done, cost.work, cost.tokens, seconds, cost.memory)
+        yield StagePlan(
+            name, tuple(arms), done, cost.work, cost.tokens, seconds, cost.memory, cost.details
+        )
 
 
 def _trial_stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:

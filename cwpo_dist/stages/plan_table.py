@@ -31,7 +31,12 @@ def print_plan(plan: Plan) -> None:
     known = [stage.seconds for stage in plan.stages if stage.seconds is not None]
     if len(known) == len(plan.stages):
         console.print(f"about {_duration(sum(known)) or 'no time'} in all, on this machine alone")
-    console.print("memory is of one worker; time and memory are rough, the checks are not")
+    details = {(stage.stage, line): None for stage in plan.stages for line in stage.details}
+    for name, line in details:  # arms that train alike need alike
+        console.print(f"{name}: {escape(line)}")
+    console.print(
+        "memory is of one worker, at least so much; time and memory are rough, the checks are not"
+    )
     for note in plan.notes:
         console.print(f"note: {escape(note)}")
 

@@ -12,6 +12,7 @@ from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages.annotations import Annotated, annotated
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import Sft
 from cwpo_dist.training.workers import TrainSpec, train
@@ -37,6 +38,9 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         model=policy,
         head="logps",
         make_task=chosen,
+        make_held_out=WatchedAnswers(
+            context.place(node.inputs["tokens"]), watched_pairs(context, node, config)
+        ),
     )
     return train(spec)
 
@@ -72,3 +76,27 @@ class ChosenAnswers:
                     rows.append(Row(row.prompt, (chosen,)))
                     names.append(pair_id)
         return Sft(rows, names)
+
+
+@dataclass(frozen=True)
+class WatchedAnswers:
+    """Loads the answers that people chose of the pairs by which training is followed.
+
+    Attributes:
+        tokens: the output folder of `tokens`.
+        watched: which pairs they are.
+    """
+
+    tokens: Store
+    watched: WatchedPairs
+
+    def __call__(self, encoder: Encoder) -> Sft:
+        """Tokens of those that fit the policy."""
+        labels = self.watched.labels()
+        found = {
+            pair_id: Row(row.prompt, (row.answers["ab".index(labels[pair_id])],))
+            for index in range(self.watched.shards)
+            for pair_id, row in read_tokens(self.tokens, index).items()
+            if pair_id in labels
+        }
+        return Sft(list(found.values()), list(found))

@@ -25,7 +25,7 @@ from cwpo_dist.stages.annotations import TASK_CPUS, Annotated, annotated, are_fe
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import StorageError, Store
-from cwpo_dist.weighting import Selection, confidence, last_of_top, weights
+from cwpo_dist.weighting import Selection, confidence, last_of_top, sigmoid, weights
 
 CONFIDENCES = pa.schema([("pair_id", pa.string()), ("confidence", pa.float64())])
 
@@ -119,6 +119,7 @@ class Shards:
                 "label": decision.label,
                 "margin": decision.margin,
                 "disagreement": decision.disagreement,
+                "probability": _probability(decision),
                 "confidence": None if decision.margin is None else sure[pair_id],
                 "weight": weight[pair_id],
             }
@@ -151,6 +152,11 @@ class Shards:
             "disagreement": sum(d.disagreement or 0.0 for d in scored.values()),
             "weight": sum(row["weight"] for row in kept),
         }
+
+
+def _probability(decision: Decision) -> float | None:
+    """The annotator's probability that the chosen answer is better, σ(m); None for a human's."""
+    return None if decision.margin is None else sigmoid(np.array([decision.margin])).item()
 
 
 def _confidences(decisions: dict[str, Decision]) -> list[float]:

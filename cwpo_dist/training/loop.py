@@ -9,7 +9,6 @@ Shapes: P = rows of a micro-batch or global batch, K = answers a row.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.batches import global_batch, plan_micro_batches, steps_per_epoch
+from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import Layout, RowBatch, collate, planned_length
+from cwpo_dist.training.meter import Meter
 from cwpo_dist.training.optim import (
     STATE_KEYS,
     learning_rates,
@@ -90,16 +91,18 @@ class Run:
         seed: of order and dropout.
         layout: how pairs are laid out for the model.
         pad_id: the tokenizer's pad.
+        flops: what a forward pass costs, for the log; None: not said.
     """
 
     config: TrainingConfig
     seed: int
     layout: Layout
     pad_id: int
+    flops: UsefulFlops | None = None
 
-    def total_steps(self, n_rows: int) -> int:
+    def total_steps(self, epoch_rows: int) -> int:
         """Optimizer steps of the whole run."""
-        return total_steps(self.config, n_rows)
+        return total_steps(self.config, epoch_rows)
 
 
 class Hooks:
@@ -120,6 +123,10 @@ class Hooks:
         """Called on all ranks together; True asks for a checkpoint now."""
         return False
 
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out numbers after `step` steps, every `eval_steps`; called on all ranks together."""
+        return {}
+
     def log(self, record: dict[str, float]) -> None:
         """Takes the numbers of a step; called on rank 0."""
 
@@ -127,11 +134,11 @@ class Hooks:
         """Makes a checkpoint after `step` steps; called on all ranks."""
 
 
-def total_steps(config: TrainingConfig, n_rows: int) -> int:
-    """Optimizer steps of a run: `max_steps`, or `num_train_epochs` over the rows."""
+def total_steps(config: TrainingConfig, epoch_rows: int) -> int:
+    """Optimizer steps of a run: `max_steps`, or `num_train_epochs` of so many rows."""
     if config.max_steps > 0:
         return config.max_steps
-    per_epoch = steps_per_epoch(n_rows, config.global_batch_size)
+    per_epoch = steps_per_epoch(epoch_rows, config.global_batch_size)
     return math.ceil(config.num_train_epochs * per_epoch)
 
 
@@ -142,26 +149,34 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
         NonFiniteLoss: naming step and pairs; no update was made with it.
         Preempted: when a rank was told to stop; a checkpoint has been made.
     """
-    total = run.total_steps(len(task.rows))
+    total = run.total_steps(task.order.drawn)
     rate = learning_rates(run.config, total)
-    meter = _Meter()
+    meter = Meter(engine.device, engine.world_size, run.flops, run.config.lora is not None)
     for step in range(start_step, total):
         hooks.before_step(step)
-        epoch, indices = global_batch(len(task.rows), run.config.global_batch_size, run.seed, step)
-        result = gradients(task, engine, run, step, indices.tolist(), hooks)
+        meter.start()
+        _, indices = global_batch(task.order, run.config.global_batch_size, run.seed, step)
+        result = gradients(task, engine, run, step, indices.tolist(), hooks, meter)
         grad_norm = engine.step(rate(step))
+        meter.mark("optimizer")
         if not math.isfinite(grad_norm):
             raise NonFiniteLoss(
                 f"step {step + 1}: gradient norm {grad_norm} over pairs "
                 f"{_names(task, result.indices)}; the last checkpoint stays good: lower the "
                 "learning rate, or look at these pairs"
             )
-        meter.add(result)
+        meter.add([task.rows[i] for i in indices], result.useful_tokens, result.padded_tokens)
         done = step + 1
-        if engine.rank == 0 and (done % run.config.logging_steps == 0 or done == total):
+        judged = _due(run.config.eval_steps, done, total)
+        if judged or _due(run.config.logging_steps, done, total):
+            epoch = done / steps_per_epoch(task.order.drawn, run.config.global_batch_size)
             record = {"step": done, "total_steps": total, "epoch": epoch, "loss": result.loss}
-            record |= {"grad_norm": grad_norm, "learning_rate": rate(step), **meter.rates()}
-            hooks.log(record | task.metrics(result.outputs_PK, result.indices))
+            record |= {"grad_norm": grad_norm, "learning_rate": rate(step), **meter.read()}
+            record |= task.metrics(result.outputs_PK, result.indices)
+            record |= hooks.evaluate(done) if judged else {}
+            meter.begin()
+            if engine.rank == 0:
+                hooks.log(record)
         _checkpoint(run, hooks, result, done, total)
 
 
@@ -195,23 +210,28 @@ def gradients(
     step: int,
     indices: list[int],
     hooks: Hooks | None = None,
+    meter: Meter | None = None,
 ) -> StepResult:
     """Forward and backward over one global batch: leaves its gradient in the engine.
 
     Raises:
         NonFiniteLoss: on all ranks alike.
     """
-    hooks = hooks or Hooks()
+    hooks, meter = hooks or Hooks(), meter or Meter()
     denominator = task.denominator(indices)
     outputs_PK = torch.zeros(len(indices), task.n_answers, dtype=torch.float64)
     tokens = torch.zeros(2, dtype=torch.float64)
-    for micro in _micro_batches(task, engine, run, indices):
+    for micro in micro_batches(task, engine, run, indices):
         torch.manual_seed(_dropout_seed(run.seed, step, engine.rank, micro.number))
-        output_PK = engine.forward(micro.batch.to(engine.device))
+        batch = micro.batch.to(engine.device)
+        meter.mark("data")
+        output_PK = engine.forward(batch)
         loss_P = task.losses(output_PK, [indices[p] for p in micro.positions])
         # DeepSpeed averages over ranks, hence × world size. A pad is a finite row times 0.
         loss = (loss_P.sum() * (micro.weight * engine.world_size)) / denominator
+        meter.mark("forward")
         engine.backward(loss, last=micro.last)
+        meter.mark("backward")
         if micro.weight:
             outputs_PK[micro.positions] = output_PK.detach().double().cpu()
         useful = micro.batch.useful_tokens * micro.weight
@@ -219,11 +239,12 @@ def gradients(
     flags = torch.tensor([hooks.wants_stop(), hooks.wants_poll()], dtype=torch.float64)
     # Each row was computed by one rank and is 0 on the others: the sum tells all of them all.
     summed = engine.total(torch.cat([flags, tokens, outputs_PK.flatten()]))
+    meter.mark("communication")
     outputs_PK = summed[4:].reshape(outputs_PK.shape)
     return StepResult(
         indices=indices,
         outputs_PK=outputs_PK,
-        loss=_finite_loss(task, step, indices, outputs_PK) / denominator,
+        loss=finite_loss(task, step, indices, outputs_PK) / denominator,
         useful_tokens=float(summed[2]),
         padded_tokens=float(summed[3]),
         stop=bool(summed[0]),
@@ -232,7 +253,7 @@ def gradients(
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
+class MicroBatch:
     """One micro-step of one rank; weight 0 marks a pad."""
 
     number: int
@@ -242,9 +263,7 @@ class _MicroBatch:
     last: bool
 
 
-def _micro_batches(
-    task: Task, engine: Engine, run: Run, indices: list[int]
-) -> Iterator[_MicroBatch]:
+def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a global batch: as many as every other rank has."""
     rows = [task.rows[i] for i in indices]
     lengths = [planned_length(row, run.layout) for row in rows]
@@ -253,7 +272,7 @@ def _micro_batches(
     shortest = min(range(len(rows)), key=lengths.__getitem__)
     for number, positions in enumerate(plan):
         filled = positions or [shortest]
-        yield _MicroBatch(
+        yield MicroBatch(
             number=number,
             positions=filled,
             batch=collate([rows[p] for p in filled], run.layout, run.pad_id),
@@ -262,7 +281,7 @@ def _micro_batches(
         )
 
 
-def _finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> float:
+def finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> float:
     """Σ weight·ℓ of the global batch, not yet divided."""
     loss_P = task.losses(outputs_PK, indices)
     finite_P = torch.isfinite(loss_P) & torch.isfinite(outputs_PK).all(dim=1)
@@ -274,6 +293,11 @@ def _finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) ->
             "look at these pairs"
         )
     return float(loss_P.sum())
+
+
+def _due(every: int | None, done: int, total: int) -> bool:
+    """Whether what happens every so many steps happens now; at the end always, if ever."""
+    return every is not None and (done % every == 0 or done == total)
 
 
 def _checkpoint(run: Run, hooks: Hooks, result: StepResult, done: int, total: int) -> None:
@@ -294,32 +318,6 @@ def _names(task: Task, indices: Indices, most: int = 8) -> str:
 def _dropout_seed(seed: int, step: int, rank: int, micro_step: int) -> int:
     state = np.random.SeedSequence([seed, step, rank, micro_step]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))  # torch takes 63 bits
-
-
-class _Meter:
-    """Speed and padding since the last log record."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._steps, self._pairs, self._useful, self._padded = 0, 0.0, 0.0, 0.0
-
-    def add(self, result: StepResult) -> None:
-        self._steps += 1
-        self._pairs += len(result.indices)
-        self._useful += result.useful_tokens
-        self._padded += result.padded_tokens
-
-    def rates(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._start
-        rates = {
-            "pairs_per_step": self._pairs / self._steps,
-            "pairs_per_second": self._pairs / seconds,
-            "tokens_per_second": self._useful / seconds,
-            "padding": 1 - self._useful / self._padded,
-        }
-        # mypy fears a subclass with another constructor; there is none.
-        self.__init__()  # type: ignore[misc]
-        return rates
 
 
 class TorchEngine:

@@ -13,16 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from cwpo_dist.lm.batches import Order, proportional, uniform
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.objectives import LOSSES, bradley_terry
+from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, bradley_terry
 
 Indices = Sequence[int]
 Normalization = Literal["none", "batch", "dataset"]
+Sampling = Literal["proportional"] | None
 
 
 class TaskError(ValueError):
@@ -57,6 +59,11 @@ class Task(ABC):
     def n_answers(self) -> int:
         """K, the answers of a row."""
         return 2
+
+    @cached_property
+    def order(self) -> Order:
+        """Which rows an epoch goes through, and in what order."""
+        return uniform(len(self.rows))
 
     @abstractmethod
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
@@ -114,90 +121,130 @@ class Sft(Task):
 
 @dataclass(frozen=True)
 class Preference(Task):
-    """C·ℓ of log-probs against a frozen reference (paper eq. 7–11).
+    """C·ℓ of log-probs, against a frozen reference or without one (paper eq. 7–11).
 
     Attributes:
         weights: C of each pair, not negative.
-        references: [N, 2] log-probs of chosen and rejected under the reference, in nats.
-        loss_type: key of `objectives.LOSSES`.
+        references: [N, 2] log-probs of chosen and rejected under the reference, in nats; None for
+            an objective without a reference.
+        loss_type: key of `objectives.OBJECTIVES`.
         beta: β.
-        label_smoothing: ε of the robust loss.
+        label_smoothing: ε of the losses that read it.
+        simpo_gamma: γ of SimPO.
         normalization: the denominator of Σ C·ℓ over a global batch: 'none', its pairs (the
             paper); 'batch', its ΣC; 'dataset', its pairs × the data set's mean C.
+        sampling: 'proportional': C is how often a pair is drawn, and its weight is then 1.
+        probabilities: soft labels, the annotator's probability of each chosen answer; None: hard.
     """
 
     weights: Sequence[float]
-    references: Sequence[tuple[float, float]]
+    references: Sequence[tuple[float, float]] | None
     loss_type: str
     beta: float
     label_smoothing: float = 0.0
     normalization: Normalization = "none"
+    sampling: Sampling = None
+    probabilities: Sequence[float] | None = None
+    simpo_gamma: float = LossSettings.simpo_gamma
 
     def __post_init__(self) -> None:
         """Checks numbers and their count, too."""
         super().__post_init__()
-        if not len(self.rows) == len(self.weights) == len(self.references):
-            raise TaskError(
-                f"{len(self.rows)} pairs have {len(self.weights)} weights and "
-                f"{len(self.references)} reference log-probs: run `reference` and `weigh` again"
-            )
-        for name in ("weights", "references"):
-            finite_N = torch.isfinite(torch.tensor(getattr(self, name))).reshape(len(self.rows), -1)
-            bad = torch.nonzero(~finite_N.all(dim=1)).flatten().tolist()
-            if bad:
-                pairs = ", ".join(self.pair_ids[i] for i in bad[:5])
-                raise TaskError(f"{name}: not finite for {len(bad)} pairs ({pairs}); drop them")
+        for name in ("weights", "references", "probabilities"):
+            if getattr(self, name) is not None:
+                self._check_numbers(name, getattr(self, name))
         if min(self.weights) < 0 or max(self.weights) == 0:
             raise TaskError(
                 f"weights: from {min(self.weights)} to {max(self.weights)}; they must not be "
                 "negative and not all zero (all ties?)"
             )
+        if self.references is None and OBJECTIVES[self.loss_type].reference:
+            raise TaskError(f"loss_type {self.loss_type!r} needs references: run `reference`")
+
+    def _check_numbers(self, name: str, numbers: Sequence[Any]) -> None:
+        if len(numbers) != len(self.rows):
+            raise TaskError(
+                f"{len(self.rows)} pairs have {len(numbers)} {name}: run `reference` and `weigh` "
+                "again"
+            )
+        finite_N = torch.isfinite(torch.tensor(numbers)).reshape(len(self.rows), -1)
+        bad = torch.nonzero(~finite_N.all(dim=1)).flatten().tolist()
+        if bad:
+            pairs = ", ".join(self.pair_ids[i] for i in bad[:5])
+            raise TaskError(f"{name}: not finite for {len(bad)} pairs ({pairs}); drop them")
+
+    @cached_property
+    def order(self) -> Order:
+        """All pairs, or as many as ΣC of them, each as often as its C asks."""
+        if self.sampling == "proportional":
+            return proportional(self.weights)
+        return super().order
 
     @cached_property
     def mean_weight(self) -> float:
-        """The data set's mean C."""
-        return sum(self.weights) / len(self.weights)
+        """The mean of what multiplies the losses of an epoch: C, or 1 where C draws the pairs."""
+        return 1.0 if self.sampling else sum(self.weights) / len(self.weights)
 
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
         """[P], each times its weight."""
-        references_PK = self._references(outputs_PK, indices)
-        loss_P = LOSSES[self.loss_type](
-            outputs_PK[:, 0],
-            outputs_PK[:, 1],
-            references_PK[:, 0],
-            references_PK[:, 1],
-            self.beta,
-            self.label_smoothing,
-        )
+        epsilon: float | Tensor = self.label_smoothing
+        if self.probabilities is not None:
+            epsilon = 1 - outputs_PK.new_tensor([self.probabilities[i] for i in indices])
+        settings = LossSettings(self.beta, epsilon, self.simpo_gamma)
+        loss_P = OBJECTIVES[self.loss_type].loss(self._pairs(outputs_PK, indices), settings)
         return self._weights(outputs_PK, indices) * loss_P
 
     def denominator(self, indices: Indices) -> float:
         """By `normalization`; 1 for a batch of ties alone, whose sum is 0 too."""
-        if self.normalization == "batch":
+        if self.normalization == "batch" and not self.sampling:
             return sum(self.weights[i] for i in indices) or 1.0
         if self.normalization == "dataset":
             return len(indices) * self.mean_weight
         return float(len(indices))
 
     def metrics(self, outputs_PK: Tensor, indices: Indices) -> dict[str, float]:
-        """TRL's names: implicit rewards β·log π/π_ref, unweighted, and the mean weight."""
-        reward_PK = self.beta * (outputs_PK - self._references(outputs_PK, indices))
-        margins_P = reward_PK[:, 0] - reward_PK[:, 1]
+        """TRL's names: implicit rewards, unweighted; an estimate of KL; and the mean weight.
+
+        `kl` is the mean of log π_ref(y) − log π(y) over both answers, in nats an answer. It is
+        KL(π_ref‖π) for answers drawn from the reference, which a data set's only resemble, so it
+        says how far training has gone and may be negative.
+        """
+        pairs = self._pairs(outputs_PK, indices)
+        found = OBJECTIVES[self.loss_type]
+        chosen_P, rejected_P = found.rewards(pairs, self.beta)
+        ratios_2P = torch.cat(pairs.ratios)
         return {
-            "rewards/chosen": float(reward_PK[:, 0].mean()),
-            "rewards/rejected": float(reward_PK[:, 1].mean()),
-            "rewards/accuracies": _share(margins_P > 0),
-            "rewards/margins": float(margins_P.mean()),
+            "rewards/chosen": float(chosen_P.mean()),
+            "rewards/rejected": float(rejected_P.mean()),
+            "rewards/accuracies": _share(chosen_P > rejected_P),
+            "rewards/margins": float((chosen_P - rejected_P).mean()),
             "logps/chosen": float(outputs_PK[:, 0].mean()),
             "logps/rejected": float(outputs_PK[:, 1].mean()),
+            **({"kl": float(-ratios_2P.mean())} if found.reference else {}),
             "weight": float(self._weights(outputs_PK, indices).mean()),
         }
 
-    def _references(self, like: Tensor, indices: Indices) -> Tensor:
-        return like.new_tensor([self.references[i] for i in indices])
+    def _pairs(self, outputs_PK: Tensor, indices: Indices) -> PairLogps:
+        """What the loss reads of these rows."""
+        references = self.references
+        references_PK = (
+            torch.zeros_like(outputs_PK)
+            if references is None
+            else outputs_PK.new_tensor([references[i] for i in indices])
+        )
+        counts = [[len(answer) for answer in self.rows[i].answers] for i in indices]
+        counts_PK = outputs_PK.new_tensor(counts)
+        return PairLogps(
+            chosen=outputs_PK[:, 0],
+            rejected=outputs_PK[:, 1],
+            n_chosen=counts_PK[:, 0],
+            n_rejected=counts_PK[:, 1],
+            ref_chosen=references_PK[:, 0],
+            ref_rejected=references_PK[:, 1],
+        )
 
     def _weights(self, like: Tensor, indices: Indices) -> Tensor:
-        return like.new_tensor([self.weights[i] for i in indices])
+        return like.new_tensor([1.0 if self.sampling else self.weights[i] for i in indices])
 
 
 def _share(flags: Tensor) -> float:

@@ -20,12 +20,13 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
+from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
-from cwpo_dist.storage import Store
-from cwpo_dist.training import checkpoint
+from cwpo_dist.storage import Store, digest
+from cwpo_dist.training import checkpoint, held_out, tracking
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, Run
 from cwpo_dist.training.loop import train as run_loop
@@ -35,6 +36,7 @@ from cwpo_dist.training.tasks import Task
 ASK_DRIVER_S = 3.0  # how often rank 0 asks whether the driver was told to stop
 ASK_RAY_S = 10.0  # how often all ranks ask Ray for a notice of preemption
 METRICS, METRICS_FILE = "metrics", "metrics.jsonl"
+BAR = 20  # characters
 
 told_to_stop = threading.Event()  # set by signal handlers, and by the driver's word
 
@@ -53,6 +55,8 @@ class TrainSpec:
         head: 'logps' for a causal LM, 'scores' for an annotator.
         make_task: called in each worker with the model's encoder; gives the data set.
         base: what identifies the model's files, where the driver sees them; `train` fills it in.
+        make_held_out: the like of `make_task`, of pairs that no training reads; called where
+            `eval_steps` asks for it.
     """
 
     name: str
@@ -64,6 +68,7 @@ class TrainSpec:
     head: Head
     make_task: Callable[[Encoder], Task]
     base: str = ""
+    make_held_out: Callable[[Encoder], Task] | None = None
 
     def run(self, token: LeaseToken, device: torch.device) -> dict[str, Any]:
         """One rank's part; the process group is there already."""
@@ -130,6 +135,8 @@ class _Rank:
             spec.model.chat_template,
         )
         self.task = spec.make_task(self.encoder)
+        watch = spec.make_held_out if spec.config.eval_steps is not None else None
+        self.held_out = watch(self.encoder) if watch is not None else None
         settings = engine.deepspeed_config(spec.config, dtype_of(spec.model, device))
         with engine.sharded_loading(settings):
             placed = None if engine.zero_stage(settings) == 3 else device
@@ -142,18 +149,21 @@ class _Rank:
     def run(self) -> dict[str, Any]:
         spec, tokenizer = self.spec, self.encoder.tokenizer
         layout = choose_layout(self.module, longest=spec.model.max_length).layout
-        run = Run(spec.config, spec.seed, layout, tokenizer.pad_token_id)
-        total = run.total_steps(len(self.task.rows))
+        flops = useful_flops(self.module)
+        run = Run(spec.config, spec.seed, layout, tokenizer.pad_token_id, flops)
+        total = run.total_steps(self.task.order.drawn)
         start, attempt = self.resume()
         if self.rank == 0:
             _say(f"{spec.name}: {len(self.task.rows)} rows, step {start} of {total}, {layout} rows")
         self.module.train()  # for lora_dropout and gradient checkpointing; models have no other
-        hooks = _RankHooks(self, start, attempt)
+        hooks = _RankHooks(self, run, start, attempt)
         try:
             run_loop(self.task, self.engine, run, hooks, start)
         except (NonFiniteLoss, Preempted):  # of all ranks alike
             hooks.settle()
             raise
+        finally:
+            hooks.close()
         hooks.settle()
         self.export()
         if self.rank > 0:
@@ -197,8 +207,9 @@ class _Rank:
 class _RankHooks(Hooks):
     """Sign of life, log, checkpoints, and requests to stop."""
 
-    def __init__(self, rank: _Rank, start: int, attempt: str) -> None:
+    def __init__(self, rank: _Rank, run: Run, start: int, attempt: str) -> None:
         self._rank, self._spec, self._last_save = rank, rank.spec, start
+        self._run, self._trackers = run, _trackers(rank.spec, start) if rank.rank == 0 else []
         self._saver = checkpoint.Saver(
             rank.spec.store,
             rank.engine,
@@ -249,8 +260,17 @@ class _RankHooks(Hooks):
             return False
         return time.monotonic() - self._saved >= 60 * minutes
 
+    def evaluate(self, step: int) -> dict[str, float]:
+        if self._rank.held_out is None:
+            return {}
+        numbers = held_out.evaluate(self._rank.held_out, self._rank.engine, self._run, step)
+        self._rank.watchdog.beat()
+        return numbers
+
     def log(self, record: dict[str, Any]) -> None:
         self._records.append(record)
+        for tracker in self._trackers:
+            tracker.log(record)
         _say(f"{self._spec.name}: {_progress(record)}")
 
     def save(self, step: int) -> None:
@@ -261,6 +281,8 @@ class _RankHooks(Hooks):
             lines = "".join(json.dumps(record) + "\n" for record in self._records)
             spec.store.create(f"{METRICS}/{step:06d}.jsonl", lines.encode())
             self._records = []
+            for tracker in self._trackers:
+                tracker.flush()
         self._saver.begin(step)
         self._last_save, self._saved = step, time.monotonic()
         self._rank.watchdog.beat()
@@ -268,6 +290,20 @@ class _RankHooks(Hooks):
     def settle(self) -> None:
         """Commits the checkpoint under way, whatever ends the loop."""
         self._saver.settle(wait=True)
+
+    def close(self) -> None:
+        """Ends the runs in the trackers; a resumed attempt opens them again."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _trackers(spec: TrainSpec, start: int) -> list[tracking.TrackedRun]:
+    """The runs of this stage output, the same ones for every attempt at it."""
+    identity = digest([spec.store.uri, spec.key])
+    settings = {"stage": spec.name, "key": spec.key, "seed": spec.seed}
+    settings |= spec.model.model_dump(mode="json") | spec.config.model_dump(mode="json")
+    to, name = spec.config.report_to, f"{spec.name}-{spec.key}"
+    return tracking.open_runs(to, spec.store, name, identity, settings, start)
 
 
 def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device | None) -> Any:
@@ -298,14 +334,28 @@ def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def _progress(record: dict[str, Any]) -> str:
-    left = record["total_steps"] - record["step"]
-    seconds = int(left * record["pairs_per_step"] / record["pairs_per_second"])
-    eta = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    """A bar and the numbers that one watches."""
+    done, total = record["step"], record["total_steps"]
+    seconds = int((total - done) * record["pairs_per_step"] / record["pairs_per_second"])
+    left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    shown = {
+        "loss": f"{record['loss']:.4f}",
+        "accuracy": _percent(record, "rewards/accuracies", "accuracy"),
+        "held out": _percent(record, "eval_rewards/accuracies", "eval_accuracy"),
+        "grad": f"{record['grad_norm']:.3g}",
+        "lr": f"{record['learning_rate']:.2e}",
+    }
+    numbers = "  ".join(f"{name} {value}" for name, value in shown.items() if value)
+    full = BAR * done // total
     return (
-        f"step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
-        f"grad {record['grad_norm']:.3g}  lr {record['learning_rate']:.2e}  "
-        f"{record['pairs_per_second']:.2f} pairs/s  {eta} left"
+        f"[{'=' * full}{' ' * (BAR - full)}] step {done}/{total}  {numbers}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
     )
+
+
+def _percent(record: dict[str, Any], *names: str) -> str:
+    """The first of these that the record has, as a percentage."""
+    return next((f"{record[name]:.0%}" for name in names if name in record), "")
 
 
 def _join_metrics(store: Store) -> dict[str, Any]:

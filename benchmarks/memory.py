@@ -1,0 +1,120 @@
+"""A model and a training's settings in; the host memory that a worker took, beside what plan says.
+
+    python benchmarks/memory.py --model FOLDER [--layers 4] [--lora] [--zero-stage 2] \
+      [--max-tokens 2048] [--gradient-checkpointing]
+
+One worker on CPU in fp32, as Ray Train starts it but without Ray: a DeepSpeed engine in a group of
+one, the layout's probe, one AdamW step of DPO over two full micro-batches of rows with a prompt and
+two answers of 100 tokens each. Counted is the peak of resident memory above what the imports took.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import tempfile
+from typing import Annotated
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided before torch
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import torch.distributed as dist
+import typer
+
+from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
+from cwpo_dist.lm.loading import load_policy
+from cwpo_dist.lm.modules import AnswerLogProbs
+from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.rows import Row
+from cwpo_dist.stages.checks import model_size
+from cwpo_dist.stages.memory import training_memory
+from cwpo_dist.training import engine
+from cwpo_dist.training.loop import Hooks, Run, train
+from cwpo_dist.training.lora import add_lora
+from cwpo_dist.training.tasks import Preference
+from cwpo_dist.training.worker import checkpoint_activations
+
+PART = 100  # tokens of a prompt, and of each answer
+
+
+def peak() -> int:
+    """Bytes of resident memory at the most, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step(model: ModelConfig, config: TrainingConfig) -> str:
+    """What a worker does until its first step is done; the layout of its rows."""
+    settings = engine.deepspeed_config(config, torch.float32)
+    with engine.sharded_loading(settings):
+        sharded = engine.zero_stage(settings) == 3
+        policy = load_policy(model, device=None if sharded else torch.device("cpu"))
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+    adapted = (
+        policy.requires_grad_(True)
+        if config.lora is None
+        else add_lora(policy, config.lora, "logps", 0)
+    )
+    module = AnswerLogProbs(adapted)
+    built = engine.DeepSpeedEngine(module, config, settings)
+    layout = choose_layout(module, longest=model.max_length).layout
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(100, 1000, (config.global_batch_size, 3, PART), generator=draw).tolist()
+    rows = [Row(prompt, (first, second)) for prompt, first, second in tokens]
+    names, ones = [str(k) for k in range(len(rows))], [1.0] * len(rows)
+    task = Preference(rows, names, ones, [(-1.0, -2.0)] * len(rows), "sigmoid", 0.1)
+    module.train()
+    train(task, built, Run(config, 0, layout, 0), Hooks())
+    return layout
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A Hugging Face folder.")],
+    layers: Annotated[int | None, typer.Option(help="Keep the first so many.")] = None,
+    lora: Annotated[bool, typer.Option(help="Train rank 8 adapters.")] = False,
+    zero_stage: Annotated[int, typer.Option(help="0 to 3.")] = 2,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a micro-batch.")] = 2048,
+    gradient_checkpointing: Annotated[bool, typer.Option()] = False,
+) -> None:
+    """Measures one case."""
+    given = ModelConfig(model_name_or_path=model, num_hidden_layers=layers)
+    config = TrainingConfig.model_validate(
+        {
+            "learning_rate": 1e-6,
+            "max_steps": 1,
+            "global_batch_size": 2 * (max_tokens // (3 * PART)),
+            "max_tokens_per_micro_batch": max_tokens,
+            "zero_stage": zero_stage,
+            "lora": LoraConfig() if lora else None,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+    )
+    planned = training_memory(config, model_size(given), number=4)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        engine.join_process_group()
+        before = peak()
+        layout = step(given, config)
+        measured = peak() - before
+    figures = {
+        "layers": layers,
+        "lora": lora,
+        "zero_stage": zero_stage,
+        "max_tokens": max_tokens,
+        "gradient_checkpointing": gradient_checkpointing,
+        "layout": layout,
+        "imports_mib": before // 2**20,
+        "measured_mib": measured // 2**20,
+        "planned_mib": planned.total // 2**20,
+        "planned_over_measured": round(planned.total / measured, 3),
+        "parts_mib": {name: size // 2**20 for name, size in planned.parts().items()},
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # as Ray sets them
+    typer.run(main)

@@ -1,0 +1,42 @@
+"""A held-out task and the model in training in; its loss and metrics out, by TRL's names."""
+
+from __future__ import annotations
+
+import torch
+
+from cwpo_dist.training.loop import Engine, Run, finite_loss, micro_batches
+from cwpo_dist.training.tasks import Task
+
+BATCH = 64  # rows at a time, over all ranks
+
+
+def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float]:
+    """`eval_loss` and `eval_…` of the task's metrics; a collective of all ranks.
+
+    No gradient, no dropout, and no random number is drawn: training goes on as if it had not been.
+
+    Args:
+        task: what is held out; its weights are 1.
+        engine: with the model as it is now.
+        run: layout, pad, budget.
+        step: after how many steps, for messages.
+
+    Raises:
+        NonFiniteLoss: naming step and pairs.
+    """
+    every = list(range(len(task.rows)))
+    outputs_NK = torch.zeros(len(every), task.n_answers, dtype=torch.float64)
+    engine.module.eval()
+    with torch.no_grad():
+        for start in range(0, len(every), BATCH):
+            indices = every[start : start + BATCH]
+            for micro in micro_batches(task, engine, run, indices):
+                output_PK = engine.forward(micro.batch.to(engine.device))
+                if micro.weight:
+                    rows = [indices[p] for p in micro.positions]
+                    outputs_NK[rows] = output_PK.double().cpu()
+    engine.module.train()
+    outputs_NK = engine.total(outputs_NK.flatten()).reshape(outputs_NK.shape)
+    loss = finite_loss(task, step - 1, every, outputs_NK) / task.denominator(every)
+    metrics = {"loss": loss, **task.metrics(outputs_NK, every)}
+    return {f"eval_{name}": value for name, value in metrics.items() if name != "weight"}

@@ -1,0 +1,77 @@
+"""The model card: hub ids in its front matter, paths nowhere, the recipe in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from cwpo_dist.config_file import parse_config
+from cwpo_dist.report.card import hub_id, model_card, public_name
+
+AGREEMENT = {"accuracy": 0.6, "low": 0.5, "high": 0.7, "n": 80}
+
+
+def card(arm: str, adapter: bool = False, **changes: Any) -> ModelCard:
+    config: dict[str, Any] = {
+        "output_dir": "s3://bucket/secret-place",
+        "prepare": {"sources": [{"path": "Anthropic/hh-rlhf"}, {"path": "/home/me/own.jsonl.gz"}]},
+        "weak": {"model_name_or_path": "facebook/opt-125m", "num_hidden_layers": 4},
+        "policy": {"model_name_or_path": "Qwen/Qwen2.5-7B", "revision": "abc"},
+    }
+    figures = {"policy": {"agreement": AGREEMENT}, "pairs": 12, "mean_weight": 0.2}
+    keys = {"prepare": "0123", "align": "4567"}
+    text = model_card(parse_config(config | changes), arm, keys, figures, adapter=adapter)
+    assert "secret-place" not in text
+    assert "/home" not in text
+    return ModelCard(text)
+
+
+def test_front_matter_has_hub_ids_alone() -> None:
+    data = card("cw").data
+    assert (data.base_model, data.datasets) == ("Qwen/Qwen2.5-7B", ["Anthropic/hh-rlhf"])
+    assert "sigmoid" in data.tags
+    local = {"model_name_or_path": "/home/me/policy"}
+    found = card("cw", adapter=True, policy=local)
+    assert (found.data.base_model, found.data.library_name) == (None, "peft")
+    assert "| base model | policy |" in found.text
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [
+        ("cw", "`confidence` of the margin, normalised by none"),
+        ("cw_mean", "normalised by dataset"),
+        ("proportional", "`confidence` of the margin, drawn in proportion to it"),
+        ("soft", "the annotator's probability as a soft label"),
+    ],
+)
+def test_it_says_how_pairs_were_weighed(arm: str, says: str) -> None:
+    text = card(arm).text
+    assert says in text
+    assert "| annotator | facebook/opt-125m, first 4 layers |" in text
+    assert "60.0% of 80 (95 % interval 50.0%–70.0%)" in text
+    assert "| align | `4567` |" in text
+    assert "Simulated" not in text
+
+
+def test_human_labels_have_no_annotator() -> None:
+    assert "| labels of | people |" in card("human").text
+    assert "opt-125m" not in card("human").text
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("org/name", "org/name"),
+        ("data/pairs.jsonl.gz", "pairs.jsonl.gz"),
+        ("data/*.jsonl", "*.jsonl"),
+        ("s3://key/bucket/model", "model"),
+        ("/a/b/model/", "model"),
+        ("plain", "plain"),
+    ],
+)
+def test_only_hub_ids_are_shown_whole(name: str, public: str) -> None:
+    assert public_name(name) == public
+    assert hub_id(name) == (name if name == "org/name" else None)
