@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from small_run import small_config
 from transformers import (
@@ -21,6 +22,9 @@ from transformers import (
 
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import parse_config
+from cwpo_dist.scoring.scorers import read_tokens
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.divergence import kl_divergence
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
 from cwpo_dist.stages.export import export
 from cwpo_dist.stages.graph import Node, graph
@@ -93,6 +97,27 @@ def test_figures_are_kept_item_by_item(finished: Config) -> None:
         lengths = [row["length"] for row in won]
         assert sum(lengths) / len(won) == metrics["answers"][against]["length"]
     assert sum(metrics["device_hours"].values()) > 0
+
+
+def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None:
+    context, nodes = Context(finished, Store(finished.output_dir)), graph(finished, "cw")
+    pairs = whole(place(finished, "prepare"), "pairs").to_pylist()
+    found = kl_divergence(context, nodes["evaluate"], {p["pair_id"]: p["prompt"] for p in pairs})
+    tokens = read_tokens(place(finished, "evaluate").child("kl"), 0)
+    assert found["n"] == len(tokens) > 0
+    models = [
+        AutoModelForCausalLM.from_pretrained(place(finished, role).child("model").root)
+        for role in ("align", "sft")
+    ]
+    ratios = []
+    for row in tokens.values():
+        ids = torch.tensor([[*row.prompt, *row.answers[1]]])
+        start = len(row.prompt)
+        with torch.no_grad():
+            logps = [m(ids).logits.log_softmax(-1)[0, start - 1 : -1] for m in models]
+        after, before = (lp.gather(1, ids[0, start:, None]).sum() for lp in logps)
+        ratios.append(float(after - before))
+    assert found["mean"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
 
 
 def test_rows_add_up_from_stage_to_stage(finished: Config) -> None:
