@@ -1,6 +1,6 @@
 """Bytes that a training step sends, by ZeRO stage: counted on a network interface, against theory.
 
-Usage: python benchmarks/wire.py [--help]   (as root: it makes two network namespaces, and ends them)
+Usage: python benchmarks/wire.py [--help]   (as root: for two network namespaces)
 
 Two ranks of gloo, fp32, each in a namespace of its own, train a small random Llama through the
 project's engine. The interface's own counters are read around each step, so headers and
