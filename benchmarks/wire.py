@@ -4,7 +4,8 @@ Usage: python benchmarks/wire.py [--help]   (as root: for two network namespaces
 
 Two ranks of gloo, fp32, each in a namespace of its own, train a small random Llama through the
 project's engine. The interface's own counters are read around each step, so headers and
-acknowledgements count. The last line is one JSON object with all figures.
+acknowledgements count. --expect measures nothing: it prints what the formulas say of real clusters.
+The last line is one JSON object with all figures.
 """
 
 from __future__ import annotations
@@ -59,22 +60,88 @@ CASES = [
 ]
 
 
-def theory(case: Case, trained: int, frozen: int, ranks: int = RANKS) -> float:
-    """Bytes that one rank sends in a step, by the ring algorithms, fp32.
+def parts(stage: int, micro_batches: int, trained: int, frozen: int, scatter: int = 1) -> float:
+    """Numbers that a rank sends in a step, over (R−1)/R for R ranks, by the ring algorithms.
 
-    An all-gather or a reduce-scatter of n numbers sends (R−1)/R·n of them from each rank, an
-    all-reduce twice as many. Stage 0 all-reduces the gradient once a step. Stage 1 reduce-scatters
-    it once and gathers the weights. Stage 2 reduce-scatters it in every micro-batch, for it keeps
-    its own part alone. Stage 3 also gathers all weights, frozen ones too, forward and backward.
+    An all-gather or a reduce-scatter of n numbers sends (R−1)/R·n from each rank, an all-reduce
+    twice as many. Stage 0 all-reduces the gradient once a step. Stage 1 reduce-scatters it once and
+    gathers the weights. Stage 2 reduce-scatters it in every micro-batch, for it keeps its own part
+    alone. Stage 3 also gathers all weights, frozen ones too, forward and backward.
+
+    Args:
+        stage: of ZeRO.
+        micro_batches: of a step, on each rank.
+        trained: parameters with gradients.
+        frozen: those without.
+        scatter: 2 where an all-reduce stands in for the reduce-scatter, as gloo has none.
     """
-    part = 4 * (ranks - 1) / ranks
-    m = case.micro_batches
-    return {
-        0: 2 * part * trained,
-        1: 2 * part * trained,
-        2: part * trained * (m + 1),
-        3: part * m * (trained + 2 * (trained + frozen)),
-    }[case.stage]
+    sent: dict[int, float] = {
+        0: 2 * trained,
+        1: scatter * trained + trained,
+        2: scatter * trained * micro_batches + trained,
+        3: micro_batches * (scatter * trained + 2 * (trained + frozen)),
+    }
+    return sent[stage]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A training whose efficiency is to be foretold; not one that was run.
+
+    Attributes:
+        parameters: of the policy.
+        trained: of them, that learn.
+        tokens: of a global batch.
+        peak: FLOP/s of one GPU at work, so the rate of a matrix product × what training reaches.
+    """
+
+    name: str
+    parameters: float
+    trained: float
+    tokens: float
+    peak: float = 400e12
+
+
+SETTINGS = [
+    Setting("7B, full", 7e9, 7e9, 2**17),
+    Setting("7B, LoRA of 20M", 7e9, 2e7, 2**17),
+    Setting("70B, LoRA of 100M", 70e9, 1e8, 2**19),
+]
+# Bytes a second that a ring passes on, at 80 % of the line: from GPU to GPU within a node of eight,
+# and from node to node, where it crosses once whatever the number of GPUs in a node.
+NVLINK = 360e9
+NETWORKS = {"8 × 400 Gb/s a node": 320e9, "100 Gb/s a node": 10e9}
+GPUS = (8, 16, 32, 64, 128, 256, 512)
+MICRO_TOKENS = 2**13
+
+
+def expected(setting: Setting, stage: int, network: float, ranks: int) -> tuple[float, float]:
+    """The share of compute in a step: nothing overlapped, and all that can be.
+
+    compute = k·P·T / (R·peak), with k = 6 for full fine-tuning and 4 for LoRA;
+    wire = 2 bytes · parts · (R−1)/R / bandwidth. The share lies between c / (c + w) and
+    c / max(c, w).
+    Latency, and waiting for the slowest rank, are left out.
+    """
+    work = 6 if setting.trained == setting.parameters else 4
+    compute = work * setting.parameters * setting.tokens / (ranks * setting.peak)
+    micro = max(1, round(setting.tokens / ranks / MICRO_TOKENS))
+    frozen = setting.parameters - setting.trained
+    numbers = parts(stage, micro, int(setting.trained), int(frozen))
+    wire = 2 * numbers * (ranks - 1) / ranks / (NVLINK if ranks <= 8 else network)
+    return compute / (compute + wire), compute / max(compute, wire)
+
+
+def expectations() -> list[dict[str, Any]]:
+    """A row a setting, stage and network, with a range of shares for each number of GPUs."""
+    rows = []
+    for setting in SETTINGS:
+        for stage in (2, 3):
+            for name, network in NETWORKS.items():
+                shares = [expected(setting, stage, network, ranks) for ranks in GPUS]
+                row = {"setting": setting.name, "stage": stage, "network": name}
+                rows.append(row | {"shares": shares})
+    return rows
 
 
 def settings(case: Case) -> TrainingConfig:
@@ -138,7 +205,8 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         dist.barrier()
         counts.append(sent() - before)
     ours.close()
-    expected = theory(case, trained, frozen)
+    each = 4 * (RANKS - 1) / RANKS  # fp32
+    ring, gloo = (each * parts(case.stage, case.micro_batches, trained, frozen, k) for k in (1, 2))
     mean = sum(counts[1:]) / STEPS
     return {
         "stage": case.stage,
@@ -147,8 +215,9 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         "trained": trained,
         "frozen": frozen,
         "sent_mb": mean / 1e6,
-        "theory_mb": expected / 1e6,
-        "ratio": mean / expected,
+        "ring_mb": ring / 1e6,
+        "gloo_mb": gloo / 1e6,
+        "ratio_to_gloo": mean / gloo,
     }
 
 
@@ -200,6 +269,7 @@ def _ip(*arguments: str) -> None:
 def main(
     hidden: Annotated[int, typer.Option(help="width of the random Llama")] = 256,
     layers: Annotated[int, typer.Option(help="of it")] = 4,
+    expect: Annotated[bool, typer.Option("--expect", help="the formulas alone")] = False,
     rank: Annotated[int, typer.Option(hidden=True)] = -1,
     folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -207,6 +277,11 @@ def main(
     if folder is not None:
         rank_main(rank, folder)
         os._exit(0)  # past the interpreter's end, where torch's file store aborts now and then
+    if expect:
+        for row in expectations():
+            cells = [f"{low:.0%}–{high:.0%}" for low, high in row["shares"]]
+            print(" | ".join([row["setting"], str(row["stage"]), row["network"], *cells]))
+        return
     with tempfile.TemporaryDirectory() as scratch, namespaces() as names:
         shape = LlamaConfig(
             hidden_size=hidden,

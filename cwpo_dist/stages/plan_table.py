@@ -30,7 +30,9 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
     known = [stage.seconds for stage in plan.stages if stage.seconds is not None]
     if len(known) == len(plan.stages):
-        console.print(f"about {_duration(sum(known)) or 'no time'} in all, on this machine alone")
+        console.print(f"about {_duration(sum(known)) or 'no time'} in all, {plan.where}")
+    for line in plan.fleet_lines():
+        console.print(line)
     console.print("memory is of one worker; time and memory are rough, the checks are not")
     for note in plan.notes:
         console.print(f"note: {escape(note)}")
