@@ -198,17 +198,20 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(help="Print this many rows as the models see them.")] = 0,
+    price: Annotated[float | None, typer.Option(help="Money an hour of a GPU, else a CPU.")] = None,
+    pairs_per_second: Annotated[float | None, typer.Option(help="One device annotates.")] = None,
+    trial: Annotated[str | None, typer.Option(help="A run of a sample: has that rate.")] = None,
 ) -> None:
     """Check columns, models, placement and batches, and say what the run will cost.
 
     Nothing is started and nothing is written.
 
-    Example: cwpo plan run.yaml --show 3
+    Example: cwpo plan run.yaml --show 3 --trial s3://bucket/sample --price 2.50
     """
     from cwpo_dist.stages.plan import plan as make_plan
     from cwpo_dist.stages.plan_table import print_plan
 
-    print_plan(make_plan(load_config(config, overrides), show))
+    print_plan(make_plan(load_config(config, overrides), show, price, pairs_per_second, trial))
 
 
 @app.command()

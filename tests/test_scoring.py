@@ -18,7 +18,7 @@ import pytest
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
-from cwpo_dist.scoring.pipeline import ShardJob, commit
+from cwpo_dist.scoring.pipeline import ShardJob, commit, total_counts
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.storage import Store
 
@@ -127,3 +127,14 @@ def test_metrics_reach_rays_exporter(ray_local: Any, tmp_path: Path) -> None:
             time.sleep(0.3)
         running.result()
     assert any("cwpo_rows" in line for line in found), found
+
+
+def test_counts_that_were_reported_are_not_read_back(tmp_path: Path) -> None:
+    job = ShardJob("squares", Store(str(tmp_path)), 3, partial(Squares, tmp_path))
+    for index in range(3):
+        rows = pa.table({"x": list(range(index + 1))})
+        commit(job, index, ShardOutput(rows, NO_REJECTS, {"rows_in": index + 1, "rows": index + 1}))
+    everything = total_counts(job)
+    assert everything["rows"] == 6
+    (tmp_path / job.file(1)).unlink()
+    assert total_counts(job, {"rows_in": 2, "rows": 2}, {1}) == everything

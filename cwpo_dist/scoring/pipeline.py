@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +87,21 @@ def counted(rows: pa.Table, counts: Mapping[str, float]) -> pa.Table:
     return rows.replace_schema_metadata({COUNTS: json.dumps(dict(counts), sort_keys=True).encode()})
 
 
-def total_counts(job: ShardJob) -> Counter[str]:
-    """Sums the counts that committed shards carry in their Parquet footers."""
-    totals: Counter[str] = Counter()
-    for counts in committed_counts(job).values():
+def total_counts(
+    job: ShardJob, reported: Mapping[str, int] | None = None, of: Set[int] = frozenset()
+) -> Counter[str]:
+    """Sums the counts that committed shards carry in their Parquet footers.
+
+    Args:
+        job: whose shards are all committed.
+        reported: the summed counts of some shards, where they are known already: to read a footer
+            takes two round trips to object storage, so that those of a large fleet's shards would
+            take longer than the shards.
+        of: the shards whose counts `reported` holds.
+    """
+    rest = [index for index in job.indices if index not in of]
+    totals = Counter(reported or {})
+    for counts in _footers(job, rest):
         totals.update(counts)
     out = totals["rows"] + totals["rejects"] + totals["over_length"]
     assert totals["rows_in"] == out, (job.name, dict(totals))
@@ -99,12 +110,15 @@ def total_counts(job: ShardJob) -> Counter[str]:
 
 def committed_counts(job: ShardJob) -> dict[int, dict[str, int]]:
     """What each shard read and wrote; all shards must be committed."""
+    return dict(zip(job.indices, _footers(job, job.indices), strict=True))
 
+
+def _footers(job: ShardJob, indices: Sequence[int]) -> Iterator[dict[str, int]]:
     def read(index: int) -> dict[str, int]:
         return read_counts(job.output, job.file(index))
 
     with ThreadPoolExecutor(READERS) as readers:
-        return dict(zip(job.indices, readers.map(read, job.indices), strict=True))
+        yield from readers.map(read, indices)
 
 
 def read_counts(store: Store, file: str) -> dict[str, Any]:

@@ -223,10 +223,7 @@ def _stream(
 ) -> None:
     """Runs one pool's pipeline in a thread of its own; its end, or its error, is a message too."""
     try:
-        source = ray.data.from_items(
-            [{"ticket": ticket} for ticket in range(tickets)], override_num_blocks=tickets
-        )
-        results = source.map_batches(
+        results = _tickets(tickets).map_batches(
             _ShardActor,
             fn_constructor_args=(job, number, shards),
             batch_size=1,
@@ -241,6 +238,13 @@ def _stream(
         inbox.put(None)
     except Exception as error:  # noqa: BLE001 (raised again in the thread that waits for it)
         inbox.put(error)
+
+
+def _tickets(number: int) -> ray.data.Dataset:
+    """One block a ticket, as Ray Data hands out blocks."""
+    return ray.data.from_items(
+        [{"ticket": ticket} for ticket in range(number)], override_num_blocks=number
+    )
 
 
 def _strategy(pool: Pool, tickets: int) -> ActorPoolStrategy:

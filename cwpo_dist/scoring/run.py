@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,8 @@ def run_shards(
     done = len(job.indices) - len(missing)
     logger.info("%s: %d of %d shards to do", job.name, len(missing), len(job.indices))
     throughput = {}
+    counts: Counter[str] = Counter()
+    counted: set[int] = set()
     if missing:
         faults = [f"{job.name}: {fault}" for fault in pool_faults("", config, alive_machines())]
         if faults:
@@ -44,9 +47,12 @@ def run_shards(
             while missing:
                 for report in run_pools(job, missing, config.actor_pools()):
                     progress.add(report)
+                    if report.counts:  # else another had committed the shard
+                        counts.update(report.counts)
+                        counted.add(report.shard)
                     if check_rejects is not None:
                         check_rejects(progress.rejects)
                 missing = job.missing()
         logger.info("%s: %s", job.name, progress.summary())
         throughput = {"throughput": progress.throughput()}
-    return dict(total_counts(job)) | throughput
+    return dict(total_counts(job, counts, counted)) | throughput

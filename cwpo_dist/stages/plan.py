@@ -16,9 +16,11 @@ from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
 from cwpo_dist.pairs.census import Census, census
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.scoring.placement import Machine, gpus_taken
+from cwpo_dist.stages import fleet_costs
 from cwpo_dist.stages.checks import calibrated_arms, check, models, pools, trainings
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.costs import Estimate, Lengths, Rates, gpus, total_steps
+from cwpo_dist.stages.fleet_costs import Fleet
 from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
 from cwpo_dist.stages.trials import by_grid, planned, trials
 from cwpo_dist.storage import Store
@@ -37,6 +39,8 @@ class StagePlan:
         seconds: about; None where this machine cannot tell.
         memory: bytes of one worker or actor: weights, gradients, optimizer, activations; about.
         details: of that memory, a line each.
+        devices: GPUs, or CPUs where it has none, that work at it side by side.
+        stored: bytes that it leaves behind; about.
     """
 
     stage: str
@@ -47,6 +51,13 @@ class StagePlan:
     seconds: float | None = None
     memory: int | None = None
     details: tuple[str, ...] = ()
+    devices: float = 0.0
+    stored: int = 0
+
+    @property
+    def device_hours(self) -> float | None:
+        """None where the time is not known."""
+        return None if self.seconds is None else self.seconds * self.devices / 3600
 
 
 @dataclass(frozen=True)
@@ -66,18 +77,43 @@ class Plan:
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...]
     rows: tuple[ShownRow, ...]
+    fleet: Fleet
+
+    @property
+    def where(self) -> str:
+        """What the times hold for."""
+        measured = self.fleet.pairs_per_second is not None
+        return "annotation at the rate that was given" if measured else "on this machine alone"
+
+    def fleet_lines(self) -> Iterator[str]:
+        """Device-hours of what is left to do, what they cost, and all that storage will hold."""
+        left = [stage for stage in self.stages if not stage.done and stage.devices]
+        hours = [(stage.stage, stage.device_hours) for stage in left]
+        yield from fleet_costs.hours_lines(hours, self.fleet.price)
+        if any(stage.stored for stage in self.stages):
+            yield fleet_costs.storage_line([(stage.stage, stage.stored) for stage in self.stages])
 
 
-def plan(config: Config, show: int = 0) -> Plan:
+def plan(
+    config: Config,
+    show: int = 0,
+    price: float | None = None,
+    pairs_per_second: float | None = None,
+    trial: str | None = None,
+) -> Plan:
     """Checks a run and estimates what it costs; starts and writes nothing.
 
     Args:
         config: the run.
         show: how many sampled pairs to show as each model sees them.
+        price: of an hour of one device (a GPU, or a CPU where there is none), in any currency.
+        pairs_per_second: that one device annotates.
+        trial: a run directory that tells `pairs_per_second`.
 
     Raises:
         ConfigError: for everything that would stop the run later; one line a fault.
     """
+    fleet = Fleet.known(price, pairs_per_second, trial)
     until = _until(config)
     checked = check(config, until)
     for run in by_grid(config, trials(config)) if config.compare else []:
@@ -95,9 +131,12 @@ def plan(config: Config, show: int = 0) -> Plan:
         for field, (model, encoder) in encoders.items()
     ]
     return Plan(
-        tuple(_trial_stages(config, estimate) if config.compare else _stages(config, estimate)),
-        tuple(_notes(config, estimate)),
+        tuple(
+            _trial_stages(config, estimate) if config.compare else _stages(config, estimate, fleet)
+        ),
+        tuple([*_notes(config, estimate), *fleet_costs.shard_notes(config, fleet)]),
         tuple(row for row in rows if row is not None),
+        fleet,
     )
 
 
@@ -158,7 +197,7 @@ def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> I
         )
 
 
-def _stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
+def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StagePlan]:
     """Each stage output once, in order, with the arms that share it."""
     context = Context(config, Store(config.output_dir))
     found: dict[str, tuple[str, Node, list[str]]] = {}
@@ -170,9 +209,21 @@ def _stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
         cost = estimate.of(node)
         name = node.stage if role == node.stage else f"{node.stage} ({role})"
         done = context.done(node)
-        seconds = 0.0 if done else rates.seconds(cost)
+        measured = fleet_costs.seconds(config, node, estimate, cost, fleet)
+        seconds = 0.0 if done else measured or rates.seconds(cost)
+        used = fleet_costs.devices(config, node, estimate)
+        kept = fleet_costs.stored(config, node, estimate)
         yield StagePlan(
-            name, tuple(arms), done, cost.work, cost.tokens, seconds, cost.memory, cost.details
+            name,
+            tuple(arms),
+            done,
+            cost.work,
+            cost.tokens,
+            seconds,
+            cost.memory,
+            cost.details,
+            used,
+            kept,
         )
 
 

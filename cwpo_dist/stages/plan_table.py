@@ -30,7 +30,9 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
     known = [stage.seconds for stage in plan.stages if stage.seconds is not None]
     if len(known) == len(plan.stages):
-        console.print(f"about {_duration(sum(known)) or 'no time'} in all, on this machine alone")
+        console.print(f"about {_duration(sum(known)) or 'no time'} in all, {plan.where}")
+    for line in plan.fleet_lines():
+        console.print(line)
     details = {(stage.stage, line): None for stage in plan.stages for line in stage.details}
     for name, line in details:  # arms that train alike need alike
         console.print(f"{name}: {escape(line)}")

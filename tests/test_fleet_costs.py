@@ -1,0 +1,106 @@
+"""`cwpo plan` for a cluster: device-hours, money, time and storage, against numbers by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from small_run import small_config
+from tiny import tiny_classifier, tiny_tokenizer
+
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config_file import parse_config
+from cwpo_dist.pairs.records import SCORE_SCHEMA
+from cwpo_dist.stages.costs import START_S
+from cwpo_dist.stages.fleet_costs import Fleet, hours_lines, shard_notes, trial_rate
+from cwpo_dist.stages.plan import Plan, StagePlan, plan
+from cwpo_dist.stages.plan_table import print_plan
+from cwpo_dist.storage import Store, parquet_bytes
+
+DEVICES = 2.0
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Pairs that a ready reward model scores, on eight quarters of a CPU, and nothing else."""
+    folder = tmp_path_factory.mktemp("fleet")
+    given: dict[str, Any] = small_config(folder)
+    given = {name: given[name] for name in ("output_dir", "simulated_labels", "prepare")}
+    tiny_classifier("llama").save_pretrained(folder / "reward")
+    tiny_tokenizer().save_pretrained(folder / "reward")
+    pools = [{"num_actors": 4}, {"num_actors": [0, 4]}]
+    given["annotate"] = {
+        "model": {"model_name_or_path": str(folder / "reward"), "max_length": 400},
+        "pools": [pool | {"cpus_per_actor": 0.25} for pool in pools],
+    }
+    return parse_config(given)
+
+
+@pytest.fixture(scope="module")
+def planned(config: Config) -> Plan:
+    return plan(config, price=100.0, pairs_per_second=0.5)
+
+
+def stage(planned: Plan, name: str) -> StagePlan:
+    (found,) = [each for each in planned.stages if each.stage == name]
+    return found
+
+
+def test_a_measured_rate_gives_time_and_device_hours(planned: Plan) -> None:
+    found = stage(planned, "annotate")
+    seconds = START_S["score"] + 96 / (0.5 * DEVICES)
+    assert found.devices == DEVICES
+    assert found.seconds == pytest.approx(seconds, rel=0.02)  # a few pairs may be too long
+    assert found.device_hours == pytest.approx(seconds * DEVICES / 3600, rel=0.02)
+    assert stage(planned, "prepare").devices == 0
+
+
+def test_scores_take_as_much_as_was_said(planned: Plan) -> None:
+    ids = [f"{number * 2654435761 % 2**128:032x}" for number in range(96)]
+    values = [number**0.5 for number in range(96)]
+    table = pa.table([ids, ["reward"] * 96, values, values[::-1]], schema=SCORE_SCHEMA)
+    rows = len(parquet_bytes(table)) - len(parquet_bytes(table.slice(0, 0)))
+    assert stage(planned, "annotate").stored == pytest.approx(rows, rel=0.4)
+
+
+def test_the_terminal_says_hours_money_and_storage(
+    planned: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_plan(planned)
+    shown = capsys.readouterr().out
+    hours = stage(planned, "annotate").device_hours
+    assert hours is not None
+    assert f"device-hours: annotate {hours:.3g}; in all {hours:.3g}" in shown
+    assert f"{100 * hours:.2f} at 100 an hour" in shown
+    assert "storage: about" in shown
+
+
+def test_hours_that_are_not_known_are_not_counted_as_none() -> None:
+    known, unknown = hours_lines([("annotate", 2.0), ("align", None)], price=3.0)
+    assert known == "device-hours: annotate 2; in all 2, 6.00 at 3 an hour"
+    assert unknown.startswith("device-hours of align are not known here")
+
+
+@pytest.mark.parametrize(("rate", "said"), [(1.0, 0), (1000.0, 1), (0.01, 1)])
+def test_shards_should_be_about_a_minute(config: Config, rate: float, said: int) -> None:
+    given = config.model_copy(
+        update={"prepare": config.prepare.model_copy(update={"rows_per_shard": 60})}
+    )
+    notes = list(shard_notes(given, Fleet(pairs_per_second=rate)))
+    assert len(notes) == said
+    assert all(f"{max(1, round(60 * rate)):,} would be a minute" in note for note in notes)
+
+
+def test_a_trial_gives_the_rate_of_one_device(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--trial: .* holds no finished `annotate`"):
+        trial_rate(str(tmp_path))
+    throughput = {"device_hours_per_million_pairs": 1e6 / 3600 / 7.0}
+    manifest = {"counts": {"rows": 10, "throughput": throughput}}
+    Store(str(tmp_path)).create_json("annotate/key/manifest.json", manifest)
+    assert trial_rate(str(tmp_path)) == pytest.approx(7.0)
+    assert Fleet.known(None, None, str(tmp_path)).pairs_per_second == pytest.approx(7.0)
+    assert Fleet.known(None, 3.0, str(tmp_path)).pairs_per_second == 3.0
+    with pytest.raises(ConfigError, match="--pairs-per-second: 0"):
+        Fleet.known(None, 0, None)
