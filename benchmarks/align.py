@@ -1,13 +1,14 @@
 """How fast and lean a policy is aligned: our loop against TRL's DPOTrainer on the same pairs.
 
-Usage: python benchmarks/align.py [--layers 4] [--pairs 96] [--help]
+Usage: python benchmarks/align.py [--models 4:96,30:24] [--help]
 
 One process, one thread, fp32, no gradient checkpointing, global batch 8, one epoch of DPO with the
 policy as its own reference. Everything after tokenising counts: the reference pass, every forward
 and backward pass, every optimizer step. Both sides get the same token ids in the same order, and no
 pair is truncated. Each run is a process of its own, so that its peak memory is its own; sides are
-interleaved. TRL runs with each of its micro-batches and the best one counts, once computing its
-reference beside the policy (its default) and once before it (`precompute_ref_log_probs`).
+interleaved. TRL tries each micro-batch on some of the pairs; the fastest then runs on all of them,
+once computing its reference beside the policy (its default) and once before it
+(`precompute_ref_log_probs`). Ratios and memory are against that fastest one.
 
 The last line is one JSON object with all figures.
 """
@@ -41,7 +42,6 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 
 BATCH, BETA, RATE, SEED = 8, 0.1, 5e-6, 0
-MICRO_BATCHES = (1, 2, 4, 8)
 MAX_LENGTH = 1024
 LORA = LoraConfig(lora_dropout=0.0)
 
@@ -274,10 +274,66 @@ def summary(runs: dict[str, list[dict[str, Any]]], pairs: int) -> dict[str, Any]
     return figures
 
 
-def best(figures: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The fastest side whose name starts so."""
-    sides = [figure for name, figure in figures.items() if name.startswith(prefix)]
-    return dict(max(sides, key=lambda figure: figure["pairs_s"]))
+def fastest(trials: dict[int, dict[str, Any]]) -> int:
+    """The micro-batch that took the least time."""
+    return min(trials, key=lambda size: trials[size]["train_s"])
+
+
+def measured(
+    name: str, rows: Path, options: dict[str, Any], sizes: list[int], trial: int, repeats: int
+) -> dict[str, Any]:
+    """One model: TRL's micro-batches on a few pairs, then both sides on all of them."""
+    folder = rows.parent
+    common = options | {"model": name, "rows": str(rows), "gradient": "", "precompute": False}
+    figures: dict[str, Any] = {"max_grad_diff": gradient_difference(common, folder)}
+    print(f"gradients of the first step differ by {figures['max_grad_diff']:.1e}", flush=True)
+    few = folder / "few.json"
+    few.write_text(json.dumps(json.loads(rows.read_text())[:trial]))
+    trials = {}
+    for size in sizes:
+        trials[size] = run_side(common | {"side": "trl", "rows": str(few), "micro_batch": size})
+        print(f"  TRL, {trial} pairs, micro-batch {size}: {trials[size]}", flush=True)
+    peer = common | {"side": "trl", "micro_batch": fastest(trials)}
+    sides = {
+        "ours": common | {"side": "ours"},
+        "trl": peer,
+        "trl_precomputed": peer | {"precompute": True},
+    }
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    rate = measure.matmul_rate()
+    for _ in range(repeats):
+        for side, spec in sides.items():
+            runs[side].append(run_side(spec))
+            print(f"  {side}: {runs[side][-1]}", flush=True)
+            rate = max(rate, measure.matmul_rate(1.0))
+    count = len(json.loads(rows.read_text())) * options["epochs"]
+    figures |= {"trl_trials": trials, "trl_micro_batch": fastest(trials), "pairs": count}
+    figures |= {"sides": summary(runs, count), "matmul_gflop_s": rate / 1e9}
+    return figures | ratios(figures["sides"], runs["ours"][0]["flops"] / rate)
+
+
+def ratios(sides: dict[str, dict[str, float]], ideal_s: float) -> dict[str, float]:
+    """Ours against TRL's; `ideal_s` is what our useful work takes at the matrix-product rate."""
+    mine, theirs = sides["ours"], sides["trl"]
+    return {
+        "ratio": mine["pairs_s"] / theirs["pairs_s"],
+        "ratio_precomputed": mine["pairs_s"] / sides["trl_precomputed"]["pairs_s"],
+        "memory_share": mine["peak_gib"] / theirs["peak_gib"],
+        "useful_flops_share": ideal_s / (mine["reference_s"] + mine["train_s"]),
+    }
+
+
+def headline(models: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """The figures by which this bench is known; those of a model that did not run are left out."""
+    found = {"max_grad_diff": max(each["max_grad_diff"] for each in models.values())}
+    found["memory_share"] = max(each["memory_share"] for each in models.values())
+    if 4 in models:
+        found["ratio_4_layers"] = models[4]["ratio"]
+        found["ratio_precomputed"] = models[4]["ratio_precomputed"]
+    if 30 in models:
+        found["ratio_135m"] = models[30]["ratio"]
+        found["useful_flops_share"] = models[30]["useful_flops_share"]
+    return found
 
 
 @app.command()
@@ -285,55 +341,32 @@ def compare(
     model: Annotated[Path, typer.Option(help="a Hugging Face folder of a causal LM")] = Path(
         "runs/models/SmolLM2-135M-Instruct"
     ),
-    layers: Annotated[int, typer.Option(help="keep its first layers; 30: all of SmolLM2")] = 4,
+    models: Annotated[
+        str, typer.Option(help="first layers of it, and how many pairs; 30: all of SmolLM2-135M")
+    ] = "4:96,30:24",
     data: Annotated[Literal["hh", "ukp", "demo"], typer.Option(help="hh, ukp: CWPO_DATA")] = "hh",
-    pairs: Annotated[int, typer.Option(help="drawn by a seed")] = 96,
     epochs: int = 1,
-    max_tokens: Annotated[int, typer.Option(help="of one of our micro-batches")] = 2048,
+    max_tokens: Annotated[int, typer.Option(help="of one of our micro-batches")] = 512,
     lora: Annotated[bool, typer.Option(help="LoRA on both sides, in place of all weights")] = False,
     engine: Annotated[Literal["deepspeed", "torch"], typer.Option(help="ours")] = "deepspeed",
     repeats: Annotated[int, typer.Option(help="interleaved runs of each side")] = 1,
-    micro_batches: Annotated[str, typer.Option(help="TRL's")] = "1,2,4,8",
+    micro_batches: Annotated[str, typer.Option(help="TRL's, to choose from")] = "1,2,4,8",
+    trial: Annotated[int, typer.Option(help="pairs on which TRL's micro-batch is chosen")] = 16,
 ) -> None:
     """Measures and prints; see the head of this file for what is compared with what."""
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {"benchmark": "align", "data": data, "layers": layers, "lora": lora}
-    figures |= {"pairs": pairs, "epochs": epochs, "max_tokens": max_tokens, "engine": engine}
+    options = {"lora": lora, "epochs": epochs, "max_tokens": max_tokens, "engine": engine}
+    figures: dict[str, Any] = {"benchmark": "align", "data": data, **options}
     figures["environment"] = measure.environment()
     sizes = [int(size) for size in micro_batches.split(",")]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        name = first_layers(model, layers, folder / "model")
-        rows = drawn_rows(data, name, pairs, folder)
-        common = {"model": name, "lora": lora, "rows": str(rows)}
-        common |= {"epochs": epochs, "max_tokens": max_tokens, "engine": engine, "gradient": ""}
-        common |= {"precompute": False}
-        figures["max_grad_diff"] = gradient_difference(common, folder)
-        print(f"gradients of the first step differ by {figures['max_grad_diff']:.1e}", flush=True)
-        sides = {"ours": common | {"side": "ours"}}
-        for size in sizes:
-            for name, precompute in (("default", False), ("precomputed", True)):
-                options = {"side": "trl", "micro_batch": size, "precompute": precompute}
-                sides[f"trl_{name}_{size}"] = common | options
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-        rate = measure.matmul_rate()
-        for _ in range(repeats):
-            for name, spec in sides.items():
-                runs[name].append(run_side(spec))
-                print(f"  {name}: {runs[name][-1]}", flush=True)
-                rate = max(rate, measure.matmul_rate(1.0))
-        figures["sides"] = summary(runs, pairs * epochs)
-    mine, default = figures["sides"]["ours"], best(figures["sides"], "trl_default")
-    precomputed = best(figures["sides"], "trl_precomputed")
-    seconds = mine["reference_s"] + mine["train_s"]
-    figures |= {
-        "ratio": mine["pairs_s"] / default["pairs_s"],
-        "ratio_precomputed": mine["pairs_s"] / precomputed["pairs_s"],
-        "memory_share": mine["peak_gib"] / default["peak_gib"],
-        "matmul_gflop_s": rate / 1e9,
-        "useful_flops_share": runs["ours"][0]["flops"] / seconds / rate,
-    }
-    print(json.dumps(figures))
+    found: dict[int, dict[str, Any]] = {}
+    for layers, pairs in (map(int, each.split(":")) for each in models.split(",")):
+        with tempfile.TemporaryDirectory() as scratch:
+            name = first_layers(model, layers, Path(scratch) / "model")
+            rows = drawn_rows(data, name, pairs, Path(scratch))
+            print(f"{layers} layers, {pairs} pairs", flush=True)
+            found[layers] = measured(name, rows, options, sizes, trial, repeats)
+    print(json.dumps(figures | {"models": found} | headline(found)))
 
 
 if __name__ == "__main__":

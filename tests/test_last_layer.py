@@ -37,14 +37,14 @@ def test_only_they_reach_the_last_mlp_and_gradients_stay_the_same(reads, checkpo
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens: list[list[int]] = [[], []]
     for layer, seen in zip(module.model.base_model.layers, tokens, strict=True):
-        layer.mlp.down_proj.register_forward_hook(
-            lambda _module, inputs, _output, seen=seen: seen.append(inputs[0].shape[1])
+        layer.mlp.gate_proj.register_forward_pre_hook(
+            lambda _module, inputs, seen=seen: seen.append(inputs[0].shape[1])
         )
     found = gradient_of(module, "packed")
-    read = len(read_tokens(BATCH.attention_mask[0, 0], reads))
-    runs = 2 if checkpointed else 1
-    assert tokens == [[BATCH.useful_tokens] * runs, [read] * runs]
-    assert read < BATCH.useful_tokens
+    read, all_tokens = len(read_tokens(BATCH.attention_mask[0, 0], reads)), BATCH.useful_tokens
+    assert read < all_tokens
+    # an activation checkpoint computes a layer twice, and whole
+    assert tokens == ([[all_tokens] * 2] * 2 if checkpointed else [[all_tokens], [read]])
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 

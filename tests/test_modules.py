@@ -201,6 +201,7 @@ def test_head_test_above_would_notice_a_missing_cap():
 def test_chunks_keep_no_logits_until_the_backward(monkeypatch):
     model, rows = tiny_causal_lm("llama", tie_word_embeddings=True), random_rows()
     module, batch = AnswerLogProbs(model), collate(rows, "shared", PAD)
+    module.head.is_matrix = False  # as a head with a bias, LoRA or a cap inside
     module.head.chunk_size = 16
     logits: list[weakref.ref[torch.Tensor]] = []
     sizes: list[int] = []

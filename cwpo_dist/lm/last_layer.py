@@ -66,7 +66,8 @@ def read_tokens(lengths_RS: Tensor, reads: Reads) -> Tensor:
 class _LastLayer:
     """Hooks on a layer, which learn from its mask what is read, and on its parts.
 
-    The layer's own hook runs again when activation checkpointing computes the layer again.
+    With activation checkpoints the layer stays whole: transformers computes it again without its
+    hooks, and what was read could be another micro-batch's by then.
     """
 
     def __init__(self, layer: nn.Module, reads: Reads) -> None:
@@ -80,11 +81,13 @@ class _LastLayer:
                 part.register_forward_pre_hook(self._before_part)
                 part.register_forward_hook(self._after_part)
 
-    def _before_layer(self, _layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_layer(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         found = (packed_lengths(value) for value in (*args, *kwargs.values()))
         lengths_RS = next((lengths for lengths in found if lengths is not None), None)
-        self._read_M = None if lengths_RS is None else read_tokens(lengths_RS, self.reads)
-        self._n_tokens = 0 if lengths_RS is None else int(lengths_RS.sum())
+        again = layer.training and getattr(layer, "gradient_checkpointing", False)
+        if lengths_RS is not None and not again:
+            self._read_M = read_tokens(lengths_RS, self.reads)
+            self._n_tokens = int(lengths_RS.sum())
 
     def _after_layer(self, *_: Any) -> None:
         self._read_M = None
