@@ -109,7 +109,7 @@ ZERO_CASES = [
     Case("fit-3", 3, task="fit"),
     Case("batch-2", 2, task="batch"),
     Case("offload-2", 2, offload=True),
-    Case("offload-3", 3, offload=True, lora=True, task="dataset", checkpointing=True),
+    Case("offload-3", 3, offload=True, lora=True, task="dataset"),
 ]
 # What a group of one does, too.
 ALONE_CASES = [case for case in ZERO_CASES if case.name.startswith("full-")]
