@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long lint format clean
+.PHONY: help install demo try-cluster test test-long lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -41,6 +41,9 @@ $(DEMO_MODEL)/config.json: | $(STAMP)
 
 demo: $(STAMP) $(DEMO_MODEL)/config.json  ## the whole recipe with a real small model; a report at the end
 	$(BIN)/cwpo run $(DEMO_CONFIG)
+
+try-cluster: $(STAMP) $(DEMO_MODEL)/config.json  ## a cluster of three nodes on this machine, and a run on it
+	$(BIN)/python cluster/local/cluster.py try -n 2 --cpus 1 $(DEMO_CONFIG) cluster/local/try.yaml
 
 test: $(STAMP)  ## all tests but the long ones, within 15 minutes
 	$(BIN)/python -m pytest -m "not long" --session-timeout=1500

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cwpo_dist import __version__
+from cwpo_dist import __version__, credentials
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import load_config
 
@@ -92,6 +92,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="As printed by `cwpo su
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; faults of the user end in one message and exit code 2."""
+    credentials.take()  # in a submitted job
     try:
         app(args=arguments)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
@@ -204,7 +205,7 @@ def plan(
 ) -> None:
     """Check columns, models, placement and batches, and say what the run will cost.
 
-    Nothing is started and nothing is written.
+    Nothing is started and nothing stays written: on a cluster, each node tries output_dir out.
 
     Example: cwpo plan run.yaml --show 3 --trial s3://bucket/sample --price 2.50
     """

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,36 +21,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from cwpo_dist import credentials
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.storage import digest, to_json
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_NAME = "config.yaml"
-# What a job needs to reach models, storage and trackers. Only what is set travels, and it is never
-# printed; whoever may open the cluster's dashboard can read a job's environment.
-PASSED_ON = (
-    "HF_TOKEN",
-    "HF_ENDPOINT",
-    "HF_HUB_OFFLINE",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "WANDB_API_KEY",
-    "WANDB_BASE_URL",
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_TRACKING_TOKEN",
-)
 PENDING_TIMEOUT_S = 600.0
 POLL_S = 1.0
+CONNECT_S = 10.0
+# Ray kills a job 3 s after it asked it to end; a stage in training needs time for its checkpoint.
+STOP_S = 600
 
 
 class SubmitError(RuntimeError):
@@ -100,24 +88,38 @@ def submit(config: Config, stage: str, address: str, settings: Settings | None =
             another configuration.
     """
     settings = settings or Settings()
-    with tempfile.TemporaryDirectory(prefix="cwpo-submit-") as folder, _client(address) as client:
-        data = portable(config, Path(folder))
-        (Path(folder) / CONFIG_NAME).write_bytes(to_json(data))  # JSON is YAML
-        base = job_name(data["output_dir"], stage)
+    with tempfile.TemporaryDirectory(prefix="cwpo-submit-") as name:
+        folder = Path(name)
+        data = portable(config, folder)
+        (folder / CONFIG_NAME).write_bytes(to_json(data))  # JSON is YAML
         mark = digest([data, settings.retry_rejects])
-        while True:
-            attempts = _attempts(client, base)
-            for job in attempts.values():
-                if not job.status.is_terminal():
-                    return _attach(job, mark)
-            name = base if not attempts else f"{base}-{max(attempts) + 1}"
-            try:
-                _send(client, name, stage, Path(folder), {"cwpo_config": mark}, settings)
-                return Submitted(name, attached=False)
-            except RuntimeError:
-                # Another submitter may have taken the name in between: then attach to its job.
-                if len(_attempts(client, base)) == len(attempts):
-                    raise
+        command = [settings.python or "python", "-m", "cwpo_dist.cli", stage, CONFIG_NAME]
+        command += ["--retry-rejects"] if settings.retry_rejects else []
+        job = {
+            "entrypoint": shlex.join(command),
+            "runtime_env": _environment(folder, settings),
+            "metadata": {"cwpo_config": mark},
+        }
+        with _client(address) as client:
+            return _attach_or_send(client, job_name(data["output_dir"], stage), job)
+
+
+def _attach_or_send(client: JobSubmissionClient, base: str, job: dict[str, Any]) -> Submitted:
+    """Attaches to the attempt of this name that runs, or sends the next one."""
+    mark = job["metadata"]["cwpo_config"]
+    while True:
+        attempts = _attempts(client, base)
+        for attempt in attempts.values():
+            if not attempt.status.is_terminal():
+                return _attach(attempt, mark)
+        name = base if not attempts else f"{base}-{max(attempts) + 1}"
+        try:
+            client.submit_job(submission_id=name, **job)
+            return Submitted(name, attached=False)
+        except RuntimeError:
+            # Another submitter may have taken the name in between: then attach to its job.
+            if len(_attempts(client, base)) == len(attempts):
+                raise
 
 
 def job_name(output_dir: str, stage: str) -> str:
@@ -233,34 +235,22 @@ def _await_start(client: JobSubmissionClient, submission_id: str, timeout_s: flo
         time.sleep(POLL_S)
 
 
-def _send(
-    client: JobSubmissionClient,
-    name: str,
-    stage: str,
-    folder: Path,
-    metadata: dict[str, str],
-    settings: Settings,
-) -> None:
+def _environment(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Ray's runtime environment of a job that runs in `folder`."""
     missing = [variable for variable in settings.env if variable not in os.environ]
     if missing:
         raise ConfigError(f"--env: {', '.join(missing)} is not set here; export it first")
-    variables = [name for name in (*PASSED_ON, *settings.env) if name in os.environ]
+    credentials.pack(folder, settings.env)
     environment: dict[str, Any] = {
         "working_dir": str(folder),
         "py_modules": [str(PACKAGE), *settings.py_modules],
         "excludes": ["__pycache__", "*.pyc"],
-        "env_vars": {variable: os.environ[variable] for variable in variables},
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
+        "worker_process_setup_hook": "cwpo_dist.credentials.take",
     }
     if settings.python is not None:
         environment["py_executable"] = settings.python
-    command = [settings.python or "python", "-m", "cwpo_dist.cli", stage, CONFIG_NAME]
-    command += ["--retry-rejects"] if settings.retry_rejects else []
-    client.submit_job(
-        entrypoint=shlex.join(command),
-        submission_id=name,
-        runtime_env=environment,
-        metadata=metadata,
-    )
+    return environment
 
 
 def _attempts(client: JobSubmissionClient, base: str) -> dict[int, JobDetails]:
@@ -288,12 +278,10 @@ def _attach(job: JobDetails, mark: str) -> Submitted:
 def _client(address: str) -> Iterator[JobSubmissionClient]:
     """A client, whose failures become one clear message."""
     try:
+        _dial(address)
         yield JobSubmissionClient(address)
-    except ConnectionError as error:
-        raise SubmitError(
-            f"--address: no Ray job server answers at {address}; start one (`ray start --head`), "
-            "or forward its dashboard port (8265)"
-        ) from error
+    except OSError as error:  # the connection, also where it went while we followed a job
+        raise SubmitError(f"{_no_server(address)} ({error})") from error
     except AuthenticationError as error:
         raise SubmitError(
             f"--address: {address} wants Ray's token; set RAY_AUTH_MODE=token and "
@@ -303,6 +291,22 @@ def _client(address: str) -> Iterator[JobSubmissionClient]:
         raise
     except RuntimeError as error:  # how Ray's client reports any other refusal, 404 included
         raise SubmitError(f"{address}: {error}") from error
+
+
+def _dial(address: str) -> None:
+    """Returns when something listens there; Ray's client would wait for minutes on a firewall."""
+    url = urlsplit(address)
+    if url.scheme not in {"http", "https"} or url.hostname is None:
+        raise SubmitError(f"--address: {address!r} is no job server's; give http://HEAD:8265")
+    port = url.port or (443 if url.scheme == "https" else 80)
+    socket.create_connection((url.hostname, port), CONNECT_S).close()
+
+
+def _no_server(address: str) -> str:
+    return (
+        f"--address: no Ray job server answers at {address}; start one (`ray start --head`), open "
+        "its port (8265), or forward it: ssh -L 8265:127.0.0.1:8265 HEAD"
+    )
 
 
 def _models(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

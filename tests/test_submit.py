@@ -20,6 +20,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from cwpo_dist import credentials
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.submit import (
@@ -174,8 +175,30 @@ def test_a_job_script_is_enough_for_plain_ray_job_submit(head: str, tmp_path: Pa
 
 
 def test_no_server_is_one_clear_message(tmp_path: Path) -> None:
-    with pytest.raises(SubmitError, match="no Ray job server answers at"):
+    with pytest.raises(SubmitError, match=r"no Ray job server answers at .*Connection refused"):
         submit(small(tmp_path), "run", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(SubmitError, match="'head:8265' is no job server's; give http://HEAD:8265"):
+        submit(small(tmp_path), "run", "head:8265")
+
+
+def test_credentials_travel_as_a_file_and_only_those_that_are_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in credentials.PASSED_ON:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("MY_SERVICE", "mine")
+    credentials.pack(tmp_path, ["MY_SERVICE"])
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("WANDB_API_KEY", "the cluster's")
+    monkeypatch.delenv("MY_SERVICE")
+    credentials.take()  # elsewhere: there is no such file
+    assert os.environ["WANDB_API_KEY"] == "the cluster's"
+    monkeypatch.chdir(tmp_path)
+    credentials.take()
+    assert (os.environ["WANDB_API_KEY"], os.environ["MY_SERVICE"]) == (SECRET, "mine")
+    assert "HF_TOKEN" not in os.environ
 
 
 def test_the_name_is_a_function_of_place_and_stage() -> None:

@@ -1,6 +1,7 @@
 """A configuration in; everything that would stop it later, said now, and the sizes of its models.
 
-No worker is started and no weight is read. Faults are collected and raised together.
+No worker is started and no weight is read. Faults are collected and raised together; those of the
+cluster's nodes come first.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.sources import check as check_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
+from cwpo_dist.stages.nodes import node_faults
 from cwpo_dist.training.tracking import missing
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -102,6 +104,8 @@ def check(config: Config, until: str | None = None) -> Checked:
         ConfigError: one line a fault: field, value, remedy.
     """
     machines = tuple(available())
+    if ray.is_initialized() and (unfit := node_faults(config.output_dir)):
+        raise ConfigError("\n".join(unfit))  # whatever else is wrong may follow from these
     sizes: dict[str, ModelSize] = {}
     faults = [*_source_faults(config), *_missing_models(config, until), *_gold_faults(config)]
     if "align" in reached(config, until):

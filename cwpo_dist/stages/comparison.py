@@ -19,8 +19,9 @@ from cwpo_dist.stages.checks import check
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.evaluate import ANSWERS, BASELINES, ITEMS
 from cwpo_dist.stages.graph import Node, graph
+from cwpo_dist.stages.nodes import versions
 from cwpo_dist.stages.report import device_hours
-from cwpo_dist.stages.run import device, versions
+from cwpo_dist.stages.run import device
 from cwpo_dist.stages.side_by_side import Job, make_all
 from cwpo_dist.stages.trials import Trial, by_grid, names, section, trials, tuned, tuning
 from cwpo_dist.storage import MANIFEST, Store

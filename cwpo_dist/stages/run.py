@@ -11,13 +11,11 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from importlib import metadata
 from typing import Any
 
 import ray
 import ray.data
 
-from cwpo_dist import __version__
 from cwpo_dist.config import Config, ConfigError, TrainingConfig
 from cwpo_dist.stages import (
     align,
@@ -42,6 +40,7 @@ from cwpo_dist.stages.graph import (
     prepare_node,
     retry_manifest,
 )
+from cwpo_dist.stages.nodes import versions
 from cwpo_dist.storage import MANIFEST, Store
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,6 @@ STAGES: dict[str, Callable[[Context, Node], dict[str, Any]]] = {
     "evaluate": evaluate.run,
 }
 STARTED = "started.json"  # written first: tells a half-finished output from none
-PACKAGES = ("ray", "torch", "transformers", "deepspeed", "datasets", "pyarrow", "peft")
 
 
 def run(config: Config, until: str | None = None, resume: bool = False) -> str:
@@ -288,12 +286,6 @@ def _only_our_progress() -> None:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
-
-
-def versions() -> Mapping[str, str]:
-    """What the output was made with."""
-    found = {name: metadata.version(name) for name in PACKAGES}
-    return {"cwpo_dist": __version__} | found | {"python": platform.python_version()}
 
 
 def device() -> str:

@@ -1,0 +1,48 @@
+"""A shell's credentials in, the environment of every process of a submitted job out.
+
+They travel as a file in the job's working directory: Ray shows a job's environment variables on its
+dashboard, and writes them into the logs of every node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+# What a job needs to reach models, storage and trackers. Only what is set travels.
+PASSED_ON = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "WANDB_API_KEY",
+    "WANDB_BASE_URL",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_S3_ENDPOINT_URL",
+)
+_FILE = Path(".cwpo-environment.json")
+
+
+def pack(folder: Path, further: Sequence[str] = ()) -> None:
+    """Writes what is set here of PASSED_ON, and `further` variables, into a job's folder."""
+    values = {name: os.environ[name] for name in (*PASSED_ON, *further) if name in os.environ}
+    with os.fdopen(os.open(folder / _FILE, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+        json.dump(values, file)
+
+
+def take() -> None:
+    """Sets what `pack` wrote, when this process runs in a job's folder; called once in each."""
+    if _FILE.is_file():
+        os.environ.update(json.loads(_FILE.read_text()))
