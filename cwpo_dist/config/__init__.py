@@ -1,0 +1,43 @@
+"""What a run is told: one typed, frozen section a stage, each field with its default."""
+
+from cwpo_dist.config.base import ConfigError, Fraction, PositiveFloat, PositiveInt, Section, Split
+from cwpo_dist.config.data import PrepareConfig, Source
+from cwpo_dist.config.models import LoraConfig, ModelConfig
+from cwpo_dist.config.run import ARMS, Arm, CompareConfig, Config, Grid, WeighConfig
+from cwpo_dist.config.scoring import (
+    AnnotateConfig,
+    EvaluateConfig,
+    Pool,
+    PoolConfig,
+    ReferenceConfig,
+)
+from cwpo_dist.config.training import AlignConfig, FitConfig, SftConfig, Tracker, TrainingConfig
+
+__all__ = [
+    "ARMS",
+    "AlignConfig",
+    "AnnotateConfig",
+    "Arm",
+    "CompareConfig",
+    "Config",
+    "ConfigError",
+    "EvaluateConfig",
+    "FitConfig",
+    "Fraction",
+    "Grid",
+    "LoraConfig",
+    "ModelConfig",
+    "Pool",
+    "PoolConfig",
+    "PositiveFloat",
+    "PositiveInt",
+    "PrepareConfig",
+    "ReferenceConfig",
+    "Section",
+    "SftConfig",
+    "Source",
+    "Split",
+    "Tracker",
+    "TrainingConfig",
+    "WeighConfig",
+]

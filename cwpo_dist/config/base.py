@@ -1,0 +1,35 @@
+"""What all sections share: their base class, the types of fields, and how they are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Split = Literal["labelled", "unlabelled", "validation", "test"]
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names field, value and remedy."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused and values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # Fields that say how or where work is done, not what comes out: they stay out of content keys.
+    compute_fields: ClassVar[frozenset[str]] = frozenset()
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide a stage's output, ready to be hashed into its key."""
+        return self.model_dump(mode="json", exclude=set(self.compute_fields))

@@ -1,0 +1,56 @@
+"""Where pairs come from, and how they are split."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from cwpo_dist.config.base import Fraction, PositiveFloat, PositiveInt, Section
+
+
+class Source(Section):
+    """One source of pairs: files (JSONL, gzip, Parquet, CSV), a folder, or a hub id."""
+
+    path: str = Field(description="file, glob, folder, URI, or a Hugging Face hub id")
+    name: str | None = Field(None, description="subset of a hub data set")
+    data_dir: str | None = Field(None, description="folder inside a hub data set (harmless-base)")
+    split: str = Field("train", description="split of a hub data set or local folder")
+    revision: str | None = Field(None, description="commit of a hub data set")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="our name → theirs, for prompt, chosen, rejected, response_a, response_b, "
+        "label, votes_a, votes_b",
+    )
+    format: Literal["auto", "text", "conversational", "hh"] = Field(
+        "auto", description="hh: transcripts '\\n\\nHuman: … \\n\\nAssistant: …'"
+    )
+    into: Literal["train", "validation", "test"] | None = Field(
+        None, description="every row of this source goes to this side; null: split by hash"
+    )
+    limit: PositiveInt | None = Field(None, description="read at most this many rows")
+
+
+class PrepareConfig(Section):
+    """Sources → pairs: what is read and how it is split."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset({"num_cpus", "max_reject_fraction"})
+
+    sources: list[Source] = Field(min_length=1)
+    labelled_fraction: Fraction = Field(
+        0.3, description="share of training prompts whose labels may be used; 1: all there are"
+    )
+    validation_fraction: Fraction = 0.0
+    test_fraction: Fraction = 0.1
+    flipped_labels: Fraction = Field(
+        0.0, description="share of training labels turned round, for experiments with poisoned ones"
+    )
+    group_column: str | None = Field(
+        None, description="rows that share its value stay on one side; null: the prompt"
+    )
+    keep_columns: list[str] = Field(default_factory=list, description="carried along untouched")
+    max_reject_fraction: Fraction = Field(
+        0.05, description="the stage fails when more rows, or more files (damaged), are set aside"
+    )
+    rows_per_shard: PositiveInt = Field(1024, description="about a minute's work of an annotator")
+    num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")

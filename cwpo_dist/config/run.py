@@ -1,0 +1,148 @@
+"""A whole run: all sections, the arms, and comparisons of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from cwpo_dist.config.base import Fraction, PositiveFloat, Section, Split
+from cwpo_dist.config.data import PrepareConfig
+from cwpo_dist.config.models import ModelConfig
+from cwpo_dist.config.scoring import AnnotateConfig, EvaluateConfig, ReferenceConfig
+from cwpo_dist.config.training import AlignConfig, FitConfig, SftConfig
+
+
+class WeighConfig(Section):
+    """margin → confidence → weight."""
+
+    weight_function: (
+        Literal["confidence", "sigmoid", "clipped", "clipped_fifth", "one", "lower_confidence"]
+        | None
+    ) = Field(
+        None,
+        description="overrides the arm's; C, σ(m), min(m,1), min(0.2m,1), 1, C(m − disagreement)",
+    )
+    top_fraction: Fraction | None = Field(None, description="keep the most confident share")
+    min_confidence: Fraction | None = Field(None, description="keep pairs at least so confident")
+    temperature: PositiveFloat | Literal["fitted"] | None = Field(
+        None, description="margins are divided by it; fitted: to human labels; null: the arm's"
+    )
+    calibration_split: Literal["validation", "labelled"] = Field(
+        "validation", description="where temperatures are fitted; labelled: ready models only"
+    )
+
+
+class Grid(Section):
+    """Trials to compare: every arm × loss × labelled share × share of flipped labels."""
+
+    arms: list[str] = Field(min_length=1)
+    losses: list[str] | None = Field(None, description="null: align.loss_type")
+    labelled_fractions: list[Fraction] | None = Field(
+        None, description="null: prepare.labelled_fraction"
+    )
+    flipped_labels: list[Fraction] | None = Field(None, description="null: prepare.flipped_labels")
+
+
+class CompareConfig(Section):
+    """What `cwpo compare` runs, each trial once a seed."""
+
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    grids: list[Grid] = Field(default_factory=list, description="none: the run's arms")
+    learning_rates: list[PositiveFloat] = Field(
+        default_factory=list,
+        description="of align: each trial takes the best on validation, with the first seed; "
+        "none: align.learning_rate",
+    )
+    baseline: str | None = Field(None, description="whom others are paired with; null: the first")
+
+
+class Config(Section):
+    """A whole run."""
+
+    output_dir: str
+    seed: int = 0
+    arms: list[str] = Field(default_factory=lambda: ["cw"], min_length=1)
+    simulated_labels: bool = Field(False, description="labels come from a rule; shown everywhere")
+    prepare: PrepareConfig
+    weak: ModelConfig | None = Field(None, description="the weak model that becomes the annotator")
+    policy: ModelConfig | None = Field(None, description="the policy to align")
+    fit: FitConfig = FitConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
+    weigh: WeighConfig = WeighConfig()
+    sft: SftConfig | None = Field(
+        default_factory=SftConfig, description="null (or none) for policies already instructed"
+    )
+    reference: ReferenceConfig = ReferenceConfig()
+    align: AlignConfig = AlignConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig | None = Field(None, description="read by `cwpo compare` and `plan`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sft_none(cls, data: Any) -> Any:
+        """`sft: none` is how people write it."""
+        if isinstance(data, dict) and data.get("sft") == "none":
+            return {**data, "sft": None}
+        return data
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Self:
+        """URIs are written into manifests, reports and trackers: secrets must not be in them."""
+        models = {"weak": self.weak, "policy": self.policy}
+        models |= dict(self.annotate.ready()) | {"evaluate.gold_model": self.evaluate.gold_model}
+        named = [("output_dir", self.output_dir)]
+        named += [(f"prepare.sources.{i}.path", s.path) for i, s in enumerate(self.prepare.sources)]
+        named += [(f"{k}.model_name_or_path", m.model_name_or_path) for k, m in models.items() if m]
+        for field, uri in named:
+            if "@" in urlsplit(uri).netloc:
+                raise ValueError(
+                    f"{field}: the URI carries credentials; pass them by environment variables"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _known_arms(self) -> Self:
+        named = [("arms", self.arms)]
+        for k, grid in enumerate(self.compare.grids if self.compare else []):
+            named.append((f"compare.grids.{k}.arms", grid.arms))
+        for field, arms in named:
+            for arm in arms:
+                if arm not in ARMS:
+                    known = ", ".join(sorted(ARMS))
+                    raise ValueError(f"{field}: {arm!r} is unknown; choose from {known}")
+        return self
+
+
+class Arm(Section):
+    """A named preset over `weigh` and `align`."""
+
+    labels: Literal["human", "annotator"]
+    annotator: Literal["fitted", "implicit"] = "fitted"  # implicit: rewards of a weak DPO policy
+    splits: tuple[Split, ...] = ("unlabelled",)
+    weight_function: Literal["confidence", "one", "lower_confidence"] = "one"
+    top_fraction: float | None = None
+    temperature: Literal["fitted"] | None = None
+    weight_normalization: Literal["none", "batch", "dataset"] = "none"
+    sampling: Literal["proportional"] | None = None  # C says how often, not how much
+    soft_labels: bool = False  # the annotator's probability in place of a weight
+
+
+# All presets in one table. `human*` arms alone may read labels of unlabelled rows.
+ARMS: dict[str, Arm] = {
+    "human": Arm(labels="human"),
+    "human100": Arm(labels="human", splits=("labelled", "unlabelled")),
+    "labelled_only": Arm(labels="human", splits=("labelled",)),
+    "ws_dpo": Arm(labels="annotator", annotator="implicit"),
+    "weak": Arm(labels="annotator"),
+    "cw": Arm(labels="annotator", weight_function="confidence"),
+    "cw_mean": Arm(
+        labels="annotator", weight_function="confidence", weight_normalization="dataset"
+    ),
+    "cw_calibrated": Arm(labels="annotator", weight_function="confidence", temperature="fitted"),
+    "ensemble": Arm(labels="annotator", weight_function="lower_confidence"),
+    "proportional": Arm(labels="annotator", weight_function="confidence", sampling="proportional"),
+    "soft": Arm(labels="annotator", soft_labels=True),
+    "top30": Arm(labels="annotator", top_fraction=0.3),
+}

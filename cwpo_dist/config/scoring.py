@@ -1,0 +1,152 @@
+"""Scoring: pools of actors, and what `annotate`, `reference` and `evaluate` are told."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cwpo_dist.config.base import Fraction, PositiveFloat, PositiveInt, Section, Split
+from cwpo_dist.config.models import ModelConfig
+
+
+class Pool(Section):
+    """Actors of one kind, and the nodes that they may run on."""
+
+    num_actors: PositiveInt | tuple[Annotated[int, Field(ge=0)], PositiveInt] = Field(
+        1,
+        description="so many, or as many of them as there is room for; [min, max]: at least min "
+        "(0: its nodes may come later), at most max",
+    )
+    cpus_per_actor: PositiveFloat = 1.0
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="0.5: two actors share a GPU"
+    )
+    accelerator_type: str | None = Field(None, description="as Ray names it: H100, L4, …")
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="labels of the nodes: a value, !value, in(a,b) or !in(a,b)",
+    )
+    resources: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="custom Ray resources of one actor"
+    )
+
+    @property
+    def min_actors(self) -> int:
+        """How many must find a place."""
+        return 1 if isinstance(self.num_actors, int) else self.num_actors[0]
+
+    @property
+    def max_actors(self) -> int:
+        """How many there are where there is room."""
+        return self.num_actors if isinstance(self.num_actors, int) else self.num_actors[1]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"num_actors: [min, max] is {self.num_actors}; min is above max")
+        if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
+            raise ValueError(
+                f"gpus_per_actor: {self.gpus_per_actor}; Ray shares one GPU, or gives whole ones"
+            )
+        return self
+
+
+class PoolConfig(Pool):
+    """A stage's Ray Data actors: one pool, or several on different devices."""
+
+    max_tokens_per_batch: PositiveInt = Field(
+        4096, description="tokens of one forward pass, with any padding"
+    )
+    pools: list[Pool] = Field(
+        default_factory=list,
+        description="several pools that share the work, each with its own num_actors, …",
+    )
+
+    def actor_pools(self) -> list[Pool]:
+        """The pools, or the one that the section itself describes."""
+        return self.pools or [self]
+
+    @property
+    def most_actors(self) -> int:
+        """How many actors there are, over all pools, where there is room."""
+        return sum(pool.max_actors for pool in self.actor_pools())
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        plain = Pool()
+        given = [name for name in Pool.model_fields if getattr(self, name) != getattr(plain, name)]
+        if self.pools and given:
+            raise ValueError(
+                f"pools: given beside {', '.join(given)}; put these into each pool, or give "
+                "pools: [] for the one pool that they describe"
+            )
+        return self
+
+
+class AnnotateConfig(PoolConfig):
+    """Which pairs are scored, and by whom."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset(
+        {*PoolConfig.model_fields, "max_reject_fraction", "model", "models"}
+    )
+
+    model: ModelConfig | None = Field(
+        None, description="any one-label reward model; null: the annotator that `fit` made"
+    )
+    models: list[ModelConfig] = Field(
+        default_factory=list, description="several reward models, an ensemble; instead of `model`"
+    )
+    splits: list[Split] | None = Field(
+        None, description="null: all, but for an annotator of ours not those it was trained on"
+    )
+    max_reject_fraction: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _one_list(self) -> Self:
+        if self.model is not None and self.models:
+            raise ValueError("model and models are both given; put all of them into models")
+        if any(model in self.models[:k] for k, model in enumerate(self.models)):
+            raise ValueError("models: one stands twice; its scores would count double")
+        return self
+
+    def ready(self) -> list[tuple[str, ModelConfig]]:
+        """The given reward models, each with the field that names it; none: `fit` makes them."""
+        if self.model is not None:
+            return [("annotate.model", self.model)]
+        return [(f"annotate.models.{k}", model) for k, model in enumerate(self.models)]
+
+    def scored_splits(self) -> list[Split]:
+        """The splits whose pairs are scored."""
+        if self.splits is not None:
+            return self.splits
+        rest: list[Split] = ["unlabelled", "validation", "test"]
+        return ["labelled", *rest] if self.ready() else rest
+
+
+class ReferenceConfig(PoolConfig):
+    """Log-probs of the frozen SFT policy."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset({*PoolConfig.model_fields, "sharded"})
+
+    sharded: bool = Field(
+        False,
+        description="for a policy that exceeds one device: by the workers of `align`, under ZeRO-3",
+    )
+
+
+class EvaluateConfig(PoolConfig):
+    """Held-out accuracy and gold reward accuracy."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
+
+    split: Literal["validation", "test"] = "test"
+    gold_function: str | None = Field(None, description="'package.module:function(prompt, answer)'")
+    gold_model: ModelConfig | None = Field(None, description="a one-label reward model as gold")
+    num_prompts: Annotated[int, Field(ge=0)] = Field(256, description="prompts to generate for")
+    max_new_tokens: PositiveInt = 512
+    temperature: Annotated[float, Field(ge=0.0)] = Field(0.95, description="0: greedy")
+    generation_batch_size: PositiveInt = 16
+    kl: bool = Field(
+        False, description="also estimate the KL divergence from the SFT model, on sampled answers"
+    )

@@ -1,0 +1,215 @@
+"""Training: what `fit`, `sft` and `align` are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from cwpo_dist.config.base import ConfigError, PositiveFloat, PositiveInt, Section
+from cwpo_dist.config.models import LoraConfig
+
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+
+
+class TrainingConfig(Section):
+    """What `fit`, `sft` and `align` share: schedule, batch, DeepSpeed and workers."""
+
+    compute_fields: ClassVar[frozenset[str]] = frozenset(
+        {
+            "max_tokens_per_micro_batch",
+            "gradient_checkpointing",
+            "zero_stage",
+            "deepspeed",
+            "num_workers",
+            "use_gpu",
+            "cpus_per_worker",
+            "resources_per_worker",
+            "save_steps",
+            "save_minutes",
+            "save_total_limit",
+            "logging_steps",
+            "report_to",
+            "eval_steps",
+            "eval_pairs",
+            "max_failures",
+            "step_timeout_s",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        }
+    )
+
+    learning_rate: PositiveFloat
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: int = Field(-1, description="stop after this many steps; -1: by epochs")
+    global_batch_size: PositiveInt = Field(64, description="pairs a step, over all workers")
+    per_device_train_batch_size: PositiveInt | None = Field(
+        None, description="TRL's name; with gradient_accumulation_steps it sets global_batch_size"
+    )
+    gradient_accumulation_steps: PositiveInt | None = None
+    max_tokens_per_micro_batch: PositiveInt = Field(4096, description="tokens, with any padding")
+    optim: Literal["adamw", "sgd"] = "adamw"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    deepspeed: dict[str, Any] | str | None = Field(
+        None, description="a section, or a Hugging Face DeepSpeed JSON file, merged over ours"
+    )
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1,
+        description="so many; [min, max]: as many as there is room for, fewer when nodes are lost, "
+        "more when they come; what is computed stays the same",
+    )
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has GPUs")
+    cpus_per_worker: PositiveFloat = 1.0
+    resources_per_worker: dict[str, float] = Field(default_factory=dict)
+    save_steps: PositiveInt = 100
+    save_minutes: PositiveFloat | None = Field(
+        None, description="a checkpoint also when the last one is so old"
+    )
+    save_total_limit: PositiveInt = 2
+    logging_steps: PositiveInt = 1
+    report_to: list[Tracker] = Field(
+        ["tensorboard"], description="tensorboard, mlflow, wandb; none: metrics.jsonl alone"
+    )
+    eval_steps: PositiveInt | None = Field(
+        None, description="held-out loss and accuracy every so many steps; null: never"
+    )
+    eval_pairs: PositiveInt = Field(
+        128, description="of `validation`, else of evaluate.split; the same ones each time"
+    )
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    step_timeout_s: PositiveFloat = Field(
+        1800.0, description="no step for so long: stacks are dumped, the workers restarted"
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    def deepspeed_section(self) -> dict[str, Any]:
+        """The DeepSpeed section: as given, or read from the JSON file that it names.
+
+        Raises:
+            ConfigError: for a file that is missing or no JSON.
+        """
+        if not isinstance(self.deepspeed, str):
+            return self.deepspeed or {}
+        try:
+            section: dict[str, Any] = json.loads(Path(self.deepspeed).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"deepspeed: cannot read {self.deepspeed!r}: {error}") from None
+        return section
+
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers: {self.num_workers}; give [min, max], min first")
+        return self
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        """`report_to: wandb` and `report_to: none` are how people write it."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value or []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_global_batch(cls, data: Any) -> Any:
+        """TRL's per-device batch × accumulation × workers becomes one global batch, once."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("per_device_train_batch_size") is None:
+            if data.get("gradient_accumulation_steps") is not None:
+                raise ValueError(
+                    "gradient_accumulation_steps is given without per_device_train_batch_size: "
+                    "give both, or global_batch_size alone"
+                )
+            return data
+        if isinstance(data.get("num_workers"), list | tuple):
+            raise ValueError(
+                "per_device_train_batch_size is given with num_workers [min, max], whose batch "
+                "would change with the workers: give global_batch_size instead"
+            )
+        workers = int(data.get("num_workers", 1))
+        per_device = int(data["per_device_train_batch_size"])
+        total = per_device * int(data.get("gradient_accumulation_steps") or 1) * workers
+        given = data.get("global_batch_size")
+        if given is not None and int(given) != total:
+            raise ValueError(
+                f"global_batch_size is {given}, but per_device_train_batch_size × "
+                f"gradient_accumulation_steps × num_workers = {total}: give one of the two"
+            )
+        return {**data, "global_batch_size": total}
+
+
+class FitConfig(TrainingConfig):
+    """The annotator's training, Bradley–Terry (paper eq. 4–5, table 7)."""
+
+    # Each seed is in the key of the annotator that it makes.
+    compute_fields: ClassVar[frozenset[str]] = TrainingConfig.compute_fields | {"seeds"}
+
+    learning_rate: PositiveFloat = 1e-5
+    num_train_epochs: PositiveFloat = 5.0
+    global_batch_size: PositiveInt = 32
+    seeds: list[int] | None = Field(
+        None, min_length=1, description="an ensemble, one annotator a seed; null: the run's seed"
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int] | None) -> list[int] | None:
+        if seeds is not None and len(set(seeds)) < len(seeds):
+            raise ValueError("a seed stands twice; equal seeds make the same annotator")
+        return seeds
+
+
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning of the policy on the chosen answers (paper table 8)."""
+
+    learning_rate: PositiveFloat = 1e-5
+    num_train_epochs: PositiveFloat = 3.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    lora: LoraConfig | None = LoraConfig()
+
+
+class AlignConfig(TrainingConfig):
+    """Confidence-weighted preference optimisation (paper eq. 7–11, table 9)."""
+
+    learning_rate: PositiveFloat = 5e-6
+    num_train_epochs: PositiveFloat = 5.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    lora: LoraConfig | None = LoraConfig()
+    loss_type: str = Field(
+        "sigmoid",
+        description="TRL's names: sigmoid (DPO), ipo (summed, the paper's), ipo_norm (per token, "
+        "TRL's ipo), robust (rDPO), hinge, simpo, orpo",
+    )
+    beta: PositiveFloat = 0.5
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
+        None,
+        description="ε: of robust its share of flipped labels (null: the paper's 0.1), of sigmoid "
+        "conservative DPO, of simpo the same (null: 0)",
+    )
+    simpo_gamma: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="γ, SimPO's target margin (null: TRL's 0.5)"
+    )
+    weight_normalization: Literal["none", "batch", "dataset"] | None = Field(
+        None, description="overrides the arm's: none (paper), by ΣC of the batch, by mean C"
+    )
