@@ -199,9 +199,15 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(help="Print this many rows as the models see them.")] = 0,
-    price: Annotated[float | None, typer.Option(help="Money an hour of a GPU, else a CPU.")] = None,
-    pairs_per_second: Annotated[float | None, typer.Option(help="One device annotates.")] = None,
-    trial: Annotated[str | None, typer.Option(help="A run of a sample: has that rate.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of a device-hour: a GPU, or a CPU where a pool has none.")
+    ] = None,
+    pairs_per_second: Annotated[
+        float | None, typer.Option(help="Pairs that one device annotates a second.")
+    ] = None,
+    trial: Annotated[
+        str | None, typer.Option(help="A finished run of a sample, whose rate to take.")
+    ] = None,
 ) -> None:
     """Check columns, models, placement and batches, and say what the run will cost.
 

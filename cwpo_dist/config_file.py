@@ -33,14 +33,31 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"config: no file {str(path)!r}; see jobs/recipes for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: cannot read {path}: {error}; give a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config: {path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"config: {path} must hold a mapping of sections")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if name in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name} stands twice, in lines {lines[name]} and {line}; keep one"
+                )
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:

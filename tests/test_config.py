@@ -218,3 +218,12 @@ def test_workers_are_so_many_or_from_few_to_many() -> None:
         parse_config({**SMALL, "align": {"num_workers": [8, 2]}})
     with pytest.raises(ConfigError, match="give global_batch_size instead"):
         parse_config({**SMALL, "align": {"num_workers": [1, 2], "per_device_train_batch_size": 4}})
+
+
+def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: x\nannotate: {num_actors: 2}\nannotate: {num_actors: 3}\n")
+    with pytest.raises(ConfigError, match="annotate stands twice, in lines 2 and 3"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path)

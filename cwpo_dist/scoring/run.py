@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.scoring.pipeline import ShardJob, total_counts
 from cwpo_dist.scoring.placement import alive_machines, pool_faults
@@ -41,7 +42,7 @@ def run_shards(
     counted: set[int] = set()
     if missing:
         faults = [f"{job.name}: {fault}" for fault in pool_faults("", config, alive_machines())]
-        if faults:
+        if faults and not grows():
             raise ConfigError("\n".join(faults))
         with Progress(job.name, len(job.indices), done, config.actor_pools()) as progress:
             while missing:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import (
     ARMS,
     Config,
@@ -117,13 +118,21 @@ def check(config: Config, until: str | None = None) -> Checked:
             Encoder(load_tokenizer(model, distinct_pad=load is _annotator), model.chat_template)
         except (ModelError, TokenError) as error:
             faults.append(f"{field}.{error}")
-    for name, training in trainings(config, until):
-        faults += training_faults(name, training, machines)
-    for name, pool in pools(config, until):
-        faults += [f"{fault} ({ELSEWHERE})" for fault in pool_faults(f"{name}.", pool, machines)]
+    faults += [] if grows() else _placement_faults(config, until, machines)
     if faults:
         raise ConfigError("\n".join(faults))
     return Checked(sizes, machines)
+
+
+def _placement_faults(
+    config: Config, until: str | None, machines: tuple[Machine, ...]
+) -> Iterator[str]:
+    """Workers and actors that these machines could never hold."""
+    for name, training in trainings(config, until):
+        yield from training_faults(name, training, machines)
+    for name, pool in pools(config, until):
+        for fault in pool_faults(f"{name}.", pool, machines):
+            yield f"{fault} ({ELSEWHERE})"
 
 
 def available() -> list[Machine]:

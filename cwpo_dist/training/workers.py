@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.loading import model_fingerprint
 from cwpo_dist.storage import Store, digest
@@ -121,7 +122,7 @@ def check_placement(config: TrainingConfig) -> None:
     need = _resources(config)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min(int(node.get(k, 0.0) / v + 1e-9) for k, v in need.items()) for node in nodes)
-    if room < config.min_workers and not _grows():
+    if room < config.min_workers and not grows():
         raise ConfigError(
             f"num_workers: {config.min_workers} workers of {need} each; this cluster has room for "
             f"{room}. Lower num_workers or cpus_per_worker, or add nodes"
@@ -139,11 +140,6 @@ def _resources(config: TrainingConfig) -> dict[str, float]:
     gpu = {"GPU": 1.0} if _uses_gpu(config) else {}
     wanted = {"CPU": config.cpus_per_worker, **gpu, **config.resources_per_worker}
     return {name: amount for name, amount in wanted.items() if amount > 0}
-
-
-def _grows() -> bool:
-    """True under KubeRay's autoscaler, which starts Ray without its own monitor."""
-    return "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
 
 
 def _fit(spec: Spec, token: LeaseToken) -> dict[str, Any]:
