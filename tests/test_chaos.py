@@ -54,6 +54,7 @@ def annotation(folder: Path, run: Path) -> Path:
     return write_config(folder / "run.yaml", config | {"annotate": pool})
 
 
+@pytest.mark.long
 def test_a_node_dies_under_a_job_and_secrets_stay_secret(
     cluster: LocalCluster, ray_local: Any, tmp_path: Path
 ) -> None:

@@ -246,6 +246,7 @@ def compared(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config
     return made
 
 
+@pytest.mark.long
 def test_the_embedded_default_is_compared(compared: Config) -> None:
     root = Path(compared.output_dir)
     found = json.loads((root / FIGURES).read_text())
@@ -265,6 +266,7 @@ def test_the_embedded_default_is_compared(compared: Config) -> None:
     assert show([str(root)]) == f"{root}/{PAGE}"
 
 
+@pytest.mark.long
 def test_a_second_comparison_makes_nothing(
     compared: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

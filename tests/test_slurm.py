@@ -125,6 +125,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
     return given
 
 
+@pytest.mark.long
 def test_a_stage_runs_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
     code, text = slurm.end(slurm.start("prepare", config(tmp_path)), 120)
     assert code == 0, text[-3000:]

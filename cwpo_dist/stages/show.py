@@ -38,6 +38,8 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
     if len(found) == 1:
         metrics, root = found[runs[0]], Store(runs[0])
         sample = root.read_json(EXPLORER) if root.exists(EXPLORER) else None
+        if sample is not None:  # JSON keeps no order of arms: its keys are sorted
+            metrics["arms"] = {arm: metrics["arms"][arm] for arm in sample["arms"]}
     else:
         metrics = _merged(found)
     print_summary(metrics)
