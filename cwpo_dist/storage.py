@@ -45,7 +45,13 @@ class Store:
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
-        filesystem, root = fsspec.url_to_fs(self.uri)
+        try:
+            filesystem, root = fsspec.url_to_fs(self.uri)
+        except (ImportError, ValueError) as error:  # s3 and gs come with extras of the same names
+            raise StorageError(
+                f"{self.uri}: {error}. Use a path or a URI of a known kind; s3:// wants the extra "
+                "[s3], gs:// the extra [gcs]"
+            ) from error
         return filesystem, root.rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,6 +79,27 @@ class Store:
     def path(self, name: str) -> str:
         """The full path of `name`, as the filesystem spells it."""
         return f"{self.root}/{name}"
+
+    def check(self) -> None:
+        """Returns when this folder, which need not exist, can be asked for.
+
+        Raises:
+            StorageError: where no folder can be made, or the service does not answer or know us.
+        """
+        if self.is_local:
+            there = Path(self.root)
+            while not there.exists():
+                there = there.parent
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                raise StorageError(f"{self.uri}: nothing can be written in {there}; name another")
+            return
+        try:
+            self.filesystem.exists(self.root)
+        except Exception as error:
+            raise StorageError(
+                f"{self.uri}: {type(error).__name__}: {error}. Check its name, your credentials "
+                "(environment variables) and the network"
+            ) from error
 
     def exists(self, name: str) -> bool:
         """True when the file `name` is there, whole."""

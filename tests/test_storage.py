@@ -256,3 +256,29 @@ def test_equal_values_have_equal_keys_and_others_do_not() -> None:
     assert digest({"a": 1}) != digest({"a": 2})
     assert len(digest(None)) == 16
     assert to_json({"b": 1, "a": 2}) == b'{\n "a": 2,\n "b": 1\n}\n'
+
+
+def test_where_nothing_can_be_written_is_said_beforehand(tmp_path: Path) -> None:
+    Store(str(tmp_path / "not" / "yet" / "there")).check()
+    assert not (tmp_path / "not").exists()
+    (tmp_path / "file").touch()
+    for uri, why in (
+        (f"{tmp_path}/file/run", "nothing can be written"),
+        ("nosuch://bucket/run", "a URI of a known kind"),
+    ):
+        with pytest.raises(StorageError, match=why):
+            Store(uri).check()
+
+
+def test_a_service_that_does_not_know_us_is_told(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever kind of error its client raises."""
+    import s3fs
+
+    def refused(*_: object, **__: object) -> bool:
+        raise LookupError("no credentials")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "exists", refused)
+    with pytest.raises(StorageError, match=r"LookupError: no credentials\. Check its name"):
+        Store("s3://bucket/run").check()

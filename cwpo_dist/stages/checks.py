@@ -46,6 +46,7 @@ from cwpo_dist.pairs.sources import check as check_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
 from cwpo_dist.stages.nodes import node_faults
+from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training.tracking import missing
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -108,6 +109,10 @@ def check(config: Config, until: str | None = None) -> Checked:
     if ray.is_initialized() and (unfit := node_faults(config.output_dir)):
         raise ConfigError("\n".join(unfit))  # whatever else is wrong may follow from these
     sizes: dict[str, ModelSize] = {}
+    try:
+        Store(config.output_dir).check()
+    except StorageError as error:
+        raise ConfigError(f"output_dir: {error}") from error
     faults = [*_source_faults(config), *_missing_models(config, until), *_gold_faults(config)]
     if "align" in reached(config, until):
         faults += [*objective_faults(config), *weighing_faults(config)]
