@@ -133,6 +133,15 @@ def test_plan_counts_what_prepare_will_find(tmp_path: Path) -> None:
     assert sum(counts) == 96
 
 
+def test_plan_refuses_what_prepare_would(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    source = Path(config["prepare"]["sources"][0]["path"])
+    rows = source.read_text().splitlines()
+    source.write_text("\n".join([*rows, *['{"prompt": "p", "chosen": ""}'] * len(rows)]))
+    with pytest.raises(ConfigError, match=r"max_reject_fraction: 96 of 192 rows are set aside"):
+        plan(parse_config(config))
+
+
 def test_plan_counts_no_unlabelled_pair_for_an_arm_of_people(tmp_path: Path) -> None:
     config = small_config(tmp_path, arms=["human", "weak"], prepare__labelled_fraction=0.2)
     source = Path(config["prepare"]["sources"][0]["path"])

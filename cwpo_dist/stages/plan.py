@@ -113,6 +113,11 @@ def plan(
     Raises:
         ConfigError: for everything that would stop the run later; one line a fault.
     """
+    if config.compare and (price or pairs_per_second or trial):
+        raise ConfigError(
+            "--price, --pairs-per-second, --trial: the plan of a comparison counts no device-hours; "
+            "plan one of its trials, with compare: null"
+        )
     fleet = Fleet.known(price, pairs_per_second, trial)
     until = _until(config)
     checked = check(config, until)
@@ -172,7 +177,14 @@ def _lengths(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPair])
 
 
 def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> Iterator[str]:
-    """Stages that would find no pair."""
+    """Stages that would find no pair, or too many rows that are none."""
+    rows = sum(counted.splits.values()) + counted.rejects
+    if counted.exact and counted.rejects > config.prepare.max_reject_fraction * rows:
+        yield (
+            f"prepare.max_reject_fraction: {counted.rejects:,} of {rows:,} rows are set aside: "
+            f"more than {config.prepare.max_reject_fraction:g} of them. Mend them (`cwpo prepare` "
+            "writes each with its reason to rejects/), or raise it"
+        )
     for field, model, _ in models(config, _until(config)):
         if lengths[field].fits == 0.0 and field != "evaluate.gold_model":
             yield (
@@ -181,8 +193,8 @@ def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> I
             )
     if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
         yield (
-            "prepare.labelled_fraction: no labelled pair to fit an annotator on; raise it, or give "
-            "annotate.model"
+            "prepare.labelled_fraction: no labelled pair to fit an annotator on; raise it, map the "
+            "labels under prepare.sources.N.columns if no row has one, or give annotate.model"
         )
     fitted_on = config.weigh.calibration_split
     if config.policy is not None and calibrated_arms(config) and not counted.pairs(fitted_on):
