@@ -115,7 +115,7 @@ def plan(
     """
     if config.compare and (price or pairs_per_second or trial):
         raise ConfigError(
-            "--price, --pairs-per-second, --trial: the plan of a comparison counts no device-hours; "
+            "--price, --pairs-per-second, --trial: a comparison's plan counts no device-hours; "
             "plan one of its trials, with compare: null"
         )
     fleet = Fleet.known(price, pairs_per_second, trial)
