@@ -166,4 +166,4 @@ def _drawn(plot: Plot | None) -> dict[str, Any] | None:
 def _yaml(config: Any) -> str | None:
     if not config:
         return None
-    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(config, sort_keys=True, allow_unicode=True))
