@@ -95,7 +95,7 @@ class Store:
             return
         try:
             self.filesystem.exists(self.root)
-        except Exception as error:
+        except Exception as error:  # each service raises kinds of its own; raised again as ours
             raise StorageError(
                 f"{self.uri}: {type(error).__name__}: {error}. Check its name, your credentials "
                 "(environment variables) and the network"

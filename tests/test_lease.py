@@ -68,7 +68,7 @@ def test_killed_before_its_first_beat(store: Store) -> None:
 def _take(store: Store, taken: object) -> None:
     Lease.acquire(store)
     # multiprocessing's events have no public type.
-    taken.set()  # type: ignore[attr-defined]
+    taken.set()  # type: ignore[attr-defined]  # multiprocessing's proxies have no types
     time.sleep(60)
 
 

@@ -169,7 +169,10 @@ def test_the_image_agrees_with_the_settings() -> None:
     )
     assert base is not None
     assert base[1].startswith(f"{SETTINGS['cuda']}.")
-    assert f"whl/cu{SETTINGS['cuda'].replace('.', '')}" in DOCKERFILE
+    major = SETTINGS["cuda"].split(".")[0]
+    assert f'torch.version.cuda.split(".")[0] == "{major}"' in DOCKERFILE, (
+        "the build checks torch's"
+    )
     for name in ("torch", "deepspeed"):
         assert f"{name}=={SETTINGS['versions'][name]}" in DOCKERFILE
 
