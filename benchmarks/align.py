@@ -8,7 +8,8 @@ and backward pass, every optimizer step. Both sides get the same token ids in th
 pair is truncated. Each run is a process of its own, so that its peak memory is its own; sides are
 interleaved. TRL tries each micro-batch on some of the pairs; the fastest then runs on all of them,
 once computing its reference beside the policy (its default) and once before it
-(`precompute_ref_log_probs`). Ratios and memory are against that fastest one.
+(`precompute_ref_log_probs`). Ratios and memory are against that fastest one. Ours runs once more
+with activation checkpoints: slower, and the least memory.
 
 The last line is one JSON object with all figures.
 """
@@ -36,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch, steps_per_epoch
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.loading import load_policy, save
+from cwpo_dist.lm.loading import checkpoint_activations, load_policy, save
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
@@ -48,16 +49,17 @@ LORA = LoraConfig(lora_dropout=0.0)
 app = typer.Typer(add_completion=False)
 
 
-def training_config(epochs: int, max_tokens: int, lora: bool) -> TrainingConfig:
+def training_config(spec: dict[str, Any]) -> TrainingConfig:
     """Ours, with TRL's schedule."""
     return TrainingConfig(
         learning_rate=RATE,
-        num_train_epochs=epochs,
+        num_train_epochs=spec["epochs"],
         global_batch_size=BATCH,
-        max_tokens_per_micro_batch=max_tokens,
+        max_tokens_per_micro_batch=spec["max_tokens"],
+        gradient_checkpointing=spec["checkpoints"],
         lr_scheduler_type="linear",
         zero_stage=0,
-        lora=LORA if lora else None,
+        lora=LORA if spec["lora"] else None,
     )
 
 
@@ -79,8 +81,10 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     from cwpo_dist.training.loop import Hooks, Run, TorchEngine, gradients, train
     from cwpo_dist.training.tasks import Preference
 
-    config = training_config(spec["epochs"], spec["max_tokens"], spec["lora"])
-    module = AnswerLogProbs(policy(spec))
+    config, model = training_config(spec), policy(spec)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    module = AnswerLogProbs(model)
     flops = useful_flops(module).forward(rows)
     if spec["engine"] == "torch":
         engine: Any = TorchEngine(module, config)
@@ -284,7 +288,8 @@ def measured(
 ) -> dict[str, Any]:
     """One model: TRL's micro-batches on a few pairs, then both sides on all of them."""
     folder = rows.parent
-    common = options | {"model": name, "rows": str(rows), "gradient": "", "precompute": False}
+    common = options | {"model": name, "rows": str(rows), "gradient": ""}
+    common |= {"precompute": False, "checkpoints": False}
     figures: dict[str, Any] = {"max_grad_diff": gradient_difference(common, folder)}
     print(f"gradients of the first step differ by {figures['max_grad_diff']:.1e}", flush=True)
     few = folder / "few.json"
@@ -296,6 +301,7 @@ def measured(
     peer = common | {"side": "trl", "micro_batch": fastest(trials)}
     sides = {
         "ours": common | {"side": "ours"},
+        "ours_checkpointed": common | {"side": "ours", "checkpoints": True},
         "trl": peer,
         "trl_precomputed": peer | {"precompute": True},
     }
@@ -314,11 +320,13 @@ def measured(
 
 def ratios(sides: dict[str, dict[str, float]], ideal_s: float) -> dict[str, float]:
     """Ours against TRL's; `ideal_s` is what our useful work takes at the matrix-product rate."""
-    mine, theirs = sides["ours"], sides["trl"]
+    mine, theirs, lean = sides["ours"], sides["trl"], sides["ours_checkpointed"]
     return {
         "ratio": mine["pairs_s"] / theirs["pairs_s"],
         "ratio_precomputed": mine["pairs_s"] / sides["trl_precomputed"]["pairs_s"],
         "memory_share": mine["peak_gib"] / theirs["peak_gib"],
+        "ratio_checkpointed": lean["pairs_s"] / theirs["pairs_s"],
+        "memory_share_checkpointed": lean["peak_gib"] / theirs["peak_gib"],
         "useful_flops_share": ideal_s / (mine["reference_s"] + mine["train_s"]),
     }
 
@@ -326,7 +334,8 @@ def ratios(sides: dict[str, dict[str, float]], ideal_s: float) -> dict[str, floa
 def headline(models: dict[int, dict[str, Any]]) -> dict[str, float]:
     """The figures by which this bench is known; those of a model that did not run are left out."""
     found = {"max_grad_diff": max(each["max_grad_diff"] for each in models.values())}
-    found["memory_share"] = max(each["memory_share"] for each in models.values())
+    for name in ("memory_share", "memory_share_checkpointed"):
+        found[name] = max(each[name] for each in models.values())
     if 4 in models:
         found["ratio_4_layers"] = models[4]["ratio"]
         found["ratio_precomputed"] = models[4]["ratio_precomputed"]

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import typer
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
-from cwpo_dist.lm.loading import load_policy
+from cwpo_dist.lm.loading import checkpoint_activations, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Row
@@ -35,7 +35,6 @@ from cwpo_dist.training import engine
 from cwpo_dist.training.loop import Hooks, Run, train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.tasks import Preference
-from cwpo_dist.training.worker import checkpoint_activations
 
 PART = 100  # tokens of a prompt, and of each answer
 

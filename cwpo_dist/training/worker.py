@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.loading import load_annotator_base, load_policy
+from cwpo_dist.lm.loading import checkpoint_activations, load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
@@ -318,12 +318,6 @@ def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.dev
     if spec.config.lora is None:
         return model.requires_grad_(True)
     return add_lora(model, spec.config.lora, spec.head, spec.seed)
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Keeps the inputs of each layer alone for the backward pass."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.23
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
