@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -203,6 +204,7 @@ def _keep_gradient(model: Any, path: str) -> None:
 def side(spec_json: str) -> None:
     """One side, one run: prints its figures as JSON."""
     torch.set_num_threads(1)
+    Path("/proc/self/oom_score_adj").write_text("1000")  # the first to go when memory is short
     spec = json.loads(spec_json)
     rows = [
         Row(r["prompt"], tuple(r["answers"])) for r in json.loads(Path(spec["rows"]).read_text())
@@ -212,14 +214,21 @@ def side(spec_json: str) -> None:
     print(json.dumps(figures | {"peak_gib": peak}))
 
 
+class OutOfMemory(Exception):
+    """The system killed a side that asked for more memory than there is."""
+
+
 def run_side(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs `side` in a process of its own.
 
     Raises:
-        SystemExit: with its last lines, when it fails.
+        OutOfMemory: when it was killed.
+        SystemExit: with its last lines, when it fails otherwise.
     """
     command = [sys.executable, __file__, "side", json.dumps(spec)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGKILL:
+        raise OutOfMemory
     if done.returncode:
         raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -296,8 +305,14 @@ def measured(
     few.write_text(json.dumps(json.loads(rows.read_text())[:trial]))
     trials = {}
     for size in sizes:
-        trials[size] = run_side(common | {"side": "trl", "rows": str(few), "micro_batch": size})
-        print(f"  TRL, {trial} pairs, micro-batch {size}: {trials[size]}", flush=True)
+        try:
+            trials[size] = run_side(common | {"side": "trl", "rows": str(few), "micro_batch": size})
+            print(f"  TRL, {trial} pairs, micro-batch {size}: {trials[size]}", flush=True)
+        except OutOfMemory:
+            print(
+                f"  TRL, {trial} pairs, micro-batch {size}: more memory than there is", flush=True
+            )
+            break  # larger ones take more
     peer = common | {"side": "trl", "micro_batch": fastest(trials)}
     sides = {
         "ours": common | {"side": "ours"},
