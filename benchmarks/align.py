@@ -38,8 +38,9 @@ from safetensors.torch import load_file, save_file
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch, steps_per_epoch
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.loading import checkpoint_activations, load_policy, save
+from cwpo_dist.lm.loading import load_policy, save
 from cwpo_dist.lm.modules import AnswerLogProbs
+from cwpo_dist.lm.recompute import let_recompute
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 
@@ -83,8 +84,7 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     from cwpo_dist.training.tasks import Preference
 
     config, model = training_config(spec), policy(spec)
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
+    let_recompute(model)
     module = AnswerLogProbs(model)
     flops = useful_flops(module).forward(rows)
     if spec["engine"] == "torch":

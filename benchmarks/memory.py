@@ -25,12 +25,13 @@ import torch.distributed as dist
 import typer
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
-from cwpo_dist.lm.loading import checkpoint_activations, load_policy
+from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.recompute import let_recompute
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.stages.checks import model_size
 from cwpo_dist.stages.memory import training_memory
+from cwpo_dist.stages.sizes import model_size
 from cwpo_dist.training import engine
 from cwpo_dist.training.loop import Hooks, Run, train
 from cwpo_dist.training.lora import add_lora
@@ -50,8 +51,7 @@ def step(model: ModelConfig, config: TrainingConfig) -> str:
     with engine.sharded_loading(settings):
         sharded = engine.zero_stage(settings) == 3
         policy = load_policy(model, device=None if sharded else torch.device("cpu"))
-    if config.gradient_checkpointing:
-        checkpoint_activations(policy)
+    let_recompute(policy)
     adapted = (
         policy.requires_grad_(True)
         if config.lora is None

@@ -14,6 +14,7 @@ from cwpo_dist.lm import packed
 from cwpo_dist.lm.last_layer import read_tokens
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout, probe_rows
+from cwpo_dist.lm.recompute import let_recompute, recompute
 from cwpo_dist.lm.rows import collate
 
 ROWS = probe_rows(200)
@@ -27,14 +28,14 @@ def test_tokens_that_are_read_are_those_that_batches_name():
     assert read_tokens(lengths, "ends").tolist() == BATCH.last.tolist()
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "activation checkpoints"])
+@pytest.mark.parametrize("again", [False, True], ids=["", "recomputed"])
 @pytest.mark.parametrize("reads", MODULES)
-def test_only_they_reach_the_last_mlp_and_gradients_stay_the_same(reads, checkpointed):
+def test_only_they_reach_the_last_mlp_and_gradients_stay_the_same(reads, again):
     wrap, make = MODULES[reads]
     expected = gradient_of(wrap(make("llama")), "plain")
     module = wrap(make("llama", attn_implementation=packed.NAME))
-    if checkpointed:
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    let_recompute(module.model)
+    recompute(module, on=again)
     tokens: list[list[int]] = [[], []]
     for layer, seen in zip(module.model.base_model.layers, tokens, strict=True):
         layer.mlp.gate_proj.register_forward_pre_hook(
@@ -43,8 +44,7 @@ def test_only_they_reach_the_last_mlp_and_gradients_stay_the_same(reads, checkpo
     found = gradient_of(module, "packed")
     read, all_tokens = len(read_tokens(BATCH.attention_mask[0, 0], reads)), BATCH.useful_tokens
     assert read < all_tokens
-    # an activation checkpoint computes a layer twice, and whole
-    assert tokens == ([[all_tokens] * 2] * 2 if checkpointed else [[all_tokens], [read]])
+    assert tokens == [[all_tokens] * (2 if again else 1), [read]], "the last layer is never redone"
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 

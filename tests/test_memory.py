@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
+from tiny import tiny_causal_lm
+
 from cwpo_dist.config import LoraConfig, TrainingConfig
-from cwpo_dist.stages.checks import ModelSize
+from cwpo_dist.lm.activations import kept_numbers
+from cwpo_dist.lm.modules import decode
+from cwpo_dist.lm.probe import probe_rows
+from cwpo_dist.lm.recompute import let_recompute, recompute
+from cwpo_dist.lm.rows import collate
 from cwpo_dist.stages.memory import by_zero_stage, training_memory
+from cwpo_dist.stages.sizes import ModelSize
 
 SIZE = ModelSize(
     parameters=1_000_000,
@@ -14,7 +23,10 @@ SIZE = ModelSize(
     head=200_000,
     layers=2,
     width=100,
+    words=2_000,
     linear=(200, 200, 500, 500) * 2,
+    kept=4_000.0,
+    kept_lora=6_000.0,
     positions=None,
 )
 
@@ -27,9 +39,9 @@ def test_each_zero_stage_shards_one_part_more() -> None:
     """Weights, gradients and AdamW's state of a million parameters over four workers in fp32."""
     plain, optimizer, gradients, weights = by_zero_stage(config(num_workers=4), SIZE, 4)
     assert (plain.weights, plain.gradients) == (4_000_000, 4_000_000)
-    assert optimizer.gradients == plain.gradients
-    assert (gradients.gradients, gradients.weights) == (1_000_000, 4_000_000)
-    assert weights.weights == 1_000_000
+    assert optimizer.gradients == plain.gradients + 4_000_000, "and a bucket of them"
+    assert (gradients.gradients, gradients.weights) == (1_000_000 + 4_000_000, 4_000_000)
+    assert weights.weights == 1_000_000 + 4_000_000, "its shard, and what is gathered"
     assert {m.activations for m in (plain, optimizer, gradients, weights)} == {plain.activations}
     assert plain.total == sum(plain.parts().values())
     assert optimizer.optimizer == 3 * 1_000_000, "ZeRO keeps weights of its own"
@@ -37,8 +49,42 @@ def test_each_zero_stage_shards_one_part_more() -> None:
 
 def test_lora_trains_little_and_checkpoints_keep_little() -> None:
     full, lora = (training_memory(config(lora=lora), SIZE, 4) for lora in (None, LoraConfig(r=8)))
-    assert lora.gradients == 4 * 8 * sum(SIZE.linear)
+    assert lora.gradients == 2 * 4 * 8 * sum(SIZE.linear)
     assert lora.optimizer < full.optimizer / 10
     kept = training_memory(config(gradient_checkpointing=True), SIZE, 4)
     assert kept.activations < full.activations
     assert kept.optimizer == full.optimizer
+
+
+def kept_in_fact(model: Any) -> float:
+    """Numbers a token that autograd holds on to after a forward pass over real rows."""
+    batch, kept = collate(probe_rows(200)[:2], "plain", 0), {}
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _alive = decode(model.base_model, batch)
+    n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return n_bytes / 4 / batch.padded_tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_what_is_kept_is_counted_without_computing(family: str) -> None:
+    planned = kept_numbers(tiny_causal_lm(family).to("meta"))
+    assert planned == pytest.approx(kept_in_fact(tiny_causal_lm(family)), rel=0.1)
+
+
+def test_recomputed_layers_keep_little_until_told_otherwise() -> None:
+    model = tiny_causal_lm("llama", num_hidden_layers=8)
+    whole = kept_in_fact(model)
+    let_recompute(model)
+    assert kept_in_fact(model) == whole
+    recompute(model, on=True)
+    assert kept_in_fact(model) < 0.3 * whole
+    recompute(model, on=False)
+    assert kept_in_fact(model) == whole

@@ -34,6 +34,7 @@ from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.recompute import let_recompute
 from cwpo_dist.lm.rows import Layout, Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, pair_schema
@@ -46,7 +47,7 @@ from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine, gradients, train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
-from cwpo_dist.training.worker import TrainSpec, checkpoint_activations, run_rank
+from cwpo_dist.training.worker import TrainSpec, run_rank
 
 N_ROWS, BATCH = 22, 8
 BUDGETS = (10_000, 130, 61)  # one micro-batch, some, many: up to one row each
@@ -176,8 +177,7 @@ def make_module(case: Case, folder: Path) -> nn.Module:
         model: Any = load_annotator_base(given, tokenizer, SEED)
     else:
         model = load_policy(given)
-    if case.checkpointing:
-        checkpoint_activations(model)
+    let_recompute(model)
     lora = case.config().lora
     if lora is None:
         model.requires_grad_(True)

@@ -12,6 +12,7 @@ from cwpo_dist.config.base import ConfigError, PositiveFloat, PositiveInt, Secti
 from cwpo_dist.config.models import LoraConfig
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
+BUCKET_NUMBERS = 2**24  # that DeepSpeed sends at once: 64 MiB in fp32; its 2 GB stall small devices
 
 
 class TrainingConfig(Section):

@@ -66,8 +66,8 @@ def read_tokens(lengths_RS: Tensor, reads: Reads) -> Tensor:
 class _LastLayer:
     """Hooks on a layer, which learn from its mask what is read, and on its parts.
 
-    With activation checkpoints the layer stays whole: transformers computes it again without its
-    hooks, and what was read could be another micro-batch's by then.
+    The layer must not be computed again (recompute.py leaves it out): transformers would do so
+    without its hooks, and what was read could be another micro-batch's by then.
     """
 
     def __init__(self, layer: nn.Module, reads: Reads) -> None:
@@ -84,8 +84,7 @@ class _LastLayer:
     def _before_layer(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         found = (packed_lengths(value) for value in (*args, *kwargs.values()))
         lengths_RS = next((lengths for lengths in found if lengths is not None), None)
-        again = layer.training and getattr(layer, "gradient_checkpointing", False)
-        if lengths_RS is not None and not again:
+        if lengths_RS is not None:
             self._read_M = read_tokens(lengths_RS, self.reads)
             self._n_tokens = int(lengths_RS.sum())
 

@@ -111,12 +111,6 @@ def load_annotator_base(
     return _placed(loaded, device)
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Keeps the inputs of each layer alone for the backward pass."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.23
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
     """Writes model (safetensors) and tokenizer, its chat template included, as one folder."""
     model.save_pretrained(folder)

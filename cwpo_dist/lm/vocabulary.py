@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 # Words of a block: on CPU a few hundred tokens' logits stay in cache; CUDA wants fewer, larger
 # products (not yet run there).
 _BLOCK_WORDS = {"cpu": 2048, "cuda": 16384}
-# Numbers that are kept for the backward pass, at most: 128 MiB in fp32. More are made again.
-_KEPT_NUMBERS = 2**25
+# Numbers that are kept for the backward pass, at most: 64 MiB in fp32. More are made again.
+KEPT_NUMBERS = 2**24
 
 
 def vocabulary_log_probs(
@@ -44,7 +44,7 @@ def vocabulary_log_probs(
     Returns:
         fp32 [N], in nats.
     """
-    keep = _KEPT_NUMBERS if torch.is_grad_enabled() else 0
+    keep = KEPT_NUMBERS if torch.is_grad_enabled() else 0
     apply: Any = _VocabularyLogProbs.apply  # untyped in torch
     log_probs_N: Tensor = apply(hidden_NH, weight_VH, target_N, keep, in_place)
     return log_probs_N

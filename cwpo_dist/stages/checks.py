@@ -7,22 +7,11 @@ cluster's nodes come first.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import ray
 import torch
-from huggingface_hub import file_exists
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
 
 from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import (
@@ -36,9 +25,6 @@ from cwpo_dist.config import (
 from cwpo_dist.evaluation.gold import load_function
 from cwpo_dist.lm.loading import (
     ModelError,
-    load_annotator_base,
-    load_policy,
-    load_reward_model,
 )
 from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
 from cwpo_dist.objectives import objective
@@ -46,40 +32,11 @@ from cwpo_dist.pairs.sources import check as check_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
 from cwpo_dist.stages.nodes import node_faults
+from cwpo_dist.stages.sizes import Loader, ModelSize, annotator, model_size, policy, reward_model
 from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training.tracking import missing
 
-SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What costs follow from.
-
-    Attributes:
-        parameters: all of them, tied ones once.
-        matmul: those that every token is multiplied with: no embeddings, no head.
-        head: those of the output layer, which only answer tokens reach.
-        layers: decoder layers.
-        width: hidden size.
-        linear: inputs + outputs of each linear layer of the decoder, for LoRA.
-        positions: where learned position embeddings end; None where positions rotate on.
-    """
-
-    parameters: int
-    matmul: int
-    head: int
-    layers: int
-    width: int
-    linear: tuple[int, ...]
-    positions: int | None
-
-    def trained(self, training: TrainingConfig) -> int:
-        """Parameters that training changes."""
-        if training.lora is None:
-            return self.parameters
-        return training.lora.r * sum(self.linear)
 
 
 @dataclass(frozen=True)
@@ -118,9 +75,9 @@ def check(config: Config, until: str | None = None) -> Checked:
         faults += [*objective_faults(config), *weighing_faults(config)]
     for field, model, load in models(config, until):
         try:
-            sizes[field] = _size(model, load)
+            sizes[field] = model_size(model, load)
             faults += _length_faults(field, model, sizes[field])
-            Encoder(load_tokenizer(model, distinct_pad=load is _annotator), model.chat_template)
+            Encoder(load_tokenizer(model, distinct_pad=load is annotator), model.chat_template)
         except (ModelError, TokenError) as error:
             faults.append(f"{field}.{error}")
     faults += [] if grows() else _placement_faults(config, until, machines)
@@ -149,33 +106,16 @@ def available() -> list[Machine]:
     return alive_machines()
 
 
-def _annotator(model: ModelConfig) -> PreTrainedModel:
-    return load_annotator_base(
-        model, load_tokenizer(model, distinct_pad=True), seed=0, device="meta"
-    )
-
-
-def _policy(model: ModelConfig) -> PreTrainedModel:
-    return load_policy(model, device="meta")
-
-
-def _reward_model(model: ModelConfig) -> PreTrainedModel:
-    return load_reward_model(model, device="meta")
-
-
-Loader = Callable[[ModelConfig], PreTrainedModel]
-
-
 def models(config: Config, until: str | None = None) -> Iterator[tuple[str, ModelConfig, Loader]]:
     """Every model that is read up to a stage, with the field that names it."""
     stages = reached(config, until)
     teacher = config.weak if implicit_arms(config) else None
     named: list[tuple[str, str, ModelConfig | None, Loader]] = [
-        ("align", "weak", teacher, _policy),
-        ("fit", "weak", config.weak, _annotator),
-        *(("annotate", field, model, _reward_model) for field, model in config.annotate.ready()),
-        ("align", "policy", config.policy, _policy),
-        ("evaluate", "evaluate.gold_model", config.evaluate.gold_model, _reward_model),
+        ("align", "weak", teacher, policy),
+        ("fit", "weak", config.weak, annotator),
+        *(("annotate", field, model, reward_model) for field, model in config.annotate.ready()),
+        ("align", "policy", config.policy, policy),
+        ("evaluate", "evaluate.gold_model", config.evaluate.gold_model, reward_model),
     ]
     for stage, field, model, load in named:
         if stage in stages and model is not None:
@@ -290,71 +230,6 @@ def _missing_models(config: Config, until: str | None) -> Iterator[str]:
         yield f"weak: arm {implicit[0]!r} trains it by SFT and DPO; give weak.model_name_or_path"
     if "align" in stages and config.policy is None:
         yield f"policy: arm {config.arms[0]!r} aligns a policy; give policy.model_name_or_path"
-
-
-def model_size(model: ModelConfig) -> ModelSize:
-    """The sizes of a causal language model."""
-    return _size(model, _policy)
-
-
-def _size(model: ModelConfig, load: Loader) -> ModelSize:
-    module = load(model) if _is_here(model.model_name_or_path) else _from_hub(model, load)
-    text = module.config.get_text_config()
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    matrices = [p for p in module.base_model.parameters() if p.ndim == 2 and id(p) not in tables]
-    head = module.get_output_embeddings()
-    return ModelSize(
-        parameters=sum(p.numel() for p in module.parameters()),
-        matmul=sum(p.numel() for p in matrices),
-        head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
-        layers=int(text.num_hidden_layers),
-        width=int(text.hidden_size),
-        linear=tuple(
-            layer.in_features + layer.out_features
-            for layer in module.base_model.modules()
-            if isinstance(layer, nn.Linear)
-        ),
-        positions=_learned_positions(module),
-    )
-
-
-def _learned_positions(module: PreTrainedModel) -> int | None:
-    """The length of a table of absolute positions (OPT, GPT-2), beyond which a model fails."""
-    limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
-    for name, layer in module.base_model.named_modules():
-        is_table = isinstance(layer, nn.Embedding) and ("position" in name or name.endswith("wpe"))
-        if limit and is_table and layer.num_embeddings >= limit:
-            return int(limit)
-    return None
-
-
-def _is_here(name: str) -> bool:
-    """True unless it can only be a hub id."""
-    is_path = "://" in name or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return is_path or Path(name).is_dir()
-
-
-def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
-    """A hub model's skeleton, from its configuration; its weights are not fetched for a plan."""
-    name, revision = model.model_name_or_path, model.revision
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        found = any(file_exists(name, file, revision=revision) for file in SAFETENSORS)
-    except OfflineModeIsEnabled:
-        found = True  # from the cache; loading will say what is missing there
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(f"model_name_or_path: {name!r}: {error}") from error
-    if not found and revision not in (None, "main"):  # of main, the hub's bot keeps a conversion
-        raise ModelError(
-            f"revision: {name!r} has no safetensors at {revision!r}; take 'main', or convert the "
-            "weights once and give the folder"
-        )
-    if model.num_hidden_layers is not None:
-        config.num_hidden_layers = model.num_hidden_layers
-    kind: Any = AutoModelForCausalLM if load is _policy else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = kind.from_config(config)
-    return skeleton
 
 
 def training_faults(

@@ -14,7 +14,7 @@ from cwpo_dist.pairs.census import Census
 from cwpo_dist.pairs.records import pair_id
 from cwpo_dist.scoring.placement import Machine
 from cwpo_dist.stages.annotate import earlier_scores
-from cwpo_dist.stages.checks import Checked, ModelSize
+from cwpo_dist.stages.checks import Checked
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node, ready_model, teacher_config
 from cwpo_dist.stages.memory import (
@@ -22,6 +22,7 @@ from cwpo_dist.stages.memory import (
     by_zero_stage,
     training_memory,
 )
+from cwpo_dist.stages.sizes import ModelSize
 from cwpo_dist.storage import Store
 
 Kind = Literal["train", "score", "generate"]

@@ -1,7 +1,7 @@
 """A model's sizes and a training's settings in; the bytes that one worker holds, part by part, out.
 
-It is what must be there, and so a lower bound: what DeepSpeed, autograd and the allocator take on
-the way is not counted. `benchmarks/memory.py` measures what a worker takes.
+What the allocator cannot use again at once is not counted, nor what Python and its libraries take.
+`benchmarks/memory.py` measures what a worker takes beside what is said here.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from cwpo_dist.config import TrainingConfig
-from cwpo_dist.stages.checks import ModelSize
+from cwpo_dist.config.training import BUCKET_NUMBERS
+from cwpo_dist.lm.vocabulary import KEPT_NUMBERS
+from cwpo_dist.stages.sizes import ModelSize
 
-# Autograd keeps about the inputs and outputs of a layer's linear maps: of norms, of attention and
-# of the activation function there are few more. In numbers a token, over their sum.
-KEPT = 1.1
+# Of ZeRO-3, by default: so many numbers of gathered weights stay until they are used again.
+LIVE_NUMBERS = 10**9
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Memory:
     """Bytes of one worker.
 
     Attributes:
-        weights: of the model, whole under ZeRO 0 to 2.
-        gradients: of what is trained.
+        weights: of the model, whole under ZeRO 0 to 2; a shard, and those gathered, under ZeRO 3.
+        gradients: of what is trained, and a bucket of them on its way.
         optimizer: AdamW's moments, and the fp32 copy of the weights that ZeRO keeps.
         activations: of a full micro-batch.
         update: the gradients once more, as ZeRO flattens them for a step, when no activations are
@@ -55,25 +56,26 @@ def training_memory(training: TrainingConfig, size: ModelSize, number: int) -> M
         number: bytes of a weight, 4 or 2.
     """
     trained, workers, zero = size.trained(training), training.min_workers, training.zero_stage
-    adapter = trained if training.lora is not None else 0
+    weights = size.parameters + (trained if training.lora is not None else 0)
+    held = weights / workers + min(size.parameters, LIVE_NUMBERS) if zero >= 3 else weights
     shard = trained / (workers if zero >= 1 else 1)
+    bucket = min(BUCKET_NUMBERS, trained) if zero >= 1 else 0
     return Memory(
-        weights=round(number * (size.parameters + adapter) / (workers if zero >= 3 else 1)),
-        gradients=round(number * trained / (workers if zero >= 2 else 1)),
+        weights=round(number * held),
+        gradients=round(number * (trained / (workers if zero >= 2 else 1) + bucket)),
         optimizer=round(4 * shard * (3 if zero >= 1 else 2)),
-        activations=round(
-            training.max_tokens_per_micro_batch * activation_bytes(training, size, number)
-        ),
+        activations=round(number * activations(training, size)),
         update=round(4 * shard) if zero >= 1 else 0,
     )
 
 
-def activation_bytes(training: TrainingConfig, size: ModelSize, number: int) -> float:
-    """Bytes of activations a token of a micro-batch."""
-    kept = KEPT * sum(size.linear)
+def activations(training: TrainingConfig, size: ModelSize) -> float:
+    """Numbers that a full micro-batch of answers keeps for its backward pass."""
+    kept = size.kept if training.lora is None else size.kept_lora
     if training.gradient_checkpointing:
         kept = kept / size.layers + size.layers * size.width
-    return number * kept
+    tokens = training.max_tokens_per_micro_batch
+    return tokens * kept + min(KEPT_NUMBERS, tokens * size.words)
 
 
 def by_zero_stage(training: TrainingConfig, size: ModelSize, number: int) -> tuple[Memory, ...]:

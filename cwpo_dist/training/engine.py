@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.config.training import BUCKET_NUMBERS
 from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.training.loop import fresh_state
@@ -30,8 +31,6 @@ from cwpo_dist.training.optim import STATE_KEYS, make_optimizer, set_learning_ra
 from cwpo_dist.training.shards import Share
 
 logger = logging.getLogger(__name__)
-
-BUCKET_NUMBERS = 2**24  # 64 MiB in fp32; DeepSpeed's default of 2 GB stalls small devices
 
 # What a user's DeepSpeed section may not set, and what sets it here.
 OURS = {

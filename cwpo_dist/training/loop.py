@@ -21,6 +21,7 @@ from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.batches import global_batch, plan_micro_batches, steps_per_epoch
 from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.modules import accumulate_in_place
+from cwpo_dist.lm.recompute import recompute
 from cwpo_dist.lm.rows import Layout, RowBatch, collate, planned_length
 from cwpo_dist.training.meter import Meter
 from cwpo_dist.training.optim import (
@@ -225,6 +226,7 @@ def gradients(
         torch.manual_seed(_dropout_seed(run.seed, step, engine.rank, micro.number))
         batch = micro.batch.to(engine.device)
         meter.mark("data")
+        recompute(engine.module, on=run.config.gradient_checkpointing or micro.over_budget)
         output_PK = engine.forward(batch)
         loss_P = task.losses(output_PK, [indices[p] for p in micro.positions])
         # DeepSpeed averages over ranks, hence × world size. A pad is a finite row times 0.
@@ -254,13 +256,23 @@ def gradients(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-step of one rank; weight 0 marks a pad."""
+    """One micro-step of one rank.
+
+    Attributes:
+        number: from 0 in each step.
+        positions: of its rows in the global batch.
+        batch: these rows.
+        weight: 0 marks a pad.
+        last: of the step.
+        over_budget: whether a rank has a row in it that alone exceeds the budget of tokens.
+    """
 
     number: int
     positions: list[int]
     batch: RowBatch
     weight: float
     last: bool
+    over_budget: bool
 
 
 def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> Iterator[MicroBatch]:
@@ -268,16 +280,19 @@ def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> I
     rows = [task.rows[i] for i in indices]
     lengths = [planned_length(row, run.layout) for row in rows]
     budget = run.config.max_tokens_per_micro_batch
-    plan = plan_micro_batches(lengths, budget, engine.world_size, run.layout)[engine.rank]
+    plans = plan_micro_batches(lengths, budget, engine.world_size, run.layout)
+    plan = plans[engine.rank]
     shortest = min(range(len(rows)), key=lengths.__getitem__)
     for number, positions in enumerate(plan):
         filled = positions or [shortest]
+        longest = max(lengths[p] for other in plans for p in other[number])
         yield MicroBatch(
             number=number,
             positions=filled,
             batch=collate([rows[p] for p in filled], run.layout, run.pad_id),
             weight=1.0 if positions else 0.0,
             last=number == len(plan) - 1,
+            over_budget=longest > budget,
         )
 
 

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.loading import checkpoint_activations, load_annotator_base, load_policy
+from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.recompute import let_recompute
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.storage import Store, digest
 from cwpo_dist.training import checkpoint, held_out, tracking
@@ -307,13 +308,13 @@ def _trackers(spec: TrainSpec, start: int) -> list[tracking.TrackedRun]:
 
 
 def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device | None) -> Any:
-    """The model as training sees it: adapted, and with activation checkpoints, if asked for."""
+    """The model as training sees it: adapted if asked for, and ready to recompute activations."""
     if spec.head == "logps":
         model = load_policy(spec.model, device=device)
     else:
         model = load_annotator_base(spec.model, tokenizer, spec.seed, device=device)
-    if spec.config.gradient_checkpointing:
-        checkpoint_activations(model)
+    if spec.config.gradient_checkpointing or model.supports_gradient_checkpointing:
+        let_recompute(model)
     model.config.use_cache = False
     if spec.config.lora is None:
         return model.requires_grad_(True)

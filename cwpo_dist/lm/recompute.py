@@ -1,0 +1,35 @@
+"""A model in; the same model, whose layers keep their inputs alone when they are told to.
+
+What they kept else, they compute again in the backward pass: a third more work, and few
+activations. The last decoder layer never does, as the backward pass needs it first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def let_recompute(model: PreTrainedModel) -> None:
+    """Makes a model ready for `recompute`, which is off until then.
+
+    Raises:
+        ValueError: for a model that cannot.
+    """
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.23
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    layers = getattr(model.base_model, "layers", None)
+    if isinstance(layers, nn.ModuleList) and isinstance(layers[-1], GradientCheckpointingLayer):
+        del layers[-1]._gradient_checkpointing_func
+        layers[-1].gradient_checkpointing = False
+    recompute(model, on=False)
+
+
+def recompute(module: nn.Module, *, on: bool) -> None:
+    """Whether the next forward passes keep little, in the layers of a model made ready for it."""
+    for layer in module.modules():
+        if hasattr(layer, "_gradient_checkpointing_func"):
+            layer.gradient_checkpointing = on  # type: ignore[assignment]  # a plain attribute
