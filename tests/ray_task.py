@@ -15,8 +15,8 @@ import zero_cases
 from torch import Tensor
 
 from cwpo_dist.lm.tokens import Encoder
+from cwpo_dist.training.process_group import told_to_stop
 from cwpo_dist.training.tasks import Preference, Task, TaskError
-from cwpo_dist.training.worker import told_to_stop
 
 
 @dataclass(frozen=True)
