@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from markupsafe import escape
+from rich.console import Console
 from small_run import small_config
 from tiny import save_tiny
 
@@ -19,7 +22,14 @@ from cwpo_dist.config_file import load_config, parse_config
 from cwpo_dist.evaluation.answers import answer_figures, length_controlled, won
 from cwpo_dist.evaluation.paired import Items, over_seeds, paired, student
 from cwpo_dist.pairs.buckets import Shards, turned_labels
-from cwpo_dist.report.comparison import FIGURES, PAGE, render_comparison, tables
+from cwpo_dist.report.comparison import (
+    FIGURES,
+    PAGE,
+    print_comparison,
+    render_comparison,
+    tables,
+    verdicts,
+)
 from cwpo_dist.stages import run as stages
 from cwpo_dist.stages.comparison import compare
 from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
@@ -277,22 +287,47 @@ def test_a_second_comparison_makes_nothing(
     compare(compared)
 
 
-def test_pages_of_comparisons_say_what_was_not_run() -> None:
-    figure = {"seeds": 2, "items": 9, "mean": 0.5, "low": 0.4, "high": 0.6, "smallest": 0.2}
-    trial = {"learning_rate": 1e-4, "figures": {"accuracy": figure}, "by_seed": {}}
+def difference(mean: float, half: float) -> dict[str, Any]:
+    bounds = {"mean": mean, "low": mean - half, "high": mean + half, "smallest": 1.4 * half}
+    return {"seeds": 2, "items": 9, "values": [mean - 0.1, mean + 0.1], **bounds}
+
+
+def test_pages_of_comparisons_say_what_came_out_and_what_was_not_run() -> None:
+    trial = {"learning_rate": 1e-4, "figures": {"accuracy": difference(0.5, 0.1)}, "by_seed": {}}
+    against = {"cw": difference(0.04, 0.03), "weak": difference(0.01, 0.03)}
+    against["soft"] = difference(-0.05, 0.03)
     found = {
         "run": {"output_dir": "<b>", "simulated_labels": False, "versions": {}, "device": "cpu"},
         "seeds": [0, 1],
         "baseline": "<b>",
         "tried": {},
-        "trials": {"<b>": trial, "cw": trial | {"against": {"<b>": {"accuracy": figure}}}},
+        "trials": {
+            "<b>": trial,
+            **{name: trial | {"against": {"<b>": {"accuracy": d}}} for name, d in against.items()},
+        },
         "config": {},
     }
     page = render_comparison(found)
     assert "<b>" not in page
     assert "not run" in page
-    (_, paired_table) = tables(found)
-    assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "+50.0", "20.0"]
+    paired_table = tables(found)[1]
+    assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "+4.0", "4.2"]
+    assert verdicts(found) == [
+        (
+            "On held-out labels",
+            [
+                "cw is 4.0 points above <b> (95 % interval +1.0 to +7.0).",
+                "weak and <b> are not told apart: +1.0 points (95 % interval -2.0 to +4.0). A true "
+                "difference below 4.2 points would often go unseen.",
+                "soft is 5.0 points below <b> (95 % interval -8.0 to -2.0).",
+            ],
+        )
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    print_comparison(found, console)
+    for line in verdicts(found)[0][1]:
+        assert line in console.file.getvalue()
+        assert str(escape(line)) in page
 
 
 @pytest.mark.long

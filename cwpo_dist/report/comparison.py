@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 from rich.console import Console
+from rich.text import Text
 
 from cwpo_dist.report.cells import AS_GIVEN, NOT_RUN, Cell, Table, at, plain
 from cwpo_dist.report.dots import Dot, cost_plot, dots_plot
@@ -23,6 +24,7 @@ SEVERAL = (
     "the 95 % interval, the wider of Student's over the seeds and the normal's over items "
     "(clustered by prompt)."
 )
+_ENDS = ("mean", "low", "high")
 MOST_IN_MATRIX = 12  # trials: a wider table is read by nobody
 _COLUMNS = (
     "trial",
@@ -39,10 +41,53 @@ _COLUMNS = (
 )
 
 
+# Figure → what it says, in words: those by which a trial is held against the baseline.
+_VERDICTS = {
+    "accuracy": "On held-out labels",
+    "gra_common": "By the gold reward, against the common reference",
+}
+CHANCE = "Each line is a comparison of its own: of twenty true zeros one is told apart by chance."
+
+
 def print_comparison(found: Found, console: Console | None = None) -> None:
-    """Prints every table."""
+    """Prints every table, and last what came out."""
+    console = console or Console()
     for table in tables(found):
-        print_table(table, console or Console(), simulated=is_simulated(found))
+        print_table(table, console, simulated=is_simulated(found))
+    for title, lines in verdicts(found):
+        console.print(Text(f"\n{title}", style="bold"))
+        for line in lines:
+            console.print(Text(line))
+
+
+def verdicts(found: Found) -> list[tuple[str, list[str]]]:
+    """By each figure: every other trial against the baseline, in words."""
+    told = []
+    for figure, title in _VERDICTS.items():
+        lines = [
+            _verdict(name, found["baseline"], record)
+            for name, trial in found["trials"].items()
+            for record in [at(trial, "against", found["baseline"], figure)]
+            if record is not None and record["mean"] is not None
+        ]
+        if lines:
+            told.append((title, lines))
+    return told
+
+
+def _verdict(name: str, baseline: str, record: Found) -> str:
+    """Told apart where the interval of the paired difference leaves zero out."""
+    points, low, high = (None if record[k] is None else 100 * record[k] for k in _ENDS)
+    if low is None or high is None:
+        return f"{name}: {points:+.1f} points against {baseline}; nothing to tell chance by."
+    interval = f"(95 % interval {low:+.1f} to {high:+.1f})"
+    if low <= 0 <= high:
+        return (
+            f"{name} and {baseline} are not told apart: {points:+.1f} points {interval}. A true "
+            f"difference below {100 * record['smallest']:.1f} points would often go unseen."
+        )
+    side = "above" if low > 0 else "below"
+    return f"{name} is {abs(points or 0.0):.1f} points {side} {baseline} {interval}."
 
 
 def render_comparison(found: Found) -> str:
@@ -52,6 +97,7 @@ def render_comparison(found: Found) -> str:
         ("Held-out preference accuracy", _dots(found, "accuracy", "accuracy")),
         ("Gold reward accuracy against the common reference", _dots(found, "gra_common", "GRA")),
         (f"Accuracy above {found['baseline']}", _dots(found, "accuracy", "difference", True)),
+        (f"GRA, common, above {found['baseline']}", _dots(found, "gra_common", "difference", True)),
         ("Accuracy against cost", _cost(found)),
     ]
     return TEMPLATES.get_template("comparison.html.j2").render(
@@ -59,6 +105,8 @@ def render_comparison(found: Found) -> str:
         seeds=found["seeds"],
         trials=trials,
         simulated=SIMULATED if is_simulated(found) else None,
+        verdicts=verdicts(found),
+        chance=CHANCE,
         tables=tables(found),
         plots=[(title, plot) for title, plot in plots if plot is not None],
         provenance=_provenance(found),
@@ -236,7 +284,7 @@ def _dots(found: Found, figure: str, words: str, against: bool = False) -> Any:
     """A dot a trial, or None where the figure was not had."""
     part = ("against", found["baseline"]) if against else ("figures",)
     dots = [
-        Dot(name, record["mean"], record["low"], record["high"])
+        Dot(name, record["mean"], record["low"], record["high"], tuple(record["values"]))
         for name, trial in found["trials"].items()
         for record in [at(trial, *part, figure)]
         if record is not None and record["mean"] is not None

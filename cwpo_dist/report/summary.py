@@ -60,8 +60,13 @@ def held_out(metrics: Metrics) -> str:
 
 
 def is_human(name: str) -> bool:
-    """Whether the arm trains on the data's own labels, so that no annotator's apply to it."""
-    return name in ARMS and ARMS[name].labels == "human"
+    """Whether the arm trains on the data's own labels, so that no annotator's apply to it.
+
+    Args:
+        name: of an arm, or `run/arm` where several runs share a page.
+    """
+    arm = name.rsplit("/", 1)[-1]
+    return arm in ARMS and ARMS[arm].labels == "human"
 
 
 def arms_table(metrics: Metrics) -> Table:

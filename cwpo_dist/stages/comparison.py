@@ -197,9 +197,7 @@ def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
         for name, value in numbers.items():
             if value is not None:
                 found.setdefault(name, []).append(value)
-    return {
-        "by_seed": {name: _seeds(values) | {"values": values} for name, values in found.items()}
-    }
+    return {"by_seed": {name: _seeds(values) for name, values in found.items()}}
 
 
 def _single(
