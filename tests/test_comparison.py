@@ -273,6 +273,9 @@ def test_the_embedded_default_is_compared(compared: Config) -> None:
     assert "SIMULATED LABELS" in page
     assert "<script" not in page
     assert page == render_comparison(found)
+    (single,) = found["single_runs"]
+    assert f'href="{single}"' in page
+    assert "reliability" in (root / single).read_text().lower()
     assert show([str(root)]) == f"{root}/{PAGE}"
 
 

@@ -107,6 +107,7 @@ def render_comparison(found: Found) -> str:
         simulated=SIMULATED if is_simulated(found) else None,
         verdicts=verdicts(found),
         chance=CHANCE,
+        single_runs=at(found, "single_runs"),
         tables=tables(found),
         plots=[(title, plot) for title, plot in plots if plot is not None],
         provenance=_provenance(found),

@@ -63,9 +63,9 @@ def is_human(name: str) -> bool:
     """Whether the arm trains on the data's own labels, so that no annotator's apply to it.
 
     Args:
-        name: of an arm, or `run/arm` where several runs share a page.
+        name: of an arm; `run/arm` where several runs share a page, or a trial's, `arm, facts`.
     """
-    arm = name.rsplit("/", 1)[-1]
+    arm = name.rsplit("/", 1)[-1].split(",")[0]
     return arm in ARMS and ARMS[arm].labels == "human"
 
 
