@@ -317,18 +317,19 @@ def test_pages_of_comparisons_say_what_came_out_and_what_was_not_run() -> None:
     assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "+4.0", "4.2"]
     assert verdicts(found) == [
         (
-            "On held-out labels",
+            "accuracy",
+            "Against <b>, on held-out labels",
             [
-                "cw is 4.0 points above <b> (95 % interval +1.0 to +7.0).",
-                "weak and <b> are not told apart: +1.0 points (95 % interval -2.0 to +4.0). A true "
-                "difference below 4.2 points would often go unseen.",
-                "soft is 5.0 points below <b> (95 % interval -8.0 to -2.0).",
+                "cw: 4.0 points above (+1.0 to +7.0)",
+                "weak: not told apart, +1.0 points (-2.0 to +4.0); a true difference below 4.2 "
+                "would often go unseen",
+                "soft: 5.0 points below (-8.0 to -2.0)",
             ],
         )
     ]
     console = Console(file=io.StringIO(), width=200)
     print_comparison(found, console)
-    for line in verdicts(found)[0][1]:
+    for line in verdicts(found)[0][2]:
         assert line in console.file.getvalue()
         assert str(escape(line)) in page
 

@@ -43,10 +43,13 @@ _COLUMNS = (
 
 # Figure → what it says, in words: those by which a trial is held against the baseline.
 _VERDICTS = {
-    "accuracy": "On held-out labels",
-    "gra_common": "By the gold reward, against the common reference",
+    "accuracy": "on held-out labels",
+    "gra_common": "by the gold reward (GRA, common)",
 }
-CHANCE = "Each line is a comparison of its own: of twenty true zeros one is told apart by chance."
+CHANCE = (
+    "Paired differences with their 95 % intervals. Each line is a comparison of its own: of twenty "
+    "true zeros one is told apart by chance."
+)
 
 
 def print_comparison(found: Found, console: Console | None = None) -> None:
@@ -54,40 +57,39 @@ def print_comparison(found: Found, console: Console | None = None) -> None:
     console = console or Console()
     for table in tables(found):
         print_table(table, console, simulated=is_simulated(found))
-    for title, lines in verdicts(found):
+    for _, title, lines in verdicts(found):
         console.print(Text(f"\n{title}", style="bold"))
         for line in lines:
             console.print(Text(line))
+    if verdicts(found):
+        console.print(Text(CHANCE, style="dim"))
 
 
-def verdicts(found: Found) -> list[tuple[str, list[str]]]:
-    """By each figure: every other trial against the baseline, in words."""
+def verdicts(found: Found) -> list[tuple[str, str, list[str]]]:
+    """Figure, what it says, and every other trial against the baseline by it, in words."""
     told = []
-    for figure, title in _VERDICTS.items():
+    for figure, words in _VERDICTS.items():
         lines = [
-            _verdict(name, found["baseline"], record)
+            _verdict(name, record)
             for name, trial in found["trials"].items()
             for record in [at(trial, "against", found["baseline"], figure)]
             if record is not None and record["mean"] is not None
         ]
         if lines:
-            told.append((title, lines))
+            told.append((figure, f"Against {found['baseline']}, {words}", lines))
     return told
 
 
-def _verdict(name: str, baseline: str, record: Found) -> str:
+def _verdict(name: str, record: Found) -> str:
     """Told apart where the interval of the paired difference leaves zero out."""
-    points, low, high = (None if record[k] is None else 100 * record[k] for k in _ENDS)
-    if low is None or high is None:
-        return f"{name}: {points:+.1f} points against {baseline}; nothing to tell chance by."
-    interval = f"(95 % interval {low:+.1f} to {high:+.1f})"
+    mean, low, high = (None if record[k] is None else 100 * record[k] for k in _ENDS)
+    if mean is None or low is None or high is None:
+        return f"{name}: {mean or 0.0:+.1f} points, and nothing to tell chance by"
+    interval = f"({low:+.1f} to {high:+.1f})"
     if low <= 0 <= high:
-        return (
-            f"{name} and {baseline} are not told apart: {points:+.1f} points {interval}. A true "
-            f"difference below {100 * record['smallest']:.1f} points would often go unseen."
-        )
-    side = "above" if low > 0 else "below"
-    return f"{name} is {abs(points or 0.0):.1f} points {side} {baseline} {interval}."
+        unseen = f"a true difference below {100 * record['smallest']:.1f} would often go unseen"
+        return f"{name}: not told apart, {mean:+.1f} points {interval}; {unseen}"
+    return f"{name}: {abs(mean):.1f} points {'above' if low > 0 else 'below'} {interval}"
 
 
 def render_comparison(found: Found) -> str:
@@ -96,8 +98,6 @@ def render_comparison(found: Found) -> str:
     plots = [
         ("Held-out preference accuracy", _dots(found, "accuracy", "accuracy")),
         ("Gold reward accuracy against the common reference", _dots(found, "gra_common", "GRA")),
-        (f"Accuracy above {found['baseline']}", _dots(found, "accuracy", "difference", True)),
-        (f"GRA, common, above {found['baseline']}", _dots(found, "gra_common", "difference", True)),
         ("Accuracy against cost", _cost(found)),
     ]
     return TEMPLATES.get_template("comparison.html.j2").render(
@@ -105,7 +105,10 @@ def render_comparison(found: Found) -> str:
         seeds=found["seeds"],
         trials=trials,
         simulated=SIMULATED if is_simulated(found) else None,
-        verdicts=verdicts(found),
+        verdicts=[
+            (title, lines, _dots(found, figure, "difference", True))
+            for figure, title, lines in verdicts(found)
+        ],
         chance=CHANCE,
         single_runs=at(found, "single_runs"),
         tables=tables(found),
