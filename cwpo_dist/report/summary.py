@@ -20,7 +20,7 @@ from cwpo_dist.report.cells import (
     share,
     temperature,
 )
-from cwpo_dist.report.outputs import cost_table, prepare_table, rejects_table, splits_table
+from cwpo_dist.report.outputs import cost_table, data_tables
 
 COMPARISONS = {
     "own_sft": "its own SFT model",
@@ -42,9 +42,7 @@ def tables(metrics: Metrics) -> list[Table]:
         annotator_table(metrics),
         *([] if ensemble is None else [ensemble]),
         weights_table(metrics),
-        prepare_table(metrics),
-        splits_table(metrics),
-        rejects_table(metrics),
+        *data_tables(metrics),
         cost_table(metrics),
     ]
 
