@@ -1,4 +1,4 @@
-"""Comparing arms: trials and seeds, shared stages, honest intervals, and a whole small run."""
+"""Comparing arms: trials and seeds, shared stages, honest intervals, and their page."""
 
 from __future__ import annotations
 
@@ -15,27 +15,23 @@ import pytest
 from markupsafe import escape
 from rich.console import Console
 from small_run import small_config
-from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError, EvaluateConfig
-from cwpo_dist.config_file import load_config, parse_config
+from cwpo_dist.config_file import parse_config
 from cwpo_dist.evaluation.answers import answer_figures, length_controlled, won
 from cwpo_dist.evaluation.paired import Items, over_seeds, paired, student
 from cwpo_dist.pairs.buckets import Shards, turned_labels
 from cwpo_dist.report.comparison import (
     FIGURES,
-    PAGE,
     print_comparison,
     render_comparison,
     tables,
     verdicts,
 )
-from cwpo_dist.stages import run as stages
 from cwpo_dist.stages.comparison import compare
 from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
 from cwpo_dist.stages.graph import graph, members
 from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.show import show
 from cwpo_dist.stages.side_by_side import Job, need
 from cwpo_dist.stages.trials import names, planned, trials, tuning
 from cwpo_dist.storage import Store
@@ -223,71 +219,6 @@ def test_flipped_labels_are_so_many_training_ones_and_no_others() -> None:
     assert {splits[k] for k in tenth} == {"labelled", "unlabelled"}
     assert tenth < turned(0.3), "more poison is the same poison and more"
     assert tenth != turned(0.1, seed=1)
-
-
-@pytest.fixture(scope="module")
-def compared(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """`cwpo compare` on the demo's configuration: its pairs and rule, on a tiny model."""
-    folder = tmp_path_factory.mktemp("compare")
-    save_tiny(folder / "model", "llama", 0)
-    changes = [
-        f"output_dir={folder / 'run'}",
-        f"weak.model_name_or_path={folder / 'model'}",
-        f"policy.model_name_or_path={folder / 'model'}",
-        f"prepare.sources.0.path={DEMO.parent / 'pairs.jsonl'}",
-        "prepare.sources.0.limit=90",
-        "weak.max_length=400",
-        "policy.max_length=400",
-        "weak.num_hidden_layers=1",
-        "evaluate.num_prompts=4",
-        "sft=none",
-        "evaluate.max_new_tokens=8",
-        "compare={seeds: [0], grids: [{arms: [human, cw]}]}",
-    ]
-    for name in ("fit", "align"):
-        changes += [f"{name}.max_steps=3", f"{name}.warmup_steps=1"]
-        # Two of them do not fit on four CPUs at once: stages run in this process, which on two
-        # cores is sooner done than starting others. Side by side they run in the long test.
-        changes += [f"{name}.num_workers=1", f"{name}.cpus_per_worker=2.1"]
-    for name in ("annotate", "reference", "evaluate"):
-        changes += [f"{name}.num_actors=1", f"{name}.cpus_per_actor=0.5"]
-    made = load_config(DEMO, changes)
-    compare(made)
-    return made
-
-
-@pytest.mark.long
-def test_the_embedded_default_is_compared(compared: Config) -> None:
-    root = Path(compared.output_dir)
-    found = json.loads((root / FIGURES).read_text())
-    assert list(found["trials"]) == ["human", "cw"]
-    for name, trial in found["trials"].items():
-        accuracy = trial["figures"]["accuracy"]
-        assert 0 <= accuracy["mean"] <= 1
-        assert accuracy["items"] > 5
-        assert trial["figures"]["gra_common"]["items"] == 4
-        assert trial["by_seed"]["device_hours"]["mean"] > 0
-        (other,) = set(found["trials"]) - {name}
-        assert trial["against"][other]["accuracy"]["items"] == accuracy["items"]
-    page = (root / PAGE).read_text()
-    assert "SIMULATED LABELS" in page
-    assert "<script" not in page
-    assert page == render_comparison(found)
-    (single,) = found["single_runs"]
-    assert f'href="{single}"' in page
-    assert "reliability" in (root / single).read_text().lower()
-    assert show([str(root)]) == f"{root}/{PAGE}"
-
-
-@pytest.mark.long
-def test_a_second_comparison_makes_nothing(
-    compared: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def must_not_run(*_: Any) -> dict[str, Any]:
-        raise AssertionError("a finished stage ran again")
-
-    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
-    compare(compared)
 
 
 def difference(mean: float, half: float) -> dict[str, Any]:
