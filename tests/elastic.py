@@ -17,9 +17,9 @@ from typing import Any
 
 import ray
 import ray_task
-import zero_ranks
+import zero_cases
 from ray.cluster_utils import Cluster
-from zero_ranks import Case
+from zero_cases import Case
 
 from cwpo_dist.training import workers
 from cwpo_dist.training.worker import TrainSpec
@@ -29,7 +29,7 @@ PATIENCE_S = 200
 
 
 def make_spec(folder: Path, **changes: Any) -> TrainSpec:
-    spec = zero_ranks.make_spec(CASE, folder, save_steps=5, step_timeout_s=60, **changes)
+    spec = zero_cases.make_spec(CASE, folder, save_steps=5, step_timeout_s=60, **changes)
     return replace(spec, make_task=partial(ray_task.watched, folder=folder))
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import zero_ranks
+import zero_cases
 from torch import Tensor
 
 from cwpo_dist.lm.tokens import Encoder
+from cwpo_dist.training.process_group import told_to_stop
 from cwpo_dist.training.tasks import Preference, Task, TaskError
-from cwpo_dist.training.worker import told_to_stop
 
 
 @dataclass(frozen=True)
@@ -106,5 +106,5 @@ def watched(encoder: Encoder, folder: Path) -> Task:
 
 
 def _plain_fields() -> dict[str, Any]:
-    plain: Any = zero_ranks.make_task("none")
+    plain: Any = zero_cases.make_task("none")
     return {name: getattr(plain, name) for name in plain.__dataclass_fields__}

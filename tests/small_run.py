@@ -30,7 +30,7 @@ def small_config(folder: Path, output_dir: str | None = None, **changes: Any) ->
         "save_steps": 2,
         "num_train_epochs": 1,
     }
-    pool = {"num_actors": 2, "cpus_per_actor": 0.5}
+    pool = {"num_actors": 1, "cpus_per_actor": 0.5}  # an actor starts longer than it works here
     gold = {"gold_function": "cwpo_dist.demo.gold:score", "num_prompts": 6, "max_new_tokens": 8}
     config: dict[str, Any] = {
         "output_dir": output_dir or str(folder / "run"),
@@ -45,7 +45,7 @@ def small_config(folder: Path, output_dir: str | None = None, **changes: Any) ->
         "weak": model | {"num_hidden_layers": 1},
         "policy": dict(model),
         "fit": dict(training),
-        "annotate": dict(pool),
+        "annotate": pool | {"num_actors": 2},
         "sft": training | {"warmup_steps": 0},
         "reference": dict(pool),
         "align": training | {"warmup_steps": 0, "beta": 0.1},

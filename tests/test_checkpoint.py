@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import zero_cases
 import zero_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from zero_ranks import ACROSS_STAGES, BF16_CASE, RESUME_CASES, Case
+from zero_cases import ACROSS_STAGES, BF16_CASE, RESUME_CASES, Case
 
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.storage import StorageError, Store
@@ -57,7 +58,7 @@ def test_resume_at_another_zero_stage(name: str, of: str) -> None:
 @pytest.mark.parametrize("case", RESUME_CASES, ids=lambda case: case.name)
 def test_checkpoints_are_tried_on_decayed_and_undecayed_parameters(case: Case) -> None:
     """Full fine-tuning has two parameter groups, of unequal decay."""
-    engine = zero_ranks.oracle(case, zero_ranks.results())
+    engine = zero_cases.oracle(case, zero_ranks.results())
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     assert decays == ([0.1] if case.lora else [0.1, 0.0])
 

@@ -350,7 +350,9 @@ def metrics(seed: int) -> dict[str, Any]:
         "versions": {},
         "device": "c",
     }
-    return {"run": run, "prepare": {}, "arms": {"cw": {"pairs": 10 + seed}}, "config": {}}
+    rejects = {"empty answer": 3 + seed} if seed else {}
+    prepare = {"rows_in": 40, "pairs": 37, "splits": {"test": 37}, "rejects": rejects}
+    return {"run": run, "prepare": prepare, "arms": {"human": {"pairs": 10 + seed}}, "config": {}}
 
 
 def test_several_runs_share_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,8 +361,15 @@ def test_several_runs_share_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
         Store(run).create_json("metrics.json", metrics(seed))
     page = show(runs, str(tmp_path / "seeds.html"))
     for text in (Path(page).read_text(), capsys.readouterr().out):
-        assert "seed0/cw" in text
-        assert "seed1/cw" in text
+        assert "seed0/human" in text
+        assert "seed1/human" in text
+        assert "as given" in text, "an arm of people, also under the name of its run"
+    told = Path(page).read_text()
+    assert "pairs prepared" not in told
+    assert "One run, one seed" not in told
+    rejected = re.search(r"empty answer.*?</tr>", told, re.DOTALL)
+    assert rejected is not None
+    assert re.findall(r"<span>(\d+)</span>", rejected.group()) == ["0", "4"], "a column a run"
     with pytest.raises(ShowError, match="--to"):
         show(runs)
     with pytest.raises(ShowError, match="no run ended there"):

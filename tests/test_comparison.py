@@ -1,7 +1,8 @@
-"""Comparing arms: trials and seeds, shared stages, honest intervals, and a whole small run."""
+"""Comparing arms: trials and seeds, shared stages, honest intervals, and their page."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import Counter
@@ -11,21 +12,26 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from markupsafe import escape
+from rich.console import Console
 from small_run import small_config
-from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError, EvaluateConfig
-from cwpo_dist.config_file import load_config, parse_config
+from cwpo_dist.config_file import parse_config
 from cwpo_dist.evaluation.answers import answer_figures, length_controlled, won
 from cwpo_dist.evaluation.paired import Items, over_seeds, paired, student
 from cwpo_dist.pairs.buckets import Shards, turned_labels
-from cwpo_dist.report.comparison import FIGURES, PAGE, render_comparison, tables
-from cwpo_dist.stages import run as stages
+from cwpo_dist.report.comparison import (
+    FIGURES,
+    print_comparison,
+    render_comparison,
+    tables,
+    verdicts,
+)
 from cwpo_dist.stages.comparison import compare
 from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
 from cwpo_dist.stages.graph import graph, members
 from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.show import show
 from cwpo_dist.stages.side_by_side import Job, need
 from cwpo_dist.stages.trials import names, planned, trials, tuning
 from cwpo_dist.storage import Store
@@ -215,84 +221,48 @@ def test_flipped_labels_are_so_many_training_ones_and_no_others() -> None:
     assert tenth != turned(0.1, seed=1)
 
 
-@pytest.fixture(scope="module")
-def compared(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """`cwpo compare` on the demo's configuration: its pairs and rule, on a tiny model."""
-    folder = tmp_path_factory.mktemp("compare")
-    save_tiny(folder / "model", "llama", 0)
-    changes = [
-        f"output_dir={folder / 'run'}",
-        f"weak.model_name_or_path={folder / 'model'}",
-        f"policy.model_name_or_path={folder / 'model'}",
-        f"prepare.sources.0.path={DEMO.parent / 'pairs.jsonl'}",
-        "prepare.sources.0.limit=90",
-        "weak.max_length=400",
-        "policy.max_length=400",
-        "weak.num_hidden_layers=1",
-        "evaluate.num_prompts=4",
-        "sft=none",
-        "evaluate.max_new_tokens=8",
-        "compare={seeds: [0], grids: [{arms: [human, cw]}]}",
-    ]
-    for name in ("fit", "align"):
-        changes += [f"{name}.max_steps=3", f"{name}.warmup_steps=1"]
-        # Two of them do not fit on four CPUs at once: stages run in this process, which on two
-        # cores is sooner done than starting others. Side by side they run in the long test.
-        changes += [f"{name}.num_workers=1", f"{name}.cpus_per_worker=2.1"]
-    for name in ("annotate", "reference", "evaluate"):
-        changes += [f"{name}.num_actors=1", f"{name}.cpus_per_actor=0.5"]
-    made = load_config(DEMO, changes)
-    compare(made)
-    return made
+def difference(mean: float, half: float) -> dict[str, Any]:
+    bounds = {"mean": mean, "low": mean - half, "high": mean + half, "smallest": 1.4 * half}
+    return {"seeds": 2, "items": 9, "values": [mean - 0.1, mean + 0.1], **bounds}
 
 
-@pytest.mark.long
-def test_the_embedded_default_is_compared(compared: Config) -> None:
-    root = Path(compared.output_dir)
-    found = json.loads((root / FIGURES).read_text())
-    assert list(found["trials"]) == ["human", "cw"]
-    for name, trial in found["trials"].items():
-        accuracy = trial["figures"]["accuracy"]
-        assert 0 <= accuracy["mean"] <= 1
-        assert accuracy["items"] > 5
-        assert trial["figures"]["gra_common"]["items"] == 4
-        assert trial["by_seed"]["device_hours"]["mean"] > 0
-        (other,) = set(found["trials"]) - {name}
-        assert trial["against"][other]["accuracy"]["items"] == accuracy["items"]
-    page = (root / PAGE).read_text()
-    assert "SIMULATED LABELS" in page
-    assert "<script" not in page
-    assert page == render_comparison(found)
-    assert show([str(root)]) == f"{root}/{PAGE}"
-
-
-@pytest.mark.long
-def test_a_second_comparison_makes_nothing(
-    compared: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def must_not_run(*_: Any) -> dict[str, Any]:
-        raise AssertionError("a finished stage ran again")
-
-    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
-    compare(compared)
-
-
-def test_pages_of_comparisons_say_what_was_not_run() -> None:
-    figure = {"seeds": 2, "items": 9, "mean": 0.5, "low": 0.4, "high": 0.6, "smallest": 0.2}
-    trial = {"learning_rate": 1e-4, "figures": {"accuracy": figure}, "by_seed": {}}
+def test_pages_of_comparisons_say_what_came_out_and_what_was_not_run() -> None:
+    trial = {"learning_rate": 1e-4, "figures": {"accuracy": difference(0.5, 0.1)}, "by_seed": {}}
+    against = {"cw": difference(0.04, 0.03), "weak": difference(0.01, 0.03)}
+    against["soft"] = difference(-0.05, 0.03)
     found = {
         "run": {"output_dir": "<b>", "simulated_labels": False, "versions": {}, "device": "cpu"},
         "seeds": [0, 1],
         "baseline": "<b>",
         "tried": {},
-        "trials": {"<b>": trial, "cw": trial | {"against": {"<b>": {"accuracy": figure}}}},
+        "trials": {
+            "<b>": trial,
+            **{name: trial | {"against": {"<b>": {"accuracy": d}}} for name, d in against.items()},
+        },
         "config": {},
     }
     page = render_comparison(found)
     assert "<b>" not in page
     assert "not run" in page
-    (_, paired_table) = tables(found)
-    assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "+50.0", "20.0"]
+    paired_table = tables(found)[1]
+    assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "+4.0", "4.2"]
+    assert verdicts(found) == [
+        (
+            "accuracy",
+            "Against <b>, on held-out labels",
+            [
+                "cw: 4.0 points above (+1.0 to +7.0)",
+                "weak: not told apart, +1.0 points (-2.0 to +4.0); a true difference below 4.2 "
+                "would often go unseen",
+                "soft: 5.0 points below (-8.0 to -2.0)",
+            ],
+        )
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    print_comparison(found, console)
+    for line in verdicts(found)[0][2]:
+        assert line in console.file.getvalue()
+        assert str(escape(line)) in page
 
 
 @pytest.mark.long

@@ -1,4 +1,7 @@
-"""Every stage of a run, on tiny models and a real Ray: what it leaves, and what a rerun does."""
+"""A comparison and a run over its outputs, on tiny models and a real Ray: what every stage leaves.
+
+The comparison makes all of it, on the demo's configuration: its pairs and its rule.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import pyarrow as pa
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from small_run import small_config
+from small_run import DEMO_PAIRS
+from tiny import save_tiny
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,9 +24,13 @@ from transformers import (
     GenerationConfig,
 )
 
+from cwpo_dist import cli
 from cwpo_dist.config import Config
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config_file import load_config
+from cwpo_dist.report.comparison import FIGURES, PAGE, render_comparison
 from cwpo_dist.scoring.scorers import read_tokens
+from cwpo_dist.stages import run as stages
+from cwpo_dist.stages.comparison import compare
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.divergence import kl_divergence
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
@@ -32,7 +40,9 @@ from cwpo_dist.stages.run import run
 from cwpo_dist.stages.show import show
 from cwpo_dist.storage import MANIFEST, Store
 
-ARMS = ["human", "weak", "cw"]
+DEMO = DEMO_PAIRS.with_name("demo.yaml")
+# To the end; `weak` as far as its weights, by which alone it differs from `cw`.
+ARMS = ["human", "cw"]
 
 
 def whole(store: Store, folder: str) -> pa.Table:
@@ -40,16 +50,94 @@ def whole(store: Store, folder: str) -> pa.Table:
     return pa.concat_tables([store.read_table(name) for name in names])
 
 
+def must_not_run(*_: Any) -> dict[str, Any]:
+    raise AssertionError("a finished stage ran again")
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
+
+
+def overrides(folder: Path) -> list[str]:
+    """What makes the demo small: a tiny model, fewer pairs, steps and processes."""
+    save_tiny(folder / "model", "llama", 0)
+    changes = [
+        f"output_dir={folder / 'run'}",
+        f"prepare.sources.0.path={DEMO_PAIRS}",
+        "prepare.sources.0.limit=96",
+        "weak.num_hidden_layers=1",
+        "evaluate.num_prompts=6",
+        "evaluate.max_new_tokens=8",
+        "evaluate.generation_batch_size=4",
+        "annotate.num_actors=2",
+        "reference.num_actors=1",
+        "evaluate.num_actors=1",
+        f"compare={{seeds: [0], grids: [{{arms: [{', '.join(ARMS)}]}}]}}",
+    ]
+    for model in ("weak", "policy"):
+        changes += [f"{model}.model_name_or_path={folder / 'model'}", f"{model}.max_length=400"]
+    for training in ("fit", "sft", "align"):
+        changes += [f"{training}.max_steps=3", f"{training}.warmup_steps=1"]
+        # Two of them do not fit on four CPUs at once: stages run in this process, which on two
+        # cores is sooner done than starting others. Side by side they run in a long test.
+        changes += [f"{training}.num_workers=1", f"{training}.cpus_per_worker=2.1"]
+    for pool in ("annotate", "reference", "evaluate"):
+        changes.append(f"{pool}.cpus_per_actor=0.5")
+    return changes
+
+
 @pytest.fixture(scope="module")
-def finished(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("whole")
-    config = parse_config(small_config(folder, arms=ARMS))
-    run(config)
+def compared(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The command has run to its end."""
+    changes = overrides(tmp_path_factory.mktemp("whole"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compare", str(DEMO), *changes])
+    assert ended.value.code == 0
+    config = load_config(DEMO, changes)
+    assert show([config.output_dir]) == f"{config.output_dir}/{PAGE}"
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(compared: Config) -> Config:
+    """A run of the same arms: all that it needs is there, and it has but to report."""
+    config = compared.model_copy(update={"arms": ARMS})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
+        run(config)
+    run(config.model_copy(update={"arms": ["weak"]}), until="weigh")
     return config
 
 
 def place(config: Config, role: str, arm: str = "cw") -> Store:
     return Store(config.output_dir).child(*graph(config, arm)[role].path.split("/"))
+
+
+def test_the_embedded_default_is_compared(compared: Config) -> None:
+    root = Path(compared.output_dir)
+    found = json.loads((root / FIGURES).read_text())
+    assert list(found["trials"]) == ARMS
+    for name, trial in found["trials"].items():
+        accuracy = trial["figures"]["accuracy"]
+        assert 0 <= accuracy["mean"] <= 1
+        assert accuracy["items"] > 5
+        assert trial["figures"]["gra_common"]["items"] == 6
+        assert trial["by_seed"]["device_hours"]["mean"] > 0
+        (other,) = set(found["trials"]) - {name}
+        assert trial["against"][other]["accuracy"]["items"] == accuracy["items"]
+    page = (root / PAGE).read_text()
+    assert "SIMULATED LABELS" in page
+    assert "<script" not in page
+    assert page == render_comparison(found)
+    (single,) = found["single_runs"]
+    assert f'href="{single}"' in page
+    assert "reliability" in (root / single).read_text().lower()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_second_comparison_makes_nothing(compared: Config) -> None:
+    compare(compared)
 
 
 def test_the_run_leaves_a_report_and_metrics_of_every_arm(finished: Config) -> None:
@@ -163,7 +251,9 @@ def test_step_zero_of_dpo_is_ln2_times_the_mean_weight_of_its_batch(finished: Co
 def test_soft_labels_and_a_loss_without_a_reference_run_to_the_end(finished: Config) -> None:
     """Beside the first run, whose stages it shares up to `weigh`."""
     align = finished.align.model_copy(update={"loss_type": "simpo"})
-    config = finished.model_copy(update={"align": align, "arms": ["soft"]})
+    measured = finished.evaluate.model_copy(update={"num_prompts": 0})
+    changes = {"align": align, "arms": ["soft"], "evaluate": measured}
+    config = finished.model_copy(update=changes)
     run(config, until="evaluate")
     nodes = graph(config, "soft")
     assert "reference" not in nodes
@@ -221,18 +311,13 @@ def test_the_export_is_a_folder_for_the_hub(finished: Config, tmp_path: Path) ->
     assert GenerationConfig.from_pretrained(to).eos_token_id is not None
 
 
-def test_a_second_run_does_nothing(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cwpo_dist.stages import run as stages
-
-    def must_not_run(*_: Any) -> dict[str, Any]:
-        raise AssertionError("a finished stage ran again")
-
-    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_second_run_does_nothing(finished: Config) -> None:
     run(finished)
 
 
 def test_arms_share_what_they_have_in_common(finished: Config) -> None:
-    made = {arm: graph(finished, arm) for arm in ARMS}
+    made = {arm: graph(finished, arm) for arm in [*ARMS, "weak"]}
 
     def keys(role: str) -> set[str]:
         nodes: list[Node] = [nodes[role] for nodes in made.values()]

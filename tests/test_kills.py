@@ -49,10 +49,10 @@ def scores(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.glob("annotate/*/scores/part-*.parquet")}
 
 
-def curve(run: Path) -> dict[int, float]:
-    """The loss of each step of align."""
-    arm = json.loads((run / "metrics.json").read_text())["arms"]["cw"]
-    return {line["step"]: line["loss"] for line in arm["curves"]["align"]}
+def curve(align: Path) -> dict[int, float]:
+    """The loss of each step."""
+    lines = map(json.loads, (align / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines}
 
 
 @pytest.mark.timeout(600)
@@ -63,12 +63,13 @@ def test_a_driver_killed_in_three_places_ends_as_if_undisturbed(tmp_path: Path) 
     configs = []
     for run in (quiet_run, rough_run):
         config = small_config(tmp_path / "in", str(run), annotate=pool, **changes)
-        config["prepare"]["rows_per_shard"] = 2
+        config["prepare"]["rows_per_shard"] = 4
         configs.append(write_config(tmp_path / f"{run.name}.yaml", config))
     quiet, rough = configs
     nodes = graph(load_config(rough), "cw")
     log, quiet_log = tmp_path / "log", tmp_path / "quiet.log"
-    with start(quiet, quiet_log) as undisturbed:  # beside the other one: each waits a good deal
+    # Beside the other one, as each waits a good deal; and to the last stage that is compared.
+    with start(quiet, quiet_log, "align") as undisturbed:
         kill_when(rough, log, lambda: len(scores(rough_run)) >= 3)
         shards = len(list((rough_run / nodes["prepare"].path).glob("pairs/*.parquet")))
         assert 3 <= len(scores(rough_run)) < shards, "annotate was not in flight"
@@ -84,13 +85,12 @@ def test_a_driver_killed_in_three_places_ends_as_if_undisturbed(tmp_path: Path) 
 
         finish(rough, log)
         assert "resuming" in log.read_text()
+        assert (rough_run / "report.html").exists()
         assert undisturbed.wait(PATIENCE_S) == 0, quiet_log.read_text()[-4000:]
     assert scores(rough_run) == scores(quiet_run), "byte for byte"
-    assert curve(rough_run) == pytest.approx(curve(quiet_run), abs=1e-6), "another order of data"
-    after, before = (
-        load_file(run / nodes["align"].path / "model" / "model.safetensors")
-        for run in (rough_run, quiet_run)
-    )
+    ours, theirs = (run / nodes["align"].path for run in (rough_run, quiet_run))
+    assert curve(ours) == pytest.approx(curve(theirs), abs=1e-6), "another order of data"
+    after, before = (load_file(align / "model/model.safetensors") for align in (ours, theirs))
     assert after.keys() == before.keys()
     for name, tensor in after.items():
         assert (tensor - before[name]).abs().max() < 1e-5, name

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zero_cases
 import zero_ranks
 from small_run import small_config
 
@@ -34,12 +35,12 @@ def assert_same(ours: Store, theirs: Store) -> int:
 
 def test_two_sharded_ranks_give_what_an_actor_gives() -> None:
     """Rows, numbers and counts of each shard; what was committed before is left alone."""
-    job = zero_ranks.reference_job(zero_ranks.results())
+    job = zero_cases.reference_job(zero_ranks.results())
     worker = job.make_worker()
     counts = committed_counts(job)
-    for index, number in enumerate(zero_ranks.REFERENCE_SHARDS):
+    for index, number in enumerate(zero_cases.REFERENCE_SHARDS):
         got = job.output.read_table(job.file(index))
-        if index == zero_ranks.ALREADY_DONE:
+        if index == zero_cases.ALREADY_DONE:
             assert got.num_rows == 0
             continue
         wanted = worker(index, worker.read(index))

@@ -19,7 +19,7 @@ from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
 from cwpo_dist.scoring.pipeline import ShardJob, commit, total_counts
-from cwpo_dist.scoring.run import run_shards
+from cwpo_dist.scoring.run import run_here, run_shards
 from cwpo_dist.storage import Store
 
 NO_REJECTS = REJECT_SCHEMA.empty_table()
@@ -69,6 +69,11 @@ def test_every_shard_is_committed_and_a_rerun_does_nothing(tmp_path: Path) -> No
     assert calls == 6
     assert run_shards(job(tmp_path), POOL) == counts
     assert len(list((tmp_path / "trace").iterdir())) == calls
+    (tmp_path / "here").mkdir()
+    here, there = job(tmp_path / "here").output, job(tmp_path).output
+    assert run_here(job(tmp_path / "here")) == counts
+    assert here.names() == there.names()
+    assert all(here.read(name) == there.read(name) for name in there.names())
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -22,10 +22,10 @@ import elastic
 import pytest
 import ray_task
 import tiny
-import zero_ranks
+import zero_cases
 from ray_task import Mishap
 from torch import Tensor
-from zero_ranks import Case
+from zero_cases import Case
 
 from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.training import workers
@@ -37,13 +37,13 @@ FULL = Case("full", 3, optim="adamw", steps=12)
 
 def trained(folder: Path, case: Case) -> dict[str, Tensor]:
     """By one plain process."""
-    engine = zero_ranks.oracle(case, folder)
-    train(zero_ranks.make_task(case.task), engine, zero_ranks.make_run(case), Hooks())
+    engine = zero_cases.oracle(case, folder)
+    train(zero_cases.make_task(case.task), engine, zero_cases.make_run(case), Hooks())
     return {n.removeprefix("model."): p.detach() for n, p in engine.module.named_parameters()}
 
 
 def assert_ends_alike(folder: Path, case: Case) -> None:
-    spec = zero_ranks.make_spec(case, folder)
+    spec = zero_cases.make_spec(case, folder)
     model = spec.model.model_copy(update={"model_name_or_path": spec.store.path("model")})
     wanted = trained(folder, case)
     for name, parameter in load_policy(model).named_parameters():
@@ -63,7 +63,7 @@ def test_ranks_killed_stopped_and_frozen(ray_local: Any, tmp_path: Path, seed: i
         Mishap(kind, draw.randrange(2), draw.randrange(4), tmp_path)
         for kind in draw.sample(kinds, 3)
     )
-    spec = zero_ranks.make_spec(FULL, tmp_path, cpus_per_worker=0.5, step_timeout_s=60)
+    spec = zero_cases.make_spec(FULL, tmp_path, cpus_per_worker=0.5, step_timeout_s=60)
     spec = replace(spec, make_task=partial(ray_task.preferences, mishaps=mishaps))
     for _ in kinds:
         try:

@@ -18,6 +18,7 @@ import ray_task
 import tiny
 import torch
 import torch.distributed as dist
+import zero_cases
 import zero_ranks
 from mlflow.tracking import MlflowClient
 from peft import PeftModel
@@ -49,13 +50,13 @@ def as_model(folder: Path) -> ModelConfig:
 def oracle_weights(name: str) -> dict[str, Tensor]:
     """Trained in one plain process."""
     folder = zero_ranks.results()
-    case = zero_ranks.STAGES[name]
-    engine = zero_ranks.oracle(case, folder)
+    case = zero_cases.STAGES[name]
+    engine = zero_cases.oracle(case, folder)
     # Adapters of a stage start at B = 0; those of the other tests do not.
     for parameter_name, parameter in engine.module.named_parameters():
         if "lora_B" in parameter_name:
             parameter.data.zero_()
-    train(zero_ranks.make_task(case.task), engine, zero_ranks.make_run(case), Hooks())
+    train(zero_cases.make_task(case.task), engine, zero_cases.make_run(case), Hooks())
     return {n.removeprefix("model."): p.detach() for n, p in engine.module.named_parameters()}
 
 
@@ -73,7 +74,7 @@ def test_full_export_is_what_was_trained(name: str) -> None:
     assert_close(dict(loaded.named_parameters()), oracle_weights(name))
     assert len(list(exported(name).glob("model-*-of-*.safetensors"))) > 1
     if name == "align":  # log-probs, by transformers alone
-        ids = torch.tensor([zero_ranks.make_rows()[0].prompt])
+        ids = torch.tensor([zero_cases.make_rows()[0].prompt])
         stock = AutoModelForCausalLM.from_pretrained(exported(name)).eval()
         base = load_policy(as_model(zero_ranks.results() / "model"))
         base.load_state_dict(oracle_weights(name), strict=False)
@@ -93,7 +94,7 @@ def test_bfloat16_export() -> None:
 
 
 def test_tokenizer_travels_with_its_template() -> None:
-    for name in zero_ranks.STAGES:
+    for name in zero_cases.STAGES:
         tokenizer = load_tokenizer(str(exported(name)))
         assert tokenizer.chat_template == PLAIN_TEMPLATE
         assert tokenizer.pad_token != tokenizer.eos_token
@@ -106,7 +107,7 @@ def test_merged_export_is_base_and_adapter(name: str) -> None:
     base = as_model(zero_ranks.results() / "model")
     if name == "fit-lora":
         tokenizer = load_tokenizer(base, distinct_pad=True)
-        model = load_annotator_base(base, tokenizer, zero_ranks.SEED)
+        model = load_annotator_base(base, tokenizer, zero_cases.SEED)
         loaded = load_reward_model(as_model(exported(name)))
     else:
         model = load_policy(base)
@@ -219,7 +220,7 @@ def alone(group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A stage that `_worker` can run in this process."""
     tiny.save_tiny(tmp_path / "model", "llama")
     monkeypatch.setattr(workers, "get_device", lambda: torch.device("cpu"))
-    return zero_ranks.make_spec("align-lora", tmp_path, num_workers=1)
+    return zero_cases.make_spec("align-lora", tmp_path, num_workers=1)
 
 
 def with_task(spec: TrainSpec, make_task: Any) -> TrainSpec:
@@ -290,7 +291,7 @@ def test_trackers_follow_a_run_over_its_restart(
         monkeypatch.setenv(name, value)
     changes = {"report_to": ["tensorboard", "mlflow", "wandb"], "eval_steps": 3}
     config = alone.config.model_copy(update=changes)
-    held_out = partial(zero_ranks.load_task, "none")
+    held_out = partial(zero_cases.load_task, "none")
     spec = replace(alone, config=config, make_held_out=held_out)
     monkeypatch.setattr("cwpo_dist.training.worker.ASK_DRIVER_S", 0.0)
     for stops in (True, False):
@@ -327,17 +328,17 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
     Both befall a rank in the middle of a step, its forward pass done and its backward not.
     """
     tiny.save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
-    spec = zero_ranks.make_spec("align-lora", tmp_path, cpus_per_worker=0.5)
+    spec = zero_cases.make_spec("align-lora", tmp_path, cpus_per_worker=0.5)
     mishaps = (Mishap("SIGTERM", 1, 1, tmp_path), Mishap("SIGKILL", 0, 3, tmp_path))
     spec = with_task(spec, partial(ray_task.preferences, mishaps=mishaps))
     watched = spec.config.model_copy(update={"eval_steps": 3})
-    spec = replace(spec, config=watched, make_held_out=partial(zero_ranks.load_task, "none"))
+    spec = replace(spec, config=watched, make_held_out=partial(zero_cases.load_task, "none"))
     with Lease.acquire(spec.store), pytest.raises(LeaseHeld):
         workers.train(spec)
     with pytest.raises(Preempted, match="checkpoint at step 2 of 6"):
         workers.train(spec)
     summary = workers.train(spec)
-    assert (summary["steps"], summary["rows"]) == (6, zero_ranks.N_ROWS)
+    assert (summary["steps"], summary["rows"]) == (6, zero_cases.N_ROWS)
     assert {path.name for path in tmp_path.glob("SIG*")} == {"SIGTERM-1-1", "SIGKILL-0-3"}
     records = [json.loads(line) for line in spec.store.read("metrics.jsonl").splitlines()]
     assert [record["step"] for record in records] == list(range(1, 7))
@@ -352,7 +353,7 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
 
 def test_what_can_never_be_placed_is_refused(ray_local: Any, tmp_path: Path) -> None:
     tiny.save_tiny(tmp_path / "model", "llama")
-    spec = zero_ranks.make_spec("align", tmp_path, num_workers=3, cpus_per_worker=2.0)
+    spec = zero_cases.make_spec("align", tmp_path, num_workers=3, cpus_per_worker=2.0)
     with pytest.raises(ConfigError, match=r"num_workers: 3 workers .* room for 2"):
         workers.train(spec)
     assert not Store(str(tmp_path)).names("stages")

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import zero_cases
 import zero_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from zero_ranks import ALONE_CASES, MATRIX_CASES, ZERO_CASES, Case
+from zero_cases import ALONE_CASES, MATRIX_CASES, ZERO_CASES, Case
 
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.batches import plan_micro_batches
@@ -35,7 +36,7 @@ class Group:
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        return zero_ranks.budgets(self.case, self.world)
+        return zero_cases.budgets(self.case, self.world)
 
 
 GROUPS: list[Any] = [
@@ -64,9 +65,9 @@ def got(group: Group) -> dict[str, Tensor]:
 def wanted(group: Group) -> dict[str, Tensor]:
     """The oracle: one process, one micro-batch a step."""
     case = group.case
-    engine = zero_ranks.oracle(case, group.folder)
-    task, run = zero_ranks.make_task(case.task), zero_ranks.make_run(case, ALL_AT_ONCE)
-    result = gradients(task, engine, run, 0, zero_ranks.first_batch(case))
+    engine = zero_cases.oracle(case, group.folder)
+    task, run = zero_cases.make_task(case.task), zero_cases.make_run(case, ALL_AT_ONCE)
+    result = gradients(task, engine, run, 0, zero_cases.first_batch(case))
     found = {f"gradient.{name}": p.grad.clone() for name, p in trainable(engine.module)}
     found["loss"] = torch.tensor([result.loss])
     found["norm"] = torch.tensor([engine.step(0.0)])
@@ -106,11 +107,11 @@ def test_shards_and_layout(group: Group, got: dict[str, Tensor]) -> None:
 
 
 def micro_steps(case: Case, world: int) -> list[int]:
-    rows = zero_ranks.make_rows()
-    lengths = [rows[i].n_tokens for i in zero_ranks.first_batch(case)]
+    rows = zero_cases.make_rows()
+    lengths = [rows[i].n_tokens for i in zero_cases.first_batch(case)]
     plans = [
         plan_micro_batches(lengths, budget, world, "packed")
-        for budget in zero_ranks.budgets(case, world)
+        for budget in zero_cases.budgets(case, world)
     ]
     return [len(plan[0]) for plan in plans]
 

@@ -47,6 +47,7 @@ class Mean(AsDict):
         high: upper end.
         smallest: the smallest true effect that such a run finds with 80 % probability at the 5 %
             level, (t_0.975 + t_0.8) standard errors.
+        values: the mean of each seed.
     """
 
     seeds: int
@@ -55,6 +56,7 @@ class Mean(AsDict):
     low: float | None
     high: float | None
     smallest: float | None
+    values: tuple[float, ...] = ()
 
 
 def over_seeds(found: Sequence[Items]) -> Mean:
@@ -66,10 +68,10 @@ def over_seeds(found: Sequence[Items]) -> Mean:
     n, count = len(kept), sum(len(items.values) for items in kept)
     bounds = [_of_seeds(means), _of_items(kept)]
     half, smallest = max(bounds, key=lambda bound: bound[0])
-    middle = float(means.mean())
+    middle, values = float(means.mean()), tuple(means.tolist())
     if not half:
-        return Mean(n, count, middle, None, None, None)
-    return Mean(n, count, middle, middle - half, middle + half, smallest)
+        return Mean(n, count, middle, None, None, None, values)
+    return Mean(n, count, middle, middle - half, middle + half, smallest, values)
 
 
 def paired(ours: Mapping[int, Items], theirs: Mapping[int, Items]) -> Mean:

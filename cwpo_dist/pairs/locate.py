@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import fsspec
-from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.exceptions import DatasetsError
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist.config import ConfigError, Source
-from cwpo_dist.pairs.readers import COMPRESSIONS, READERS, Part, open_hub, reader_of
+from cwpo_dist.pairs.readers import COMPRESSIONS, READERS, DataSetError, Part, reader_of
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAVED = ("state.json", "dataset_dict.json")
@@ -81,10 +79,11 @@ def _folder_parts(field: str, source: Source, filesystem: Any, root: str) -> lis
     root = f"{root.rstrip('/')}/{source.data_dir}" if source.data_dir else root.rstrip("/")
     if any(filesystem.exists(f"{root}/{name}") for name in _SAVED):
         return [_saved_part(field, source, filesystem, root)]
-    uri = _uri(filesystem, root)
+    from cwpo_dist.pairs import data_sets  # not above: it imports datasets
+
     try:
-        found = DataFilesDict.from_patterns(get_data_patterns(uri), uri)
-    except (OSError, DatasetsError) as error:
+        found = data_sets.files_by_split(_uri(filesystem, root))
+    except (OSError, DataSetError) as error:
         raise nothing_there(field, source.path, error) from None
     if source.split not in found:
         raise _no_split(field, source, found)
@@ -115,6 +114,8 @@ def _no_split(field: str, source: Source, splits: Iterable[Any]) -> ConfigError:
 
 def _hub_parts(field: str, source: Source) -> list[Part]:
     """The shards of a hub split; each is read by its own task."""
+    from cwpo_dist.pairs import data_sets  # not above: it imports datasets
+
     whole = Part(
         source.path,
         "hub",
@@ -124,15 +125,13 @@ def _hub_parts(field: str, source: Source) -> list[Part]:
         revision=source.revision,
     )
     try:
-        rows = open_hub(whole)
-    except (OSError, ValueError, DatasetsError) as error:
+        count, size = data_sets.hub_shards(whole)
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{field}: {source.path!r} is no file or folder here, and the Hugging Face hub does "
             f"not give it: {error}; check path, name, split and revision"
         ) from error
-    count = max(1, int(rows.num_shards))
-    split = (rows.info.splits or {}).get(source.split)
-    size = (split.num_bytes or 0) // count if split else 0
     return [
-        Part(**{**vars(whole), "shard": (index, count), "size": size}) for index in range(count)
+        Part(**{**vars(whole), "shard": (index, count), "size": size // count})
+        for index in range(count)
     ]

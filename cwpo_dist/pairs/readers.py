@@ -18,11 +18,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import IO, Any, Literal, cast
 
-import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.exceptions import DatasetsError
 
 from cwpo_dist.pairs.csv_files import HeaderError, csv_rows
 from cwpo_dist.pairs.rejects import Reason, printable, row_text
@@ -48,6 +46,10 @@ _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecod
 
 class SourceError(ValueError):
     """A source that cannot be read; the message names it and the remedy."""
+
+
+class DataSetError(ValueError):
+    """What `datasets` has against a saved folder or a hub split."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
     wanted = None if columns is None else set(columns)
     try:
         yield from _until_damage(_rows(part, wanted), part.first)
-    except (OSError, DatasetsError) as error:
+    except (OSError, DataSetError) as error:
         raise SourceError(
             f"{part}: cannot be read: {error}. Mend the access to it, then run the same command"
         ) from error
@@ -248,11 +250,9 @@ def _skip_space(text: str, at: int) -> int:
 
 def _data_set_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
     """The rows of a saved folder or hub split."""
-    rows = open_saved(part) if part.reader == "saved" else open_hub(part)
-    names = [name for name in rows.column_names or [] if wanted is None or name in wanted]
-    if names:
-        rows = rows.select_columns(names)
-    tables = rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    from cwpo_dist.pairs import data_sets  # not above: it imports datasets
+
+    tables = data_sets.tables(part, wanted)
     yield from _numbered((batch for table in tables for batch in table.to_batches()), 1)
 
 
@@ -274,26 +274,6 @@ def _numbered(batches: Iterable[pa.RecordBatch], first: int) -> Iterator[RawRow]
     for batch in batches:
         yield from _batch_rows(batch, first)
         first += batch.num_rows
-
-
-def open_saved(part: Part) -> datasets.Dataset:
-    """A folder that `save_to_disk` wrote; KeyError where it lacks the split."""
-    saved = datasets.load_from_disk(part.uri)
-    return saved[part.split or "train"] if isinstance(saved, datasets.DatasetDict) else saved
-
-
-def open_hub(part: Part) -> datasets.IterableDataset:
-    """One shard of a hub split, streamed: nothing is copied to the node's disk."""
-    rows: datasets.IterableDataset = datasets.load_dataset(
-        part.uri,
-        part.name,
-        data_dir=part.data_dir,
-        split=part.split,
-        revision=part.revision,
-        streaming=True,
-    )
-    index, count = part.shard
-    return rows.shard(num_shards=count, index=index) if count > 1 else rows
 
 
 @dataclass(frozen=True)

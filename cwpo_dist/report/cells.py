@@ -129,10 +129,3 @@ def correlation(record: Metrics | None) -> Cell:
     if record.get("pearson") is None:
         return NO_PAIRS
     return Cell(f"{record['pearson']:+.2f}", (f"{record['spearman']:+.2f}",))
-
-
-def counts(title: str, columns: tuple[str, ...], found: Mapping[str, int] | None) -> Table:
-    """A table of names and their counts."""
-    if not found:
-        return Table(title, columns, ((NOT_RUN, Cell("")),))
-    return Table(title, columns, tuple((Cell(str(k)), count(n)) for k, n in found.items()))

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 from rich.console import Console
+from rich.text import Text
 
 from cwpo_dist.report.cells import AS_GIVEN, NOT_RUN, Cell, Table, at, plain
 from cwpo_dist.report.dots import Dot, cost_plot, dots_plot
@@ -23,6 +24,7 @@ SEVERAL = (
     "the 95 % interval, the wider of Student's over the seeds and the normal's over items "
     "(clustered by prompt)."
 )
+_ENDS = ("mean", "low", "high")
 MOST_IN_MATRIX = 12  # trials: a wider table is read by nobody
 _COLUMNS = (
     "trial",
@@ -39,10 +41,55 @@ _COLUMNS = (
 )
 
 
+# Figure → what it says, in words: those by which a trial is held against the baseline.
+_VERDICTS = {
+    "accuracy": "on held-out labels",
+    "gra_common": "by the gold reward (GRA, common)",
+}
+CHANCE = (
+    "Paired differences with their 95 % intervals. Each line is a comparison of its own: of twenty "
+    "true zeros one is told apart by chance."
+)
+
+
 def print_comparison(found: Found, console: Console | None = None) -> None:
-    """Prints every table."""
+    """Prints every table, and last what came out."""
+    console = console or Console()
     for table in tables(found):
-        print_table(table, console or Console(), simulated=is_simulated(found))
+        print_table(table, console, simulated=is_simulated(found))
+    for _, title, lines in verdicts(found):
+        console.print(Text(f"\n{title}", style="bold"))
+        for line in lines:
+            console.print(Text(line))
+    if verdicts(found):
+        console.print(Text(CHANCE, style="dim"))
+
+
+def verdicts(found: Found) -> list[tuple[str, str, list[str]]]:
+    """Figure, what it says, and every other trial against the baseline by it, in words."""
+    told = []
+    for figure, words in _VERDICTS.items():
+        lines = [
+            _verdict(name, record)
+            for name, trial in found["trials"].items()
+            for record in [at(trial, "against", found["baseline"], figure)]
+            if record is not None and record["mean"] is not None
+        ]
+        if lines:
+            told.append((figure, f"Against {found['baseline']}, {words}", lines))
+    return told
+
+
+def _verdict(name: str, record: Found) -> str:
+    """Told apart where the interval of the paired difference leaves zero out."""
+    mean, low, high = (None if record[k] is None else 100 * record[k] for k in _ENDS)
+    if mean is None or low is None or high is None:
+        return f"{name}: {mean or 0.0:+.1f} points, and nothing to tell chance by"
+    interval = f"({low:+.1f} to {high:+.1f})"
+    if low <= 0 <= high:
+        unseen = f"a true difference below {100 * record['smallest']:.1f} would often go unseen"
+        return f"{name}: not told apart, {mean:+.1f} points {interval}; {unseen}"
+    return f"{name}: {abs(mean):.1f} points {'above' if low > 0 else 'below'} {interval}"
 
 
 def render_comparison(found: Found) -> str:
@@ -51,7 +98,6 @@ def render_comparison(found: Found) -> str:
     plots = [
         ("Held-out preference accuracy", _dots(found, "accuracy", "accuracy")),
         ("Gold reward accuracy against the common reference", _dots(found, "gra_common", "GRA")),
-        (f"Accuracy above {found['baseline']}", _dots(found, "accuracy", "difference", True)),
         ("Accuracy against cost", _cost(found)),
     ]
     return TEMPLATES.get_template("comparison.html.j2").render(
@@ -59,6 +105,12 @@ def render_comparison(found: Found) -> str:
         seeds=found["seeds"],
         trials=trials,
         simulated=SIMULATED if is_simulated(found) else None,
+        verdicts=[
+            (title, lines, _dots(found, figure, "difference", True))
+            for figure, title, lines in verdicts(found)
+        ],
+        chance=CHANCE,
+        single_runs=at(found, "single_runs"),
         tables=tables(found),
         plots=[(title, plot) for title, plot in plots if plot is not None],
         provenance=_provenance(found),
@@ -236,7 +288,7 @@ def _dots(found: Found, figure: str, words: str, against: bool = False) -> Any:
     """A dot a trial, or None where the figure was not had."""
     part = ("against", found["baseline"]) if against else ("figures",)
     dots = [
-        Dot(name, record["mean"], record["low"], record["high"])
+        Dot(name, record["mean"], record["low"], record["high"], tuple(record["values"]))
         for name, trial in found["trials"].items()
         for record in [at(trial, *part, figure)]
         if record is not None and record["mean"] is not None

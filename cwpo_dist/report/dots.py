@@ -12,6 +12,7 @@ from cwpo_dist.report.cells import Metrics, arm_items, at
 from cwpo_dist.report.drawing import (
     ACCENT,
     MUTED,
+    SECOND,
     SERIES,
     STYLE,
     WIDTH,
@@ -25,12 +26,21 @@ from cwpo_dist.report.drawing import (
 
 @dataclass(frozen=True)
 class Dot:
-    """A figure with its interval; without one where `low` is None."""
+    """A figure with its interval; without one where `low` is None.
+
+    Attributes:
+        name: of the trial or arm.
+        value: its mean.
+        low: lower end.
+        high: upper end.
+        seeds: the value of each seed, where it is a mean over several.
+    """
 
     name: str
     value: float
     low: float | None
     high: float | None
+    seeds: tuple[float, ...] = ()
 
 
 def dots_plot(dots: Sequence[Dot], words: str, salt: str, *, middle: float) -> Plot:
@@ -42,13 +52,19 @@ def dots_plot(dots: Sequence[Dot], words: str, salt: str, *, middle: float) -> P
             if dot.low is not None and dot.high is not None:
                 ax.hlines(place, dot.low, dot.high, color=ACCENT, linewidth=1.6, alpha=0.6)
             ax.scatter(dot.value, place, s=55, color=ACCENT, zorder=3, linewidth=0)
+            if len(dot.seeds) > 1:
+                ax.scatter(
+                    dot.seeds, [place + 0.22] * len(dot.seeds), s=12, color=SECOND, linewidth=0
+                )
         ax.axvline(middle, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
         ax.set(xlabel=words, ylim=(len(dots) - 0.5, -0.5))
         ax.set_yticks(range(len(dots)), [short_name(dot.name) for dot in dots])
         percent_axis(ax.xaxis)
         ax.grid(axis="y", visible=False)
         line = "no difference" if middle == 0 else "one half"
-        return Plot(svg_of(figure, salt), f"Means over seeds with 95 % intervals. Dashed: {line}.")
+        small = " Small: each seed." if any(len(dot.seeds) > 1 for dot in dots) else ""
+        caption = f"Means over seeds with 95 % intervals.{small} Dashed: {line}."
+        return Plot(svg_of(figure, salt), caption)
 
 
 def arms_cost_plot(metrics: Metrics) -> Plot | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cwpo_dist.report.cells import (
@@ -13,7 +14,6 @@ from cwpo_dist.report.cells import (
     arm_items,
     at,
     count,
-    counts,
     duration,
     plain,
 )
@@ -92,39 +92,71 @@ def numbered(metrics: Metrics, stage: str, part: str) -> list[str]:
     return [role for role in _roles(metrics, part) if _NUMBER.sub("", role) == stage]
 
 
+def data_tables(metrics: Metrics) -> list[Table]:
+    """What `prepare` made of its sources; a column a run where several share a page."""
+    return [prepare_table(metrics), _splits_table(metrics), _rejects_table(metrics)]
+
+
+def _prepared(metrics: Metrics, word: str) -> dict[str, Metrics | None]:
+    """The counts of `prepare` by run, or under `word` those of the only one."""
+    return at(metrics, "prepared") or {word: at(metrics, "prepare")}
+
+
 def prepare_table(metrics: Metrics) -> Table:
     """Where every input row went."""
-    prepare = at(metrics, "prepare")
-    rejects = at(prepare, "rejects")
+    found = _prepared(metrics, "count")
+    rows = [_rows_of(prepare) for prepare in found.values()]
+    cells = tuple((Cell(name), *(count(told[name]) for told in rows)) for name in rows[0])
+    note = "Rows read = pairs + merged + rejected; anything unaccounted for is a fault."
+    return Table("Rows", ("", *found), cells, note)
+
+
+def _rows_of(prepare: Metrics | None) -> dict[str, int | None]:
+    rejects, rows_in = at(prepare, "rejects"), at(prepare, "rows_in")
     rejected = sum(rejects.values()) if rejects is not None else None
     parts = (at(prepare, "pairs"), at(prepare, "merged_duplicates"), rejected)
-    rows_in = at(prepare, "rows_in")
     lost = None
     if rows_in is not None and None not in parts:
         lost = rows_in - sum(part for part in parts if part is not None)
-    rows = (
-        (Cell("rows read"), count(rows_in)),
-        (Cell("pairs"), count(at(prepare, "pairs"))),
-        (Cell("duplicates merged into them"), count(at(prepare, "merged_duplicates"))),
-        (Cell("rejected"), count(rejected)),
-        (Cell("unaccounted for"), count(lost)),
-        (Cell("pairs with conflicting labels"), count(at(prepare, "conflicting_labels"))),
-    )
-    note = "Rows read = pairs + merged + rejected; anything unaccounted for is a fault."
-    return Table("Rows", ("", "count"), rows, note)
+    return {
+        "rows read": rows_in,
+        "pairs": at(prepare, "pairs"),
+        "duplicates merged into them": at(prepare, "merged_duplicates"),
+        "rejected": rejected,
+        "unaccounted for": lost,
+        "pairs with conflicting labels": at(prepare, "conflicting_labels"),
+    }
 
 
-def splits_table(metrics: Metrics) -> Table:
+def _splits_table(metrics: Metrics) -> Table:
     """Pairs of each split."""
-    return counts("Splits", ("split", "pairs"), at(metrics, "prepare", "splits"))
+    found = {run: at(told, "splits") for run, told in _prepared(metrics, "pairs").items()}
+    return _counts("Splits", "split", found)
 
 
-def rejects_table(metrics: Metrics) -> Table:
+def _rejects_table(metrics: Metrics) -> Table:
     """Rejected rows by reason."""
-    found = at(metrics, "prepare", "rejects")
-    if found == {}:
-        return Table("Rejects", ("reason", "rows"), ((Cell("none"), Cell("0")),))
-    return counts("Rejects", ("reason", "rows"), found)
+    found = {run: at(told, "rejects") for run, told in _prepared(metrics, "rows").items()}
+    if all(told == {} for told in found.values()):
+        none = (Cell("none"), *(Cell("0") for _ in found))
+        return Table("Rejects", ("reason", *found), (none,))
+    return _counts("Rejects", "reason", found)
+
+
+def _counts(title: str, word: str, found: Mapping[str, Mapping[str, int] | None]) -> Table:
+    """Names and their counts, a column each; what a run has none of reads 0."""
+    columns = (word, *found)
+    named = dict.fromkeys(name for told in found.values() for name in told or {})
+    if not named:
+        return Table(title, columns, ((NOT_RUN, *(Cell("") for _ in found)),))
+    rows = tuple(
+        (
+            Cell(str(name)),
+            *(NOT_RUN if told is None else count(told.get(name, 0)) for told in found.values()),
+        )
+        for name in named
+    )
+    return Table(title, columns, rows)
 
 
 def cost_table(metrics: Metrics) -> Table:

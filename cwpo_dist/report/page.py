@@ -69,6 +69,7 @@ def render(metrics: Metrics, sample: Mapping[str, Any] | None = None) -> str:
         gra_plot=_drawn(plots.gra_plot(metrics)),
         weights_table=summary.weights_table(metrics),
         confidence_plot=_drawn(plots.confidence_plot(metrics)),
+        several_runs=_several_runs(metrics),
         annotator_table=summary.annotator_table(metrics),
         one_annotator=len(annotators) <= 1 and ensemble is None,
         ensemble_table=ensemble,
@@ -77,11 +78,7 @@ def render(metrics: Metrics, sample: Mapping[str, Any] | None = None) -> str:
             (title, _drawn(plots.curve_plot(metrics, stage)), stage == "align")
             for stage, title in _CURVES.items()
         ],
-        data_tables=[
-            outputs.prepare_table(metrics),
-            outputs.splits_table(metrics),
-            outputs.rejects_table(metrics),
-        ],
+        data_tables=outputs.data_tables(metrics),
         cost_table=outputs.cost_table(metrics),
         provenance_tables=[outputs.provenance_table(metrics), outputs.keys_table(metrics)],
         config=_yaml(at(metrics, "config")),
@@ -125,8 +122,14 @@ def _explorer(metrics: Metrics, sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _several_runs(metrics: Metrics) -> bool:
+    return at(metrics, "prepared") is not None
+
+
 def _tiles(metrics: Metrics) -> list[tuple[str, cells.Cell]]:
     """The few figures that a reader looks for first."""
+    if _several_runs(metrics):  # one number would hide which run it is
+        return []
     found = summary.annotators(metrics)
     record = found[0][1] if len(found) == 1 else None
     tiles = [("pairs prepared", cells.count(at(metrics, "prepare", "pairs")))]

@@ -20,7 +20,7 @@ from cwpo_dist.report.cells import (
     share,
     temperature,
 )
-from cwpo_dist.report.outputs import cost_table, prepare_table, rejects_table, splits_table
+from cwpo_dist.report.outputs import cost_table, data_tables
 
 COMPARISONS = {
     "own_sft": "its own SFT model",
@@ -42,9 +42,7 @@ def tables(metrics: Metrics) -> list[Table]:
         annotator_table(metrics),
         *([] if ensemble is None else [ensemble]),
         weights_table(metrics),
-        prepare_table(metrics),
-        splits_table(metrics),
-        rejects_table(metrics),
+        *data_tables(metrics),
         cost_table(metrics),
     ]
 
@@ -60,8 +58,13 @@ def held_out(metrics: Metrics) -> str:
 
 
 def is_human(name: str) -> bool:
-    """Whether the arm trains on the data's own labels, so that no annotator's apply to it."""
-    return name in ARMS and ARMS[name].labels == "human"
+    """Whether the arm trains on the data's own labels, so that no annotator's apply to it.
+
+    Args:
+        name: of an arm; `run/arm` where several runs share a page, or a trial's, `arm, facts`.
+    """
+    arm = name.rsplit("/", 1)[-1].split(",")[0]
+    return arm in ARMS and ARMS[arm].labels == "human"
 
 
 def arms_table(metrics: Metrics) -> Table:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.scoring.tickets import ShardError
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,6 @@ _ENVIRONMENT = (OSError, MemoryError, ImportError, torch.OutOfMemoryError)
 _NO_MEMORY = ("DefaultCPUAllocator",)
 _DEVICE_BROKEN = ("CUDA error", "CUBLAS_STATUS", "HIP error")
 _LONGEST_REASON = 200
-
-
-class ShardError(RuntimeError):
-    """A shard cannot be done on this machine; the message names it, the cause and the remedy."""
 
 
 @dataclass(frozen=True)

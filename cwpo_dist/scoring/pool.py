@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -28,67 +28,15 @@ from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cwpo_dist.config import Pool
-from cwpo_dist.scoring.attempts import SUSPICIOUS, ShardError, ShardWorker, attempt
+from cwpo_dist.scoring.attempts import SUSPICIOUS, ShardWorker, attempt
 from cwpo_dist.scoring.pipeline import ShardJob, commit, part
 from cwpo_dist.scoring.progress import Report
+from cwpo_dist.scoring.tickets import Shards
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 2.0  # how often we look for lost nodes while no shard is reported
 END_S = 3.0  # how long a pool may take to wind up when nothing is left to do
-MOST_DEATHS = 10  # of actors on living nodes over one shard: then the shard itself kills them
-
-
-class _Shards:
-    """Which shard each ticket stands for; lives in an actor beside the driver."""
-
-    def __init__(self, name: str, shards: Sequence[int]) -> None:
-        self.name = name
-        self.waiting = deque(shards)
-        self.given: dict[tuple[int, int], int] = {}  # (pool, ticket) → shard
-        self.begun: Counter[tuple[int, int, str]] = Counter()  # the same on each node
-        self.under_way: dict[int, dict[int, str]] = {}  # shard → pool → node; oldest first
-
-    def take(self, pool: int, ticket: int, node: str) -> int | None:
-        """The ticket's shard; None when nothing is left for it to do.
-
-        Where nothing waits any more, a pool gets what another one has had for longest: the first
-        commit wins, and no pool idles behind a slower or a lost one.
-        """
-        if (pool, ticket) not in self.given:
-            index = self.waiting.popleft() if self.waiting else self._of_another(pool)
-            if index is None:
-                return None
-            self.given[pool, ticket] = index
-            self.under_way.setdefault(index, {})
-        index = self.given[pool, ticket]
-        if index not in self.under_way:
-            return None
-        self.under_way[index][pool] = node
-        self.begun[pool, ticket, node] += 1
-        if self.begun[pool, ticket, node] > MOST_DEATHS:
-            raise ShardError(
-                f"{self.name}: shard {index} took {MOST_DEATHS} actors down with it, on a node "
-                "that lives; look there for want of memory or a crash in native code"
-            )
-        return index
-
-    def _of_another(self, pool: int) -> int | None:
-        return next((i for i, holders in self.under_way.items() if pool not in holders), None)
-
-    def done(self, index: int) -> None:
-        """The shard is committed."""
-        self.under_way.pop(index, None)
-
-    def stranded(self, alive: set[str]) -> bool:
-        """True when all that is left lies with actors on lost nodes."""
-        holders = [set(held.values()) for held in self.under_way.values()]
-        return not self.waiting and not any(nodes & alive for nodes in holders)
-
-    def close(self) -> None:
-        """No ticket that has not begun gets a shard any more."""
-        self.waiting.clear()
-        self.under_way.clear()
 
 
 class _ShardActor:
@@ -150,7 +98,7 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
     settings.execution_no_progress_timeout_s = -1  # nodes may be long in coming
     settings.raise_original_map_exception = True  # ours are written for the user
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    make: Any = ray.remote(num_cpus=0)(_Shards)
+    make: Any = ray.remote(num_cpus=0)(Shards)
     shards = make.options(scheduling_strategy=here).remote(job.name, list(missing))
     inbox: queue.Queue[Report | Exception | None] = queue.Queue()
     streams = [

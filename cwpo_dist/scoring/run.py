@@ -1,4 +1,4 @@
-"""A sharded job and a stage's pools in; every shard committed; counts and throughput out."""
+"""A sharded job, and a stage's pools, in; every shard committed; counts and throughput out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, PoolConfig
-from cwpo_dist.scoring.pipeline import ShardJob, total_counts
+from cwpo_dist.scoring.attempts import attempt
+from cwpo_dist.scoring.pipeline import ShardJob, commit, part, total_counts
 from cwpo_dist.scoring.placement import alive_machines, pool_faults
 from cwpo_dist.scoring.pool import run_pools
 from cwpo_dist.scoring.progress import Progress
@@ -57,3 +58,21 @@ def run_shards(
         logger.info("%s: %s", job.name, progress.summary())
         throughput = {"throughput": progress.throughput()}
     return dict(total_counts(job, counts, counted)) | throughput
+
+
+def run_here(job: ShardJob) -> dict[str, Any]:
+    """Runs the missing shards in this process, for work that takes less than an actor's start.
+
+    Returns:
+        The counts summed over all shards.
+
+    Raises:
+        ShardError: when a shard cannot be done.
+    """
+    missing = job.missing()
+    logger.info("%s: %d of %d shards to do, here", job.name, len(missing), len(job.indices))
+    if missing:
+        worker = job.make_worker()
+        for index in missing:
+            commit(job, index, attempt(worker, index, part("pairs", index)))
+    return dict(total_counts(job))

@@ -1,4 +1,4 @@
-"""A configuration with a `compare` section in; all its trials run, their figures and page out.
+"""A configuration with a `compare` section in; all its trials run, their figures and pages out.
 
 What runs share, by its key, is made once; the same command resumes.
 """
@@ -15,12 +15,14 @@ import numpy as np
 from cwpo_dist.config import ARMS, Config, ConfigError
 from cwpo_dist.evaluation.paired import Items, over_seeds, paired
 from cwpo_dist.report.comparison import FIGURES, PAGE, print_comparison, render_comparison
+from cwpo_dist.report.page import render
+from cwpo_dist.stages import report
 from cwpo_dist.stages.checks import check
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.evaluate import ANSWERS, BASELINES, ITEMS
+from cwpo_dist.stages.explorer import sample
 from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.nodes import versions
-from cwpo_dist.stages.report import device_hours
 from cwpo_dist.stages.run import device
 from cwpo_dist.stages.side_by_side import Job, make_all
 from cwpo_dist.stages.trials import Trial, by_grid, names, section, trials, tuned, tuning
@@ -29,10 +31,11 @@ from cwpo_dist.storage import MANIFEST, Store
 logger = logging.getLogger(__name__)
 
 Rates = Mapping[Trial, float]
+SINGLE = "single-runs-{}.html"
 
 
 def compare(config: Config) -> str:
-    """Runs every trial with every seed, and writes `comparison.json` and `comparison.html`.
+    """Runs every trial with every seed, and writes `comparison.json`, `.html` and single runs.
 
     Returns:
         The place of the page.
@@ -48,8 +51,8 @@ def compare(config: Config) -> str:
         for seed in section(config).seeds
     }
     make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
-    found = collect(config, runs, tried)
     root = Store(config.output_dir)
+    found = collect(config, runs, tried) | {"single_runs": _single_runs(config, runs)}
     root.write(FIGURES, json.dumps(found, indent=1).encode())  # trials keep their order
     root.write(PAGE, render_comparison(found).encode())
     print_comparison(found)
@@ -149,6 +152,28 @@ def collect(
     }
 
 
+def _single_runs(config: Config, runs: Mapping[tuple[Trial, int], Config]) -> dict[str, list[str]]:
+    """Writes reports of the first seed's runs, side by side where they have their pairs in common.
+
+    Returns:
+        The name of each, and the trials in it.
+    """
+    told, seed = names([*dict.fromkeys(trial for trial, _ in runs)]), section(config).seeds[0]
+    by_pairs: dict[str, dict[Trial, Config]] = {}
+    for (trial, of), run in runs.items():
+        if of == seed:
+            by_pairs.setdefault(graph(run, trial.arm)["prepare"].path, {})[trial] = run
+    written = {}
+    for number, beside in enumerate(by_pairs.values(), 1):
+        context = Context(next(iter(beside.values())), Store(config.output_dir))
+        graphs = {told[trial]: graph(run, trial.arm) for trial, run in beside.items()}
+        metrics = report.collect(context, graphs) | {"config": config.model_dump(mode="json")}
+        name = SINGLE.format(number)
+        context.root.write(name, render(metrics, sample(context, graphs)).encode())
+        written[name] = list(graphs)
+    return written
+
+
 def _items(runs: Mapping[tuple[Trial, int], Config], trial: Trial) -> dict[str, dict[int, Items]]:
     """Figure → seed → its items."""
     found: dict[str, dict[int, Items]] = {}
@@ -197,9 +222,7 @@ def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
         for name, value in numbers.items():
             if value is not None:
                 found.setdefault(name, []).append(value)
-    return {
-        "by_seed": {name: _seeds(values) | {"values": values} for name, values in found.items()}
-    }
+    return {"by_seed": {name: _seeds(values) for name, values in found.items()}}
 
 
 def _single(
@@ -211,7 +234,7 @@ def _single(
         "labels_right": annotator["agreement"]["accuracy"] if annotator else None,
         "mean_weight": context.counts(nodes["weigh"])["mean_weight"],
         "pairs": float(manifests["align"]["counts"]["rows"]),
-        "device_hours": sum(device_hours(nodes, manifests).values()),
+        "device_hours": sum(report.device_hours(nodes, manifests).values()),
         "kl": kl["mean"] if kl else None,
         **{f"length_controlled_{k}": v["length_controlled"] for k, v in answers.items()},
     }

@@ -85,7 +85,7 @@ def _merged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "versions": runs[0]["versions"],
             "device": ", ".join(sorted({str(run["device"]) for run in runs})),
         },
-        "prepare": None,
+        "prepared": {names[run]: metrics["prepare"] for run, metrics in found.items()},
         "arms": {
             f"{names[run]}/{arm}": figures
             for run, metrics in found.items()

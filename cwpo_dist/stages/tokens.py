@@ -7,10 +7,12 @@ from typing import Any
 
 from cwpo_dist.config import PoolConfig
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.run import run_shards
+from cwpo_dist.scoring.run import run_here, run_shards
 from cwpo_dist.scoring.scorers import TokenWorker
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
+
+FEW_PAIRS = 2000  # a second or two; an actor takes longer to start
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -23,6 +25,8 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         shards=context.shards(node),
         make_worker=partial(TokenWorker, context.pairs(node), policy),
     )
+    if context.counts(node.inputs["prepare"])["pairs"] <= FEW_PAIRS:
+        return run_here(job)
     # Tokenising needs no accelerator; as many actors as the reference pass has.
     pool = PoolConfig(num_actors=context.config.reference.most_actors)
     return run_shards(job, pool)

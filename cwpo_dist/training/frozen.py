@@ -23,7 +23,8 @@ from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Preempted
-from cwpo_dist.training.worker import Watchdog, dtype_of, told_to_stop
+from cwpo_dist.training.process_group import told_to_stop
+from cwpo_dist.training.worker import Watchdog, dtype_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -32,14 +31,13 @@ from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, Run
 from cwpo_dist.training.loop import train as run_loop
 from cwpo_dist.training.lora import Head, add_lora
+from cwpo_dist.training.process_group import told_to_stop
 from cwpo_dist.training.tasks import Task
 
 ASK_DRIVER_S = 3.0  # how often rank 0 asks whether the driver was told to stop
 ASK_RAY_S = 10.0  # how often all ranks ask Ray for a notice of preemption
 METRICS, METRICS_FILE = "metrics", "metrics.jsonl"
 BAR = 20  # characters
-
-told_to_stop = threading.Event()  # set by signal handlers, and by the driver's word
 
 
 @dataclass(frozen=True)

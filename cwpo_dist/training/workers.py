@@ -16,15 +16,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cwpo_dist.autoscaling import grows
@@ -35,7 +35,8 @@ from cwpo_dist.training.checkpoint import CommitFailed
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
 from cwpo_dist.training.loop import NonFiniteLoss, Preempted
-from cwpo_dist.training.worker import TrainSpec, told_to_stop
+from cwpo_dist.training.process_group import STOP_SIGNALS, StoppableTorchConfig
+from cwpo_dist.training.worker import TrainSpec
 
 __all__ = [
     "FrozenSpec",
@@ -57,7 +58,6 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 600, 30
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 RESIZE_CHECK_S = 60.0  # how often Ray looks whether more of `num_workers: [min, max]` find room
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class TrainingFailed(RuntimeError):
@@ -167,9 +167,9 @@ def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
     config, use_gpu = spec.config, _uses_gpu(spec.config)
     scratch = spec.store.child("ray")  # Ray Train wants a folder, if only for a marker file
     return TorchTrainer(
-        _worker,
-        train_loop_config={"spec": spec, "token": token},
-        torch_config=_TorchConfig(
+        # Not as `train_loop_config`: the controller would import all that it names.
+        partial(_worker, {"spec": spec, "token": token}),
+        torch_config=StoppableTorchConfig(
             backend="nccl" if use_gpu else "gloo",
             timeout_s=int(config.step_timeout_s) + 60,  # the watchdog comes first, with stacks
         ),
@@ -225,27 +225,6 @@ def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@dataclass
-class _TorchConfig(TorchConfig):
-    """Ray's process group set-up, and signal handlers in each worker."""
-
-    @property
-    def backend_cls(self) -> type[Any]:
-        return _Backend
-
-
-class _Backend(_TorchBackend):
-    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Handlers can be set in a process's main thread alone; training runs in another."""
-        super().on_training_start(worker_group, backend_config)
-        worker_group.execute(_handle_stop_signals)
-
-
-def _handle_stop_signals() -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: told_to_stop.set())
 
 
 def _worker(loop_config: dict[str, Any]) -> Any:

@@ -1,0 +1,41 @@
+"""A worker group that Ray Train has started in; its process group, and handlers of signals, out.
+
+Ray Train's controller imports this file too, before it starts any worker: what else a worker needs
+is imported by the workers alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+told_to_stop = threading.Event()  # set by signal handlers, and by the driver's word
+
+
+@dataclass
+class StoppableTorchConfig(TorchConfig):
+    """Ray's process group set-up, and signal handlers in each worker."""
+
+    @property
+    def backend_cls(self) -> type[Any]:
+        """What Ray calls on its way."""
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Handlers can be set in a process's main thread alone; training runs in another."""
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(_handle_stop_signals)
+
+
+def _handle_stop_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: told_to_stop.set())
