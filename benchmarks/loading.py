@@ -1,14 +1,16 @@
 """A model and a number of ranks in; what each rank's host memory grows by while it loads, out.
 
-    python benchmarks/loading.py runs/models/SmolLM2-135M-Instruct --ranks 2
+    python benchmarks/loading.py [runs/models/SmolLM2-135M-Instruct] --ranks 2
 
-Each rank is a process on this machine, on the CPU, as training starts it. Anonymous memory alone
-counts: pages of the model's files, which rank 0 maps, are the system's to drop.
+Without a folder, a random Llama of 12 layers of width 2048 is made, whose largest tensor is 2 % of
+it. Each rank is a process on this machine, on the CPU, as training starts it. Anonymous memory
+alone counts: pages of the model's files, which rank 0 maps, are the system's to drop.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import subprocess
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.loading import load_policy
@@ -36,8 +39,11 @@ def anonymous() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def peak_growth(work: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes that anonymous memory grows by: at the most, and for good."""
+def growth(work: Callable[[], Any]) -> tuple[int, int, int]:
+    """Bytes that anonymous memory grows by: at the most, afterwards, and once free memory is back.
+
+    glibc keeps what is freed between two live blocks, until it is told to give it back.
+    """
     gc.collect()
     before, seen, over = anonymous(), [0], threading.Event()
 
@@ -52,8 +58,10 @@ def peak_growth(work: Callable[[], Any]) -> tuple[int, int]:
     sampler.join()
     gc.collect()
     after = anonymous()
+    ctypes.CDLL(None).malloc_trim(0)
+    live = anonymous()
     del kept
-    return max(*seen, after) - before, after - before
+    return max(*seen, after) - before, after - before, live - before
 
 
 def rank(model: str, stage: int, number: int, ranks: int, meeting: str) -> None:
@@ -71,16 +79,29 @@ def rank(model: str, stage: int, number: int, ranks: int, meeting: str) -> None:
         with engine.sharded_loading(settings):
             return load_policy(given, device=None if stage == 3 else "cpu")
 
-    peak, kept = peak_growth(load)
-    line = f"| {stage} | {number} | {peak / MEBIBYTE:,.0f} | {kept / MEBIBYTE:,.0f} |"
+    grown = " | ".join(f"{size / MEBIBYTE:,.0f}" for size in growth(load))
     time.sleep(0.2 * number)
-    print(line, flush=True)
+    print(f"| {stage} | {number} | {grown} |", flush=True)
+
+
+def random_llama(folder: str) -> str:
+    """Writes 838 million random numbers as a Hugging Face folder, in several files."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        vocab_size=8000,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="1GB")
+    return folder
 
 
 def main() -> None:
     """Starts the ranks of one ZeRO stage after another."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--rank", help=argparse.SUPPRESS)
@@ -89,21 +110,28 @@ def main() -> None:
         number, meeting = given.rank.split(":", 1)
         rank(given.model, given.stages[0], int(number), given.ranks, meeting)
         return
-    size = sum(file.stat().st_size for file in Path(given.model).glob("*.safetensors"))
-    print(f"{given.model}: {size / MEBIBYTE:,.0f} MiB of safetensors, {given.ranks} ranks")
-    print("| ZeRO | rank | peak MiB | kept MiB |\n|---|---|---|---|", flush=True)
-    for stage in given.stages:
+    with tempfile.TemporaryDirectory() as scratch:
+        model = given.model or random_llama(scratch)
+        measure(model, given.ranks, given.stages)
+
+
+def measure(model: str, ranks: int, stages: list[int]) -> None:
+    """Prints a line a rank for each ZeRO stage."""
+    size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    print(f"{model}: {size / MEBIBYTE:,.0f} MiB of safetensors, {ranks} ranks")
+    print("| ZeRO | rank | peak MiB | afterwards | live |\n|---|---|---|---|---|", flush=True)
+    for stage in stages:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, given.model, "--ranks", str(given.ranks)]
+            command = [sys.executable, __file__, model, "--ranks", str(ranks)]
             command += ["--stages", str(stage), "--rank"]
             processes = [
                 subprocess.Popen(
                     [*command, f"{number}:{folder}/meeting"],
                     env=os.environ
                     | {"RANK": str(number), "LOCAL_RANK": str(number)}
-                    | {"WORLD_SIZE": str(given.ranks), "OMP_NUM_THREADS": "1"},
+                    | {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"},
                 )
-                for number in range(given.ranks)
+                for number in range(ranks)
             ]
             if any([process.wait() for process in processes]):
                 sys.exit("a rank failed")

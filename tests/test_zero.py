@@ -17,7 +17,7 @@ from zero_cases import ALONE_CASES, MATRIX_CASES, ZERO_CASES, Case
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.training.checkpoint import trainable
-from cwpo_dist.training.loop import Hooks, gradients, train
+from cwpo_dist.training.loop import gradients, train
 
 ALL_AT_ONCE = 10**6
 
@@ -72,7 +72,9 @@ def wanted(group: Group) -> dict[str, Tensor]:
     found["loss"] = torch.tensor([result.loss])
     found["norm"] = torch.tensor([engine.step(0.0)])
     found |= {f"start.{name}": value for name, value in zero_ranks.weights_of(engine).items()}
-    train(task, engine, run, Hooks())
+    hooks = zero_cases.Watches(task, engine, run)
+    train(task, engine, hooks.run, hooks)
+    found["held out"] = torch.tensor(hooks.losses, dtype=torch.float64)
     return found | {f"weight.{name}": v for name, v in zero_ranks.weights_of(engine).items()}
 
 
@@ -98,6 +100,12 @@ def test_weights_after_20_sgd_steps(got: dict[str, Tensor], wanted: dict[str, Te
     moved = float((expected - start).norm())
     assert moved > 1e-3 * float(start.norm())
     assert float((flat(got, "weight.") - expected).norm()) < 1e-4 * moved
+
+
+def test_held_out_numbers(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """On the way and at the end, with weights that any stage shards."""
+    assert got["held out"].tolist() == pytest.approx(wanted["held out"].tolist(), rel=1e-4)
+    assert float(wanted["held out"][0]) != pytest.approx(float(wanted["held out"][1]), rel=1e-3)
 
 
 def test_shards_and_layout(group: Group, got: dict[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
 from cwpo_dist.storage import Store
-from cwpo_dist.training.loop import Run, TorchEngine
+from cwpo_dist.training import held_out
+from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
 from cwpo_dist.training.worker import TrainSpec
@@ -228,3 +229,17 @@ def reference_job(folder: Path) -> ShardJob:
     store = Store(str(folder))
     make_worker = partial(ReferenceWorker, PairsIn(store), store, model, 100)
     return ShardJob("reference", store.child("scored"), len(REFERENCE_SHARDS), make_worker)
+
+
+class Watches(Hooks):
+    """Judges the rows themselves twice on the way, as if they were held out."""
+
+    def __init__(self, task: Task, engine: Engine, run: Run) -> None:
+        self.judge = partial(held_out.evaluate, task, engine, run)
+        self.run = replace(run, config=run.config.model_copy(update={"eval_steps": 10}))
+        self.losses: list[float] = []
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        found = self.judge(step)
+        self.losses.append(found["eval_loss"])
+        return found

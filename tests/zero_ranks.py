@@ -39,6 +39,7 @@ from zero_cases import (
     STAGES,
     ZERO_CASES,
     Case,
+    Watches,
     budgets,
     first_batch,
     make_module,
@@ -123,7 +124,9 @@ def exactness(case: Case, folder: Path) -> None:
         results[f"loss.{budget}"] = torch.tensor([result.loss], dtype=torch.float64)
         norm = engine.step(0.0)
         results[f"norm.{budget}"] = torch.tensor([norm], dtype=torch.float64)
-    train(task, engine, make_run(case, layout=layout), Hooks())
+    hooks = Watches(task, engine, make_run(case, layout=layout))
+    train(task, engine, hooks.run, hooks)
+    results["held out"] = torch.tensor(hooks.losses, dtype=torch.float64)
     results |= {f"weight.{name}": value for name, value in weights_of(engine).items()}
     write(folder, f"{case.name}.{dist.get_world_size()}", results)
     engine.close()

@@ -50,7 +50,10 @@ class TrainingConfig(Section):
         None, description="TRL's name; with gradient_accumulation_steps it sets global_batch_size"
     )
     gradient_accumulation_steps: PositiveInt | None = None
-    max_tokens_per_micro_batch: PositiveInt = Field(4096, description="tokens, with any padding")
+    max_tokens_per_micro_batch: PositiveInt = Field(
+        4096,
+        description="tokens, with any padding; a longer row goes alone, its activations recomputed",
+    )
     optim: Literal["adamw", "sgd"] = "adamw"
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
