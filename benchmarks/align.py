@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -210,8 +209,7 @@ def side(spec_json: str) -> None:
         Row(r["prompt"], tuple(r["answers"])) for r in json.loads(Path(spec["rows"]).read_text())
     ]
     figures = (ours if spec["side"] == "ours" else trl)(spec, rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(figures | {"peak_gib": peak}))
+    print(json.dumps(figures | {"peak_gib": measure.peak_resident() / 2**30}))
 
 
 class OutOfMemory(Exception):

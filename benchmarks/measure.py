@@ -55,6 +55,15 @@ def matmul_rate(seconds: float = 2.0) -> float:
     return 2 * SIZE**3 / best
 
 
+def peak_resident() -> int:
+    """Bytes of resident memory that this process has had at the most.
+
+    Not `ru_maxrss`, which a new program takes over from the process that started it.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def source(data: str) -> Source:
     """Where a benchmark's pairs come from.
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import tempfile
 from typing import Annotated
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided before torch
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import measure
 import torch
 import torch.distributed as dist
 import typer
@@ -38,11 +38,6 @@ from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.tasks import Preference
 
 PART = 100  # tokens of a prompt, and of each answer
-
-
-def peak() -> int:
-    """Bytes of resident memory at the most, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def step(model: ModelConfig, config: TrainingConfig) -> str:
@@ -95,9 +90,9 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         engine.join_process_group()
-        before = peak()
+        before = measure.peak_resident()
         layout = step(given, config)
-        measured = peak() - before
+        measured = measure.peak_resident() - before
     figures = {
         "layers": layers,
         "lora": lora,

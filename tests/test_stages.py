@@ -129,7 +129,12 @@ def test_inputs_that_changed_half_way_are_refused_for_resume_and_said_otherwise(
 def test_prepare_to_weigh_on_object_storage_with_a_killed_and_resumed_training(
     s3_store: Store, tmp_path: Path
 ) -> None:
+    """The weak model lies there as well; both workers train on the node's one copy of it."""
     changes = small_config(tmp_path / "in", s3_store.uri, fit__num_train_epochs=6)
+    model = s3_store.child("weak-model")
+    model.upload(tmp_path / "in" / "model")
+    changes["weak"]["model_name_or_path"] = model.uri
+    changes["fit"]["num_workers"] = 2
     path = write_config(tmp_path / "s3.yaml", changes)
     config, log = load_config(path), tmp_path / "log"
     fit = s3_store.child(*graph(config, "cw")["fit"].path.split("/"))
