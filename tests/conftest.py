@@ -47,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Workers unpickle functions by module name, so they must find the package and the tests.
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    # What is made once for all processes of tests lies with the first, which ends last.
+    os.environ.setdefault("CWPO_TEST_SHARED", str(scratch))
     config.add_cleanup(lambda: shutil.rmtree(scratch, ignore_errors=True))
 
 
