@@ -42,9 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray's workers are nice by default (15), and would starve beside the other process of tests.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray's own name)
     # Workers unpickle functions by module name, so they must find the package and the tests.
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    # What is made once for all processes of tests lies with the first, which ends last.
+    os.environ.setdefault("CWPO_TEST_SHARED", str(scratch))
     config.add_cleanup(lambda: shutil.rmtree(scratch, ignore_errors=True))
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import NO_BROWSER
+from test_comparison_page import sample_comparison
 from test_report import sample_metrics, sample_pairs
 
+from cwpo_dist.report.comparison import render_comparison
 from cwpo_dist.report.page import render
 
 HOSTILE = (
@@ -87,6 +89,17 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened: Open) -> None:
         render(sample_metrics(), sample_pairs(5, HOSTILE)), viewport={"width": 380, "height": 800}
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_comparison_draws_without_complaint_on_any_screen(opened: Open, scheme: str) -> None:
+    html = render_comparison(sample_comparison(HOSTILE[:300]))
+    page = opened(html, color_scheme=scheme, viewport={"width": 380, "height": 800})
+    assert page.locator("script").count() == 0
+    assert page.locator("figure svg").count() == 2, "the differences, and each trial's own figure"
+    assert "cw: 4.0 points above" in page.locator("main li").first.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    assert page.pdf(format="A4").startswith(b"%PDF")
 
 
 def test_it_prints(opened: Open) -> None:

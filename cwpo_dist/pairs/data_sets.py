@@ -1,7 +1,7 @@
 """A saved folder, a hub split or a folder of files in; its rows or its files, by `datasets`, out.
 
-The only file that imports datasets. It takes seconds, so others import this file where they meet
-such a source, and not above: every worker of every stage would wait for it.
+The only file that imports datasets, which takes most of a second: others import this file where
+they meet such a source, and not above, so that no reader of plain files waits for it.
 """
 
 from __future__ import annotations

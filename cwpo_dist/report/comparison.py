@@ -100,7 +100,7 @@ def render_comparison(found: Found) -> str:
         ("Gold reward accuracy against the common reference", _dots(found, "gra_common", "GRA")),
         ("Accuracy against cost", _cost(found)),
     ]
-    return TEMPLATES.get_template("comparison.html.j2").render(
+    page = TEMPLATES.get_template("comparison.html.j2").render(
         output_dir=found["run"]["output_dir"],
         seeds=found["seeds"],
         trials=trials,
@@ -117,6 +117,7 @@ def render_comparison(found: Found) -> str:
         config=yaml.safe_dump(found["config"], sort_keys=False, allow_unicode=True),
         footer=ONE_SEED if len(found["seeds"]) == 1 else SEVERAL,
     )
+    return page.encode("utf-8", "replace").decode()  # no page can hold a lone surrogate
 
 
 def tables(found: Found) -> list[Table]:
