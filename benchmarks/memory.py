@@ -86,7 +86,7 @@ def main(
             "gradient_checkpointing": gradient_checkpointing,
         }
     )
-    planned = training_memory(config, model_size(given), number=4)
+    planned = training_memory(config, model_size(given), on_gpu=False)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         engine.join_process_group()

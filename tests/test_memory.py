@@ -37,7 +37,7 @@ def config(**changes: Any) -> TrainingConfig:
 
 def test_each_zero_stage_shards_one_part_more() -> None:
     """Weights, gradients and AdamW's state of a million parameters over four workers in fp32."""
-    plain, optimizer, gradients, weights = by_zero_stage(config(num_workers=4), SIZE, 4)
+    plain, optimizer, gradients, weights = by_zero_stage(config(num_workers=4), SIZE, on_gpu=False)
     assert (plain.weights, plain.gradients) == (4_000_000, 4_000_000)
     assert optimizer.gradients == plain.gradients + 4_000_000, "and a bucket of them"
     assert (gradients.gradients, gradients.weights) == (1_000_000 + 4_000_000, 4_000_000)
@@ -48,10 +48,12 @@ def test_each_zero_stage_shards_one_part_more() -> None:
 
 
 def test_lora_trains_little_and_checkpoints_keep_little() -> None:
-    full, lora = (training_memory(config(lora=lora), SIZE, 4) for lora in (None, LoraConfig(r=8)))
+    full, lora = (
+        training_memory(config(lora=lora), SIZE, on_gpu=False) for lora in (None, LoraConfig(r=8))
+    )
     assert lora.gradients == 2 * 4 * 8 * sum(SIZE.linear)
     assert lora.optimizer < full.optimizer / 10
-    kept = training_memory(config(gradient_checkpointing=True), SIZE, 4)
+    kept = training_memory(config(gradient_checkpointing=True), SIZE, on_gpu=False)
     assert kept.activations < full.activations
     assert kept.optimizer == full.optimizer
 

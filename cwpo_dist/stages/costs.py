@@ -231,10 +231,9 @@ class Estimate:
     def _needs(self, training: TrainingConfig, size: ModelSize) -> tuple[Memory, tuple[str, ...]]:
         """Bytes of a worker, and what to know of them."""
         on_gpu = training.use_gpu is not False and gpus(self.checked.machines) > 0
-        number = 2 if on_gpu else 4
-        memory = training_memory(training, size, number)
+        memory = training_memory(training, size, on_gpu=on_gpu)
         parts = ", ".join(f"{name} {_gib(held)}" for name, held in memory.parts().items())
-        stages = " / ".join(_gib(m.total) for m in by_zero_stage(training, size, number))
+        stages = " / ".join(_gib(m.total) for m in by_zero_stage(training, size, on_gpu=on_gpu))
         lines = (
             f"{size.parameters / 1e6:,.1f} M parameters, {size.trained(training) / 1e6:,.1f} M of "
             f"them trained; a worker holds {parts} GiB",

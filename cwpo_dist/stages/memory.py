@@ -1,7 +1,7 @@
 """A model's sizes and a training's settings in; the bytes that one worker holds, part by part, out.
 
-What the allocator cannot use again at once is not counted, nor what Python and its libraries take.
-`benchmarks/memory.py` measures what a worker takes beside what is said here.
+What Python and its libraries take is not counted. `benchmarks/memory.py` measures what a worker
+takes beside what is said here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from cwpo_dist.stages.sizes import ModelSize
 
 # Of ZeRO-3, by default: so many numbers of gathered weights stay until they are used again.
 LIVE_NUMBERS = 10**9
+# On the host glibc holds on to what is freed between two live blocks: about half of the activations
+# once more, as measured. CUDA's allocator is taken to use all of it again (not measured).
+RETAINED = 1.5
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ class Memory:
         return {name: held for name, held in asdict(self).items() if name != "update"}
 
 
-def training_memory(training: TrainingConfig, size: ModelSize, number: int) -> Memory:
+def training_memory(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> Memory:
     """What one worker of a training stage holds at its peak, about.
 
     Args:
         training: its settings.
         size: of its model.
-        number: bytes of a weight, 4 or 2.
+        on_gpu: in bf16 there, else in fp32.
     """
+    number = 2 if on_gpu else 4
     trained, workers, zero = size.trained(training), training.min_workers, training.zero_stage
     weights = size.parameters + (trained if training.lora is not None else 0)
     held = weights / workers + min(size.parameters, LIVE_NUMBERS) if zero >= 3 else weights
@@ -64,7 +68,7 @@ def training_memory(training: TrainingConfig, size: ModelSize, number: int) -> M
         weights=round(number * held),
         gradients=round(number * (trained / (workers if zero >= 2 else 1) + bucket)),
         optimizer=round(4 * shard * (3 if zero >= 1 else 2)),
-        activations=round(number * activations(training, size)),
+        activations=round(number * activations(training, size) * (1.0 if on_gpu else RETAINED)),
         update=round(4 * shard) if zero >= 1 else 0,
     )
 
@@ -78,7 +82,7 @@ def activations(training: TrainingConfig, size: ModelSize) -> float:
     return tokens * kept + min(KEPT_NUMBERS, tokens * size.words)
 
 
-def by_zero_stage(training: TrainingConfig, size: ModelSize, number: int) -> tuple[Memory, ...]:
+def by_zero_stage(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> tuple[Memory, ...]:
     """The same under ZeRO 0, 1, 2 and 3."""
     stages = (training.model_copy(update={"zero_stage": stage}) for stage in range(4))
-    return tuple(training_memory(stage, size, number) for stage in stages)
+    return tuple(training_memory(stage, size, on_gpu=on_gpu) for stage in stages)

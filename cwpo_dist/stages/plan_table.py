@@ -37,7 +37,8 @@ def print_plan(plan: Plan) -> None:
     for name, line in details:  # arms that train alike need alike
         console.print(f"{name}: {escape(line)}")
     console.print(
-        "memory is of one worker, at least so much; time and memory are rough, the checks are not"
+        "memory is of one worker, beside Python and its libraries; time and memory are rough, the "
+        "checks are not"
     )
     for note in plan.notes:
         console.print(f"note: {escape(note)}")
