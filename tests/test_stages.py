@@ -130,7 +130,7 @@ def test_prepare_to_weigh_on_object_storage_with_a_killed_and_resumed_training(
     s3_store: Store, tmp_path: Path
 ) -> None:
     """The weak model lies there as well; both workers train on the node's one copy of it."""
-    changes = small_config(tmp_path / "in", s3_store.uri, fit__num_train_epochs=6)
+    changes = small_config(tmp_path / "in", s3_store.uri, fit__num_train_epochs=12)
     model = s3_store.child("weak-model")
     model.upload(tmp_path / "in" / "model")
     changes["weak"]["model_name_or_path"] = model.uri
