@@ -156,9 +156,10 @@ def measured(
     service_s: float,
     tickets: int | None = None,
     limit: float = MOST_SHARDS_S,
+    seconds: float = SECONDS,
 ) -> Point:
-    """Looks at the fleet for about `SECONDS`; `limit`: shards a second that the driver can do."""
-    looked_at = round(SECONDS * min(limit, devices / service_s))
+    """Looks at the fleet for so many seconds; `limit`: shards a second that the driver can do."""
+    looked_at = round(seconds * min(limit, devices / service_s))
     name = f"{devices}-{service_s}-{tickets}"
     watched = drive(folder / name, devices, service_s, looked_at, tickets)
     before, after = watched.used

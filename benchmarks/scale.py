@@ -85,7 +85,8 @@ def fleet_part(folder: Path) -> dict[str, Any]:
         point = measured(folder, devices, service_s, limit=expected)
         rows.append(_compared(point, overhead, serial))
     worst = max(abs(row["error"]) for row in rows[len(points) :])
-    few, many = (measured(folder, 64, 1.0, tickets) for tickets in (128, 2 * LARGEST))
+    many = measured(folder, 64, 1.0, tickets=2 * LARGEST)
+    (few,) = [point for point in points if (point.devices, point.service_s) == (64, 1.0)]
     more = many.cpu_ms["driver"] / few.cpu_ms["driver"]
     print(f"  {2 * LARGEST} tickets take the driver {more:.2f} times as long: {many}", flush=True)
     fitted = {"overhead_s": overhead, "serial_s": serial, "serial_largest_s": more * serial}
@@ -116,21 +117,23 @@ def share(devices: int, service_s: float, fitted: dict[str, Any]) -> float:
 def forecast(service_s: float, fitted: dict[str, float]) -> dict[str, Any]:
     """A billion pairs on 4,096 devices, in shards of so many seconds: what share of time is work.
 
-    The driver's share from the model; on average half a shard's time at the end, when no ticket is
-    left for some; and at each preemption half a shard, and the time until another device works.
+    The driver's share is the model's. Beside it, on average, a device waits for half of the first
+    tickets of all, and for half a shard's time at the end, when no ticket is left; and at each
+    preemption it loses half a shard, and the time until another one works in its place.
     """
     driver = share(LARGEST, service_s, fitted)
     work_s = PAIRS / PAIRS_S / LARGEST
+    ends_s = (LARGEST * fitted["serial_largest_s"] + service_s) / 2
     row: dict[str, Any] = {
         "service_s": service_s,
         "rows_per_shard": PAIRS_S * service_s,
         "shards": PAIRS / (PAIRS_S * service_s),
         "driver": driver,
-        "with_tail": work_s / (work_s / driver + service_s / 2),
+        "with_ends": work_s / (work_s / driver + ends_s),
     }
     for rate in PREEMPTIONS:
         kept = driver * (1 - rate * lost(service_s, RESTART_S) / 3600)
-        row[f"with_{rate:g}_preempted"] = work_s / (work_s / kept + service_s / 2)
+        row[f"with_{rate:g}_preempted"] = work_s / (work_s / kept + ends_s)
     print(f"  {row}", flush=True)
     return row
 
@@ -167,11 +170,11 @@ def kills_part(
 
 
 def _kill(kills: int, blows: list[float], ended: threading.Event) -> None:
-    """Ends one of this session's device processes every eight seconds, once all are at work."""
+    """Ends one of this session's device processes every nine seconds, once all are at work."""
     while not ended.wait(0.5) and len(_device_processes()) < PROCESSES:
         pass
     for number in range(kills):
-        if ended.wait(8.0):
+        if ended.wait(9.0):
             return
         _device_processes()[number % PROCESSES].send_signal(signal.SIGKILL)
         blows.append(time.time())
