@@ -7,9 +7,8 @@ machine. Both are rough, and say so; the checks are not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
-from types import MappingProxyType
 
 from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.lm.rows import Row, collate
@@ -52,7 +51,7 @@ class StagePlan:
     seconds: float | None = None
     memory: int | None = None
     details: tuple[str, ...] = ()
-    devices: Mapping[str, float] = MappingProxyType({})
+    devices: Mapping[str, float] = field(default_factory=dict)
     stored: int = 0
 
     @property
@@ -180,11 +179,11 @@ def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> I
             f"more than {config.prepare.max_reject_fraction:g} of them. Mend them (`cwpo prepare` "
             "writes each with its reason to rejects/), or raise it"
         )
-    for field, model, _ in models(config, _until(config)):
-        if lengths[field].fits == 0.0 and field != "evaluate.gold_model":
+    for name, model, _ in models(config, _until(config)):
+        if lengths[name].fits == 0.0 and name != "evaluate.gold_model":
             yield (
-                f"{field}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
-                f"set {field}.over_length=truncate"
+                f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
+                f"set {name}.over_length=truncate"
             )
     if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
         yield (
@@ -281,9 +280,9 @@ def _notes(config: Config, estimate: Estimate) -> Iterator[str]:
         yield "counts are estimates: the sources are too large to read in a few seconds"
     if config.policy is None:
         yield "no policy is given: planned up to `annotate`; `weigh` can follow"
-    for field, lengths in estimate.lengths.items():
-        if 0 < lengths.fits < 1 and field != "evaluate.gold_model":
-            yield f"{field}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
+    for name, lengths in estimate.lengths.items():
+        if 0 < lengths.fits < 1 and name != "evaluate.gold_model":
+            yield f"{name}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
     yield from _short_trainings(config, estimate)
     yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:
