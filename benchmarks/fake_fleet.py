@@ -27,7 +27,7 @@ from cwpo_dist.scoring.progress import Report
 from cwpo_dist.storage import Store
 
 PROCESSES = 4
-SECONDS = 12.0  # that are looked at
+SECONDS = 10.0  # that are looked at
 MOST_SHARDS_S = 150.0  # about what the driver can do here, while no better number is known
 GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in [0, 1)
 

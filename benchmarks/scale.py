@@ -40,7 +40,7 @@ from cwpo_dist.scoring import pool
 from cwpo_dist.scoring.pipeline import ShardJob, commit, total_counts
 from cwpo_dist.storage import Store
 
-FITTED = ((8, 1.0), (16, 1.0), (32, 1.0), (64, 1.0), (32, 0.2), (64, 0.2))  # devices, s a shard
+FITTED = ((8, 1.0), (32, 1.0), (64, 1.0), (32, 0.2), (64, 0.2))  # devices, s a shard
 PREDICTED = ((128, 4.0), (256, 4.0), (128, 1.0), (256, 1.0))
 ALLOWED = 0.15  # a prediction's relative error
 LARGEST = 4096  # devices
@@ -160,13 +160,15 @@ def kills_part(
     away = [min(up for up in first.values() if up > blow) - blow for blow in blows]
     each = devices / PROCESSES
     gone = sum(each * lost(service_s, seconds) for seconds in away) / (devices * watched.span)
-    return {
+    found = {
         "devices": devices,
         "blows": len(blows),
         "away_s": away,
         "busy": watched.rate * service_s / devices,
         "expected_loss": gone,
     }
+    print(f"  {found}", flush=True)
+    return {"kills": found}
 
 
 def _kill(kills: int, blows: list[float], ended: threading.Event) -> None:
@@ -251,14 +253,12 @@ def main(
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    parts = {"start": start_part, "fleet": fleet_part}
+    parts = {"start": start_part, "kills": kills_part, "fleet": fleet_part}
     try:
         with tempfile.TemporaryDirectory() as name:
             for each, measures in parts.items():
                 if part in {each, "all"}:
                     figures |= measures(Path(name))
-            if part in {"kills", "all"}:
-                figures["preemption"] = kills_part(Path(name))
     finally:
         ray.shutdown()
     if plot is not None and "points" in figures:
