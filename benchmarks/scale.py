@@ -20,7 +20,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -253,7 +253,11 @@ def main(
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    parts = {"start": start_part, "kills": kills_part, "fleet": fleet_part}
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "start": start_part,
+        "kills": kills_part,
+        "fleet": fleet_part,
+    }
     try:
         with tempfile.TemporaryDirectory() as name:
             for each, measures in parts.items():
