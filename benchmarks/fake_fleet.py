@@ -6,6 +6,7 @@ work: a few actor processes each stand for many devices, every device a thread t
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -27,7 +28,7 @@ from cwpo_dist.scoring.progress import Report
 from cwpo_dist.storage import Store
 
 PROCESSES = 4
-SECONDS = 10.0  # that are looked at
+SECONDS = 8.0  # that are looked at
 MOST_SHARDS_S = 150.0  # about what the driver can do here, while no better number is known
 GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in [0, 1)
 
@@ -75,11 +76,13 @@ class Watched:
 
     Attributes:
         marks: the numbers of reports between which we look: all devices have work.
+        begun: set at the first of them.
         came: when each report came.
         used: the CPU time used by each mark.
     """
 
     marks: tuple[int, int]
+    begun: threading.Event
     came: list[tuple[float, Report]] = field(default_factory=list)
     used: list[dict[str, float]] = field(default_factory=list)
 
@@ -92,6 +95,7 @@ class Watched:
             self.came.append((time.time(), report))
             if len(self.came) in self.marks:
                 self.used.append(cpu_seconds())
+                self.begun.set()
             if len(self.came) == self.marks[1]:
                 raise _EnoughError
 
@@ -108,7 +112,12 @@ class Watched:
 
 
 def drive(
-    folder: Path, devices: int, service_s: float, looked_at: int, tickets: int | None = None
+    folder: Path,
+    devices: int,
+    service_s: float,
+    looked_at: int,
+    tickets: int | None = None,
+    begun: threading.Event | None = None,
 ) -> Watched:
     """The real driver over fake devices.
 
@@ -118,10 +127,12 @@ def drive(
         service_s: of a shard, on average.
         looked_at: shards, after those with which all begin.
         tickets: on their way at once; None: as in the real pool, one at work and one waiting.
+        begun: set when we begin to look.
     """
+    # While so many tickets are handed out for the first time, reports of shards wait for the driver.
+    first = 2 * devices + (tickets or 0) // 3
     tickets = tickets or 2 * devices
-    first = 2 * devices + tickets // 2
-    watched = Watched((first, first + looked_at))
+    watched = Watched((first, first + looked_at), begun or threading.Event())
     shards = first + looked_at + tickets  # so that none lacks a ticket while we look
     job = ShardJob("scores", Store(str(folder)), shards, partial(FakeDevice, service_s))
     with (
@@ -187,7 +198,7 @@ def _role(process: psutil.Process, me: psutil.Process) -> str:
     names = {
         "control store": "gcs_server",
         "raylet": "raylet/raylet",
-        "shards handed out": "ray::_Shards",
+        "shards handed out": "ray::Shards",
         "devices": "MapWorker",
     }
     return next((name for name, part in names.items() if part in title), "other")

@@ -36,7 +36,7 @@ def test_a_fit_finds_what_points_were_made_of(scale: Any) -> None:
 
 
 def test_longer_shards_keep_a_fleet_busy_until_preemption_and_the_end_cost_more(scale: Any) -> None:
-    fitted = {"overhead_s": 0.01, "serial_s": 0.005, "serial_largest_s": 0.005}
+    fitted = {"overhead_s": 0.01, "serial_s": 0.005}
     short, right, long = (scale.forecast(s, fitted) for s in (5.0, 60.0, 2000.0))
     assert short["driver"] == pytest.approx(5.0 / 4096 / 0.005, rel=0.01)  # the driver's limit
     assert right["driver"] > 0.99
