@@ -129,7 +129,7 @@ def drive(
         tickets: on their way at once; None: as in the real pool, one at work and one waiting.
         begun: set when we begin to look.
     """
-    # While so many tickets are handed out for the first time, reports of shards wait for the driver.
+    # Reports wait while the driver hands out so many tickets for the first time.
     first = 2 * devices + (tickets or 0) // 3
     tickets = tickets or 2 * devices
     watched = Watched((first, first + looked_at), begun or threading.Event())
