@@ -9,28 +9,28 @@ import logging
 import os
 import secrets
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cwpo_dist import __version__, credentials
+from cwpo_dist import __version__, cli_jobs, credentials
+from cwpo_dist.cli_options import (
+    STAGES,
+    ConfigPath,
+    Overrides,
+    PairsPerSecond,
+    Price,
+    Resume,
+    RetryRejects,
+    Show,
+    Trial,
+    say,
+)
 from cwpo_dist.config import Config
-from cwpo_dist.config_file import load_config
+from cwpo_dist.config_file import load_config, to_yaml
 
-# What each stage does, in its order; `cwpo <stage>` exists for each.
-STAGES = {
-    "prepare": "Read the sources, split them, set bad rows aside: pairs and rejects.",
-    "fit": "Train the weak model on the labelled pairs: the annotator.",
-    "annotate": "Score every pair with the annotator or any one-label reward model.",
-    "weigh": "Scores to preferences: who won, how confidently, with what weight.",
-    "sft": "Fine-tune the policy on the chosen answers.",
-    "reference": "The SFT policy's log-probabilities of both answers, once.",
-    "align": "Confidence-weighted preference optimisation of the policy.",
-    "evaluate": "Held-out accuracy, calibration and gold reward accuracy.",
-}
 USER_ERROR = 2
 
 app = typer.Typer(
@@ -59,35 +59,6 @@ def _options(
         typer.Option("--version", callback=_say_version, is_eager=True, help="Print it and exit."),
     ] = False,
 ) -> None: ...
-
-
-ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file; see jobs/recipes for examples.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[OVERRIDES]",
-        help="key.sub=value or further YAML files, laid over CONFIG from left to right.",
-    ),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Refuse to start a stage afresh if its inputs changed.")
-]
-RetryRejects = Annotated[
-    bool,
-    typer.Option(
-        "--retry-rejects", help="`annotate`: score again what was set aside for a failure."
-    ),
-]
-Address = Annotated[
-    str,
-    typer.Option(
-        envvar="RAY_API_SERVER_ADDRESS",
-        help="The cluster's job server, such as http://127.0.0.1:8265.",
-    ),
-]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="As printed by `cwpo submit`.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -175,7 +146,7 @@ def report(
     """
     from cwpo_dist.stages.show import show
 
-    _say(f"report: {show(runs, to)}")
+    say(f"report: {show(runs, to)}")
 
 
 @app.command()
@@ -191,23 +162,17 @@ def compare(config: ConfigPath, overrides: Overrides = None) -> None:
     from cwpo_dist.stages.comparison import compare as compare_trials
 
     _log_to_terminal()
-    _say(f"comparison: {compare_trials(load_config(config, overrides))}")
+    say(f"comparison: {compare_trials(load_config(config, overrides))}")
 
 
 @app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    show: Annotated[int, typer.Option(help="Print this many rows as the models see them.")] = 0,
-    price: Annotated[
-        float | None, typer.Option(help="Of a device-hour: a GPU, or a CPU where a pool has none.")
-    ] = None,
-    pairs_per_second: Annotated[
-        float | None, typer.Option(help="Pairs that one device annotates a second.")
-    ] = None,
-    trial: Annotated[
-        str | None, typer.Option(help="A finished run of a sample, whose rate to take.")
-    ] = None,
+    show: Show = 0,
+    price: Price = None,
+    pairs_per_second: PairsPerSecond = None,
+    trial: Trial = None,
 ) -> None:
     """Check columns, models, placement and batches, and say what the run will cost.
 
@@ -215,10 +180,21 @@ def plan(
 
     Example: cwpo plan run.yaml --show 3 --trial s3://bucket/sample --price 2.50
     """
+    from cwpo_dist.stages.fleet_costs import Fleet
     from cwpo_dist.stages.plan import plan as make_plan
     from cwpo_dist.stages.plan_table import print_plan
 
-    print_plan(make_plan(load_config(config, overrides), show, price, pairs_per_second, trial))
+    fleet = Fleet.known(price or (), pairs_per_second or (), trial)
+    print_plan(make_plan(load_config(config, overrides), show, fleet))
+
+
+@app.command("config")
+def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show the whole configuration as YAML: files and overrides merged, defaults filled in.
+
+    Example: cwpo config run.yaml fit.num_train_epochs=2 > whole.yaml
+    """
+    typer.echo(to_yaml(load_config(config, overrides)), nl=False)
 
 
 @app.command()
@@ -236,98 +212,11 @@ def export(
     """
     from cwpo_dist.stages.export import export as copy_model
 
-    _say(f"model: {copy_model(run, arm, to, adapter)}")
+    say(f"model: {copy_model(run, arm, to, adapter)}")
 
 
-@app.command()
-def submit(
-    what: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[STAGE] CONFIG [OVERRIDES]", help="As for `cwpo run`, or for one stage of it."
-        ),
-    ],
-    address: Address,
-    wait: Annotated[bool, typer.Option(help="Follow the job's output until it ends.")] = True,
-    python: Annotated[
-        str | None, typer.Option(help="Interpreter on the nodes, where it is not Ray's own.")
-    ] = None,
-    py_module: Annotated[
-        list[str] | None, typer.Option(help="A package folder of yours that the job imports.")
-    ] = None,
-    env: Annotated[
-        list[str] | None, typer.Option(help="A further environment variable to pass on, by name.")
-    ] = None,
-    pending_timeout: Annotated[
-        float, typer.Option(help="Seconds a job may wait for its start before we say so.")
-    ] = 600.0,
-    retry_rejects: RetryRejects = False,
-) -> None:
-    """Send a run, or one stage, to a Ray cluster; the same command again attaches or resumes.
-
-    This shell's HF_TOKEN and its AWS, WANDB and MLFLOW credentials travel with the job. Every node
-    must see output_dir: give a URI, or a folder that all share.
-
-    Example: cwpo submit annotate run.yaml output_dir=s3://bucket/run --address http://head:8265
-    """
-    from cwpo_dist.submit import Settings, follow
-    from cwpo_dist.submit import submit as send
-
-    stage = what.pop(0) if what[0] in {*STAGES, "run", "plan", "compare"} else "run"
-    if not what:
-        raise typer.BadParameter("name a CONFIG after the stage", param_hint="CONFIG")
-    if retry_rejects and stage != "annotate":
-        raise typer.BadParameter("goes with `cwpo submit annotate`", param_hint="--retry-rejects")
-    loaded = load_config(what[0], what[1:])
-    if "://" not in loaded.output_dir:
-        _say(f"output_dir {loaded.output_dir!r} is a local path: every node must see it")
-    settings = Settings(python, tuple(py_module or ()), tuple(env or ()), retry_rejects)
-    job = send(loaded, stage, address, settings)
-    _say(f"{'attached to' if job.attached else 'submitted'} {job.submission_id}")
-    if wait and not follow(job.submission_id, address, sys.stdout.write, pending_timeout):
-        _say(f"{job.submission_id} did not succeed; the same command starts the next attempt")
-        raise typer.Exit(1)
-
-
-@app.command()
-def status(job: JobId, address: Address) -> None:
-    """Say how a submitted job stands.
-
-    Example: cwpo status cwpo-run-demo-1a2b3c4d --address http://head:8265
-    """
-    from cwpo_dist.submit import status as ask
-
-    _say(ask(job, address))
-
-
-@app.command()
-def logs(
-    job: JobId,
-    address: Address,
-    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends.")] = False,
-) -> None:
-    """Print what a submitted job has printed.
-
-    Example: cwpo logs cwpo-run-demo-1a2b3c4d --follow --address http://head:8265
-    """
-    from cwpo_dist.submit import follow as follow_job
-    from cwpo_dist.submit import logs as read
-
-    if follow:
-        follow_job(job, address, sys.stdout.write)
-    else:
-        sys.stdout.write(read(job, address))
-
-
-@app.command()
-def stop(job: JobId, address: Address) -> None:
-    """Ask a submitted job to end; submitting it again resumes it.
-
-    Example: cwpo stop cwpo-run-demo-1a2b3c4d --address http://head:8265
-    """
-    from cwpo_dist.submit import stop as ask
-
-    _say("stopping" if ask(job, address) else "it had ended before")
+for _command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.stop):
+    app.command()(_command)
 
 
 def _guard_own_ray() -> None:
@@ -359,17 +248,13 @@ def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = 
         place = stages.retry_rejects(config)
     else:
         place = stages.run(config, until=until, resume=resume)
-    _say(f"{'report' if until is None else 'run directory'}: {place}")
+    say(f"{'report' if until is None else 'run directory'}: {place}")
 
 
 def _log_to_terminal() -> None:
     handlers = [_Stderr()]
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     logging.getLogger("cwpo_dist").setLevel(logging.INFO)
-
-
-def _say(text: str) -> None:
-    Console(soft_wrap=True).print(escape(text), highlight=False)
 
 
 if __name__ == "__main__":

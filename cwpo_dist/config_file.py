@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from cwpo_dist.config import Config, ConfigError, Pool, Section
+from cwpo_dist.config import Config, ConfigError, Pool
+from cwpo_dist.config_faults import explained
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -86,7 +86,7 @@ def parse_config(data: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+        raise ConfigError(explained(error.errors())) from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -122,30 +122,7 @@ def _step_into(target: Any, part: str) -> Any:
     return target[part]
 
 
-def _explain(fault: Any) -> str:
-    field = ".".join(str(part) for part in fault["loc"]) or "config"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        return f"{field}: unknown key; {_suggestion(fault['loc'])}"
-    if fault["type"] == "missing":
-        return f"{field}: missing; add it to the config"
-    return f"{field}: {message} (got {fault['input']!r})" if fault["loc"] else message
-
-
-def _suggestion(loc: tuple[str | int, ...]) -> str:
-    """The key of that section that is spelled most like it."""
-    section: Any = Config
-    for part in loc[:-1]:
-        if section is not None and part in section.model_fields:  # not a place in a list
-            section = _section_in(section.model_fields[part].annotation)
-    known = [] if section is None else list(section.model_fields)
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "remove it or check its spelling"
-
-
-def _section_in(annotation: Any) -> Any:
-    """The section that a field holds, also in a list or beside None."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    found = (_section_in(inner) for inner in get_args(annotation))
-    return next((section for section in found if section is not None), None)
+def to_yaml(config: Config) -> str:
+    """The whole configuration, defaults filled in, as `load_config` reads it."""
+    data = config.model_dump(mode="json")
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))

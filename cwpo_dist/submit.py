@@ -65,13 +65,13 @@ class Settings:
         python: the interpreter on the cluster's nodes; None: the one that runs Ray.
         py_modules: folders of your own packages that the job imports (a gold function's, say).
         env: names of further environment variables that travel with the job.
-        retry_rejects: whether `annotate` scores again what was set aside for a failure.
+        options: of the command that runs there, such as --retry-rejects.
     """
 
     python: str | None = None
     py_modules: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
-    retry_rejects: bool = False
+    options: tuple[str, ...] = ()
 
 
 def submit(config: Config, stage: str, address: str, settings: Settings | None = None) -> Submitted:
@@ -92,9 +92,9 @@ def submit(config: Config, stage: str, address: str, settings: Settings | None =
         folder = Path(name)
         data = portable(config, folder)
         (folder / CONFIG_NAME).write_bytes(to_json(data))  # JSON is YAML
-        mark = digest([data, settings.retry_rejects])
+        mark = digest([data, settings.options])
         command = [settings.python or "python", "-m", "cwpo_dist.cli", stage, CONFIG_NAME]
-        command += ["--retry-rejects"] if settings.retry_rejects else []
+        command += settings.options
         job = {
             "entrypoint": shlex.join(command),
             "runtime_env": _environment(folder, settings),
@@ -267,8 +267,8 @@ def _attempts(client: JobSubmissionClient, base: str) -> dict[int, JobDetails]:
 def _attach(job: JobDetails, mark: str) -> Submitted:
     if (job.metadata or {}).get("cwpo_config") != mark:
         raise SubmitError(
-            f"{job.submission_id} runs in this output_dir with another configuration or another "
-            f"choice of --retry-rejects: wait for it, "
+            f"{job.submission_id} runs in this output_dir with another configuration or other "
+            f"options (--retry-rejects, --price, …): wait for it, "
             f"end it with `cwpo stop {job.submission_id}`, or choose another output_dir"
         )
     return Submitted(str(job.submission_id), attached=True)

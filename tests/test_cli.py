@@ -19,6 +19,7 @@ from small_run import small_config, write_config
 from tiny import save_tiny
 
 from cwpo_dist import __version__, cli
+from cwpo_dist.cli_jobs import plan_options
 from cwpo_dist.config import ConfigError
 from cwpo_dist.config_file import load_config, parse_config
 from cwpo_dist.stages import checks
@@ -30,7 +31,7 @@ from cwpo_dist.stages.plan_table import print_plan
 from cwpo_dist.stages.show import ShowError, show
 from cwpo_dist.storage import Store
 
-COMMANDS = [*cli.STAGES, "run", "plan", "compare", "report", "export"]
+COMMANDS = [*cli.STAGES, "run", "plan", "compare", "config", "report", "export"]
 COMMANDS += ["submit", "status", "logs", "stop"]
 
 
@@ -83,8 +84,27 @@ def test_a_fault_of_the_user_is_one_message_without_a_traceback(tmp_path: Path) 
     done = cwpo("run", str(config), "align.beta=-1")
     assert done.returncode == 2
     assert done.stderr.startswith("error: prepare.sources: ")
-    assert "align.beta: Input should be greater than 0 (got -1)" in done.stderr
+    assert "align.beta: -1; give a number above 0" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_options_of_a_plan_travel_with_it_and_with_nothing_else(
+    tmp_path: Path,
+    exit_code: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = plan_options(2, ["H100=4.5", "1"], ["30"], "runs/sample")
+    sample = str(tmp_path / "runs" / "sample")
+    assert given == [
+        *("--price", "H100=4.5", "--price", "1", "--pairs-per-second", "30"),
+        *("--trial", sample, "--show", "2"),
+    ]
+    assert plan_options(0, None, None, "s3://b/run") == ["--trial", "s3://b/run"]
+    assert plan_options(0, None, None, None) == []
+    assert exit_code("submit", "run.yaml", "--address", "http://h", "--price", "1") == 2
+    assert "submit plan" in capsys.readouterr().err
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +268,10 @@ def test_only_what_a_stage_needs_is_checked_for_it(tmp_path: Path) -> None:
     config = small_config(tmp_path, policy__model_name_or_path=str(tmp_path / "nothing"))
     check(parse_config(config), "annotate")
     assert "policy.model_name_or_path" in faults(config, "reference")
+    del config["policy"]
+    check(parse_config(config), "weigh")
+    assert faults(config, "sft").startswith("policy: arm ")
+    assert faults(config | {"arms": ["ensemble"]}, "weigh").startswith("arms: 'ensemble'")
     del config["weak"]
     check(parse_config(config), "prepare")
     assert faults(config, "annotate").startswith("weak: an annotator is needed")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwpo_dist.config import ARMS, Config, ConfigError
-from cwpo_dist.config_file import load_config, parse_config
+from cwpo_dist.config_file import load_config, parse_config, to_yaml
 
 SMALL: dict[str, Any] = {"output_dir": "runs/x", "prepare": {"sources": [{"path": "pairs.jsonl"}]}}
 
@@ -36,23 +36,43 @@ def fault(**changes: Any) -> str:
         ({"align": {"betta": 1}}, ["align.betta", "unknown key; did you mean 'beta'?"]),
         ({"align": {"zzz": 1}}, ["align.zzz", "remove it or check its spelling"]),
         ({"prepare": {}}, ["prepare.sources", "missing", "add it to the config"]),
-        ({"prepare": {"sources": []}}, ["prepare.sources", "at least 1 item", "got []"]),
+        ({"prepare": {"sources": []}}, ["prepare.sources: []; give 1 or more entries"]),
         ({"prepare": {"sources": [{}]}}, ["prepare.sources.0.path", "missing"]),
         (
             {"prepare": {**SMALL["prepare"], "labelled_fraction": 1.5}},
-            ["prepare.labelled_fraction", "less than or equal to 1", "got 1.5"],
+            ["prepare.labelled_fraction: 1.5; give at most 1"],
         ),
-        ({"align": {"beta": 0}}, ["align.beta", "greater than 0", "got 0"]),
-        ({"align": {"label_smoothing": 0.5}}, ["align.label_smoothing", "less than 0.5"]),
-        ({"fit": {"zero_stage": 4}}, ["fit.zero_stage", "0, 1, 2 or 3", "got 4"]),
+        ({"align": {"beta": 0}}, ["align.beta: 0; give a number above 0"]),
+        (
+            {"align": {"label_smoothing": 0.5}},
+            ["align.label_smoothing: 0.5; give a number below"],
+        ),
+        ({"fit": {"zero_stage": 4}}, ["fit.zero_stage: 4; give 0, 1, 2 or 3"]),
         ({"weak": {}}, ["weak.model_name_or_path", "missing"]),
         (
             {"policy": {"model_name_or_path": "x", "max_length": 0}},
-            ["policy.max_length", "greater than 0", "got 0"],
+            ["policy.max_length: 0; give a number above 0"],
         ),
-        ({"arms": []}, ["arms", "at least 1 item"]),
+        ({"arms": []}, ["arms: []; give 1 or more entries"]),
         ({"arms": ["cw", "best"]}, ["'best' is unknown", "choose from", "cw_mean", "human100"]),
-        ({"sft": {"learning_rate": "fast"}}, ["sft.learning_rate", "valid number", "got 'fast'"]),
+        ({"sft": {"learning_rate": "fast"}}, ['sft.learning_rate: "fast"; give a number']),
+        ({"seed": "one"}, ['seed: "one"; give a whole number']),
+        ({"seed": None}, ["seed: null; give a whole number"]),
+        ({"output_dir": 5}, ["output_dir: 5; give text, in quotes"]),
+        ({"simulated_labels": "maybe"}, ['simulated_labels: "maybe"; give true or false']),
+        ({"arms": "cw"}, ['arms: "cw"; give a list: [cw]']),
+        ({"fit": None}, ["fit: null; give a section", "or leave it out"]),
+        ({"policy": "gpt2"}, ['policy: "gpt2"; give policy.model_name_or_path: gpt2']),
+        ({"annotate": {"labels": [1]}}, ["annotate.labels: [1]; give `key: value` lines below"]),
+        ({"weigh": {"temperature": "x"}}, ["weigh.temperature: \"x\"; give a number, or 'fitted'"]),
+        (
+            {"annotate": {"pools": [{"num_actors": "x"}]}},
+            ['annotate.pools.0.num_actors: "x"; give a whole number, or a list of two'],
+        ),
+        (
+            {"annotate": {"pools": [{"num_actors": [3, 1]}]}},
+            ["annotate.pools.0.num_actors: [min, max] is (3, 1); min is above max"],
+        ),
     ],
 )
 def test_a_bad_value_is_refused_with_field_value_and_remedy(
@@ -61,6 +81,8 @@ def test_a_bad_value_is_refused_with_field_value_and_remedy(
     message = fault(**changes)
     for part in parts:
         assert part in message
+    assert "\n" not in message
+    assert "Input should" not in message
 
 
 def test_every_fault_has_its_line() -> None:
@@ -128,6 +150,13 @@ def test_pools_laid_over_a_recipe_replace_its_one_pool(tmp_path: Path) -> None:
     assert load_config(base, ["annotate.pools=[]"]).annotate.num_actors == 4
     with pytest.raises(ConfigError, match=r"given beside num_actors; .*pools: \[\]"):
         load_config(base, [str(over), "annotate.num_actors=8"])
+
+
+def test_a_configuration_written_whole_is_read_back_the_same(tmp_path: Path) -> None:
+    config = parse_config({**SMALL, "align": {"num_workers": [1, 4]}, "compare": {}, "sft": "none"})
+    text = to_yaml(config)
+    assert load_config(written(tmp_path, text)) == config
+    assert "\nseed: 0\n" in text  # defaults too
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,14 @@ import pytest
 from small_run import small_config
 from tiny import tiny_classifier, tiny_tokenizer
 
-from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config import Config, ConfigError, Pool
 from cwpo_dist.config_file import parse_config
+from cwpo_dist.pairs.census import Census
 from cwpo_dist.pairs.records import SCORE_SCHEMA
-from cwpo_dist.stages.costs import START_S
-from cwpo_dist.stages.fleet_costs import Fleet, hours_lines, shard_notes, trial_rate
+from cwpo_dist.stages.checks import Checked
+from cwpo_dist.stages.costs import START_S, Cost, Estimate, Lengths
+from cwpo_dist.stages.fleet_costs import Fleet, fleet_notes, hours_lines, seconds, trial_rate
+from cwpo_dist.stages.graph import annotator_nodes, prepare_node
 from cwpo_dist.stages.plan import Plan, StagePlan, plan
 from cwpo_dist.stages.plan_table import print_plan
 from cwpo_dist.storage import Store, parquet_bytes
@@ -40,7 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def planned(config: Config) -> Plan:
-    return plan(config, price=100.0, pairs_per_second=0.5)
+    return plan(config, fleet=Fleet({"": 100.0}, {"": 0.5}))
 
 
 def stage(planned: Plan, name: str) -> StagePlan:
@@ -51,10 +54,10 @@ def stage(planned: Plan, name: str) -> StagePlan:
 def test_a_measured_rate_gives_time_and_device_hours(planned: Plan) -> None:
     found = stage(planned, "annotate")
     seconds = START_S["score"] + 96 / (0.5 * DEVICES)
-    assert found.devices == DEVICES
+    assert found.devices == {"CPU": DEVICES}
     assert found.seconds == pytest.approx(seconds, rel=0.02)  # a few pairs may be too long
-    assert found.device_hours == pytest.approx(seconds * DEVICES / 3600, rel=0.02)
-    assert stage(planned, "prepare").devices == 0
+    assert found.device_hours == pytest.approx({"CPU": seconds * DEVICES / 3600}, rel=0.02)
+    assert not stage(planned, "prepare").devices
 
 
 def test_scores_take_as_much_as_was_said(planned: Plan) -> None:
@@ -70,17 +73,46 @@ def test_the_terminal_says_hours_money_and_storage(
 ) -> None:
     print_plan(planned)
     shown = capsys.readouterr().out
-    hours = stage(planned, "annotate").device_hours
-    assert hours is not None
+    (hours,) = (stage(planned, "annotate").device_hours or {}).values()
     assert f"device-hours: annotate {hours:.3g}; in all {hours:.3g}" in shown
     assert f"{100 * hours:.2f} at 100 an hour" in shown
     assert "storage: about" in shown
 
 
 def test_hours_that_are_not_known_are_not_counted_as_none() -> None:
-    known, unknown = hours_lines([("annotate", 2.0), ("align", None)], price=3.0)
+    hours = [("annotate", {"CPU": 2.0}), ("align", None), ("align", None)]
+    known, unknown = hours_lines(hours, Fleet({"": 3.0}))
     assert known == "device-hours: annotate 2; in all 2, 6.00 at 3 an hour"
     assert unknown.startswith("device-hours of align are not known here")
+
+
+def test_arms_are_added_up_and_each_kind_of_device_has_its_price() -> None:
+    hours = [
+        ("annotate", {"L4": 2.0, "CPU": 8.0}),
+        ("align", {"GPU": 3.0}),
+        ("align", {"GPU": 3.0}),
+    ]
+    (line,) = hours_lines(hours, Fleet({"L4": 0.5, "CPU": 0.25, "": 4.0}))
+    assert line == (
+        "device-hours: annotate 10, align 6 (2 outputs); in all 16 (L4 2, CPU 8, GPU 6), "
+        "27.00 at L4 0.5, CPU 0.25, 4 an hour"
+    )
+    with pytest.raises(ConfigError, match=r"--price: none for CPU, .*add --price CPU="):
+        list(hours_lines(hours, Fleet({"L4": 0.5})))
+
+
+def test_unlike_pools_annotate_each_at_its_own_rate(config: Config) -> None:
+    pools = [Pool(num_actors=2, gpus_per_actor=0.5, accelerator_type="L4"), Pool(num_actors=3)]
+    annotate = config.annotate.model_copy(update={"pools": pools})
+    mixed = config.model_copy(update={"annotate": annotate})
+    rated = Fleet(rates={"L4": 4.0, "CPU": 1.0})
+    node = next(iter(annotator_nodes(mixed, prepare_node(mixed)).values()))
+    lengths = {"annotate.model": Lengths(1.0, 10.0, 6.0, 8.0)}
+    estimate = Estimate(mixed, Census({}, {}, 0, True, ()), Checked({}, ()), lengths)
+    took = seconds(mixed, node, estimate, Cost("", tokens=7000), rated)
+    assert took == pytest.approx(START_S["score"] + 700 / (1 * 4.0 + 3 * 1.0))
+    (note,) = fleet_notes(mixed, Fleet(rates={"": 1.0 * mixed.prepare.rows_per_shard / 60}))
+    assert note.startswith("annotate.pools: L4 and CPU are counted at one rate; better: --pairs-")
 
 
 @pytest.mark.parametrize(("rate", "said"), [(1.0, 0), (1000.0, 1), (0.01, 1)])
@@ -88,7 +120,7 @@ def test_shards_should_be_about_a_minute(config: Config, rate: float, said: int)
     given = config.model_copy(
         update={"prepare": config.prepare.model_copy(update={"rows_per_shard": 60})}
     )
-    notes = list(shard_notes(given, Fleet(pairs_per_second=rate)))
+    notes = list(fleet_notes(given, Fleet(rates={"": rate})))
     assert len(notes) == said
     assert all(f"{max(1, round(60 * rate)):,} would be a minute" in note for note in notes)
 
@@ -100,7 +132,20 @@ def test_a_trial_gives_the_rate_of_one_device(tmp_path: Path) -> None:
     manifest = {"counts": {"rows": 10, "throughput": throughput}}
     Store(str(tmp_path)).create_json("annotate/key/manifest.json", manifest)
     assert trial_rate(str(tmp_path)) == pytest.approx(7.0)
-    assert Fleet.known(None, None, str(tmp_path)).pairs_per_second == pytest.approx(7.0)
-    assert Fleet.known(None, 3.0, str(tmp_path)).pairs_per_second == 3.0
-    with pytest.raises(ConfigError, match="--pairs-per-second: 0"):
-        Fleet.known(None, 0, None)
+    assert Fleet.known(trial=str(tmp_path)).rates == {"": pytest.approx(7.0)}
+    assert Fleet.known(rates=["3", "L4=2"], trial=str(tmp_path)).rates == {"": 3.0, "L4": 2.0}
+    assert Fleet.known(["CPU=0.05"]).prices == {"CPU": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("prices", "rates", "said"),
+    [
+        (["-1"], [], "--price: '-1'; give a number of 0 or more"),
+        (["H100="], [], "--price: 'H100='"),
+        ([], ["0"], "--pairs-per-second: 0; give a rate above 0"),
+        ([], ["nan"], "--pairs-per-second: 'nan'"),
+    ],
+)
+def test_no_price_and_no_rate_is_refused(prices: list[str], rates: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Fleet.known(prices, rates)

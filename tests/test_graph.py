@@ -128,6 +128,23 @@ def test_annotating_alone_needs_no_policy(folder: Path) -> None:
         nodes_until(config, "cw", None)
 
 
+@pytest.mark.parametrize("arm", ["human", "cw", "ws_dpo"])
+def test_weighing_alone_needs_no_policy_and_makes_the_same(folder: Path, arm: str) -> None:
+    config: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "arms": [arm],
+        "prepare": {"sources": [{"path": str(folder / "pairs.jsonl")}]},
+        "weak": {"model_name_or_path": str(folder / "model")},
+    }
+    alone = nodes_until(parse_config(config), arm, "weigh")
+    policy = {"policy": {"model_name_or_path": str(folder / "model")}}
+    with_policy = graph(parse_config(config | policy), arm)
+    assert list(alone)[-1] == "weigh"
+    assert {role: node.key for role, node in alone.items()}.items() <= {
+        role: node.key for role, node in with_policy.items()
+    }.items()
+
+
 def test_a_ready_reward_model_scores_labelled_pairs_too_ours_not_what_it_learned(
     folder: Path,
 ) -> None:

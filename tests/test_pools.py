@@ -197,6 +197,7 @@ def test_on_a_narrow_terminal_bar_and_rates_have_their_place(
     with Progress("scores", 4, 0, [Pool()]) as progress:
         sys.stderr.write("a log line on the way\n")
         progress.add(Report(0, "a", 0, 1.0, 2.0, {"rows": 10}))
+        progress.add(Report(1, "a", 0, 1.0, 3.0, {"rows": 10}))  # so soon nothing is drawn again
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     lines = [line for line in re.split(r"[\r\n]+", shown) if line.strip()]
     assert "a log line on the way" in lines, "it stands in a line of its own"

@@ -134,14 +134,14 @@ def test_a_running_job_is_attached_to_and_stopped(head: str, tmp_path: Path) -> 
     waits = 'echo "$*"; sleep 120'
     slow.write_text(f'#!/bin/sh\ncase "$*" in *cwpo_dist.cli*) {waits};; *) {python};; esac\n')
     slow.chmod(0o755)
-    settings = Settings(python=str(slow), retry_rejects=True)
+    settings = Settings(python=str(slow), options=("--retry-rejects",))
     first = submit(config, "annotate", head, settings)
     wait_for(lambda: "config.yaml --retry-rejects" in logs(first.submission_id, head), 60)
     second = submit(config, "annotate", head, settings)
     assert (second.submission_id, second.attached) == (first.submission_id, True)
 
     other = config.model_copy(update={"seed": 1})
-    for given, how in ((other, settings), (config, replace(settings, retry_rejects=False))):
+    for given, how in ((other, settings), (config, replace(settings, options=()))):
         with pytest.raises(SubmitError, match="another configuration"):
             submit(given, "annotate", head, how)
 
@@ -155,12 +155,12 @@ def test_the_command_line_reports_a_job_that_fails(head: str, tmp_path: Path) ->
     config["prepare"]["sources"][0]["path"] = str(tmp_path / "nowhere.jsonl")
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "cwpo_dist.cli", "submit", "prepare", str(path)]
-    command += ["--address", head, "--python", sys.executable]
+    command = [sys.executable, "-m", "cwpo_dist.cli", "submit", "plan", str(path)]
+    command += ["--address", head, "--python", sys.executable, "--price", "2.5"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1, done.stderr
     assert "prepare.sources.0.path: nothing to read at" in done.stdout
-    assert re.search(r"submitted cwpo-prepare-run-[0-9a-f]{8}", done.stdout)
+    assert re.search(r"submitted cwpo-plan-run-[0-9a-f]{8}", done.stdout)
 
 
 @pytest.mark.long

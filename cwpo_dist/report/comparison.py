@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cwpo_dist.report.cells import AS_GIVEN, NOT_RUN, Cell, Table, at, plain
-from cwpo_dist.report.dots import Dot, cost_plot, dots_plot
 from cwpo_dist.report.page import TEMPLATES
+from cwpo_dist.report.plots import Dot, cost_plot, dots_plot
 from cwpo_dist.report.summary import SIMULATED, is_human, is_simulated
 from cwpo_dist.report.table import print_table
 

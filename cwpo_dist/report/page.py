@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cwpo_dist.report import cells, dots, explorer, outputs, plots, summary
+from cwpo_dist.report import cells, explorer, outputs, plots, summary
 from cwpo_dist.report.cells import Metrics, at
 from cwpo_dist.report.drawing import Plot
 
@@ -64,7 +64,7 @@ def render(metrics: Metrics, sample: Mapping[str, Any] | None = None) -> str:
         tiles=_tiles(metrics),
         sections=[(k, v) for k, v in _SECTIONS.items() if sample or k != "pairs"],
         arms_table=summary.arms_table(metrics),
-        cost_plot=_drawn(dots.arms_cost_plot(metrics)),
+        cost_plot=_drawn(plots.arms_cost_plot(metrics)),
         gra_table=summary.gra_table(metrics),
         gra_plot=_drawn(plots.gra_plot(metrics)),
         weights_table=summary.weights_table(metrics),

@@ -20,10 +20,16 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import FromBlocks
+from ray.data._internal.stats import DatasetStats
+from ray.data.block import BlockMetadataWithSchema
+from ray.data.dataset import MaterializedDataset
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -62,8 +68,8 @@ class _ShardActor:
         """Made for the first shard: an actor that comes up when all is done loads no model."""
         return self.job.make_worker()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        ticket = int(batch["ticket"][0])
+    def __call__(self, _batch: dict[str, Any]) -> dict[str, list[Any]]:
+        ticket = ray.get_runtime_context().get_task_id()  # the same when Ray runs it again
         taken: Any = self.shards.take.remote(self.pool, ticket, self.node)
         index = ray.get(taken)
         return {"report": ["" if index is None else json.dumps(asdict(self._do(index)))]}
@@ -189,10 +195,17 @@ def _stream(
 
 
 def _tickets(number: int) -> ray.data.Dataset:
-    """One block a ticket, as Ray Data hands out blocks."""
-    return ray.data.from_items(
-        [{"ticket": ticket} for ticket in range(number)], override_num_blocks=number
-    )
+    """One block a ticket, as Ray Data hands out blocks; they are all the same one.
+
+    Ray Data's own ways to make a dataset store every block apart, one after the other, while all
+    devices of a fleet wait.
+    """
+    block = pa.table({"ticket": [True]})
+    about = BlockMetadataWithSchema.from_block(block)
+    context = DataContext.get_current().copy()
+    stored: Any = ray.put(block)
+    plan = LogicalPlan(FromBlocks([stored] * number, [about] * number), context)
+    return MaterializedDataset(plan, context, DatasetStats(metadata={}, parent=None))
 
 
 def _strategy(pool: Pool, tickets: int) -> ActorPoolStrategy:
@@ -205,6 +218,8 @@ def _strategy(pool: Pool, tickets: int) -> ActorPoolStrategy:
         initial_size=most,  # all are asked for at once; work begins with those that fit
         # One ticket at work and one waiting: it stands for no shard yet, so nothing waits with it.
         max_tasks_in_flight_per_actor=2,
+        # Calls come in the task's own thread, which knows its id; there is one at a time.
+        enable_true_multi_threading=True,
     )
 
 

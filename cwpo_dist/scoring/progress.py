@@ -20,7 +20,7 @@ from cwpo_dist.config import Pool
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY_S = 10.0  # where there is no terminal
+REDRAW_S, LOG_EVERY_S = 0.2, 10.0  # on a terminal, and where there is none
 BAR_WIDTH = 12
 
 
@@ -78,7 +78,7 @@ class Progress:
     _counts: Counter[str] = field(default_factory=Counter)
     _actors: dict[str, _Seen] = field(default_factory=dict)
     _fresh: int = 0
-    _logged: float = field(default_factory=time.monotonic)
+    _shown: float = field(default_factory=time.monotonic)
     _bar: Bar | None = None
     _task: TaskID | None = None
 
@@ -92,6 +92,7 @@ class Progress:
             starting = f"{self.name}: actors are coming up"
             self._task = self._bar.add_task(starting, total=self.shards, completed=self.done)
             self._bar.start()
+            self._shown = -math.inf  # the first report is drawn at once
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -110,10 +111,13 @@ class Progress:
         self.done += 1
         self._fresh += 1
         self._counts.update(report.counts)
+        # Not at each of a fleet's shards: a line is made of all actors' times.
+        if now - self._shown < (LOG_EVERY_S if self._bar is None else REDRAW_S):
+            return
+        self._shown = now
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, description=self.line())
-        elif now - self._logged >= LOG_EVERY_S:
-            self._logged = now
+        else:
             logger.info("%s", self.line())
 
     @property

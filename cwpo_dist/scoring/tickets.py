@@ -22,11 +22,11 @@ class Shards:
     def __init__(self, name: str, shards: Sequence[int]) -> None:
         self.name = name
         self.waiting = deque(shards)
-        self.given: dict[tuple[int, int], int] = {}  # (pool, ticket) → shard
-        self.begun: Counter[tuple[int, int, str]] = Counter()  # the same on each node
+        self.given: dict[tuple[int, str], int] = {}  # (pool, ticket) → shard
+        self.begun: Counter[tuple[int, str, str]] = Counter()  # the same on each node
         self.under_way: dict[int, dict[int, str]] = {}  # shard → pool → node; oldest first
 
-    def take(self, pool: int, ticket: int, node: str) -> int | None:
+    def take(self, pool: int, ticket: str, node: str) -> int | None:
         """The ticket's shard; None when nothing is left for it to do.
 
         Where nothing waits any more, a pool gets what another one has had for longest: the first

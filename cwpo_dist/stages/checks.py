@@ -7,7 +7,7 @@ cluster's nodes come first.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -71,8 +71,9 @@ def check(config: Config, until: str | None = None) -> Checked:
     except StorageError as error:
         raise ConfigError(f"output_dir: {error}") from error
     faults = [*_source_faults(config), *_missing_models(config, until), *_gold_faults(config)]
-    if "align" in reached(config, until):
-        faults += [*objective_faults(config), *weighing_faults(config)]
+    stages = reached(config, until)
+    faults += objective_faults(config) if "align" in stages else []
+    faults += weighing_faults(config) if "weigh" in stages else []
     for field, model, load in models(config, until):
         try:
             sizes[field] = model_size(model, load)
@@ -111,7 +112,7 @@ def models(config: Config, until: str | None = None) -> Iterator[tuple[str, Mode
     stages = reached(config, until)
     teacher = config.weak if implicit_arms(config) else None
     named: list[tuple[str, str, ModelConfig | None, Loader]] = [
-        ("align", "weak", teacher, policy),
+        ("implicit", "weak", teacher, policy),
         ("fit", "weak", config.weak, annotator),
         *(("annotate", field, model, reward_model) for field, model in config.annotate.ready()),
         ("align", "policy", config.policy, policy),
@@ -150,14 +151,16 @@ def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolC
 
 
 def reached(config: Config, until: str | None) -> set[str]:
-    """The stages with settings of their own that a run up to `until` goes through."""
+    """The stages with settings of their own up to `until`; `implicit`: the weak one as policy."""
     labelling = {"annotate"} if config.annotate.ready() else {"fit", "annotate"}
     if until == "prepare":
         return set()
     if until in labelling:
         return {"fit"} if until == "fit" else labelling
-    wanted = {"sft", "reference", "align", "evaluate"}  # `aligned` is `reference` of another model
-    return wanted | labelling if needs_annotator(config) else wanted
+    wanted = labelling if needs_annotator(config) else set()
+    wanted |= {"implicit", "reference", "weigh"} if implicit_arms(config) else {"weigh"}
+    policy = {"sft", "reference", "align", "evaluate"}  # `aligned` is `reference` of another model
+    return wanted if until == "weigh" else wanted | policy
 
 
 def _source_faults(config: Config) -> Iterator[str]:
@@ -225,7 +228,7 @@ def _missing_models(config: Config, until: str | None) -> Iterator[str]:
             "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
             "annotate.model for a ready one-label reward model"
         )
-    implicit = implicit_arms(config) if "align" in stages else []
+    implicit = implicit_arms(config) if "implicit" in stages else []
     if implicit and config.weak is None:
         yield f"weak: arm {implicit[0]!r} trains it by SFT and DPO; give weak.model_name_or_path"
     if "align" in stages and config.policy is None:
@@ -233,10 +236,9 @@ def _missing_models(config: Config, until: str | None) -> Iterator[str]:
 
 
 def training_faults(
-    name: str, training: TrainingConfig, machines: Iterable[Machine]
+    name: str, training: TrainingConfig, machines: Sequence[Machine]
 ) -> Iterator[str]:
     """Workers that fit on no nodes, trackers that are not there, schedules that cannot be."""
-    machines = list(machines)
     gpus = sum(machine.gpus for machine in machines)
     on_gpu = training.use_gpu is True or (training.use_gpu == "auto" and gpus > 0)
     places = sum(_places(m, training.cpus_per_worker, 1.0 if on_gpu else 0.0) for m in machines)

@@ -6,8 +6,9 @@ long they take at a rate that was measured on one of them, and what the stage le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 
 import pyarrow as pa
@@ -27,30 +28,63 @@ SHARD_S = (15.0, 600.0)  # shorter shards cost the driver, longer ones are lost 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What is known of the devices.
+    """What is known of the devices, by their kind as `devices` names it; "": of all others.
 
     Attributes:
-        price: of an hour of one, in any currency; None: not said.
-        pairs_per_second: that one annotates; None: not measured.
+        prices: of an hour of one, in any currency.
+        rates: pairs a second that one annotates.
     """
 
-    price: float | None = None
-    pairs_per_second: float | None = None
+    prices: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def known(cls, price: float | None, pairs_per_second: float | None, trial: str | None) -> Fleet:
+    def known(
+        cls, prices: Sequence[str] = (), rates: Sequence[str] = (), trial: str | None = None
+    ) -> Fleet:
         """From what the user says; a rate counts more than a trial.
+
+        Args:
+            prices: each a number, or KIND=NUMBER.
+            rates: likewise.
+            trial: a run directory that tells the rate of all devices.
 
         Raises:
             ConfigError: for a price or rate that is none, or a trial that has none.
         """
-        if pairs_per_second is None and trial is not None:
-            pairs_per_second = trial_rate(trial)
-        if price is not None and price < 0:
-            raise ConfigError(f"--price: {price}; give a price of 0 or more")
-        if pairs_per_second is not None and pairs_per_second <= 0:
-            raise ConfigError(f"--pairs-per-second: {pairs_per_second}; give a rate above 0")
-        return cls(price, pairs_per_second)
+        told = _by_kind(rates, "--pairs-per-second")
+        if not all(told.values()):
+            raise ConfigError("--pairs-per-second: 0; give a rate above 0")
+        if not told and trial is not None:
+            told = {"": trial_rate(trial)}
+        return cls(_by_kind(prices, "--price"), told)
+
+
+def _by_kind(texts: Sequence[str], option: str) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        kind, _, number = text.rpartition("=")
+        try:
+            found[kind] = float(number)
+        except ValueError:
+            found[kind] = math.nan
+        if not 0 <= found[kind] < math.inf:
+            raise ConfigError(
+                f"{option}: {text!r}; give a number of 0 or more, or one for a kind of device, "
+                "such as H100=4.50"
+            )
+    return found
+
+
+def _of(kind: str, known: Mapping[str, float], option: str) -> float:
+    """What is known of a kind of device.
+
+    Raises:
+        ConfigError: when other kinds are named, and this one is not.
+    """
+    if kind not in known and "" not in known:
+        raise ConfigError(f"{option}: none for {kind}, which takes part; add {option} {kind}=…")
+    return known.get(kind, known.get("", 0.0))
 
 
 def trial_rate(run: str) -> float:
@@ -79,8 +113,11 @@ def trial_rate(run: str) -> float:
     return 1e6 / (3600.0 * float(min(measured)))
 
 
-def devices(config: Config, node: Node, estimate: Estimate) -> float:
-    """GPUs that work at a stage side by side, or CPUs where it has none; 0: it asks for none."""
+def devices(config: Config, node: Node, estimate: Estimate) -> dict[str, float]:
+    """How many devices of each kind work at a stage side by side; none: it asks for none.
+
+    A kind is a pool's accelerator_type, else GPU, or CPU where it has no GPU.
+    """
     trainings = {"fit": config.fit, "sft": config.sft, "align": config.align}
     pools = {
         "annotate": config.annotate,
@@ -90,28 +127,34 @@ def devices(config: Config, node: Node, estimate: Estimate) -> float:
     if node.stage in pools:
         return _pool_devices(pools[node.stage])
     training = trainings.get(node.stage)
-    return 0.0 if training is None else _training_devices(training, estimate)
+    return {} if training is None else _training_devices(training, estimate)
 
 
-def _pool_devices(config: PoolConfig) -> float:
+def _pool_devices(config: PoolConfig) -> dict[str, float]:
     """As `annotate` counts device-hours when it runs."""
-    pools = config.actor_pools()
-    return sum(pool.max_actors * (pool.gpus_per_actor or pool.cpus_per_actor) for pool in pools)
+    found: dict[str, float] = {}
+    for pool in config.actor_pools():
+        kind = (pool.accelerator_type or "GPU") if pool.gpus_per_actor else "CPU"
+        number = pool.max_actors * (pool.gpus_per_actor or pool.cpus_per_actor)
+        found[kind] = found.get(kind, 0.0) + number
+    return found
 
 
-def _training_devices(training: TrainingConfig, estimate: Estimate) -> float:
+def _training_devices(training: TrainingConfig, estimate: Estimate) -> dict[str, float]:
     on_gpu = training.use_gpu is not False and gpus(estimate.checked.machines) > 0
-    return training.max_workers * (1.0 if on_gpu else training.cpus_per_worker)
+    each = 1.0 if on_gpu else training.cpus_per_worker
+    return {"GPU" if on_gpu else "CPU": training.max_workers * each}
 
 
 def seconds(
     config: Config, node: Node, estimate: Estimate, cost: Cost, fleet: Fleet
 ) -> float | None:
-    """About how long the stage takes at the measured rate; None where none was measured."""
-    if node.stage != "annotate" or fleet.pairs_per_second is None:
+    """About how long the stage takes at the measured rates; None where none was measured."""
+    if node.stage != "annotate" or not fleet.rates:
         return None
     new = cost.tokens / max(estimate.lengths[_annotator(config, node)].shared, 1.0)
-    rate = fleet.pairs_per_second * _pool_devices(config.annotate)
+    numbers = _pool_devices(config.annotate)
+    rate = sum(n * _of(kind, fleet.rates, "--pairs-per-second") for kind, n in numbers.items())
     return START_S["score"] + new / rate
 
 
@@ -183,30 +226,62 @@ def _ids(number: int) -> list[str]:
     return [f"{draw.getrandbits(128):032x}" for _ in range(number)]
 
 
-def shard_notes(config: Config, fleet: Fleet) -> Iterator[str]:
-    """Says so where a shard is far from a minute's work of a device."""
-    if fleet.pairs_per_second is None:
+def fleet_notes(config: Config, fleet: Fleet) -> Iterator[str]:
+    """Where a shard is far from a minute's work of a device, or unlike devices are taken as one."""
+    if not fleet.rates:
         return
-    took = config.prepare.rows_per_shard / fleet.pairs_per_second
-    if not SHARD_S[0] <= took <= SHARD_S[1]:
-        why = "a load on a large fleet's driver" if took < SHARD_S[0] else "lost with a device"
-        yield (
-            f"prepare.rows_per_shard: {config.prepare.rows_per_shard:,} pairs are {took:,.1f} s of "
-            f"a device, {why}; {max(1, round(60 * fleet.pairs_per_second)):,} would be a minute"
+    kinds = list(_pool_devices(config.annotate))
+    if len(kinds) > 1 and not fleet.rates.keys() & set(kinds):
+        each = " ".join(f"--pairs-per-second {kind}=…" for kind in kinds)
+        yield f"annotate.pools: {' and '.join(kinds)} are counted at one rate; better: {each}"
+    rows = config.prepare.rows_per_shard
+    for rate in dict.fromkeys(_of(kind, fleet.rates, "--pairs-per-second") for kind in kinds):
+        took = rows / rate
+        if not SHARD_S[0] <= took <= SHARD_S[1]:
+            why = "a load on a large fleet's driver" if took < SHARD_S[0] else "lost with a device"
+            yield (
+                f"prepare.rows_per_shard: {rows:,} pairs are {took:,.1f} s of a device, {why}; "
+                f"{max(1, round(60 * rate)):,} would be a minute"
+            )
+
+
+def hours_lines(
+    stages: Sequence[tuple[str, Mapping[str, float] | None]], fleet: Fleet
+) -> Iterator[str]:
+    """Device-hours by stage, by kind of device and in all, and their money where it is known.
+
+    Args:
+        stages: each output's stage and its hours by kind; None: not known.
+        fleet: tells the prices.
+    """
+    by_stage: dict[str, list[float]] = {}
+    by_kind: dict[str, float] = {}
+    for name, hours in stages:
+        if hours is not None:
+            by_stage.setdefault(name, []).append(sum(hours.values()))
+            by_kind |= {kind: by_kind.get(kind, 0.0) + number for kind, number in hours.items()}
+    if by_stage:
+        each = ", ".join(
+            f"{name} {sum(found):,.3g}" + (f" ({len(found)} outputs)" if len(found) > 1 else "")
+            for name, found in by_stage.items()
         )
+        kinds = ", ".join(f"{kind} {hours:,.3g}" for kind, hours in by_kind.items())
+        yield (
+            f"device-hours: {each}; in all {sum(by_kind.values()):,.3g}"
+            f"{f' ({kinds})' if len(by_kind) > 1 else ''}{_money(by_kind, fleet.prices)}"
+        )
+    unknown = dict.fromkeys(name for name, hours in stages if hours is None)
+    if unknown:
+        names = ", ".join(unknown)
+        yield f"device-hours of {names} are not known here: plan where their devices are"
 
 
-def hours_lines(hours: Sequence[tuple[str, float | None]], price: float | None) -> Iterator[str]:
-    """Device-hours by stage and in all, and their money where an hour has a price."""
-    known = [(name, number) for name, number in hours if number is not None]
-    if known:
-        each = ", ".join(f"{name} {number:,.3g}" for name, number in known)
-        total = sum(number for _, number in known)
-        money = "" if price is None else f", {total * price:,.2f} at {price:g} an hour"
-        yield f"device-hours: {each}; in all {total:,.3g}{money}"
-    if len(known) < len(hours):
-        unknown = ", ".join(name for name, number in hours if number is None)
-        yield f"device-hours of {unknown} are not known here: plan where their devices are"
+def _money(hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
+    if not prices:
+        return ""
+    total = sum(number * _of(kind, prices, "--price") for kind, number in hours.items())
+    told = ", ".join(f"{kind} {price:g}".strip() for kind, price in prices.items())
+    return f", {total:,.2f} at {told} an hour"
 
 
 def storage_line(stored: Sequence[tuple[str, int]]) -> str:

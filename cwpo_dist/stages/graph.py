@@ -75,19 +75,33 @@ def graph(config: Config, arm: str) -> dict[str, Node]:
     Raises:
         ConfigError: when the arm needs a model that the config lacks.
     """
-    preset = ARMS[arm]
-    nodes = {"prepare": prepare_node(config)}
-    if preset.annotator == "implicit":
-        nodes |= implicit_nodes(config, nodes["prepare"])
-    elif needs_annotator(config):
-        nodes |= annotator_nodes(config, nodes["prepare"])
+    nodes = _scoring_nodes(config, arm)
     if config.policy is None:
         raise ConfigError(f"policy: arm {arm!r} aligns a policy; give policy.model_name_or_path")
-    nodes |= _policy_nodes(config, config.policy, preset, nodes)
+    nodes |= _policy_nodes(config, config.policy, ARMS[arm], nodes)
     measured = config.evaluate.identity() | {"calibration_split": config.weigh.calibration_split}
     measured["items"] = 1  # raised when `evaluate` writes other columns of single pairs and answers
     nodes["evaluate"] = Node("evaluate", measured, dict(nodes))
     return nodes
+
+
+def weighing_nodes(config: Config, arm: str) -> dict[str, Node]:
+    """An arm's nodes up to `weigh`, the same as in `graph`; they need no policy.
+
+    Raises:
+        ConfigError: when the arm needs an annotator that the config lacks.
+    """
+    nodes = _scoring_nodes(config, arm)
+    return nodes | {"weigh": _weigh_node(config, ARMS[arm], nodes)}
+
+
+def _scoring_nodes(config: Config, arm: str) -> dict[str, Node]:
+    """`prepare`, and what gives the arm's pairs their scores."""
+    prepared = prepare_node(config)
+    nodes = {"prepare": prepared}
+    if ARMS[arm].annotator == "implicit":
+        return nodes | implicit_nodes(config, prepared)
+    return nodes | (annotator_nodes(config, prepared) if needs_annotator(config) else {})
 
 
 def needs_annotator(config: Config) -> bool:
@@ -227,10 +241,10 @@ def _policy_nodes(
 ) -> dict[str, Node]:
     """From tokens to the aligned policy and the model answers to be judged."""
     tokens = Node("tokens", _token_settings(policy), {"prepare": given["prepare"]})
-    labels = {"labels": arm.labels, "splits": list(arm.splits)}
-    scored = {"prepare": given["prepare"]} | _scores(list(given.values()))
-    weigh = weigh_settings(config, arm)
-    chosen = labels | (_joint_scale(weigh) if len(scored) > 2 else {})
+    weigh = _weigh_node(config, arm, given)
+    scored = weigh.inputs
+    scale = _joint_scale(weigh.settings) if len(scored) > 2 else {}
+    chosen = {name: weigh.settings[name] for name in ("labels", "splits")} | scale
     nodes = {"tokens": tokens}
     frozen = {}
     if config.sft is not None:
@@ -242,7 +256,7 @@ def _policy_nodes(
     if compares.reference:
         splits = [*arm.splits, *_measured(config), watched_split(config)]
         nodes["reference"] = _log_probs(policy, splits, tokens, frozen)
-    nodes["weigh"] = Node("weigh", labels | weigh, scored)
+    nodes["weigh"] = weigh
     align = config.align.identity() | _identity(policy) | {"seed": config.seed}
     align["weight_normalization"] = config.align.weight_normalization or arm.weight_normalization
     align |= {"sampling": arm.sampling, "soft_labels": arm.soft_labels}
@@ -256,6 +270,11 @@ def _policy_nodes(
             seed = config.seed * len(models) + (place if model else 0)
             nodes[f"answers_{role}"] = _answers(config, policy, tokens, model, seed)
     return nodes
+
+
+def _weigh_node(config: Config, arm: Arm, given: dict[str, Node]) -> Node:
+    settings = {"labels": arm.labels, "splits": list(arm.splits)} | weigh_settings(config, arm)
+    return Node("weigh", settings, {"prepare": given["prepare"]} | _scores(list(given.values())))
 
 
 def _scores(nodes: list[Node]) -> dict[str, Node]:

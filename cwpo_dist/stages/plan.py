@@ -7,7 +7,7 @@ machine. Both are rough, and say so; the checks are not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from cwpo_dist.config import Config, ConfigError, ModelConfig
@@ -39,7 +39,7 @@ class StagePlan:
         seconds: about; None where this machine cannot tell.
         memory: bytes of one worker or actor: weights, gradients, optimizer, activations; about.
         details: of that memory, a line each.
-        devices: GPUs, or CPUs where it has none, that work at it side by side.
+        devices: how many of each kind work at it side by side.
         stored: bytes that it leaves behind; about.
     """
 
@@ -51,13 +51,15 @@ class StagePlan:
     seconds: float | None = None
     memory: int | None = None
     details: tuple[str, ...] = ()
-    devices: float = 0.0
+    devices: Mapping[str, float] = field(default_factory=dict)
     stored: int = 0
 
     @property
-    def device_hours(self) -> float | None:
-        """None where the time is not known."""
-        return None if self.seconds is None else self.seconds * self.devices / 3600
+    def device_hours(self) -> dict[str, float] | None:
+        """By kind of device, all of which are held to the end; None: the time is not known."""
+        if self.seconds is None:
+            return None
+        return {kind: self.seconds * number / 3600 for kind, number in self.devices.items()}
 
 
 @dataclass(frozen=True)
@@ -82,43 +84,35 @@ class Plan:
     @property
     def where(self) -> str:
         """What the times hold for."""
-        measured = self.fleet.pairs_per_second is not None
-        return "annotation at the rate that was given" if measured else "on this machine alone"
+        given = bool(self.fleet.rates)
+        return "annotation at the rate that was given" if given else "on this machine alone"
 
     def fleet_lines(self) -> Iterator[str]:
         """Device-hours of what is left to do, what they cost, and all that storage will hold."""
         left = [stage for stage in self.stages if not stage.done and stage.devices]
         hours = [(stage.stage, stage.device_hours) for stage in left]
-        yield from fleet_costs.hours_lines(hours, self.fleet.price)
+        yield from fleet_costs.hours_lines(hours, self.fleet)
         if any(stage.stored for stage in self.stages):
             yield fleet_costs.storage_line([(stage.stage, stage.stored) for stage in self.stages])
 
 
-def plan(
-    config: Config,
-    show: int = 0,
-    price: float | None = None,
-    pairs_per_second: float | None = None,
-    trial: str | None = None,
-) -> Plan:
+def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     """Checks a run and estimates what it costs; starts and writes nothing.
 
     Args:
         config: the run.
         show: how many sampled pairs to show as each model sees them.
-        price: of an hour of one device (a GPU, or a CPU where there is none), in any currency.
-        pairs_per_second: that one device annotates.
-        trial: a run directory that tells `pairs_per_second`.
+        fleet: what is known of the devices.
 
     Raises:
         ConfigError: for everything that would stop the run later; one line a fault.
     """
-    if config.compare and (price or pairs_per_second or trial):
+    fleet = fleet or Fleet()
+    if config.compare and fleet != Fleet():
         raise ConfigError(
             "--price, --pairs-per-second, --trial: a comparison's plan counts no device-hours; "
             "plan one of its trials, with compare: null"
         )
-    fleet = Fleet.known(price, pairs_per_second, trial)
     until = _until(config)
     checked = check(config, until)
     for run in by_grid(config, trials(config)) if config.compare else []:
@@ -139,7 +133,7 @@ def plan(
         tuple(
             _trial_stages(config, estimate) if config.compare else _stages(config, estimate, fleet)
         ),
-        tuple([*_notes(config, estimate), *fleet_costs.shard_notes(config, fleet)]),
+        tuple([*_notes(config, estimate), *fleet_costs.fleet_notes(config, fleet)]),
         tuple(row for row in rows if row is not None),
         fleet,
     )
@@ -185,11 +179,11 @@ def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> I
             f"more than {config.prepare.max_reject_fraction:g} of them. Mend them (`cwpo prepare` "
             "writes each with its reason to rejects/), or raise it"
         )
-    for field, model, _ in models(config, _until(config)):
-        if lengths[field].fits == 0.0 and field != "evaluate.gold_model":
+    for name, model, _ in models(config, _until(config)):
+        if lengths[name].fits == 0.0 and name != "evaluate.gold_model":
             yield (
-                f"{field}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
-                f"set {field}.over_length=truncate"
+                f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
+                f"set {name}.over_length=truncate"
             )
     if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
         yield (
@@ -285,10 +279,10 @@ def _notes(config: Config, estimate: Estimate) -> Iterator[str]:
     if not estimate.counted.exact:
         yield "counts are estimates: the sources are too large to read in a few seconds"
     if config.policy is None:
-        yield "no policy is given: this config can run up to `annotate`"
-    for field, lengths in estimate.lengths.items():
-        if 0 < lengths.fits < 1 and field != "evaluate.gold_model":
-            yield f"{field}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
+        yield "no policy is given: planned up to `annotate`; `weigh` can follow"
+    for name, lengths in estimate.lengths.items():
+        if 0 < lengths.fits < 1 and name != "evaluate.gold_model":
+            yield f"{name}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
     yield from _short_trainings(config, estimate)
     yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:

@@ -39,6 +39,7 @@ from cwpo_dist.stages.graph import (
     needs_annotator,
     prepare_node,
     retry_manifest,
+    weighing_nodes,
 )
 from cwpo_dist.stages.nodes import versions
 from cwpo_dist.storage import MANIFEST, Store
@@ -89,8 +90,8 @@ def run(config: Config, until: str | None = None, resume: bool = False) -> str:
 def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
     """The nodes that `until` needs, itself included; all of the arm's for None.
 
-    `prepare`, `fit` and `annotate` are products of their own: they need no policy, and annotating
-    needs no arm either.
+    `prepare`, `fit`, `annotate` and `weigh` are products of their own: they need no policy, and
+    annotating needs no arm either.
 
     Raises:
         ConfigError: when the arm has no such stage.
@@ -100,6 +101,8 @@ def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
     if until in {"fit", "annotate"}:
         prepared = prepare_node(config)
         made = {"prepare": prepared} | annotator_nodes(config, prepared)
+    elif until == "weigh":
+        made = weighing_nodes(config, arm)
     else:
         made = graph(config, arm)
     if until is None:

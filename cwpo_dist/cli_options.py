@@ -1,0 +1,73 @@
+"""What commands share: the stages' names, arguments and options, and how a line is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+# What each stage does, in its order; `cwpo <stage>` exists for each.
+STAGES = {
+    "prepare": "Read the sources, split them, set bad rows aside: pairs and rejects.",
+    "fit": "Train the weak model on the labelled pairs: the annotator.",
+    "annotate": "Score every pair with the annotator or any one-label reward model.",
+    "weigh": "Scores to preferences: who won, how confidently, with what weight.",
+    "sft": "Fine-tune the policy on the chosen answers.",
+    "reference": "The SFT policy's log-probabilities of both answers, once.",
+    "align": "Confidence-weighted preference optimisation of the policy.",
+    "evaluate": "Held-out accuracy, calibration and gold reward accuracy.",
+}
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; see jobs/recipes for examples.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[OVERRIDES]",
+        help="key.sub=value or further YAML files, laid over CONFIG from left to right.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Refuse to start a stage afresh if its inputs changed.")
+]
+RetryRejects = Annotated[
+    bool,
+    typer.Option(
+        "--retry-rejects", help="`annotate`: score again what was set aside for a failure."
+    ),
+]
+_PLAN = "What a plan counts"
+Show = Annotated[
+    int,
+    typer.Option(help="Print this many rows as the models see them.", rich_help_panel=_PLAN),
+]
+Price = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[KIND=]NUMBER",
+        help="Of an hour of a device: a GPU, or a CPU where a pool has none. H100=4.50: of that "
+        "accelerator_type alone; give it again for others.",
+        rich_help_panel=_PLAN,
+    ),
+]
+PairsPerSecond = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[KIND=]NUMBER",
+        help="Pairs that one device annotates; by kind like --price.",
+        rich_help_panel=_PLAN,
+    ),
+]
+Trial = Annotated[
+    str | None,
+    typer.Option(help="A finished run of a sample, whose rate to take.", rich_help_panel=_PLAN),
+]
+
+
+def say(text: str) -> None:
+    """Prints text as it is, however wide the terminal."""
+    Console(soft_wrap=True).print(escape(text), highlight=False)

@@ -1,0 +1,114 @@
+"""Pydantic's faults of a configuration in; each field, value and remedy in our own words out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from cwpo_dist.config import Config, Section
+
+_NUMBER, _WHOLE, _TRUTH = "a number", "a whole number", "true or false"
+_SECTION = "a section, `key: value` lines below it, or leave it out"
+# By pydantic's name of a fault: what to give instead; in braces its context.
+_WANTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), _WHOLE),
+    **dict.fromkeys(("float_type", "float_parsing"), _NUMBER),
+    **dict.fromkeys(("bool_type", "bool_parsing"), _TRUTH),
+    "list_type": "a list, such as [a, b]",
+    "tuple_type": "a list of two, [min, max]",
+    "missing": "one more entry",
+    "string_type": "text, in quotes where it looks like something else",
+    "dict_type": "`key: value` lines below it",
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "{min_length} or more entries",
+    "too_long": "at most {max_length} entries",
+}
+# How pydantic names the kinds that a field may be of, at the end of a fault's place.
+_KIND = re.compile(r"constrained-\w+|(tuple|list|dict|literal)\[.*\]|int|float|str|bool")
+_LONGEST_VALUE = 60  # letters
+
+
+def explained(faults: Sequence[Any]) -> str:
+    """One line a field, in the order in which fields stand in the configuration."""
+    fields: dict[str, list[Any]] = {}
+    for fault in faults:
+        fields.setdefault(_field(fault["loc"]), []).append(fault)
+    return "\n".join(_line(field, found) for field, found in fields.items())
+
+
+def _field(loc: Sequence[str | int]) -> str:
+    """The dotted name, without the kinds that the field might have been of."""
+    parts = [str(part) for part in loc]
+    end = next((k for k, part in enumerate(parts) if k and _KIND.fullmatch(part)), len(parts))
+    return ".".join(parts[:end])
+
+
+def _line(field: str, faults: Sequence[Any]) -> str:
+    fault = faults[0]
+    if fault["type"] == "extra_forbidden":
+        return f"{field}: unknown key; {_suggestion(fault['loc'])}"
+    if fault["type"] == "missing" and _field(fault["loc"][:-1]) != field:
+        return f"{field}: missing; add it to the config"
+    if fault["type"] == "value_error":
+        return _own_words(field, fault)
+    wanted = dict.fromkeys(_wanted(field, fault) for fault in faults)
+    return f"{field or 'config'}: {_shown(fault['input'])}; give {', or '.join(wanted)}"
+
+
+def _own_words(field: str, fault: Any) -> str:
+    """What a validator of ours said; of a whole section it begins with the field's name."""
+    message = str(fault["ctx"]["error"])
+    if isinstance(fault["input"], dict):
+        inside = message.split(":")[0] in (_section_at(fault["loc"]) or Config).model_fields
+        return f"{field}{'.' if inside else ': '}{message}" if field else message
+    return f"{field}: {message} (got {_shown(fault['input'])})"
+
+
+def _wanted(field: str, fault: Any) -> str:
+    kind, given = fault["type"], fault["input"]
+    if kind == "model_type":
+        names_model = fault["ctx"]["class_name"] == "ModelConfig" and isinstance(given, str)
+        return f"{field}.model_name_or_path: {given}" if names_model else _SECTION
+    if kind == "list_type" and isinstance(given, str):
+        return f"a list: [{given}]"
+    if kind in _WANTED:
+        return _WANTED[kind].format(**fault.get("ctx", {}))
+    return str(fault["msg"]).removeprefix("Input should be ")
+
+
+def _shown(value: Any) -> str:
+    """As YAML has it, and not too long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def _suggestion(loc: Sequence[str | int]) -> str:
+    """The key of that section that is spelled most like it."""
+    section = _section_at(loc[:-1])
+    known = [] if section is None else list(section.model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "remove it or check its spelling"
+
+
+def _section_at(loc: Sequence[str | int]) -> Any:
+    """The section at a place; None where there is none."""
+    section: Any = Config
+    for part in loc:
+        if section is not None and part in section.model_fields:  # not a place in a list
+            section = _section_in(section.model_fields[part].annotation)
+    return section
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that a field holds, also in a list or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (_section_in(inner) for inner in get_args(annotation))
+    return next((section for section in found if section is not None), None)
