@@ -281,9 +281,8 @@ def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> I
     lengths = [planned_length(row, run.layout) for row in rows]
     budget = run.config.max_tokens_per_micro_batch
     plans = plan_micro_batches(lengths, budget, engine.world_size, run.layout)
-    plan = plans[engine.rank]
     shortest = min(range(len(rows)), key=lengths.__getitem__)
-    for number, positions in enumerate(plan):
+    for number, positions in enumerate(plans[engine.rank]):
         filled = positions or [shortest]
         longest = max(lengths[p] for other in plans for p in other[number])
         yield MicroBatch(
@@ -291,7 +290,7 @@ def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> I
             positions=filled,
             batch=collate([rows[p] for p in filled], run.layout, run.pad_id),
             weight=1.0 if positions else 0.0,
-            last=number == len(plan) - 1,
+            last=number == len(plans[0]) - 1,
             over_budget=longest > budget,
         )
 
