@@ -100,17 +100,23 @@ def test_nodes_that_cannot_work_together_are_refused(cluster: LocalCluster, tmp_
     nodes.kill(cluster.now, "node2", raylet_only=False)
     nodes.start(cluster.now, "node2", str(other.parent))
     address = cluster.now.node("node2").address
+    route = ["ip", "-n", f"{cluster.state.name}-node1", "route"]
     if cluster.now.namespaces:
-        closed = ["ip", "-n", f"{cluster.state.name}-node1", "route", "add", "prohibit", address]
-        subprocess.run(closed, check=True)
+        subprocess.run([*route, "add", "prohibit", address], check=True)
     log = tmp_path / "log"
     config = annotation(tmp_path, cluster.state / "disk" / "run")
-    assert cluster.submit("plan", config, log).wait(chaos.PATIENCE_S) == 1
+    try:
+        assert cluster.submit("plan", config, log).wait(chaos.PATIENCE_S) != 0
+    finally:
+        if cluster.now.namespaces:
+            subprocess.run([*route, "del", "prohibit", address], check=True)
+        nodes.kill(cluster.now, "node2", raylet_only=False)
+        nodes.start(cluster.now, "node2", python_path="")
     said = " ".join(log.read_text().split())
     assert "has peft 0.0.1 (here " in said
     if cluster.now.namespaces:
         assert "it does not see the driver's file there" in said
-        assert f"cannot connect to node {cluster.address('node2')}" in said
+        assert f"cannot connect to node {address}" in said
 
 
 @pytest.fixture

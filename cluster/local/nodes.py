@@ -170,15 +170,22 @@ def client(cluster: Cluster) -> dict[str, str]:
     }
 
 
-def start(cluster: Cluster, name: str, python_path: str = "") -> Cluster:
-    """Starts Ray on a node that has ended; starting the head starts the others anew."""
+def start(cluster: Cluster, name: str, python_path: str | None = None) -> Cluster:
+    """Starts Ray on a node that has ended; starting the head starts the others anew.
+
+    Args:
+        cluster: its state.
+        name: the node's.
+        python_path: put before its PYTHONPATH from now on; None: what was given last.
+    """
     node = cluster.node(name)
     if members(cluster, node):
         raise ClusterError(f"{name} runs; `kill {name}` ends it")
     if name == HEAD:
         _end(cluster, *cluster.nodes)
         return _start_all(cluster)
-    cluster = _started(cluster, replace(node, python_path=python_path or node.python_path))
+    path = node.python_path if python_path is None else python_path
+    cluster = _started(cluster, replace(node, python_path=path))
     _await_ready(cluster, cluster.node(name))
     return cluster
 
