@@ -150,15 +150,30 @@ def test_a_whole_run_on_object_storage_is_killed_and_resumed(
     log, steps = tmp_path / "log", 16
     cluster.mend()
     made = small_config(
-        tmp_path, bucket.uri, sft=None, align__max_steps=steps, align__num_workers=2
+        tmp_path,
+        bucket.uri,
+        sft=None,
+        align__max_steps=steps,
+        align__num_workers=2,
+        prepare__rows_per_shard=1,
     )
     config = write_config(tmp_path / "run.yaml", made)
     job = cluster.submit("run", config, log)
-    while not [name for name in bucket.names("align") if name.endswith("commit.json")]:
-        assert job.poll() is None, log.read_text()[-4000:]
-        time.sleep(0.1)
-    os.kill(cluster.driver, signal.SIGKILL)
-    assert not [name for name in bucket.names("align") if name.endswith("manifest.json")]
+
+    def await_first(stage: str, ending: str) -> None:
+        while not any(name.endswith(ending) for name in bucket.names(stage)):
+            assert job.poll() is None, log.read_text()[-4000:]
+            time.sleep(0.05)
+
+    def struck(stage: str, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        in_flight = not any(name.endswith("manifest.json") for name in bucket.names(stage))
+        assert in_flight, "nothing was in flight"
+
+    await_first("annotate", ".parquet")
+    struck("annotate", next(iter(cluster.at_work(chaos.TITLES["annotate"]).values())))
+    await_first("align", "commit.json")
+    struck("align", cluster.driver)
     assert job.wait(chaos.PATIENCE_S) == 1
     cluster.finish("run", config, log)
     assert "resuming" in log.read_text()
