@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import chaos
 import pytest
@@ -22,7 +21,6 @@ from cwpo_dist.config_file import load_config
 from cwpo_dist.scoring.attempts import attempt
 from cwpo_dist.scoring.pipeline import commit, part
 from cwpo_dist.stages import annotate
-from cwpo_dist.stages import run as stages
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.run import nodes_until
 from cwpo_dist.storage import Store
@@ -54,13 +52,11 @@ def annotation(folder: Path, run: Path) -> Path:
     return write_config(folder / "run.yaml", config | {"annotate": pool})
 
 
-@pytest.mark.long
 def test_a_node_dies_under_a_job_and_secrets_stay_secret(
-    cluster: LocalCluster, ray_local: Any, tmp_path: Path
+    cluster: LocalCluster, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     config = annotation(tmp_path, run)
-    stages.run(load_config(config), until="prepare")  # here, where Ray is warm
     job = cluster.submit("annotate", config, log, **SECRETS)
     node, _ = chaos.in_flight(cluster, run, "annotate", job, log)
     nodes.kill(cluster.now, node, raylet_only=False)

@@ -298,6 +298,9 @@ def _environment(cluster: Cluster, node: Node) -> dict[str, str]:
     # More threads than cores cost far more than they bring, and nodes share the cores here.
     own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(cluster.disk), "PYTHONPATH": ":".join(path)}
     own["PATH"] = f"{Path(sys.executable).parent}:{kept.get('PATH', '')}"  # a job's `python`
+    own["RAY_worker_niceness"] = "0"  # not behind all else that this machine does
+    # Ray would look for its head among this machine's processes, and find any other cluster's too.
+    own["RAY_ADDRESS"] = f"{cluster.head.address}:{cluster.gcs_port}"
     interface = {"GLOO_SOCKET_IFNAME": "eth0"} if cluster.namespaces else {}
     return {**kept, **HEALTH, **token, **own, **interface}
 
