@@ -36,6 +36,7 @@ CONFIG_NAME = "config.yaml"
 PENDING_TIMEOUT_S = 600.0
 POLL_S = 1.0
 CONNECT_S = 10.0
+LOST_S = 60.0
 # Ray kills a job 3 s after it asked it to end; a stage in training needs time for its checkpoint.
 STOP_S = 600
 ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}
@@ -204,10 +205,32 @@ def follow(
             except (RuntimeError, aiohttp.ClientError) as error:
                 # The connection went, the job did not: read on from where we were.
                 write(f"[connection lost: {error}; connecting again]\n")
-            state = client.get_job_status(submission_id)
+            state = _state(client, submission_id)
             if state.is_terminal():
                 return bool(state == JobStatus.SUCCEEDED)
             time.sleep(POLL_S)
+
+
+def _state(client: JobSubmissionClient, submission_id: str) -> JobStatus:
+    """The job's status; patient with a connection that is gone for a while."""
+    deadline = time.monotonic() + LOST_S
+    while True:
+        try:
+            return client.get_job_status(submission_id)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise SubmitError(
+                    f"{submission_id}: its job server has not answered for {LOST_S:.0f} s; when it "
+                    "is back, the same command attaches to the job, or resumes where that ended"
+                ) from error
+            time.sleep(POLL_S)
+        except RuntimeError as error:
+            if "does not exist" not in str(error):
+                raise
+            raise SubmitError(
+                f"{submission_id}: the cluster was started anew and does not know it any more; the "
+                "same command resumes where it ended"
+            ) from error
 
 
 class _Log:
