@@ -152,6 +152,7 @@ def test_a_whole_run_on_object_storage_is_killed_and_resumed(
         align__max_steps=steps,
         align__num_workers=2,
         prepare__rows_per_shard=1,
+        **{f"{stage}__num_actors": 1 for stage in ("annotate", "reference", "evaluate")},
     )
     config = write_config(tmp_path / "run.yaml", made)
     job = cluster.submit("run", config, log)
