@@ -21,6 +21,7 @@ from cwpo_dist.config_file import load_config
 from cwpo_dist.scoring.attempts import attempt
 from cwpo_dist.scoring.pipeline import commit, part
 from cwpo_dist.stages import annotate
+from cwpo_dist.stages import run as stages
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.run import nodes_until
 from cwpo_dist.storage import Store
@@ -52,19 +53,22 @@ def annotation(folder: Path, run: Path) -> Path:
     return write_config(folder / "run.yaml", config | {"annotate": pool})
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_node_dies_under_a_job_and_secrets_stay_secret(
-    cluster: LocalCluster, tmp_path: Path
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     config = annotation(tmp_path, run)
+    loaded = load_config(config)
+    context = Context(loaded, Store(loaded.output_dir))
+    monkeypatch.setattr(stages, "device", lambda: "this one")  # else it asks Ray, and none is here
+    stages.execute(context, nodes_until(loaded, "cw", "prepare")["prepare"])
     job = cluster.submit("annotate", config, log, **SECRETS)
     node, _ = chaos.in_flight(cluster, run, "annotate", job, log)
     nodes.kill(cluster.now, node, raylet_only=False)
     assert not list(run.glob("annotate/*/manifest.json")), "nothing was in flight"
     assert job.wait(chaos.PATIENCE_S) == 0, log.read_text()[-4000:]
 
-    loaded = load_config(config)
-    context = Context(loaded, Store(loaded.output_dir))
     made = annotate._job(context, nodes_until(loaded, "cw", "annotate")["annotate"])
     plain = replace(made, output=Store(str(tmp_path / "plain")))
     worker = plain.make_worker()
