@@ -128,10 +128,11 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
     return given
 
 
+@pytest.mark.long
 def test_a_small_align_finishes_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
     given = config(tmp_path, align__loss_type="simpo")  # without the stage `reference`
     given["align"] |= {"max_steps": 3, "cpus_per_worker": 2.0}  # a worker fills a node
-    code, text = slurm.end(slurm.start("align", given), 150)
+    code, text = slurm.end(slurm.start("align", given), 250)
     assert code == 0, text[-3000:]
     assert list((tmp_path / "run" / "align").glob("*/model/model.safetensors"))
     assert not (tmp_path / "requeued").exists()
