@@ -173,10 +173,7 @@ def client(cluster: Cluster) -> dict[str, str]:
 def start(cluster: Cluster, name: str, python_path: str | None = None) -> Cluster:
     """Starts Ray on a node that has ended; starting the head starts the others anew.
 
-    Args:
-        cluster: its state.
-        name: the node's.
-        python_path: put before its PYTHONPATH from now on; None: what was given last.
+    `python_path` goes before its PYTHONPATH from now on; None: what was given last.
     """
     node = cluster.node(name)
     if members(cluster, node):
