@@ -171,10 +171,7 @@ def client(cluster: Cluster) -> dict[str, str]:
 
 
 def start(cluster: Cluster, name: str, python_path: str | None = None) -> Cluster:
-    """Starts Ray on a node that has ended; starting the head starts the others anew.
-
-    `python_path` goes before its PYTHONPATH from now on; None: what was given last.
-    """
+    """Starts Ray on a node that has ended; starting the head starts the others anew."""
     node = cluster.node(name)
     if members(cluster, node):
         raise ClusterError(f"{name} runs; `kill {name}` ends it")
