@@ -38,25 +38,6 @@ from cwpo_dist.submit import (
 
 RAY = str(Path(sys.executable).with_name("ray"))
 IMAGE = "registry.example.com/team/cwpo_dist:0.1.0"
-# Runs here what Ray would run in a container of this image; other options of podman are unknown.
-PODMAN = rf"""#!/bin/bash
-shift
-entrypoint=()
-while [[ $1 == -* ]]; do
-  case $1 in
-    --rm | --cgroup-manager=* | --network=host | --pid=host | --ipc=host | --userns=keep-id) ;;
-    -v) if [[ $2 == *:/shared:Z ]]; then shared=${{2%:/shared:Z}}; fi && shift ;;
-    --env) export "$2" && shift ;;
-    --entrypoint) entrypoint=("$2") && shift ;;
-    *) echo "stand-in for podman: $1?" >&2 && exit 125 ;;
-  esac
-  shift
-done
-[[ $1 == {IMAGE} ]] || {{ echo "no image $1" >&2; exit 125; }}
-shift
-export PATH={Path(sys.executable).parent}:$PATH IN_CONTAINER=yes
-cd / && exec "${{entrypoint[@]}}" "${{@//\/shared\//${{shared:-/shared}}/}}"
-"""
 SECRET = "hf_a-secret-of-this-test"
 
 
@@ -75,15 +56,10 @@ def head() -> Iterator[str]:
     arguments += ["--num-cpus=2", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
     arguments += ["--object-store-memory=200000000", "--disable-usage-stats"]
     arguments += [f"--dashboard-agent-listen-port={free_port()}"]
-    podman = Path(folder) / "bin" / "podman"
-    podman.parent.mkdir()
-    podman.write_text(PODMAN)
-    podman.chmod(0o755)
     with (Path(folder) / "head.log").open("wb") as log:
         # A group of its own, so that all it starts ends with it, and nothing else does.
         # Without this checkout on its path: jobs must bring the package along.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        environment["PATH"] = f"{podman.parent}:{environment['PATH']}"
         process = subprocess.Popen(
             [RAY, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -149,27 +125,6 @@ def test_a_stage_runs_on_the_cluster(
     again = submit(config, "prepare", head, on_this_python())
     assert again == Submitted(f"{job.submission_id}-2", attached=False)
     stop(again.submission_id, head)
-
-
-@pytest.mark.long
-def test_a_job_runs_in_containers_of_an_image(
-    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Up to the container itself: a stand-in for podman runs here what it is given."""
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(small(tmp_path).model_dump(mode="json")))
-    command = [sys.executable, "-m", "cwpo_dist.cli", "submit", "prepare", str(path)]
-    command += ["--address", head, "--image", IMAGE]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search("HF_TOKEN.* cannot travel with --image", done.stdout)
-    assert SECRET not in done.stdout
-    assert list((tmp_path / "run" / "prepare").glob("*/manifest.json"))
-    command[-1] = "registry.example.com/other"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "no image registry.example.com/other" in done.stdout + done.stderr
 
 
 def test_what_cannot_go_with_an_image_is_refused(tmp_path: Path) -> None:
