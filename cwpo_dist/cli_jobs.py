@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cwpo_dist import credentials
 from cwpo_dist.cli_options import (
     STAGES,
     PairsPerSecond,
@@ -55,6 +56,10 @@ def submit(
     price: Price = None,
     pairs_per_second: PairsPerSecond = None,
     trial: Trial = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="Run in containers of this image, which holds cwpo_dist; needs podman."),
+    ] = None,
 ) -> None:
     """Send a run, or one stage, to a Ray cluster; the same command again attaches or resumes.
 
@@ -78,7 +83,10 @@ def submit(
     loaded = load_config(what[0], what[1:])
     if "://" not in loaded.output_dir:
         say(f"output_dir {loaded.output_dir!r} is a local path: every node must see it")
-    settings = Settings(python, tuple(py_module or ()), tuple(env or ()), options)
+    if image is not None and credentials.here():
+        left = ", ".join(credentials.here())
+        say(f"{left} cannot travel with --image: give the nodes their own")
+    settings = Settings(python, tuple(py_module or ()), tuple(env or ()), options, image)
     job = send(loaded, stage, address, settings)
     say(f"{'attached to' if job.attached else 'submitted'} {job.submission_id}")
     if wait and not follow(job.submission_id, address, sys.stdout.write, pending_timeout):

@@ -35,9 +35,14 @@ PASSED_ON = (
 _FILE = Path(".cwpo-environment.json")
 
 
+def here() -> list[str]:
+    """The names of PASSED_ON that are set in this shell."""
+    return [name for name in PASSED_ON if name in os.environ]
+
+
 def pack(folder: Path, further: Sequence[str] = ()) -> None:
     """Writes what is set here of PASSED_ON, and `further` variables, into a job's folder."""
-    values = {name: os.environ[name] for name in (*PASSED_ON, *further) if name in os.environ}
+    values = {name: os.environ[name] for name in (*here(), *further) if name in os.environ}
     with os.fdopen(os.open(folder / _FILE, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
         json.dump(values, file)
 

@@ -16,7 +16,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,12 @@ CONFIG_NAME = "config.yaml"
 PENDING_TIMEOUT_S = 600.0
 POLL_S = 1.0
 CONNECT_S = 10.0
+LOST_S = 60.0
 # Ray kills a job 3 s after it asked it to end; a stage in training needs time for its checkpoint.
 STOP_S = 600
+ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}
+_IMAGE = re.compile(r"[\w./:@-]+")  # Ray puts it into a shell's command as it is
+_END = "END-OF-CONFIGURATION"  # of a here-document
 
 
 class SubmitError(RuntimeError):
@@ -66,12 +70,15 @@ class Settings:
         py_modules: folders of your own packages that the job imports (a gold function's, say).
         env: names of further environment variables that travel with the job.
         options: of the command that runs there, such as --retry-rejects.
+        image: a container image that holds cwpo_dist, in which all of the job's processes run;
+            None: on the nodes, and this package travels with the job.
     """
 
     python: str | None = None
     py_modules: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    image: str | None = None
 
 
 def submit(config: Config, stage: str, address: str, settings: Settings | None = None) -> Submitted:
@@ -86,19 +93,18 @@ def submit(config: Config, stage: str, address: str, settings: Settings | None =
     Raises:
         SubmitError: when the cluster cannot be reached, or runs this directory's stage with
             another configuration.
+        ConfigError: for settings that cannot be met.
     """
     settings = settings or Settings()
     with tempfile.TemporaryDirectory(prefix="cwpo-submit-") as name:
         folder = Path(name)
         data = portable(config, folder)
-        (folder / CONFIG_NAME).write_bytes(to_json(data))  # JSON is YAML
-        mark = digest([data, settings.options])
-        command = [settings.python or "python", "-m", "cwpo_dist.cli", stage, CONFIG_NAME]
-        command += settings.options
+        pack = _packed if settings.image is None else _in_image
+        entrypoint, environment = pack(data, stage, folder, settings)
         job = {
-            "entrypoint": shlex.join(command),
-            "runtime_env": _environment(folder, settings),
-            "metadata": {"cwpo_config": mark},
+            "entrypoint": entrypoint,
+            "runtime_env": environment,
+            "metadata": {"cwpo_config": digest([data, settings.options])},
         }
         with _client(address) as client:
             return _attach_or_send(client, job_name(data["output_dir"], stage), job)
@@ -199,10 +205,32 @@ def follow(
             except (RuntimeError, aiohttp.ClientError) as error:
                 # The connection went, the job did not: read on from where we were.
                 write(f"[connection lost: {error}; connecting again]\n")
-            state = client.get_job_status(submission_id)
+            state = _state(client, submission_id)
             if state.is_terminal():
                 return bool(state == JobStatus.SUCCEEDED)
             time.sleep(POLL_S)
+
+
+def _state(client: JobSubmissionClient, submission_id: str) -> JobStatus:
+    """The job's status; patient with a connection that is gone for a while."""
+    deadline = time.monotonic() + LOST_S
+    while True:
+        try:
+            return client.get_job_status(submission_id)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise SubmitError(
+                    f"{submission_id}: its job server has not answered for {LOST_S:.0f} s; when it "
+                    "is back, the same command attaches to the job, or resumes where that ended"
+                ) from error
+            time.sleep(POLL_S)
+        except RuntimeError as error:
+            if "does not exist" not in str(error):
+                raise
+            raise SubmitError(
+                f"{submission_id}: the cluster was started anew and does not know it any more; the "
+                "same command resumes where it ended"
+            ) from error
 
 
 class _Log:
@@ -235,22 +263,57 @@ def _await_start(client: JobSubmissionClient, submission_id: str, timeout_s: flo
         time.sleep(POLL_S)
 
 
-def _environment(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Ray's runtime environment of a job that runs in `folder`."""
+def _command(stage: str, config: str, settings: Settings) -> str:
+    command = [settings.python or "python", "-m", "cwpo_dist.cli", stage, config]
+    return shlex.join([*command, *settings.options])
+
+
+def _packed(
+    data: Mapping[str, Any], stage: str, folder: Path, settings: Settings
+) -> tuple[str, dict[str, Any]]:
+    """The command, and Ray's runtime environment, of a job that runs in `folder`."""
     missing = [variable for variable in settings.env if variable not in os.environ]
     if missing:
         raise ConfigError(f"--env: {', '.join(missing)} is not set here; export it first")
     credentials.pack(folder, settings.env)
+    (folder / CONFIG_NAME).write_bytes(to_json(data))  # JSON is YAML
     environment: dict[str, Any] = {
         "working_dir": str(folder),
         "py_modules": [str(PACKAGE), *settings.py_modules],
         "excludes": ["__pycache__", "*.pyc"],
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
+        "env_vars": ENVIRONMENT,
         "worker_process_setup_hook": "cwpo_dist.credentials.take",
     }
     if settings.python is not None:
         environment["py_executable"] = settings.python
-    return environment
+    return _command(stage, CONFIG_NAME, settings), environment
+
+
+def _in_image(
+    data: Mapping[str, Any], stage: str, folder: Path, settings: Settings
+) -> tuple[str, dict[str, Any]]:
+    """The same in containers: the configuration is a part of the command, and no secret travels.
+
+    Ray takes no files beside an image, and its variables stand in logs.
+    """
+    image = str(settings.image)
+    if not _IMAGE.fullmatch(image):
+        raise ConfigError(f"--image: {image!r} is no image's name; give registry/cwpo_dist:0.1.0")
+    if settings.python or settings.py_modules or settings.env:
+        raise ConfigError(
+            "--image: Ray takes nothing else beside it. Put your packages into the image, and "
+            "variables into the nodes' own (podman's containers.conf); --python, --py-module and "
+            "--env go without it"
+        )
+    templates = [path.name for path in folder.iterdir()]
+    if templates:
+        raise ConfigError(
+            f"--image: the chat template {', '.join(templates)} cannot travel with it; put it into "
+            "the model's folder (chat_template: tokenizer)"
+        )
+    command = _command(stage, "/dev/stdin", settings)
+    text = json.dumps(data)  # one line, as Ray's log opens with the command
+    return f"{command} <<'{_END}'\n{text}\n{_END}", {"image_uri": image, "env_vars": ENVIRONMENT}
 
 
 def _attempts(client: JobSubmissionClient, base: str) -> dict[int, JobDetails]:

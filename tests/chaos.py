@@ -88,6 +88,12 @@ class LocalCluster:
         """All nodes, as at the beginning."""
         nodes.mend(self.now)
 
+    def renew(self) -> None:
+        """The same, and no job runs any more."""
+        nodes.mend(self.now)
+        nodes.kill(self.now, "head", raylet_only=False)
+        nodes.start(self.now, "head")
+
     def down(self) -> None:
         """All that it started has ended."""
         nodes.take_down(self.now)
@@ -176,6 +182,8 @@ def disturbed(cluster: LocalCluster, folder: Path, fault: str, stage: str) -> Ce
         time.sleep(0.05)
     seconds = time.monotonic() - started
     equality = compare(quiet, run, stage)
+    if fault == "cut":  # Ray ends on it as soon as it hears that it was given up
+        nodes.kill(cluster.now, victim[0], raylet_only=False)
     cluster.mend()
     return Cell(fault, stage, outcome, round(pause, 1), round(seconds, 1), done, total, equality)
 
@@ -268,7 +276,7 @@ def main(folder: Path, chosen: list[str]) -> None:
                 cell = asdict(disturbed(cluster, folder, fault, stage))
             except AssertionError as error:
                 cell |= {"outcome": "failed", "why": str(error)[-3000:]}
-                cluster.mend()
+                cluster.renew()
             with (folder / "cells.jsonl").open("a") as lines:
                 lines.write(json.dumps(cell) + "\n")
     finally:

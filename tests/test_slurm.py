@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +57,29 @@ class Slurm:
 
     folder: Path
     environment: dict[str, str]
+    jobs: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, stage: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
         path = self.folder / "run.yaml"
         path.write_text(yaml.safe_dump(config))
         with (self.folder / "job.log").open("ab") as log:
-            return subprocess.Popen(
+            job = subprocess.Popen(
                 ["bash", str(SCRIPT), str(path)],
                 env=self.environment | {"CWPO_STAGE": stage, "CWPO_PORT": str(free_port())},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # all that it starts is one group
             )
+        self.jobs.append(job)
+        return job
 
     def end(self, job: subprocess.Popen[bytes], seconds: float) -> tuple[int, str]:
         """The exit code and the log, when the job has ended and has left nothing behind."""
-        try:
-            code = job.wait(timeout=seconds)
-            deadline = time.monotonic() + 10  # Ray's processes end a moment after `ray start`
-            while _group(job.pid) and time.monotonic() < deadline:
-                time.sleep(0.2)
-        finally:
-            left = _group(job.pid)
-            if left:
-                os.killpg(job.pid, signal.SIGKILL)
+        code = job.wait(timeout=seconds)
+        deadline = time.monotonic() + 10  # Ray's processes end a moment after `ray start`
+        while _group(job.pid) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        left = _group(job.pid)
         assert not left, left
         assert not list(self.folder.glob(".ray-token-*"))
         return code, (self.folder / "job.log").read_text()
@@ -113,7 +112,11 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
         "STAND_IN_REQUEUED": str(tmp_path / "requeued"),
         "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(200 * 2**20),
     }
-    yield Slurm(tmp_path, environment)
+    given = Slurm(tmp_path, environment)
+    yield given
+    for started in given.jobs:
+        if _group(started.pid):  # a test that failed
+            os.killpg(started.pid, signal.SIGKILL)
     shutil.rmtree(f"/tmp/ray-{job}", ignore_errors=True)
 
 
@@ -126,10 +129,12 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.long
-def test_a_stage_runs_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
-    code, text = slurm.end(slurm.start("prepare", config(tmp_path)), 120)
+def test_a_small_align_finishes_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
+    given = config(tmp_path, align__loss_type="simpo")  # without the stage `reference`
+    given["align"] |= {"max_steps": 3, "cpus_per_worker": 2.0}  # a worker fills a node
+    code, text = slurm.end(slurm.start("align", given), 250)
     assert code == 0, text[-3000:]
-    assert list((tmp_path / "run" / "prepare").glob("*/manifest.json"))
+    assert list((tmp_path / "run" / "align").glob("*/model/model.safetensors"))
     assert not (tmp_path / "requeued").exists()
 
 

@@ -37,6 +37,7 @@ from cwpo_dist.submit import (
 )
 
 RAY = str(Path(sys.executable).with_name("ray"))
+IMAGE = "registry.example.com/team/cwpo_dist:0.1.0"
 SECRET = "hf_a-secret-of-this-test"
 
 
@@ -124,6 +125,19 @@ def test_a_stage_runs_on_the_cluster(
     again = submit(config, "prepare", head, on_this_python())
     assert again == Submitted(f"{job.submission_id}-2", attached=False)
     stop(again.submission_id, head)
+
+
+def test_what_cannot_go_with_an_image_is_refused(tmp_path: Path) -> None:
+    config, nowhere = small(tmp_path), "http://127.0.0.1:1"
+    with pytest.raises(ConfigError, match="--image: 'a b' is no image's name"):
+        submit(config, "run", nowhere, Settings(image="a b"))
+    with pytest.raises(ConfigError, match="--image: Ray takes nothing else beside it"):
+        submit(config, "run", nowhere, Settings(image=IMAGE, env=("HOME",)))
+    (tmp_path / "chat.jinja").write_text("template")
+    policy = {"model_name_or_path": "gpt2", "chat_template": str(tmp_path / "chat.jinja")}
+    config = parse_config(config.model_dump(mode="json") | {"policy": policy})
+    with pytest.raises(ConfigError, match=r"policy-chat\.jinja cannot travel with it"):
+        submit(config, "run", nowhere, Settings(image=IMAGE))
 
 
 def test_a_running_job_is_attached_to_and_stopped(head: str, tmp_path: Path) -> None:

@@ -89,8 +89,9 @@ def kill(
 def start(
     node: NodeName,
     python_path: Annotated[
-        str, typer.Option(help="Goes before this node's PYTHONPATH: other versions of packages.")
-    ] = "",
+        str | None,
+        typer.Option(help="Goes before this node's PYTHONPATH: other versions of packages."),
+    ] = None,
     state: State = DEFAULT_STATE,
 ) -> None:
     """Start Ray on a node where it has ended; with the head, all others start anew."""

@@ -170,7 +170,7 @@ def client(cluster: Cluster) -> dict[str, str]:
     }
 
 
-def start(cluster: Cluster, name: str, python_path: str = "") -> Cluster:
+def start(cluster: Cluster, name: str, python_path: str | None = None) -> Cluster:
     """Starts Ray on a node that has ended; starting the head starts the others anew."""
     node = cluster.node(name)
     if members(cluster, node):
@@ -178,7 +178,8 @@ def start(cluster: Cluster, name: str, python_path: str = "") -> Cluster:
     if name == HEAD:
         _end(cluster, *cluster.nodes)
         return _start_all(cluster)
-    cluster = _started(cluster, replace(node, python_path=python_path or node.python_path))
+    path = node.python_path if python_path is None else python_path
+    cluster = _started(cluster, replace(node, python_path=path))
     _await_ready(cluster, cluster.node(name))
     return cluster
 
@@ -291,6 +292,9 @@ def _environment(cluster: Cluster, node: Node) -> dict[str, str]:
     # More threads than cores cost far more than they bring, and nodes share the cores here.
     own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(cluster.disk), "PYTHONPATH": ":".join(path)}
     own["PATH"] = f"{Path(sys.executable).parent}:{kept.get('PATH', '')}"  # a job's `python`
+    own["RAY_worker_niceness"] = "0"  # not behind all else that this machine does
+    # Ray would look for its head among this machine's processes, and find any other cluster's too.
+    own["RAY_ADDRESS"] = f"{cluster.head.address}:{cluster.gcs_port}"
     interface = {"GLOO_SOCKET_IFNAME": "eth0"} if cluster.namespaces else {}
     return {**kept, **HEALTH, **token, **own, **interface}
 
