@@ -6,22 +6,22 @@ activations. The last decoder layer never does, as the backward pass needs it fi
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cwpo_dist.lm.modules import unwrapped
 
-def let_recompute(model: PreTrainedModel) -> None:
-    """Makes a model ready for `recompute`, which is off until then.
+
+def let_recompute(model: nn.Module) -> None:
+    """Makes a model ready for `recompute`, which is off until then; adapters may be on it already.
 
     Raises:
         ValueError: for a model that cannot.
     """
-    enable: Any = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.23
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    layers = getattr(model.base_model, "layers", None)
+    core = unwrapped(model)
+    enable = getattr(core, "activation_checkpointing_enable", None)  # its name since 5.23
+    (enable or core.gradient_checkpointing_enable)({"use_reentrant": False})
+    layers = getattr(core.base_model, "layers", None)
     if isinstance(layers, nn.ModuleList) and isinstance(layers[-1], GradientCheckpointingLayer):
         del layers[-1]._gradient_checkpointing_func
         layers[-1].gradient_checkpointing = False
