@@ -153,6 +153,16 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_a_deepspeed_section_that_a_worker_would_refuse_is_refused_here(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.json")
+    optimizer = {"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}
+    changes = {"fit__deepspeed": missing, "align__deepspeed": optimizer}
+    with pytest.raises(ConfigError) as caught:
+        check(parse_config(small_config(tmp_path, **changes)))
+    assert re.search(r"^fit\.deepspeed: .*none\.json", str(caught.value), re.MULTILINE)
+    assert re.search(r"^align\.deepspeed\.optimizer: ", str(caught.value), re.MULTILINE)
+
+
 def test_positions_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "opt", "opt")
     config = small_config(tmp_path, policy__model_name_or_path=str(tmp_path / "opt"))

@@ -68,7 +68,7 @@ class TrainingConfig(Section):
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1,
         description="so many; [min, max]: as many as there is room for, fewer when nodes are lost, "
-        "more when they come; what is computed stays the same",
+        "more when they come; what is computed stays the same, but for what dropout hides",
     )
     use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has GPUs")
     cpus_per_worker: PositiveFloat = 1.0

@@ -251,6 +251,7 @@ def training_faults(
         )
     for fault in missing(training.report_to):
         yield f"{name}.report_to: {fault}"
+    yield from _deepspeed_faults(name, training)
     if training.max_steps == 0:
         yield f"{name}.max_steps: 0 trains nothing; give -1 for whole epochs, or a number of steps"
     if 0 < training.max_steps <= training.warmup_steps:
@@ -258,6 +259,18 @@ def training_faults(
             f"{name}.warmup_steps: {training.warmup_steps} of {training.max_steps} max_steps never "
             "reaches the learning rate; lower it"
         )
+
+
+def _deepspeed_faults(name: str, training: TrainingConfig) -> Iterator[str]:
+    """A section that a worker would refuse, or a file that is not there."""
+    if training.deepspeed is None:
+        return
+    from cwpo_dist.training.engine import deepspeed_config  # seconds to import, and seldom needed
+
+    try:
+        deepspeed_config(training, torch.float32)
+    except ConfigError as error:
+        yield f"{name}.{error}"
 
 
 def _places(machine: Machine, cpus: float, gpus: float) -> int:
