@@ -111,7 +111,8 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     return {
         "reference_s": reference_s,
         "train_s": time.perf_counter() - started - reference_s,
-        "flops": flops * (1 + 3 * spec["epochs"]),
+        # frozen weights have no gradient
+        "flops": flops * (1 + (2 if spec["lora"] else 3) * spec["epochs"]),
         "layout": forward.layout,
     }
 

@@ -249,4 +249,4 @@ def test_gra_by_hand() -> None:
 def test_bad_columns_are_refused(arguments: tuple[list[float], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         # arguments of wrong kinds are the point
-        annotator_accuracy(*arguments)  # type: ignore[arg-type]
+        annotator_accuracy(*arguments)  # type: ignore[arg-type]  # of unlike types

@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
     if executable is None or importlib.util.find_spec("playwright") is None:
-        pytest.skip(NO_BROWSER)
+        pytest.skip(NO_BROWSER)  # it is the machine's, not a Python package
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

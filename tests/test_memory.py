@@ -88,10 +88,12 @@ def test_recomputed_layers_keep_little_until_told_otherwise(adapted: bool) -> No
     if adapted:
         model = add_lora(model, LoraConfig(lora_dropout=0.0), "logps", seed=0)
     whole = kept_in_fact(model)
+    # On adapters transformers also lets the embeddings' output require a gradient: a row more.
+    same = pytest.approx(whole, rel=0.02 if adapted else 0, abs=0)
     let_recompute(model)
     assert not hasattr(unwrapped(model).base_model.layers[-1], "_gradient_checkpointing_func")
-    assert kept_in_fact(model) == pytest.approx(whole, rel=0.02)
+    assert kept_in_fact(model) == same
     recompute(model, on=True)
     assert kept_in_fact(model) < 0.3 * whole
     recompute(model, on=False)
-    assert kept_in_fact(model) == pytest.approx(whole, rel=0.02)
+    assert kept_in_fact(model) == same

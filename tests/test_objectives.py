@@ -7,6 +7,7 @@ The oracles are called unbound, their `self` a namespace with the trainer's sett
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -80,7 +81,7 @@ def _same(ours: Tensor, theirs: Tensor, of: Tensor) -> None:
 
 def _trl_loss(batch: _Batch, loss_type: str) -> Tensor:
     """The batch mean of TRL's loss."""
-    trl = pytest.importorskip("trl")
+    trl = importlib.import_module("trl")
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=False),
         accelerator=SimpleNamespace(
@@ -155,7 +156,7 @@ def test_simpo_equals_trls_cpo(seed: int, epsilon: float) -> None:
 
 def _trl_cpo(chosen: Tensor, rejected: Tensor, loss_type: str, epsilon: float | Tensor) -> Tensor:
     """The losses [P] of TRL's CPO."""
-    cpo = pytest.importorskip("trl.experimental.cpo")
+    cpo = importlib.import_module("trl.experimental.cpo")
     trainer = SimpleNamespace(
         alpha=0.0,
         accelerator=SimpleNamespace(device="cpu"),
@@ -171,7 +172,7 @@ def _trl_cpo(chosen: Tensor, rejected: Tensor, loss_type: str, epsilon: float | 
 @pytest.mark.parametrize("seed", range(5))
 def test_orpos_odds_ratio_equals_trls(seed: int) -> None:
     trainer = SimpleNamespace(beta=BETA, accelerator=SimpleNamespace(device="cpu"))
-    trl = pytest.importorskip("trl.experimental.orpo").ORPOTrainer
+    trl = importlib.import_module("trl.experimental.orpo").ORPOTrainer
     batch = _Batch(seed)
     chosen, rejected = batch.means()
     theirs = -trl.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
@@ -182,7 +183,7 @@ def test_orpos_odds_ratio_equals_trls(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_orpo_equals_all_of_trls(seed: int) -> None:
     """One pair, a prompt of one token: there TRL's NLL, too, is of the answer's tokens alone."""
-    trl = pytest.importorskip("trl.experimental.orpo").ORPOTrainer
+    trl = importlib.import_module("trl.experimental.orpo").ORPOTrainer
     generator = torch.Generator().manual_seed(seed)
     n_chosen, n_rejected = (int(n) for n in torch.randint(2, 9, (2,), generator=generator))
     longest, words = 1 + max(n_chosen, n_rejected), 11

@@ -80,7 +80,7 @@ def _create_many(uri: str, mark: bytes, barrier: object, results: object) -> Non
     store = Store(uri)
     barrier.wait()  # type: ignore[attr-defined]  # multiprocessing's proxies have no types
     wins = [i for i in range(40) if store.create(f"shard-{i:03d}", mark)]
-    results.put((mark, wins))  # type: ignore[attr-defined]
+    results.put((mark, wins))  # type: ignore[attr-defined]  # as above
 
 
 def test_two_racing_processes_share_the_wins_without_a_double(store: Store) -> None:

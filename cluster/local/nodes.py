@@ -143,7 +143,7 @@ def bring_up(folder: Path, workers: int, cpus: float, loopback: bool) -> Cluster
             addresses = {node.name: node.address for node in cluster.nodes}
             network.make(cluster.folder.name, addresses)
         return _start_all(cluster)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: what was brought up is taken down, then raised again
         take_down(cluster, keep_logs=True)
         raise
 

@@ -83,7 +83,7 @@ def build(target: Path) -> Path:
         _write(gguf, scratch)
         scratch.chmod(0o755)
         os.rename(scratch, target)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: nothing half-made stays, then raised again
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return target

@@ -110,7 +110,7 @@ class AnswerLogProbs(nn.Module):
     def token_logps(self, batch: RowBatch) -> Tensor:
         """Log-prob of each answer token in nats, fp32 [N], in the order of `batch.target`."""
         hidden_BLH = decode(self._decoder[0], batch)
-        return self.head(hidden_BLH.flatten(0, 1)[batch.source], batch.target)  # type: ignore[no-any-return]
+        return self.head(hidden_BLH.flatten(0, 1)[batch.source], batch.target)  # type: ignore[no-any-return]  # nn.Module
 
 
 class AnswerScores(nn.Module):
@@ -156,14 +156,14 @@ class AnswerScores(nn.Module):
         if self.reads_last_token:
             assert score is not None
             hidden_BLH = decode(decoder, batch)
-            return score(hidden_BLH.flatten(0, 1)[batch.last])  # type: ignore[no-any-return]
+            return score(hidden_BLH.flatten(0, 1)[batch.last])  # type: ignore[no-any-return]  # nn.Module
         if batch.layout != "plain":
             raise ModelError(
                 f"model: {type(unwrapped(self.model)).__name__} reads whole sequences; "
                 "collate its rows with layout 'plain'"
             )
         output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return output.logits  # type: ignore[no-any-return]
+        return output.logits  # type: ignore[no-any-return]  # nn.Module
 
 
 def accumulate_in_place(module: nn.Module) -> None:
@@ -187,7 +187,7 @@ def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
     if batch.layout == "packed":
         arguments["attention_mask"] = packed_mask(batch.attention_mask, batch.useful_tokens)
     output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    return output.last_hidden_state  # type: ignore[no-any-return]  # nn.Module
 
 
 def _spare_dense_gradient(embeddings: nn.Module, lm_head: nn.Module) -> None:
