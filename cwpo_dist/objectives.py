@@ -198,7 +198,8 @@ def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objecti
     name = align.loss_type
     if name not in OBJECTIVES:
         raise ConfigError(
-            f"align.loss_type: {name!r} is unknown; choose from {', '.join(OBJECTIVES)}"
+            f"align.loss_type: {name!r} is unknown; choose from {', '.join(OBJECTIVES)} (DPO is "
+            "sigmoid, rDPO is robust)"
         )
     found = OBJECTIVES[name]
     if align.label_smoothing is not None and found.label_smoothing is None:

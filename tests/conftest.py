@@ -22,9 +22,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests never wait for a download: what they need lies here or they are skipped, by name.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 
 from cwpo_dist.storage import Store
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine fails no test
+hypothesis.settings.load_profile("unhurried")
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_FILES = ("hh_harmless.jsonl.gz", "ukp_convincing.jsonl.gz")

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from cwpo_dist.pairs.buckets import Shards, turned_labels
 from cwpo_dist.report.comparison import (
     FIGURES,
 )
+from cwpo_dist.scoring.placement import Machine
 from cwpo_dist.stages.comparison import compare
 from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
 from cwpo_dist.stages.graph import graph, members
 from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.side_by_side import Job, need
+from cwpo_dist.stages.room import need
 from cwpo_dist.stages.trials import names, planned, trials, tuning
 from cwpo_dist.storage import Store
 
@@ -185,10 +187,29 @@ def test_the_implicit_annotator_is_the_weak_model_after_sft_and_dpo(tmp_path: Pa
 
 def test_two_trainings_run_at_once_only_where_both_fit(tmp_path: Path) -> None:
     made = parse_config(small_config(tmp_path, fit__num_workers=3))
-    fit = Job(made, graph(made, "cw")["fit"])
-    assert need(fit, {"CPU": 8.0, "GPU": 0.0}) == {"CPU": 1.5, "GPU": 0.0}
-    assert need(fit, {"CPU": 8.0, "GPU": 4.0}) == {"CPU": 1.5, "GPU": 3.0}
-    assert need(fit, {"CPU": 1.0, "GPU": 0.0})["CPU"] == 1.0, "more than all is waited for alone"
+    fit = graph(made, "cw")["fit"]
+    assert need(made, fit, {"CPU": 8.0, "GPU": 0.0}) == {"CPU": 1.5, "GPU": 0.0}
+    assert need(made, fit, {"CPU": 8.0, "GPU": 4.0}) == {"CPU": 1.5, "GPU": 3.0}
+    alone = need(made, fit, {"CPU": 1.0, "GPU": 0.0})
+    assert alone["CPU"] == 1.0, "more than all is waited for alone"
+
+
+def test_a_plan_counts_runs_side_by_side_as_they_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = SimpleNamespace(seconds=lambda cost: 60.0)
+    monkeypatch.setattr("cwpo_dist.stages.plan.Rates", lambda machines: rate)
+    made = config(tmp_path, {"seeds": [0, 1]}, arms=["weak", "cw"])
+    worker = made.align.cpus_per_worker * made.align.max_workers
+
+    def minutes(cpus: float) -> float:
+        monkeypatch.setattr("cwpo_dist.stages.checks.available", lambda: [Machine(cpus, 0.0)])
+        (align,) = [stage for stage in plan(made).stages if stage.stage == "align"]
+        return align.seconds / 60
+
+    assert minutes(1.5 * worker) == 4, "one after the other"
+    assert minutes(2 * worker) == pytest.approx(2)
+    assert minutes(4 * worker) == pytest.approx(1)
 
 
 def test_flipped_labels_are_so_many_training_ones_and_no_others() -> None:

@@ -264,7 +264,7 @@ def test_soft_labels_are_each_pairs_own_smoothing() -> None:
 @pytest.mark.parametrize(
     ("align", "soft", "parts"),
     [
-        ({"loss_type": "dpo"}, False, ["align.loss_type: 'dpo' is unknown", "sigmoid, ipo"]),
+        ({"loss_type": "dpo"}, False, ["align.loss_type: 'dpo' is unknown", "DPO is sigmoid"]),
         (
             {"loss_type": "hinge", "label_smoothing": 0.2},
             False,

@@ -55,10 +55,9 @@ def load_tokenizer(
         ModelError: when there is no tokenizer, or it has no token that ends a text.
     """
     name, revision = _name_of(model)
+    path = model_path(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_path(name), revision=revision, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"model_name_or_path: no tokenizer in {name!r}: {error}") from error
     eos = tokenizer.eos_token or tokenizer.sep_token

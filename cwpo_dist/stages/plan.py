@@ -22,6 +22,7 @@ from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.costs import Estimate, Lengths, Rates, gpus, total_steps
 from cwpo_dist.stages.fleet_costs import Fleet
 from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
+from cwpo_dist.stages.room import fit_two, need, share
 from cwpo_dist.stages.trials import by_grid, planned, trials
 from cwpo_dist.storage import Store
 
@@ -234,13 +235,17 @@ def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StageP
 
 
 def _trial_stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
-    """All outputs of a comparison, each once, added up by stage; every seed as the first."""
+    """All outputs of a comparison, each once, added up by stage; every seed as the first.
+
+    Where runs go side by side, an output takes of the time no more than its share of the cluster.
+    """
     found: dict[str, tuple[str, Node, Config]] = {}
     for run, arm in planned(config):
         for node in graph(run, arm).values():
             name = node.stage if node.of == "policy" else f"{node.stage} (weak)"
             found.setdefault(node.path, (name, node, run))
     context, rates = Context(config, Store(config.output_dir)), Rates(estimate.checked.machines)
+    shares = _shares([(run, node) for _, node, run in found.values()], estimate.checked.machines)
     counted: dict[str, Census] = {}
     sums: dict[str, list[StagePlan]] = {}
     for name, node, run in found.values():
@@ -249,7 +254,8 @@ def _trial_stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
             counted[prepare] = census(run.prepare, run.seed)
         cost = replace(estimate, config=run, counted=counted[prepare]).of(node)
         done = context.done(node)
-        seconds = 0.0 if done else rates.seconds(cost)
+        alone = 0.0 if done else rates.seconds(cost)
+        seconds = None if alone is None else alone * shares[node.path]
         each = StagePlan(name, (), done, cost.work, cost.tokens, seconds, cost.memory)
         sums.setdefault(name, []).append(each)
     for name, stages in sums.items():
@@ -264,6 +270,16 @@ def _trial_stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
             sum(times) if len(times) == len(stages) else None,
             max((stage.memory for stage in stages if stage.memory is not None), default=None),
         )
+
+
+def _shares(
+    outputs: Sequence[tuple[Config, Node]], machines: Sequence[Machine]
+) -> dict[str, float]:
+    """Of the cluster, what each output takes while it is made; all of it where no two fit."""
+    there = {"CPU": sum(machine.cpus for machine in machines), "GPU": gpus(machines)}
+    if not fit_two(outputs, there):
+        return dict.fromkeys((node.path for _, node in outputs), 1.0)
+    return {node.path: share(need(run, node, there), there) for run, node in outputs}
 
 
 def _graphs(config: Config) -> dict[str, dict[str, Node]]:

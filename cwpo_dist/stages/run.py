@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import ray.data
 
-from cwpo_dist.config import Config, ConfigError, TrainingConfig
+from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.stages import (
     align,
     annotate,
@@ -42,6 +42,7 @@ from cwpo_dist.stages.graph import (
     weighing_nodes,
 )
 from cwpo_dist.stages.nodes import versions
+from cwpo_dist.stages.room import workers_of
 from cwpo_dist.storage import MANIFEST, Store
 
 logger = logging.getLogger(__name__)
@@ -208,13 +209,6 @@ def _record(node: Node, counts: dict[str, Any], started: float) -> dict[str, Any
         "versions": versions(),
         "device": device(),
     }
-
-
-def workers_of(config: Config, node: Node) -> TrainingConfig | None:
-    """The section whose workers make an output; None where actors or tasks do."""
-    sharded = config.align if config.reference.sharded else None
-    trainings = {"fit": config.fit, "sft": config.sft, "align": config.align, "reference": sharded}
-    return trainings.get(node.stage)
 
 
 def _device_hours(context: Context, node: Node, manifest: Mapping[str, Any]) -> float:

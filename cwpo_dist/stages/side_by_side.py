@@ -7,7 +7,6 @@ all its tasks: the next start resumes each from its last checkpoint.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +14,14 @@ from typing import Any
 
 import ray
 
-from cwpo_dist.config import Config, PoolConfig, TrainingConfig
+from cwpo_dist.config import Config
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
-from cwpo_dist.stages.run import connect, make, workers_of
+from cwpo_dist.stages.room import Room, fit_two, fits, need, plus
+from cwpo_dist.stages.run import connect, make
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
-
-Room = dict[str, float]
-SMALL = {"CPU": 0.5}  # a stage of few tasks
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def make_all(jobs: Sequence[Job]) -> None:
     logger.info("compare: %d stage outputs to make", len(todo))
     room = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
     waiting = [first[path] for path in todo]
-    if not _fit_two(waiting, room):
+    if not fit_two([(job.config, job.node) for job in waiting], room):
         for job in waiting:
             make(job.context, job.node)
         return
@@ -65,10 +62,8 @@ def _done(job: Job) -> bool:
     return job.context.done(job.node)
 
 
-def _fit_two(jobs: Sequence[Job], room: Room) -> bool:
-    """Whether any two trainings find room at once; what else there is, is short."""
-    needs = [need(job, room) for job in jobs if job.node.stage in {"fit", "sft", "align"}]
-    return any(_fits(_plus(a, b), room) for a, b in itertools.combinations(needs, 2))
+def _need(job: Job, room: Room) -> Room:
+    return need(job.config, job.node, room)
 
 
 def _side_by_side(waiting: list[Job], room: Room) -> None:
@@ -76,10 +71,10 @@ def _side_by_side(waiting: list[Job], room: Room) -> None:
     running: dict[Any, Job] = {}
     while waiting or running:
         for job in list(waiting):
-            used = _plus(*(need(other, room) for other in running.values()))
+            used = plus(*(_need(other, room) for other in running.values()))
             reads = {given.path for given in job.node.inputs.values()}
-            fits = _fits(_plus(used, need(job, room)), room) or not running
-            if not reads & to_come and fits:
+            finds_room = fits(plus(used, _need(job, room)), room) or not running
+            if not reads & to_come and finds_room:
                 waiting.remove(job)
                 running[_apart.options(name=job.node.path).remote(job)] = job
         (ended,), _ = ray.wait(list(running), num_returns=1)
@@ -93,37 +88,3 @@ def _apart(job: Job) -> None:
     logging.getLogger("cwpo_dist").setLevel(logging.INFO)
     connect()
     make(job.context, job.node)
-
-
-def need(job: Job, room: Room) -> Room:
-    """What a stage takes of the cluster while it runs; at most all of it."""
-    config = job.context.of(job.node).config
-    pools: dict[str, PoolConfig] = {
-        "annotate": config.annotate,
-        "tokens": config.reference,
-        "reference": config.reference,
-        "generate": config.evaluate,
-        "evaluate": config.evaluate,
-    }
-    section = workers_of(config, job.node) or pools.get(job.node.stage)
-    if section is None:
-        return SMALL
-    if isinstance(section, TrainingConfig):
-        on_gpu = section.use_gpu is not False and room["GPU"] > 0
-        workers = section.max_workers
-        wanted = {"CPU": workers * section.cpus_per_worker, "GPU": float(workers * on_gpu)}
-    else:
-        actors = section.actor_pools()
-        wanted = {
-            "CPU": sum(pool.max_actors * pool.cpus_per_actor for pool in actors),
-            "GPU": sum(pool.max_actors * pool.gpus_per_actor for pool in actors),
-        }
-    return {name: min(amount, room[name]) for name, amount in wanted.items()}
-
-
-def _plus(*needs: Room) -> Room:
-    return {name: sum(each.get(name, 0.0) for each in needs) for name in ("CPU", "GPU")}
-
-
-def _fits(wanted: Room, room: Room) -> bool:
-    return all(wanted[name] <= room[name] + 1e-9 for name in wanted)
