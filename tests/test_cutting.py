@@ -41,7 +41,7 @@ def rows_of(pieces: list[Piece]) -> list[tuple[str, RawRow]]:
 
 
 @settings(
-    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(lines=LINES, start=st.sampled_from([b"", b"\xef\xbb\xbf"]), size=st.integers(1, 90))
 def test_lines_of_a_file_cut_anywhere_are_those_of_the_file(
@@ -69,7 +69,7 @@ CSV_LINES = st.lists(
 
 
 @settings(
-    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     lines=CSV_LINES,

@@ -75,7 +75,7 @@ def gradient(engine: TorchEngine) -> Tensor:
     return torch.cat([p.grad.double().flatten() for _, p in trainable(engine.module)])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     world_size=st.integers(1, 5),
     budget=st.integers(40, 400),

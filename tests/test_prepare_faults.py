@@ -139,7 +139,7 @@ LINE = st.one_of(
 
 
 @settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(lines=st.lists(LINE, max_size=25))
 @pytest.mark.usefixtures("in_process", "many_files")

@@ -28,7 +28,7 @@ HH = {
     "rejected": "\n\nHuman: hi\n\nAssistant: go away",
 }
 IN_TMP = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -33,7 +33,7 @@ def read_back(batch, query):
 
 
 @given(rows)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shared_token_sees_exactly_its_own_conversation(rows):
     batch = collate(rows, "shared", PAD_ID)
     n = 0
@@ -54,7 +54,7 @@ def test_shared_token_sees_exactly_its_own_conversation(rows):
 
 
 @given(rows)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packed_rows_are_shared_rows_without_their_pads(rows):
     packed, shared = collate(rows, "packed", PAD_ID), collate(rows, "shared", PAD_ID)
     real = (shared.input_ids != PAD_ID).flatten()
@@ -68,7 +68,7 @@ def test_packed_rows_are_shared_rows_without_their_pads(rows):
 
 
 @given(rows)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_packed_block_mask_is_the_shared_masks_side_by_side(rows):
     """The `mask_mod` that FlexAttention takes on CUDA, made dense on CPU."""
     batch = collate(rows, "packed", PAD_ID)
@@ -80,7 +80,7 @@ def test_packed_block_mask_is_the_shared_masks_side_by_side(rows):
 
 
 @given(rows)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_plain_rows_are_stock_right_padded_batches(rows):
     batch = collate(rows, "plain", PAD_ID)
     conversations = [[*row.prompt, *answer] for row in rows for answer in row.answers]
@@ -96,7 +96,7 @@ def test_plain_rows_are_stock_right_padded_batches(rows):
 
 
 @given(rows, st.sampled_from(["packed", "shared", "plain"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_token_counts_and_planned_lengths_are_those_of_the_batch(rows, layout):
     batch = collate(rows, layout, PAD_ID)
     assert batch.padded_tokens == batch.input_ids.numel()

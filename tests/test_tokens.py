@@ -14,7 +14,7 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
 
 BOS, EOS = 0, 1
-quick = settings(max_examples=80, deadline=None)
+quick = settings(max_examples=80)
 # Anything a file can hold, with what makes borders hard: spaces, newlines, colons, shared starts.
 text = st.text(max_size=30) | st.text(alphabet="the: \n", max_size=12)
 prompts = text.filter(bool)
