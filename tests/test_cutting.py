@@ -40,9 +40,7 @@ def rows_of(pieces: list[Piece]) -> list[tuple[str, RawRow]]:
     return [(str(p), raw) for piece in pieces for p in piece.parts for raw in read(p)]
 
 
-@settings(
-    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=LINES, start=st.sampled_from([b"", b"\xef\xbb\xbf"]), size=st.integers(1, 90))
 def test_lines_of_a_file_cut_anywhere_are_those_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[bytes], start: bytes, size: int
@@ -68,9 +66,7 @@ CSV_LINES = st.lists(
 )
 
 
-@settings(
-    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lines=CSV_LINES,
     header=st.sampled_from(["a,b", "\ufeffa,b", '"a\nc",b\r', "a,a", '"a', ""]),

@@ -138,9 +138,7 @@ LINE = st.one_of(
 )
 
 
-@settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(LINE, max_size=25))
 @pytest.mark.usefixtures("in_process", "many_files")
 def test_no_line_vanishes_and_none_crashes(tmp_path: Path, lines: list[bytes]) -> None:

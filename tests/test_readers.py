@@ -27,9 +27,7 @@ HH = {
     "chosen": "\n\nHuman: hi\n\nAssistant: hello",
     "rejected": "\n\nHuman: hi\n\nAssistant: go away",
 }
-IN_TMP = settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+IN_TMP = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(path: Path, data: bytes) -> Part:

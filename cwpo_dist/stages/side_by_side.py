@@ -52,8 +52,9 @@ def make_all(jobs: Sequence[Job]) -> None:
     room = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
     waiting = [first[path] for path in todo]
     if not fit_two([(job.config, job.node) for job in waiting], room):
-        for job in waiting:
+        for made, job in enumerate(waiting, 1):
             make(job.context, job.node)
+            _tell(job, made, len(waiting))
         return
     _side_by_side(waiting, room)
 
@@ -67,7 +68,7 @@ def _need(job: Job, room: Room) -> Room:
 
 
 def _side_by_side(waiting: list[Job], room: Room) -> None:
-    to_come = {job.node.path for job in waiting}
+    to_come, number = {job.node.path for job in waiting}, len(waiting)
     running: dict[Any, Job] = {}
     while waiting or running:
         for job in list(waiting):
@@ -79,7 +80,13 @@ def _side_by_side(waiting: list[Job], room: Room) -> None:
                 running[_apart.options(name=job.node.path).remote(job)] = job
         (ended,), _ = ray.wait(list(running), num_returns=1)
         ray.get(ended)
-        to_come.discard(running.pop(ended).node.path)
+        job = running.pop(ended)
+        to_come.discard(job.node.path)
+        _tell(job, number - len(to_come), number)
+
+
+def _tell(job: Job, made: int, number: int) -> None:
+    logger.info("compare: %s made, %d of %d", job.node.path, made, number)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
