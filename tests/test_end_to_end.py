@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from huggingface_hub import ModelCard
 from small_run import DEMO_PAIRS
@@ -136,8 +137,14 @@ def test_the_embedded_default_is_compared(compared: Config) -> None:
 
 
 @pytest.mark.usefixtures("nothing_runs")
-def test_a_second_comparison_makes_nothing(compared: Config) -> None:
+def test_a_second_comparison_makes_nothing_and_needs_no_cluster(
+    compared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("init", "cluster_resources"):
+        monkeypatch.setattr(ray, name, must_not_run)
+    page = Path(compared.output_dir, PAGE).read_bytes()
     compare(compared)
+    assert Path(compared.output_dir, PAGE).read_bytes() == page
 
 
 def test_the_run_leaves_a_report_and_metrics_of_every_arm(finished: Config) -> None:

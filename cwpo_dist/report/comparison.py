@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,16 @@ _COLUMNS = (
     "device-hours",
 )
 
+
+# What is known of an annotator → its column: three shares, then numbers.
+_OF_ANNOTATOR = {
+    "labels_right": "labels right",
+    "least_confident": "least confident",
+    "most_confident": "most confident",
+    "calibration_error": "ECE",
+    "mean_confidence": "mean C",
+    "margin_length": "length, r",
+}
 
 # Figure → what it says, in words: those by which a trial is held against the baseline.
 _VERDICTS = {
@@ -124,7 +135,8 @@ def tables(found: Found) -> list[Table]:
     """Every table, in reading order."""
     rates = [_rates_table(found)] if found["tried"] else []
     matrix = [_matrix_table(found)] if 2 < len(found["trials"]) <= MOST_IN_MATRIX else []
-    return [_trials_table(found), _paired_table(found), *matrix, *rates]
+    annotators = [_annotators_table(found)] if _annotators(found) else []
+    return [_trials_table(found), _paired_table(found), *matrix, *annotators, *rates]
 
 
 def _trials_table(found: Found) -> Table:
@@ -203,6 +215,38 @@ def _matrix_table(found: Found) -> Table:
         rows,
         note="The row's less the column's, in percentage points, on the same seeds and items. "
         "Of so many comparisons one in twenty excludes zero by chance alone.",
+    )
+
+
+def _annotators(found: Found) -> dict[str, Found]:
+    """Trials that share an annotator, named together, and what is known of it."""
+    shared: dict[str, list[str]] = {}
+    for name, trial in found["trials"].items():
+        known = {k: at(trial, "by_seed", k) for k in _OF_ANNOTATOR}
+        if known["labels_right"] is not None:
+            shared.setdefault(json.dumps(known), []).append(name)
+    return {"; ".join(names): json.loads(known) for known, names in shared.items()}
+
+
+def _annotators_table(found: Found) -> Table:
+    rows = tuple(
+        (
+            Cell(names),
+            *(_share(known[k]) for k in list(_OF_ANNOTATOR)[:3]),
+            _mean(known["calibration_error"], "{:.3f}"),
+            _mean(known["mean_confidence"], "{:.2f}"),
+            _mean(known["margin_length"], "{:+.2f}"),
+        )
+        for names, known in _annotators(found).items()
+    )
+    return Table(
+        "Annotators",
+        ("of trials", *_OF_ANNOTATOR.values()),
+        rows,
+        note="On held-out labels. Were confidence worth its name, labels would be right more "
+        "often in the most confident quarter of pairs than in the least, and the calibration error "
+        "(ECE, ten bins) small. The last column: the margin's correlation with the difference in "
+        "length.",
     )
 
 

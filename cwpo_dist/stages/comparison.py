@@ -23,7 +23,6 @@ from cwpo_dist.stages.evaluate import ANSWERS, BASELINES, ITEMS
 from cwpo_dist.stages.explorer import sample
 from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.nodes import versions
-from cwpo_dist.stages.run import device
 from cwpo_dist.stages.side_by_side import Job, make_all
 from cwpo_dist.stages.trials import Trial, by_grid, names, section, trials, tuned, tuning
 from cwpo_dist.storage import MANIFEST, Store
@@ -142,13 +141,22 @@ def collect(
             "output_dir": config.output_dir,
             "simulated_labels": config.simulated_labels,
             "versions": dict(versions()),
-            "device": device(),
+            "device": ", ".join(sorted(_devices(runs))),
         },
         "seeds": section(config).seeds,
         "baseline": baseline,
         "tried": dict(tried),
         "trials": entries,
         "config": config.model_dump(mode="json"),
+    }
+
+
+def _devices(runs: Mapping[tuple[Trial, int], Config]) -> set[str]:
+    """Where the policies were trained: known without a cluster, when nothing is left to do."""
+    aligned = ((run, graph(run, trial.arm)["align"]) for (trial, _), run in runs.items())
+    return {
+        Context(run, Store(run.output_dir)).place(node).read_json(MANIFEST)["device"]
+        for run, node in aligned
     }
 
 
@@ -217,8 +225,8 @@ def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
         store, nodes = _evaluated(run, trial.arm)
         context = Context(run, Store(run.output_dir))
         numbers = _single(context, nodes, store.read_json("metrics.json"))
-        if ARMS[trial.arm].labels == "human":  # no annotator's labels apply to it
-            numbers["labels_right"] = None
+        if ARMS[trial.arm].labels != "human":
+            numbers |= _annotator(store.read_json("metrics.json")["annotator"])
         for name, value in numbers.items():
             if value is not None:
                 found.setdefault(name, []).append(value)
@@ -229,14 +237,28 @@ def _single(
     context: Context, nodes: Mapping[str, Node], metrics: dict[str, Any]
 ) -> dict[str, float | None]:
     manifests = {role: context.place(node).read_json(MANIFEST) for role, node in nodes.items()}
-    answers, kl, annotator = metrics["answers"] or {}, metrics["kl"], metrics["annotator"]
+    answers, kl = metrics["answers"] or {}, metrics["kl"]
     return {
-        "labels_right": annotator["agreement"]["accuracy"] if annotator else None,
         "mean_weight": context.counts(nodes["weigh"])["mean_weight"],
         "pairs": float(manifests["align"]["counts"]["rows"]),
         "device_hours": sum(report.device_hours(nodes, manifests).values()),
         "kl": kl["mean"] if kl else None,
         **{f"length_controlled_{k}": v["length_controlled"] for k, v in answers.items()},
+    }
+
+
+def _annotator(found: dict[str, Any] | None) -> dict[str, float | None]:
+    """How good the labels of an arm are, and what their confidence is worth."""
+    if found is None:
+        return {}
+    quarters = [quarter["accuracy"] for quarter in found["by_quarter"]]
+    return {
+        "labels_right": found["agreement"]["accuracy"],
+        "least_confident": quarters[0] if quarters else None,
+        "most_confident": quarters[-1] if quarters else None,
+        "calibration_error": found["expected_calibration_error"],
+        "mean_confidence": found["mean_confidence"],
+        "margin_length": found["margin_length"]["pearson"],
     }
 
 
