@@ -36,6 +36,19 @@ def sample_comparison(baseline: str = "human") -> dict[str, Any]:
     }
 
 
+def test_trials_of_one_annotator_share_its_line() -> None:
+    found = sample_comparison("human")
+    good, bad = ({"labels_right": difference(mean, 0.02)} for mean in (0.65, 0.55))
+    for name, known in {"cw": good, "weak": good, "soft": bad}.items():
+        found["trials"][name] = found["trials"][name] | {"by_seed": known}
+    (table,) = [table for table in tables(found) if table.title == "Annotators"]
+    told = [[cell.text for cell in row] for row in table.rows]
+    assert [row[:2] for row in told] == [["cw; weak", "65.0 %"], ["soft", "55.0 %"]]
+    assert set(told[0][2:]) == {"not run"}, "a figure that nobody had"
+    assert "cw; weak" in render_comparison(found)
+    assert not [t for t in tables(sample_comparison("human")) if t.title == "Annotators"]
+
+
 def test_the_page_says_what_came_out_and_what_was_not_run() -> None:
     found = sample_comparison("<b>")
     page = render_comparison(found)

@@ -125,6 +125,7 @@ def test_the_embedded_default_is_compared(compared: Config) -> None:
         assert accuracy["items"] > 5
         assert trial["figures"]["gra_common"]["items"] == 6
         assert trial["by_seed"]["device_hours"]["mean"] > 0
+        assert ("calibration_error" in trial["by_seed"]) == (name != "human")
         (other,) = set(found["trials"]) - {name}
         assert trial["against"][other]["accuracy"]["items"] == accuracy["items"]
     page = (root / PAGE).read_text()
