@@ -6,7 +6,7 @@ What a run did not do reads "not run"; what it did on no pairs reads "no pairs".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Metrics = Mapping[str, Any]
@@ -30,6 +30,17 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     n_names: int = 1
+
+
+def without_empty(table: Table) -> Table:
+    """The table without the columns that nobody had; its note names them."""
+    ran = [k for k in range(len(table.columns)) if any(row[k] != NOT_RUN for row in table.rows)]
+    left_out = [name for k, name in enumerate(table.columns) if k not in ran]
+    if not ran or not left_out:
+        return table
+    rows = tuple(tuple(row[k] for k in ran) for row in table.rows)
+    note = f"{table.note} Not run: {'; '.join(dict.fromkeys(left_out))}."
+    return replace(table, columns=tuple(table.columns[k] for k in ran), rows=rows, note=note)
 
 
 NOT_RUN = Cell("not run", missing=True)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from cwpo_dist.report.cells import AS_GIVEN, NOT_RUN, Cell, Table, at, plain
+from cwpo_dist.report.cells import AS_GIVEN, NOT_RUN, Cell, Table, at, plain, without_empty
 from cwpo_dist.report.page import TEMPLATES
 from cwpo_dist.report.plots import Dot, cost_plot, dots_plot
 from cwpo_dist.report.summary import SIMULATED, is_human, is_simulated
@@ -136,7 +136,8 @@ def tables(found: Found) -> list[Table]:
     rates = [_rates_table(found)] if found["tried"] else []
     matrix = [_matrix_table(found)] if 2 < len(found["trials"]) <= MOST_IN_MATRIX else []
     annotators = [_annotators_table(found)] if _annotators(found) else []
-    return [_trials_table(found), _paired_table(found), *matrix, *annotators, *rates]
+    shown = [_trials_table(found), _paired_table(found), *matrix, *annotators, *rates]
+    return [without_empty(table) for table in shown]
 
 
 def _trials_table(found: Found) -> Table:
@@ -184,7 +185,7 @@ def _paired_table(found: Found) -> Table:
             mean = at(trial, "against", found["baseline"], figure)
             cells += [_points(mean), _smallest(mean)]
         rows.append((Cell(name), *cells))
-    columns = [column for words in figures.values() for column in (f"Δ {words}", "smallest")]
+    columns = [text for words in figures.values() for text in (f"Δ {words}", f"smallest Δ {words}")]
     return Table(
         f"Against {found['baseline']}, paired",
         ("trial", *columns),
