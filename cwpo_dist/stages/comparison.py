@@ -224,9 +224,10 @@ def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
     for run in runs:
         store, nodes = _evaluated(run, trial.arm)
         context = Context(run, Store(run.output_dir))
-        numbers = _single(context, nodes, store.read_json("metrics.json"))
+        metrics = store.read_json("metrics.json")
+        numbers = _single(context, nodes, metrics)
         if ARMS[trial.arm].labels != "human":
-            numbers |= _annotator(store.read_json("metrics.json")["annotator"])
+            numbers |= _annotator(metrics["annotator"])
         for name, value in numbers.items():
             if value is not None:
                 found.setdefault(name, []).append(value)
