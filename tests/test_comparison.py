@@ -27,7 +27,7 @@ from cwpo_dist.stages.comparison import compare
 from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
 from cwpo_dist.stages.graph import graph, members
 from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.room import need
+from cwpo_dist.stages.room import need, share
 from cwpo_dist.stages.trials import names, planned, trials, tuning
 from cwpo_dist.storage import Store
 
@@ -192,6 +192,8 @@ def test_two_trainings_run_at_once_only_where_both_fit(tmp_path: Path) -> None:
     assert need(made, fit, {"CPU": 8.0, "GPU": 4.0}) == {"CPU": 1.5, "GPU": 3.0}
     alone = need(made, fit, {"CPU": 1.0, "GPU": 0.0})
     assert alone["CPU"] == 1.0, "more than all is waited for alone"
+    assert share({"CPU": 1.5, "GPU": 3.0}, {"CPU": 6.0, "GPU": 4.0}) == 0.75
+    assert share({"CPU": 0.5}, {"CPU": 0.0, "GPU": 0.0}) == 1.0, "a head without workers, as yet"
 
 
 def test_a_plan_counts_runs_side_by_side_as_they_will_be(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,7 +134,8 @@ def tables(found: Found) -> list[Table]:
     """Every table, in reading order."""
     rates = [_rates_table(found)] if found["tried"] else []
     matrix = [_matrix_table(found)] if 2 < len(found["trials"]) <= MOST_IN_MATRIX else []
-    annotators = [_annotators_table(found)] if _annotators(found) else []
+    known = _annotators(found)
+    annotators = [_annotators_table(known)] if known else []
     shown = [_trials_table(found), _paired_table(found), *matrix, *annotators, *rates]
     return [without_empty(table) for table in shown]
 
@@ -219,26 +219,29 @@ def _matrix_table(found: Found) -> Table:
     )
 
 
-def _annotators(found: Found) -> dict[str, Found]:
-    """Trials that share an annotator, named together, and what is known of it."""
-    shared: dict[str, list[str]] = {}
+def _annotators(found: Found) -> list[tuple[list[str], Found]]:
+    """Trials that share an annotator, and what is known of it."""
+    shared: list[tuple[list[str], Found]] = []
     for name, trial in found["trials"].items():
         known = {k: at(trial, "by_seed", k) for k in _OF_ANNOTATOR}
-        if known["labels_right"] is not None:
-            shared.setdefault(json.dumps(known), []).append(name)
-    return {"; ".join(names): json.loads(known) for known, names in shared.items()}
+        names = next((names for names, other in shared if other == known), None)
+        if names is not None:
+            names.append(name)
+        elif known["labels_right"] is not None:
+            shared.append(([name], known))
+    return shared
 
 
-def _annotators_table(found: Found) -> Table:
+def _annotators_table(annotators: list[tuple[list[str], Found]]) -> Table:
     rows = tuple(
         (
-            Cell(names),
+            Cell("; ".join(names)),
             *(_share(known[k]) for k in list(_OF_ANNOTATOR)[:3]),
             _mean(known["calibration_error"], "{:.3f}"),
             _mean(known["mean_confidence"], "{:.2f}"),
             _mean(known["margin_length"], "{:+.2f}"),
         )
-        for names, known in _annotators(found).items()
+        for names, known in annotators
     )
     return Table(
         "Annotators",

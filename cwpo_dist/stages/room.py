@@ -53,8 +53,8 @@ def fit_two(outputs: Sequence[tuple[Config, Node]], room: Room) -> bool:
 
 
 def share(needed: Room, room: Room) -> float:
-    """Of the cluster, by what it has least of."""
-    return max(amount / room[name] for name, amount in needed.items() if amount)
+    """Of the cluster, by what it has least of; all of one that has nothing yet, but grows."""
+    return max((amount / room[name] for name, amount in needed.items() if room[name]), default=1.0)
 
 
 def plus(*needs: Room) -> Room:
