@@ -166,17 +166,22 @@ def test_bfloat16_is_never_summed_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    "section",
+    ("section", "name"),
     [
-        {"gradient_accumulation_steps": 4},
-        {"optimizer": {"type": "Adam", "params": {"lr": 0.1}}},
-        {"fp16": {"enabled": True}},
-        "no/such/file.json",
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, "optimizer"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com: True"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpuu"}}},
+            "zero_optimization.offload_optimizer.device: 'cpuu'",
+        ),
+        ({"zero_optimization": 3}, "zero_optimization: 3"),
+        ("no/such/file.json", "no/such/file.json"),
     ],
 )
-def test_deepspeed_section_refused(section: dict | str) -> None:
+def test_deepspeed_section_refused(section: dict | str, name: str) -> None:
     from cwpo_dist.training.engine import deepspeed_config
 
-    name = "no/such/file.json" if isinstance(section, str) else next(iter(section))
     with pytest.raises(ConfigError, match=name):
         deepspeed_config(make_config(section), torch.float32)

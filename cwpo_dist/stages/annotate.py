@@ -44,9 +44,11 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
     _refuse_past(context, node, counts["rows_in"], counts["rejects"])
     logger.info(
-        "annotate: %d pairs scored, %d of them before, %d set aside, %d too long; %s/scores has "
-        "score_a and score_b, to be joined by pair_id with response_a and response_b of %s/pairs",
-        *(counts["rows"], counts["reused"], counts["rejects"], counts["over_length"]),
+        "annotate: %d pairs of %s scored, %d of them before, %d set aside, %d too long; %s/scores "
+        "has score_a and score_b, to be joined by pair_id with response_a and response_b of "
+        "%s/pairs",
+        *(counts["rows"], ", ".join(node.settings["splits"]), counts["reused"]),
+        *(counts["rejects"], counts["over_length"]),
         *(job.output.uri, context.pairs(node).store.uri),
     )
     return counts | {"annotator": _name(context, node)}

@@ -19,6 +19,8 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -55,7 +57,8 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, An
         dtype: of the model's weights.
 
     Raises:
-        ConfigError: when the section sets what other fields of ours set.
+        ConfigError: when the section sets what other fields of ours set, or has keys or values
+            under `zero_optimization` that DeepSpeed does not know.
     """
     half = dtype == torch.bfloat16
     ours: dict[str, Any] = {
@@ -71,7 +74,8 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, An
     if half:  # gradients of many micro-batches are summed in fp32
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = _merged(ours, _users_section(config.deepspeed_section()))
-    if merged["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+    _refuse_unknown(merged["zero_optimization"])
+    if (merged["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
         raise ConfigError(
             "deepspeed.zero_optimization.offload_optimizer.device: 'nvme' is not supported, as "
             "checkpoints read the optimizer's state from memory; give 'cpu', or more workers"
@@ -298,6 +302,18 @@ def _users_section(section: dict[str, Any]) -> dict[str, Any]:
                 f"remove it here (or write 'auto')"
             )
     return concrete
+
+
+def _refuse_unknown(zero: Any) -> None:
+    """DeepSpeed says the same, once every worker has loaded its model."""
+    try:
+        DeepSpeedZeroConfig.model_validate(zero)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(map(str, ("deepspeed", "zero_optimization", *fault["loc"])))
+        raise ConfigError(
+            f"{field}: {fault['input']!r}: DeepSpeed says: {fault['msg']}; correct or remove it"
+        ) from None
 
 
 def _without_autos(section: dict[str, Any]) -> dict[str, Any]:
