@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +24,14 @@ from cwpo_dist.report.comparison import (
     FIGURES,
 )
 from cwpo_dist.scoring.placement import Machine
+from cwpo_dist.stages.checks import check_trials
 from cwpo_dist.stages.comparison import compare
 from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
+from cwpo_dist.stages.fleet_costs import Fleet
 from cwpo_dist.stages.graph import graph, members
 from cwpo_dist.stages.plan import plan
 from cwpo_dist.stages.room import need, share
-from cwpo_dist.stages.trials import names, planned, trials, tuning
+from cwpo_dist.stages.trials import baseline, names, planned, trials, tuning
 from cwpo_dist.storage import Store
 
 DEMO = Path(__file__).parents[1] / "cwpo_dist" / "demo" / "demo.yaml"
@@ -117,34 +120,92 @@ def test_trials_are_the_product_of_a_grid_and_name_what_differs(tmp_path: Path) 
     ]
     found = trials(config(tmp_path, {"seeds": [3, 4], "grids": grids}))
     assert list(names(found).values()) == [
-        "human, 30 % labelled, 0 % flipped",
+        "human, 0 % flipped",
         "cw, 30 % labelled, 0 % flipped",
-        "human, 30 % labelled, 10 % flipped",
+        "human, 10 % flipped",
         "cw, 30 % labelled, 10 % flipped",
         "cw, 20 % labelled, 0 % flipped",
     ]
     run = found[3].configured(config(tmp_path, {"grids": grids}), 4, 0.5)
-    assert (run.seed, run.arms, run.align.learning_rate) == (4, ["human", "cw"], 0.5)
+    assert (run.seed, run.arms, run.align.learning_rate) == (4, ["cw", "weak"], 0.5)
     assert (run.prepare.labelled_fraction, run.prepare.flipped_labels) == (0.3, 0.1)
+
+
+def test_an_arm_that_knows_all_labels_stands_once_whatever_the_share(tmp_path: Path) -> None:
+    shares = {"labelled_fractions": [0.3, 0.2]}
+    grids = [{"arms": ["human100", "cw"], **shares}, {"arms": ["cw", "human"], **shares}]
+    made = config(tmp_path, {"grids": grids})
+    assert list(names(trials(made)).values()) == [
+        "human100",
+        "cw, 30 % labelled",
+        "cw, 20 % labelled",
+        "human, 30 % labelled",
+        "human, 20 % labelled",
+    ]
+    assert baseline(made, trials(made)) == "human100"
+    given = made.model_copy(
+        update={"compare": made.compare.model_copy(update={"baseline": "cw, 20% labelled"})}
+    )
+    assert baseline(given, trials(given)) == "cw, 20 % labelled"
+
+
+def test_arms_of_people_keep_to_the_pairs_that_the_annotator_can_read(tmp_path: Path) -> None:
+    alone = config(tmp_path, {"grids": [{"arms": ["human", "ws_dpo"]}]})
+    beside = config(tmp_path, {"grids": [{"arms": ["human"]}, {"arms": ["cw"]}]})
+    for made, annotated in ((alone, False), (beside, True)):
+        run = trials(made)[0].configured(made, 0)
+        assert ("annotate" in graph(run, "human")) == annotated
+
+
+def test_each_seed_of_a_comparison_has_an_ensemble_of_its_own(tmp_path: Path) -> None:
+    made = config(tmp_path, {"grids": [{"arms": ["ensemble"]}]}, fit__seeds=[0, 1, 2])
+    check_trials(made, trials(made))
+    seeds = [trials(made)[0].configured(made, seed).fit.seeds for seed in range(3)]
+    assert seeds == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
 @pytest.mark.parametrize(
     ("compare", "changes", "fault"),
     [
-        ({"seeds": [1, 1]}, {}, "compare.seeds"),
         ({"learning_rates": [1e-3, 1e-4]}, {}, "prepare.validation_fraction"),
         ({"baseline": "cv"}, {}, "compare.baseline: 'cv' is no trial; choose from cw"),
-        ({}, {"fit__seeds": [0, 1]}, "fit.seeds"),
-        ({"grids": [{"arms": ["cw"]}, {"arms": ["cw", "weak"]}]}, {}, "compare.grids"),
+        ({"grids": [{"arms": ["cw"], "losses": ["dpo"]}]}, {}, "compare.grids.0.losses: 'dpo'"),
+        ({"grids": [{"arms": ["ensemble"]}]}, {}, "'ensemble' .* give fit.seeds"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
     tmp_path: Path, compare: dict[str, Any], changes: dict[str, Any], fault: str
 ) -> None:
+    made = config(tmp_path, compare, **changes)
     with pytest.raises(ConfigError, match=fault):
-        trials(config(tmp_path, compare, **changes))
-    with pytest.raises(ConfigError, match=r"compare\.grids\.0\.arms: 'cv' is unknown"):
-        config(tmp_path, {"grids": [{"arms": ["cv"]}]})
+        check_trials(made, trials(made))
+
+
+@pytest.mark.parametrize(
+    ("compare", "fault"),
+    [
+        ({"grids": [{"arms": ["cv"]}]}, r"compare\.grids\.0\.arms: 'cv' is unknown"),
+        ({"seeds": [1, 0, 1]}, "compare.seeds: 1 stands twice"),
+        ({"learning_rates": [1e-4, 1e-4]}, "compare.learning_rates: 0.0001 stands twice"),
+    ],
+)
+def test_a_section_that_says_the_same_twice_or_nothing_known_is_refused(
+    tmp_path: Path, compare: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        config(tmp_path, compare)
+
+
+def test_a_plan_refuses_shares_that_leave_a_trial_nothing(tmp_path: Path) -> None:
+    grids = [{"arms": ["labelled_only", "cw"], "labelled_fractions": [0, 0.5, 1]}]
+    with pytest.raises(ConfigError) as caught:
+        plan(config(tmp_path, {"grids": grids}))
+    assert [line.split("; ")[0] for line in str(caught.value).splitlines()] == [
+        "prepare.labelled_fraction: 0 leaves no labelled pair to fit an annotator on",
+        "prepare.labelled_fraction: 0 leaves arm 'labelled_only' no pair of the labelled part to "
+        "train on",
+        "prepare.labelled_fraction: 1 leaves arm 'cw' no pair of the unlabelled part to train on",
+    ]
 
 
 def test_shared_stages_stand_once_and_rates_are_chosen_on_validation(tmp_path: Path) -> None:
@@ -167,6 +228,20 @@ def test_shared_stages_stand_once_and_rates_are_chosen_on_validation(tmp_path: P
     stages_of = {stage.stage: stage for stage in plan(made).stages}
     assert stages_of["align"].work == "12 outputs"
     assert stages_of["align"].tokens > stages_of["fit"].tokens
+
+
+def test_a_plan_says_how_many_trials_and_what_they_cost(tmp_path: Path) -> None:
+    compare = {"seeds": [0, 1], "grids": [{"arms": ["weak", "cw"]}]}
+    made = config(tmp_path, compare)
+    one = parse_config(small_config(tmp_path, arms=["weak", "cw"]))
+    all_trials, single = (plan(each, fleet=Fleet({"": 2.0})) for each in (made, one))
+    assert all_trials.notes[0] == "2 trials × 2 seeds"
+    hours, stored = all_trials.fleet_lines()
+    assert re.search(r"fit [\d.e-]+, .* at 2 an hour$", hours)
+    assert stored.startswith("storage: about ")
+    outputs = {stage.stage: stage for stage in all_trials.stages}
+    (fit,) = [stage for stage in single.stages if stage.stage == "fit"]
+    assert outputs["fit"].stored == 2 * fit.stored, "one a seed"
 
 
 def test_the_implicit_annotator_is_the_weak_model_after_sft_and_dpo(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from cwpo_dist.config import Config, LoraConfig, Source
 from cwpo_dist.config_file import load_config
 from cwpo_dist.objectives import objective
-from cwpo_dist.stages.trials import names, section, trials
+from cwpo_dist.stages.trials import baseline, names, section, trials
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
 DATA = ("hh-harmless", "hh-helpful", "tldr", "ultrafeedback")
@@ -51,7 +51,9 @@ def test_comparisons_have_trials_of_the_papers_questions() -> None:
     hh, ukp = (str(RECIPES / f"{name}-compare.yaml") for name in ("hh", "ukp"))
     config = load_config(hh)
     told = list(names(trials(config)).values())
-    assert {"cw, 30 % labelled", "cw, 20 % labelled", "human100, 20 % labelled"} <= set(told)
+    assert told[:3] == ["human", "human100", "ws_dpo"]
+    assert {"weak", "cw, 30 % labelled", "cw, 20 % labelled"} <= set(told)
+    assert baseline(config, trials(config)) == "human"
     assert section(config).seeds == [0, 1, 2, 3, 4]
     told = list(names(trials(load_config(hh, [ukp]))).values())
     assert told == ["human", "weak", "cw"]

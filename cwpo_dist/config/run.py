@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cwpo_dist.config.base import Fraction, PositiveFloat, Section, Split
 from cwpo_dist.config.data import PrepareConfig
@@ -55,7 +55,19 @@ class CompareConfig(Section):
         description="of align: each trial takes the best on validation, with the first seed; "
         "none: align.learning_rate",
     )
-    baseline: str | None = Field(None, description="whom others are paired with; null: the first")
+    baseline: str | None = Field(
+        None,
+        description="the trial that others are held against: its arm, and what tells it from other "
+        "trials of that arm (`cw, 30 % labelled`); null: the first",
+    )
+
+    @field_validator("seeds", "learning_rates")
+    @classmethod
+    def _distinct(cls, values: list[float]) -> list[float]:
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{value} stands twice and would count as two; remove one")
+        return values
 
 
 class Config(Section):
@@ -127,6 +139,11 @@ class Arm(Section):
     weight_normalization: Literal["none", "batch", "dataset"] = "none"
     sampling: Literal["proportional"] | None = None  # C says how often, not how much
     soft_labels: bool = False  # the annotator's probability in place of a weight
+
+    @property
+    def reads_annotator(self) -> bool:
+        """Whether its labels are those of a reward model."""
+        return self.labels == "annotator" and self.annotator == "fitted"
 
 
 # All presets in one table. `human*` arms alone may read labels of unlabelled rows.

@@ -33,6 +33,7 @@ from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
 from cwpo_dist.stages.nodes import node_faults
 from cwpo_dist.stages.sizes import Loader, ModelSize, annotator, model_size, policy, reward_model
+from cwpo_dist.stages.trials import Trial, baseline, by_loss
 from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training.tracking import missing
 
@@ -85,6 +86,18 @@ def check(config: Config, until: str | None = None) -> Checked:
     if faults:
         raise ConfigError("\n".join(faults))
     return Checked(sizes, machines)
+
+
+def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
+    """Refuses a comparison in which a trial could not run.
+
+    Raises:
+        ConfigError: one line a fault: field, value, remedy.
+    """
+    baseline(config, found)
+    checked = [check(run) for run in by_loss(config, found)]
+    sizes = {name: size for each in checked for name, size in each.sizes.items()}
+    return Checked(sizes, checked[0].machines)
 
 
 def _placement_faults(

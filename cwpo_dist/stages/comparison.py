@@ -17,14 +17,14 @@ from cwpo_dist.evaluation.paired import Items, over_seeds, paired
 from cwpo_dist.report.comparison import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
 from cwpo_dist.stages import report
-from cwpo_dist.stages.checks import check
+from cwpo_dist.stages.checks import check_trials
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.evaluate import ANSWERS, BASELINES, ITEMS
 from cwpo_dist.stages.explorer import sample
 from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.nodes import versions
 from cwpo_dist.stages.side_by_side import Job, make_all
-from cwpo_dist.stages.trials import Trial, by_grid, names, section, trials, tuned, tuning
+from cwpo_dist.stages.trials import Trial, baseline, names, section, trials, tuned, tuning
 from cwpo_dist.storage import MANIFEST, Store
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ def compare(config: Config) -> str:
     Raises:
         ConfigError: for everything that would stop it later, before any worker starts.
     """
-    chosen = check_trials(config)
-    rates, tried = _rates(config, chosen)
+    chosen = trials(config)
+    check_trials(config, chosen)
+    rates, tuned_by = _rates(config, chosen)
     runs = {
         (trial, seed): trial.configured(config, seed, rates[trial])
         for trial in chosen
@@ -51,19 +52,11 @@ def compare(config: Config) -> str:
     }
     make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
     root = Store(config.output_dir)
-    found = collect(config, runs, tried) | {"single_runs": _single_runs(config, runs)}
+    found = collect(config, runs, tuned_by) | {"single_runs": _single_runs(config, runs)}
     root.write(FIGURES, json.dumps(found, indent=1).encode())  # trials keep their order
     root.write(PAGE, render_comparison(found).encode())
     print_comparison(found)
     return root.child(PAGE).uri
-
-
-def check_trials(config: Config) -> list[Trial]:
-    """The trials, when all of them can run."""
-    found = trials(config)
-    for run in by_grid(config, found):
-        check(run)
-    return found
 
 
 def _jobs(config: Config, arm: str) -> Iterator[Job]:
@@ -71,31 +64,35 @@ def _jobs(config: Config, arm: str) -> Iterator[Job]:
         yield Job(config, node)
 
 
-def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, dict[str, Any]]]:
-    """Each trial's rate, and how good those tried were.
+def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, Any]]:
+    """Each trial's rate, and by name how good those tried were and on how many pairs.
 
     The rule is one for all: the highest share of held-out `validation` labels that the implicit
     reward agrees with, with the first seed; of equal ones the smallest rate.
     """
     given = section(config).learning_rates or [config.align.learning_rate]
     if not tuned(config):
-        return dict.fromkeys(chosen, given[0]), {}
+        return dict.fromkeys(chosen, given[0]), {"tried": {}, "validation_pairs": {}}
     runs = {(t, rate): tuning(config, t, rate) for t in chosen for rate in sorted(given)}
     make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
     tried: dict[Trial, dict[float, float]] = {trial: {} for trial in chosen}
+    pairs = {}
     for (trial, rate), run in runs.items():
         agreement = _measured(run, trial.arm)["policy"]["agreement"]
         if agreement["accuracy"] is None:
             raise ConfigError("compare.learning_rates: validation has no labelled pair that fits")
-        tried[trial][rate] = agreement["accuracy"]
+        tried[trial][rate], pairs[trial] = agreement["accuracy"], agreement["n"]
     rates = {trial: max(told, key=lambda rate: told[rate]) for trial, told in tried.items()}
     for trial, rate in rates.items():
         logger.info("compare: %s takes learning rate %g", names(chosen)[trial], rate)
-    words = {
-        name: {f"{rate:g}": value for rate, value in tried[trial].items()}
-        for trial, name in names(chosen).items()
+    told = names(chosen)
+    return rates, {
+        "tried": {
+            told[trial]: {f"{rate:g}": value for rate, value in found.items()}
+            for trial, found in tried.items()
+        },
+        "validation_pairs": {told[trial]: count for trial, count in pairs.items()},
     }
-    return rates, words
 
 
 def _evaluated(config: Config, arm: str) -> tuple[Store, Mapping[str, Node]]:
@@ -109,11 +106,10 @@ def _measured(config: Config, arm: str) -> dict[str, Any]:
 
 
 def collect(
-    config: Config, runs: Mapping[tuple[Trial, int], Config], tried: Mapping[str, Any]
+    config: Config, runs: Mapping[tuple[Trial, int], Config], tuned_by: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Every figure: means over seeds; differences of any two, paired by seed and item."""
     told = names([*dict.fromkeys(trial for trial, _ in runs)])
-    baseline = section(config).baseline or next(iter(told.values()))
     items = {name: _items(runs, trial) for trial, name in told.items()}
     entries = {}
     for trial, name in told.items():
@@ -124,6 +120,7 @@ def collect(
             "labelled_fraction": trial.labelled,
             "flipped_labels": trial.flipped,
             "learning_rate": single[0].align.learning_rate,
+            "test_pairs": sum(len(of.names) for of in items[name]["accuracy"].values()),
             "figures": {k: over_seeds([*v.values()]).as_dict() for k, v in items[name].items()},
             "against": {
                 other: {
@@ -144,8 +141,8 @@ def collect(
             "device": ", ".join(sorted(_devices(runs))),
         },
         "seeds": section(config).seeds,
-        "baseline": baseline,
-        "tried": dict(tried),
+        "baseline": baseline(config, list(told)),
+        **tuned_by,
         "trials": entries,
         "config": config.model_dump(mode="json"),
     }
@@ -238,11 +235,16 @@ def _single(
     context: Context, nodes: Mapping[str, Node], metrics: dict[str, Any]
 ) -> dict[str, float | None]:
     manifests = {role: context.place(node).read_json(MANIFEST) for role, node in nodes.items()}
-    answers, kl = metrics["answers"] or {}, metrics["kl"]
+    answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"]["counts"]
+    # Of an arm on human labels the annotator says only which pairs are compared: it costs nothing.
+    spared = () if nodes["weigh"].settings["labels"] == "annotator" else ("fit", "annotate")
+    own = {role: made for role, made in manifests.items() if nodes[role].stage not in spared}
     return {
         "mean_weight": context.counts(nodes["weigh"])["mean_weight"],
-        "pairs": float(manifests["align"]["counts"]["rows"]),
-        "device_hours": sum(report.device_hours(nodes, manifests).values()),
+        "pairs": float(aligned["rows"]),
+        "steps": float(aligned["steps"]),
+        "sft_loss": manifests["sft"]["counts"]["last"]["loss"] if "sft" in nodes else None,
+        "device_hours": sum(report.device_hours(nodes, own).values()),
         "kl": kl["mean"] if kl else None,
         **{f"length_controlled_{k}": v["length_controlled"] for k, v in answers.items()},
     }

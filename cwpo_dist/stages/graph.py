@@ -110,12 +110,7 @@ def needs_annotator(config: Config) -> bool:
     Then every arm of the run, `human` too, keeps to the pairs that the annotator could read, so
     that arms are compared on the same pairs.
     """
-    return any(reads_annotator(ARMS[name]) for name in config.arms)
-
-
-def reads_annotator(arm: Arm) -> bool:
-    """Whether the arm's labels are those of a reward model."""
-    return arm.labels == "annotator" and arm.annotator == "fitted"
+    return any(ARMS[name].reads_annotator for name in config.arms)
 
 
 def prepare_node(config: Config) -> Node:

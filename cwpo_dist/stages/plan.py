@@ -6,24 +6,32 @@ machine. Both are rough, and say so; the checks are not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from cwpo_dist.config import Config, ConfigError, ModelConfig
+from cwpo_dist.config import ARMS, Config, ConfigError, ModelConfig
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
 from cwpo_dist.pairs.census import Census, census
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.scoring.placement import Machine, gpus_taken
 from cwpo_dist.stages import fleet_costs
-from cwpo_dist.stages.checks import calibrated_arms, check, models, pools, trainings
+from cwpo_dist.stages.checks import (
+    calibrated_arms,
+    check,
+    check_trials,
+    models,
+    pools,
+    trainings,
+)
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.costs import Estimate, Lengths, Rates, gpus, total_steps
 from cwpo_dist.stages.fleet_costs import Fleet
 from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
 from cwpo_dist.stages.room import fit_two, need, share
-from cwpo_dist.stages.trials import by_grid, planned, trials
+from cwpo_dist.stages.trials import planned, section, trials, tuned
 from cwpo_dist.storage import Store
 
 
@@ -40,7 +48,7 @@ class StagePlan:
         seconds: about; None where this machine cannot tell.
         memory: bytes of one worker or actor: weights, gradients, optimizer, activations; about.
         details: of that memory, a line each.
-        devices: how many of each kind work at it side by side.
+        device_hours: by kind of device, all held to the end; None: the time is not known.
         stored: bytes that it leaves behind; about.
     """
 
@@ -52,15 +60,8 @@ class StagePlan:
     seconds: float | None = None
     memory: int | None = None
     details: tuple[str, ...] = ()
-    devices: Mapping[str, float] = field(default_factory=dict)
+    device_hours: Mapping[str, float] | None = field(default_factory=dict)
     stored: int = 0
-
-    @property
-    def device_hours(self) -> dict[str, float] | None:
-        """By kind of device, all of which are held to the end; None: the time is not known."""
-        if self.seconds is None:
-            return None
-        return {kind: self.seconds * number / 3600 for kind, number in self.devices.items()}
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Plan:
 
     def fleet_lines(self) -> Iterator[str]:
         """Device-hours of what is left to do, what they cost, and all that storage will hold."""
-        left = [stage for stage in self.stages if not stage.done and stage.devices]
-        hours = [(stage.stage, stage.device_hours) for stage in left]
+        left = [stage for stage in self.stages if not stage.done]
+        hours = [(stage.stage, stage.device_hours) for stage in left if stage.device_hours != {}]
         yield from fleet_costs.hours_lines(hours, self.fleet)
         if any(stage.stored for stage in self.stages):
             yield fleet_costs.storage_line([(stage.stage, stage.stored) for stage in self.stages])
@@ -108,36 +109,44 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     Raises:
         ConfigError: for everything that would stop the run later; one line a fault.
     """
-    fleet = fleet or Fleet()
-    if config.compare and fleet != Fleet():
-        raise ConfigError(
-            "--price, --pairs-per-second, --trial: a comparison's plan counts no device-hours; "
-            "plan one of its trials, with compare: null"
-        )
-    until = _until(config)
-    checked = check(config, until)
-    for run in by_grid(config, trials(config)) if config.compare else []:
-        checked = replace(checked, sizes=checked.sizes | check(run).sizes)
-    counted = census(config.prepare, config.seed)
-    encoders = {field: (model, _encoder(field, model)) for field, model, _ in models(config, until)}
-    lengths = {field: _lengths(*given, counted.sample) for field, given in encoders.items()}
-    faults = list(_empty(config, counted, lengths))
+    fleet, until = fleet or Fleet(), _until(config)
+    found = trials(config) if config.compare else []
+    runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
+    checked = check_trials(config, found) if found else check(config, until)
+    named = {name: model for run in runs for name, model, _ in models(run, until)}
+    encoders = {name: (model, _encoder(name, model)) for name, model in named.items()}
+    censuses = _censuses(runs)
+    sample = next(iter(censuses.values())).sample
+    lengths = {name: _lengths(*given, sample) for name, given in encoders.items()}
+    estimates = [Estimate(run, censuses[_split(run)], checked, lengths) for run in runs]
+    faults = dict.fromkeys(fault for each in estimates for fault in _empty(each))
     if faults:
         raise ConfigError("\n".join(faults))
-    estimate = Estimate(config, counted, checked, lengths)
     rows = [
-        _shown(field, model, encoder, pair)
-        for pair in counted.sample[:show]
-        for field, (model, encoder) in encoders.items()
+        _shown(name, model, encoder, pair)
+        for pair in sample[:show]
+        for name, (model, encoder) in encoders.items()
     ]
+    stages = (
+        _trial_stages(config, estimates, fleet) if found else _stages(config, estimates[0], fleet)
+    )
     return Plan(
-        tuple(
-            _trial_stages(config, estimate) if config.compare else _stages(config, estimate, fleet)
-        ),
-        tuple([*_notes(config, estimate), *fleet_costs.fleet_notes(config, fleet)]),
+        tuple(stages),
+        tuple([*_notes(config, estimates), *fleet_costs.fleet_notes(config, fleet)]),
         tuple(row for row in rows if row is not None),
         fleet,
     )
+
+
+def _censuses(runs: Sequence[Config]) -> dict[str, Census]:
+    """The sources counted, once for each way in which the runs split them."""
+    ways = {_split(run): run for run in runs}
+    return {way: census(run.prepare, run.seed) for way, run in ways.items()}
+
+
+def _split(run: Config) -> str:
+    """What tells one way of splitting from another; every seed counts as the first."""
+    return run.prepare.model_dump_json()
 
 
 def _until(config: Config) -> str | None:
@@ -171,8 +180,9 @@ def _lengths(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPair])
     )
 
 
-def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> Iterator[str]:
+def _empty(estimate: Estimate) -> Iterator[str]:
     """Stages that would find no pair, or too many rows that are none."""
+    config, counted, lengths = estimate.config, estimate.counted, estimate.lengths
     rows = sum(counted.splits.values()) + counted.rejects
     if counted.exact and counted.rejects > config.prepare.max_reject_fraction * rows:
         yield (
@@ -188,9 +198,11 @@ def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> I
             )
     if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
         yield (
-            "prepare.labelled_fraction: no labelled pair to fit an annotator on; raise it, map the "
-            "labels under prepare.sources.N.columns if no row has one, or give annotate.model"
+            f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
+            "pair to fit an annotator on; raise it, map the labels under prepare.sources.N.columns "
+            "if no row has one, or give annotate.model"
         )
+    yield from _without_pairs(config, counted)
     fitted_on = config.weigh.calibration_split
     if config.policy is not None and calibrated_arms(config) and not counted.pairs(fitted_on):
         yield (
@@ -204,37 +216,58 @@ def _empty(config: Config, counted: Census, lengths: Mapping[str, Lengths]) -> I
         )
 
 
+def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
+    """Arms that would train a policy on nothing."""
+    arms = config.arms[:1] if config.compare else config.arms  # the trial's own arm stands first
+    for arm in arms if config.policy is not None else []:
+        count = counted.labelled_pairs if ARMS[arm].labels == "human" else counted.pairs
+        if not count(*ARMS[arm].splits):
+            splits = " and ".join(ARMS[arm].splits)
+            yield (
+                f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves arm "
+                f"{arm!r} no pair of the {splits} part to train on; give a share that does"
+            )
+
+
 def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StagePlan]:
     """Each stage output once, in order, with the arms that share it."""
-    context = Context(config, Store(config.output_dir))
     found: dict[str, tuple[str, Node, list[str]]] = {}
     for arm, nodes in _graphs(config).items():
         for role, node in nodes.items():
             found.setdefault(node.path, (role, node, []))[2].append(arm)
     rates = Rates(estimate.checked.machines)
     for role, node, arms in found.values():
-        cost = estimate.of(node)
         name = node.stage if role == node.stage else f"{node.stage} ({role})"
-        done = context.done(node)
-        measured = fleet_costs.seconds(config, node, estimate, cost, fleet)
-        seconds = 0.0 if done else measured or rates.seconds(cost)
-        used = fleet_costs.devices(config, node, estimate)
-        kept = fleet_costs.stored(config, node, estimate)
-        yield StagePlan(
-            name,
-            tuple(arms),
-            done,
-            cost.work,
-            cost.tokens,
-            seconds,
-            cost.memory,
-            cost.details,
-            used,
-            kept,
-        )
+        yield _output(name, tuple(arms), node, estimate, rates, fleet)
 
 
-def _trial_stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
+def _output(
+    name: str, arms: tuple[str, ...], node: Node, estimate: Estimate, rates: Rates, fleet: Fleet
+) -> StagePlan:
+    """What one stage output takes, with the cluster to itself."""
+    config, cost = estimate.config, estimate.of(node)
+    done = Context(config, Store(config.output_dir)).done(node)
+    measured = fleet_costs.seconds(config, node, estimate, cost, fleet)
+    seconds = 0.0 if done else measured or rates.seconds(cost)
+    used = fleet_costs.devices(config, node, estimate)
+    hours = {kind: (seconds or 0.0) * number / 3600 for kind, number in used.items()}
+    return StagePlan(
+        name,
+        arms,
+        done,
+        cost.work,
+        cost.tokens,
+        seconds,
+        cost.memory,
+        cost.details,
+        None if used and seconds is None else hours,
+        fleet_costs.stored(config, node, estimate),
+    )
+
+
+def _trial_stages(
+    config: Config, estimates: Sequence[Estimate], fleet: Fleet
+) -> Iterator[StagePlan]:
     """All outputs of a comparison, each once, added up by stage; every seed as the first.
 
     Where runs go side by side, an output takes of the time no more than its share of the cluster.
@@ -244,32 +277,39 @@ def _trial_stages(config: Config, estimate: Estimate) -> Iterator[StagePlan]:
         for node in graph(run, arm).values():
             name = node.stage if node.of == "policy" else f"{node.stage} (weak)"
             found.setdefault(node.path, (name, node, run))
-    context, rates = Context(config, Store(config.output_dir)), Rates(estimate.checked.machines)
-    shares = _shares([(run, node) for _, node, run in found.values()], estimate.checked.machines)
-    counted: dict[str, Census] = {}
-    sums: dict[str, list[StagePlan]] = {}
+    by_split = {_split(each.config): each for each in estimates}
+    machines = estimates[0].checked.machines
+    shares = _shares([(run, node) for _, node, run in found.values()], machines)
+    rates, sums = Rates(machines), dict[str, list[StagePlan]]()
     for name, node, run in found.values():
-        prepare = run.prepare.model_dump_json()
-        if prepare not in counted:
-            counted[prepare] = census(run.prepare, run.seed)
-        cost = replace(estimate, config=run, counted=counted[prepare]).of(node)
-        done = context.done(node)
-        alone = 0.0 if done else rates.seconds(cost)
-        seconds = None if alone is None else alone * shares[node.path]
-        each = StagePlan(name, (), done, cost.work, cost.tokens, seconds, cost.memory)
+        estimate = replace(by_split[_split(run)], config=run)
+        each = _output(name, (), node, estimate, rates, fleet)
+        if each.seconds is not None:
+            each = replace(each, seconds=each.seconds * shares[node.path])
         sums.setdefault(name, []).append(each)
     for name, stages in sums.items():
-        times = [stage.seconds for stage in stages if stage.seconds is not None]
-        made = sum(stage.done for stage in stages)
-        yield StagePlan(
-            name,
-            ("all trials",),
-            made == len(stages),
-            f"{len(stages)} outputs" + (f", {made} of them done" if made else ""),
-            sum(stage.tokens for stage in stages),
-            sum(times) if len(times) == len(stages) else None,
-            max((stage.memory for stage in stages if stage.memory is not None), default=None),
-        )
+        yield _summed(name, stages)
+
+
+def _summed(name: str, stages: Sequence[StagePlan]) -> StagePlan:
+    """Outputs of one kind as one line; the memory is that of the largest."""
+    times = [stage.seconds for stage in stages if stage.seconds is not None]
+    hours: Counter[str] = Counter()
+    for stage in stages:
+        hours.update(stage.device_hours or {})
+    made = sum(stage.done for stage in stages)
+    known = len(times) == len(stages)
+    return StagePlan(
+        name,
+        ("all trials",),
+        made == len(stages),
+        f"{len(stages)} outputs" + (f", {made} of them done" if made else ""),
+        sum(stage.tokens for stage in stages),
+        sum(times) if known else None,
+        max((stage.memory for stage in stages if stage.memory is not None), default=None),
+        device_hours=hours if known else None,
+        stored=sum(stage.stored for stage in stages),
+    )
 
 
 def _shares(
@@ -290,8 +330,11 @@ def _graphs(config: Config) -> dict[str, dict[str, Node]]:
     return dict.fromkeys(config.arms, nodes)
 
 
-def _notes(config: Config, estimate: Estimate) -> Iterator[str]:
+def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     """What a reader should know that is no fault."""
+    estimate = estimates[0]
+    if config.compare:
+        yield _size_of_comparison(config, len(estimates))
     if not estimate.counted.exact:
         yield "counts are estimates: the sources are too large to read in a few seconds"
     if config.policy is None:
@@ -299,25 +342,34 @@ def _notes(config: Config, estimate: Estimate) -> Iterator[str]:
     for name, lengths in estimate.lengths.items():
         if 0 < lengths.fits < 1 and name != "evaluate.gold_model":
             yield f"{name}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
-    yield from _short_trainings(config, estimate)
+    yield from _short_trainings(config, estimates)
     yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:
         yield "labels are simulated: drawn from a rule, not given by people"
 
 
-def _short_trainings(config: Config, estimate: Estimate) -> Iterator[str]:
+def _size_of_comparison(config: Config, number: int) -> str:
+    seeds, rates = section(config).seeds, section(config).learning_rates
+    chosen = f"; before, each at {len(rates)} learning rates with seed {seeds[0]}"
+    spread = "; one seed says nothing of the spread between seeds" if len(seeds) == 1 else ""
+    return f"{number} trials × {len(seeds)} seeds{chosen if tuned(config) else ''}{spread}"
+
+
+def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     """Schedules that end before they have warmed up, in the arm with the fewest steps."""
     sections = dict(trainings(config, _until(config)))
-    fewest: dict[str, int] = {}
-    for node in (node for nodes in _graphs(config).values() for node in nodes.values()):
-        if node.stage in sections:
-            steps = total_steps(sections[node.stage], estimate.trained_on(node))
-            fewest[node.stage] = min(steps, fewest.get(node.stage, steps))
-    for name, steps in fewest.items():
-        if sections[name].warmup_steps >= steps:
+    fewest: dict[str, tuple[int, str]] = {}
+    for estimate in estimates:
+        for arm, nodes in _graphs(estimate.config).items():
+            for node in (n for n in nodes.values() if n.stage in sections and n.of == "policy"):
+                steps = total_steps(sections[node.stage], estimate.trained_on(node))
+                fewest[node.stage] = min((steps, arm), fewest.get(node.stage, (steps, arm)))
+    for name, (steps, arm) in fewest.items():
+        warmup = sections[name].warmup_steps
+        if warmup >= steps:
             yield (
-                f"{name}.warmup_steps: {sections[name].warmup_steps} of about {steps} steps, so "
-                "the learning rate never reaches its peak"
+                f"{name}.warmup_steps: {warmup} of about {steps} steps (arm {arm!r}), so the "
+                "learning rate never reaches its peak"
             )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cwpo_dist.config import CompareConfig, Config, ConfigError, Grid
+from cwpo_dist.config import ARMS, CompareConfig, Config, ConfigError, FitConfig, Grid
+from cwpo_dist.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -18,14 +20,12 @@ class Trial:
         loss: `align.loss_type`.
         labelled: share of training prompts whose labels may be used.
         flipped: share of training labels turned round.
-        beside: the arms of its grid, which share the pairs that their annotator can read.
     """
 
     arm: str
     loss: str
     labelled: float
     flipped: float
-    beside: tuple[str, ...]
 
     @property
     def facts(self) -> tuple[str, str, str]:
@@ -36,6 +36,12 @@ class Trial:
             f"{100 * self.flipped:g} % flipped",
         )
 
+    @property
+    def work(self) -> tuple[str, str, float | None, float]:
+        """The same for trials that do the same: the share is nothing to who knows all labels."""
+        knows_all = len(ARMS[self.arm].splits) > 1
+        return self.arm, self.loss, None if knows_all else self.labelled, self.flipped
+
     def configured(self, config: Config, seed: int, learning_rate: float | None = None) -> Config:
         """The run of this trial with a seed; None: the rate of `align`."""
         align = config.align.model_copy(update={"loss_type": self.loss})
@@ -44,8 +50,28 @@ class Trial:
         prepare = config.prepare.model_copy(
             update={"labelled_fraction": self.labelled, "flipped_labels": self.flipped}
         )
-        changes = {"seed": seed, "arms": list(self.beside), "prepare": prepare, "align": align}
+        changes = {"seed": seed, "arms": _beside(config, self.arm), "prepare": prepare}
+        changes |= {"align": align, "fit": _fit(config, seed)}
         return config.model_copy(update=changes)
+
+
+def _beside(config: Config, arm: str) -> list[str]:
+    """The arm, with one that reads the annotator where any trial does.
+
+    It is then compared on the pairs that the annotator could read (see `needs_annotator`).
+    """
+    compared = {name for grid in _grids(config) for name in grid.arms}
+    reads = any(ARMS[name].reads_annotator for name in compared)
+    return [arm, "weak"] if reads and arm != "weak" else [arm]
+
+
+def _fit(config: Config, seed: int) -> FitConfig:
+    """An ensemble's annotators are others with each seed of the comparison."""
+    given = config.fit.seeds
+    if given is None:
+        return config.fit
+    shift = seed * (max(given) - min(given) + 1)
+    return config.fit.model_copy(update={"seeds": [one + shift for one in given]})
 
 
 def section(config: Config) -> CompareConfig:
@@ -59,10 +85,12 @@ def section(config: Config) -> CompareConfig:
             "compare: missing; give seeds and grids, see jobs/recipes/hh-compare.yaml"
         )
     compare, faults = config.compare, []
-    if len(set(compare.seeds)) < len(compare.seeds):
-        faults.append("compare.seeds: one stands twice; it would count as two")
-    if config.fit.seeds is not None:
-        faults.append("fit.seeds: an ensemble has the same seeds in every trial; leave it out")
+    for k, grid in enumerate(compare.grids):
+        faults += [
+            f"compare.grids.{k}.losses: {loss!r} is unknown; choose from {', '.join(OBJECTIVES)}"
+            for loss in grid.losses or []
+            if loss not in OBJECTIVES
+        ]
     if len(compare.learning_rates) > 1:
         if config.evaluate.split != "test":
             faults.append(
@@ -82,22 +110,40 @@ def section(config: Config) -> CompareConfig:
 
 def trials(config: Config) -> list[Trial]:
     """All trials, in the order of the grids, each once."""
-    grids = section(config).grids or [Grid(arms=config.arms)]
-    found = list(dict.fromkeys(trial for grid in grids for trial in _of_grid(config, grid)))
-    baseline, told = section(config).baseline, list(names(found).values())
-    if baseline is not None and baseline not in told:
-        known = "; ".join(told)
-        raise ConfigError(f"compare.baseline: {baseline!r} is no trial; choose from {known}")
-    if len(set(told)) < len(told):
-        raise ConfigError("compare.grids: two grids have the same trial beside other arms")
-    return found
+    found: dict[Any, Trial] = {}
+    for grid in _grids(config):
+        for trial in _of_grid(config, grid):
+            found.setdefault(trial.work, trial)
+    return list(found.values())
 
 
-def by_grid(config: Config, found: Sequence[Trial]) -> Iterator[Config]:
-    """One run of each grid and loss, to be checked: others differ in seed, shares and rate."""
-    seed = section(config).seeds[0]
-    for trial in {(trial.beside, trial.loss): trial for trial in found}.values():
-        yield trial.configured(config, seed)
+def baseline(config: Config, found: Sequence[Trial]) -> str:
+    """The name of the trial that others are held against.
+
+    Raises:
+        ConfigError: where there is none of that name.
+    """
+    told, given = list(names(found).values()), section(config).baseline
+    if given is None:
+        return told[0]
+    for name in told:
+        if name.split() == given.replace("%", " %").split():  # 30% is 30 %
+            return name
+    known = "; ".join(told)
+    raise ConfigError(f"compare.baseline: {given!r} is no trial; choose from {known}")
+
+
+def by_loss(config: Config, found: Sequence[Trial]) -> Iterator[Config]:
+    """One run of each loss with its arms, to be checked: others differ in seed, share and rate."""
+    for loss in dict.fromkeys(trial.loss for trial in found):
+        alike = [trial for trial in found if trial.loss == loss]
+        run = alike[0].configured(config, section(config).seeds[0])
+        arms = dict.fromkeys(trial.arm for trial in alike)
+        yield run.model_copy(update={"arms": list(arms)})
+
+
+def _grids(config: Config) -> Sequence[Grid]:
+    return section(config).grids or [Grid(arms=config.arms)]
 
 
 def _of_grid(config: Config, grid: Grid) -> Iterator[Trial]:
@@ -105,18 +151,18 @@ def _of_grid(config: Config, grid: Grid) -> Iterator[Trial]:
     flipped = grid.flipped_labels or [config.prepare.flipped_labels]
     losses = grid.losses or [config.align.loss_type]
     for loss, labelled, flip, arm in itertools.product(losses, shares, flipped, grid.arms):
-        yield Trial(arm, loss, labelled, flip, tuple(grid.arms))
+        yield Trial(arm, loss, labelled, flip)
 
 
 def names(found: Sequence[Trial]) -> Mapping[Trial, str]:
-    """A short name of each: its arm, and those facts that are not the same for all."""
-    varies = [len({trial.facts[k] for trial in found}) > 1 for k in range(3)]
-    return {
-        trial: ", ".join(
-            [trial.arm, *(fact for fact, told in zip(trial.facts, varies, strict=True) if told)]
-        )
-        for trial in found
-    }
+    """A short name of each: its arm, and what tells it from other trials of that arm."""
+    told = {}
+    for trial in found:
+        alike = [other.facts for other in found if other.arm == trial.arm]
+        differs = [len({facts[k] for facts in alike}) > 1 for k in range(len(trial.facts))]
+        said = [fact for fact, differ in zip(trial.facts, differs, strict=True) if differ]
+        told[trial] = ", ".join([trial.arm, *said])
+    return told
 
 
 def tuned(config: Config) -> bool:
