@@ -142,6 +142,8 @@ def report(
 ) -> None:
     """Show the figures of finished runs and write their page; several runs share one.
 
+    The directory of a comparison, alone, has its own page written anew.
+
     Example: cwpo report runs/seed0 runs/seed1 runs/seed2 --to seeds.html
     """
     from cwpo_dist.stages.show import show
@@ -153,10 +155,12 @@ def report(
 def compare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run all trials of the `compare` section, with every seed, and say what they are worth.
 
-    What trials share is made once, independent ones run side by side where the cluster has room,
-    and the same command resumes. `cwpo plan` says what it will cost.
+    The section has seeds, learning_rates, a baseline, and grids of arms, losses,
+    labelled_fractions and flipped_labels. What trials share is made once, independent ones run side
+    by side where the cluster has room, and the same command resumes. It leaves comparison.html and
+    comparison.json in output_dir. `cwpo plan` says what it will cost.
 
-    Example: cwpo compare jobs/recipes/hh-compare.yaml 'compare.seeds=[0,1]'
+    Example: cwpo compare run.yaml compare.yaml 'compare.seeds=[0,1]'
     """
     _guard_own_ray()
     from cwpo_dist.stages.comparison import compare as compare_trials

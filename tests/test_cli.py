@@ -203,6 +203,10 @@ def test_several_runs_share_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
         show(runs)
     with pytest.raises(ShowError, match="no run ended there"):
         show([str(tmp_path)])
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "comparison.json").write_text("{}")
+    with pytest.raises(ShowError, match="it holds a comparison, whose page is its own"):
+        show([str(tmp_path / "compared"), *runs], str(tmp_path / "all.html"))
 
 
 def test_a_command_that_lacks_its_config_is_told_so(exit_code: Callable[..., Any]) -> None:

@@ -127,7 +127,7 @@ def test_trials_are_the_product_of_a_grid_and_name_what_differs(tmp_path: Path) 
         "cw, 20 % labelled, 0 % flipped",
     ]
     run = found[3].configured(config(tmp_path, {"grids": grids}), 4, 0.5)
-    assert (run.seed, run.arms, run.align.learning_rate) == (4, ["cw", "weak"], 0.5)
+    assert (run.seed, run.arms, run.align.learning_rate) == (4, ["cw"], 0.5)
     assert (run.prepare.labelled_fraction, run.prepare.flipped_labels) == (0.3, 0.1)
 
 

@@ -68,9 +68,10 @@ def _metrics(run: str) -> dict[str, Any]:
         metrics: dict[str, Any] = Store(run).read_json("metrics.json")
         return metrics
     except FileNotFoundError:
-        raise ShowError(
-            f"{run!r} has no metrics.json: no run ended there; finish it with `cwpo run`"
-        ) from None
+        why = "no run ended there; finish it with `cwpo run`"
+        if Store(run).exists(FIGURES):
+            why = "it holds a comparison, whose page is its own; give it alone"
+        raise ShowError(f"{run!r} has no metrics.json: {why}") from None
 
 
 def _merged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cwpo_dist.config import ARMS, CompareConfig, Config, ConfigError, FitConfig, Grid
 from cwpo_dist.objectives import OBJECTIVES
@@ -62,7 +61,7 @@ def _beside(config: Config, arm: str) -> list[str]:
     """
     compared = {name for grid in _grids(config) for name in grid.arms}
     reads = any(ARMS[name].reads_annotator for name in compared)
-    return [arm, "weak"] if reads and arm != "weak" else [arm]
+    return [arm, "weak"] if reads and not ARMS[arm].reads_annotator else [arm]
 
 
 def _fit(config: Config, seed: int) -> FitConfig:
@@ -110,7 +109,7 @@ def section(config: Config) -> CompareConfig:
 
 def trials(config: Config) -> list[Trial]:
     """All trials, in the order of the grids, each once."""
-    found: dict[Any, Trial] = {}
+    found: dict[Hashable, Trial] = {}
     for grid in _grids(config):
         for trial in _of_grid(config, grid):
             found.setdefault(trial.work, trial)
