@@ -8,7 +8,9 @@ from typing import Any
 from markupsafe import escape
 from rich.console import Console
 
-from cwpo_dist.report.comparison import print_comparison, render_comparison, tables, verdicts
+from cwpo_dist.report.comparison import print_comparison, render_comparison
+from cwpo_dist.report.trial_tables import tables
+from cwpo_dist.report.verdicts import verdicts
 
 
 def difference(mean: float, half: float) -> dict[str, Any]:
@@ -43,10 +45,10 @@ def test_trials_of_one_annotator_share_its_line() -> None:
         found["trials"][name] = found["trials"][name] | {"by_seed": known}
     (table,) = [table for table in tables(found) if table.title == "Annotators"]
     told = [[cell.text for cell in row] for row in table.rows]
-    assert [row[:2] for row in told] == [["cw; weak", "65.0 %"], ["soft", "55.0 %"]]
+    assert [row[:2] for row in told] == [["cw, weak", "65.0 %"], ["soft", "55.0 %"]]
     assert all(len(row) == 2 for row in told), "figures that nobody had have no column,"
     assert "Not run: least confident; most confident; ECE" in table.note, "but are named"
-    assert "cw; weak" in render_comparison(found)
+    assert "cw, weak" in render_comparison(found)
     assert not [t for t in tables(sample_comparison("human")) if t.title == "Annotators"]
 
 
@@ -56,21 +58,17 @@ def test_the_page_says_what_came_out_and_what_was_not_run() -> None:
     assert "<b>" not in page
     assert "Not run: Δ GRA, own SFT" in page
     paired_table = tables(found)[1]
-    assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "+4.0", "4.2"]
-    assert verdicts(found) == [
-        (
-            "accuracy",
-            "Against <b>, on held-out labels",
-            [
-                "cw: 4.0 points above (+1.0 to +7.0)",
-                "weak: not told apart, +1.0 points (-2.0 to +4.0); a true difference below 4.2 "
-                "would often go unseen",
-                "soft: 5.0 points below (-8.0 to -2.0)",
-            ],
-        )
+    assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "* +4.0", "4.2"]
+    (verdict,) = verdicts(found)
+    assert verdict.title == "Against <b>, on held-out labels"
+    assert verdict.lines == [
+        "cw: 4.0 points above (+1.0 to +7.0)",
+        "weak: not told apart, +1.0 points (−2.0 to +4.0); a true difference below 4.2 would often "
+        "go unseen",
+        "soft: 5.0 points below (−8.0 to −2.0)",
     ]
     console = Console(file=io.StringIO(), width=200)
     print_comparison(found, console)
-    for line in verdicts(found)[0][2]:
+    for line in verdict.lines:
         assert line in console.file.getvalue()
         assert str(escape(line)) in page

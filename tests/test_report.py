@@ -114,7 +114,7 @@ def sample_metrics(simulated: bool = False) -> dict[str, Any]:
             "splits": {"labelled": 630, "unlabelled": 1430, "test": 230},
         },
         "arms": {name: _arm(name, k) for k, name in enumerate(["human", "weak", "cw", "top30"])},
-        "confidences": confidences.tolist(),
+        "confidences": [{"arms": ["weak", "cw", "top30"], "values": confidences.tolist()}],
         "config": {"output_dir": "runs/harmless", "seed": 7, "align": {"beta": 0.5}},
     }
 

@@ -5,7 +5,7 @@ What a run did not do reads "not run"; what it did on no pairs reads "no pairs".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,33 @@ def arm_items(metrics: Metrics) -> list[tuple[str, Metrics]]:
     return list((at(metrics, "arms") or {}).items())
 
 
+def written(value: float, form: str) -> str:
+    """A number by a format: with a real minus, and a zero without a sign."""
+    text = format(value, form)
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def interval(low: float, high: float, form: str) -> str:
+    """From … to …; a dash would stand between two minus signs where the form asks for signs."""
+    between = " to " if form.startswith("+") else " – "
+    return f"{written(low, form)}{between}{written(high, form)}"
+
+
+def cut(record: Metrics, least: float, most: float) -> Metrics:
+    """A mean's record, its interval cut at what the figure can be."""
+    if record["low"] is None:
+        return record
+    low, high = max(least, record["low"]), min(most, record["high"])
+    return {**record, "low": min(low, record["mean"]), "high": max(high, record["mean"])}
+
+
+def together(names: Sequence[str]) -> str:
+    """Several names in a row, told apart where they have commas of their own."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
+
+
 def share(record: Metrics | None, *, with_ties: bool = False) -> Cell:
     """An accuracy with its interval and, if asked, its ties."""
     if record is None:
@@ -69,8 +96,8 @@ def share(record: Metrics | None, *, with_ties: bool = False) -> Cell:
     tied = (ties(record["ties"]),) if with_ties else ()
     if record.get("accuracy") is None:
         return Cell("no pairs", tied, missing=True)
-    interval = f"{100 * record['low']:.1f} – {100 * record['high']:.1f}"
-    return Cell(f"{100 * record['accuracy']:.1f} %", (interval, *tied))
+    bounds = interval(100 * record["low"], 100 * record["high"], ".1f")
+    return Cell(f"{100 * record['accuracy']:.1f} %", (bounds, *tied))
 
 
 def percent(record: Metrics | None, key: str) -> Cell:
@@ -86,17 +113,17 @@ def inner(record: Metrics | None, key: str) -> Cell:
     if record is None:
         return NOT_RUN
     value = record.get(key)
-    return NO_PAIRS if value is None else Cell(f"{value:.3f}")
+    return NO_PAIRS if value is None else Cell(written(value, ".3f"))
 
 
 def number(value: float | None, digits: int) -> Cell:
     """A number that a stage makes."""
-    return NOT_RUN if value is None else Cell(f"{value:.{digits}f}")
+    return NOT_RUN if value is None else Cell(written(value, f".{digits}f"))
 
 
 def count(value: int | None) -> Cell:
     """A count that a stage makes."""
-    return NOT_RUN if value is None else Cell(f"{value:,}")
+    return NOT_RUN if value is None else Cell(written(value, ","))
 
 
 def plain(value: Any) -> Cell:
@@ -130,7 +157,7 @@ def temperature(record: Metrics | None) -> Cell:
         return Cell("not fitted", missing=True)
     if found["low"] is None:
         return Cell(f"{found['value']:.2f}")
-    return Cell(f"{found['value']:.2f}", (f"{found['low']:.2f} – {found['high']:.2f}",))
+    return Cell(f"{found['value']:.2f}", (interval(found["low"], found["high"], ".2f"),))
 
 
 def correlation(record: Metrics | None) -> Cell:
@@ -139,4 +166,4 @@ def correlation(record: Metrics | None) -> Cell:
         return NOT_RUN
     if record.get("pearson") is None:
         return NO_PAIRS
-    return Cell(f"{record['pearson']:+.2f}", (f"{record['spearman']:+.2f}",))
+    return Cell(written(record["pearson"], "+.2f"), (written(record["spearman"], "+.2f"),))

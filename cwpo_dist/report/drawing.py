@@ -7,7 +7,9 @@ colours the plots, in light and in dark.
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+
+from cwpo_dist.report.cells import written
 
 INK, MUTED, GRID, ACCENT, SECOND = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05"
 SERIES = tuple(f"#0a0c{k:02x}" for k in range(8))
@@ -48,8 +52,9 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-WIDTH, HEIGHT = 5.0, 3.1  # inches; a wide plot has twice the width
-_LONGEST_NAME = 28  # letters
+WIDTH, HEIGHT = 5.0, 3.1  # inches: as wide as a narrow screen, where letters keep their size
+_LONGEST_NAME = 56  # letters, in a row of their own
+_IN_TWO_COLUMNS = 20  # letters of a legend's names
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,43 @@ class Plot:
     caption: str
 
 
-def figure_of(*, wide: bool = False) -> tuple[Figure, Axes]:
-    """A figure of one plot; a wide one fills the page."""
-    width = 2 * WIDTH if wide else WIDTH
-    figure = Figure(figsize=(width, HEIGHT), layout="constrained")
+def figure_of(height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure of one plot."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def legend_below(figure: Figure, ax: Axes) -> None:
+    """A legend under the plot, whose figure grows by it."""
+    handles, names = ax.get_legend_handles_labels()
+    columns = 2 if max(map(len, names), default=0) <= _IN_TWO_COLUMNS else 1
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
+    figure.legend(handles, names, loc="outside lower left", ncols=columns)
+
+
+def named_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Rows 0, 1, 2, … from the top, each with its name above it, so that lines have all width."""
+    ax.set(ylim=(len(names) - 0.5, -0.75), yticks=[])
+    ax.spines["left"].set_visible(False)
+    for row, name in enumerate(names):
+        ax.annotate(
+            short_name(name),
+            (0, row),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 6),
+            textcoords="offset points",
+        )
 
 
 def percent_axis(axis: Axis) -> None:
     """Labels of an axis of shares, in per cent."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+
+
+def points_axis(axis: Axis) -> None:
+    """Labels of an axis of differences between shares, in percentage points."""
+    form = FuncFormatter(lambda value, _: written(float(f"{100 * value:.3g}"), "+g"))
+    axis.set_major_formatter(form)
 
 
 def short_name(name: str) -> str:

@@ -98,8 +98,8 @@
     const told = [pair.split];
     if (pair.confidence !== null) told.push(`confidence ${pair.confidence.toFixed(2)}`, `margin a − b ${signed(pair.margin)}`);
     if (pair.margins.length > 1) {
-      const each = pair.margins.map((m, k) => `${data.annotators[k]} ${m === null ? "none" : signed(m)}`);
-      told.push(each.join(", "));
+      const each = pair.margins.map((m, k) => `${data.annotators[k]}: ${m === null ? "none" : signed(m)}`);
+      told.push(each.join("; "));
     }
     if (pair.label === null) told.push("no label shown");
     else if (pair.choice !== null) told.push(pair.label === pair.choice ? `agrees with ${LABEL}` : `contradicts ${LABEL}`);

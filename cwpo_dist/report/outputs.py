@@ -16,6 +16,7 @@ from cwpo_dist.report.cells import (
     count,
     duration,
     plain,
+    together,
 )
 
 # Roles of stage outputs in reading order; a run's other roles come after them.
@@ -58,7 +59,7 @@ class Shared:
         """The arms in words."""
         if self.all_arms and len(self.arms) > 1:
             return "all arms"
-        return ", ".join(self.arms)
+        return together(self.arms)
 
 
 def shared_outputs(metrics: Metrics, stage: str, having: str) -> list[Shared]:

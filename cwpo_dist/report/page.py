@@ -46,12 +46,15 @@ _SECTIONS = {
 }
 
 
-def render(metrics: Metrics, sample: Mapping[str, Any] | None = None) -> str:
+def render(
+    metrics: Metrics, sample: Mapping[str, Any] | None = None, comparison: str | None = None
+) -> str:
     """The report of one run; parts that were not run say so.
 
     Args:
         metrics: the run's `metrics.json`.
         sample: the run's `explorer.json`; None: the page has no explorer, and no script.
+        comparison: the page that this one belongs to, a file beside it.
     """
     annotators = summary.annotators(metrics)
     ensemble = summary.ensemble_table(metrics)
@@ -63,20 +66,20 @@ def render(metrics: Metrics, sample: Mapping[str, Any] | None = None) -> str:
         simulated=summary.SIMULATED if summary.is_simulated(metrics) else None,
         tiles=_tiles(metrics),
         sections=[(k, v) for k, v in _SECTIONS.items() if sample or k != "pairs"],
-        arms_table=summary.arms_table(metrics),
+        comparison=comparison,
+        arms_table=cells.without_empty(summary.arms_table(metrics)),
         cost_plot=_drawn(plots.arms_cost_plot(metrics)),
         gra_table=summary.gra_table(metrics),
         gra_plot=_drawn(plots.gra_plot(metrics)),
         weights_table=summary.weights_table(metrics),
-        confidence_plot=_drawn(plots.confidence_plot(metrics)),
+        confidence_plots=_confidence_plots(metrics),
         several_runs=_several_runs(metrics),
         annotator_table=summary.annotator_table(metrics),
         one_annotator=len(annotators) <= 1 and ensemble is None,
         ensemble_table=ensemble,
         annotator_plots=_annotator_plots(metrics, annotators),
         curves=[
-            (title, _drawn(plots.curve_plot(metrics, stage)), stage == "align")
-            for stage, title in _CURVES.items()
+            (title, _drawn(plots.curve_plot(metrics, stage))) for stage, title in _CURVES.items()
         ],
         data_tables=outputs.data_tables(metrics),
         cost_table=outputs.cost_table(metrics),
@@ -158,6 +161,21 @@ def _annotator_plots(
         names = ("Accuracy by confidence", "Reliability", "Margin against length")
         named += [(name, None) for name in names]
     return [(title, _drawn(plot)) for title, plot in named]
+
+
+def _confidence_plots(metrics: Metrics) -> list[tuple[str, Any]]:
+    """(title, plot) of each annotator, or none drawn."""
+    found = at(metrics, "confidences") or []
+    if found and isinstance(found[0], float):  # a run from before: those of one annotator
+        found = [{"arms": [], "values": found}]
+    drawn = [
+        (
+            f"Confidence ({cells.together(each['arms'])})" if len(found) > 1 else "Confidence",
+            _drawn(plots.confidence_plot(each["values"], str(k))),
+        )
+        for k, each in enumerate(found)
+    ]
+    return drawn or [("Confidence", None)]
 
 
 def _drawn(plot: Plot | None) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cwpo_dist.report.cells import Metrics, arm_items, at
+from cwpo_dist.report.cells import Metrics, arm_items, at, written
 from cwpo_dist.report.drawing import (
     ACCENT,
     INK,
@@ -24,7 +24,10 @@ from cwpo_dist.report.drawing import (
     WIDTH,
     Plot,
     figure_of,
+    legend_below,
+    named_rows,
     percent_axis,
+    points_axis,
     short_name,
     svg_of,
 )
@@ -37,8 +40,9 @@ _CURVES = {
     "fit": "Bradley–Terry loss of the annotator. Dashed: ln 2, a coin.",
     "sft": "Negative log-likelihood of the chosen answers, per answer token.",
     "align": "Weighted preference loss. Arms of different weights or normalisation start at "
-    "different levels: read each line for its shape, and compare arms by GRA.",
+    "different levels: read each line for its shape, and compare arms by held-out figures.",
 }
+_ROW = 0.46  # inches: a name, and under it its line
 _WINDOW = 21  # stretches of the running mean
 
 
@@ -66,18 +70,18 @@ def gra_plot(metrics: Metrics) -> Plot | None:
     names = [name for name, arm in arm_items(metrics) if at(arm, "gra")]
     if not names:
         return None
-    height = 0.9 + 0.42 * len(names)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2 * WIDTH, height), layout="constrained")
-        axes = figure.subplots(1, 2, sharex=True, sharey=True)
+        height = 0.9 + _ROW * len(names)
+        figure = Figure(figsize=(WIDTH, 2 * height), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True)
         for ax, (key, words) in zip(axes, COMPARISONS.items(), strict=True):
             found = [at(metrics, "arms", name, "gra", key) for name in names]
             _intervals(ax, found, horizontal=True)
             ax.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
-            ax.set(title=f"against {words}", ylim=(len(names) - 0.5, -0.5))
+            ax.set_title(f"against {words}", loc="left")
             percent_axis(ax.xaxis)
-            ax.set_yticks(range(len(names)), [short_name(name) for name in names])
-            ax.grid(axis="y", visible=False)
+            ax.tick_params(labelbottom=True)
+            named_rows(ax, names)
         return Plot(
             svg_of(figure, "gra"),
             "Share of prompts won, ties counted as losses, with 95 % intervals. Hollow: with "
@@ -85,11 +89,8 @@ def gra_plot(metrics: Metrics) -> Plot | None:
         )
 
 
-def confidence_plot(metrics: Metrics) -> Plot | None:
-    """Histogram of confidences; None where no pair was weighed."""
-    confidences = at(metrics, "confidences")
-    if not confidences:
-        return None
+def confidence_plot(confidences: Sequence[float], salt: str) -> Plot:
+    """Histogram of an annotator's confidences."""
     values = np.asarray(confidences, dtype=float)
     with mpl.rc_context(STYLE):
         figure, ax = figure_of()
@@ -110,7 +111,7 @@ def confidence_plot(metrics: Metrics) -> Plot | None:
         percent_axis(ax.yaxis)
         ax.grid(axis="x", visible=False)
         return Plot(
-            svg_of(figure, "confidence"),
+            svg_of(figure, f"confidence-{salt}"),
             f"C = tanh(margin / 2) of {len(values):,} annotated pairs.",
         )
 
@@ -185,7 +186,7 @@ def length_plot(record: Mapping[str, Any], salt: str) -> Plot | None:
             draw(0, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
         ax.set(xlabel="length difference a − b, characters", ylabel="margin a − b")
         found = at(record, "margin_length", "pearson")
-        words = "" if found is None else f" Correlation over all pairs: {found:+.2f}."
+        words = "" if found is None else f" Correlation over all pairs: {written(found, '+.2f')}."
         return Plot(
             svg_of(figure, f"length-{salt}"),
             "Median margin, with its 10–90 % range, of held-out pairs in ten equal parts by "
@@ -206,7 +207,7 @@ def curve_plot(metrics: Metrics, stage: str) -> Plot | None:
     if not curves:
         return None
     with mpl.rc_context(STYLE):
-        figure, ax = figure_of(wide=stage == "align")
+        figure, ax = figure_of()
         for k, (label, steps, losses) in enumerate(curves):
             colour = SERIES[k % len(SERIES)]
             dash = "-" if k < len(SERIES) else "--"
@@ -218,7 +219,7 @@ def curve_plot(metrics: Metrics, stage: str) -> Plot | None:
         ax.set(xlabel="step", ylabel="loss")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(curves) > 1 or curves[0][0] != "all arms":
-            ax.legend(loc="best")
+            legend_below(figure, ax)
         return Plot(svg_of(figure, f"curve-{stage}"), _CURVES[stage])
 
 
@@ -289,11 +290,16 @@ def _marker(steps: np.ndarray) -> str | None:
     return "o" if len(steps) < 3 else None
 
 
-def dots_plot(dots: Sequence[Dot], words: str, salt: str, *, middle: float) -> Plot:
-    """One row a dot, with 95 % whiskers and a dashed line at `middle`."""
+def dots_plot(dots: Sequence[Dot], words: str | None, salt: str) -> Plot:
+    """One row a dot, with 95 % whiskers.
+
+    Args:
+        dots: shares, or differences between shares.
+        words: what the shares are of, with a dashed line at one half; None: differences, at zero.
+        salt: what tells the plot from others of its page.
+    """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2 * WIDTH, 0.9 + 0.34 * len(dots)), layout="constrained")
-        ax = figure.subplots()
+        figure, ax = figure_of(0.9 + _ROW * len(dots))
         for place, dot in enumerate(dots):
             if dot.low is not None and dot.high is not None:
                 ax.hlines(place, dot.low, dot.high, color=ACCENT, linewidth=1.6, alpha=0.6)
@@ -302,12 +308,11 @@ def dots_plot(dots: Sequence[Dot], words: str, salt: str, *, middle: float) -> P
                 ax.scatter(
                     dot.seeds, [place + 0.22] * len(dot.seeds), s=12, color=SECOND, linewidth=0
                 )
+        named_rows(ax, [dot.name for dot in dots])
+        middle, line = (0.0, "no difference") if words is None else (0.5, "one half")
         ax.axvline(middle, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
-        ax.set(xlabel=words, ylim=(len(dots) - 0.5, -0.5))
-        ax.set_yticks(range(len(dots)), [short_name(dot.name) for dot in dots])
-        percent_axis(ax.xaxis)
-        ax.grid(axis="y", visible=False)
-        line = "no difference" if middle == 0 else "one half"
+        ax.set_xlabel(words or "difference, percentage points")
+        (percent_axis if words else points_axis)(ax.xaxis)
         small = " Small: each seed." if any(len(dot.seeds) > 1 for dot in dots) else ""
         caption = f"Means over seeds with 95 % intervals.{small} Dashed: {line}."
         return Plot(svg_of(figure, salt), caption)
@@ -327,7 +332,7 @@ def arms_cost_plot(metrics: Metrics) -> Plot | None:
 def cost_plot(found: Sequence[tuple[float, Dot]]) -> Plot:
     """Accuracies against device-hours."""
     with mpl.rc_context(STYLE):
-        figure, ax = figure_of(wide=True)
+        figure, ax = figure_of()
         for k, (hours, dot) in enumerate(found):
             colour, marker = SERIES[k % len(SERIES)], "osD^vP"[k // len(SERIES) % 6]
             if dot.low is not None and dot.high is not None:
@@ -338,7 +343,7 @@ def cost_plot(found: Sequence[tuple[float, Dot]]) -> Plot:
         ax.set(xlabel="device-hours of the whole arm", ylabel="accuracy")
         ax.set_xlim(left=0)
         percent_axis(ax.yaxis)
-        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        legend_below(figure, ax)
         return Plot(
             svg_of(figure, "cost"),
             "Accuracy of the policy's implicit reward, with 95 % intervals, against the "

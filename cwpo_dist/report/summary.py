@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cwpo_dist.config import ARMS
+from cwpo_dist.report.arms import is_human
 from cwpo_dist.report.cells import (
     AS_GIVEN,
+    NOT_RUN,
     Cell,
     Metrics,
     Table,
@@ -19,6 +20,8 @@ from cwpo_dist.report.cells import (
     percent,
     share,
     temperature,
+    together,
+    without_empty,
 )
 from cwpo_dist.report.outputs import cost_table, data_tables
 
@@ -37,7 +40,7 @@ def tables(metrics: Metrics) -> list[Table]:
     """Every table, in reading order."""
     ensemble = ensemble_table(metrics)
     return [
-        arms_table(metrics),
+        without_empty(arms_table(metrics)),
         gra_table(metrics),
         annotator_table(metrics),
         *([] if ensemble is None else [ensemble]),
@@ -55,16 +58,6 @@ def is_simulated(metrics: Metrics) -> bool:
 def held_out(metrics: Metrics) -> str:
     """What annotators and policies are measured against."""
     return "held-out simulated labels" if is_simulated(metrics) else "held-out human labels"
-
-
-def is_human(name: str) -> bool:
-    """Whether the arm trains on the data's own labels, so that no annotator's apply to it.
-
-    Args:
-        name: of an arm; `run/arm` where several runs share a page, or a trial's, `arm, facts`.
-    """
-    arm = name.rsplit("/", 1)[-1].split(",")[0]
-    return arm in ARMS and ARMS[arm].labels == "human"
 
 
 def arms_table(metrics: Metrics) -> Table:
@@ -105,9 +98,11 @@ def arms_table(metrics: Metrics) -> Table:
 
 
 def gra_table(metrics: Metrics) -> Table:
-    """Wins, ties and losses behind each GRA."""
+    """Wins, ties and losses behind each GRA; one row where none was run."""
     rows = []
     for name, arm in arm_items(metrics):
+        if not at(arm, "gra"):
+            continue
         for key, words in COMPARISONS.items():
             found = at(arm, "gra", key)
             rows.append(
@@ -122,7 +117,7 @@ def gra_table(metrics: Metrics) -> Table:
     return Table(
         "Gold reward accuracy",
         ("arm", "against", "wins", "ties", "losses", "GRA", "with ties halved"),
-        tuple(rows),
+        tuple(rows) or ((NOT_RUN, *[Cell("")] * 6),),
         n_names=2,
     )
 
@@ -241,19 +236,22 @@ def ensemble_table(metrics: Metrics) -> Table | None:
 
 
 def annotators(metrics: Metrics) -> list[tuple[str, Metrics]]:
-    """(arms in words, evaluation) of each distinct annotator."""
+    """(arms in words, evaluation) of each distinct annotator.
+
+    Arms of the data's own labels are measured beside one, too, but it is not theirs.
+    """
     groups: list[tuple[list[str], Metrics]] = []
-    items = arm_items(metrics)
+    items = sorted(arm_items(metrics), key=lambda item: is_human(item[0]))
     for name, arm in items:
         record = at(arm, "annotator")
         if record is None:
             continue
         same = [names for names, other in groups if other == record]
-        if same:
+        if same and not is_human(name):
             same[0].append(name)
-        else:
+        elif not same:
             groups.append(([name], record))
     if len(groups) == 1:
         record = groups[0][1]
         return [("ensemble" if record.get("members") else "annotator", record)]
-    return [(", ".join(names), record) for names, record in groups]
+    return [(together(names), record) for names, record in groups]

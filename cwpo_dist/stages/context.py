@@ -89,6 +89,13 @@ def policy_of(context: Context, node: Node) -> ModelConfig:
     return trained(policy, context.place(node.inputs["model"]))
 
 
+def annotator_name(context: Context, node: Node) -> str:
+    """An annotator in words: its seed, or its model."""
+    if "fit" in node.inputs:
+        return f"seed {node.inputs['fit'].settings['seed']}"
+    return str(context.counts(node)["annotator"])
+
+
 @dataclass(frozen=True)
 class ScoresIn:
     """What one annotator gave.

@@ -18,7 +18,7 @@ from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.stages.annotations import held_out, plain_text, raw
-from cwpo_dist.stages.context import Context, read_answers, read_log_probs
+from cwpo_dist.stages.context import Context, annotator_name, read_answers, read_log_probs
 from cwpo_dist.stages.divergence import Answered, kl_divergence, write_pairs
 from cwpo_dist.stages.graph import Node, members
 from cwpo_dist.storage import Store
@@ -67,17 +67,10 @@ def _annotator(context: Context, node: Node) -> dict[str, Any] | None:
     figures = annotator_figures(
         held_out(given, split),
         None if fitted_on == split else held_out(given, fitted_on),
-        [_name(context, member) for member in members(node)],
+        [annotator_name(context, member) for member in members(node)],
         by_member=node.inputs["weigh"].settings["temperature"] == "fitted",
     )
     return figures | {"temperature_split": fitted_on}
-
-
-def _name(context: Context, member: Node) -> str:
-    """An annotator in words: its seed, or its model."""
-    if "fit" in member.inputs:
-        return f"seed {member.inputs['fit'].settings['seed']}"
-    return str(context.counts(member)["annotator"])
 
 
 def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str, Any]:

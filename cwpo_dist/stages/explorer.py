@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from cwpo_dist.pairs.records import read_pairs
+from cwpo_dist.report.cells import together
 from cwpo_dist.report.explorer import MOST_PAIRS, shortened
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages.context import Context, ScoresIn, read_answers
+from cwpo_dist.stages.context import Context, ScoresIn, annotator_name, read_answers
 from cwpo_dist.stages.graph import Node, members
 from cwpo_dist.weighting import Scale, join
 
@@ -72,7 +74,7 @@ class _Reader:
         joint = {node.path for node in first}
         return cls(
             joint=[k for k, path in enumerate(annotators) if path in joint],
-            names=[str(context.counts(node)["annotator"]) for node in annotators.values()],
+            names=_names(context, graphs, annotators),
             scores=[ScoresIn(context.place(n), n.retries) for n in annotators.values()],
             answers={arm: _answers(context, nodes) for arm, nodes in graphs.items()},
             uncovered=any(n["weigh"].settings["labels"] == "human" for n in graphs.values()),
@@ -103,6 +105,26 @@ class _Reader:
                     if told and all(pair_id in texts for texts in told.values())
                 },
             }
+
+
+def _names(context: Context, graphs: Graphs, annotators: Mapping[str, Node]) -> list[str]:
+    """Of each annotator: the arms that learn from it, or for those of one ensemble their own."""
+    arms = {
+        path: tuple(
+            arm
+            for arm, nodes in graphs.items()
+            if nodes["weigh"].settings["labels"] == "annotator"
+            and path in [node.path for node in members(nodes["weigh"])]
+        )
+        for path in annotators
+    }
+    sharing = Counter(arms.values())
+    return [
+        annotator_name(context, node)
+        if sharing[arms[path]] > 1
+        else f"annotator of {together(arms[path])}"
+        for path, node in annotators.items()
+    ]
 
 
 def _joint(margins: list[float | None]) -> float | None:

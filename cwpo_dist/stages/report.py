@@ -14,7 +14,7 @@ from cwpo_dist.report.table import print_summary
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.explorer import sample
-from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.graph import Node, members
 from cwpo_dist.storage import MANIFEST, to_json
 
 MOST_CONFIDENCES = 5000  # of the histogram: a sample, so that the page stays small
@@ -107,12 +107,29 @@ def _pointer(node: Node) -> dict[str, str]:
     return {"stage": node.stage, "key": node.key, "path": node.path}
 
 
-def _confidences(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> list[float]:
-    """Those of the first arm that has any."""
-    for nodes in graphs.values():
-        if nodes["weigh"].settings["labels"] == "annotator":
-            return _column(context, nodes["weigh"], "confidence")
-    return []
+def _confidences(
+    context: Context, graphs: Mapping[str, Mapping[str, Node]]
+) -> list[dict[str, Any]]:
+    """Of each annotator, its arms and its confidences.
+
+    A temperature divides margins, so one annotator with and without it counts as two. An arm that
+    keeps only the most confident pairs shows those of an arm that keeps more, if there is one.
+    """
+    by_annotator: dict[tuple[Any, ...], dict[str, Node]] = {}
+    for arm, nodes in graphs.items():
+        weigh = nodes["weigh"]
+        if weigh.settings["labels"] == "annotator":
+            scored = (*(node.path for node in members(weigh)), weigh.settings["temperature"])
+            by_annotator.setdefault(scored, {})[arm] = weigh
+    return [
+        {"arms": list(arms), "values": _column(context, _widest(context, arms), "confidence")}
+        for arms in by_annotator.values()
+    ]
+
+
+def _widest(context: Context, arms: Mapping[str, Node]) -> Node:
+    """The output of `weigh` that selects most."""
+    return max(arms.values(), key=lambda node: int(context.counts(node)["selected"]))
 
 
 def _column(context: Context, weigh: Node, name: str) -> list[float]:

@@ -1,0 +1,132 @@
+"""The figures of several trials in; who is held against whom, and what came out, in words, out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cwpo_dist.report.arms import ALL_HUMAN, UNWEIGHTED, is_weighted
+from cwpo_dist.report.cells import at, cut, interval, written
+from cwpo_dist.report.plots import Dot
+
+Found = Mapping[str, Any]
+# Figure → what it says, in words: those by which trials are held against each other.
+_FIGURES = {
+    "accuracy": "on held-out labels",
+    "gra_common": "by the gold reward (GRA, common)",
+}
+CHANCE = (
+    "Paired differences with their 95 % intervals. Each line is a comparison of its own: of twenty "
+    "true zeros one is told apart by chance. Held-out labels are of the kind that arms of the "
+    "data's own labels were trained to fit, which favours them; a gold reward model's are not."
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Several trials, each held against another by one figure.
+
+    Attributes:
+        title: against whom, and by which figure.
+        lines: one a trial, in words.
+        dots: the same differences, to be drawn.
+    """
+
+    title: str
+    lines: list[str]
+    dots: list[Dot]
+
+
+def verdicts(found: Found) -> list[Verdict]:
+    """All against the baseline, weighted against unweighted, and all against all own labels."""
+    told = []
+    for figure, words in _FIGURES.items():
+        for title, pairs in _held_against(found):
+            records = {
+                label: cut(record, -1, 1)
+                for label, (name, other) in pairs.items()
+                for record in [at(found["trials"][name], "against", other, figure)]
+                if record is not None and record["mean"] is not None
+            }
+            if records:
+                lines = [_verdict(label, record) for label, record in records.items()]
+                dots = [dot(label, record) for label, record in records.items()]
+                told.append(Verdict(f"{title}, {words}", lines, dots))
+    return told
+
+
+def dot(label: str, record: Found) -> Dot:
+    """A mean over seeds, to be drawn."""
+    return Dot(label, record["mean"], record["low"], record["high"], tuple(record["values"]))
+
+
+def excludes_zero(record: Found) -> bool:
+    """Whether the interval of a difference leaves zero out."""
+    return record["low"] is not None and not record["low"] <= 0 <= record["high"]
+
+
+def _held_against(found: Found) -> list[tuple[str, dict[str, tuple[str, str]]]]:
+    """Title, and by label a trial and its rival; what one group has said the next leaves out."""
+    told, seen = [], set[frozenset[str]]()
+    for opening, words, rivals in _rivals(found):
+        pairs = [
+            (name, other)
+            for name, other in rivals.items()
+            if other != name and frozenset((name, other)) not in seen
+        ]
+        seen.update(map(frozenset, pairs))
+        others = sorted({other for _, other in pairs})
+        if len(others) == 1:
+            title = f"{opening} {others[0]}" + (f" ({words})" if words else "")
+            told.append((title, {name: (name, other) for name, other in pairs}))
+        elif others:
+            labelled = {f"{name}, against {other}": (name, other) for name, other in pairs}
+            told.append((f"{opening} {words}", labelled))
+    return told
+
+
+def _rivals(found: Found) -> list[tuple[str, str, dict[str, str]]]:
+    """How a title begins, who the rivals are in words, and each trial's, if it has one."""
+    trials = found["trials"]
+    baseline: str = found["baseline"]
+    unweighted = {
+        name: _like(trials, name, UNWEIGHTED, ("loss", "labelled_fraction", "flipped_labels"))
+        for name, trial in trials.items()
+        if is_weighted(str(at(trial, "arm")))
+    }
+    all_human = {  # it knows all labels, whatever share the others know
+        name: _like(trials, name, ALL_HUMAN, ("loss", "flipped_labels"))
+        for name, trial in trials.items()
+        if at(trial, "arm") != ALL_HUMAN
+    }
+    return [
+        ("Against", "", dict.fromkeys(trials, baseline)),
+        ("Weighted, against", "the same labels unweighted", unweighted),
+        ("Against", "all of the data's own labels", all_human),
+    ]
+
+
+def _like(trials: Found, name: str, arm: str, facts: tuple[str, ...]) -> str:
+    """The first trial of an arm that has these facts in common with another; itself for none."""
+    ours = trials[name]
+    return next(
+        (
+            other
+            for other, trial in trials.items()
+            if at(trial, "arm") == arm and all(at(trial, k) == at(ours, k) for k in facts)
+        ),
+        name,
+    )
+
+
+def _verdict(label: str, record: Found) -> str:
+    """Told apart where the interval of the paired difference leaves zero out."""
+    mean = 100 * record["mean"]
+    if record["low"] is None:
+        return f"{label}: {written(mean, '+.1f')} points, and nothing to tell chance by"
+    bounds = f"({interval(100 * record['low'], 100 * record['high'], '+.1f')})"
+    if excludes_zero(record):
+        return f"{label}: {abs(mean):.1f} points {'above' if mean > 0 else 'below'} {bounds}"
+    unseen = f"a true difference below {100 * record['smallest']:.1f} would often go unseen"
+    return f"{label}: not told apart, {written(mean, '+.1f')} points {bounds}; {unseen}"
