@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from markupsafe import escape
 from rich.console import Console
 
+from cwpo_dist.config import ARMS
+from cwpo_dist.report.arms import in_words, is_weighted
+from cwpo_dist.report.cells import written
 from cwpo_dist.report.comparison import print_comparison, render_comparison
 from cwpo_dist.report.trial_tables import tables
 from cwpo_dist.report.verdicts import verdicts
@@ -50,6 +54,123 @@ def test_trials_of_one_annotator_share_its_line() -> None:
     assert "Not run: least confident; most confident; ECE" in table.note, "but are named"
     assert "cw, weak" in render_comparison(found)
     assert not [t for t in tables(sample_comparison("human")) if t.title == "Annotators"]
+
+
+def with_facts(found: dict[str, Any], **arms: tuple[str, float]) -> dict[str, Any]:
+    """Every trial with its arm and labelled share, held against every other."""
+    told = difference(0.02, 0.05)
+    found["trials"] = {
+        name: {
+            "learning_rate": 4e-4,
+            "arm": arm,
+            "loss": "sigmoid",
+            "labelled_fraction": share,
+            "flipped_labels": 0.0,
+            "figures": {"accuracy": difference(0.5, 0.1)},
+            "by_seed": {},
+            "against": {other: {"accuracy": told} for other in arms if other != name},
+        }
+        for name, (arm, share) in arms.items()
+    }
+    return found
+
+
+def test_weighting_is_held_against_the_same_labels_unweighted() -> None:
+    """Of two `weak` each takes the one with its share of labels; human100 knows all labels."""
+    arms = {"human": 0.3, "human100": 0.3, "weak": 0.3, "ws_dpo": 0.3, "cw": 0.3, "top30": 0.3}
+    trials = {name: (name, share) for name, share in arms.items()}
+    found = with_facts(sample_comparison(), **trials, cw20=("cw", 0.2), weak20=("weak", 0.2))
+    baseline, weighted, human100 = (
+        (verdict.title, [line.split(":")[0] for line in verdict.lines])
+        for verdict in verdicts(found)
+    )
+    assert baseline == ("Against human, on held-out labels", list(found["trials"])[1:])
+    assert weighted == (
+        "Weighted, against the same labels unweighted, on held-out labels",
+        ["cw, against weak", "top30, against weak", "cw20, against weak20"],
+    )
+    assert human100 == (
+        "Against human100 (all of the data's own labels), on held-out labels",
+        ["weak", "ws_dpo", "cw", "top30", "cw20", "weak20"],
+    ), "human against human100 was said above"
+    page = render_comparison(found)
+    assert page.count("<figcaption>Means over seeds") == 4, "differences are drawn, group by group"
+    again = verdicts(with_facts(found | {"baseline": "weak"}, **trials))
+    assert [v.title.split(" (")[0] for v in again] == [
+        "Against weak, on held-out labels",
+        "Against human100",
+    ], "no weighted trial is held against weak twice"
+
+
+def test_every_arm_is_told_in_a_line_of_its_own() -> None:
+    told = {arm: in_words(arm) for arm in ARMS}
+    assert len(set(told.values())) == len(ARMS)
+    assert told["human"] == "the data's own labels, uncovered, of the unlabelled part; weight 1"
+    assert {arm for arm in ARMS if is_weighted(arm)} == set(
+        ["cw", "cw_mean", "cw_calibrated", "ensemble", "proportional", "soft", "top30"]
+    )
+    found = with_facts(sample_comparison(), human=("human", 0.3), cw=("cw", 0.3))
+    page = render_comparison(found)
+    assert str(escape(told["cw"])) in page
+    assert str(escape(told["soft"])) not in page
+    assert "presets" not in page
+    found["config"]["weigh"] = {"temperature": 2.0, "top_fraction": None}
+    assert "over these presets: weigh.temperature." in render_comparison(found)
+
+
+def test_no_interval_says_what_cannot_be() -> None:
+    found = sample_comparison()
+    low = {"calibration_error": 0.1, "mean_confidence": 0.9, "margin_length": -0.6}
+    known = {k: difference(mean, 0.7) for k, mean in low.items()}
+    found["trials"]["cw"] |= {"by_seed": known | {"labels_right": difference(0.6, 0.7)}}
+    (table,) = [table for table in tables(found) if table.title == "Annotators"]
+    intervals = [cell.details[0] for cell in table.rows[0][1:]]
+    assert intervals == ["0.0 – 100.0", "0.000 – 0.800", "0.20 – 1.00", "−1.00 to +0.10"]
+    found["trials"]["cw"]["against"]["human"]["accuracy"] = difference(0.4, 1.7)
+    assert "(−100.0 to +100.0)" in verdicts(found)[0].lines[0]
+
+
+def test_a_rate_that_few_pairs_chose_is_no_finding() -> None:
+    found = sample_comparison()
+    found["tried"] = {"cw": {"0.0001": 0.6, "4e-05": 0.5}}
+    table = tables(found)[-1]
+    assert table.columns == ("trial", "4e-5", "1e-4", "taken")
+    assert "standard error" not in table.note, "a comparison from before did not count them"
+    found["validation_pairs"] = {"cw": 50}
+    table = tables(found)[-1]
+    assert [c.text for c in table.rows[0]] == ["cw", "50", "50.0 %", "60.0 %", "1e-4"]
+    assert "On 50 pairs" in table.note
+    assert "up to 10 points" in table.note, "√(0.5 / 50)"
+
+
+def test_training_and_test_pairs_are_told() -> None:
+    found = sample_comparison()
+    for trial in found["trials"].values():
+        steps = difference(1234.0, 1.0)
+        trial |= {"test_pairs": 590, "by_seed": {"steps": steps, "sft_loss": difference(2.5, 1.0)}}
+    trained = next(table for table in tables(found) if table.title == "How they were trained")
+    assert trained.columns == ("trial", "rate", "steps", "SFT loss, nats")
+    assert [cell.text for cell in trained.rows[0]] == ["human", "1e-4", "1,234", "2.50"]
+    assert "Test pairs, over all seeds: 590." in tables(found)[0].note
+    found["trials"]["cw"] |= {"test_pairs": 12}
+    assert tables(found)[0].columns[1] == "test pairs"
+    found["run"]["made"] = "some day"
+    assert "some day" in render_comparison(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "words"),
+    [
+        (-0.04, "+.1f", "0.0"),
+        (0.0, "+.2f", "0.00"),
+        (-15.21, "+.1f", "−15.2"),
+        (0.1, "+.1f", "+0.1"),
+    ],
+)
+def test_numbers_have_real_minus_signs_and_zeros_have_none(
+    value: float, form: str, words: str
+) -> None:
+    assert written(value, form) == words
 
 
 def test_the_page_says_what_came_out_and_what_was_not_run() -> None:
