@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import NO_BROWSER
-from test_comparison_page import sample_comparison
+from test_comparison_page import difference, sample_comparison
 from test_report import sample_metrics, sample_pairs
 
 from cwpo_dist.report.comparison import render_comparison
@@ -95,11 +95,75 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened: Open) -> None:
 def test_a_comparison_draws_without_complaint_on_any_screen(opened: Open, scheme: str) -> None:
     html = render_comparison(sample_comparison(HOSTILE[:300]))
     page = opened(html, color_scheme=scheme, viewport={"width": 380, "height": 800})
+    for plot in page.locator("svg").all():
+        box = plot.bounding_box()
+        assert 0 < box["x"] < box["x"] + box["width"] <= 380, "no plot has to be scrolled"
+    assert page.locator("nav a").all_inner_texts() == [
+        *("What came out", "Figures", "Plots", "Single runs", "Provenance"),
+    ]
+    for link in page.locator("nav a").all():
+        assert page.locator(link.get_attribute("href")).count() == 1
     assert page.locator("script").count() == 0
     assert page.locator("figure svg").count() == 2, "the differences, and each trial's own figure"
     assert "cw: 4.0 points above" in page.locator("main li").first.inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
     assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def many_trials() -> dict[str, Any]:
+    """Twelve trials, so that tables are as wide as they get, with every figure that there is."""
+    found = sample_comparison()
+    told, whole = found["trials"]["cw"], difference(0.5, 0.1)
+    own = ["accuracy", "gra_own_sft", "gra_common", "ties_own_sft", "ties_common", "length"]
+    known = ["labels_right", "least_confident", "most_confident", "calibration_error", "kl"]
+    known += ["mean_confidence", "margin_length", "pairs", "steps", "sft_loss", "device_hours"]
+    names = ["human", *(f"cw_mean, {k} % labelled" for k in range(11))]
+    told |= {"figures": dict.fromkeys(own, whole), "by_seed": dict.fromkeys(known, whole)}
+    against = dict.fromkeys(names, dict.fromkeys(own, difference(-0.152, 0.1)))
+    return found | {"trials": dict.fromkeys(names, told | {"against": against})}
+
+
+def cut(page: Any, width: int) -> list[str]:
+    """What reaches over the right edge."""
+    page.set_viewport_size({"width": width, "height": 1000})
+    reaches: list[str] = page.evaluate(
+        "[...document.querySelectorAll('table, td, th, svg, pre, p')].filter("
+        "e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 99))"
+    )
+    return reaches
+
+
+A4 = 703  # pixels between the margins
+
+
+def test_paper_cuts_no_column_and_shows_the_configuration(opened: Open) -> None:
+    metrics = sample_metrics()
+    arm = metrics["arms"]["cw"]
+    metrics["arms"] = {  # an annotator each: its table has as many columns
+        f"cw, {k} % labelled": arm | {"annotator": arm["annotator"] | {"other": k}}
+        for k in range(9)
+    }
+    for html in (render_comparison(many_trials()), render(metrics, sample_pairs(3))):
+        page = opened(html)
+        assert page.locator("table").count() > 3
+        page.emulate_media(media="print")
+        assert cut(page, A4) == []
+        assert "output_dir:" in page.locator("pre").inner_text()
+        assert page.locator("pre").evaluate("e => e.scrollHeight <= e.clientHeight + 1")
+
+
+def test_a_wide_table_keeps_the_names_of_its_rows_in_sight(opened: Open) -> None:
+    page = opened(render_comparison(many_trials()), viewport={"width": 380, "height": 800})
+    table = page.get_by_role("region", name="Accuracy, each trial less each other")
+    name = table.locator("tbody th").last
+    assert table.evaluate("e => e.scrollWidth > e.clientWidth")
+    assert table.evaluate("e => getComputedStyle(e).backgroundImage").count("gradient") == 2
+    before = name.bounding_box()["x"]
+    table.focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("e => e.scrollLeft > 0", arg=table.element_handle())
+    assert name.bounding_box()["x"] == before
 
 
 def test_it_prints(opened: Open) -> None:

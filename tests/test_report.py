@@ -185,7 +185,7 @@ def page() -> str:
 
 
 def test_page_shows_the_figures(page: str) -> None:
-    words = " ".join(_Page(page).text)
+    words = " ".join(_Page(page).text).replace("\u00a0", " ")
     agreement = sample_metrics()["arms"]["cw"]["annotator"]["agreement"]
     assert f"{100 * agreement['accuracy']:.1f} %" in words
     assert f"{100 * agreement['low']:.1f} – {100 * agreement['high']:.1f}" in words
@@ -369,6 +369,49 @@ def test_calibration_shows_before_and_after_and_why_not() -> None:
     table = annotator_table(metrics)
     assert "Not fitted (annotator): why." in table.note
     assert "with margins divided by" not in render(metrics)
+
+
+def test_each_annotator_has_its_histogram_and_is_named_by_its_arms() -> None:
+    metrics = sample_metrics()
+    arms = metrics["arms"]
+    other = arms["weak"] | {"annotator": _annotator(seed=4)}
+    metrics["arms"] = {"human": arms["human"] | {"annotator": _annotator()}, "ws_dpo": other} | {
+        name: arms[name] for name in ("weak", "cw")
+    }
+    assert annotator_table(metrics).columns == ("", "ws_dpo", "weak, cw"), "human has none"
+    (fitted,) = metrics["confidences"]
+    assert render(metrics).count("annotated pairs.</figcaption>") == 1
+    metrics["confidences"] = [
+        {"arms": ["ws_dpo"], "values": [0.1, 0.2]},
+        {"arms": ["weak", "cw"], "values": fitted["values"]},
+    ]
+    page = render(metrics)
+    assert "<h3>Confidence (ws_dpo)</h3>" in page
+    assert "<h3>Confidence (weak, cw)</h3>" in page
+    assert "of 2 annotated pairs" in page
+    metrics["confidences"] = fitted["values"]
+    assert "of 5,000 annotated pairs" in render(metrics), "a run from before: those of one"
+
+
+def test_pages_are_told_apart_and_lead_back() -> None:
+    metrics = sample_metrics()
+    alone = metrics | {"arms": {"cw": metrics["arms"]["cw"]}}
+    assert "<title>cwpo_dist – human; weak; cw; top30 – seed 7 – runs" in render(metrics)
+    assert "<title>cwpo_dist – cw – seed 7 – runs" in render(alone)
+    assert "comparison.html" not in render(metrics)
+    assert '<a href="comparison.html">' in render(metrics, comparison="comparison.html")
+
+
+def test_without_answers_nothing_is_said_of_gold_rewards_but_that_it_was_not_run() -> None:
+    metrics = sample_metrics()
+    for arm in metrics["arms"].values():
+        arm["gra"] = None
+    page = render(metrics)
+    evaluation = page[page.index('<h2 id="evaluation"') : page.index('<h2 id="cost"')]
+    assert evaluation.count("not run") == 1
+    assert "<table" not in evaluation
+    assert "Not run: GRA, own SFT; GRA, common." in page
+    assert _terminal(metrics).count("its own SFT model") == 0
 
 
 def test_broken_curves_draw_what_is_finite() -> None:
