@@ -143,12 +143,14 @@ def test_paper_cuts_no_column_and_shows_the_configuration(opened: Open) -> None:
         f"cw, {k} % labelled": arm | {"annotator": arm["annotator"] | {"other": k}}
         for k in range(9)
     }
-    for html in (render_comparison(many_trials()), render(metrics, sample_pairs(3))):
+    long = {"config": {f"key {k}": k for k in range(99)}}
+    pages = render_comparison(many_trials() | long), render(metrics | long, sample_pairs(3))
+    for html in pages:
         page = opened(html)
         assert page.locator("table").count() > 3
         page.emulate_media(media="print")
         assert cut(page, A4) == []
-        assert "output_dir:" in page.locator("pre").inner_text()
+        assert "key 98: 98" in page.locator("pre").inner_text()
         assert page.locator("pre").evaluate("e => e.scrollHeight <= e.clientHeight + 1")
 
 
