@@ -149,7 +149,7 @@ def test_training_and_test_pairs_are_told() -> None:
         steps = difference(1234.0, 1.0)
         trial |= {"test_pairs": 590, "by_seed": {"steps": steps, "sft_loss": difference(2.5, 1.0)}}
     trained = next(table for table in tables(found) if table.title == "How they were trained")
-    assert trained.columns == ("trial", "rate", "steps", "SFT loss, nats")
+    assert trained.columns == ("trial", "rate", "steps", "SFT loss")
     assert [cell.text for cell in trained.rows[0]] == ["human", "1e-4", "1,234", "2.50"]
     assert "Test pairs, over all seeds: 590." in tables(found)[0].note
     found["trials"]["cw"] |= {"test_pairs": 12}

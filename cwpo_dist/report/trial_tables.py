@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cwpo_dist.report.arms import is_human
+from cwpo_dist.report.arms import ALL_HUMAN, is_human
 from cwpo_dist.report.cells import (
     AS_GIVEN,
     NOT_RUN,
@@ -147,6 +147,7 @@ def _training_table(found: Found) -> Table:
     rows = tuple(
         (
             Cell(name),
+            _labelled(trial),
             Cell(_rate(trial["learning_rate"])),
             _alone(at(trial, "by_seed", "pairs"), ",.0f"),
             _alone(at(trial, "by_seed", "mean_weight"), ".3f"),
@@ -158,12 +159,22 @@ def _training_table(found: Found) -> Table:
     )
     return Table(
         "How they were trained",
-        ("trial", "rate", "pairs", "mean weight", "steps", "SFT loss, nats", "device-hours"),
+        ("trial", "labelled", "rate", "pairs", "mean weight", "steps", "SFT loss", "device-hours"),
         rows,
-        note="Means over seeds. Steps: of the optimizer, in preference optimisation. SFT loss: of "
-        "a token, at the end. Device-hours: of all stages that the trial needs, a seed, shared "
-        "ones included.",
+        note="Means over seeds. Labelled: the share of training prompts whose labels may be used. "
+        "Steps: of the optimizer, in preference optimisation; an arm that draws its pairs takes "
+        "fewer an epoch. SFT loss: nats a token in the last step; guessing evenly costs "
+        "ln(vocabulary), 10.8 for 50,000 tokens. Device-hours: of all stages that the trial needs, "
+        "a seed, shared ones included, but not of an annotator that only says which pairs an arm "
+        "of the data's own labels may train on.",
     )
+
+
+def _labelled(trial: Found) -> Cell:
+    share, arm = at(trial, "labelled_fraction"), str(at(trial, "arm"))
+    if share is None:
+        return NOT_RUN
+    return Cell("all" if arm == ALL_HUMAN else f"{100 * share:g} %")
 
 
 def _annotators(found: Found) -> list[tuple[list[str], Found]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,7 @@ def collect(
             "simulated_labels": config.simulated_labels,
             "versions": dict(versions()),
             "device": ", ".join(sorted(_devices(runs))),
+            "made": datetime.now(UTC).date().isoformat(),
         },
         "seeds": section(config).seeds,
         "baseline": baseline(config, list(told)),
@@ -174,7 +176,7 @@ def _single_runs(config: Config, runs: Mapping[tuple[Trial, int], Config]) -> di
         graphs = {told[trial]: graph(run, trial.arm) for trial, run in beside.items()}
         metrics = report.collect(context, graphs) | {"config": config.model_dump(mode="json")}
         name = SINGLE.format(number)
-        context.root.write(name, render(metrics, sample(context, graphs)).encode())
+        context.root.write(name, render(metrics, sample(context, graphs), PAGE).encode())
         written[name] = list(graphs)
     return written
 
