@@ -321,7 +321,8 @@ def dots_plot(dots: Sequence[Dot], words: str | None, salt: str) -> Plot:
 def arms_cost_plot(metrics: Metrics) -> Plot | None:
     """Preference accuracy of each arm against its device-hours; None where one was not had."""
     found = [
-        (sum(hours.values()), Dot(name, record["accuracy"], record["low"], record["high"]))
+        # fsum: the same in whatever order a file has the stages
+        (math.fsum(hours.values()), Dot(name, record["accuracy"], record["low"], record["high"]))
         for name, arm in arm_items(metrics)
         for hours, record in [(at(arm, "device_hours"), at(arm, "policy", "agreement"))]
         if hours and record is not None and record["accuracy"] is not None

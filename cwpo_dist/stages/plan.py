@@ -352,7 +352,8 @@ def _size_of_comparison(config: Config, number: int) -> str:
     seeds, rates = section(config).seeds, section(config).learning_rates
     chosen = f"; before, each at {len(rates)} learning rates with seed {seeds[0]}"
     spread = "; one seed says nothing of the spread between seeds" if len(seeds) == 1 else ""
-    return f"{number} trials × {len(seeds)} seeds{chosen if tuned(config) else ''}{spread}"
+    times = "; times count outputs side by side where two fit on the cluster"
+    return f"{number} trials × {len(seeds)} seeds{chosen if tuned(config) else ''}{spread}{times}"
 
 
 def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
