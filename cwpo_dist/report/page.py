@@ -166,8 +166,6 @@ def _annotator_plots(
 def _confidence_plots(metrics: Metrics) -> list[tuple[str, Any]]:
     """(title, plot) of each annotator, or none drawn."""
     found = at(metrics, "confidences") or []
-    if found and isinstance(found[0], float):  # a run from before: those of one annotator
-        found = [{"arms": [], "values": found}]
     drawn = [
         (
             f"Confidence ({cells.together(each['arms'])})" if len(found) > 1 else "Confidence",
