@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 
-from cwpo_dist.config import ARMS, Config, ConfigError, ModelConfig
-from cwpo_dist.lm.rows import Row, collate
-from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.config import ARMS, Config, ConfigError
 from cwpo_dist.pairs.census import Census, census
-from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.scoring.placement import Machine, gpus_taken
 from cwpo_dist.stages import fleet_costs
 from cwpo_dist.stages.checks import (
@@ -27,10 +23,11 @@ from cwpo_dist.stages.checks import (
     trainings,
 )
 from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.costs import Estimate, Lengths, Rates, gpus, total_steps
+from cwpo_dist.stages.costs import Estimate, Rates, gpus, total_steps
 from cwpo_dist.stages.fleet_costs import Fleet
 from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
 from cwpo_dist.stages.room import fit_two, need, share
+from cwpo_dist.stages.sampled import ShownRow, encoder_of, lengths_in, shown_row
 from cwpo_dist.stages.trials import planned, section, trials, tuned
 from cwpo_dist.storage import Store
 
@@ -62,16 +59,6 @@ class StagePlan:
     details: tuple[str, ...] = ()
     device_hours: Mapping[str, float] | None = field(default_factory=dict)
     stored: int = 0
-
-
-@dataclass(frozen=True)
-class ShownRow:
-    """A pair as a model sees it: decoded tokens, and what its mask lets through."""
-
-    model: str
-    prompt: str
-    answers: tuple[str, ...]
-    mask: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -114,16 +101,16 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
     checked = check_trials(config, found) if found else check(config, until)
     named = {name: model for run in runs for name, model, _ in models(run, until)}
-    encoders = {name: (model, _encoder(name, model)) for name, model in named.items()}
+    encoders = {name: (model, encoder_of(name, model)) for name, model in named.items()}
     censuses = _censuses(runs)
     sample = next(iter(censuses.values())).sample
-    lengths = {name: _lengths(*given, sample) for name, given in encoders.items()}
+    lengths = {name: lengths_in(*given, sample) for name, given in encoders.items()}
     estimates = [Estimate(run, censuses[_split(run)], checked, lengths) for run in runs]
     faults = dict.fromkeys(fault for each in estimates for fault in _empty(each))
     if faults:
         raise ConfigError("\n".join(faults))
     rows = [
-        _shown(name, model, encoder, pair)
+        shown_row(name, model, encoder, pair)
         for pair in sample[:show]
         for name, (model, encoder) in encoders.items()
     ]
@@ -152,32 +139,6 @@ def _split(run: Config) -> str:
 def _until(config: Config) -> str | None:
     """Without a policy, annotating is the whole of the run."""
     return None if config.policy is not None else "annotate"
-
-
-def _encoder(field: str, model: ModelConfig) -> Encoder:
-    tokenizer = load_tokenizer(model, distinct_pad=field == "weak")
-    return Encoder(tokenizer, model.chat_template)
-
-
-def _row(model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> Row | None:
-    row = encoder.encode(pair.prompt, (pair.first, pair.second))
-    return fit_length(row, model.max_length, model.over_length, bos_id=encoder.bos_id)
-
-
-def _lengths(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPair]) -> Lengths:
-    try:
-        rows = [_row(model, encoder, pair) for pair in sample]
-    except TokenError as error:
-        raise ConfigError(f"{model.model_name_or_path}: {error}") from error
-    fitting = [row for row in rows if row is not None]
-    if not fitting:
-        return Lengths(0.0, 0.0, 0.0, 0.0)
-    return Lengths(
-        len(fitting) / len(rows),
-        fmean(row.n_tokens for row in fitting),
-        fmean(row.n_longest for row in fitting),
-        fmean(row.n_tokens - len(row.prompt) for row in fitting),
-    )
 
 
 def _empty(estimate: Estimate) -> Iterator[str]:
@@ -384,27 +345,3 @@ def _idle_gpus(config: Config, machines: Sequence[Machine]) -> Iterator[str]:
                 f"{name}: its actors take {taken:g} of {there:g} GPUs; {name}.gpus_per_actor and "
                 "num_actors say how many there may be"
             )
-
-
-def _shown(field: str, model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> ShownRow | None:
-    """One pair as a shared row; what the mask lets through is read off the real mask."""
-    row = _row(model, encoder, pair)
-    if row is None:
-        return None
-    batch = collate([row], "shared", 0)
-    positions, allowed = batch.position_ids[0], batch.attention_mask[0, 0]
-    lines = [f"prompt: {len(row.prompt)} tokens at positions 0–{len(row.prompt) - 1}"]
-    start = len(row.prompt)
-    for name, answer in zip("ab", row.answers, strict=False):
-        span = slice(start, start + len(answer))
-        seen = int(allowed[span.stop - 1].sum())
-        first, last = int(positions[span.start]), int(positions[span.stop - 1])
-        lines.append(
-            f"{name}: {len(answer)} tokens at positions {first}–{last}; its last token sees {seen} "
-            f"of {batch.input_ids.shape[1]}"
-        )
-        start = span.stop
-    decode = encoder.tokenizer.decode
-    return ShownRow(
-        field, str(decode(row.prompt)), tuple(str(decode(a)) for a in row.answers), tuple(lines)
-    )

@@ -7,7 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cwpo_dist.stages.plan import Plan, ShownRow
+from cwpo_dist.stages.plan import Plan
+from cwpo_dist.stages.sampled import ShownRow
 
 
 def print_plan(plan: Plan) -> None:
