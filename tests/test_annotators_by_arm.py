@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from small_run import small_config
+from test_report import _annotator, _curve, sample_metrics
 
 from cwpo_dist.config_file import parse_config
+from cwpo_dist.evaluation.annotators import HeldOut, annotator_figures
+from cwpo_dist.report.outputs import keys_table
+from cwpo_dist.report.page import render
+from cwpo_dist.report.summary import annotator_table, ensemble_table
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import explorer, report
 from cwpo_dist.stages.context import Context
@@ -62,3 +69,50 @@ def test_each_annotator_is_shown_once_by_the_arms_that_learn_from_it(tmp_path: P
     graphs = {"ensemble": {"prepare": prepare, "weigh": weighed(context, both, [0.3])}}
     nodes = {node.path: node for node in (fitted, other)}
     assert explorer._names(context, graphs, nodes) == ["seed 5", "seed 6"], "its members"
+
+
+def test_ensemble_stands_beside_its_members() -> None:
+    rng = np.random.default_rng(2)
+    truth, noise = rng.normal(0, 1, 400), rng.normal(0, 1, (400, 2))
+    labels = np.where(rng.random(400) < 1 / (1 + np.exp(-truth)), "a", "b").tolist()
+    people = np.array([float(label == "a") for label in labels])
+    lengths, prompts = rng.integers(1, 90, (2, 400)).astype(float), [str(k) for k in range(400)]
+    held = HeldOut(3 * truth[:, None] + noise, labels, people, *lengths, prompts)
+    figures = annotator_figures(held, held, ["seed 0", "seed 1"], by_member=True)
+    weigh = {"annotators": 2, "partial": 0, "alone": 7, "contested": 91, "mean_disagreement": 0.52}
+    metrics = sample_metrics()
+    metrics["arms"] = {"ensemble": metrics["arms"]["cw"] | {"annotator": figures}}
+    assert annotator_table(metrics).columns == ("", "ensemble", "seed 0", "seed 1")
+    assert ensemble_table(metrics) is None, "an older run recorded nothing of it"
+    arm = metrics["arms"]["ensemble"]
+    arm["weigh"] = {"ensemble": weigh}
+    arm["keys"] = {"fit_0": "k0", "fit_1": "k1"}
+    arm["curves"] = {f"fit_{k}": _curve(k, 0.7, 0.5, 40) for k in range(2)}
+    table = ensemble_table(metrics)
+    assert table is not None
+    assert [cell.text for cell in table.rows[0][:6]] == ["ensemble", "2", "0", "7", "91", "0.520"]
+    page = render(metrics)
+    assert "right where contested" in page
+    assert "fit_1" in " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", page))
+    assert [row[0].text for row in keys_table(metrics).rows] == ["fit_0", "fit_1"]
+
+
+def test_each_annotator_has_its_histogram_and_is_named_by_its_arms() -> None:
+    metrics = sample_metrics()
+    arms = metrics["arms"]
+    other = arms["weak"] | {"annotator": _annotator(seed=4)}
+    metrics["arms"] = {"human": arms["human"] | {"annotator": _annotator()}, "ws_dpo": other} | {
+        name: arms[name] for name in ("weak", "cw")
+    }
+    assert annotator_table(metrics).columns == ("", "ws_dpo", "weak, cw"), "human has none"
+    (fitted,) = metrics["confidences"]
+    assert render(metrics).count("annotated pairs.</figcaption>") == 1
+    metrics["confidences"] = [
+        {"arms": ["ws_dpo"], "values": [0.1, 0.2]},
+        {"arms": ["weak", "cw"], "values": fitted["values"]},
+    ]
+    page = render(metrics)
+    assert "<h3>Confidence (ws_dpo)</h3>" in page
+    assert "<h3>Confidence (weak, cw)</h3>" in page
+    assert "of 2 annotated pairs" in page
+    assert "of 5,000 annotated pairs" in page

@@ -20,7 +20,6 @@ from cwpo_dist.report.summary import (
     SIMULATED,
     annotator_table,
     arms_table,
-    ensemble_table,
 )
 from cwpo_dist.report.table import print_summary
 
@@ -328,32 +327,6 @@ def test_human_arms_show_no_annotator() -> None:
     assert weak.text.endswith(" %")
 
 
-def test_ensemble_stands_beside_its_members() -> None:
-    rng = np.random.default_rng(2)
-    truth, noise = rng.normal(0, 1, 400), rng.normal(0, 1, (400, 2))
-    labels = np.where(rng.random(400) < 1 / (1 + np.exp(-truth)), "a", "b").tolist()
-    people = np.array([float(label == "a") for label in labels])
-    lengths, prompts = rng.integers(1, 90, (2, 400)).astype(float), [str(k) for k in range(400)]
-    held = HeldOut(3 * truth[:, None] + noise, labels, people, *lengths, prompts)
-    figures = annotator_figures(held, held, ["seed 0", "seed 1"], by_member=True)
-    weigh = {"annotators": 2, "partial": 0, "alone": 7, "contested": 91, "mean_disagreement": 0.52}
-    metrics = sample_metrics()
-    metrics["arms"] = {"ensemble": metrics["arms"]["cw"] | {"annotator": figures}}
-    assert annotator_table(metrics).columns == ("", "ensemble", "seed 0", "seed 1")
-    assert ensemble_table(metrics) is None, "an older run recorded nothing of it"
-    arm = metrics["arms"]["ensemble"]
-    arm["weigh"] = {"ensemble": weigh}
-    arm["keys"] = {"fit_0": "k0", "fit_1": "k1"}
-    arm["curves"] = {f"fit_{k}": _curve(k, 0.7, 0.5, 40) for k in range(2)}
-    table = ensemble_table(metrics)
-    assert table is not None
-    assert [cell.text for cell in table.rows[0][:6]] == ["ensemble", "2", "0", "7", "91", "0.520"]
-    page = render(metrics)
-    assert "right where contested" in page
-    assert "fit_1" in " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", page))
-    assert [row[0].text for row in keys_table(metrics).rows] == ["fit_0", "fit_1"]
-
-
 def test_calibration_shows_before_and_after_and_why_not() -> None:
     metrics = sample_metrics()
     record = metrics["arms"]["cw"]["annotator"]
@@ -369,27 +342,6 @@ def test_calibration_shows_before_and_after_and_why_not() -> None:
     table = annotator_table(metrics)
     assert "Not fitted (annotator): why." in table.note
     assert "with margins divided by" not in render(metrics)
-
-
-def test_each_annotator_has_its_histogram_and_is_named_by_its_arms() -> None:
-    metrics = sample_metrics()
-    arms = metrics["arms"]
-    other = arms["weak"] | {"annotator": _annotator(seed=4)}
-    metrics["arms"] = {"human": arms["human"] | {"annotator": _annotator()}, "ws_dpo": other} | {
-        name: arms[name] for name in ("weak", "cw")
-    }
-    assert annotator_table(metrics).columns == ("", "ws_dpo", "weak, cw"), "human has none"
-    (fitted,) = metrics["confidences"]
-    assert render(metrics).count("annotated pairs.</figcaption>") == 1
-    metrics["confidences"] = [
-        {"arms": ["ws_dpo"], "values": [0.1, 0.2]},
-        {"arms": ["weak", "cw"], "values": fitted["values"]},
-    ]
-    page = render(metrics)
-    assert "<h3>Confidence (ws_dpo)</h3>" in page
-    assert "<h3>Confidence (weak, cw)</h3>" in page
-    assert "of 2 annotated pairs" in page
-    assert "of 5,000 annotated pairs" in page
 
 
 def test_pages_are_told_apart_and_lead_back() -> None:

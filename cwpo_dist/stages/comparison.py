@@ -83,10 +83,10 @@ def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, Any]]:
         if agreement["accuracy"] is None:
             raise ConfigError("compare.learning_rates: validation has no labelled pair that fits")
         tried[trial][rate], pairs[trial] = agreement["accuracy"], agreement["n"]
-    rates = {trial: max(told, key=lambda rate: told[rate]) for trial, told in tried.items()}
-    for trial, rate in rates.items():
-        logger.info("compare: %s takes learning rate %g", names(chosen)[trial], rate)
+    rates = {trial: max(found, key=lambda rate: found[rate]) for trial, found in tried.items()}
     told = names(chosen)
+    for trial, rate in rates.items():
+        logger.info("compare: %s takes learning rate %g", told[trial], rate)
     return rates, {
         "tried": {
             told[trial]: {f"{rate:g}": value for rate, value in found.items()}
