@@ -242,6 +242,8 @@ def test_a_plan_says_how_many_trials_and_what_they_cost(tmp_path: Path) -> None:
     outputs = {stage.stage: stage for stage in all_trials.stages}
     (fit,) = [stage for stage in single.stages if stage.stage == "fit"]
     assert outputs["fit"].stored == 2 * fit.stored, "one a seed"
+    assert outputs["fit"].checkpoints == fit.checkpoints > 0, "they go when a training is done"
+    assert re.search(r"; up to \S+ [kM]B of checkpoints beside each training$", stored)
 
 
 def test_the_implicit_annotator_is_the_weak_model_after_sft_and_dpo(tmp_path: Path) -> None:

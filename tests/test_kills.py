@@ -17,6 +17,7 @@ from small_run import small_config, write_config
 
 from cwpo_dist.config_file import load_config
 from cwpo_dist.stages.graph import graph
+from cwpo_dist.stages.plan import plan
 
 COMMAND = [sys.executable, "-m", "cwpo_dist.cli"]
 PATIENCE_S = 240
@@ -66,6 +67,7 @@ def test_a_driver_killed_in_three_places_ends_as_if_undisturbed(tmp_path: Path) 
         config["prepare"]["rows_per_shard"] = 4
         configs.append(write_config(tmp_path / f"{run.name}.yaml", config))
     quiet, rough = configs
+    planned = {stage.stage: stage for stage in plan(load_config(rough)).stages}
     nodes = graph(load_config(rough), "cw")
     log, quiet_log = tmp_path / "log", tmp_path / "quiet.log"
     # Beside the other one, as each waits a good deal; and to the last stage that is compared.
@@ -82,10 +84,15 @@ def test_a_driver_killed_in_three_places_ends_as_if_undisturbed(tmp_path: Path) 
         align = rough_run / nodes["align"].path
         kill_when(rough, log, lambda: len(list(align.glob("checkpoints/*/commit.json"))) >= 1)
         assert not (align / "manifest.json").exists(), "align was not in flight"
+        committed = next(align.glob("checkpoints/*/commit.json")).parent
+        size = sum(file.stat().st_size for file in committed.iterdir())
+        held = load_config(rough).align.save_total_limit + 1
+        assert size == pytest.approx(planned["align"].checkpoints / held, rel=0.2)
 
         finish(rough, log)
         assert "resuming" in log.read_text()
         assert (rough_run / "report.html").exists()
+        assert not (align / "checkpoints").exists(), "only a training under way has a use for them"
         assert undisturbed.wait(PATIENCE_S) == 0, quiet_log.read_text()[-4000:]
     assert scores(rough_run) == scores(quiet_run), "byte for byte"
     ours, theirs = (run / nodes["align"].path for run in (rough_run, quiet_run))

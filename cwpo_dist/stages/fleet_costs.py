@@ -18,6 +18,7 @@ from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.stages.costs import START_S, Cost, Estimate, gpus
 from cwpo_dist.stages.graph import Node, ready_model
+from cwpo_dist.stages.sizes import ModelSize
 from cwpo_dist.storage import MANIFEST, Store, parquet_bytes
 
 ROWS = 4096  # of the made-up tables whose size tells that of a row
@@ -178,18 +179,27 @@ def stored(config: Config, node: Node, estimate: Estimate) -> int:
         return round(estimate.counted.pairs(*node.settings["splits"]) * row["reference"])
     if node.stage == "weigh":
         return round(estimate.counted.pairs(*node.settings["splits"]) * text)
-    return _model_bytes(config, node, estimate)
+    if _training(config, node) is None:
+        return 0
+    return (2 if gpus(estimate.checked.machines) else 4) * _size_of(node, estimate).parameters
 
 
-def _model_bytes(config: Config, node: Node, estimate: Estimate) -> int:
-    """The trained model, and the checkpoints that are kept beside it."""
-    training = {"fit": config.fit, "sft": config.sft, "align": config.align}.get(node.stage)
+def checkpoints(config: Config, node: Node, estimate: Estimate) -> int:
+    """About how many bytes of checkpoints lie beside a training until it is done."""
+    training = _training(config, node)
     if training is None:
         return 0
-    size = estimate.checked.sizes["weak" if node.stage == "fit" else "policy"]
-    number = 2 if gpus(estimate.checked.machines) else 4
-    kept = training.save_total_limit * CHECKPOINT_BYTES * size.trained(training)
-    return number * size.parameters + kept
+    # One more than are kept: the next is whole before the oldest goes.
+    number = training.save_total_limit + 1
+    return number * CHECKPOINT_BYTES * _size_of(node, estimate).trained(training)
+
+
+def _training(config: Config, node: Node) -> TrainingConfig | None:
+    return {"fit": config.fit, "sft": config.sft, "align": config.align}.get(node.stage)
+
+
+def _size_of(node: Node, estimate: Estimate) -> ModelSize:
+    return estimate.checked.sizes["weak" if node.stage == "fit" else "policy"]
 
 
 def _pair_bytes(sample: tuple[ParsedPair, ...]) -> float:
@@ -284,10 +294,13 @@ def _money(hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
     return f", {total:,.2f} at {told} an hour"
 
 
-def storage_line(stored: Sequence[tuple[str, int]]) -> str:
-    """Bytes by stage and in all."""
+def storage_line(stored: Sequence[tuple[str, int]], checkpoints: int) -> str:
+    """Bytes by stage and in all, and what a training needs besides until it is done."""
     each = ", ".join(f"{name} {_size(number)}" for name, number in stored if number)
-    return f"storage: about {_size(sum(number for _, number in stored))}: {each}"
+    line = f"storage: about {_size(sum(number for _, number in stored))}: {each}"
+    if checkpoints:
+        line += f"; up to {_size(checkpoints)} of checkpoints beside each training"
+    return line
 
 
 def _size(number: float) -> str:

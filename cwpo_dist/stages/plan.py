@@ -47,6 +47,7 @@ class StagePlan:
         details: of that memory, a line each.
         device_hours: by kind of device, all held to the end; None: the time is not known.
         stored: bytes that it leaves behind; about.
+        checkpoints: bytes beside it until it is done, 0 where it is; about.
     """
 
     stage: str
@@ -59,6 +60,7 @@ class StagePlan:
     details: tuple[str, ...] = ()
     device_hours: Mapping[str, float] | None = field(default_factory=dict)
     stored: int = 0
+    checkpoints: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Plan:
         hours = [(stage.stage, stage.device_hours) for stage in left if stage.device_hours != {}]
         yield from fleet_costs.hours_lines(hours, self.fleet)
         if any(stage.stored for stage in self.stages):
-            yield fleet_costs.storage_line([(stage.stage, stage.stored) for stage in self.stages])
+            stored = [(stage.stage, stage.stored) for stage in self.stages]
+            most = max(stage.checkpoints for stage in self.stages)
+            yield fleet_costs.storage_line(stored, most)
 
 
 def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
@@ -223,6 +227,7 @@ def _output(
         cost.details,
         None if used and seconds is None else hours,
         fleet_costs.stored(config, node, estimate),
+        0 if done else fleet_costs.checkpoints(config, node, estimate),
     )
 
 
@@ -270,6 +275,7 @@ def _summed(name: str, stages: Sequence[StagePlan]) -> StagePlan:
         max((stage.memory for stage in stages if stage.memory is not None), default=None),
         device_hours=hours if known else None,
         stored=sum(stage.stored for stage in stages),
+        checkpoints=max(stage.checkpoints for stage in stages),
     )
 
 

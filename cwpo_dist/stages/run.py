@@ -44,6 +44,7 @@ from cwpo_dist.stages.graph import (
 from cwpo_dist.stages.nodes import versions
 from cwpo_dist.stages.room import workers_of
 from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.training.checkpoint import FOLDER as CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ def make(context: Context, node: Node) -> None:
     manifest = _record(node, counts, started)
     manifest["device_hours"] = _device_hours(context, node, manifest)
     context.place(node).create_json(MANIFEST, manifest)
+    context.place(node).remove(CHECKPOINTS)  # only this very training could go on from them
     logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
 
 
