@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cwpo_dist.storage import Store
-from cwpo_dist.training.lease import Holder, Lease, LeaseHeld, LeaseLost
+from cwpo_dist.training.lease import Holder, Lease, LeaseHeld, LeaseLost, held_s
 
 
 @pytest.fixture
@@ -63,6 +63,18 @@ def test_killed_before_its_first_beat(store: Store) -> None:
     with pytest.raises(LeaseHeld):
         Lease.acquire(store, ttl_s=60)
     Lease.acquire(store, ttl_s=20).release()
+
+
+def test_time_is_counted_over_all_holders(store: Store) -> None:
+    """Released; killed with a beat; killed before the first one, silent for as long as you like."""
+    holder(store, 1, beat=105.0, since=100.0)
+    store.write("lease/000001.released", b"107.5")
+    holder(store, 2, beat=230.0, since=200.0)
+    holder(store, 3, since=300.0)
+    assert held_s(store) == 7.5 + 30.0
+    with Lease.acquire(store):
+        time.sleep(0.3)
+    assert held_s(store) == pytest.approx(37.5 + 0.3, abs=0.2)
 
 
 def _take(store: Store, taken: object) -> None:

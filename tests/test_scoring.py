@@ -18,6 +18,7 @@ import pytest
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
+from cwpo_dist.scoring.held import held_hours
 from cwpo_dist.scoring.pipeline import ShardJob, commit, total_counts
 from cwpo_dist.scoring.run import run_here, run_shards
 from cwpo_dist.storage import Store
@@ -72,8 +73,8 @@ def test_every_shard_is_committed_and_a_rerun_does_nothing(tmp_path: Path) -> No
     (tmp_path / "here").mkdir()
     here, there = job(tmp_path / "here").output, job(tmp_path).output
     assert run_here(job(tmp_path / "here")) == counts
-    assert here.names() == there.names()
-    assert all(here.read(name) == there.read(name) for name in there.names())
+    assert here.names() == there.names("squares")
+    assert all(here.read(name) == there.read(name) for name in here.names())
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -85,9 +86,27 @@ def test_a_killed_actor_loses_and_doubles_nothing(tmp_path: Path) -> None:
     disturbed = job(tmp_path / "b", killed_at=3)
     run_shards(disturbed, POOL)
     assert len(list((tmp_path / "b" / "trace").glob("3-*"))) >= 2, "the blow did not fall"
-    assert disturbed.output.names() == undisturbed.output.names()
-    for name in undisturbed.output.names():
+    names = undisturbed.output.names("squares")
+    assert disturbed.output.names("squares") == names
+    for name in names:
         assert disturbed.output.read(name) == undisturbed.output.read(name)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_device_hours_are_those_of_all_drivers(tmp_path: Path) -> None:
+    """Two, each with a part, and a third that stops after its first shard."""
+    half, rest = (replace(job(tmp_path), only=part) for part in ((0, 1), (2, 3)))
+    speeds = [run_shards(each, POOL)["throughput"] for each in (half, rest)]
+    known = sum(speed["device_hours"] for speed in speeds)
+    assert held_hours(half.output) == pytest.approx(known, rel=1e-4)
+
+    def stop(_: int) -> None:
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_shards(job(tmp_path), POOL, stop)
+    assert held_hours(half.output) > known
+    assert held_hours(Store(str(tmp_path))) == held_hours(half.output), "folders below count"
 
 
 def test_the_first_commit_wins(tmp_path: Path) -> None:

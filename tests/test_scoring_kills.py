@@ -75,9 +75,10 @@ def finish(folder: Path, output: str, driver: Driver) -> None:
 def assert_undisturbed(folder: Path, output: str) -> None:
     """Byte for byte the files of the quiet run; every row in one place, once."""
     expected, found = Store(str(folder / "quiet")), Store(str(folder / output))
-    assert found.names() == expected.names()
+    names = [name for name in found.names() if not name.startswith("held/")]  # no part of it
+    assert names == [name for name in expected.names() if not name.startswith("held/")]
     assert len(found.names("scores")) == SHARDS
-    for name in found.names():
+    for name in names:
         assert found.read(name) == expected.read(name), name
     job = make_job(folder, output)
     rejects = [r for i in range(SHARDS) for r in committed_rejects(job.output, job.file(i))]

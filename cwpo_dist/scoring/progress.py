@@ -126,6 +126,11 @@ class Progress:
         return self._counts["rejects"]
 
     @property
+    def device_hours(self) -> float:
+        """For how long this run's actors have held their devices, by their last reports."""
+        return sum(seen.devices * seen.up_s for seen in self._actors.values()) / 3600
+
+    @property
     def _scored(self) -> int:
         """Rows without those that were copied from earlier scores, which take no time."""
         return self._counts["rows"] - self._counts["reused"]
@@ -158,7 +163,7 @@ class Progress:
     def throughput(self) -> dict[str, Any]:
         """What this run did in what time; a resumed run counts its own part."""
         counts, seconds, actors = self._counts, self._seconds(), list(self._actors.values())
-        held = sum(seen.devices * seen.up_s for seen in actors) / 3600
+        held = self.device_hours
         if not actors:
             return {}  # another driver did it all
         idle_from, end = min(seen.last for seen in actors), max(seen.last for seen in actors)

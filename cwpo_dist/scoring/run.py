@@ -10,6 +10,7 @@ from typing import Any
 from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.scoring.attempts import attempt
+from cwpo_dist.scoring.held import Held
 from cwpo_dist.scoring.pipeline import ShardJob, commit, part, total_counts
 from cwpo_dist.scoring.placement import alive_machines, pool_faults
 from cwpo_dist.scoring.pool import run_pools
@@ -41,6 +42,7 @@ def run_shards(
     throughput = {}
     counts: Counter[str] = Counter()
     counted: set[int] = set()
+    held = Held(job.output, job.name)
     if missing:
         faults = [f"{job.name}: {fault}" for fault in pool_faults("", config, alive_machines())]
         if faults and not grows():
@@ -49,12 +51,14 @@ def run_shards(
             while missing:
                 for report in run_pools(job, missing, config.actor_pools()):
                     progress.add(report)
+                    held.keep(progress)
                     if report.counts:  # else another had committed the shard
                         counts.update(report.counts)
                         counted.add(report.shard)
                     if check_rejects is not None:
                         check_rejects(progress.rejects)
                 missing = job.missing()
+            held.keep(progress, now=True)
         logger.info("%s: %s", job.name, progress.summary())
         throughput = {"throughput": progress.throughput()}
     return dict(total_counts(job, counts, counted)) | throughput

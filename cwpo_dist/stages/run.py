@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import ray
 import ray.data
 
 from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.scoring.held import held_hours
 from cwpo_dist.stages import (
     align,
     annotate,
@@ -45,6 +46,7 @@ from cwpo_dist.stages.nodes import versions
 from cwpo_dist.stages.room import workers_of
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training.checkpoint import FOLDER as CHECKPOINTS
+from cwpo_dist.training.lease import held_s
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ def make(context: Context, node: Node) -> None:
     context = context.of(node)
     counts = STAGES[node.stage](context, node)
     manifest = _record(node, counts, started)
-    manifest["device_hours"] = _device_hours(context, node, manifest)
+    manifest["device_hours"] = _device_hours(context, node)
     context.place(node).create_json(MANIFEST, manifest)
     context.place(node).remove(CHECKPOINTS)  # only this very training could go on from them
     logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
@@ -213,14 +215,14 @@ def _record(node: Node, counts: dict[str, Any], started: float) -> dict[str, Any
     }
 
 
-def _device_hours(context: Context, node: Node, manifest: Mapping[str, Any]) -> float:
-    """GPU-hours, or CPU-hours where no GPU is used; a resumed stage counts its last command."""
-    counts, training = manifest["counts"], workers_of(context.config, node)
+def _device_hours(context: Context, node: Node) -> float:
+    """GPU-hours, or CPU-hours where no GPU is used, of all commands that worked on the output."""
+    output, training = context.place(node), workers_of(context.config, node)
     if training is None:
-        return float(counts.get("throughput", {}).get("device_hours", 0.0))
+        return held_hours(output)
     on_gpu = training.use_gpu is not False and ray.cluster_resources().get("GPU", 0) > 0
     each = 1.0 if on_gpu else training.cpus_per_worker
-    return float(manifest["seconds"]) * each * training.max_workers / 3600
+    return held_s(output) * each * training.max_workers / 3600
 
 
 def _identity(node: Node) -> dict[str, Any]:

@@ -160,7 +160,8 @@ class Lease:
         if not self._over.is_set():
             self._over.set()
             self._thread.join()
-            self.token.store.write(_name(self.token.epoch, "released"), b"")
+            now = repr(time.time()).encode()
+            self.token.store.write(_name(self.token.epoch, "released"), now)
 
     def __enter__(self) -> Self:
         """The lease itself."""
@@ -184,6 +185,20 @@ class Lease:
                 logger.warning("lease not renewed: %s", error)
             if self._over.wait(self._ttl_s / BEATS_PER_TTL):
                 return
+
+
+def held_s(store: Store) -> float:
+    """Seconds for which holders had the lease, one after the other: killed ones to their last beat.
+
+    Args:
+        store: the stage's folder.
+    """
+    held = 0.0
+    for epoch in range(1, _newest(store)[0] + 1):
+        holder, released = _holder(store, epoch), _name(epoch, "released")
+        end = store.read(released) if store.exists(released) else b""
+        held += (float(end) if end else _last_beat(store, epoch, holder)) - holder.since
+    return held
 
 
 def _refuse_if_alive(store: Store, epoch: int, ttl_s: float) -> None:
