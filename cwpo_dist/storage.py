@@ -148,6 +148,7 @@ class Store:
     def remove(self, name: str = "") -> None:
         """Removes a file or a whole sub-folder; nothing happens where there is none."""
         path = self.path(name) if name else self.root
+        self.filesystem.invalidate_cache()
         if self.filesystem.exists(path):
             self.filesystem.rm(path, recursive=True)
 

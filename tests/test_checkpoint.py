@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from cwpo_dist.config import TrainingConfig
 from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training import checkpoint, shards
 from cwpo_dist.training.checkpoint import Checkpoint, CheckpointError, RunIdentity, Saver
-from cwpo_dist.training.lease import LeaseLost
+from cwpo_dist.training.lease import Lease, LeaseLost
 from cwpo_dist.training.loop import TorchEngine
 
 IDENTITY = RunIdentity("key", 0, "base")
@@ -171,6 +172,25 @@ def test_keeps_the_newest_and_no_litter(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(store, step)
     assert folders(store) == ["step-000002-a", "step-000003-a"]
+
+
+def test_what_is_left_beside_a_committed_output_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But not while a driver is at work there, and what storage keeps is no fault of the run."""
+    store = Store(str(tmp_path))
+    checkpoint.clear(store)
+    assert store.names() == [], "nothing to do, and no trace"
+    save(store, 4)
+    with Lease.acquire(store):
+        checkpoint.clear(store)
+    assert folders(store) == ["step-000004-a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "remove", Mock(side_effect=PermissionError("it is not yours")))
+        checkpoint.clear(store)
+    assert "is of no more use, but stays: it is not yours" in caplog.text
+    checkpoint.clear(store)
+    assert folders(store) == []
 
 
 def test_attempts_never_mix(tmp_path: Path) -> None:

@@ -259,7 +259,11 @@ def test_the_implicit_annotator_is_the_weak_model_after_sft_and_dpo(tmp_path: Pa
     assert ws["sft"].key != weak["sft"].key, "its labels are others"
     elsewhere = made.model_copy(update={"evaluate": EvaluateConfig(split="validation")})
     assert graph(elsewhere, "ws_dpo")["annotate"].key == scores.key, "wherever it is measured"
-    assert plan(made).stages
+    stages = {stage.stage: stage for stage in plan(made).stages}
+    teacher = stages["sft (teacher_sft)"]
+    assert teacher.stored == stages["fit"].stored == stages["align (teacher_align)"].stored
+    assert teacher.checkpoints == stages["fit"].checkpoints, "on the annotator's schedule"
+    assert teacher.stored < stages["sft"].stored
 
 
 def test_two_trainings_run_at_once_only_where_both_fit(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cwpo_dist.storage import Store
-from cwpo_dist.training.lease import Holder, Lease, LeaseHeld, LeaseLost, held_s
+from cwpo_dist.training.lease import Holder, Lease, LeaseHeld, LeaseLost, device_hours
 
 
 @pytest.fixture
@@ -65,16 +65,21 @@ def test_killed_before_its_first_beat(store: Store) -> None:
     Lease.acquire(store, ttl_s=20).release()
 
 
-def test_time_is_counted_over_all_holders(store: Store) -> None:
-    """Released; killed with a beat; killed before the first one, silent for as long as you like."""
+def test_device_hours_are_those_of_all_groups(store: Store) -> None:
+    """Two of a driver that ended, one of a killed driver, none of one that never found room."""
     holder(store, 1, beat=105.0, since=100.0)
-    store.write("lease/000001.released", b"107.5")
+    store.write("lease/000001.released", b"117.5")
+    store.create_json("lease/000001.workers-0001", {"since": 101.0, "devices": 8})
+    store.create_json("lease/000001.workers-0002", {"since": 111.0, "devices": 4})
     holder(store, 2, beat=230.0, since=200.0)
-    holder(store, 3, since=300.0)
-    assert held_s(store) == 7.5 + 30.0
-    with Lease.acquire(store):
-        time.sleep(0.3)
-    assert held_s(store) == pytest.approx(37.5 + 0.3, abs=0.2)
+    store.create_json("lease/000002.workers-0001", {"since": 210.0, "devices": 2})
+    holder(store, 3, beat=900.0, since=300.0)
+    by_hand = 10 * 8 + 6.5 * 4 + 20 * 2
+    assert device_hours(store) * 3600 == pytest.approx(by_hand)
+    with Lease.acquire(store) as lease:
+        lease.token.for_new_group(2.5)
+        time.sleep(0.4)
+    assert device_hours(store) * 3600 == pytest.approx(by_hand + 1.0, abs=0.5)
 
 
 def _take(store: Store, taken: object) -> None:
@@ -114,21 +119,21 @@ def test_ids_of_another_container_or_boot_prove_nothing(store: Store) -> None:
 def test_a_zombie_is_shut_out(store: Store) -> None:
     holder(store, beat=0.0)
     zombie = Lease.acquire(store)
-    workers = zombie.token.for_new_group()
+    workers = zombie.token.for_new_group(1)
     workers.check()
     holder(store, epoch=3)
     for token in (workers, zombie.token):
         with pytest.raises(LeaseLost, match="elsewhere"):
             token.check()
     with pytest.raises(LeaseLost):
-        zombie.token.for_new_group()
+        zombie.token.for_new_group(1)
     zombie.release()
 
 
 def test_a_group_shuts_out_the_one_before(store: Store) -> None:
     with Lease.acquire(store) as lease:
-        first = lease.token.for_new_group()
-        second = lease.token.for_new_group()
+        first = lease.token.for_new_group(1)
+        second = lease.token.for_new_group(1)
         second.check()
         with pytest.raises(LeaseLost, match=r"1\.1 has passed on to 1\.2"):
             first.check()
@@ -156,7 +161,7 @@ def test_one_of_many_wins(store: Store) -> None:
 
 def test_word_to_the_workers(store: Store) -> None:
     with Lease.acquire(store) as lease:
-        workers = lease.token.for_new_group()
+        workers = lease.token.for_new_group(1)
         assert not workers.asked_to_stop()
         lease.token.ask_to_stop()
         assert workers.asked_to_stop()
@@ -164,7 +169,7 @@ def test_word_to_the_workers(store: Store) -> None:
 
 def test_on_object_storage(s3_store: Store) -> None:
     with Lease.acquire(s3_store) as lease:
-        lease.token.for_new_group().check()
+        lease.token.for_new_group(1).check()
         with pytest.raises(LeaseHeld):
             Lease.acquire(s3_store)
     Lease.acquire(s3_store).release()

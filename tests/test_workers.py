@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model
 from cwpo_dist.lm.tokens import PLAIN_TEMPLATE, load_tokenizer
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training import checkpoint, workers
 from cwpo_dist.training.lease import Lease, LeaseHeld
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, train
@@ -238,6 +238,19 @@ def test_bad_data_end_the_group_once(alone: TrainSpec) -> None:
     assert outcome["message"] == "TaskError: no pairs to train on: the test wants it so"
     with Lease.acquire(spec.store) as lease:  # a new driver tries anew
         assert workers._refusal(lease.token) is None
+
+
+def test_what_another_driver_has_finished_is_left_alone(
+    alone: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may commit after this one has looked, and before this one has the lease."""
+    monkeypatch.setattr(workers, "check_placement", lambda _: None)
+    alone.store.create_json(MANIFEST, {"counts": {"steps": 6}})
+    summary = workers.train(alone)
+    assert summary["steps"] == 6
+    assert not alone.store.names("checkpoints")
+    with Lease.acquire(alone.store):
+        pass  # it was given back
 
 
 def test_non_finite_loss_needs_no_retry(alone: TrainSpec) -> None:

@@ -48,17 +48,19 @@ def run_shards(
         if faults and not grows():
             raise ConfigError("\n".join(faults))
         with Progress(job.name, len(job.indices), done, config.actor_pools()) as progress:
-            while missing:
-                for report in run_pools(job, missing, config.actor_pools()):
-                    progress.add(report)
-                    held.keep(progress)
-                    if report.counts:  # else another had committed the shard
-                        counts.update(report.counts)
-                        counted.add(report.shard)
-                    if check_rejects is not None:
-                        check_rejects(progress.rejects)
-                missing = job.missing()
-            held.keep(progress, now=True)
+            try:
+                while missing:
+                    for report in run_pools(job, missing, config.actor_pools()):
+                        progress.add(report)
+                        held.keep(progress)
+                        if report.counts:  # else another had committed the shard
+                            counts.update(report.counts)
+                            counted.add(report.shard)
+                        if check_rejects is not None:
+                            check_rejects(progress.rejects)
+                    missing = job.missing()
+            finally:
+                held.keep(progress, now=True)
         logger.info("%s: %s", job.name, progress.summary())
         throughput = {"throughput": progress.throughput()}
     return dict(total_counts(job, counts, counted)) | throughput

@@ -236,7 +236,7 @@ def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
 def _single(
     context: Context, nodes: Mapping[str, Node], metrics: dict[str, Any]
 ) -> dict[str, float | None]:
-    manifests = {role: context.place(node).read_json(MANIFEST) for role, node in nodes.items()}
+    manifests = {role: report.committed(context, node) for role, node in nodes.items()}
     answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"]["counts"]
     # Of an arm on human labels the annotator says only which pairs are compared: it costs nothing.
     spared = () if nodes["weigh"].settings["labels"] == "annotator" else ("fit", "annotate")

@@ -17,7 +17,7 @@ from cwpo_dist.config import Config, ConfigError, PoolConfig, TrainingConfig
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.stages.costs import START_S, Cost, Estimate, gpus
-from cwpo_dist.stages.graph import Node, ready_model
+from cwpo_dist.stages.graph import TRAINING_STAGES, Node, ready_model, teacher_config
 from cwpo_dist.stages.sizes import ModelSize
 from cwpo_dist.storage import MANIFEST, Store, parquet_bytes
 
@@ -119,7 +119,6 @@ def devices(config: Config, node: Node, estimate: Estimate) -> dict[str, float]:
 
     A kind is a pool's accelerator_type, else GPU, or CPU where it has no GPU.
     """
-    trainings = {"fit": config.fit, "sft": config.sft, "align": config.align}
     pools = {
         "annotate": config.annotate,
         "reference": config.reference,
@@ -127,7 +126,7 @@ def devices(config: Config, node: Node, estimate: Estimate) -> dict[str, float]:
     }
     if node.stage in pools:
         return _pool_devices(pools[node.stage])
-    training = trainings.get(node.stage)
+    training = _training(config, node)
     return {} if training is None else _training_devices(training, estimate)
 
 
@@ -179,7 +178,7 @@ def stored(config: Config, node: Node, estimate: Estimate) -> int:
         return round(estimate.counted.pairs(*node.settings["splits"]) * row["reference"])
     if node.stage == "weigh":
         return round(estimate.counted.pairs(*node.settings["splits"]) * text)
-    if _training(config, node) is None:
+    if node.stage not in TRAINING_STAGES:
         return 0
     return (2 if gpus(estimate.checked.machines) else 4) * _size_of(node, estimate).parameters
 
@@ -195,11 +194,13 @@ def checkpoints(config: Config, node: Node, estimate: Estimate) -> int:
 
 
 def _training(config: Config, node: Node) -> TrainingConfig | None:
-    return {"fit": config.fit, "sft": config.sft, "align": config.align}.get(node.stage)
+    """The section of a training stage; the weak model as a policy has the annotator's schedule."""
+    seen = config if node.of == "policy" else teacher_config(config)
+    return {"fit": seen.fit, "sft": seen.sft, "align": seen.align}.get(node.stage)
 
 
 def _size_of(node: Node, estimate: Estimate) -> ModelSize:
-    return estimate.checked.sizes["weak" if node.stage == "fit" else "policy"]
+    return estimate.checked.sizes["weak" if node.stage == "fit" else node.of]
 
 
 def _pair_bytes(sample: tuple[ParsedPair, ...]) -> float:

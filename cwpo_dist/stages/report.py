@@ -14,11 +14,10 @@ from cwpo_dist.report.table import print_summary
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.explorer import sample
-from cwpo_dist.stages.graph import Node, members
+from cwpo_dist.stages.graph import TRAINING_STAGES, Node, members, retry_manifest
 from cwpo_dist.storage import MANIFEST, to_json
 
 MOST_CONFIDENCES = 5000  # of the histogram: a sample, so that the page stays small
-TRAINING_STAGES = ("fit", "sft", "align")
 
 
 def run(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> str:
@@ -61,7 +60,7 @@ def collect(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> dict[
 
 def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
     weigh = context.counts(nodes["weigh"])
-    manifests = {role: context.place(node).read_json(MANIFEST) for role, node in nodes.items()}
+    manifests = {role: committed(context, node) for role, node in nodes.items()}
     evaluation: dict[str, Any] = context.place(nodes["evaluate"]).read_json("metrics.json")
     return evaluation | {
         "pairs": manifests["align"]["counts"]["rows"],  # of those selected, what fits the policy
@@ -82,6 +81,15 @@ def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
             if "tokens" in manifest["counts"]
         },
     }
+
+
+def committed(context: Context, node: Node) -> dict[str, Any]:
+    """The manifest of an output; its device-hours with those of retries of its rejects."""
+    place = context.place(node)
+    first: dict[str, Any] = place.read_json(MANIFEST)
+    if node.retries == 0:
+        return first
+    return first | {"device_hours": place.read_json(retry_manifest(node.retries))["device_hours"]}
 
 
 def device_hours(

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from cwpo_dist.config import Config, PoolConfig, TrainingConfig
-from cwpo_dist.stages.graph import Node, teacher_config
+from cwpo_dist.stages.graph import TRAINING_STAGES, Node, teacher_config
 
 Room = dict[str, float]
 SMALL = {"CPU": 0.5}  # a stage of few tasks
@@ -47,7 +47,7 @@ def need(config: Config, node: Node, room: Room) -> Room:
 
 def fit_two(outputs: Sequence[tuple[Config, Node]], room: Room) -> bool:
     """Whether any two trainings find room at once; what else there is, is short."""
-    trained = [given for given in outputs if given[1].stage in {"fit", "sft", "align"}]
+    trained = [given for given in outputs if given[1].stage in TRAINING_STAGES]
     needs = [need(config, node, room) for config, node in trained]
     return any(fits(plus(a, b), room) for a, b in itertools.combinations(needs, 2))
 

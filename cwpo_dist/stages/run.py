@@ -34,6 +34,7 @@ from cwpo_dist.stages import (
 )
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import (
+    TRAINING_STAGES,
     Node,
     annotator_nodes,
     graph,
@@ -43,10 +44,9 @@ from cwpo_dist.stages.graph import (
     weighing_nodes,
 )
 from cwpo_dist.stages.nodes import versions
-from cwpo_dist.stages.room import workers_of
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training.checkpoint import FOLDER as CHECKPOINTS
-from cwpo_dist.training.lease import held_s
+from cwpo_dist.training.checkpoint import clear
+from cwpo_dist.training.lease import device_hours
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +139,20 @@ def execute(context: Context, node: Node, resume: bool = False) -> None:
     Raises:
         ConfigError: with `resume`, when the stage was half finished under another key.
     """
-    if context.done(node):
+    if done(context, node):
         logger.info("%s: done before", node.path)
         return
     _tell_changed(context, node, resume)
     make(context, node)
+
+
+def done(context: Context, node: Node) -> bool:
+    """True when the output is committed; checkpoints that were left beside it go."""
+    if not context.done(node):
+        return False
+    if node.stage in TRAINING_STAGES:
+        clear(context.place(node))
+    return True
 
 
 def make(context: Context, node: Node) -> None:
@@ -154,9 +163,10 @@ def make(context: Context, node: Node) -> None:
     context = context.of(node)
     counts = STAGES[node.stage](context, node)
     manifest = _record(node, counts, started)
-    manifest["device_hours"] = _device_hours(context, node)
+    manifest["device_hours"] = _device_hours(context.place(node))
     context.place(node).create_json(MANIFEST, manifest)
-    context.place(node).remove(CHECKPOINTS)  # only this very training could go on from them
+    if node.stage in TRAINING_STAGES:
+        clear(context.place(node))
     logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
 
 
@@ -184,6 +194,7 @@ def _retry(context: Context, node: Node) -> Node:
     if counts is not None:
         node = replace(node, retries=node.retries + 1)
         record = _record(node, counts, started)
+        record["device_hours"] = _device_hours(context.place(node))
         context.place(node).create_json(retry_manifest(node.retries), record)
         logger.info("%s: retry %d is done", node.path, node.retries)
         for made in readers:
@@ -215,14 +226,9 @@ def _record(node: Node, counts: dict[str, Any], started: float) -> dict[str, Any
     }
 
 
-def _device_hours(context: Context, node: Node) -> float:
-    """GPU-hours, or CPU-hours where no GPU is used, of all commands that worked on the output."""
-    output, training = context.place(node), workers_of(context.config, node)
-    if training is None:
-        return held_hours(output)
-    on_gpu = training.use_gpu is not False and ray.cluster_resources().get("GPU", 0) > 0
-    each = 1.0 if on_gpu else training.cpus_per_worker
-    return held_s(output) * each * training.max_workers / 3600
+def _device_hours(output: Store) -> float:
+    """GPU-hours, or CPU-hours where no GPU was used, of all commands that worked on the output."""
+    return float(f"{device_hours(output) + held_hours(output):.6g}")
 
 
 def _identity(node: Node) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cwpo_dist.config import Config
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.stages.room import Room, fit_two, fits, need, plus
-from cwpo_dist.stages.run import connect, make
+from cwpo_dist.stages.run import connect, done, make
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def make_all(jobs: Sequence[Job]) -> None:
         jobs: each after those that it reads; an output that several runs share may stand in all.
     """
     first = {job.node.path: job for job in reversed(jobs)}
-    todo = [job for job in dict.fromkeys(job.node.path for job in jobs) if not _done(first[job])]
+    todo = [path for path in dict.fromkeys(job.node.path for job in jobs) if not _done(first[path])]
     if not todo:
         return
     connect()
@@ -60,7 +60,7 @@ def make_all(jobs: Sequence[Job]) -> None:
 
 
 def _done(job: Job) -> bool:
-    return job.context.done(job.node)
+    return done(job.context, job.node)
 
 
 def _need(job: Job, room: Room) -> Room:

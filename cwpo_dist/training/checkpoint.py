@@ -13,6 +13,7 @@ folder that lacks it, or a file it lists, never counts; and no two attempts writ
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections import Counter
@@ -23,9 +24,11 @@ import torch
 from torch import nn
 
 from cwpo_dist.storage import Store
-from cwpo_dist.training.lease import LeaseLost
+from cwpo_dist.training.lease import Lease, LeaseHeld, LeaseLost
 from cwpo_dist.training.loop import Engine
 from cwpo_dist.training.shards import PARAMETERS, Shard, ShardFile, Share
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 COMMIT = "commit.json"
@@ -78,6 +81,23 @@ def newest(stage: Store) -> Checkpoint | None:
     """The committed checkpoint with the most steps; of equals, the first by name."""
     committed = _committed(stage)
     return committed[0] if committed else None
+
+
+def clear(stage: Store) -> None:
+    """Removes the checkpoints of a training that is committed: nothing else could read them.
+
+    A driver that took the lease before the commit may still do so; then it clears in its turn.
+    What storage refuses to remove stays, and is no fault of the run.
+    """
+    if not stage.names(FOLDER):
+        return
+    try:
+        with Lease.acquire(stage):
+            stage.remove(FOLDER)
+    except LeaseHeld as held:
+        logger.info("%s/%s stays for now: %s", stage.uri, FOLDER, held)
+    except OSError as error:
+        logger.warning("%s/%s is of no more use, but stays: %s", stage.uri, FOLDER, error)
 
 
 class Saver:

@@ -4,7 +4,8 @@
 sign of life, renewed by a thread. A dead holder is followed by epoch 4; from then on whatever
 epoch 3 still does is refused by `LeaseToken.check`, which every commit asks first. Within an epoch,
 each start of the worker group takes a number in the same way (`lease/000003.workers-0002`), so that
-a group cut off from its driver is shut out by the next one.
+a group cut off from its driver is shut out by the next one; the file says since when it holds how
+many devices. `.released` holds the time of a holder's orderly end, `.stop` asks its workers to end.
 """
 
 from __future__ import annotations
@@ -80,8 +81,11 @@ class LeaseToken:
     epoch: int
     group: int = 0
 
-    def for_new_group(self) -> LeaseToken:
+    def for_new_group(self, devices: float) -> LeaseToken:
         """The token of a worker group that starts now; it shuts out all groups before.
+
+        Args:
+            devices: that the group holds, for `device_hours`.
 
         Raises:
             LeaseLost: when a later driver has taken over.
@@ -91,7 +95,8 @@ class LeaseToken:
             following = replace(self, group=newest + 1)
             if epoch != self.epoch:
                 following.check()
-            if self.store.create(_group_name(self.epoch, following.group), b""):
+            record = {"since": time.time(), "devices": devices}
+            if self.store.create_json(_group_name(self.epoch, following.group), record):
                 return following
 
     def check(self) -> None:
@@ -151,8 +156,6 @@ class Lease:
                 f"{store.uri}: {_who(store, token.epoch)} took the lease at the same moment; "
                 "let it run, or stop it and start again"
             )
-        if newest:
-            logger.info("%s: lease number %d, after %d", store.uri, token.epoch, newest)
         return cls(token, ttl_s)
 
     def release(self) -> None:
@@ -187,18 +190,26 @@ class Lease:
                 return
 
 
-def held_s(store: Store) -> float:
-    """Seconds for which holders had the lease, one after the other: killed ones to their last beat.
+def device_hours(store: Store) -> float:
+    """Device-hours of all worker groups of a stage, killed ones too.
 
-    Args:
-        store: the stage's folder.
+    A group counts until the next one starts, or its driver ends or gives its last sign of life.
     """
-    held = 0.0
+    names, held = store.names(FOLDER), 0.0
     for epoch in range(1, _newest(store)[0] + 1):
-        holder, released = _holder(store, epoch), _name(epoch, "released")
-        end = store.read(released) if store.exists(released) else b""
-        held += (float(end) if end else _last_beat(store, epoch, holder)) - holder.since
-    return held
+        groups = [name for name in names if name.startswith(_name(epoch, "workers-"))]
+        records = [store.read_json(name) for name in groups]
+        ends = [record["since"] for record in records] + [_end(store, epoch)]
+        for record, end in zip(records, ends[1:], strict=True):
+            held += max(0.0, end - record["since"]) * record["devices"]
+    return held / 3600
+
+
+def _end(store: Store, epoch: int) -> float:
+    released = _name(epoch, "released")
+    if store.exists(released):
+        return float(store.read(released))
+    return _last_beat(store, epoch, _holder(store, epoch))
 
 
 def _refuse_if_alive(store: Store, epoch: int, ttl_s: float) -> None:

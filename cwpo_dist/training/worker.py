@@ -98,7 +98,7 @@ def run_rank(spec: TrainSpec, token: LeaseToken, device: torch.device) -> dict[s
 
     Args:
         spec: the stage.
-        token: of the driver's lease.
+        token: of this worker group.
         device: this rank's; the process group is there already.
 
     Returns:
@@ -109,9 +109,7 @@ def run_rank(spec: TrainSpec, token: LeaseToken, device: torch.device) -> dict[s
     torch.set_num_threads(max(1, int(spec.config.cpus_per_worker)))
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
-    if dist.get_rank() == 0:
-        token = token.for_new_group()  # rank 0 commits, and shuts out groups still alive elsewhere
-    else:
+    if dist.get_rank() > 0:
         logging.getLogger("cwpo_dist").setLevel(logging.WARNING)  # rank 0 speaks for all
     try:
         return _Rank(spec, token, device, watchdog).run()

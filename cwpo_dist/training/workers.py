@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import ray
+import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -30,7 +31,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.loading import model_fingerprint
-from cwpo_dist.storage import Store, digest
+from cwpo_dist.storage import MANIFEST, Store, digest
 from cwpo_dist.training.checkpoint import CommitFailed
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
@@ -106,6 +107,11 @@ def _run(spec: Spec) -> dict[str, Any]:
     spec = replace(spec, config=config, store=store)
     check_placement(config)
     with Lease.acquire(store) as lease:
+        if store.exists(MANIFEST):  # another driver has finished it since we looked
+            counts: dict[str, Any] = store.read_json(MANIFEST)["counts"]
+            return counts
+        if lease.token.epoch > 1:
+            logger.info("%s: lease number %d", store.uri, lease.token.epoch)
         outcome = _fit(spec, lease.token)
     if "error" in outcome:
         raise _KINDS.get(outcome["error"], TrainingRefused)(outcome["message"])
@@ -140,6 +146,12 @@ def _resources(config: TrainingConfig) -> dict[str, float]:
     gpu = {"GPU": 1.0} if _uses_gpu(config) else {}
     wanted = {"CPU": config.cpus_per_worker, **gpu, **config.resources_per_worker}
     return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def _devices(config: TrainingConfig) -> float:
+    """GPUs that the worker group holds, or CPUs where it uses none."""
+    on_gpu = get_device().type == "cuda"
+    return dist.get_world_size() * (1.0 if on_gpu else config.cpus_per_worker)
 
 
 def _fit(spec: Spec, token: LeaseToken) -> dict[str, Any]:
@@ -234,6 +246,8 @@ def _worker(loop_config: dict[str, Any]) -> Any:
     if refusal is not None:  # the group before could not even begin
         return refusal
     try:
+        if dist.get_rank() == 0:  # commits, and shuts out groups that are still alive elsewhere
+            token = token.for_new_group(_devices(spec.config))
         return {"summary": spec.run(token, get_device())}
     except (NonFiniteLoss, Preempted, LeaseLost) as error:  # on all ranks alike
         return {"error": type(error).__name__, "message": str(error)}
