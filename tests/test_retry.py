@@ -63,7 +63,9 @@ def test_what_failed_is_scored_again_and_nothing_else(
     assert f"{nodes['weigh'].path} was made of the scores before" in caplog.text
     assert {name: output.read(name) for name in files} == files, "what was committed changed"
 
-    counts = output.read_json("manifest.retry-1.json")["counts"]
+    retried = output.read_json("manifest.retry-1.json")
+    assert retried["device_hours"] > output.read_json(MANIFEST)["device_hours"], "of both together"
+    counts = retried["counts"]
     assert (counts["rows_in"], counts["rows"], counts["rejects"]) == (40, 40, 0)
     scored = [ScoresIn(output, retries=1).read(i) for i in range(3)]
     assert sum(map(len, scored)) == 40
