@@ -114,7 +114,8 @@ def many_trials() -> dict[str, Any]:
     """Twelve trials, so that tables are as wide as they get, with every figure that there is."""
     found = sample_comparison()
     told, whole = found["trials"]["cw"], difference(0.5, 0.1)
-    own = ["accuracy", "gra_own_sft", "gra_common", "ties_own_sft", "ties_common", "length"]
+    own = ["accuracy", "length_balanced", "length"]
+    own += ["gra_own_sft", "gra_common", "ties_own_sft", "ties_common"]
     known = ["labels_right", "least_confident", "most_confident", "calibration_error", "kl"]
     known += ["mean_confidence", "margin_length", "pairs", "steps", "sft_loss", "device_hours"]
     names = ["human", *(f"cw_mean, {k} % labelled" for k in range(11))]

@@ -18,7 +18,7 @@ from small_run import small_config
 from cwpo_dist.config import Config, ConfigError, EvaluateConfig
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.evaluation.answers import answer_figures, length_controlled, won
-from cwpo_dist.evaluation.paired import Items, over_seeds, paired, student
+from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired, student
 from cwpo_dist.pairs.buckets import Shards, turned_labels
 from cwpo_dist.report.comparison import (
     FIGURES,
@@ -71,6 +71,27 @@ def test_one_seed_has_the_interval_of_its_items_and_prompts_are_clusters() -> No
     assert doubled.high == pytest.approx(alone.high, rel=1e-6), "copies add nothing"
     assert over_seeds([items([])]).mean is None
     assert over_seeds([items([1.0])]).low is None
+
+
+def test_length_balanced_counts_both_sides_alike() -> None:
+    """By hand: 3 of 4 right where the longer is preferred, 1 of 2 where the shorter is."""
+    values = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    found = length_balanced(items(values), np.array([5, 9, 1, 2, -3, -1, 0]))
+    assert over_seeds([found]).mean == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert "pair 6" not in found.names, "of equal length"
+    assert not length_balanced(items([1.0, 0.0]), np.array([1, 2])).names
+    rng = np.random.default_rng(0)
+    longer_by = np.where(rng.random(5000) < 0.8, 7, -7)
+    by_length = length_balanced(items((longer_by > 0).astype(float).tolist()), longer_by)
+    assert over_seeds([by_length]).mean == 0.5, "a judge of nothing but length"
+
+    right = (rng.random(5000) < np.where(longer_by > 0, 0.9, 0.4)).astype(float)
+    whole = over_seeds([length_balanced(items(right.tolist()), longer_by)])
+    sides = right[longer_by > 0], right[longer_by < 0]
+    error = math.sqrt(sum(side.var() / len(side) for side in sides)) / 2
+    assert whole.mean is not None
+    assert whole.high is not None
+    assert whole.high - whole.mean == pytest.approx(1.96 * error, rel=2e-3), "of two strata"
 
 
 def test_pairing_takes_away_what_both_share() -> None:

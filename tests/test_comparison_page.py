@@ -177,7 +177,7 @@ def test_the_page_says_what_came_out_and_what_was_not_run() -> None:
     found = sample_comparison("<b>")
     page = render_comparison(found)
     assert "<b>" not in page
-    assert "Not run: Δ GRA, own SFT" in page
+    assert "Not run: Δ length-balanced; smallest Δ length-balanced; Δ GRA, own SFT" in page
     paired_table = tables(found)[1]
     assert [cell.text for cell in paired_table.rows[0][:3]] == ["cw", "* +4.0", "4.2"]
     (verdict,) = verdicts(found)

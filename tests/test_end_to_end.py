@@ -128,6 +128,7 @@ def test_the_embedded_default_is_compared(compared: Config) -> None:
         assert ("calibration_error" in trial["by_seed"]) == (name != "human")
         (other,) = set(found["trials"]) - {name}
         assert trial["against"][other]["accuracy"]["items"] == accuracy["items"]
+        assert 0 <= trial["figures"]["length_balanced"]["mean"] <= 1
     page = (root / PAGE).read_text()
     assert "SIMULATED LABELS" in page
     assert "<script" not in page
@@ -186,6 +187,11 @@ def test_figures_are_kept_item_by_item(finished: Config) -> None:
     evaluated = place(finished, "evaluate")
     margins = evaluated.read_table(ITEMS)["margin"].to_pylist()
     assert sum(margin > 0 for margin in margins) == metrics["policy"]["agreement"]["correct"]
+    pairs = {row["pair_id"]: row for row in whole(place(finished, "prepare"), "pairs").to_pylist()}
+    for item in evaluated.read_table(ITEMS).to_pylist():
+        pair = pairs[item["pair_id"]]
+        a, b = len(pair["response_a"]), len(pair["response_b"])
+        assert item["longer_by"] == (a - b if pair["label"] == "a" else b - a)
     rows = evaluated.read_table(ANSWERS).to_pylist()
     for against, figures in metrics["gra"].items():
         won = [row for row in rows if row["against"] == against]

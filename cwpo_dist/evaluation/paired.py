@@ -87,6 +87,32 @@ def paired(ours: Mapping[int, Items], theirs: Mapping[int, Items]) -> Mean:
     return over_seeds(differences)
 
 
+def length_balanced(items: Items, longer_by: Floats) -> Items:
+    """Items whose mean counts pairs whose longer and whose shorter answer is preferred alike.
+
+    What follows length alone is right in one half of them then, however often people prefer the
+    longer answer. An item's value is the balanced mean plus the item's own influence on it, so that
+    means, differences and intervals over these items are those of the balanced figure.
+
+    Args:
+        items: N of them.
+        longer_by: [N] by how much the preferred answer is longer; where 0, the item is left out.
+
+    Returns:
+        No items where one side has none.
+    """
+    kept = np.flatnonzero(longer_by)
+    values, longer = items.values[kept], longer_by[kept] > 0
+    if longer.all() or not longer.any():
+        return Items([], [], np.array([]))
+    means = values[longer].mean(), values[~longer].mean()
+    alike = len(kept) / (2 * np.where(longer, longer.sum(), (~longer).sum()))
+    influence = alike * (values - np.where(longer, *means))
+    places = kept.tolist()
+    names, prompts = [items.names[k] for k in places], [items.prompts[k] for k in places]
+    return Items(names, prompts, sum(means) / 2 + influence)
+
+
 def _of_seeds(means: Floats) -> tuple[float, float]:
     """Half width and smallest effect by the spread between seeds; zeros for one seed."""
     if len(means) < 2:

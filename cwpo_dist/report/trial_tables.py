@@ -33,7 +33,12 @@ _SEVERAL = (
     "prompt)."
 )
 _MARK = "An asterisk: the interval leaves zero out."
-_FIGURES = {"accuracy": "accuracy", "gra_own_sft": "GRA, own SFT", "gra_common": "GRA, common"}
+_FIGURES = {
+    "accuracy": "accuracy",
+    "length_balanced": "length-balanced",
+    "gra_own_sft": "GRA, own SFT",
+    "gra_common": "GRA, common",
+}
 # What is known of an annotator → its column, its format, and the least it can be (the most is 1).
 _OF_ANNOTATOR = {
     "labels_right": ("labels right", "%", 0),
@@ -72,6 +77,7 @@ def _trials_table(found: Found) -> Table:
             if is_human(str(at(trial, "arm")))
             else _share(at(trial, "by_seed", "labels_right")),
             _share(at(trial, "figures", "accuracy")),
+            _share(at(trial, "figures", "length_balanced")),
             _gra(trial, "own_sft"),
             _gra(trial, "common"),
             _share(at(trial, "by_seed", "length_controlled_common")),
@@ -87,13 +93,13 @@ def _trials_table(found: Found) -> Table:
         ("trial", *(["test pairs"] if differ else []), *columns),
         rows,
         note="Accuracy: the policy's implicit reward agrees with held-out labels (a tie counts a "
-        "half). GRA: share of prompts on which the gold reward puts the trial's answer above the "
-        "other model's; a tie counts as a loss there and stands apart. Each trial has an SFT model "
-        "of its own, so only the common reference, the policy as it was given, compares trials. "
-        "At equal length: win rate against that, ties halved, by a logistic regression on the "
-        "difference in length. KL: from the trial's own SFT model, on its sampled answers. "
-        + seeds_note(found)
-        + same,
+        "half). Length-balanced: the mean of that where the longer answer is preferred and where "
+        "the shorter is, so that length alone comes to 50 %. GRA: share of prompts on which the "
+        "gold reward puts the trial's answer above the other model's; a tie counts as a loss there "
+        "and stands apart. Each trial has an SFT model of its own, so only the common reference, "
+        "the policy as it was given, compares trials. At equal length: win rate against that, ties "
+        "halved, by a logistic regression on the difference in length. KL: from the trial's own "
+        "SFT model, on its sampled answers. " + seeds_note(found) + same,
     )
 
 

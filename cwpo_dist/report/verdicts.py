@@ -14,6 +14,7 @@ Found = Mapping[str, Any]
 # Figure → what it says, in words: those by which trials are held against each other.
 _FIGURES = {
     "accuracy": "on held-out labels",
+    "length_balanced": "on held-out labels, length-balanced",
     "gra_common": "by the gold reward (GRA, common)",
 }
 CHANCE = (

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cwpo_dist.config import ARMS, Config, ConfigError
-from cwpo_dist.evaluation.paired import Items, over_seeds, paired
+from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired
 from cwpo_dist.report.comparison import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
 from cwpo_dist.stages import report
@@ -194,7 +194,9 @@ def _items(runs: Mapping[tuple[Trial, int], Config], trial: Trial) -> dict[str, 
 def _figures(store: Store) -> Iterator[tuple[str, Items]]:
     """What is known item by item: a tie counts a half, but in GRA, where it counts as a loss."""
     rows = store.read_table(ITEMS).to_pylist()
-    yield "accuracy", _of(rows, [(1 + np.sign(row["margin"])) / 2 for row in rows])
+    accuracy = _of(rows, [(1 + np.sign(row["margin"])) / 2 for row in rows])
+    yield "accuracy", accuracy
+    yield "length_balanced", length_balanced(accuracy, np.array([row["longer_by"] for row in rows]))
     if not store.exists(ANSWERS):
         return
     answers = store.read_table(ANSWERS).to_pylist()

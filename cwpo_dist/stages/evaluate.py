@@ -26,7 +26,10 @@ from cwpo_dist.storage import Store
 Pair = dict[str, Any]
 ITEMS, ANSWERS = "items.parquet", "answers.parquet"  # what intervals over several runs need
 ITEM_SCHEMA = pa.schema(
-    [("pair_id", pa.string()), ("prompt", pa.string()), ("margin", pa.float64())]
+    [
+        *(("pair_id", pa.string()), ("prompt", pa.string()), ("margin", pa.float64())),
+        ("longer_by", pa.int64()),  # characters of the human's choice less those of the other
+    ]
 )
 JUDGED_SCHEMA = pa.schema(
     [
@@ -95,10 +98,12 @@ def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str,
     beta = context.config.align.beta
     margins = [beta * ((new[0] - old[0]) - (new[1] - old[1])) for _, new, old in rows]
     signs = [1 if pair["label"] == "a" else -1 for pair, _, _ in rows]
+    longer_by = [_longer_by(pair) for pair, _, _ in rows]
     columns = {
         "pair_id": [pair["pair_id"] for pair, _, _ in rows],
         "prompt": [content_hash(pair["prompt"]) for pair, _, _ in rows],
         "margin": [sign * margin for sign, margin in zip(signs, margins, strict=True)],
+        "longer_by": [sign * more for sign, more in zip(signs, longer_by, strict=True)],
     }
     context.place(node).create_table(ITEMS, pa.table(columns, schema=ITEM_SCHEMA))
     return policy_accuracy(
@@ -110,6 +115,11 @@ def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str,
         beta,
         [plain_text(pair["prompt"]) for pair, _, _ in rows],
     ).as_dict()
+
+
+def _longer_by(pair: Pair) -> int:
+    """Characters of the first answer less those of the second."""
+    return len(plain_text(pair["response_a"])) - len(plain_text(pair["response_b"]))
 
 
 def _answered(context: Context, node: Node) -> dict[str, Any]:
