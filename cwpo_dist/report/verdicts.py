@@ -19,8 +19,10 @@ _FIGURES = {
 }
 CHANCE = (
     "Paired differences with their 95 % intervals. Each line is a comparison of its own: of twenty "
-    "true zeros one is told apart by chance. Held-out labels are of the kind that arms of the "
-    "data's own labels were trained to fit, which favours them; a gold reward model's are not."
+    "true zeros one is told apart by chance. Length-balanced: pairs whose longer and whose shorter "
+    "answer is preferred count alike, so that length alone gains nothing. Held-out labels are of "
+    "the kind that arms of the data's own labels were trained to fit, which favours them; a gold "
+    "reward model's are not."
 )
 
 

@@ -89,7 +89,8 @@ def committed(context: Context, node: Node) -> dict[str, Any]:
     first: dict[str, Any] = place.read_json(MANIFEST)
     if node.retries == 0:
         return first
-    return first | {"device_hours": place.read_json(retry_manifest(node.retries))["device_hours"]}
+    hours = place.read_json(retry_manifest(node.retries)).get("device_hours")
+    return first if hours is None else first | {"device_hours": hours}
 
 
 def device_hours(
