@@ -28,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-# torch first and alone: whatever is resolved after it keeps this build, so that a machine without
-# a GPU, whose pip offers the CPU build, never pulls gigabytes of CUDA packages.
+# torch first and alone: whatever is resolved after it keeps the build that pip offers here, so that
+# where that is the CPU's, no gigabytes of CUDA packages come with another one.
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,demo,s3,mlflow,wandb]"
 # Its dependencies serve another program; only the model file inside is wanted.

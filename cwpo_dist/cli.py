@@ -5,6 +5,7 @@ What is heavy to import (torch, ray) is imported by the command that needs it.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import secrets
@@ -64,6 +65,9 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; faults of the user end in one message and exit code 2."""
     credentials.take()  # in a submitted job
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Ray hands on what workers say there; into a file or pipe it would all come at the end.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         app(args=arguments)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:

@@ -56,6 +56,13 @@ def test_it_says_how_pairs_were_weighed(arm: str, says: str) -> None:
     assert "Simulated" not in text
 
 
+def test_it_says_how_long_training_was() -> None:
+    text = card("cw", sft={"max_steps": 4}, align={"num_train_epochs": 1}).text
+    assert "| SFT before | 4 steps |" in text
+    assert "| length | 1 epoch |" in text
+    assert "| SFT before | no |" in card("cw", sft=None).text
+
+
 def test_human_labels_have_no_annotator() -> None:
     assert "| labels of | people |" in card("human").text
     assert "opt-125m" not in card("human").text

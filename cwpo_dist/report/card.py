@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from cwpo_dist.config import ARMS, Config, ModelConfig
+from cwpo_dist.config import ARMS, Config, ModelConfig, TrainingConfig
 from cwpo_dist.report.cells import at
 
 Figures = Mapping[str, Any]
@@ -121,13 +121,17 @@ def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
         if getattr(align, name) is not None:
             yield name, f"{getattr(align, name):g}"
     yield "learning rate", f"{align.learning_rate:g}, {align.lr_scheduler_type}"
-    length = f"{align.max_steps} steps" if align.max_steps > 0 else f"{align.num_train_epochs:g}"
-    yield "steps" if align.max_steps > 0 else "epochs", length
+    yield "length", _length(align)
     yield "global batch", f"{align.global_batch_size} pairs"
     lora = align.lora
     yield "parameters", "all" if lora is None else f"LoRA, r {lora.r}, α {lora.lora_alpha}"
-    yield "SFT before", "no" if config.sft is None else f"{config.sft.num_train_epochs:g} epochs"
+    yield "SFT before", "no" if config.sft is None else _length(config.sft)
     yield "seed", str(config.seed)
+
+
+def _length(training: TrainingConfig) -> str:
+    steps, epochs = training.max_steps, training.num_train_epochs
+    return f"{steps} steps" if steps > 0 else f"{epochs:g} epoch{'s' * (epochs != 1)}"
 
 
 def _figures(config: Config, figures: Figures) -> Iterator[tuple[str, str]]:
