@@ -321,9 +321,7 @@ def _checkpoint(run: Run, hooks: Hooks, result: StepResult, done: int, total: in
     if due:
         hooks.save(done)
     if result.stop and done < total:
-        raise Preempted(
-            f"told to stop: checkpoint at step {done} of {total}; the same command resumes"
-        )
+        raise Preempted(f"told to stop: checkpoint at step {done} of {total}; a rerun resumes")
 
 
 def _names(task: Task, indices: Indices, most: int = 8) -> str:
