@@ -82,6 +82,16 @@ def test_device_hours_are_those_of_all_groups(store: Store) -> None:
     assert device_hours(store) * 3600 == pytest.approx(by_hand + 1.0, abs=0.5)
 
 
+def test_what_an_earlier_version_left_has_no_hours_and_does_no_harm(store: Store) -> None:
+    """It wrote the same files, empty."""
+    holder(store, 1, beat=105.0, since=100.0)
+    store.write("lease/000001.workers-0001", b"")
+    store.write("lease/000001.released", b"")
+    assert device_hours(store) == 0.0
+    store.create_json("lease/000001.workers-0002", {"since": 101.0, "devices": 2})
+    assert device_hours(store) * 3600 == pytest.approx(8.0), "to its last beat"
+
+
 def _take(store: Store, taken: object) -> None:
     Lease.acquire(store)
     # multiprocessing's events have no public type.

@@ -10,6 +10,7 @@ many devices. `.released` holds the time of a holder's orderly end, `.stop` asks
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -198,7 +199,8 @@ def device_hours(store: Store) -> float:
     names, held = store.names(FOLDER), 0.0
     for epoch in range(1, _newest(store)[0] + 1):
         groups = [name for name in names if name.startswith(_name(epoch, "workers-"))]
-        records = [store.read_json(name) for name in groups]
+        # Empty ones are of an earlier version: nothing is known of those groups.
+        records = [json.loads(data) for name in groups if (data := store.read(name))]
         ends = [record["since"] for record in records] + [_end(store, epoch)]
         for record, end in zip(records, ends[1:], strict=True):
             held += max(0.0, end - record["since"]) * record["devices"]
@@ -207,8 +209,8 @@ def device_hours(store: Store) -> float:
 
 def _end(store: Store, epoch: int) -> float:
     released = _name(epoch, "released")
-    if store.exists(released):
-        return float(store.read(released))
+    if store.exists(released) and (when := store.read(released)):
+        return float(when)
     return _last_beat(store, epoch, _holder(store, epoch))
 
 
