@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 from tiny import save_tiny
 
-from cwpo_dist.config import ConfigError
+from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.config_file import parse_config
-from cwpo_dist.stages.graph import graph
+from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.stages.run import nodes_until
 
 
@@ -111,6 +113,112 @@ def test_inputs_that_changed_make_another_key(folder: Path, tmp_path: Path) -> N
     assert keys(folder, prepare=prepare) == before
     source.write_text(2 * (json.dumps(row) + "\n"))
     assert changed(before, keys(folder, prepare=prepare)) == before.keys()
+
+
+def model_fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields that hold a model, or a list of them, wherever they stand."""
+    for name, field in section.model_fields.items():
+        for kind in _types(field.annotation):
+            if kind is ModelConfig:
+                yield f"{prefix}{name}"
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from model_fields(kind, f"{prefix}{name}.")
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)
+
+
+MODELS = sorted(set(model_fields(Config)))
+
+
+def with_model(folder: Path, field: str, model: dict[str, Any]) -> Config:
+    """A run of arms of all kinds that reads this model."""
+    given: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "arms": ["cw"] if field.startswith("annotate") else ["human", "cw", "ws_dpo"],
+        "prepare": {"sources": [{"path": str(folder / "pairs.jsonl")}]},
+        "weak": {"model_name_or_path": str(folder / "model")},
+        "policy": {"model_name_or_path": str(folder / "model")},
+    }
+    *above, name = field.split(".")
+    section = given
+    for part in above:
+        section = section.setdefault(part, {})
+    section[name] = [model] if name == "models" else model
+    return parse_config(given)
+
+
+def all_keys(config: Config) -> set[str]:
+    return {node.key for arm in config.arms for node in graph(config, arm).values()}
+
+
+def test_the_walk_over_the_configuration_finds_the_fields_that_hold_models() -> None:
+    assert MODELS == ["annotate.model", "annotate.models", "evaluate.gold_model", "policy", "weak"]
+
+
+@pytest.mark.parametrize("field", MODELS)
+def test_other_weights_in_a_models_folder_change_a_key(
+    field: str, folder: Path, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "model", "llama", 0)
+    model = {"model_name_or_path": str(tmp_path / "model")}
+    before = all_keys(with_model(folder, field, model))
+    assert all_keys(with_model(folder, field, model)) == before
+    save_tiny(tmp_path / "model", "llama", 1)  # files of the same names and sizes
+    after = all_keys(with_model(folder, field, model))
+    assert after != before
+    if field == "evaluate.gold_model":
+        changed_keys = {node.stage for node in _changed_nodes(folder, field, model, before)}
+        assert changed_keys == {"evaluate"}
+
+
+def _changed_nodes(
+    folder: Path, field: str, model: dict[str, Any], before: set[str]
+) -> Iterator[Node]:
+    config = with_model(folder, field, model)
+    for arm in config.arms:
+        yield from (node for node in graph(config, arm).values() if node.key not in before)
+
+
+def test_a_gold_rule_that_was_edited_judges_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = tmp_path / "my_gold_rule.py"
+    rule.write_text("def score(prompt, answer):\n    return len(answer)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = keys(folder, evaluate__gold_function="my_gold_rule:score")
+    rule.write_text("def score(prompt, answer):\n    return -len(answer)\n")
+    after = keys(folder, evaluate__gold_function="my_gold_rule:score")
+    assert changed(before, after) == {"evaluate"}
+
+
+def test_other_weights_under_the_same_tokenizer_make_no_tokens_anew_another_tokenizer_does(
+    folder: Path, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "model", "llama", 0)
+    policy = {"model_name_or_path": str(tmp_path / "model")}
+    before = keys(folder, policy=policy)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    after = keys(folder, policy=policy)
+    assert "tokens" not in changed(before, after)
+    assert "sft" in changed(before, after)
+    tokenizer = tmp_path / "model" / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert "tokens" in changed(after, keys(folder, policy=policy))
+
+
+def test_models_sampled_from_have_seeds_of_their_own(folder: Path) -> None:
+    roles = ["answers_base", "answers_sft", "answers_aligned"]
+    seeds = []
+    for seed in (0, 1):
+        config = with_model(folder, "policy", {"model_name_or_path": str(folder / "model")})
+        made = graph(config.model_copy(update={"seed": seed}), "cw")
+        seeds += [made[role].settings["seed"] for role in roles]
+    assert len(set(seeds)) == 6
 
 
 def test_annotating_alone_needs_no_policy(folder: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from cwpo_dist.config import ConfigError
+from cwpo_dist.storage import digest
 
 FIELD = "evaluate.gold_function"
 
@@ -42,6 +45,14 @@ class GoldFunction:
                 f"{FIELD}: {self.name!r} returned {value!r}; it must return a finite number"
             )
         return float(value)
+
+    def source_digest(self) -> str | None:
+        """What identifies the rule as it is now: its module's source; None where it has none."""
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.function))
+        except TypeError:  # a built-in, or an object of a class
+            return None
+        return None if file is None else digest(Path(file).read_text(encoding="utf-8"))
 
 
 def load_function(name: str) -> GoldFunction:

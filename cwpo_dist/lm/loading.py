@@ -154,6 +154,15 @@ def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
     ]
 
 
+def tokenizer_fingerprint(model: ModelConfig) -> list[list[Any]]:
+    """The same of what makes text into tokens: other weights under one tokenizer change nothing."""
+    return [mark for mark in model_fingerprint(model) if not _is_of_weights(str(mark[0]))]
+
+
+def _is_of_weights(file: str) -> bool:
+    return ".safetensors" in file or Path(file).name in {"config.json", "generation_config.json"}
+
+
 def _commit(model: ModelConfig) -> str:
     """The commit of a hub model's revision: the hub's word, or without a network the cache's."""
     try:

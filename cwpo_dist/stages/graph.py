@@ -21,7 +21,8 @@ from cwpo_dist.config import (
     Split,
     WeighConfig,
 )
-from cwpo_dist.lm.loading import model_fingerprint
+from cwpo_dist.evaluation.gold import load_function
+from cwpo_dist.lm.loading import model_fingerprint, tokenizer_fingerprint
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.storage import Store, digest
@@ -80,7 +81,8 @@ def graph(config: Config, arm: str) -> dict[str, Node]:
     if config.policy is None:
         raise ConfigError(f"policy: arm {arm!r} aligns a policy; give policy.model_name_or_path")
     nodes |= _policy_nodes(config, config.policy, ARMS[arm], nodes)
-    measured = config.evaluate.identity() | {"calibration_split": config.weigh.calibration_split}
+    measured = _evaluate_settings(config.evaluate)
+    measured["calibration_split"] = config.weigh.calibration_split
     measured["items"] = 1  # raised when `evaluate` writes other columns of single pairs and answers
     nodes["evaluate"] = Node("evaluate", measured, dict(nodes))
     return nodes
@@ -336,6 +338,16 @@ def _answers(
     return Node("generate", settings, {"tokens": tokens} | model)
 
 
+def _evaluate_settings(evaluate: EvaluateConfig) -> dict[str, Any]:
+    """The section, and what judges answers as it is now: other weights or another rule, another key."""
+    settings = evaluate.identity()
+    if evaluate.gold_model is not None:
+        settings["gold_model"] = _identity(evaluate.gold_model)
+    elif evaluate.gold_function is not None:
+        settings["gold_function_now"] = load_function(evaluate.gold_function).source_digest()
+    return settings
+
+
 def _identity(model: ModelConfig) -> dict[str, Any]:
     settings = model.identity() | {"chat_template": _template(model)}
     return {"model": settings, "model_now": model_fingerprint(model)}
@@ -351,4 +363,5 @@ def _template(model: ModelConfig) -> str:
 def _token_settings(model: ModelConfig) -> dict[str, Any]:
     """Tokens depend on the tokenizer, not on weights, depth or attention implementation."""
     names = {"model_name_or_path", "revision", "chat_template", "max_length", "over_length"}
-    return model.model_dump(include=names) | {"chat_template": _template(model)}
+    settings = model.model_dump(include=names) | {"chat_template": _template(model)}
+    return settings | {"tokenizer_now": tokenizer_fingerprint(model)}
