@@ -24,6 +24,7 @@ from cwpo_dist.report.comparison import (
     FIGURES,
 )
 from cwpo_dist.scoring.placement import Machine
+from cwpo_dist.stages import comparison
 from cwpo_dist.stages.checks import check_trials
 from cwpo_dist.stages.comparison import compare
 from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
@@ -249,6 +250,28 @@ def test_shared_stages_stand_once_and_rates_are_chosen_on_validation(tmp_path: P
     stages_of = {stage.stage: stage for stage in plan(made).stages}
     assert stages_of["align"].work == "12 outputs"
     assert stages_of["align"].tokens > stages_of["fit"].tokens
+
+
+def test_the_rate_with_the_best_validation_accuracy_is_taken_of_equal_ones_the_smallest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = [1e-2, 1e-3, 1e-4, 1e-5]
+    compare = {"seeds": [0], "learning_rates": rates, "grids": [{"arms": ["weak", "cw"]}]}
+    made = config(tmp_path, compare, prepare__validation_fraction=0.2)
+    right = {  # 1e-3 is best for `weak`; for `cw` 1e-4 is as good as 1e-2
+        "weak": dict(zip(rates, (0.5, 0.9, 0.6, 0.4), strict=True)),
+        "cw": dict(zip(rates, (0.8, 0.7, 0.8, 0.3), strict=True)),
+    }
+
+    def measured(run: Config, arm: str) -> dict[str, Any]:
+        assert run.evaluate.split == "validation"
+        accuracy = right[arm][run.align.learning_rate]
+        return {"policy": {"agreement": {"accuracy": accuracy, "n": 20}}}
+
+    monkeypatch.setattr(comparison, "make_all", lambda jobs: None)
+    monkeypatch.setattr(comparison, "_measured", measured)
+    chosen, _ = comparison._rates(made, trials(made))
+    assert {trial.arm: rate for trial, rate in chosen.items()} == {"weak": 1e-3, "cw": 1e-4}
 
 
 def test_a_plan_says_how_many_trials_and_what_they_cost(tmp_path: Path) -> None:

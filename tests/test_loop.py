@@ -260,6 +260,33 @@ def test_lora_dropout_follows_the_seed_alone() -> None:
     assert not torch.equal(one, final(lora_engine(0.0)))
 
 
+class _Dice(TorchEngine):
+    """Notes what a dropout of each forward pass would draw, as one rank of two."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(AnswerLogProbs(tiny.tiny_causal_lm("llama", 0)), make_config())
+        self.rank, self.world_size = rank, 2
+        self.drawn: list[float] = []
+
+    def forward(self, batch: Any) -> Tensor:
+        self.drawn.append(torch.rand(1).item())
+        return super().forward(batch)
+
+
+def test_every_micro_step_of_every_rank_draws_masks_of_its_own_and_the_same_ones_again() -> None:
+    def drawn(seed: int, step: int, rank: int) -> list[float]:
+        engine = _Dice(rank)
+        gradients(make_task(), engine, replace(make_run(61), seed=seed), step, list(range(8)))
+        return engine.drawn
+
+    cells = [(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)]
+    found = [drawn(*cell) for cell in cells]
+    assert len(found[0]) > 1, "several micro-steps"
+    everything = [number for numbers in found for number in numbers]
+    assert len(set(everything)) == len(everything)
+    assert [drawn(*cell) for cell in cells] == found
+
+
 def test_only_adapters_train() -> None:
     names = [name for name, _ in trainable(lora_engine(0.0).module)]
     assert names
