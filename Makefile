@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo try-cluster test test-long lint format clean
+.PHONY: help install demo try-cluster test test-long mutants lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -50,6 +50,9 @@ test: $(STAMP)  ## all tests but the long ones, in two processes; about a quarte
 
 test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
 	$(BIN)/python -m pytest -m long --timeout=1800
+
+mutants: $(STAMP)  ## does a test notice each of some 130 edits that would turn a study round? Half an hour
+	$(BIN)/python tests/mutants.py
 
 lint: $(STAMP)  ## style, formatting, types, layers
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from cwpo_dist.pairs.records import ANSWER_SCHEMA
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import align, evaluate, explorer, fit, implicit, prepare, sft, weigh
 from cwpo_dist.storage import Store
-from cwpo_dist.training.tasks import Preference, Task
+from cwpo_dist.training.tasks import BradleyTerry, Preference, Task
 from cwpo_dist.training.worker import TrainSpec
 
 OTHER = {"a": "b", "b": "a"}
@@ -360,6 +360,32 @@ def test_the_explorer_shows_labels_that_were_read_and_hides_the_others(arms, tmp
             sign = 1 if HIGHER[int(k)] == "a" else -1
             assert pair["margin"] == sign * margin(int(k))
             assert pair["margins"] == [sign * margin(int(k))]
+
+
+def test_an_annotators_loss_falls_where_the_winners_score_rises(tmp_path) -> None:
+    world = World(tmp_path, ["human"])
+    task = BradleyTerry([world.encoder.encode("prompt: ", ("yes", "no"))], ["p"])
+    scores = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    task.losses(scores, [0]).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad[0].tolist() == pytest.approx([-0.5, 0.5])
+    metrics = task.metrics(torch.tensor([[2.0, 1.0]]), [0])
+    assert metrics == {"accuracy": 1.0, "margin": 1.0}
+
+
+def test_references_are_taken_off_their_own_answers(tmp_path) -> None:
+    """By hand: β·((−5 + 9) − (−7 + 8)) = 0.3; a token's mean: −5/4 − (−7/2) = 2.25."""
+    world = World(tmp_path, ["human"])
+    (row,) = [world.encoder.encode("prompt: ", ("yes", "n"))]
+    assert [len(ids) for ids in row.answers] == [4, 2]
+    given: dict[str, Any] = {"weights": [1.0], "beta": 0.1}
+    logps = torch.tensor([[-5.0, -7.0]]).double()
+    dpo = Preference([row], ["p"], references=[(-9.0, -8.0)], loss_type="sigmoid", **given)
+    assert dpo.losses(logps, [0]).item() == pytest.approx(math.log1p(math.exp(-0.3)))
+    assert dpo.metrics(logps, [0])["rewards/accuracies"] == 1.0
+    assert dpo.metrics(logps, [0])["rewards/margins"] == pytest.approx(0.3)
+    simpo = Preference([row], ["p"], references=None, loss_type="simpo", simpo_gamma=0.0, **given)
+    assert simpo.losses(logps, [0]).item() == pytest.approx(math.log1p(math.exp(-0.225)))
 
 
 def test_metrics_of_a_preference_task_follow_the_chosen_answer(tmp_path) -> None:
