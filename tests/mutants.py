@@ -84,7 +84,7 @@ def stray(mutants: list[Mutant], root: Path = ROOT) -> Iterator[str]:
 def verdict(mutant: Mutant, tree: Path) -> str:
     """`killed`, `harmless`, or what is wrong."""
     with edited(tree / "cwpo_dist" / mutant.file, mutant):
-        code = tested(mutant.test, tree)
+        code = outcome(mutant.test, tree)
     if code not in (PASSED, FAILED):
         return f"BROKEN: pytest ended with {code}, so the test did not run"
     if mutant.harmless is None:
@@ -103,7 +103,7 @@ def edited(file: Path, mutant: Mutant) -> Iterator[None]:
         file.write_text(before)
 
 
-def tested(test: str, tree: Path) -> int:
+def outcome(test: str, tree: Path) -> int:
     """Pytest's exit code; a test that hangs counts as failed."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}"]
     # No compiled files: two edits within a second leave files of one age and size.
@@ -152,7 +152,7 @@ def main() -> int:
         def clean(test: str) -> tuple[str, int]:
             tree = trees.get()
             try:
-                return test, tested(test, tree)
+                return test, outcome(test, tree)
             finally:
                 trees.put(tree)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutants import FAILED, PASSED, ROOT, Mutant, edited, listed, stray, tested
+from mutants import FAILED, PASSED, ROOT, Mutant, edited, listed, outcome, stray
 
 
 def test_every_edit_of_the_list_can_be_made_and_names_its_test() -> None:
@@ -31,6 +31,7 @@ def test_an_edit_is_made_judged_and_taken_back(tmp_path: Path) -> None:
     """In a tree of two files, with a test that notices one of two edits."""
     (tmp_path / "cwpo_dist").mkdir()
     (tmp_path / "tests").mkdir()
+    (tmp_path / "cwpo_dist" / "__init__.py").touch()
     file = tmp_path / "cwpo_dist" / "more.py"
     file.write_text("def more(a, b):\n    return a > b\n")
     test = "from cwpo_dist.more import more\n\n\ndef test_more():\n    assert more(2, 1)\n"
@@ -40,7 +41,7 @@ def test_an_edit_is_made_judged_and_taken_back(tmp_path: Path) -> None:
     for replace in ("a < b", "a >= b"):
         mutant = Mutant(replace=replace, test="test_more.py::test_more", **common)
         with edited(file, mutant):
-            found[replace] = tested(mutant.test, tmp_path)
+            found[replace] = outcome(mutant.test, tmp_path)
     assert found == {"a < b": FAILED, "a >= b": PASSED}
     assert "a > b" in file.read_text()
     with pytest.raises(ValueError, match="replaced by itself"):
