@@ -128,7 +128,7 @@ def copied(place: Path) -> Path:
 
 
 def main() -> int:
-    """Runs all, or those that `--only` names, and prints the table; 1 where one is not as listed."""
+    """Runs all, or those that `--only` names, and prints the table; 1 where one is not as said."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--only", default="", help="those whose file, test or kind contains this")
     options.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

@@ -269,8 +269,7 @@ def test_a_gold_model_on_ray_judges_as_its_construction_says(ray_local, tmp_path
     answers = world.place("evaluate").read_table(evaluate.ANSWERS).to_pylist()
     shares = {text: text.count("z") for texts in ZS.values() for text in texts}
     scores = {
-        text: row["gold"]
-        for row, text in zip(answers, ZS["answers_aligned"] * 2, strict=True)
+        text: row["gold"] for row, text in zip(answers, ZS["answers_aligned"] * 2, strict=True)
     }
     ordered = sorted(scores, key=shares.__getitem__)
     assert [scores[text] for text in ordered] == sorted(scores.values())

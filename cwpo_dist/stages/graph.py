@@ -339,7 +339,7 @@ def _answers(
 
 
 def _evaluate_settings(evaluate: EvaluateConfig) -> dict[str, Any]:
-    """The section, and what judges answers as it is now: other weights or another rule, another key."""
+    """The section, and what judges answers as it is now: its weights, or its rule's source."""
     settings = evaluate.identity()
     if evaluate.gold_model is not None:
         settings["gold_model"] = _identity(evaluate.gold_model)
