@@ -28,12 +28,13 @@ from cwpo_dist.training.loop import (
     Preempted,
     Run,
     TorchEngine,
+    fresh_state,
     gradients,
     total_steps,
     train,
 )
 from cwpo_dist.training.lora import add_lora
-from cwpo_dist.training.optim import learning_rates, make_optimizer
+from cwpo_dist.training.optim import STATE_KEYS, learning_rates, make_optimizer
 from cwpo_dist.training.tasks import Preference, Sft, Task, TaskError
 
 
@@ -187,6 +188,21 @@ def test_vectors_are_not_decayed() -> None:
         g["weight_decay"]: [tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups
     }
     assert shapes == {0.1: [(2, 3)], 0.0: [(2,), (2,), (2,)]}
+
+
+def test_optimizer_state_lies_where_its_parameter_does() -> None:
+    """As torch makes it for a fused optimizer, whose CUDA kernel reads `step` on the device."""
+    elsewhere = torch.empty(3, device="meta")
+    state = fresh_state(elsewhere, STATE_KEYS["adamw"])
+    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    own, ours = optimizer.state[parameter], fresh_state(parameter, STATE_KEYS["adamw"])
+    assert own.keys() == ours.keys()
+    for name, tensor in own.items():
+        assert (tensor.dtype, tensor.shape) == (ours[name].dtype, ours[name].shape), name
 
 
 def test_saves_and_end() -> None:

@@ -397,4 +397,6 @@ def fresh_state(like: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
     """Optimizer state of zeros, in torch's form, of a tensor that has seen no update."""
     if not keys:
         return {}
-    return {"step": torch.tensor(0.0), **{key: torch.zeros_like(like) for key in keys}}
+    # On the parameter's device: on CUDA, fused AdamW reads the step through a pointer there.
+    step = torch.zeros((), dtype=torch.float32, device=like.device)
+    return {"step": step, **{key: torch.zeros_like(like) for key in keys}}
