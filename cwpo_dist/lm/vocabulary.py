@@ -131,7 +131,7 @@ def _weight_gradient(weight_VH: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
 
 
 def fp32_product(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-    """hidden · weightᵀ, fp32 [N, V]: the sums that a product makes in fp32 anyway, not rounded."""
+    """Logits, fp32 [N, V]: the sums that a product makes in fp32 anyway, not rounded."""
     if hidden_NH.dtype == torch.float32:
         return hidden_NH @ weight_VH.T
     if hidden_NH.is_cuda:
