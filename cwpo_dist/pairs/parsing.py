@@ -22,6 +22,7 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any, Literal
 
+from cwpo_dist.pairs.numbers import NO_NUMBERS, NUMBER_FIELDS, Numbers, own_numbers
 from cwpo_dist.pairs.records import Kind, canonical
 from cwpo_dist.pairs.rejects import BadRow, Reason
 
@@ -38,6 +39,7 @@ FIELDS = (
     "label",
     "votes_a",
     "votes_b",
+    *NUMBER_FIELDS,
 )
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 MAX_VOTES = 1_000_000
@@ -86,6 +88,7 @@ class ParsedPair:
     label: Literal["first", "second"] | None
     votes_first: int | None = None
     votes_second: int | None = None
+    numbers: Numbers = NO_NUMBERS
     group: str | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
 
@@ -117,6 +120,7 @@ def parse(row: Any, layout: Layout) -> ParsedPair:
         second,
         _label(row, layout),
         *_votes(row, layout),
+        numbers=own_numbers(row, layout.columns, layout.answers),
         group=_group(row, layout),
         kept={name: _kept(row.get(name), name) for name in layout.keep},
     )
