@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prepared import row, write
+from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config_file import load_config, parse_config, to_yaml
@@ -21,7 +22,7 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import annotations, prepare, weigh
 from cwpo_dist.stages.checks import check
 from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import needs_annotator, weighing_nodes
+from cwpo_dist.stages.graph import graph, needs_annotator, weighing_nodes
 from cwpo_dist.stages.own import OwnNumbersError
 from cwpo_dist.stages.plan import plan
 from cwpo_dist.storage import MANIFEST, Store
@@ -262,6 +263,29 @@ def test_only_own_scores_are_judged_by_labels_that_they_do_not_read(
     node = weighing_nodes(config, "cw")["weigh"]
     assert len(annotations.raw(context, node).scores) == 2
     assert len(annotations.raw(context, node, judged=True).scores) == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "labels", "members"),
+    [
+        ({"weight": 1.0}, "weight", 0),
+        ({"confidence": 0.5}, "confidence", 0),
+        ({"score_chosen": 1.0, "score_rejected": 2.0}, "annotator", 1),
+    ],
+)
+def test_sft_and_evaluation_read_the_same_numbers_as_the_weights(
+    tmp_path: Path, numbers: dict[str, float], labels: str, members: int
+) -> None:
+    save_tiny(tmp_path / "model", "llama", 0)
+    policy = {"policy": {"model_name_or_path": str(tmp_path / "model")}}
+    config = given(write(tmp_path / "x.jsonl", numbered(40, **numbers)))
+    config = parse_config(config.model_dump(mode="json") | policy)
+    prepared(config)
+    context, nodes = Context(config, Store(config.output_dir)), graph(config, "own")
+    for stage in ("weigh", "sft"):
+        assert annotations.label_source(context, nodes[stage]) == labels
+    for stage in ("weigh", "sft", "evaluate"):
+        assert len(annotations.raw(context, nodes[stage]).scores) == members
 
 
 SIX_LINES = """\
