@@ -21,7 +21,7 @@ CHOSEN, RESPONSES = ("chosen", "rejected"), ("response_a", "response_b")
 
 
 def read(answers: tuple[str, str] = CHOSEN, **given: Any) -> Numbers:
-    return own_numbers(given, {name: name for name in given}, answers)
+    return own_numbers(given.get, answers)
 
 
 def test_numbers_are_read_as_they_are_written() -> None:

@@ -195,5 +195,9 @@ def test_votes_that_there_are_not_and_ties_that_nobody_learns_are_refused(tmp_pa
     check(whole(tmp_path, ROWS_OF_VOTES, fit={"labels": "votes"}), "fit")
     with pytest.raises(ConfigError, match=r"prepare\.ties: 'labelled' .* fit\.labels: votes"):
         whole(tmp_path, ROWS_OF_VOTES, prepare={"ties": "labelled"})
+    ready = {"prepare": {"ties": "labelled"}, "fit": {"labels": "votes"}}
+    ready["annotate"] = {"model": {"model_name_or_path": "org/reward"}}
+    with pytest.raises(ConfigError, match="where no annotator is given"):
+        whole(tmp_path, ROWS_OF_VOTES, **ready)
     both = {"prepare": {"ties": "labelled"}, "fit": {"labels": "votes"}}
     check(whole(tmp_path, ROWS_OF_VOTES, **both), "fit")

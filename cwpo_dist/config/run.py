@@ -129,10 +129,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _ties_are_learned(self) -> Self:
         """Elsewhere nothing reads a pair of the labelled part that has no label."""
-        if self.prepare.ties == "labelled" and self.fit.labels != "votes":
+        learned = self.fit.labels == "votes" and not self.annotate.ready()
+        if self.prepare.ties == "labelled" and not learned:
             raise ValueError(
                 "prepare.ties: 'labelled' gives pairs that people found equal to `fit`, which "
-                "trains on them with fit.labels: votes alone; give that, or leave ties unlabelled"
+                "trains on them with fit.labels: votes alone, and where no annotator is given; "
+                "give that, or leave ties unlabelled"
             )
         return self
 

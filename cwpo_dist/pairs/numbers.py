@@ -7,7 +7,7 @@ out: it is void, null in the record, and counted by its field and what is wrong 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -53,23 +53,19 @@ def number_fields(answers: Sequence[str]) -> tuple[str, ...]:
     return ("weight", "confidence", *scores)
 
 
-def own_numbers(
-    row: Mapping[str, Any], columns: Mapping[str, str], answers: Sequence[str]
-) -> Numbers:
+def own_numbers(value_of: Callable[[str], Any], answers: Sequence[str]) -> Numbers:
     """Reads a row's numbers; null, and what CSV writes for it, is none and nothing wrong.
 
     Args:
-        row: as its source has it.
-        columns: our field → their column.
+        value_of: what stands in a field of the row; None where the source has no such field.
         answers: the fields of the two answers.
     """
     found: dict[str, float | None] = {}
     void: dict[str, str] = {}
     names = number_fields(answers)
     for name in names:
-        value = row.get(columns[name]) if name in columns else None
         try:
-            found[name] = _number(value, _MOST.get(name))
+            found[name] = _number(value_of(name), _MOST.get(name))
         except ValueError as why:
             found[name], void[name] = None, str(why)
     for one, other in (names[2:], names[:1:-1]):  # a score alone says nothing

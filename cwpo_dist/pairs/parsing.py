@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
+from functools import partial
 from typing import Any, Literal
 
 from cwpo_dist.pairs.numbers import NO_NUMBERS, NUMBER_FIELDS, Numbers, own_numbers
@@ -77,6 +78,10 @@ class Layout:
         """Their columns that parsing reads."""
         return {*self.columns.values(), *self.keep, *([self.group] if self.group else [])}
 
+    def value(self, row: Mapping[str, Any], name: str) -> Any:
+        """What stands in a field; null where the source has no such field."""
+        return row.get(self.columns[name]) if name in self.columns else None
+
 
 @dataclass(frozen=True)
 class ParsedPair:
@@ -120,7 +125,7 @@ def parse(row: Any, layout: Layout) -> ParsedPair:
         second,
         _label(row, layout),
         *_votes(row, layout),
-        numbers=own_numbers(row, layout.columns, layout.answers),
+        numbers=own_numbers(partial(layout.value, row), layout.answers),
         group=_group(row, layout),
         kept={name: _kept(row.get(name), name) for name in layout.keep},
     )
@@ -290,7 +295,7 @@ def _votes(row: Mapping[str, Any], layout: Layout) -> tuple[int | None, int | No
 
 def _optional(row: Mapping[str, Any], layout: Layout, name: str) -> Any:
     """The field's value; what CSV and data frames write for null counts as null."""
-    value = row.get(layout.columns[name]) if name in layout.columns else None
+    value = layout.value(row, name)
     is_nan = isinstance(value, float) and value != value
     return None if value == "" or is_nan else value
 

@@ -85,6 +85,9 @@ class LabelledPairs:
                 "tokens of their own",
                 *(len(labelled) - len(rows), len(labelled), self.model.max_length),
             )
+        if self.by_votes:
+            soft = sum(share not in (0.0, 1.0) for share in shares)
+            logger.info("fit: of %d pairs %d are learned as a share of votes", len(rows), soft)
         return BradleyTerry(rows, names, shares if self.by_votes else None)
 
     def _row(self, encoder: Encoder, prompt: Any, answers: tuple[Any, Any]) -> Row | None:
