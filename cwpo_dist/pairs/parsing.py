@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from cwpo_dist.pairs.numbers import NO_NUMBERS, NUMBER_FIELDS, Numbers, own_numbers
@@ -78,6 +78,11 @@ class Layout:
         """Their columns that parsing reads."""
         return {*self.columns.values(), *self.keep, *([self.group] if self.group else [])}
 
+    @cached_property
+    def has_numbers(self) -> bool:
+        """Whether any of its columns holds a pair's own numbers."""
+        return not self.columns.keys().isdisjoint(NUMBER_FIELDS)
+
     def value(self, row: Mapping[str, Any], name: str) -> Any:
         """What stands in a field; null where the source has no such field."""
         return row.get(self.columns[name]) if name in self.columns else None
@@ -125,7 +130,7 @@ def parse(row: Any, layout: Layout) -> ParsedPair:
         second,
         _label(row, layout),
         *_votes(row, layout),
-        numbers=own_numbers(partial(layout.value, row), layout.answers),
+        numbers=_numbers(row, layout),
         group=_group(row, layout),
         kept={name: _kept(row.get(name), name) for name in layout.keep},
     )
@@ -291,6 +296,12 @@ def _votes(row: Mapping[str, Any], layout: Layout) -> tuple[int | None, int | No
     if votes.count(None) == 1:
         raise BadRow(Reason.VOTES, "votes_a" if votes[0] is None else "votes_b")
     return votes[0], votes[1]
+
+
+def _numbers(row: Mapping[str, Any], layout: Layout) -> Numbers:
+    if not layout.has_numbers:  # as most data are
+        return NO_NUMBERS
+    return own_numbers(partial(layout.value, row), layout.answers)
 
 
 def _optional(row: Mapping[str, Any], layout: Layout, name: str) -> Any:
