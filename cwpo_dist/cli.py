@@ -213,14 +213,18 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="The LoRA adapter alone, not merged.")
     ] = False,
+    annotator: Annotated[
+        str | None,
+        typer.Option(help="`fit`: the annotator instead; of an ensemble `fit_0`, `fit_1`, …"),
+    ] = None,
 ) -> None:
-    """Copy an arm's aligned model: a Hugging Face folder that loads anywhere.
+    """Copy an arm's aligned model: a Hugging Face folder that loads anywhere, with its card.
 
     Example: cwpo export runs/demo --arm cw --to models/aligned
     """
     from cwpo_dist.stages.export import export as copy_model
 
-    say(f"model: {copy_model(run, arm, to, adapter)}")
+    say(f"model: {copy_model(run, arm, to, adapter, annotator)}")
 
 
 for _command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.stop):

@@ -92,7 +92,8 @@ def _shown(value: Any) -> str:
 def _suggestion(loc: Sequence[str | int]) -> str:
     """The key of that section that is spelled most like it."""
     section = _section_at(loc[:-1])
-    known = [] if section is None else list(section.model_fields)
+    fields = {} if section is None else section.model_fields
+    known = [field.alias or name for name, field in fields.items()]
     close = difflib.get_close_matches(str(loc[-1]), known, n=1)
     return f"did you mean {close[0]!r}?" if close else "remove it or check its spelling"
 

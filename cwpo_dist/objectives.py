@@ -130,9 +130,16 @@ def orpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     return -chosen - settings.beta * logsigmoid(log_odds_P)
 
 
-def bradley_terry(score_chosen_P: Tensor, score_rejected_P: Tensor) -> Tensor:
-    """The annotator's loss (eq. 5), [P]: −log σ(r(x, y⁺) − r(x, y⁻))."""
-    return -logsigmoid(score_chosen_P - score_rejected_P)  # eq. 5
+def bradley_terry(
+    score_chosen_P: Tensor, score_rejected_P: Tensor, shares_P: Tensor | None = None
+) -> Tensor:
+    """The annotator's loss (eq. 5), [P]: −log σ(d) of d = r(x, y⁺) − r(x, y⁻).
+
+    With the share p of people that prefer y⁺ it is the cross-entropy against it,
+    −p·log σ(d) − (1−p)·log σ(−d): least where σ(d) = p, so that a tie is taught as a tie.
+    """
+    epsilon = 0.0 if shares_P is None else 1 - shares_P
+    return _cross_entropy(score_chosen_P - score_rejected_P, epsilon)  # eq. 5 where p is 1
 
 
 def _cross_entropy(logits_P: Tensor, epsilon: float | Tensor) -> Tensor:

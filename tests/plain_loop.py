@@ -34,7 +34,10 @@ def make_engine(config: TrainingConfig | None = None, seed: int = 0) -> TorchEng
 
 
 def make_task(normalization: str = "none", **changes: Any) -> Preference:
-    """Preferences whose reference is the untrained model of seed 0."""
+    """Preferences whose reference is the untrained model of seed 0.
+
+    `dataset`: with weights as `weigh` leaves them then, divided by their mean.
+    """
     with torch.no_grad():
         logps = make_engine().module(collate(ROWS, "shared", 2)).tolist()
     given = {
@@ -44,9 +47,13 @@ def make_task(normalization: str = "none", **changes: Any) -> Preference:
         "references": logps,
         "loss_type": "sigmoid",
         "beta": 0.5,
-        "normalization": normalization,
+        "normalization": "batch" if normalization == "batch" else "none",
     }
-    return Preference(**(given | changes))
+    given |= changes
+    if normalization == "dataset":
+        mean = sum(given["weights"]) / len(given["weights"])
+        given["weights"] = [weight / mean for weight in given["weights"]]
+    return Preference(**given)
 
 
 class Record(Hooks):

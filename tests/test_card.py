@@ -8,9 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cwpo_dist.config_file import parse_config
-from cwpo_dist.report.card import hub_id, model_card, public_name
+from cwpo_dist.report.card import annotator_card, hub_id, model_card, public_name
 
 AGREEMENT = {"accuracy": 0.6, "low": 0.5, "high": 0.7, "n": 80}
+LONGER = {"accuracy": 0.57, "low": 0.46, "high": 0.68, "n": 80}
 
 
 def card(arm: str, adapter: bool = False, **changes: Any) -> ModelCard:
@@ -20,7 +21,13 @@ def card(arm: str, adapter: bool = False, **changes: Any) -> ModelCard:
         "weak": {"model_name_or_path": "facebook/opt-125m", "num_hidden_layers": 4},
         "policy": {"model_name_or_path": "Qwen/Qwen2.5-7B", "revision": "abc"},
     }
-    figures = {"policy": {"agreement": AGREEMENT}, "pairs": 12, "mean_weight": 0.2}
+    figures = {
+        "annotator": {"length_baseline": LONGER},
+        "policy": {"agreement": AGREEMENT},
+        "pairs": 12,
+        "mean_weight": 0.2,
+        "weigh": {"weights_divided_by": 0.2} if arm == "cw_mean" else {},
+    }
     keys = {"prepare": "0123", "align": "4567"}
     text = model_card(parse_config(config | changes), arm, keys, figures, adapter=adapter)
     assert "secret-place" not in text
@@ -54,6 +61,62 @@ def test_it_says_how_pairs_were_weighed(arm: str, says: str) -> None:
     assert "60.0% of 80 (95 % interval 50.0%–70.0%)" in text
     assert "| align | `4567` |" in text
     assert "Simulated" not in text
+
+
+def test_what_length_alone_comes_to_stands_beside_what_was_measured() -> None:
+    assert "| the longer answer, pairs right | 57.0% of 80" in card("cw").text
+
+
+def test_of_normalised_weights_it_names_both() -> None:
+    divided = "| mean weight | 0.200, by which the weights that acted are divided |"
+    assert divided in card("cw_mean").text
+    assert "| mean weight | 0.200 |" in card("cw").text
+
+
+def test_an_arm_without_annotator_says_whose_numbers_weigh() -> None:
+    for text in (card("own").text, card("cw", weigh={"from": "columns"}).text):
+        assert "| labels of | the data: their labels, or their own scores |" in text
+        assert "| weight of a pair | the data's own, or `confidence` of their own scores" in text
+        assert "opt-125m" not in text
+    both = card("ensemble", weigh={"from": "both"}).text
+    assert "| annotator | facebook/opt-125m, first 4 layers, the data's own numbers |" in both
+
+
+def test_an_annotators_card_gives_what_length_alone_would_have_said() -> None:
+    config = parse_config(
+        {
+            "output_dir": "s3://bucket/secret-place",
+            "prepare": {"sources": [{"path": "Anthropic/hh-rlhf"}, {"path": "/home/me/own.csv"}]},
+            "weak": {"model_name_or_path": "facebook/opt-125m", "num_hidden_layers": 4},
+            "fit": {"labels": "votes", "seeds": [3, 4]},
+        }
+    )
+    figures = {
+        "agreement": AGREEMENT,
+        "length_baseline": LONGER,
+        "margin_length": {"pearson": 0.31},
+        "expected_calibration_error": 0.042,
+    }
+    training = {"counts": {"rows": 700}, "settings": {"seed": 4}, "versions": {"torch": "2"}}
+    text = annotator_card(config, {"fit_1": "89ab"}, figures, training)
+    found = ModelCard(text)
+    assert (found.data.base_model, found.data.pipeline_tag) == (
+        "facebook/opt-125m",
+        "text-classification",
+    )
+    for line in (
+        "| pairs right | 60.0% of 80 (95 % interval 50.0%–70.0%) |",
+        "| the longer answer, pairs right | 57.0% of 80 (95 % interval 46.0%–68.0%) |",
+        "| correlation of margin and length difference | 0.31 |",
+        "| calibration error | 4.2% |",
+        "| learned from | shares of votes, where people voted, of 700 pairs |",
+        "| seed | 4 |",
+        "| fit_1 | `89ab` |",
+    ):
+        assert line in text
+    assert "secret-place" not in text
+    assert "/home" not in text
+    assert "pairs right" not in annotator_card(config, {}, {}, training)
 
 
 def test_it_says_how_long_training_was() -> None:

@@ -132,11 +132,11 @@ def test_align_puts_the_winner_first_with_its_reference_and_weight(
         assert given == tuple(map(reference, texts))
     sure = [math.tanh(margin(k) / 2) for k in range(3)]
     weighs = arm in {"cw", "cw_mean", "proportional"}
-    assert list(task.weights) == pytest.approx(sure if weighs else [1.0] * 3, abs=1e-6)
-    assert (task.sampling, task.normalization) == (
-        "proportional" if arm == "proportional" else None,
-        "dataset" if arm == "cw_mean" else "none",
-    )
+    mean = sum(sure) / 3 if arm == "cw_mean" else 1.0
+    expected = [weight / mean for weight in sure] if weighs else [1.0] * 3
+    assert list(task.weights) == pytest.approx(expected, abs=1e-6)
+    assert task.normalization == "none"
+    assert task.sampling == ("proportional" if arm == "proportional" else None)
     soft = [1 / (1 + math.exp(-margin(k))) for k in range(3)]
     assert (task.probabilities is None) == (arm != "soft")
     if task.probabilities is not None:

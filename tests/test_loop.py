@@ -56,6 +56,16 @@ def test_dpo_starts_at_ln_2(budget: int) -> None:
         assert loss == pytest.approx(math.log(2) * expected, rel=1e-5)
 
 
+def test_weights_that_act_give_the_gradient_of_dividing_by_their_mean() -> None:
+    """Σ (C/C̄)·ℓ / n, as a trainer elsewhere has it from the column, is Σ C·ℓ / (n·C̄)."""
+    indices = [0, 3, 7, 11, 19]
+    acting, plain = make_engine(seed=1), make_engine(seed=1)
+    first(make_task("dataset"), acting, make_run(), indices)
+    first(make_task("none"), plain, make_run(), indices)
+    expected = gradient(plain) / np.mean(WEIGHTS)
+    assert float((gradient(acting) - expected).norm()) < 1e-6 * float(expected.norm())
+
+
 def test_a_batch_of_ties_alone_teaches_nothing() -> None:
     task = make_task("batch", weights=[0.0] * 4 + WEIGHTS[4:])
     engine = make_engine()

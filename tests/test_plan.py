@@ -217,3 +217,16 @@ def linear_names(stored: dict[str, torch.Tensor]) -> list[str]:
     order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     names = [name.removesuffix(".weight") for name in stored if "_proj" in name]
     return sorted(names, key=lambda name: (name.split(".")[2], order.index(name.split(".")[-1])))
+
+
+@pytest.mark.parametrize(
+    ("arm", "last"), [("human", ["prepare", "weigh"]), ("ws_dpo", ["implicit (annotate)", "weigh"])]
+)
+def test_without_a_policy_arms_that_need_no_annotator_are_planned_up_to_weighing(
+    tmp_path: Path, arm: str, last: list[str]
+) -> None:
+    config = small_config(tmp_path, arms=[arm])
+    del config["policy"]
+    planned = plan(parse_config(config))
+    assert [stage.stage for stage in planned.stages][-2:] == last
+    assert "no policy is given: planned up to `weigh`" in planned.notes

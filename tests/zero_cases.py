@@ -141,7 +141,10 @@ def make_task(name: str) -> Task:
     references = [
         (-5.0 * len(r.answers[0]) + draw.normal(), -5.0 * len(r.answers[1])) for r in rows
     ]
-    return Preference(rows, ids, weights, references, "sigmoid", 0.3, normalization=name)
+    if name == "dataset":  # as `weigh` leaves them
+        weights = (np.array(weights) / np.mean(weights)).tolist()
+    by = "batch" if name == "batch" else "none"
+    return Preference(rows, ids, weights, references, "sigmoid", 0.3, normalization=by)
 
 
 def make_module(case: Case, folder: Path) -> nn.Module:

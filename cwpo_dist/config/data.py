@@ -20,7 +20,8 @@ class Source(Section):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="our name → theirs, for prompt, chosen, rejected, response_a, response_b, "
-        "label, votes_a, votes_b",
+        "label, votes_a, votes_b, weight, confidence, score_a and score_b (beside chosen and "
+        "rejected: score_chosen and score_rejected)",
     )
     format: Literal["auto", "text", "conversational", "hh"] = Field(
         "auto", description="hh: transcripts '\\n\\nHuman: … \\n\\nAssistant: …'"
@@ -44,6 +45,11 @@ class PrepareConfig(Section):
     test_fraction: Fraction = 0.1
     flipped_labels: Fraction = Field(
         0.0, description="share of training labels turned round, for experiments with poisoned ones"
+    )
+    ties: Literal["unlabelled", "labelled"] = Field(
+        "unlabelled",
+        description="of the labelled prompts, what pairs without a label but as many votes for one "
+        "answer as for the other are; labelled: `fit` learns from them with fit.labels: votes",
     )
     group_column: str | None = Field(
         None, description="rows that share its value stay on one side; null: the prompt"

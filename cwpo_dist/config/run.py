@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cwpo_dist.config.base import Fraction, PositiveFloat, Section, Split
 from cwpo_dist.config.data import PrepareConfig
@@ -17,6 +17,18 @@ from cwpo_dist.config.training import AlignConfig, FitConfig, SftConfig
 class WeighConfig(Section):
     """margin → confidence → weight."""
 
+    # `from` is no name in Python, but the one that reads well in YAML.
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    from_: Literal["annotator", "columns", "both"] = Field(
+        "annotator",
+        alias="from",
+        description="whose numbers arms that read an annotator weigh by: its scores; the data's "
+        "own (weight, confidence, or two scores), without any annotator; both, as an ensemble",
+    )
+    column: Literal["weight", "confidence", "scores"] | None = Field(
+        None, description="which of the data's own numbers; null: the one that they have"
+    )
     weight_function: (
         Literal["confidence", "sigmoid", "clipped", "clipped_fifth", "one", "lower_confidence"]
         | None
@@ -115,6 +127,18 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _ties_are_learned(self) -> Self:
+        """Elsewhere nothing reads a pair of the labelled part that has no label."""
+        learned = self.fit.labels == "votes" and not self.annotate.ready()
+        if self.prepare.ties == "labelled" and not learned:
+            raise ValueError(
+                "prepare.ties: 'labelled' gives pairs that people found equal to `fit`, which "
+                "trains on them with fit.labels: votes alone, and where no annotator is given; "
+                "give that, or leave ties unlabelled"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_arms(self) -> Self:
         named = [("arms", self.arms)]
         for k, grid in enumerate(self.compare.grids if self.compare else []):
@@ -126,11 +150,27 @@ class Config(Section):
                     raise ValueError(f"{field}: {arm!r} is unknown; choose from {known}")
         return self
 
+    def arm(self, name: str) -> Arm:
+        """The preset of that name, with whose numbers `weigh.from` says that it reads.
+
+        No annotator was trained on any pair then, so the labelled part is trained on as well.
+        """
+        preset = ARMS[name]
+        if not preset.reads_annotator or self.weigh.from_ == "annotator":
+            return preset
+        if self.weigh.from_ == "both":
+            return preset.model_copy(update={"with_own": True})
+        return preset.model_copy(update={"labels": "own", "splits": TRAINING})
+
+
+TRAINING: tuple[Split, ...] = ("labelled", "unlabelled")
+
 
 class Arm(Section):
     """A named preset over `weigh` and `align`."""
 
-    labels: Literal["human", "annotator"]
+    labels: Literal["human", "annotator", "own"]  # own: by the numbers that the data have
+    with_own: bool = False  # … beside the annotators', as one more of them
     annotator: Literal["fitted", "implicit"] = "fitted"  # implicit: rewards of a weak DPO policy
     splits: tuple[Split, ...] = ("unlabelled",)
     weight_function: Literal["confidence", "one", "lower_confidence"] = "one"
@@ -146,10 +186,11 @@ class Arm(Section):
         return self.labels == "annotator" and self.annotator == "fitted"
 
 
-# All presets in one table. `human*` arms alone may read labels of unlabelled rows.
+# All presets in one table. `human*` arms alone may read labels of unlabelled rows, and those that
+# weigh by the data's own numbers, which come with the labels that they are about.
 ARMS: dict[str, Arm] = {
     "human": Arm(labels="human"),
-    "human100": Arm(labels="human", splits=("labelled", "unlabelled")),
+    "human100": Arm(labels="human", splits=TRAINING),
     "labelled_only": Arm(labels="human", splits=("labelled",)),
     "ws_dpo": Arm(labels="annotator", annotator="implicit"),
     "weak": Arm(labels="annotator"),
@@ -162,4 +203,5 @@ ARMS: dict[str, Arm] = {
     "proportional": Arm(labels="annotator", weight_function="confidence", sampling="proportional"),
     "soft": Arm(labels="annotator", soft_labels=True),
     "top30": Arm(labels="annotator", top_fraction=0.3),
+    "own": Arm(labels="own", splits=TRAINING, weight_function="confidence"),
 }

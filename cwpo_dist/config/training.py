@@ -170,6 +170,11 @@ class FitConfig(TrainingConfig):
     learning_rate: PositiveFloat = 1e-5
     num_train_epochs: PositiveFloat = 5.0
     global_batch_size: PositiveInt = 32
+    labels: Literal["hard", "votes"] = Field(
+        "hard",
+        description="votes: pairs that were voted on are learned as the share of votes, "
+        "soft Bradley–Terry",
+    )
     seeds: list[int] | None = Field(
         None, min_length=1, description="an ensemble, one annotator a seed; null: the run's seed"
     )

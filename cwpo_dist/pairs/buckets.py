@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cwpo_dist.config import Split
-from cwpo_dist.pairs import keep, pieces
+from cwpo_dist.pairs import keep, numbers, pieces
 from cwpo_dist.pairs.records import Kind, pair_schema, unit_hash
 from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
-from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, leaks, merge, split_of
+from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, is_tie, leaks, merge, split_of
 from cwpo_dist.storage import Store
 
 LEAKS = "work/leaks"
@@ -31,8 +31,9 @@ COUNTS = "work/counts"
 SUMMARIES = "work/buckets"
 
 TRAINING = ("labelled", "unlabelled")
-_VOTED = ["label", "votes_a", "votes_b"]  # what copies of one pair may differ in
-_DECIDES = ("side", "in_labelled_part", "label")  # … a split
+_VOTED = ["label", "votes_a", "votes_b"]
+_DIFFER = [*_VOTED, *numbers.RECORD]  # what copies of one pair may differ in
+_DECIDES = ("side", "in_labelled_part", *_VOTED)  # … a split
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Shards:
         first: number of each bucket's first shard.
         flipped: share of the training pairs' labels to turn round.
         seed: which labels these are.
+        learn_ties: whether pairs that people found equal may be in the labelled part.
     """
 
     kind: Kind
@@ -54,6 +56,7 @@ class Shards:
     first: tuple[int, ...]
     flipped: float = 0.0
     seed: int = 0
+    learn_ties: bool = False
 
 
 @dataclass
@@ -63,10 +66,12 @@ class BucketSummary:
     pairs: int = 0
     merged_duplicates: int = 0
     conflicting_labels: int = 0
+    conflicting_numbers: int = 0
     shards: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     splits: dict[Split, int] = field(default_factory=dict)
     labelled: dict[Split, int] = field(default_factory=dict)
+    numbers: dict[numbers.Own, int] = field(default_factory=dict)
 
 
 def bucket_summaries(store: Store) -> list[BucketSummary]:
@@ -116,16 +121,18 @@ def write_bucket(store: Store, bucket: int, shards: Shards) -> None:
     staying, leaking = _without_leaks(rows, _kept_on(store, rows["prompt_hash"]))
     rejects = [_reject(row) for row in leaking.to_pylist()]
     write_rejects(store, f"part-leak-{bucket:05d}.parquet", rejects)
-    pairs, conflicts = _merge_copies(staying)
+    pairs, conflicts, differing = _merge_copies(staying)
     table = _as_pairs(pairs, shards)
     summary = BucketSummary(
         pairs=pairs.num_rows,
         merged_duplicates=staying.num_rows - pairs.num_rows,
         conflicting_labels=conflicts,
+        conflicting_numbers=differing,
         shards=_write_shards(store, table, shards, shards.first[bucket]),
         rejects=dict(Counter(reject.reason for reject in rejects)),
         splits=dict(Counter(table["split"].to_pylist())),
         labelled=dict(Counter(table.filter(pc.is_valid(table["label"]))["split"].to_pylist())),
+        numbers=_with_numbers(table),
     )
     store.create_json(name, asdict(summary))
 
@@ -171,37 +178,55 @@ def _without_leaks(rows: pa.Table, kept_on: Mapping[str, int]) -> tuple[pa.Table
 
 
 def _reject(row: Mapping[str, Any]) -> Reject:
-    shown = ("pair_id", "prompt", "response_a", "response_b", "label", "votes_a", "votes_b")
-    text = row_text({name: row[name] for name in shown})
+    shown = ("pair_id", "prompt", "response_a", "response_b", *_VOTED)
+    own = {name: row[name] for name in numbers.RECORD if row[name] is not None}
+    text = row_text({name: row[name] for name in shown} | own)
     return Reject(row["reason"], row["origin"], row["position"], text)
 
 
-def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int]:
-    """One row for all copies of a pair, which lie side by side, and how many labels conflicted."""
+def _with_numbers(pairs: pa.Table) -> dict[numbers.Own, int]:
+    """How many pairs can be weighed by each kind of their own numbers."""
+    rows = pairs.select(["label", *numbers.RECORD])
+    if all(rows[name].null_count == len(rows) for name in numbers.RECORD):  # as most data are
+        return {}
+    return dict(Counter(own for row in rows.to_pylist() for own in numbers.usable(row)))
+
+
+def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
+    """One row for all copies of a pair, which lie side by side.
+
+    Returns:
+        The rows, and of how many the labels conflicted, and the data's own numbers.
+    """
     ids = rows["pair_id"].combine_chunks()
     is_first = np.ones(len(ids), bool)
     is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
     starts = np.flatnonzero(is_first)
     if len(starts) == len(ids):
-        return rows, 0
+        return rows, 0, 0
     ends = np.append(starts[1:], len(ids))
-    pairs, voted = rows.take(starts), rows.select(_VOTED)
-    values = pairs.select(_VOTED).to_pylist()
-    conflicts = 0
+    pairs, all_copies = rows.take(starts), rows.select(_DIFFER)
+    values = pairs.select(_DIFFER).to_pylist()
+    conflicts = differing = 0
     for place in np.flatnonzero(ends - starts > 1):
-        copies = voted.slice(starts[place], ends[place] - starts[place]).to_pylist()
-        values[place], conflict = merge(copies)
-        conflicts += conflict
-    merged = pa.Table.from_pylist(values, schema=voted.schema)
-    for name in _VOTED:
+        copies = all_copies.slice(starts[place], ends[place] - starts[place]).to_pylist()
+        voted, conflict = merge(copies)
+        agreed, differ = numbers.agreed(copies)
+        values[place] = voted | agreed
+        conflicts, differing = conflicts + conflict, differing + differ
+    merged = pa.Table.from_pylist(values, schema=all_copies.schema)
+    for name in _DIFFER:
         pairs = pairs.set_column(pairs.schema.get_field_index(name), name, merged[name])
-    return pairs, conflicts
+    return pairs, conflicts, differing
 
 
 def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
     """Merged rows as the pair record has them."""
     decided = zip(*(rows[name].to_pylist() for name in _DECIDES), strict=True)
-    splits = [split_of(SIDES[side], is_labelled, label) for side, is_labelled, label in decided]
+    splits = [
+        split_of(SIDES[side], part, label, learned_tie=shards.learn_ties and is_tie(label, *votes))
+        for side, part, label, *votes in decided
+    ]
     columns = {name: rows[name] for name in rows.column_names} | {
         "split": pa.array(splits, pa.string())
     }

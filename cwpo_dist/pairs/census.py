@@ -9,16 +9,17 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cwpo_dist.config import PrepareConfig
+from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.parsing import ParsedPair, parse
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import content_hash
 from cwpo_dist.pairs.rejects import BadRow
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import SplitRule, split_of
+from cwpo_dist.pairs.splits import SplitRule, is_tie, split_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Census:
         rejects: rows that will be set aside.
         exact: True when everything was read; else the counts are scaled up by file size.
         sample: pairs drawn evenly from what was read.
+        own: pairs by split that can be weighed by numbers of their own, by the kinds of them that
+            the sources have columns for.
+        void: numbers of their own that cannot be used, by field and why.
+        most_weight: the largest weight of their own that was read.
     """
 
     splits: Mapping[str, int]
@@ -38,6 +43,9 @@ class Census:
     rejects: int
     exact: bool
     sample: tuple[ParsedPair, ...]
+    own: Mapping[numbers.Own, Mapping[str, int]] = field(default_factory=dict)
+    void: Mapping[str, int] = field(default_factory=dict)
+    most_weight: float = 0.0
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
@@ -46,6 +54,10 @@ class Census:
     def labelled_pairs(self, *splits: str) -> int:
         """Pairs in these splits that carry a human's label."""
         return sum(self.labelled.get(split, 0) for split in splits)
+
+    def own_pairs(self, kind: numbers.Own, *splits: str) -> int:
+        """Pairs in these splits that can be weighed by numbers of their own."""
+        return sum(self.own.get(kind, {}).get(split, 0) for split in splits)
 
 
 def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: int = 256) -> Census:
@@ -63,8 +75,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     rule = SplitRule(
         seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
     )
-    counts: Counter[str] = Counter()
-    labelled: Counter[str] = Counter()
+    found = _Counts()
     rejects = 0
     kept: list[ParsedPair] = []
     draw = random.Random(seed)
@@ -77,14 +88,44 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         except BadRow:
             rejects += 1
             continue
-        split = _split(pair, piece, rule)
-        counts[split] += 1
-        labelled[split] += pair.label is not None
-        _keep(kept, pair, draw, counts.total(), sample)
-    pairs, people = (
-        {k: round(n * reading.scale) for k, n in c.items()} for c in (counts, labelled)
+        found.add(pair, _split(pair, piece, rule, learn_ties=config.ties == "labelled"))
+        _keep(kept, pair, draw, found.pairs.total(), sample)
+
+    def scaled(counted: Mapping[str, int]) -> dict[str, int]:
+        return {name: round(count * reading.scale) for name, count in counted.items()}
+
+    there = {own for piece in reading.pieces for own in numbers.kinds(piece.layout.columns)}
+    return Census(
+        scaled(found.pairs),
+        scaled(found.labelled),
+        round(rejects * reading.scale),
+        reading.complete,
+        tuple(kept),
+        own={own: scaled(found.own[own]) for own in numbers.COLUMNS if own in there},
+        void=scaled(found.void),
+        most_weight=found.most_weight,
     )
-    return Census(pairs, people, round(rejects * reading.scale), reading.complete, tuple(kept))
+
+
+class _Counts:
+    """What was read, by split."""
+
+    def __init__(self) -> None:
+        self.pairs: Counter[str] = Counter()
+        self.labelled: Counter[str] = Counter()
+        self.own: dict[numbers.Own, Counter[str]] = {own: Counter() for own in numbers.COLUMNS}
+        self.void: Counter[str] = Counter()
+        self.most_weight = 0.0
+
+    def add(self, pair: ParsedPair, split: str) -> None:
+        own = pair.numbers
+        self.pairs[split] += 1
+        self.labelled[split] += pair.label is not None
+        self.void.update(own.void)
+        self.most_weight = max(self.most_weight, own.weight or 0.0)
+        record = {"weight": own.weight, "confidence": own.confidence, "score_a": own.score_first}
+        for kind in numbers.usable(record | {"label": pair.label}):
+            self.own[kind][split] += 1
 
 
 class _Reading:
@@ -122,9 +163,10 @@ class _Reading:
             yield from piece.parts
 
 
-def _split(pair: ParsedPair, piece: Piece, rule: SplitRule) -> str:
+def _split(pair: ParsedPair, piece: Piece, rule: SplitRule, *, learn_ties: bool) -> str:
     key = content_hash(pair.prompt) if pair.group is None else pair.group
-    return split_of(rule.side(key, piece.into), rule.is_labelled(key), pair.label)
+    tie = learn_ties and is_tie(pair.label, pair.votes_first, pair.votes_second)
+    return split_of(rule.side(key, piece.into), rule.is_labelled(key), pair.label, learned_tie=tie)
 
 
 def _keep(

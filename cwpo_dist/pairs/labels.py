@@ -1,4 +1,4 @@
-"""Who decides which answer of a pair is the better one: the human label, or the higher score."""
+"""Who decides which answer of a pair is the better one: the data's label, or the higher score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-LabelSource = Literal["human", "annotator"]
+# The data's own scores are an annotator's; a weight or confidence of theirs is about their label.
+LabelSource = Literal["human", "annotator", "weight", "confidence"]
+DECIDES = ("pair_id", "label", "split", "weight", "confidence")  # what `decide` reads of a pair
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Decision:
 
     Attributes:
         label: `a` or `b`.
-        margin: r⁺ − r⁻ ≥ 0 of the annotator; None where a human decided.
-        disagreement: of several annotators; None for one, and where a human decided.
+        margin: r⁺ − r⁻ ≥ 0 of the annotator; None where the label decided.
+        disagreement: of several annotators; None for one, and where the label decided.
+        given: the data's own weight or confidence, where that counts.
     """
 
     label: str
     margin: float | None
     disagreement: float | None = None
+    given: float | None = None
 
 
 def decide(
@@ -50,11 +54,12 @@ def decide(
     """The decisions for one shard, by pair id, in the order of the pairs.
 
     Args:
-        pairs: records with `pair_id`, `label` and `split`.
+        pairs: records with the columns of `DECIDES`.
         opinions: by pair id; None in a run without annotator. Where a run has one, pairs that it
             could not read are left out for human labels too, so that all arms train on the same
             pairs; labelled rows, which it trained on, need no score.
-        labels: whose word counts. A human label is read for `human` alone.
+        labels: whose word counts. A human label is read for `human`, and for the data's own weight
+            or confidence, without which a pair is left out.
         splits: the splits to train on.
     """
     decisions = {}
@@ -64,14 +69,20 @@ def decide(
         opinion = None if opinions is None else opinions.get(pair["pair_id"])
         if opinions is not None and opinion is None and pair["split"] != "labelled":
             continue
-        decision = _human(pair["label"]) if labels == "human" else _annotator(opinion)
+        decision = _annotator(opinion) if labels == "annotator" else _labelled(pair, labels)
         if decision is not None:
             decisions[pair["pair_id"]] = decision
     return decisions
 
 
-def _human(label: str | None) -> Decision | None:
-    return None if label is None else Decision(label, None)
+def _labelled(pair: Mapping[str, Any], labels: LabelSource) -> Decision | None:
+    """By the label; with a number of the data's own where that is what counts."""
+    if pair["label"] is None:
+        return None
+    if labels == "human":
+        return Decision(pair["label"], None)
+    number = pair[labels]
+    return None if number is None else Decision(pair["label"], None, given=number)
 
 
 def _annotator(opinion: Opinion | None) -> Decision | None:

@@ -20,8 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
+from functools import cached_property, partial
 from typing import Any, Literal
 
+from cwpo_dist.pairs.numbers import NO_NUMBERS, NUMBER_FIELDS, Numbers, own_numbers
 from cwpo_dist.pairs.records import Kind, canonical
 from cwpo_dist.pairs.rejects import BadRow, Reason
 
@@ -38,6 +40,7 @@ FIELDS = (
     "label",
     "votes_a",
     "votes_b",
+    *NUMBER_FIELDS,
 )
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 MAX_VOTES = 1_000_000
@@ -75,6 +78,15 @@ class Layout:
         """Their columns that parsing reads."""
         return {*self.columns.values(), *self.keep, *([self.group] if self.group else [])}
 
+    @cached_property
+    def has_numbers(self) -> bool:
+        """Whether any of its columns holds a pair's own numbers."""
+        return not self.columns.keys().isdisjoint(NUMBER_FIELDS)
+
+    def value(self, row: Mapping[str, Any], name: str) -> Any:
+        """What stands in a field; null where the source has no such field."""
+        return row.get(self.columns[name]) if name in self.columns else None
+
 
 @dataclass(frozen=True)
 class ParsedPair:
@@ -86,6 +98,7 @@ class ParsedPair:
     label: Literal["first", "second"] | None
     votes_first: int | None = None
     votes_second: int | None = None
+    numbers: Numbers = NO_NUMBERS
     group: str | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
 
@@ -117,6 +130,7 @@ def parse(row: Any, layout: Layout) -> ParsedPair:
         second,
         _label(row, layout),
         *_votes(row, layout),
+        numbers=_numbers(row, layout),
         group=_group(row, layout),
         kept={name: _kept(row.get(name), name) for name in layout.keep},
     )
@@ -284,9 +298,15 @@ def _votes(row: Mapping[str, Any], layout: Layout) -> tuple[int | None, int | No
     return votes[0], votes[1]
 
 
+def _numbers(row: Mapping[str, Any], layout: Layout) -> Numbers:
+    if not layout.has_numbers:  # as most data are
+        return NO_NUMBERS
+    return own_numbers(partial(layout.value, row), layout.answers)
+
+
 def _optional(row: Mapping[str, Any], layout: Layout, name: str) -> Any:
     """The field's value; what CSV and data frames write for null counts as null."""
-    value = row.get(layout.columns[name]) if name in layout.columns else None
+    value = layout.value(row, name)
     is_nan = isinstance(value, float) and value != value
     return None if value == "" or is_nan else value
 

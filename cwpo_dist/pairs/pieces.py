@@ -78,6 +78,8 @@ class PieceSummary:
         files: where its pairs lie.
         kept_types: the types of the values of each kept column.
         damaged: the inputs that could not be read to their end, with why.
+        void: how many numbers of pairs cannot be used, by field and why.
+        void_first: where the first of each stands.
     """
 
     rows_in: int = 0
@@ -85,6 +87,8 @@ class PieceSummary:
     files: list[str] = field(default_factory=list)
     kept_types: dict[str, list[str]] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
+    void: dict[str, int] = field(default_factory=dict)
+    void_first: dict[str, str] = field(default_factory=dict)
 
 
 def piece_summaries(store: Store) -> list[PieceSummary]:
@@ -104,6 +108,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     files = _PieceFiles(store, index, piece.layout.kind)
     summary = PieceSummary()
     kept_types: dict[str, set[str]] = {column: set() for column in piece.layout.keep}
+    void: Counter[str] = Counter()
     for number, (part, raw) in enumerate(_raw_rows(piece)):
         summary.rows_in += 1
         if raw.fault is Reason.DAMAGED:
@@ -114,6 +119,9 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
             files.reject(Reject(bad.reason, str(part), raw.position, raw.as_text()))
             continue
         _note_types(pair.kept, kept_types)
+        void.update(pair.numbers.void)
+        for why in pair.numbers.void:
+            summary.void_first.setdefault(why, f"row {raw.position} of {part}")
         row = work_row(pair, piece, rule)
         bucket = int(row["pair_id"][:8], 16) * n_buckets >> 32
         place = {"number": number, "origin": str(part), "position": raw.position}
@@ -121,6 +129,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     files.flush()
     summary.rejects = dict(files.rejected)
     summary.files = files.written
+    summary.void = dict(void)
     summary.kept_types = {column: sorted(types) for column, types in kept_types.items()}
     store.create_json(name, asdict(summary))
 
@@ -168,6 +177,10 @@ def work_row(pair: ParsedPair, piece: Piece, rule: SplitRule) -> dict[str, Any]:
         "label": {"first": first, "second": second, None: None}[pair.label],
         f"votes_{first}": pair.votes_first,
         f"votes_{second}": pair.votes_second,
+        "weight": pair.numbers.weight,
+        "confidence": pair.numbers.confidence,
+        f"score_{first}": pair.numbers.score_first,
+        f"score_{second}": pair.numbers.score_second,
         "source": piece.source,
         "prompt_hash": prompt_hash,
         "side": SIDES.index(rule.side(key, piece.into)),

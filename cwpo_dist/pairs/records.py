@@ -65,7 +65,10 @@ def text_type(kind: Kind) -> pa.DataType:
 
 
 def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
-    """The pair record, with the user's `keep_columns` at its end."""
+    """The pair record, with the user's `keep_columns` at its end.
+
+    `weight`, `confidence` and the scores are the data's own: null where they have none.
+    """
     text = text_type(kind)
     return pa.schema(
         [
@@ -76,6 +79,10 @@ def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
             ("label", pa.string()),
             ("votes_a", pa.int32()),
             ("votes_b", pa.int32()),
+            ("weight", pa.float64()),
+            ("confidence", pa.float64()),
+            ("score_a", pa.float64()),
+            ("score_b", pa.float64()),
             ("split", pa.string()),
             ("source", pa.string()),
             *(keep or []),
@@ -87,8 +94,12 @@ def preference_schema(kind: Kind) -> pa.Schema:
     """The preference record: TRL's names and format, with margin, confidence and weight.
 
     `label` says which answer of the pair was chosen (`a`, `b`); `probability` is the annotator's
-    that the chosen one is better. It, margin and confidence are null where a human chose,
-    disagreement also where there is one annotator alone.
+    that the chosen one is better. It, margin and confidence (C) are null where a human chose, or
+    where the data's own weight says how much; disagreement also where there is one annotator alone.
+
+    `weight` is what multiplies the pair's loss: Σ weight·loss over a batch, divided by its pairs.
+    Of arms that are normalised by the data set's mean it is divided by that already; of those
+    normalised by batch, and of those that draw pairs in proportion, it is the weight before that.
     """
     text = text_type(kind)
     return pa.schema(
@@ -102,7 +113,7 @@ def preference_schema(kind: Kind) -> pa.Schema:
             ("disagreement", pa.float32()),
             ("probability", pa.float32()),
             ("confidence", pa.float32()),
-            ("weight", pa.float32()),
+            ("weight", pa.float64()),  # the data's own stay what they are, to the bit
         ]
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
 from cwpo_dist.pairs.locate import find_parts, is_hub_id, nothing_there
+from cwpo_dist.pairs.numbers import RECORD, number_fields
 from cwpo_dist.pairs.parsing import FIELDS, Format, Layout, answer_fields, is_transcript
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import (
@@ -48,12 +49,14 @@ class Plan:
         kind: text when every source is text, else conversational (text rows become messages).
         n_buckets: ranges of pair ids, so many that one fits in a task's memory.
         may_leak: whether a prompt could lie on two sides, which draws by prompt rule out.
+        names: the columns of each source, as its first rows have them.
     """
 
     pieces: tuple[Piece, ...]
     kind: Kind
     n_buckets: int
     may_leak: bool
+    names: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def plan(config: PrepareConfig) -> Plan:
     size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
     sides = {source.into for source in config.sources}
     may_leak = len(sides) > 1 or (config.group_column is not None and sides == {None})
-    return Plan(tuple(pieces), kind, max(1, -(-size // BUCKET_BYTES)), may_leak)
+    theirs = tuple(tuple(each.names) for each in peeked)
+    return Plan(tuple(pieces), kind, max(1, -(-size // BUCKET_BYTES)), may_leak, theirs)
 
 
 def _text_bytes(part: Part) -> int:
@@ -186,7 +190,13 @@ def _columns(peeked: _Peeked) -> dict[str, str]:
             "{response_a: …, response_b: …}"
         )
     label = () if answers == _CHOSEN else ("label",)
-    wanted = ("prompt", *answers, *label, "votes_a", "votes_b")
+    numbers = number_fields(answers)
+    if astray := [ours for ours in given if ours.startswith("score_") and ours not in numbers]:
+        raise ConfigError(
+            f"{peeked.field}.columns.{astray[0]}: scores beside {' and '.join(answers)} are "
+            f"{' and '.join(numbers[2:])}; correct the name"
+        )
+    wanted = ("prompt", *answers, *label, "votes_a", "votes_b", *numbers)
     return {ours: found[ours] for ours in wanted if ours in found}
 
 
@@ -244,6 +254,11 @@ def _check_settings(config: PrepareConfig) -> None:
 def _check_keep(config: PrepareConfig, peeked: Sequence[_Peeked]) -> None:
     reserved = set(pair_schema("text").names)
     for name in config.keep_columns:
+        if name in RECORD:
+            raise ConfigError(
+                f"prepare.keep_columns: {name!r} is read as the pair's own number and kept anyway; "
+                "leave it out"
+            )
         if name in reserved:
             raise ConfigError(
                 f"prepare.keep_columns: {name!r} is a column of the pair record itself; rename it "

@@ -52,11 +52,26 @@ class SplitRule:
         return unit_hash(self.seed, "labelled", key) < self.labelled
 
 
-def split_of(side: Side, in_labelled_part: bool, label: str | None) -> Split:
-    """The split; a training pair without a label is unlabelled whatever its draw."""
+def split_of(
+    side: Side, in_labelled_part: bool, label: str | None, *, learned_tie: bool = False
+) -> Split:
+    """The split; a training pair without a label is unlabelled whatever its draw.
+
+    Args:
+        side: of the pair.
+        in_labelled_part: its draw.
+        label: of people.
+        learned_tie: whether it is a tie, and ties are to be learned from.
+    """
     if side != "train":
         return side
-    return "labelled" if in_labelled_part and label is not None else "unlabelled"
+    tells = label is not None or learned_tie
+    return "labelled" if in_labelled_part and tells else "unlabelled"
+
+
+def is_tie(label: str | None, votes_a: int | None, votes_b: int | None) -> bool:
+    """Whether people were asked and found both answers equally good."""
+    return label is None and bool(votes_a) and votes_a == votes_b
 
 
 def is_swapped(seed: int, pair_id: str) -> bool:

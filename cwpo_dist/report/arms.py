@@ -28,6 +28,16 @@ def is_human(name: str) -> bool:
     return arm in ARMS and ARMS[arm].labels == "human"
 
 
+def has_own_labels(name: str) -> bool:
+    """Whether it needs no annotator: the data's own labels or numbers say which answer is better.
+
+    Args:
+        name: as in `is_human`.
+    """
+    arm = name.rsplit("/", 1)[-1].split(",")[0]
+    return arm in ARMS and ARMS[arm].labels != "annotator"
+
+
 def is_weighted(arm: str) -> bool:
     """Whether it makes more of an annotator's confident labels, by weight, choice or softness."""
     preset, plain = ARMS.get(arm), ARMS[UNWEIGHTED]
@@ -53,12 +63,16 @@ def _labels(preset: Arm) -> str:
     if preset.labels == "human":
         uncovered = ", uncovered," if "unlabelled" in preset.splits else ""
         return f"the data's own labels{uncovered}"
+    if preset.labels == "own":
+        return "the data's own labels, or those of their own scores,"
     if preset.annotator == "implicit":
         return "the labels of a weak model after DPO (its implicit reward)"
     return f"the annotator's {'probabilities, as soft labels,' if preset.soft_labels else 'labels'}"
 
 
 def _weight(preset: Arm) -> str:
+    if preset.labels == "own":
+        return "the data's own, or C of their own confidence or scores"
     weight = _WEIGHTS[preset.weight_function]
     if preset.sampling is not None:
         return f"1, each pair drawn with probability {weight}"

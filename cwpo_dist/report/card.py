@@ -1,4 +1,4 @@
-"""An arm's configuration, stage outputs and figures in; the model card of what it exports out.
+"""An arm's configuration, stage outputs and figures in; the card of its policy or annotator out.
 
 The card names models and data sets by hub id, or by the last part of their path: where somebody's
 files lie is nobody's business.
@@ -12,12 +12,21 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from cwpo_dist.config import ARMS, Config, ModelConfig, TrainingConfig
+from cwpo_dist.config import Config, ModelConfig, TrainingConfig
 from cwpo_dist.report.cells import at
 
 Figures = Mapping[str, Any]
+_WHOSE = {
+    "human": "people",
+    "annotator": "the annotator",
+    "own": "the data: their labels, or their own scores",
+}
 FILES = (".jsonl", ".gz", ".parquet", ".csv", ".json")  # of pairs
-TITLES = {"annotator": "annotator, pairs right", "policy": "implicit reward, pairs right"}
+TITLES = {
+    ("annotator", "agreement"): "annotator, pairs right",
+    ("annotator", "length_baseline"): "the longer answer, pairs right",
+    ("policy", "agreement"): "implicit reward, pairs right",
+}
 
 
 def model_card(
@@ -58,6 +67,71 @@ def model_card(
     return "\n".join(lines)
 
 
+def annotator_card(
+    config: Config, keys: Mapping[str, str], figures: Figures, training: Figures
+) -> str:
+    """README.md of an exported annotator: what it learned from, and what its scores are worth.
+
+    Args:
+        config: as it was resolved for an arm.
+        keys: role → content key of the stage outputs that it was made of.
+        figures: of this annotator on held-out pairs; empty where it was not measured alone.
+        training: of its manifest: settings, counts, versions.
+    """
+    weak, fit = config.weak, config.fit
+    assert weak is not None, "an annotator that `fit` made has a model"
+    data = list(filter(None, map(hub_id, _data(config))))
+    front = ModelCardData(
+        base_model=hub_id(weak.model_name_or_path),
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        datasets=data or None,
+        tags=["reward-model", "bradley-terry", "cwpo_dist"],
+    )
+    learned = "shares of votes, where people voted" if fit.labels == "votes" else "labels of people"
+    made = [
+        ("base model", _model(weak)),
+        ("data", ", ".join(public_name(path) for path in _data(config))),
+        ("learned from", f"{learned}, of {at(training, 'counts', 'rows')} pairs"),
+    ]
+    recipe = [
+        ("loss", "Bradley–Terry"),
+        ("learning rate", f"{fit.learning_rate:g}, {fit.lr_scheduler_type}"),
+        ("length", _length(fit)),
+        ("global batch", f"{fit.global_batch_size} pairs"),
+        ("parameters", _parameters(fit)),
+        ("seed", str(at(training, "settings", "seed"))),
+    ]
+    lines = [
+        f"---\n{front.to_yaml()}\n---\n",
+        f"# {public_name(weak.model_name_or_path)}, an annotator made by cwpo_dist\n",
+        "A one-label reward model: the difference of two answers' scores is the log-odds that the "
+        "first is better.\n",
+        *_simulated(config),
+        *_table("What it was made from", made),
+        *_table("Recipe", recipe),
+        *_table(f"On split `{config.evaluate.split}`", _worth(figures)),
+        *_table("Stage outputs", ((role, f"`{key}`") for role, key in keys.items())),
+        *_table("Versions", (at(training, "versions") or {}).items()),
+    ]
+    return "\n".join(lines)
+
+
+def _worth(figures: Figures) -> Iterator[tuple[str, str]]:
+    """How often it is right, and how often length alone would be."""
+    titles = {"agreement": "pairs right", "length_baseline": "the longer answer, pairs right"}
+    for name, title in titles.items():
+        found = at(figures, name)
+        if found and found.get("accuracy") is not None:
+            yield title, _share(found)
+    correlated = at(figures, "margin_length", "pearson")
+    if correlated is not None:
+        yield "correlation of margin and length difference", f"{correlated:.2f}"
+    error = at(figures, "expected_calibration_error")
+    if error is not None:
+        yield "calibration error", f"{error:.1%}"
+
+
 def hub_id(name: str) -> str | None:
     """The name, where it can be a hub's `owner/name` and is no path."""
     is_path = "://" in name or name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -80,18 +154,22 @@ def _simulated(config: Config) -> Iterator[str]:
 
 
 def _provenance(config: Config, arm: str, figures: Figures) -> Iterator[tuple[str, str]]:
-    policy, preset = config.policy, ARMS[arm]
+    policy, preset = config.policy, config.arm(arm)
     assert policy is not None
     yield "base model", _model(policy)
     yield "data", ", ".join(public_name(path) for path in _data(config))
     yield "pairs trained on", f"{at(figures, 'pairs')}"
-    yield "labels of", "people" if preset.labels == "human" else "the annotator"
+    yield "labels of", _WHOSE[preset.labels]
+    if preset.labels == "own":
+        yield "weight of a pair", _weight(config, arm)
+        yield "mean weight", _mean_weight(figures)
     if preset.labels == "annotator":
         ready = [_model(model) for _, model in config.annotate.ready()]
         weak = [_model(config.weak)] if config.weak is not None else []
-        yield "annotator", ", ".join(ready or weak)
+        own = ["the data's own numbers"] if preset.with_own else []
+        yield "annotator", ", ".join([*(ready or weak), *own])
         yield "weight of a pair", _weight(config, arm)
-        yield "mean weight", f"{at(figures, 'mean_weight') or 0:.3f}"
+        yield "mean weight", _mean_weight(figures)
 
 
 def _model(model: ModelConfig) -> str:
@@ -102,7 +180,7 @@ def _model(model: ModelConfig) -> str:
 
 
 def _weight(config: Config, arm: str) -> str:
-    preset, user = ARMS[arm], config.weigh
+    preset, user = config.arm(arm), config.weigh
     if preset.soft_labels:
         return "1, with the annotator's probability as a soft label"
     name: str = preset.weight_function
@@ -110,7 +188,16 @@ def _weight(config: Config, arm: str) -> str:
         name = user.weight_function
     normalised = config.align.weight_normalization or preset.weight_normalization
     how = "drawn in proportion to it" if preset.sampling else f"normalised by {normalised}"
+    if preset.labels == "own" and name == "confidence":
+        return f"the data's own, or `confidence` of their own scores, {how}"
     return f"`{name}` of the margin, {how}"
+
+
+def _mean_weight(figures: Figures) -> str:
+    """Of the weights before they are normalised; which of both acted is said beside it."""
+    mean = f"{at(figures, 'mean_weight') or 0:.3f}"
+    divisor = at(figures, "weigh", "weights_divided_by")
+    return mean if divisor is None else f"{mean}, by which the weights that acted are divided"
 
 
 def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
@@ -123,10 +210,14 @@ def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
     yield "learning rate", f"{align.learning_rate:g}, {align.lr_scheduler_type}"
     yield "length", _length(align)
     yield "global batch", f"{align.global_batch_size} pairs"
-    lora = align.lora
-    yield "parameters", "all" if lora is None else f"LoRA, r {lora.r}, α {lora.lora_alpha}"
+    yield "parameters", _parameters(align)
     yield "SFT before", "no" if config.sft is None else _length(config.sft)
     yield "seed", str(config.seed)
+
+
+def _parameters(training: TrainingConfig) -> str:
+    lora = training.lora
+    return "all" if lora is None else f"LoRA, r {lora.r}, α {lora.lora_alpha}"
 
 
 def _length(training: TrainingConfig) -> str:
@@ -135,8 +226,8 @@ def _length(training: TrainingConfig) -> str:
 
 
 def _figures(config: Config, figures: Figures) -> Iterator[tuple[str, str]]:
-    for part, title in TITLES.items():
-        found = at(figures, part, "agreement")
+    for path, title in TITLES.items():
+        found = at(figures, *path)
         if found and found.get("accuracy") is not None:
             yield title, _share(found)
     for baseline in at(figures, "gra") or {}:

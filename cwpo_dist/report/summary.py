@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cwpo_dist.report.arms import is_human
+from cwpo_dist.report.arms import has_own_labels, is_human
 from cwpo_dist.report.cells import (
     AS_GIVEN,
     NOT_RUN,
@@ -68,7 +68,7 @@ def arms_table(metrics: Metrics) -> Table:
             count(at(arm, "pairs")),
             number(at(arm, "mean_weight"), 3),
             AS_GIVEN
-            if is_human(name)
+            if is_human(name) or (at(arm, "annotator") is None and has_own_labels(name))
             else share(at(arm, "annotator", "agreement"), with_ties=True),
             share(at(arm, "policy", "agreement"), with_ties=True),
             *(share(at(arm, "gra", key), with_ties=True) for key in COMPARISONS),

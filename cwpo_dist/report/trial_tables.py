@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cwpo_dist.report.arms import ALL_HUMAN, is_human
+from cwpo_dist.report.arms import ALL_HUMAN, has_own_labels
 from cwpo_dist.report.cells import (
     AS_GIVEN,
     NOT_RUN,
@@ -74,7 +74,7 @@ def _trials_table(found: Found) -> Table:
             Cell(name),
             *([count(at(trial, "test_pairs"))] if differ else []),
             AS_GIVEN
-            if is_human(str(at(trial, "arm")))
+            if has_own_labels(str(at(trial, "arm"))) and not at(trial, "by_seed", "labels_right")
             else _share(at(trial, "by_seed", "labels_right")),
             _share(at(trial, "figures", "accuracy")),
             _share(at(trial, "figures", "length_balanced")),

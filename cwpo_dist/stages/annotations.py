@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,17 +14,48 @@ import ray.data
 from cwpo_dist.evaluation.annotators import HeldOut
 from cwpo_dist.evaluation.calibration import fit_scale, people_share
 from cwpo_dist.evaluation.shares import Floats
-from cwpo_dist.pairs.labels import Opinion
+from cwpo_dist.pairs.labels import LabelSource, Opinion
+from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import content_hash, read_pairs
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages.context import Context, ScoresIn
+from cwpo_dist.stages.context import Context, ScoresIn, annotator_name
 from cwpo_dist.stages.graph import Node, members
+from cwpo_dist.stages.own import chosen
 from cwpo_dist.storage import Store
-from cwpo_dist.weighting import Scale, join
+from cwpo_dist.weighting import Scale, join, margin_of
 
 TASK_CPUS = 0.5  # of a task that reads one shard: beside whatever else a node does
 # So many shards the driver reads itself: for seconds of work, Ray's tasks take longer to start.
 FEW_SHARDS = 64
+OWN = "the data's own"  # among the names of annotators
+
+
+@dataclass(frozen=True)
+class OwnIn:
+    """What the data have of their own, read like an annotator's scores.
+
+    Attributes:
+        pairs: the output folder of `prepare`.
+        kind: two scores; or a confidence, whose side is the label's.
+    """
+
+    pairs: Store
+    kind: Literal["scores", "confidence"]
+
+    def read(self, index: int) -> dict[str, tuple[float, float]]:
+        """(score_a, score_b) of one shard by pair id; of a confidence its margin, and 0."""
+        columns = ["pair_id", "label", "confidence", "score_a", "score_b"]
+        rows = read_pairs(self.pairs, part("pairs", index), columns).to_pylist()
+        if self.kind == "scores":
+            scored = [row for row in rows if row["score_a"] is not None]
+            return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in scored}
+        sure = [row for row in rows if None not in (row["confidence"], row["label"])]
+        margins = margin_of(np.array([row["confidence"] for row in sure], dtype=np.float64))
+        signs = [1.0 if row["label"] == "a" else -1.0 for row in sure]
+        return {
+            row["pair_id"]: (sign * margin, 0.0)
+            for row, sign, margin in zip(sure, signs, margins.tolist(), strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -34,13 +65,14 @@ class Annotated:
     Attributes:
         pairs: the output folder of `prepare`.
         shards: how many pair files it has.
-        scores: what each annotator gave; none in a run without annotator.
+        scores: what each annotator gave, and the data's own where they count as one; none in a
+            run without annotator.
         scale: what their margins are divided by.
     """
 
     pairs: Store
     shards: int
-    scores: tuple[ScoresIn, ...]
+    scores: tuple[ScoresIn | OwnIn, ...]
     scale: Scale
 
     def rows(self, index: int, columns: list[str]) -> list[dict[str, Any]]:
@@ -82,11 +114,59 @@ class Annotated:
         return opinions, {ids[i] for i in np.flatnonzero(~known)}
 
 
-def raw(context: Context, node: Node) -> Annotated:
-    """What a node reads, with margins as they are."""
-    scores = tuple(ScoresIn(context.place(m), m.retries) for m in members(node))
+def raw(context: Context, node: Node, *, judged: bool = False) -> Annotated:
+    """What a node reads, with margins as they are.
+
+    Args:
+        context: the run.
+        node: `weigh`, or one that reads it or what it reads.
+        judged: leave out what takes its side from the labels that it would be judged by.
+    """
     pairs = context.place(node.inputs["prepare"])
-    return Annotated(pairs, context.shards(node), scores, Scale.raw(len(scores)))
+    scores: list[ScoresIn | OwnIn] = [
+        ScoresIn(context.place(member), member.retries) for member in members(node)
+    ]
+    own = own_kind(context, node)
+    if own == "scores" or (own == "confidence" and _beside(node) and not judged):
+        scores.append(OwnIn(pairs, own))
+    return Annotated(pairs, context.shards(node), tuple(scores), Scale.raw(len(scores)))
+
+
+def own_kind(context: Context, node: Node) -> Own | None:
+    """Which of the data's own numbers act in what a node reads; None: none of them.
+
+    Raises:
+        OwnNumbersError: where the data lack them, or have several and none is named.
+    """
+    settings = _weighed(node)
+    if "own" not in settings:
+        return None
+    there: dict[Own, int] = context.counts(node.inputs["prepare"])["numbers"]
+    return chosen(settings["column"], there)
+
+
+def label_source(context: Context, node: Node) -> LabelSource:
+    """Who decides the pairs of a `weigh` or `sft` node; of two scores the higher one does."""
+    labels: LabelSource = node.settings["labels"]
+    own = own_kind(context, node)
+    if own is None or _beside(node):
+        return labels
+    return "annotator" if own == "scores" else own
+
+
+def names(context: Context, node: Node, given: Annotated) -> list[str]:
+    """Of the annotators that were read, in their order."""
+    found = [annotator_name(context, member) for member in members(node)]
+    return found + [OWN] * (len(given.scores) - len(found))
+
+
+def _weighed(node: Node) -> dict[str, Any]:
+    """The settings of the weighting that a node makes, or that what it measures was made with."""
+    return node.inputs["weigh"].settings if "weigh" in node.inputs else node.settings
+
+
+def _beside(node: Node) -> bool:
+    return bool(_weighed(node).get("own") == "beside")
 
 
 def annotated(context: Context, node: Node) -> Annotated:
@@ -101,8 +181,9 @@ def annotated(context: Context, node: Node) -> Annotated:
     if temperature != "fitted":
         return replace(found, scale=Scale.raw(len(found.scores), temperature))
     held = held_out(found, node.settings["calibration_split"])
-    names = [member.path for member in members(node)]
-    fitted = fit_scale(held.margins_NK, held.people, held.prompts, names)
+    of = [member.path for member in members(node)]
+    of += [OWN] * (len(found.scores) - len(of))
+    fitted = fit_scale(held.margins_NK, held.people, held.prompts, of)
     return replace(found, scale=fitted.scale)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import (
-    ARMS,
+    Arm,
     Config,
     ConfigError,
     ModelConfig,
@@ -28,10 +28,11 @@ from cwpo_dist.lm.loading import (
 )
 from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
 from cwpo_dist.objectives import objective
-from cwpo_dist.pairs.sources import check as check_sources
+from cwpo_dist.pairs.sources import plan as plan_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
 from cwpo_dist.stages.nodes import node_faults
+from cwpo_dist.stages.own_checks import own_faults
 from cwpo_dist.stages.sizes import Loader, ModelSize, annotator, model_size, policy, reward_model
 from cwpo_dist.stages.trials import Trial, baseline, by_loss
 from cwpo_dist.storage import StorageError, Store
@@ -71,8 +72,9 @@ def check(config: Config, until: str | None = None) -> Checked:
         Store(config.output_dir).check()
     except StorageError as error:
         raise ConfigError(f"output_dir: {error}") from error
-    faults = [*_source_faults(config), *_missing_models(config, until), *_gold_faults(config)]
     stages = reached(config, until)
+    faults = [*_source_faults(config, stages), *_missing_models(config, until)]
+    faults += _gold_faults(config)
     faults += objective_faults(config) if "align" in stages else []
     faults += weighing_faults(config) if "weigh" in stages else []
     for field, model, load in models(config, until):
@@ -138,7 +140,7 @@ def models(config: Config, until: str | None = None) -> Iterator[tuple[str, Mode
 
 def implicit_arms(config: Config) -> list[str]:
     """The arms whose labels are the implicit rewards of the weak model, trained as a policy."""
-    return [arm for arm in config.arms if ARMS[arm].annotator == "implicit"]
+    return [arm for arm in config.arms if config.arm(arm).annotator == "implicit"]
 
 
 def trainings(config: Config, until: str | None = None) -> Iterator[tuple[str, TrainingConfig]]:
@@ -176,11 +178,20 @@ def reached(config: Config, until: str | None) -> set[str]:
     return wanted if until == "weigh" else wanted | policy
 
 
-def _source_faults(config: Config) -> Iterator[str]:
+def _source_faults(config: Config, stages: set[str]) -> Iterator[str]:
+    """Sources that cannot be read, or lack the columns that a stage needs."""
     try:
-        check_sources(config.prepare)
+        planned = plan_sources(config.prepare)
     except ConfigError as error:
         yield str(error)
+        return
+    yield from own_faults(config, planned) if "weigh" in stages else ()
+    voted = any("votes_a" in piece.layout.columns for piece in planned.pieces)
+    if "fit" in stages and config.fit.labels == "votes" and not voted:
+        yield (
+            "fit.labels: 'votes', but no source has votes_a and votes_b; say which they are under "
+            "prepare.sources.N.columns, or give hard"
+        )
 
 
 def _gold_faults(config: Config) -> Iterator[str]:
@@ -196,7 +207,7 @@ def objective_faults(config: Config) -> Iterator[str]:
     found = []
     for arm in config.arms:
         try:
-            objective(config.align, soft_labels=ARMS[arm].soft_labels)
+            objective(config.align, soft_labels=config.arm(arm).soft_labels)
         except ConfigError as error:
             found.append(str(error))
     yield from dict.fromkeys(found)  # most faults are every arm's
@@ -204,11 +215,11 @@ def objective_faults(config: Config) -> Iterator[str]:
 
 def weighing_faults(config: Config) -> Iterator[str]:
     """Arms whose weights need labels or annotators that the run will not have."""
-    several = len(config.annotate.ready() or config.fit.seeds or [config.seed]) > 1
-    if "ensemble" in config.arms and not several:
+    annotators = len(config.annotate.ready() or config.fit.seeds or [config.seed])
+    if "ensemble" in config.arms and not _are_several(config.arm("ensemble"), annotators):
         yield (
             "arms: 'ensemble' weighs by what several annotators differ by, but there is one; give "
-            "fit.seeds, or annotate.models"
+            "fit.seeds, annotate.models, or weigh.from: both"
         )
     fitted = calibrated_arms(config)
     if not fitted:
@@ -228,9 +239,16 @@ def weighing_faults(config: Config) -> Iterator[str]:
         yield f"annotate.splits: lacks {split!r}, where {what} needs scores; add it"
 
 
+def _are_several(arm: Arm, annotators: int) -> bool:
+    """Whether an arm joins the opinions of more than one, the data's own scores among them."""
+    return arm.labels != "own" and annotators + arm.with_own > 1
+
+
 def calibrated_arms(config: Config) -> list[str]:
     """The arms whose margins are divided by a fitted temperature."""
-    return [a for a in config.arms if weigh_settings(config, ARMS[a])["temperature"] == "fitted"]
+    return [
+        a for a in config.arms if weigh_settings(config, config.arm(a))["temperature"] == "fitted"
+    ]
 
 
 def _missing_models(config: Config, until: str | None) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cwpo_dist.config import ARMS, Config, ConfigError
+from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired
 from cwpo_dist.report.comparison import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
@@ -227,7 +227,7 @@ def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
         context = Context(run, Store(run.output_dir))
         metrics = store.read_json("metrics.json")
         numbers = _single(context, nodes, metrics)
-        if ARMS[trial.arm].labels != "human":
+        if run.arm(trial.arm).labels != "human":
             numbers |= _annotator(metrics["annotator"])
         for name, value in numbers.items():
             if value is not None:

@@ -22,6 +22,7 @@ from cwpo_dist.stages.memory import (
     by_zero_stage,
     training_memory,
 )
+from cwpo_dist.stages.own import chosen
 from cwpo_dist.stages.sizes import ModelSize
 from cwpo_dist.storage import Store
 
@@ -109,7 +110,11 @@ class Estimate:
 
     def _prepare(self, node: Node) -> Cost:
         splits = ", ".join(f"{n:,} {name}" for name, n in sorted(self.counted.splits.items()))
-        return Cost(f"{splits}; {self.counted.rejects:,} set aside")
+        own = "".join(
+            f"; {kind} of its own: {sum(found.values()):,} pairs"
+            for kind, found in self.counted.own.items()
+        )
+        return Cost(f"{splits}; {self.counted.rejects:,} set aside{own}")
 
     def _tokens(self, node: Node) -> Cost:
         return Cost(f"{sum(self.counted.splits.values()):,} pairs, tokenised once")
@@ -125,6 +130,8 @@ class Estimate:
         """The pairs of which an arm's labels say which answer is chosen."""
         labels, splits = node.settings["labels"], node.settings["splits"]
         counted = self.counted
+        if labels == "own":
+            return counted.own_pairs(chosen(node.settings["column"], counted.own), *splits)
         return counted.labelled_pairs(*splits) if labels == "human" else counted.pairs(*splits)
 
     def trained_on(self, node: Node) -> int:

@@ -17,10 +17,10 @@ from cwpo_dist.pairs.records import SCORE_SCHEMA, content_hash, read_pairs, read
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
-from cwpo_dist.stages.annotations import held_out, plain_text, raw
-from cwpo_dist.stages.context import Context, annotator_name, read_answers, read_log_probs
+from cwpo_dist.stages.annotations import held_out, names, plain_text, raw
+from cwpo_dist.stages.context import Context, read_answers, read_log_probs
 from cwpo_dist.stages.divergence import Answered, kl_divergence, write_pairs
-from cwpo_dist.stages.graph import Node, members
+from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import Store
 
 Pair = dict[str, Any]
@@ -63,14 +63,14 @@ def _held_out(context: Context, node: Node, index: int) -> Iterator[Pair]:
 
 
 def _annotator(context: Context, node: Node) -> dict[str, Any] | None:
-    if not members(node):
+    given = raw(context, node, judged=True)
+    if not given.scores:
         return None
-    given = raw(context, node)
     split, fitted_on = node.settings["split"], node.settings["calibration_split"]
     figures = annotator_figures(
         held_out(given, split),
         None if fitted_on == split else held_out(given, fitted_on),
-        [annotator_name(context, member) for member in members(node)],
+        names(context, node, given),
         by_member=node.inputs["weigh"].settings["temperature"] == "fitted",
     )
     return figures | {"temperature_split": fitted_on}

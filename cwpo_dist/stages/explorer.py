@@ -26,7 +26,7 @@ ANSWERS = {"before": "answers_sft", "after": "answers_aligned"}
 def sample(context: Context, graphs: Graphs) -> dict[str, Any]:
     """Pairs as they come (ids are hashes, so any are a sample), those with answers first.
 
-    The labels of unlabelled pairs are shown only where an arm `human*` has read them.
+    The labels of unlabelled pairs are shown only where an arm may have read them.
     """
     reader = _Reader.of(context, graphs)
     prepare = next(iter(graphs.values()))["prepare"]
@@ -77,7 +77,7 @@ class _Reader:
             names=_names(context, graphs, annotators),
             scores=[ScoresIn(context.place(n), n.retries) for n in annotators.values()],
             answers={arm: _answers(context, nodes) for arm, nodes in graphs.items()},
-            uncovered=any(n["weigh"].settings["labels"] == "human" for n in graphs.values()),
+            uncovered=any(n["weigh"].settings["labels"] != "annotator" for n in graphs.values()),
         )
 
     def pairs(self, index: int, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

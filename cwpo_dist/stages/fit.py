@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.evaluation.calibration import people_share
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length
 from cwpo_dist.pairs.records import read_pairs
+from cwpo_dist.pairs.splits import is_tie
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
@@ -26,6 +28,9 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     weak = context.config.weak
     assert weak is not None, "graph() makes no fit node without a weak model"
     pairs = context.place(node.inputs["prepare"])
+    task = LabelledPairs(
+        pairs, context.shards(node), weak, by_votes=node.settings["labels"] == "votes"
+    )
     spec = TrainSpec(
         name="fit",
         store=context.place(node),
@@ -34,13 +39,8 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         config=context.config.fit,
         model=weak,
         head="scores",
-        make_task=LabelledPairs(pairs, context.shards(node), weak),
-        make_held_out=LabelledPairs(
-            pairs,
-            context.shards(node),
-            weak,
-            watched_pairs(context, node, context.config.fit),
-        ),
+        make_task=task,
+        make_held_out=replace(task, watched=watched_pairs(context, node, context.config.fit)),
     )
     return train(spec)
 
@@ -53,33 +53,42 @@ class LabelledPairs:
         pairs: the output folder of `prepare`.
         shards: how many pair files it has.
         model: whose lengths and template apply.
+        by_votes: learn the share of people that chose an answer, where there are votes; ties, too.
         watched: the held-out pairs to load instead; None: what is trained on.
     """
 
     pairs: Store
     shards: int
     model: ModelConfig
+    by_votes: bool = False
     watched: WatchedPairs | None = None
 
     def __call__(self, encoder: Encoder) -> BradleyTerry:
         """Tokens of every labelled pair that fits, the human's choice first."""
         rows: list[Row] = []
         names: list[str] = []
+        shares: list[float] = []
         labelled = self._labelled()
         for pair in labelled:
             answers = (pair["response_a"], pair["response_b"])
-            chosen_first = answers if pair["label"] == "a" else answers[::-1]
-            row = self._row(encoder, pair["prompt"], chosen_first)
+            a_first = pair["label"] != "b"
+            row = self._row(encoder, pair["prompt"], answers if a_first else answers[::-1])
             if row is not None:
                 rows.append(row)
                 names.append(pair["pair_id"])
+                share = people_share(pair["label"], pair["votes_a"], pair["votes_b"])
+                assert share is not None, "a pair without label and votes is in no labelled part"
+                shares.append(share if a_first else 1 - share)
         if len(rows) < len(labelled):
             logger.warning(
                 "fit: %d of %d labelled pairs are left out: longer than max_length %d, or without "
                 "tokens of their own",
                 *(len(labelled) - len(rows), len(labelled), self.model.max_length),
             )
-        return BradleyTerry(rows, names)
+        if self.by_votes:
+            soft = sum(share not in (0.0, 1.0) for share in shares)
+            logger.info("fit: of %d pairs %d are learned as a share of votes", len(rows), soft)
+        return BradleyTerry(rows, names, shares if self.by_votes else None)
 
     def _row(self, encoder: Encoder, prompt: Any, answers: tuple[Any, Any]) -> Row | None:
         """None for a pair that is too long, or that cannot become tokens."""
@@ -90,10 +99,18 @@ class LabelledPairs:
         return fit_length(row, self.model.max_length, self.model.over_length, bos_id=encoder.bos_id)
 
     def _labelled(self) -> list[dict[str, Any]]:
-        columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
+        columns = ["pair_id", "prompt", "response_a", "response_b", "split"]
+        columns += ["label", "votes_a", "votes_b"]
         tables = [read_pairs(self.pairs, part("pairs", k), columns) for k in range(self.shards)]
         rows = [row for table in tables for row in table.to_pylist()]
         if self.watched is not None:
             watched = self.watched.labels()
             return [row for row in rows if row["pair_id"] in watched]
-        return [row for row in rows if row["split"] == "labelled" and row["label"] is not None]
+        return [
+            row
+            for row in rows
+            if row["split"] == "labelled" and (row["label"] is not None or self._learns_tie(row))
+        ]
+
+    def _learns_tie(self, row: dict[str, Any]) -> bool:
+        return self.by_votes and is_tie(row["label"], row["votes_a"], row["votes_b"])

@@ -173,7 +173,7 @@ def stored(config: Config, node: Node, estimate: Estimate) -> int:
         scored = estimate.counted.pairs(*config.annotate.scored_splits())
         return round(scored * estimate.lengths[_annotator(config, node)].fits * row["annotate"])
     if node.stage == "tokens":
-        return round(pairs * estimate.lengths["policy"].shared * TOKEN_BYTES)
+        return round(pairs * estimate.lengths[node.of].shared * TOKEN_BYTES)
     if node.stage == "reference":
         return round(estimate.counted.pairs(*node.settings["splits"]) * row["reference"])
     if node.stage == "weigh":

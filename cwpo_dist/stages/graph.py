@@ -30,7 +30,7 @@ from cwpo_dist.storage import Store, digest
 TRAINING_STAGES = ("fit", "sft", "align")
 SCORES = ("annotate", "implicit")  # the stages that give a pair's two answers a score
 # Of what stages write: raised when the same settings would give other files.
-FORMAT, FORMAT_OF = 2, {"weigh": 3, "evaluate": 3}
+FORMAT, FORMAT_OF = 2, {"prepare": 3, "weigh": 4, "evaluate": 3}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def graph(config: Config, arm: str) -> dict[str, Node]:
     nodes = _scoring_nodes(config, arm)
     if config.policy is None:
         raise ConfigError(f"policy: arm {arm!r} aligns a policy; give policy.model_name_or_path")
-    nodes |= _policy_nodes(config, config.policy, ARMS[arm], nodes)
+    nodes |= _policy_nodes(config, config.policy, config.arm(arm), nodes)
     measured = _evaluate_settings(config.evaluate)
     measured["calibration_split"] = config.weigh.calibration_split
     measured["items"] = 1  # raised when `evaluate` writes other columns of single pairs and answers
@@ -95,15 +95,17 @@ def weighing_nodes(config: Config, arm: str) -> dict[str, Node]:
         ConfigError: when the arm needs an annotator that the config lacks.
     """
     nodes = _scoring_nodes(config, arm)
-    return nodes | {"weigh": _weigh_node(config, ARMS[arm], nodes)}
+    return nodes | {"weigh": _weigh_node(config, config.arm(arm), nodes)}
 
 
 def _scoring_nodes(config: Config, arm: str) -> dict[str, Node]:
     """`prepare`, and what gives the arm's pairs their scores."""
     prepared = prepare_node(config)
     nodes = {"prepare": prepared}
-    if ARMS[arm].annotator == "implicit":
+    if config.arm(arm).annotator == "implicit":
         return nodes | implicit_nodes(config, prepared)
+    if config.arm(arm).labels == "own":  # on whichever pairs have numbers, read by whom they may
+        return nodes
     return nodes | (annotator_nodes(config, prepared) if needs_annotator(config) else {})
 
 
@@ -111,9 +113,9 @@ def needs_annotator(config: Config) -> bool:
     """True when any arm reads the labels of an annotator that `fit` made, or a ready one.
 
     Then every arm of the run, `human` too, keeps to the pairs that the annotator could read, so
-    that arms are compared on the same pairs.
+    that arms are compared on the same pairs; but those that weigh by the data's own numbers.
     """
-    return any(ARMS[name].reads_annotator for name in config.arms)
+    return any(config.arm(name).reads_annotator for name in config.arms)
 
 
 def prepare_node(config: Config) -> Node:
@@ -191,7 +193,7 @@ def implicit_nodes(config: Config, prepare: Node) -> dict[str, Node]:
 
 def teacher_config(config: Config) -> Config:
     """The run in which the weak model is the policy: on its schedule as an annotator, twice."""
-    schedule = config.fit.model_dump(exclude={"seeds"})
+    schedule = config.fit.model_dump(exclude={"seeds", "labels"})
     align = AlignConfig.model_validate(
         schedule | {"beta": config.align.beta, "lora": config.fit.lora}
     )
@@ -241,8 +243,10 @@ def _policy_nodes(
     tokens = Node("tokens", _token_settings(policy), {"prepare": given["prepare"]})
     weigh = _weigh_node(config, arm, given)
     scored = weigh.inputs
-    scale = _joint_scale(weigh.settings) if len(scored) > 2 else {}
-    chosen = {name: weigh.settings[name] for name in ("labels", "splits")} | scale
+    beside = weigh.settings.get("own") == "beside"
+    scale = _joint_scale(weigh.settings) if len(members(weigh)) + beside > 1 else {}
+    whose = ("labels", "splits", "own", "column")
+    chosen = {name: weigh.settings[name] for name in whose if name in weigh.settings} | scale
     nodes = {"tokens": tokens}
     frozen = {}
     if config.sft is not None:
@@ -256,7 +260,8 @@ def _policy_nodes(
         nodes["reference"] = _log_probs(policy, splits, tokens, frozen)
     nodes["weigh"] = weigh
     align = config.align.identity() | _identity(policy) | {"seed": config.seed}
-    align["weight_normalization"] = config.align.weight_normalization or arm.weight_normalization
+    by_batch = _normalization(config, arm) == "batch"  # by the data set's mean: in the weights
+    align["weight_normalization"] = "batch" if by_batch else "none"
     align |= {"sampling": arm.sampling, "soft_labels": arm.soft_labels}
     read = {name: nodes[name] for name in ("tokens", "weigh", "reference") if name in nodes}
     nodes["align"] = Node("align", align, read | frozen)
@@ -268,6 +273,10 @@ def _policy_nodes(
             seed = config.seed * len(models) + (place if model else 0)
             nodes[f"answers_{role}"] = _answers(config, policy, tokens, model, seed)
     return nodes
+
+
+def _normalization(config: Config, arm: Arm) -> str:
+    return config.align.weight_normalization or arm.weight_normalization
 
 
 def _weigh_node(config: Config, arm: Arm, given: dict[str, Node]) -> Node:
@@ -287,18 +296,24 @@ def weigh_settings(config: Config, arm: Arm) -> dict[str, Any]:
     """The arm's preset with what the user set over it.
 
     Another weight function is for arms that weigh at all (`weak` stays at 1); a selection and a
-    temperature are for every arm that has confidences.
+    temperature are for every arm that has confidences. What few have is there for them alone.
     """
     user = config.weigh
-    weighs, scored = arm.weight_function != "one", arm.labels == "annotator"
+    weighs, scored = arm.weight_function != "one", arm.labels != "human"
     temperature = (user.temperature if scored else None) or arm.temperature
-    split = {"calibration_split": user.calibration_split} if temperature == "fitted" else {}
+    more: dict[str, Any] = {}
+    if temperature == "fitted":
+        more["calibration_split"] = user.calibration_split
+    if arm.labels == "own" or arm.with_own:
+        more |= {"own": "beside" if arm.with_own else "alone", "column": user.column}
+    if weighs and arm.sampling is None and _normalization(config, arm) == "dataset":
+        more["divided_by_mean"] = True
     return {
         "weight_function": (weighs and user.weight_function) or arm.weight_function,
         "top_fraction": (user.top_fraction if scored else None) or arm.top_fraction,
         "min_confidence": user.min_confidence if scored else None,
         "temperature": temperature,
-        **split,
+        **more,
     }
 
 

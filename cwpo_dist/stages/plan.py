@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cwpo_dist.config import ARMS, Config, ConfigError
+from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.pairs.census import Census, census
 from cwpo_dist.scoring.placement import Machine, gpus_taken
 from cwpo_dist.stages import fleet_costs
@@ -25,7 +25,15 @@ from cwpo_dist.stages.checks import (
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.costs import Estimate, Rates, gpus, total_steps
 from cwpo_dist.stages.fleet_costs import Fleet
-from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
+from cwpo_dist.stages.graph import (
+    Node,
+    annotator_nodes,
+    graph,
+    needs_annotator,
+    prepare_node,
+    weighing_nodes,
+)
+from cwpo_dist.stages.own_checks import own_counts_faults, own_notes
 from cwpo_dist.stages.room import fit_two, need, share
 from cwpo_dist.stages.sampled import ShownRow, encoder_of, lengths_in, shown_row
 from cwpo_dist.stages.trials import planned, section, trials, tuned
@@ -141,8 +149,10 @@ def _split(run: Config) -> str:
 
 
 def _until(config: Config) -> str | None:
-    """Without a policy, annotating is the whole of the run."""
-    return None if config.policy is not None else "annotate"
+    """Without a policy, labelling is the whole of the run."""
+    if config.policy is not None:
+        return None
+    return "annotate" if needs_annotator(config) else "weigh"
 
 
 def _empty(estimate: Estimate) -> Iterator[str]:
@@ -168,6 +178,8 @@ def _empty(estimate: Estimate) -> Iterator[str]:
             "if no row has one, or give annotate.model"
         )
     yield from _without_pairs(config, counted)
+    if _until(config) != "annotate":
+        yield from own_counts_faults(config, counted)
     fitted_on = config.weigh.calibration_split
     if config.policy is not None and calibrated_arms(config) and not counted.pairs(fitted_on):
         yield (
@@ -185,9 +197,10 @@ def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
     """Arms that would train a policy on nothing."""
     arms = config.arms[:1] if config.compare else config.arms  # the trial's own arm stands first
     for arm in arms if config.policy is not None else []:
-        count = counted.labelled_pairs if ARMS[arm].labels == "human" else counted.pairs
-        if not count(*ARMS[arm].splits):
-            splits = " and ".join(ARMS[arm].splits)
+        preset = config.arm(arm)
+        count = counted.labelled_pairs if preset.labels == "human" else counted.pairs
+        if not count(*preset.splits):
+            splits = " and ".join(preset.splits)
             yield (
                 f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves arm "
                 f"{arm!r} no pair of the {splits} part to train on; give a share that does"
@@ -292,6 +305,8 @@ def _shares(
 def _graphs(config: Config) -> dict[str, dict[str, Node]]:
     if config.policy is not None:
         return {arm: graph(config, arm) for arm in config.arms}
+    if not needs_annotator(config):
+        return {arm: weighing_nodes(config, arm) for arm in config.arms}
     prepared = prepare_node(config)
     nodes = {"prepare": prepared} | annotator_nodes(config, prepared)
     return dict.fromkeys(config.arms, nodes)
@@ -304,8 +319,12 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
         yield _size_of_comparison(config, len(estimates))
     if not estimate.counted.exact:
         yield "counts are estimates: the sources are too large to read in a few seconds"
-    if config.policy is None:
+    if config.policy is None and needs_annotator(config):
         yield "no policy is given: planned up to `annotate`; `weigh` can follow"
+    elif config.policy is None:
+        yield "no policy is given: planned up to `weigh`"
+    if _until(config) != "annotate":
+        yield from own_notes(config, estimate.counted)
     for name, lengths in estimate.lengths.items():
         if 0 < lengths.fits < 1 and name != "evaluate.gold_model":
             yield f"{name}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
-from cwpo_dist.pairs import buckets, cutting, keep
+from cwpo_dist.pairs import buckets, cutting, keep, numbers
 from cwpo_dist.pairs.buckets import BucketSummary, Shards
 from cwpo_dist.pairs.pieces import Piece, PieceSummary, piece_summaries, read_piece
 from cwpo_dist.pairs.readers import SourceError
@@ -60,6 +60,8 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     rejects += _added(bucket.rejects for bucket in written)
     counts = _counts(planned, written, rejects, rows_in)
     counts |= {"keep_columns": kept, "damaged_files": damaged}
+    counts["void_numbers"] = dict(_added(piece.void for piece in read).most_common())
+    _tell_numbers(counts, read)
     refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
     _tell_empty(counts["splits"], config)
     store.remove("work")
@@ -139,7 +141,13 @@ def _write(
         run_tasks(partial(buckets.count_bucket, store), planned.n_buckets, config.num_cpus)
         first = buckets.number_shards(store, config.rows_per_shard)
     shards = Shards(
-        planned.kind, kept, config.rows_per_shard, first, flipped=config.flipped_labels, seed=seed
+        planned.kind,
+        kept,
+        config.rows_per_shard,
+        first,
+        flipped=config.flipped_labels,
+        seed=seed,
+        learn_ties=config.ties == "labelled",
     )
     logger.info("prepare: writing %d buckets", planned.n_buckets)
     run_tasks(
@@ -163,18 +171,38 @@ def _counts(
     assert rows_in == pairs + merged + rejects.total(), (rows_in, pairs, merged, rejects)
     splits = _added(bucket.splits for bucket in written)
     labelled = _added(bucket.labelled for bucket in written)
+    own = _added(bucket.numbers for bucket in written)
+    there = {kind for piece in planned.pieces for kind in numbers.kinds(piece.layout.columns)}
     return {
         "rows_in": rows_in,
         "pairs": pairs,
         "merged_duplicates": merged,
         "conflicting_labels": sum(bucket.conflicting_labels for bucket in written),
+        "conflicting_numbers": sum(bucket.conflicting_numbers for bucket in written),
         "rejects": dict(rejects.most_common()),
         "splits": {split: splits[split] for split in SPLITS},
         "labelled": {split: labelled[split] for split in SPLITS},
+        "numbers": {kind: own[kind] for kind in numbers.COLUMNS if kind in there},
         "kind": planned.kind,
         "formats": {piece.source: piece.layout.format for piece in planned.pieces},
         "shards": sum(bucket.shards for bucket in written),
     }
+
+
+def _tell_numbers(counts: dict[str, Any], read: list[PieceSummary]) -> None:
+    """Of the data's own numbers: how many there are, and which cannot be used."""
+    for own, pairs in counts["numbers"].items():
+        logger.info("prepare: %s: the data's own, of %d of %d pairs", own, pairs, counts["pairs"])
+    for why, rows in counts["void_numbers"].items():
+        first = next(piece.void_first[why] for piece in read if why in piece.void_first)
+        logger.warning(
+            "prepare: %s, of %d rows (first: %s): they count as without it", why, rows, first
+        )
+    if counts["conflicting_numbers"]:
+        logger.warning(
+            "prepare: copies of %d pairs have different numbers, which then count as none",
+            counts["conflicting_numbers"],
+        )
 
 
 def _tell_empty(splits: dict[Split, int], config: PrepareConfig) -> None:

@@ -127,8 +127,9 @@ def _confidences(
     by_annotator: dict[tuple[Any, ...], dict[str, Node]] = {}
     for arm, nodes in graphs.items():
         weigh = nodes["weigh"]
-        if weigh.settings["labels"] == "annotator":
-            scored = (*(node.path for node in members(weigh)), weigh.settings["temperature"])
+        if context.counts(weigh)["mean_confidence"] is not None:
+            own = weigh.settings.get("own"), weigh.settings["temperature"]
+            scored = (*(node.path for node in members(weigh)), *own)
             by_annotator.setdefault(scored, {})[arm] = weigh
     return [
         {"arms": list(arms), "values": _column(context, _widest(context, arms), "confidence")}

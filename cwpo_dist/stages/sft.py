@@ -7,9 +7,9 @@ from typing import Any
 
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder
-from cwpo_dist.pairs.labels import LabelSource, decide
+from cwpo_dist.pairs.labels import DECIDES, LabelSource, decide
 from cwpo_dist.scoring.scorers import read_tokens
-from cwpo_dist.stages.annotations import Annotated, annotated
+from cwpo_dist.stages.annotations import Annotated, annotated, label_source
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
@@ -26,7 +26,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     chosen = ChosenAnswers(
         annotated=annotated(context, node),
         tokens=context.place(node.inputs["tokens"]),
-        labels=node.settings["labels"],
+        labels=label_source(context, node),
         splits=tuple(node.settings["splits"]),
     )
     spec = TrainSpec(
@@ -66,7 +66,7 @@ class ChosenAnswers:
         rows: list[Row] = []
         names: list[str] = []
         for index in range(self.annotated.shards):
-            pairs = self.annotated.rows(index, ["pair_id", "label", "split"])
+            pairs = self.annotated.rows(index, [*DECIDES])
             opinions, _ = self.annotated.opinions(index)
             tokens = read_tokens(self.tokens, index)
             for pair_id, decision in decide(pairs, opinions, self.labels, self.splits).items():

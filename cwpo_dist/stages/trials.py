@@ -60,8 +60,8 @@ def _beside(config: Config, arm: str) -> list[str]:
     It is then compared on the pairs that the annotator could read (see `needs_annotator`).
     """
     compared = {name for grid in _grids(config) for name in grid.arms}
-    reads = any(ARMS[name].reads_annotator for name in compared)
-    return [arm, "weak"] if reads and not ARMS[arm].reads_annotator else [arm]
+    reads = any(config.arm(name).reads_annotator for name in compared)
+    return [arm, "weak"] if reads and not config.arm(arm).reads_annotator else [arm]
 
 
 def _fit(config: Config, seed: int) -> FitConfig:

@@ -1,47 +1,72 @@
 """pairs, scores → preferences: who won, by what margin, how confidently, with what weight.
 
 Each shard is a Ray task that decides alone. What a pair's weight needs to know of all others is
-two numbers, found in passes of their own where they are asked for: the fitted temperature, and the
-last pair of the top share.
+three numbers, found in passes of their own where they are asked for: the fitted temperature, the
+last pair of the top share, and the mean weight.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 
-from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
+from cwpo_dist.evaluation.shares import Floats
+from cwpo_dist.pairs.labels import DECIDES, Decision, LabelSource, Opinion, decide
+from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import kind_of, preference_schema, read_pairs
 from cwpo_dist.scoring.pipeline import counted, part, read_counts
-from cwpo_dist.stages.annotations import TASK_CPUS, Annotated, annotated, are_few, gather
+from cwpo_dist.stages.annotations import (
+    TASK_CPUS,
+    Annotated,
+    annotated,
+    are_few,
+    gather,
+    label_source,
+    own_kind,
+)
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages.own import OwnNumbersError, void_fault
 from cwpo_dist.storage import StorageError, Store
-from cwpo_dist.weighting import Selection, confidence, last_of_top, sigmoid, weights
+from cwpo_dist.weighting import Selection, confidence, last_of_top, margin_of, sigmoid, weights
 
 CONFIDENCES = pa.schema([("pair_id", pa.string()), ("confidence", pa.float64())])
+WEIGHTS = pa.schema([("shard", pa.int64()), ("weight", pa.float64()), ("pairs", pa.int64())])
+
+logger = logging.getLogger(__name__)
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
-    """Writes `preferences/part-*.parquet` (TRL's names) and returns the counts."""
+    """Writes `preferences/part-*.parquet` (TRL's names) and returns the counts.
+
+    Raises:
+        OwnNumbersError: where the data's own numbers are asked for and hardly any can be used.
+    """
+    own = own_kind(context, node)
+    if own is not None:
+        _check_own(context, node, own)
     read = annotated(context, node)
     shards = Shards(
         annotated=read,
         output=context.place(node),
-        labels=node.settings["labels"],
+        labels=label_source(context, node),
+        own=node.settings["labels"] == "own",
         splits=tuple(node.settings["splits"]),
         weight_function=node.settings["weight_function"],
     )
     selection = Selection(_last(shards, node), node.settings["min_confidence"])
-    return _summary(_write(shards, selection), read)
+    if node.settings.get("divided_by_mean"):
+        shards = replace(shards, divisor=_mean_weight(shards, selection))
+    return _summary(_write(shards, selection), shards)
 
 
 @dataclass(frozen=True)
@@ -52,23 +77,38 @@ class Shards:
         annotated: the pairs and what the annotators say of them.
         output: the folder of this stage.
         labels: whose choice counts.
+        own: whether the data's own numbers decide alone.
         splits: the splits to train on.
         weight_function: its name.
+        divisor: the mean weight, where weights are divided by it.
     """
 
     annotated: Annotated
     output: Store
     labels: LabelSource
+    own: bool
     splits: tuple[str, ...]
     weight_function: str
+    divisor: float = 1.0
 
     def confidences(self, index: int) -> pa.Table:
         """Ids and confidences of one shard's pairs."""
-        pairs = self.annotated.rows(index, ["pair_id", "label", "split"])
-        opinions, _ = self.annotated.opinions(index)
-        decisions = decide(pairs, opinions, self.labels, self.splits)
-        found = {"pair_id": list(decisions), "confidence": _confidences(decisions)}
+        decisions = self._decided(index)
+        found = {"pair_id": list(decisions), "confidence": self._numbers(decisions).confidence}
         return pa.table(found, schema=CONFIDENCES)
+
+    def weights(self, selection: Selection, index: int) -> pa.Table:
+        """The sum of one shard's weights, and of how many pairs."""
+        decisions = self._decided(index)
+        numbers = self._numbers(decisions)
+        sure = zip(decisions, numbers.confidence.tolist(), strict=True)
+        kept = numbers.weight[[selection.keeps(value, pair_id) for pair_id, value in sure]]
+        row = {"shard": [index], "weight": [math.fsum(kept)], "pairs": [len(kept)]}
+        return pa.table(row, schema=WEIGHTS)
+
+    def _decided(self, index: int) -> dict[str, Decision]:
+        opinions, _ = self.annotated.opinions(index)
+        return decide(self.annotated.rows(index, [*DECIDES]), opinions, self.labels, self.splits)
 
     def write(self, selection: Selection, row: dict[str, Any]) -> dict[str, Any]:
         """Writes one shard's preferences; its counts, and what storage had against it.
@@ -88,82 +128,142 @@ class Shards:
 
     def _weighed(self, index: int, selection: Selection) -> tuple[pa.Table, dict[str, float]]:
         """The preferences of one shard, and numbers that add up over all of them."""
-        columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
+        columns = [*DECIDES, "prompt", "response_a", "response_b"]
         pairs = read_pairs(self.annotated.pairs, part("pairs", index), columns)
         rows, (opinions, alone) = pairs.to_pylist(), self.annotated.opinions(index)
         decisions = decide(rows, opinions, self.labels, self.splits)
-        kept = list(self._preferences(rows, decisions, selection))
-        wanted = {pair["pair_id"] for pair in rows if pair["split"] in self.splits}
-        counts = self._counts(decisions, opinions or {}, kept)
-        table = pa.Table.from_pylist(kept, schema=preference_schema(kind_of(pairs)))
-        return table, counts | {"alone": len(wanted & alone)}
+        numbers = dict(zip(decisions, self._numbers(decisions).rows(), strict=True))
+        kept = list(self._preferences(rows, decisions, numbers, selection))
+        wanted = {pair["pair_id"]: pair for pair in rows if pair["split"] in self.splits}
+        counts = self._counts(decisions, opinions or {}, numbers)
+        counts |= {
+            "selected": len(kept),
+            "weight": math.fsum(numbers[row["pair_id"]].weight for row in kept),
+            "alone": len(wanted.keys() & alone),
+        }
+        if self.own:
+            labels = {i: wanted[i]["label"] for i, d in decisions.items() if d.margin}
+            against = (label not in {None, decisions[i].label} for i, label in labels.items())
+            counts |= {"without": len(wanted) - len(decisions), "against": sum(against)}
+        return pa.Table.from_pylist(kept, schema=preference_schema(kind_of(pairs))), counts
 
     def _preferences(
-        self, pairs: list[dict[str, Any]], decisions: dict[str, Decision], selection: Selection
+        self,
+        pairs: list[dict[str, Any]],
+        decisions: dict[str, Decision],
+        numbers: dict[str, _Number],
+        selection: Selection,
     ) -> Iterator[dict[str, Any]]:
         """The pairs that selection keeps, in the order of the shard."""
-        sure = dict(zip(decisions, _confidences(decisions), strict=True))
-        weight = dict(zip(decisions, self._weights(decisions), strict=True))
         for pair in pairs:
             pair_id = pair["pair_id"]
-            if pair_id not in decisions or not selection.keeps(sure[pair_id], pair_id):
+            if pair_id not in decisions:
                 continue
-            decision = decisions[pair_id]
+            decision, number = decisions[pair_id], numbers[pair_id]
+            if not selection.keeps(number.confidence, pair_id):
+                continue
             a, b = pair["response_a"], pair["response_b"]
             chosen, rejected = (a, b) if decision.label == "a" else (b, a)
+            scored = number.margin is not None
             yield {
                 "pair_id": pair_id,
                 "prompt": pair["prompt"],
                 "chosen": chosen,
                 "rejected": rejected,
                 "label": decision.label,
-                "margin": decision.margin,
+                "margin": number.margin,
                 "disagreement": decision.disagreement,
-                "probability": _probability(decision),
-                "confidence": None if decision.margin is None else sure[pair_id],
-                "weight": weight[pair_id],
+                "probability": _probability(number.margin),
+                "confidence": number.confidence if scored else None,
+                "weight": number.weight / self.divisor,
             }
 
-    def _weights(self, decisions: dict[str, Decision]) -> list[float]:
-        """One a decision; a human's choice counts as certain."""
+    def _numbers(self, decisions: dict[str, Decision]) -> _Numbers:
+        """Of each decision; a human's choice counts as certain."""
+        count = len(decisions)
         if self.labels == "human":
-            return [1.0] * len(decisions)
+            return _Numbers(None, np.ones(count), np.ones(count))
+        given = np.array([d.given for d in decisions.values()], dtype=np.float64)
+        if self.labels == "weight":
+            plain = self.weight_function == "one"
+            return _Numbers(None, np.ones(count), np.ones(count) if plain else given)
+        if self.labels == "confidence":
+            margin, disagreement = margin_of(given), np.zeros(count)
+            # To the bit, which there and back again would not be.
+            as_given = self.weight_function == "confidence"
+            weight = given if as_given else weights(self.weight_function, margin, disagreement)
+            return _Numbers(margin, given, weight)
         margin = np.array([d.margin for d in decisions.values()], dtype=np.float64)
         disagreement = np.array([d.disagreement or 0.0 for d in decisions.values()])
-        found: list[float] = weights(self.weight_function, margin, disagreement).tolist()
-        return found
+        weight = weights(self.weight_function, margin, disagreement)
+        return _Numbers(margin, confidence(margin), weight)
 
     def _counts(
         self,
         decisions: dict[str, Decision],
         opinions: dict[str, Opinion],
-        kept: list[dict[str, Any]],
+        numbers: dict[str, _Number],
     ) -> dict[str, float]:
-        scored = {i: d for i, d in decisions.items() if d.margin is not None}
+        scored = {i: n for i, n in numbers.items() if n.margin is not None}
+        known = [opinions[i] for i in scored if i in opinions]
         annotators = len(self.annotated.scores)
         return {
             "pairs": len(decisions),
-            "selected": len(kept),
             "scored": len(scored),
-            "ties": sum(d.margin == 0.0 for d in scored.values()),
-            "partial": sum(opinions[i].scored < annotators for i in scored),
-            "contested": sum(opinions[i].dissent > 0 for i in scored),
-            "confidence": sum(_confidences(scored)),
-            "disagreement": sum(d.disagreement or 0.0 for d in scored.values()),
-            "weight": sum(row["weight"] for row in kept),
+            "ties": sum(number.margin == 0.0 for number in scored.values()),
+            "partial": sum(opinion.scored < annotators for opinion in known),
+            "contested": sum(opinion.dissent > 0 for opinion in known),
+            "confidence": sum(number.confidence for number in scored.values()),
+            "disagreement": sum(decisions[i].disagreement or 0.0 for i in scored),
         }
 
 
-def _probability(decision: Decision) -> float | None:
+class _Number(NamedTuple):
+    """Of one pair: its margin (None where there is none), confidence, and weight."""
+
+    margin: float | None
+    confidence: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Of N pairs: margins, or None where there are none; confidences; weights as functions say."""
+
+    margin: Floats | None
+    confidence: Floats
+    weight: Floats
+
+    def rows(self) -> Iterator[_Number]:
+        """Pair by pair."""
+        margins = [None] * len(self.weight) if self.margin is None else self.margin.tolist()
+        columns = (margins, self.confidence.tolist(), self.weight.tolist())
+        return (_Number(*row) for row in zip(*columns, strict=True))
+
+
+def _probability(margin: float | None) -> float | None:
     """The annotator's probability that the chosen answer is better, σ(m); None for a human's."""
-    return None if decision.margin is None else sigmoid(np.array([decision.margin])).item()
+    return None if margin is None else sigmoid(np.array([margin])).item()
 
 
-def _confidences(decisions: dict[str, Decision]) -> list[float]:
-    """One a decision; a human's choice counts as certain."""
-    margins = [math.inf if d.margin is None else d.margin for d in decisions.values()]
-    found: list[float] = confidence(np.array(margins, dtype=np.float64)).tolist()
-    return found
+def _check_own(context: Context, node: Node, own: Own) -> None:
+    """Refuses what `plan` refuses, by what `prepare` counted.
+
+    Raises:
+        OwnNumbersError: where too many of them cannot be used.
+    """
+    counts, most = context.counts(node.inputs["prepare"]), context.config.prepare
+    fault = void_fault(own, counts["void_numbers"], counts["rows_in"], most.max_reject_fraction)
+    if fault is not None:
+        raise OwnNumbersError(fault)
+
+
+def _mean_weight(shards: Shards, selection: Selection) -> float:
+    """Of all preferences; 1 where there is no weight at all, which training refuses."""
+    found = gather(partial(shards.weights, selection), shards.annotated.shards, WEIGHTS)
+    found = found.sort_by("shard")  # so that the sum repeats to the bit
+    pairs = sum(found["pairs"].to_pylist())
+    return math.fsum(found["weight"].to_pylist()) / max(1, pairs) or 1.0
 
 
 def _last(shards: Shards, node: Node) -> tuple[float, str] | None:
@@ -201,9 +301,9 @@ def _write(shards: Shards, selection: Selection) -> Counter[str]:
     return totals
 
 
-def _summary(totals: Counter[str], read: Annotated) -> dict[str, Any]:
-    """The counts of the manifest; what only an ensemble has is there for an ensemble alone."""
-    scored, selected = totals["scored"], totals["selected"]
+def _summary(totals: Counter[str], shards: Shards) -> dict[str, Any]:
+    """The counts of the manifest; what only few arms have is there for them alone."""
+    scored, selected, read = totals["scored"], totals["selected"], shards.annotated
     counts: dict[str, Any] = {
         "pairs": totals["pairs"],
         "selected": selected,
@@ -211,7 +311,12 @@ def _summary(totals: Counter[str], read: Annotated) -> dict[str, Any]:
         "mean_confidence": totals["confidence"] / scored if scored else None,
         "mean_weight": totals["weight"] / selected if selected else None,
     }
-    if not scored:
+    if shards.divisor != 1.0:
+        counts["weights_divided_by"] = shards.divisor
+    if shards.own:
+        counts |= {"without_numbers": totals["without"], "against_labels": totals["against"]}
+        _tell_own(counts, shards.labels)
+    if not scored or not read.scores:
         return counts
     counts["temperatures"] = [temperature * read.scale.joint for temperature in read.scale.members]
     if len(read.scores) > 1:
@@ -223,3 +328,29 @@ def _summary(totals: Counter[str], read: Annotated) -> dict[str, Any]:
             "mean_disagreement": totals["disagreement"] / scored,
         }
     return counts
+
+
+def _tell_own(counts: dict[str, Any], labels: LabelSource) -> None:
+    """What of the data's own numbers a reader should look at.
+
+    Raises:
+        OwnNumbersError: where no pair can be weighed by them.
+    """
+    without, pairs, against = (counts[k] for k in ("without_numbers", "pairs", "against_labels"))
+    if not pairs:
+        what = "scores" if labels == "annotator" else f"a {labels} with a label that it is about"
+        raise OwnNumbersError(
+            f"weigh: none of {without} training pairs has {what}; see `cwpo plan`"
+        )
+    if without:
+        logger.warning(
+            "weigh: %d of %d training pairs have no number of their own that can be used, and are "
+            "left out",
+            *(without, without + pairs),
+        )
+    if against:
+        logger.warning(
+            "weigh: of %d of %d pairs the data's own scores prefer another answer than the label; "
+            "the scores count",
+            *(against, pairs),
+        )

@@ -23,7 +23,7 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, bradley_terry
 
 Indices = Sequence[int]
-Normalization = Literal["none", "batch", "dataset"]
+Normalization = Literal["none", "batch"]
 Sampling = Literal["proportional"] | None
 
 
@@ -85,16 +85,40 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class BradleyTerry(Task):
-    """−log σ(s⁺ − s⁻) of an annotator's scores, mean over pairs (paper eq. 5)."""
+    """−log σ(s⁺ − s⁻) of an annotator's scores, mean over pairs (paper eq. 5).
+
+    Attributes:
+        shares: [N] the share of people that prefer each row's first answer, from 0 to 1; None: all
+            of them do, a hard label.
+    """
+
+    shares: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the shares, too."""
+        super().__post_init__()
+        if self.shares is not None and len(self.shares) != len(self.rows):
+            raise TaskError(f"{len(self.rows)} pairs have {len(self.shares)} shares of votes")
+        if self.shares is not None and not all(0 <= share <= 1 for share in self.shares):
+            raise TaskError(f"shares of votes: from {min(self.shares)} to {max(self.shares)}")
 
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
         """[P]."""
-        return bradley_terry(outputs_PK[:, 0], outputs_PK[:, 1])
+        return bradley_terry(outputs_PK[:, 0], outputs_PK[:, 1], self._shares(outputs_PK, indices))
 
     def metrics(self, outputs_PK: Tensor, indices: Indices) -> dict[str, float]:
-        """Accuracy and mean margin."""
+        """Accuracy against the majority, to which a tie is half right, and mean margin."""
         margins_P = outputs_PK[:, 0] - outputs_PK[:, 1]
-        return {"accuracy": _share(margins_P > 0), "margin": float(margins_P.mean())}
+        right_P = (margins_P > 0).double()
+        shares_P = self._shares(outputs_PK, indices)
+        if shares_P is not None:
+            right_P = torch.where(shares_P < 0.5, (margins_P < 0).double(), right_P)
+            right_P = torch.where(shares_P == 0.5, 0.5, right_P)
+        return {"accuracy": float(right_P.mean()), "margin": float(margins_P.mean())}
+
+    def _shares(self, like: Tensor, indices: Indices) -> Tensor | None:
+        shares = self.shares
+        return None if shares is None else like.new_tensor([shares[i] for i in indices])
 
 
 @dataclass(frozen=True)
@@ -124,7 +148,8 @@ class Preference(Task):
     """C·ℓ of log-probs, against a frozen reference or without one (paper eq. 7–11).
 
     Attributes:
-        weights: C of each pair, not negative.
+        weights: of each pair, not negative; those that are normalised by their mean are that
+            already.
         references: [N, 2] log-probs of chosen and rejected under the reference, in nats; None for
             an objective without a reference.
         loss_type: key of `objectives.OBJECTIVES`.
@@ -132,7 +157,7 @@ class Preference(Task):
         label_smoothing: ε of the losses that read it.
         simpo_gamma: γ of SimPO.
         normalization: the denominator of Σ C·ℓ over a global batch: 'none', its pairs (the
-            paper); 'batch', its ΣC; 'dataset', its pairs × the data set's mean C.
+            paper); 'batch', its ΣC.
         sampling: 'proportional': C is how often a pair is drawn, and its weight is then 1.
         probabilities: soft labels, the annotator's probability of each chosen answer; None: hard.
     """
@@ -158,6 +183,11 @@ class Preference(Task):
                 f"weights: from {min(self.weights)} to {max(self.weights)}; they must not be "
                 "negative and not all zero (all ties?)"
             )
+        if self.sampling and max(self.weights) > 1:
+            raise TaskError(
+                f"weights: up to {max(self.weights)}, but arm 'proportional' draws a pair with its "
+                "weight as probability; divide them, or take another arm"
+            )
         if self.references is None and OBJECTIVES[self.loss_type].reference:
             raise TaskError(f"loss_type {self.loss_type!r} needs references: run `reference`")
 
@@ -180,11 +210,6 @@ class Preference(Task):
             return proportional(self.weights)
         return super().order
 
-    @cached_property
-    def mean_weight(self) -> float:
-        """The mean of what multiplies the losses of an epoch: C, or 1 where C draws the pairs."""
-        return 1.0 if self.sampling else sum(self.weights) / len(self.weights)
-
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
         """[P], each times its weight."""
         epsilon: float | Tensor = self.label_smoothing
@@ -198,8 +223,6 @@ class Preference(Task):
         """By `normalization`; 1 for a batch of ties alone, whose sum is 0 too."""
         if self.normalization == "batch" and not self.sampling:
             return sum(self.weights[i] for i in indices) or 1.0
-        if self.normalization == "dataset":
-            return len(indices) * self.mean_weight
         return float(len(indices))
 
     def metrics(self, outputs_PK: Tensor, indices: Indices) -> dict[str, float]:
