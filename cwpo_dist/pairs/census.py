@@ -9,14 +9,14 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs.parsing import ParsedPair, parse
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import content_hash
-from cwpo_dist.pairs.rejects import BadRow
+from cwpo_dist.pairs.rejects import BadRow, Reason
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import SplitRule, split_of
 
@@ -31,6 +31,9 @@ class Census:
         rejects: rows that will be set aside.
         exact: True when everything was read; else the counts are scaled up by file size.
         sample: pairs drawn evenly from what was read.
+        files: inputs to read.
+        damaged: those of them that were found damaged, with why.
+        remarks: what should be known of the sources, a line each: what they leave out.
     """
 
     splits: Mapping[str, int]
@@ -38,6 +41,9 @@ class Census:
     rejects: int
     exact: bool
     sample: tuple[ParsedPair, ...]
+    files: int = 0
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
@@ -66,10 +72,14 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     counts: Counter[str] = Counter()
     labelled: Counter[str] = Counter()
     rejects = 0
+    damaged: dict[str, str] = {}
     kept: list[ParsedPair] = []
     draw = random.Random(seed)
-    reading = _Reading(plan(config).pieces, seconds)
-    for piece, raw in reading:
+    planned = plan(config)
+    reading = _Reading(planned.pieces, seconds)
+    for piece, part, raw in reading:
+        if raw.fault is Reason.DAMAGED:
+            damaged[str(part)] = raw.as_text()
         try:
             if raw.fault is not None:
                 raise BadRow(raw.fault)
@@ -84,7 +94,16 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     pairs, people = (
         {k: round(n * reading.scale) for k, n in c.items()} for c in (counts, labelled)
     )
-    return Census(pairs, people, round(rejects * reading.scale), reading.complete, tuple(kept))
+    return Census(
+        pairs,
+        people,
+        round(rejects * reading.scale),
+        reading.complete,
+        tuple(kept),
+        reading.files,
+        damaged,
+        planned.remarks,
+    )
 
 
 class _Reading:
@@ -96,7 +115,7 @@ class _Reading:
         self.complete = True
         self.size_done = 0
 
-    def __iter__(self) -> Iterator[tuple[Piece, RawRow]]:
+    def __iter__(self) -> Iterator[tuple[Piece, Part, RawRow]]:
         for piece in self.pieces:
             left = piece.limit
             for part in piece.parts:
@@ -107,8 +126,13 @@ class _Reading:
                         self.complete = False
                         return
                     left = None if left is None else left - 1
-                    yield piece, raw
+                    yield piece, part, raw
                 self.size_done += part.size
+
+    @property
+    def files(self) -> int:
+        """How many inputs there are."""
+        return len({str(part) for part in self._parts()})
 
     @property
     def scale(self) -> float:

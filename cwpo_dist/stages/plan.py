@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from cwpo_dist.config import ARMS, Config, ConfigError
 from cwpo_dist.pairs.census import Census, census
+from cwpo_dist.pairs.pieces import damage_fault
+from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.scoring.placement import Machine, gpus_taken
 from cwpo_dist.stages import fleet_costs
 from cwpo_dist.stages.checks import (
@@ -155,6 +157,8 @@ def _empty(estimate: Estimate) -> Iterator[str]:
             f"more than {config.prepare.max_reject_fraction:g} of them. Mend them (`cwpo prepare` "
             "writes each with its reason to rejects/), or raise it"
         )
+    if fault := damage_fault(counted.damaged, counted.files, config.prepare.max_reject_fraction):
+        yield fault
     for name, model, _ in models(config, _until(config)):
         if lengths[name].fits == 0.0 and name != "evaluate.gold_model":
             yield (
@@ -164,8 +168,7 @@ def _empty(estimate: Estimate) -> Iterator[str]:
     if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
         yield (
             f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
-            "pair to fit an annotator on; raise it, map the labels under prepare.sources.N.columns "
-            "if no row has one, or give annotate.model"
+            f"pair to fit an annotator on; {_labels_remedy(counted)}, or give annotate.model"
         )
     yield from _without_pairs(config, counted)
     fitted_on = config.weigh.calibration_split
@@ -188,10 +191,19 @@ def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
         count = counted.labelled_pairs if ARMS[arm].labels == "human" else counted.pairs
         if not count(*ARMS[arm].splits):
             splits = " and ".join(ARMS[arm].splits)
+            of_people = ARMS[arm].labels == "human"
+            remedy = _labels_remedy(counted) if of_people else "give a share that does"
             yield (
                 f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves arm "
-                f"{arm!r} no pair of the {splits} part to train on; give a share that does"
+                f"{arm!r} no pair of the {splits} part to train on; {remedy}"
             )
+
+
+def _labels_remedy(counted: Census) -> str:
+    """What gives a part labels: another share, unless no pair has any."""
+    if not counted.labelled_pairs("labelled", "unlabelled"):
+        return f"no training pair has a label: {MAP_LABELS}"
+    return "give a share that does"
 
 
 def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StagePlan]:
@@ -300,6 +312,7 @@ def _graphs(config: Config) -> dict[str, dict[str, Node]]:
 def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     """What a reader should know that is no fault."""
     estimate = estimates[0]
+    yield from (f"prepare: {remark}" for remark in estimate.counted.remarks)
     if config.compare:
         yield _size_of_comparison(config, len(estimates))
     if not estimate.counted.exact:
