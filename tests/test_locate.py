@@ -17,7 +17,7 @@ from prepared import config, pairs, row, write
 from cwpo_dist.config import ConfigError, Source
 from cwpo_dist.pairs.data_sets import hub_splits
 from cwpo_dist.pairs.listing import LeftOut, left_out_lines
-from cwpo_dist.pairs.locate import Found, find
+from cwpo_dist.pairs.locate import Found, find, reads_below
 from cwpo_dist.pairs.readers import Part, read
 from cwpo_dist.pairs.sources import plan, source_fingerprints
 from cwpo_dist.pairs.split_names import SPLIT_WORDS, NoSplitError, of_other_splits, split_of
@@ -66,14 +66,18 @@ def test_what_a_folder_holds_beside_data_is_left_out_by_name(tmp_path: Path) -> 
     make(folder, "dataset_infos.json", "e.parquet.gz", "f.jsonl.bak", "sub/config.json")
     elsewhere = make(tmp_path / "elsewhere", "x.jsonl")
     (folder / "empty.jsonl").touch()
-    (folder / "cut.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    (folder / "signature.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    for name in ("torn.jsonl.zst", "torn.parquet"):
+        (folder / name).write_bytes(b"\x28\xb5\x2f\xfd\x24"[: 5 * name.endswith("zst")])
     (folder / "again.jsonl").symlink_to("a.jsonl")
     (folder / "far.jsonl").symlink_to(elsewhere / "x.jsonl")
     (folder / "gone.jsonl").symlink_to("nothing.jsonl")
     (folder / "loop").symlink_to(folder)
     os.mkfifo(folder / "pipe.jsonl")
     of = found(folder)
-    assert names(of, folder) == ["a.jsonl", "far.jsonl"]
+    assert names(of, folder) == ["a.jsonl", "far.jsonl", "torn.jsonl.zst", "torn.parquet"], (
+        "what is damaged counts as that"
+    )
     reasons = why(of)
     for name, word in {
         ".git/b.jsonl": "hidden",
@@ -83,8 +87,8 @@ def test_what_a_folder_holds_beside_data_is_left_out_by_name(tmp_path: Path) -> 
         "sub/config.json": "describes a data set",
         "e.parquet.gz": "unknown suffix",
         "f.jsonl.bak": "unknown suffix",
-        "empty.jsonl": "too small",
-        "cut.jsonl.zst": "too small",
+        "empty.jsonl": "it is empty",
+        "signature.jsonl.zst": "it is empty",
         "again.jsonl": "a link to a.jsonl, which is read",
         "gone.jsonl": "a link to nothing",
         "loop": "a folder behind a link; give it as a source of its own",
@@ -371,6 +375,25 @@ def test_a_file_that_two_sources_read_alike_is_refused(tmp_path: Path) -> None:
         plan(config(str(tmp_path / "*.jsonl"), twice))
     turned = {"chosen": "rejected", "rejected": "chosen"}
     plan(config(str(tmp_path), {"path": str(tmp_path / "a.jsonl"), "columns": turned}))
+
+
+def test_a_source_that_would_read_what_the_run_leaves_is_told(tmp_path: Path) -> None:
+    folder = make(tmp_path / "set", "a.jsonl", "in/b.jsonl")
+    (tmp_path / "link").symlink_to(folder)
+    for place, path, settings, reads in [
+        (folder / "run", folder, {}, True),
+        (folder, folder, {}, True),
+        (tmp_path / "link" / "run", folder, {}, True),
+        (folder / "run", f"{folder}/**/*.jsonl", {}, True),
+        (folder / "run", folder, {"data_dir": "in"}, False),
+        (folder / "run", f"{folder}/*.jsonl", {}, False),
+        (folder / "run", folder / "a.jsonl", {}, False),
+        (tmp_path / "set2", folder, {}, False),
+        (f"s3://bucket{folder}/run", folder, {}, False),
+        (folder / "run", "someone/pairs", {}, False),
+    ]:
+        source = Source(path=str(path), **settings)
+        assert reads_below(source, str(place)) is reads, (place, path)
 
 
 # -- what is said of it

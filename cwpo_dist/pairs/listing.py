@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from cwpo_dist.pairs.readers import COMPRESSED, COMPRESSIONS, READERS, compression_of, reader_of
+from cwpo_dist.pairs.readers import COMPRESSIONS, READERS, SIGNATURES, compression_of, reader_of
 from cwpo_dist.pairs.rejects import printable
 
 # What `datasets` and the hub write beside data.
@@ -79,7 +79,8 @@ def below(filesystem: Any, root: str) -> Listing:
 def _everything(filesystem: Any, root: str) -> Mapping[str, Info]:
     """All files below a folder; fsspec by itself passes over local folders that it may not list."""
     if not isinstance(filesystem, LocalFileSystem):
-        return cast(Mapping[str, Info], filesystem.find(root, detail=True))
+        every: Mapping[str, Info] = filesystem.find(root, detail=True)
+        return {path: info for path, info in every.items() if info["type"] != "directory"}
     found: dict[str, Info] = {}
     for info in filesystem.ls(root, detail=True):
         is_folder = info["type"] == "directory"  # which a link to one is not
@@ -175,12 +176,14 @@ def _no_file(filesystem: Any, path: str, info: Info) -> str | None:
 def _unread_file(base: str, info: Info) -> str | None:
     if base in _METADATA:
         return "it describes a data set, and holds no rows"
-    if reader_of(base) is None:
+    reader = reader_of(base)
+    if reader is None:
         return unknown_suffix()
     size = info.get("size")  # None where a filesystem cannot tell
-    if size is not None and size <= COMPRESSED.get(compression_of(base) or "", 0):
-        return "too small to hold a row"
-    return None
+    signature = SIGNATURES.get(compression_of(base) or "", 0)
+    # Parquet and Arrow have a footer even where they hold no row: without one they are damaged.
+    is_empty = size is not None and size <= signature and reader not in ("parquet", "arrow")
+    return "it is empty" if is_empty else None
 
 
 def _is_hidden(name: str) -> bool:

@@ -23,6 +23,7 @@ from cwpo_dist.pairs.listing import (
     below,
     left_out_lines,
     matching,
+    real_path,
     unknown_suffix,
 )
 from cwpo_dist.pairs.readers import READERS, Part, reader_of
@@ -83,6 +84,24 @@ def find(field: str, source: Source) -> Found:
         raise
     except (OSError, ImportError, ValueError) as error:  # no access, no driver for the protocol
         raise _nothing(field, source, error) from None
+
+
+def reads_below(source: Source, place: str) -> bool:
+    """Whether a source is a folder, or a glob over folders, in which `place` lies."""
+    if is_hub_id(source.path):
+        return False
+    filesystem, root = fsspec.url_to_fs(source.path)
+    other, place = fsspec.url_to_fs(place)
+    if filesystem.isdir(root):
+        root = f"{root}/{source.data_dir or ''}"
+    elif "**" in root:
+        root = root.partition("**")[0]
+    else:
+        return False
+    if type(filesystem) is not type(other):
+        return False
+    root, place = (real_path(filesystem, each).rstrip("/") + "/" for each in (root, place))
+    return place.startswith(root)
 
 
 def _nothing(field: str, source: Source, why: object) -> ConfigError:

@@ -40,9 +40,9 @@ READERS: dict[str, Reader] = {
     ".feather": "arrow",
     ".ipc": "arrow",
 }
-# By suffix, the bytes of a compressed file that holds nothing.
-COMPRESSED = {".gz": 20, ".bz2": 14, ".xz": 32, ".zst": 9, ".lz4": 11}
-COMPRESSIONS = tuple(COMPRESSED)
+# By suffix, how many bytes the signature has that such a file begins with.
+SIGNATURES = {".gz": 2, ".bz2": 3, ".xz": 6, ".zst": 4, ".lz4": 4}
+COMPRESSIONS = tuple(SIGNATURES)
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 BATCH_ROWS = 1000
 BUFFER_BYTES = 2**20
