@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -278,18 +279,19 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def fingerprint(uri: str) -> list[list[Any]]:
-    """What identifies a file, glob or folder without reading it: [name, size, etag or mtime].
+    """What identifies a file or folder without reading it: [name, size, etag or mtime] a file.
 
     Raises:
-        FileNotFoundError: where nothing matches.
+        FileNotFoundError: where there is none.
     """
     filesystem, root = fsspec.url_to_fs(uri)
-    paths = filesystem.glob(root) if any(c in root for c in "*?[") else filesystem.find(root)
-    if not paths:
-        raise FileNotFoundError(f"{uri!r} matches no file")
-    return [[str(path), *_mark(filesystem.info(path))] for path in sorted(paths)]
+    found = filesystem.find(root)
+    if not found:
+        raise FileNotFoundError(f"no file at {uri!r}")
+    return [mark(path, filesystem.info(path)) for path in sorted(found)]
 
 
-def _mark(info: dict[str, Any]) -> list[Any]:
+def mark(path: str, info: Mapping[str, Any]) -> list[Any]:
+    """[name, size, etag or mtime] of one file, from what its filesystem says of it."""
     stamp = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
-    return [info.get("size"), str(stamp)]
+    return [str(path), info.get("size"), str(stamp)]

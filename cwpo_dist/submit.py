@@ -385,7 +385,7 @@ def _models(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _absolute(path: str) -> str:
     """A file, folder or glob that is here as an absolute path; hub ids and URIs as they are."""
-    here = "://" not in path and any(True for _ in glob.iglob(path))
+    here = "://" not in path and (Path(path).exists() or any(True for _ in glob.iglob(path)))
     return str(Path(path).absolute()) if here else path
 
 

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.config import ARMS, Config, ConfigError
+from cwpo_dist.config import ARMS, Config, ConfigError, PrepareConfig
 from cwpo_dist.config_file import load_config, parse_config, to_yaml
 
 SMALL: dict[str, Any] = {"output_dir": "runs/x", "prepare": {"sources": [{"path": "pairs.jsonl"}]}}
@@ -232,6 +232,17 @@ def test_defaults_are_complete() -> None:
     assert isinstance(config, Config)
     assert config.arms == ["cw"]
     assert config.sft is not None
+
+
+def test_who_brings_a_test_part_draws_none_unless_told() -> None:
+    plain, test = {"path": "a"}, {"path": "b", "into": "test"}
+    assert PrepareConfig(sources=[plain]).test_fraction == 0.1
+    assert PrepareConfig(sources=[plain, test | {"into": "validation"}]).test_fraction == 0.1
+    made = PrepareConfig(sources=[plain, test])
+    assert made.test_fraction == 0.0
+    assert PrepareConfig.model_validate(made.model_dump()) == made
+    assert PrepareConfig(sources=[*made.sources]).test_fraction == 0.0
+    assert PrepareConfig(sources=[plain, test], test_fraction=0.1).test_fraction == 0.1
 
 
 def test_accumulation_alone_says_nothing_about_the_batch() -> None:

@@ -56,6 +56,33 @@ def test_lines_of_a_file_cut_anywhere_are_those_of_the_file(
         assert rows_of(pieces) == rows_of(whole)
 
 
+def test_an_array_is_not_cut_between_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps([row(i) for i in range(50)], indent=1))
+    whole = [Piece("x", (Part(str(path), "jsonl", size=path.stat().st_size),), LAYOUT)]
+    monkeypatch.setattr(cutting, "CUT_BYTES", 100)
+    with caplog.at_level("INFO"):
+        pieces = numbered(cutting.cut(whole))
+    assert pieces == whole
+    assert len(rows_of(pieces)) == 50
+    assert "x.jsonl (0 MB) is read by one task" in caplog.text
+
+
+def test_a_large_tsv_file_is_cut_between_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.tsv"
+    path.write_text("a\tb\n" + '1,"\t"two\nlines"\n' * 50)
+    whole = [Piece("x", (Part(str(path), "tsv", size=path.stat().st_size),), LAYOUT)]
+    monkeypatch.setattr(cutting, "CUT_BYTES", 100)
+    pieces = numbered(cutting.cut(whole))
+    assert len(pieces) > 5
+    assert rows_of(pieces) == rows_of(whole)
+    assert [raw.value for _, raw in rows_of(pieces)] == [{"a": '1,"', "b": "two\nlines"}] * 50
+
+
 CSV_LINES = st.lists(
     st.sampled_from(
         [
@@ -115,7 +142,7 @@ def test_tiny_files_share_a_task_and_what_cannot_be_cut_is_said(
         pieces = cutting.cut([piece, replace(piece, limit=5)])
     shared = [[part.size for part in piece.parts] for piece in pieces]
     assert shared == [[1] * 5, [1, 50], [50], [90], [2000], [0], sizes]
-    assert caplog.text.count("9.csv.gz (0 MB) is read by one task: compressed files and") == 1
+    assert caplog.text.count("9.csv.gz (0 MB) is read by one task: compressed files, ") == 1
     hub = tuple(Part("a/b", "hub", shard=(i, 3)) for i in range(3))
     assert len(cutting.cut([Piece("a/b", hub, LAYOUT)])) == 3
     torn = Part(str(tmp_path / "no.parquet"), "parquet", size=2000)
@@ -140,7 +167,7 @@ def test_pairs_and_rejects_are_the_same_however_inputs_are_cut(
     (tmp_path / "2.jsonl.gz").write_bytes(gzip.compress(b"[1]\n" + json.dumps(rows[1]).encode()))
     for i in range(3, 9):
         write(tmp_path / f"{i}.jsonl", rows[i : i + 3])
-    wanted = config(str(tmp_path / "*"), max_reject_fraction=1.0, rows_per_shard=16)
+    wanted = config(str(tmp_path / "*.*"), max_reject_fraction=1.0, rows_per_shard=16)
     seen = []
     for cut, join in ((2**26, 2**23), (10**9, 1), (100, 1), (777, 3000), (3000, 10**9)):
         monkeypatch.setattr(cutting, "CUT_BYTES", cut)

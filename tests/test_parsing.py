@@ -146,6 +146,27 @@ def test_text_rows_of_a_conversational_run_become_single_messages() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "alike",
+    [
+        (3, 3.0, "3", "3.0", "3.00", Decimal(3), Decimal("3.0"), Decimal("3e0")),
+        (-3, -3.0, "-3", "-3.0"),
+        (0, 0.0, -0.0, "0"),
+        (2.5, "2.5", Decimal("2.5")),
+        (10**17, 1e17, str(10**17)),
+        ("03",),
+        ("3.0.1",),
+        ("3 .0",),
+        ("٣.0",),
+        ("climate",),
+        (float("inf"), "inf"),
+    ],
+)
+def test_one_number_is_one_group_however_a_file_spells_it(alike: tuple[Any, ...]) -> None:
+    names = {parse(row(topic=value), layout(group="topic")).group for value in alike}
+    assert names == {str(alike[0])}
+
+
 def test_group_and_kept_columns_ride_along() -> None:
     kept = {"when": datetime.date(2024, 1, 2), "price": Decimal("1.50"), "tags": ["x", {"y": 1}]}
     pair = parse(row(topic=7, **kept), layout(group="topic", keep=(*kept, "absent")))
@@ -225,6 +246,10 @@ REJECTS: list[tuple[Layout, Any, str]] = [
         "differing prefixes",
     ),
     (layout(group="topic"), row(), "missing field: topic"),
+    (layout(group="topic"), row(topic=float("nan")), "missing field: topic"),
+    (layout(group="topic"), row(topic=Decimal("NaN")), "missing field: topic"),
+    (layout(group="topic"), row(topic=""), "missing field: topic"),
+    (layout(group="topic"), row(topic=True), "wrong type: topic"),
     (layout(group="topic"), row(topic=[1]), "wrong type: topic"),
     (layout(group="topic"), row(topic=SURROGATE), "invalid Unicode: topic"),
     (layout(keep=("x",)), row(x=SURROGATE), "invalid Unicode: x"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -59,6 +60,55 @@ def test_plan_refuses_what_prepare_would(tmp_path: Path) -> None:
     source.write_text("\n".join([*rows, *['{"prompt": "p", "chosen": ""}'] * len(rows)]))
     with pytest.raises(ConfigError, match=r"max_reject_fraction: 96 of 192 rows are set aside"):
         plan(parse_config(config))
+
+
+def test_plan_names_the_files_that_are_left_out(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    source = Path(config["prepare"]["sources"][0]["path"])
+    folder = tmp_path / "set"
+    folder.mkdir()
+    source.rename(folder / "pairs.jsonl")
+    for name in ("notes.txt", "test.jsonl"):
+        (folder / name).write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    config["prepare"]["sources"] = [{"path": str(folder)}]
+    notes = [note for note in plan(parse_config(config)).notes if "leaves out" in note]
+    assert len(notes) == 2
+    assert any("leaves out notes.txt: unknown suffix" in note for note in notes)
+    assert any("leaves out test.jsonl: of split 'test' by the name" in note for note in notes)
+
+
+def test_an_output_dir_within_a_source_is_refused(tmp_path: Path) -> None:
+    config = small_config(tmp_path, output_dir=str(tmp_path / "set" / "run"))
+    source = Path(config["prepare"]["sources"][0]["path"])
+    (tmp_path / "set").mkdir()
+    source.rename(tmp_path / "set" / "pairs.jsonl")
+    config["prepare"]["sources"] = [{"path": str(tmp_path / "set")}]
+    message = faults(config, "prepare")
+    assert re.search(r"output_dir: .* lies in prepare\.sources\.0", message)
+
+
+def test_plan_refuses_as_many_damaged_files_as_prepare_does(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    source = Path(config["prepare"]["sources"][0]["path"])
+    (source.parent / "torn.jsonl.gz").write_bytes(gzip.compress(source.read_bytes())[:-900])
+    config["prepare"]["sources"] = [{"path": str(source.parent / "*.jsonl*")}]
+    message = r"1 of 2 files are damaged, more than prepare\.max_reject_fraction=0\.05"
+    with pytest.raises(ConfigError, match=message):
+        plan(parse_config(config))
+
+
+def test_plan_asks_for_labels_where_there_are_none(tmp_path: Path) -> None:
+    config = small_config(tmp_path, arms=["human", "weak"], prepare__labelled_fraction=1.0)
+    source = Path(config["prepare"]["sources"][0]["path"])
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    source.write_text("".join(json.dumps(row | {"label": None}) + "\n" for row in rows))
+    with pytest.raises(ConfigError) as caught:
+        plan(parse_config(config))
+    fit, human = str(caught.value).splitlines()
+    for line in (fit, human):
+        assert "no training pair has a label: name their column" in line
+        assert "raise" not in line
+        assert "share that does" not in line
 
 
 def test_plan_counts_no_unlabelled_pair_for_an_arm_of_people(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 from prepared import Rows, add_up, config, files, pairs, rejects, row, write
@@ -289,6 +290,30 @@ def test_groups_that_share_a_prompt_leak_and_are_set_aside(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_topic_stays_on_one_side_however_its_sources_spell_it(tmp_path: Path) -> None:
+    rows = [row(i, topic=i % 40) for i in range(160)]
+    write(tmp_path / "a.jsonl", rows[:80])
+    frame = pd.DataFrame([*rows[80:120], row("none", topic=None)])  # its topics become floats
+    frame.to_parquet(tmp_path / "b.parquet")
+    pd.DataFrame([*rows[120:], row("nor here", topic=None)]).to_csv(tmp_path / "c.csv", index=False)
+    store = Store(str(tmp_path / "out"))
+    given_config = config(
+        str(tmp_path), group_column="topic", test_fraction=0.4, max_reject_fraction=0.1
+    )
+    counts = prepare(store, given_config, seed=0)
+    add_up(counts, store)
+    assert counts["rejects"] == {"missing field: topic": 2}
+    sides: dict[int, set[bool]] = {}
+    for each in pairs(store):
+        topic = int(each["prompt"].split()[1]) % 40
+        sides.setdefault(topic, set()).add(each["split"] == "test")
+    assert len(sides) == 40
+    assert all(len(side) == 1 for side in sides.values())
+    assert {True} in sides.values()
+    assert {False} in sides.values()
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_limit_reads_so_many_rows_and_no_more(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [row(i) for i in range(5)])
     write(tmp_path / "b.jsonl", [row(i) for i in range(5, 10)])
@@ -306,4 +331,39 @@ def test_a_split_that_stayed_empty_is_said(
     with caplog.at_level("WARNING"):
         prepare(Store(str(tmp_path / "out")), config(path, test_fraction=0.01), seed=0)
     assert "no pair is in split test, though prepare.test_fraction is 0.01" in caplog.text
+    assert "take a larger fraction, another seed" in caplog.text
     assert "validation" not in caplog.text
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_is_advised_for_an_empty_split_can_help(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = {"prompt": "p", "response_a": "x", "response_b": "y"}
+    unlabelled = write(tmp_path / "x.jsonl", [bare, bare | {"prompt": "q", "label": None}])
+    for share in (0.3, 1.0):
+        given_config = config(unlabelled, labelled_fraction=share, test_fraction=0.0)
+        prepare(Store(str(tmp_path / f"out{share}")), given_config, seed=0)
+        assert f"labelled_fraction is {share:g}; no training pair has a label" in caplog.text
+        assert "prepare.sources.N.columns (label" in caplog.text
+        assert "fraction, another seed" not in caplog.text
+        caplog.clear()
+    labelled = {"path": write(tmp_path / "y.jsonl", [row(0)]), "into": "train"}
+    prepare(Store(str(tmp_path / "into")), config(labelled, test_fraction=0.1), seed=0)
+    assert "every source goes to one side (`into`), so that no share acts" in caplog.text
+    caplog.clear()
+    whole = config(write(tmp_path / "z.jsonl", [row(0)]), validation_fraction=0.0, test_fraction=1)
+    prepare(Store(str(tmp_path / "whole")), whole, seed=0)
+    assert "larger" not in caplog.text
+    assert "labelled_fraction is 0.3; take another seed" not in caplog.text
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_source_that_is_the_test_part_is_all_of_it_unless_told(tmp_path: Path) -> None:
+    rows = [row(i) for i in range(200)]
+    held_out = {"path": write(tmp_path / "held.jsonl", rows[:20]), "into": "test"}
+    rest = write(tmp_path / "rest.jsonl", rows[20:])
+    for name, settings, drawn in (("alone", {}, False), ("both", {"test_fraction": 0.3}, True)):
+        counts = prepare(Store(str(tmp_path / name)), config(rest, held_out, **settings), seed=0)
+        assert (counts["splits"]["test"] > 20) is drawn
+        assert counts["splits"]["test"] >= 20

@@ -9,14 +9,18 @@ import io
 import json
 import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import feather
 
 from cwpo_dist.pairs import csv_files, readers
 from cwpo_dist.pairs.readers import Part, RawRow, SourceError, read
@@ -74,19 +78,46 @@ def test_json_lines_number_their_lines_and_mark_the_bad_ones(tmp_path: Path) -> 
     assert rows[2].as_text() == '{"a": "\\xff"}'
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"),
-    [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)],
-)
+def by_arrow(codec: str) -> Callable[[bytes], bytes]:
+    def compress(data: bytes) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, codec) as stream:
+            stream.write(data)
+        return bytes(sink.getvalue())
+
+    return compress
+
+
+COMPRESS = [
+    *((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)),
+    *((".zst", by_arrow("zstd")), (".lz4", by_arrow("lz4"))),
+]
+
+
+def test_compressed_files_of_a_kind_begin_alike() -> None:
+    assert {suffix for suffix, _ in COMPRESS} == readers.SIGNATURES.keys()
+    for suffix, compress in COMPRESS:
+        size = readers.SIGNATURES[suffix]
+        heads = {compress(data)[:size] for data in (b"", b"0", os.urandom(10**5))}
+        assert len(heads) == 1
+        assert len(heads.pop()) == size > 0
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), *COMPRESS])
 def test_compressed_files_read_as_plain_ones(tmp_path: Path, suffix: str, compress: Any) -> None:
     part = write(tmp_path / f"x.jsonl{suffix}", compress(lines(ROW, HH)))
     assert [row.value for row in read(part)] == [ROW, HH]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"),
-    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)],
-)
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESS)
+def test_a_compressed_file_may_have_several_parts(
+    tmp_path: Path, suffix: str, compress: Any
+) -> None:
+    part = write(tmp_path / f"x.jsonl{suffix}", compress(lines(ROW)) + compress(lines(HH)))
+    assert [row.value for row in read(part)] == [ROW, HH]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESS)
 def test_of_a_torn_file_the_head_is_read_and_the_rest_is_one_row(
     tmp_path: Path, suffix: str, compress: Any
 ) -> None:
@@ -121,12 +152,12 @@ def test_storage_that_refuses_is_an_error_and_no_damage(
     with pytest.raises(SourceError, match=r"x\.jsonl\.gz: cannot be read: .*No such file"):
         list(read(part))
 
-    def slow(*given: Any) -> Any:
-        yield RawRow(1, ROW)
+    def slow(*given: Any, **options: Any) -> Any:
+        yield 1, ROW, "", None
         raise TimeoutError("after 30 s")
 
     write(tmp_path / "y.jsonl", lines(ROW))
-    monkeypatch.setattr(readers, "_json_lines", slow)
+    monkeypatch.setattr(readers, "json_rows", slow)
     with pytest.raises(SourceError, match=r"y\.jsonl: cannot be read: after 30 s"):
         list(read(Part(str(tmp_path / "y.jsonl"), "jsonl")))
 
@@ -136,6 +167,45 @@ def test_a_json_file_is_an_array_or_lines(tmp_path: Path) -> None:
     assert [(row.position, row.value) for row in read(array)] == [(1, ROW), (2, 5), (3, HH)]
     assert [row.value for row in read(write(tmp_path / "lines.json", lines(ROW, HH)))] == [ROW, HH]
     assert list(read(write(tmp_path / "none.json", b"[]"))) == []
+
+
+def test_one_object_over_several_lines_is_one_row_of_a_json_file(tmp_path: Path) -> None:
+    whole = json.dumps(ROW, indent=2).encode()
+    (row,) = read(write(tmp_path / "one.json", b"\xef\xbb\xbf" + whole))
+    assert (row.position, row.value, row.fault) == (1, ROW, None)
+    torn = b'{"prompt": \n' + lines(ROW)
+    rows = list(read(write(tmp_path / "torn.json", torn)))
+    assert faults(rows) == [(1, Reason.MALFORMED), (2, None)]
+
+
+ARRAY = [ROW, HH, ROW | {"more": [{"role": "user"}]}]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.ndjson", "x.json", "x.jsonl.gz"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ARRAY),
+        json.dumps(ARRAY, indent=2) + "\n",
+        json.dumps(ARRAY, indent=None, separators=(",\n", ":")),
+        "\n \n" + json.dumps(ARRAY) + "\n\n",
+        "[\n" + ",\n".join(map(json.dumps, ARRAY)) + "\n]\n",
+        "\ufeff[" + ",\n".join(map(json.dumps, ARRAY)) + "]",
+    ],
+)
+def test_an_array_is_read_as_one_whatever_the_file_is_called(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    data = gzip.compress(text.encode()) if name.endswith("gz") else text.encode()
+    rows = list(read(write(tmp_path / name, data)))
+    assert [(row.position, row.value) for row in rows] == list(enumerate(ARRAY, 1))
+
+
+def test_lines_that_are_lists_are_no_array(tmp_path: Path) -> None:
+    rows = list(read(write(tmp_path / "x.jsonl", lines([ROW], ROW, [ROW, ROW]))))
+    assert [row.value for row in rows] == [[ROW], ROW, [ROW, ROW]]
+    rows = list(read(write(tmp_path / "y.jsonl", b'[{"torn":\n' + lines(ROW, HH))))
+    assert faults(rows) == [(1, Reason.MALFORMED), (2, None), (3, None)]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +243,12 @@ def test_csv_reads_quoted_lines_and_marks_rows_that_do_not_fit(tmp_path: Path) -
     assert rows[4].value == ROW
 
 
+def test_tabs_separate_the_fields_of_a_tsv_file(tmp_path: Path) -> None:
+    data = b'prompt\tchosen\trejected\na, b\t"two\nlines"\tr\n'
+    (row,) = read(write(tmp_path / "x.tsv", data))
+    assert row.value == {"prompt": "a, b", "chosen": "two\nlines", "rejected": "r"}
+
+
 def test_csv_does_not_lose_the_file_to_one_open_quote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +270,83 @@ def test_parquet_reads_only_the_columns_it_needs(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "x.parquet")
     part = Part(str(tmp_path / "x.parquet"), "parquet")
     assert [row.value for row in read(part, ROW)] == [ROW]
+
+
+def save_arrow(path: Path, table: pa.Table, kind: str) -> Part:
+    if kind == "feather":
+        feather.write_feather(table, path)
+    else:
+        open_writer = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+        with pa.OSFile(str(path), "wb") as file, open_writer(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    return Part(str(path), "arrow")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("x.arrow", "stream"), ("x.arrow", "file"), ("x.ipc", "file"), ("x.feather", "feather")],
+)
+def test_arrow_files_and_streams_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    assert readers.reader_of(name) == "arrow"
+    monkeypatch.setattr(readers, "BATCH_ROWS", 4)
+    rows = [ROW | {"prompt": f"p{i}", "more": i} for i in range(20)]
+    part = save_arrow(tmp_path / name, pa.Table.from_pylist(rows), kind)
+    assert [row.value for row in read(part)] == rows
+    assert [row.position for row in read(part, ["prompt"])] == list(range(1, 21))
+    data = Path(part.uri).read_bytes()
+    torn = list(read(write(tmp_path / name, data[: len(data) // 2])))
+    assert torn[-1].fault is Reason.DAMAGED
+
+
+def test_an_arrow_file_that_lies_about_its_content_is_damaged(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["one", "two", "three"] * 10})
+    part = save_arrow(tmp_path / "x.arrow", table, "stream")
+    data = Path(part.uri).read_bytes()
+    ends = np.array([0, 3, 6, 11, 14, 17, 22, 25], np.int32)  # of the texts of one batch
+    assert ends.tobytes() in data
+    lie = np.array([0, 3, 6, 2**30, 14, 17, 22, 25], np.int32)
+    rows = list(read(write(tmp_path / "x.arrow", data.replace(ends.tobytes(), lie.tobytes()))))
+    assert [row.fault for row in rows] == [Reason.DAMAGED]
+
+
+JSON_ROW = {
+    "messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": None, "n": [1]}],
+    "inner": {"any": {"deep": [1, "x", None]}, "text": '["stays text"]'},
+    "plain": '{"stays": "text"}',
+}
+JSON_FEATURES = {
+    "messages": datasets.List(datasets.Json()),
+    "inner": {"any": datasets.Json(), "text": datasets.Value("string")},
+    "plain": datasets.Value("string"),
+}
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets < 5 has no Json feature")
+def test_json_cells_of_datasets_are_values_in_all_it_writes(tmp_path: Path) -> None:
+    rows = [JSON_ROW, {"messages": None, "inner": None, "plain": None}, JSON_ROW]
+    made = datasets.Dataset.from_list(rows, features=datasets.Features(JSON_FEATURES))
+    made.to_parquet(str(tmp_path / "x.parquet"))
+    made.save_to_disk(tmp_path / "saved")
+    (cache,) = (tmp_path / "saved").glob("*.arrow")
+    given = [Part(str(tmp_path / "x.parquet"), "parquet"), Part(str(tmp_path / "saved"), "saved")]
+    given += [Part(str(cache), "arrow"), Part(str(tmp_path), "hub", split="train")]
+    wanted = [JSON_ROW, made[1], JSON_ROW]
+    for part in given:
+        assert [row.value for row in read(part)] == wanted, part
+        assert [row.fault for row in read(part)] == [None] * 3, part
+
+
+def test_a_json_cell_that_is_no_json_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    texts = pa.array(['{"a": 1}', "{torn", "[" * 10_000, None])
+    table = pa.table({"j": texts.cast(pa.json_()), "n": [0, 1, 2, 3]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    rows = list(read(Part(str(tmp_path / "x.parquet"), "parquet")))
+    assert faults(rows) == [(1, None), (2, Reason.MALFORMED), (3, Reason.TYPE), (4, None)]
+    assert rows[0].value == {"j": {"a": 1}, "n": 0}
+    assert rows[3].value == {"j": None, "n": 3}
+    assert "{torn" in rows[1].as_text()
 
 
 def test_parquet_marks_cells_that_python_cannot_hold(tmp_path: Path) -> None:

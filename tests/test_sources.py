@@ -52,7 +52,7 @@ def test_a_folder_of_files_has_splits_by_their_names(tmp_path: Path) -> None:
     assert len(plan(config(folder)).pieces[0].parts) == 2
     (piece,) = plan(config({"path": folder, "split": "test"})).pieces
     assert piece.parts[0].uri.endswith("test.jsonl")
-    with pytest.raises(ConfigError, match=r"sources\.0\.split.*'dev'.*train, test"):
+    with pytest.raises(ConfigError, match=r"sources\.0\.split.*'dev'.*test, train"):
         plan(config({"path": folder, "split": "dev"}))
 
 
@@ -74,17 +74,22 @@ def test_a_hub_data_set_is_streamed_shard_by_shard(monkeypatch: pytest.MonkeyPat
     def load_dataset(*args: Any, **options: Any) -> datasets.IterableDataset:
         asked.append((args, options))
         rows = [ROW | {"prompt": f"p{i}"} for i in range(4)]
-        return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+        split = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+        every = datasets.IterableDatasetDict({"train": split, "test": split})
+        return every if options["split"] is None else every[options["split"]]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = {"path": "someone/pairs", "name": "en", "data_dir": "base", "revision": "abc"}
-    (piece,) = plan(config(source)).pieces
+    planned = plan(config(source))
+    (piece,) = planned.pieces
+    assert [each.file for each in planned.left_out] == ["split 'test'"]
     assert len(piece.parts) == 2
     prompts = [row.value["prompt"] for part in piece.parts for row in read(part, ROW)]
     assert sorted(prompts) == ["p0", "p1", "p2", "p3"]
     assert str(piece.parts[1]) == "someone/pairs@abc[en/base/train]#1/2"
-    options = {"data_dir": "base", "split": "train", "revision": "abc", "streaming": True}
+    options = {"data_dir": "base", "split": None, "revision": "abc", "streaming": True}
     assert asked[0] == (("someone/pairs", "en"), options)
+    assert asked[-1] == (("someone/pairs", "en"), options | {"split": "train"})
 
 
 def test_a_path_that_is_nowhere_is_refused_with_what_was_tried(tmp_path: Path) -> None:
@@ -110,7 +115,9 @@ def test_sources_on_s3_are_found_by_glob_folder_and_key(s3_store: Store) -> None
         assert all(part.uri.startswith("s3://") for part in piece.parts)
     assert sum(1 for _ in read(piece.parts[0])) == 2
     before = source_fingerprints(config(place.uri))
-    place.write("test.jsonl", lines(ROW, ROW))
+    place.write("test.jsonl", lines(ROW, ROW))  # which is not read
+    assert source_fingerprints(config(place.uri)) == before
+    place.write("train-0.jsonl.gz", gzip.compress(lines(ROW, ROW)))
     assert source_fingerprints(config(place.uri)) != before
 
 

@@ -170,15 +170,15 @@ def test_a_fingerprint_follows_the_content(store: Store) -> None:
     store.write("data/a.jsonl", b"1\n")
     store.write("data/b.jsonl", b"2\n")
     before = fingerprint(store.child("data").uri)
-    assert fingerprint(f"{store.uri}/data/*.jsonl") == before
+    assert fingerprint(f"{store.uri}/data/a.jsonl") == before[:1]
     assert [entry[1] for entry in before] == [2, 2]
     wait_for_another_stamp()
     store.write("data/b.jsonl", b"3\n")
     after = fingerprint(store.child("data").uri)
     assert after[0] == before[0]
     assert after[1] != before[1]
-    with pytest.raises(FileNotFoundError, match="matches no file"):
-        fingerprint(f"{store.uri}/data/*.parquet")
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        fingerprint(f"{store.uri}/data/c.jsonl")
 
 
 def wait_for_another_stamp() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cwpo_dist.config.base import Fraction, PositiveFloat, PositiveInt, Section
 
 
 class Source(Section):
-    """One source of pairs: files (JSONL, gzip, Parquet, CSV), a folder, or a hub id."""
+    """One source of pairs: files, a folder, or a hub id; README.md says which files are read."""
 
     path: str = Field(description="file, glob, folder, URI, or a Hugging Face hub id")
-    name: str | None = Field(None, description="subset of a hub data set")
-    data_dir: str | None = Field(None, description="folder inside a hub data set (harmless-base)")
-    split: str = Field("train", description="split of a hub data set or local folder")
+    name: str | None = Field(None, description="subset of a data set")
+    data_dir: str | None = Field(None, description="folder inside a data set (harmless-base)")
+    split: str | None = Field(
+        None,
+        description="split of a data set or folder; null: where there are several, that of `into`, "
+        "else train",
+    )
     revision: str | None = Field(None, description="commit of a hub data set")
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -42,7 +46,9 @@ class PrepareConfig(Section):
         0.3, description="share of training prompts whose labels may be used; 1: all there are"
     )
     validation_fraction: Fraction = 0.0
-    test_fraction: Fraction = 0.1
+    test_fraction: Fraction = Field(
+        0.1, description="0 unless told where a source goes `into: test`, which is the test part"
+    )
     flipped_labels: Fraction = Field(
         0.0, description="share of training labels turned round, for experiments with poisoned ones"
     )
@@ -60,3 +66,18 @@ class PrepareConfig(Section):
     )
     rows_per_shard: PositiveInt = Field(1024, description="about a minute's work of an annotator")
     num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_test_part(cls, given: Any) -> Any:
+        """Who brings a test part wants no second one drawn beside it, unless it is asked for."""
+        if not isinstance(given, dict) or "test_fraction" in given:
+            return given
+        sources = given.get("sources")
+        sides = [_into(source) for source in sources] if isinstance(sources, list) else []
+        return {**given, "test_fraction": 0.0} if "test" in sides else given
+
+
+def _into(source: Any) -> Any:
+    """Where a source goes, be it read already or still as the file has it."""
+    return source.get("into") if isinstance(source, dict) else getattr(source, "into", None)

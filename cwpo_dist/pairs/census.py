@@ -17,7 +17,7 @@ from cwpo_dist.pairs.parsing import ParsedPair, parse
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import content_hash
-from cwpo_dist.pairs.rejects import BadRow
+from cwpo_dist.pairs.rejects import BadRow, Reason
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import SplitRule, is_tie, split_of
 
@@ -36,6 +36,9 @@ class Census:
             the sources have columns for.
         void: numbers of their own that cannot be used, by field and why.
         most_weight: the largest weight of their own that was read.
+        files: inputs to read.
+        damaged: those of them that were found damaged, with why.
+        remarks: what should be known of the sources, a line each: what they leave out.
     """
 
     splits: Mapping[str, int]
@@ -46,6 +49,9 @@ class Census:
     own: Mapping[numbers.Own, Mapping[str, int]] = field(default_factory=dict)
     void: Mapping[str, int] = field(default_factory=dict)
     most_weight: float = 0.0
+    files: int = 0
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
@@ -77,10 +83,14 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     )
     found = _Counts()
     rejects = 0
+    damaged: dict[str, str] = {}
     kept: list[ParsedPair] = []
     draw = random.Random(seed)
-    reading = _Reading(plan(config).pieces, seconds)
-    for piece, raw in reading:
+    planned = plan(config)
+    reading = _Reading(planned.pieces, seconds)
+    for piece, part, raw in reading:
+        if raw.fault is Reason.DAMAGED:
+            damaged[str(part)] = raw.as_text()
         try:
             if raw.fault is not None:
                 raise BadRow(raw.fault)
@@ -104,6 +114,9 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         own={own: scaled(found.own[own]) for own in numbers.COLUMNS if own in there},
         void=scaled(found.void),
         most_weight=found.most_weight,
+        files=reading.files,
+        damaged=damaged,
+        remarks=planned.remarks,
     )
 
 
@@ -137,7 +150,7 @@ class _Reading:
         self.complete = True
         self.size_done = 0
 
-    def __iter__(self) -> Iterator[tuple[Piece, RawRow]]:
+    def __iter__(self) -> Iterator[tuple[Piece, Part, RawRow]]:
         for piece in self.pieces:
             left = piece.limit
             for part in piece.parts:
@@ -148,8 +161,13 @@ class _Reading:
                         self.complete = False
                         return
                     left = None if left is None else left - 1
-                    yield piece, raw
+                    yield piece, part, raw
                 self.size_done += part.size
+
+    @property
+    def files(self) -> int:
+        """How many inputs there are."""
+        return len({str(part) for part in self._parts()})
 
     @property
     def scale(self) -> float:

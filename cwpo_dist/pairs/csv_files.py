@@ -1,4 +1,4 @@
-"""The bytes of a CSV file in; its rows by column name, and where it can be cut, out."""
+"""The bytes of a CSV or TSV file in; its rows by column name, and where it can be cut, out."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ class HeaderError(ValueError):
 
 
 def csv_rows(
-    file: IO[bytes], span: tuple[int, int] | None = None
+    file: IO[bytes], span: tuple[int, int] | None = None, delimiter: str = ","
 ) -> Iterator[tuple[dict[str, str] | None, str]]:
     """Each row by column name, None where it does not fit the header; and its text.
 
     Args:
         file: at its start, where the header is.
         span: one of `csv_spans`, to which it keeps; None: all rows.
+        delimiter: what stands between two fields.
 
     Raises:
         HeaderError: for a header that is none.
     """
     seen: list[str] = []
-    reader = _reader(_lines(file), seen)
+    reader = _reader(_lines(file), seen, delimiter)
     header = _header(reader)
     if span is not None:
         file.seek(span[0])
         rows = io.BytesIO(file.read(span[1] - span[0]))
-        reader = _reader(io.TextIOWrapper(rows, "utf-8", "surrogateescape", newline=""), seen)
+        lines = io.TextIOWrapper(rows, "utf-8", "surrogateescape", newline="")
+        reader = _reader(lines, seen, delimiter)
     for fields in _records(reader, seen) if header else ():
         if fields == []:  # an empty line
             continue
@@ -46,7 +48,7 @@ def csv_rows(
         yield value, "".join(seen).rstrip("\r\n")
 
 
-def csv_spans(file: IO[bytes], size: int) -> Iterator[tuple[int, int, int]]:
+def csv_spans(file: IO[bytes], size: int, delimiter: str = ",") -> Iterator[tuple[int, int, int]]:
     """Where a CSV file can be cut: byte ranges of whole rows, with how many rows are in each.
 
     Only reading it from its start tells a line break between rows from one inside quotes.
@@ -54,11 +56,12 @@ def csv_spans(file: IO[bytes], size: int) -> Iterator[tuple[int, int, int]]:
     Args:
         file: at its start; not compressed.
         size: bytes that a range has at least, but for the last.
+        delimiter: what stands between two fields.
     """
     seen: list[str] = []
     has_mark = file.read(len(BOM_UTF8)) == BOM_UTF8
     file.seek(0)
-    reader = _reader(_lines(file), seen)
+    reader = _reader(_lines(file), seen, delimiter)
     try:
         _header(reader)
     except HeaderError:  # whoever reads the rows says so
@@ -80,10 +83,10 @@ def _lines(file: IO[bytes]) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
 
 
-def _reader(lines: Iterable[str], seen: list[str]) -> Iterator[list[str]]:
+def _reader(lines: Iterable[str], seen: list[str], delimiter: str) -> Iterator[list[str]]:
     """Rows of fields; `seen` grows by their physical lines: a quoted field spans several."""
     csv.field_size_limit(CSV_FIELD_BYTES)
-    return csv.reader(_remembered(lines, seen), strict=True)
+    return csv.reader(_remembered(lines, seen), delimiter=delimiter, strict=True)
 
 
 def _remembered(lines: Iterable[str], seen: list[str]) -> Iterator[str]:

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cwpo_dist.pairs.csv_files import csv_spans
+from cwpo_dist.pairs.json_files import opens_bracket
 from cwpo_dist.pairs.pieces import Piece
-from cwpo_dist.pairs.readers import COMPRESSIONS, Part, SourceError, open_file
+from cwpo_dist.pairs.readers import DELIMITERS, Part, SourceError, compression_of, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ def spans(part: Part) -> list[tuple[int, int, int]]:
         SourceError: when its storage refuses to be read.
     """
     try:
-        if part.reader == "csv":
+        if part.reader in DELIMITERS:
             with open_file(part.uri) as file:
-                return list(csv_spans(file, CUT_BYTES))
+                return list(csv_spans(file, CUT_BYTES, DELIMITERS[part.reader]))
         assert part.span is not None
         return [(*part.span, _count_lines(part.uri, *part.span))]
     except OSError as error:
@@ -109,14 +110,14 @@ def _cut_part(part: Part) -> list[Part]:
         return [part]
     if part.reader == "parquet":
         return [replace(part, span=span, size=size) for span, size in _group_spans(part)] or [part]
-    if part.reader == "jsonl" and not _is_compressed(part):
+    if part.reader == "jsonl" and not _is_compressed(part) and not _may_be_array(part):
         bounds = [*range(0, part.size, CUT_BYTES), part.size]
         return [replace(part, span=(a, b), size=b - a) for a, b in itertools.pairwise(bounds)]
     if _is_cut_by_rows(part):
         return [part]
     logger.info(
-        "prepare: %s (%d MB) is read by one task: compressed files and JSON arrays cannot be cut; "
-        "Parquet, plain JSON lines and plain CSV can",
+        "prepare: %s (%d MB) is read by one task: compressed files, Arrow files and JSON "
+        "arrays cannot be cut; Parquet, plain JSON lines and plain CSV can",
         *(part, part.size >> 20),
     )
     return [part]
@@ -125,11 +126,19 @@ def _cut_part(part: Part) -> list[Part]:
 def _is_cut_by_rows(part: Part) -> bool:
     """True for a large CSV file, whose line breaks may stand inside quotes."""
     large = part.span is None and part.size > CUT_BYTES
-    return part.reader == "csv" and large and not _is_compressed(part)
+    return part.reader in DELIMITERS and large and not _is_compressed(part)
 
 
 def _is_compressed(part: Part) -> bool:
-    return part.uri.lower().endswith(COMPRESSIONS)
+    return compression_of(part.uri) is not None
+
+
+def _may_be_array(part: Part) -> bool:
+    try:
+        with open_file(part.uri) as file:
+            return opens_bracket(file)
+    except OSError:  # the task that reads the file says what is wrong with it
+        return False
 
 
 def _group_spans(part: Part) -> Iterator[tuple[tuple[int, int], int]]:

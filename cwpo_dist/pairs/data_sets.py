@@ -6,13 +6,17 @@ they meet such a source, and not above, so that no reader of plain files waits f
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import datasets
 import pyarrow as pa
-from datasets.data_files import DataFilesDict, get_data_patterns
+import yaml
+from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.exceptions import DatasetsError
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard
 
 from cwpo_dist.pairs.readers import BATCH_ROWS, DataSetError, Part
 
@@ -62,24 +66,52 @@ def _open_hub(part: Part) -> datasets.IterableDataset:
     return rows.shard(num_shards=count, index=index) if count > 1 else rows
 
 
-def hub_shards(part: Part) -> tuple[int, int]:
-    """How many parts a hub split can be read in, and its bytes, 0 where unknown.
+def hub_splits(part: Part) -> Mapping[str, tuple[int, int]]:
+    """By split of a hub data set, how many parts it can be read in, and its bytes, 0 if unknown.
 
     Raises:
         OSError, ValueError: when the hub does not give it.
     """
     with _in_our_words():
-        rows = _open_hub(part)
-        split = (rows.info.splits or {}).get(part.split)
-    return max(1, int(rows.num_shards)), (split.num_bytes or 0) if split else 0
+        splits: datasets.IterableDatasetDict = _open_hub(part)
+        return {
+            name: (max(1, int(rows.num_shards)), _bytes(rows, name))
+            for name, rows in splits.items()
+        }
 
 
-def files_by_split(uri: str) -> Mapping[str, list[str]]:
-    """The data files of a folder, as their names and folders tell splits.
+def _bytes(rows: datasets.IterableDataset, split: str) -> int:
+    info = (rows.info.splits or {}).get(split)
+    return (info.num_bytes or 0) if info else 0
+
+
+def _configs(card: str) -> MetadataConfigs:
+    try:
+        return MetadataConfigs.from_dataset_card_data(DatasetCard(card).data)
+    except yaml.YAMLError as error:
+        raise DataSetError(f"README.md: its metadata are no YAML: {error}") from error
+
+
+def splits_of_card(card: str, uri: str, name: str | None) -> tuple[str, Mapping[str, list[str]]]:
+    """The subset of a folder that its data set card means, and the files of each of its splits.
+
+    Args:
+        card: the text of the folder's README.md, with `configs` in its metadata.
+        uri: the folder.
+        name: the subset; None: the card's default, or its only one.
 
     Raises:
-        OSError, DataSetError: where there are none.
+        OSError, DataSetError: for a card that cannot be followed, naming what it has.
     """
     with _in_our_words():
-        found: Mapping[str, list[str]] = DataFilesDict.from_patterns(get_data_patterns(uri), uri)
-    return found
+        configs = _configs(card)
+        name = name or configs.get_default_config_name()
+        if name not in configs:
+            raise DataSetError(
+                f"README.md has {'no default subset' if name is None else f'no subset {name!r}'}; "
+                f"name one under `name`: {', '.join(configs)}"
+            )
+        folder = "/".join(filter(None, (glob.escape(uri), configs[name].get("data_dir"))))
+        named = configs[name].get("data_files")
+        patterns = get_data_patterns(folder) if named is None else sanitize_patterns(named)
+        return name, DataFilesDict.from_patterns(patterns, folder)

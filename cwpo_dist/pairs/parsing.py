@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import cached_property, partial
+from math import isfinite
 from typing import Any, Literal
 
 from cwpo_dist.pairs.numbers import NO_NUMBERS, NUMBER_FIELDS, Numbers, own_numbers
@@ -47,6 +48,7 @@ MAX_VOTES = 1_000_000
 
 _ANSWER_MARK = "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_WHOLE = re.compile(r"-?\d+\.0+", re.ASCII)
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -326,11 +328,19 @@ def _group(row: Mapping[str, Any], layout: Layout) -> str | None:
     if layout.group is None:
         return None
     value = row.get(layout.group)
-    if value is None:
+    if value is None or value == "" or value != value:  # as CSV and data frames write null
         raise BadRow(Reason.MISSING, layout.group)
-    if not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise BadRow(Reason.TYPE, layout.group)
-    return _checked(str(value), layout.group)
+    return _group_name(_checked(value, layout.group) if isinstance(value, str) else value)
+
+
+def _group_name(value: str | int | float | Decimal) -> str:
+    """One name for one number: 3 in JSON, 3.0 in a data frame with gaps, either as text in CSV."""
+    if isinstance(value, str):
+        return value.partition(".")[0] if _WHOLE.fullmatch(value) else value
+    whole = isinstance(value, float | Decimal) and isfinite(value) and value == int(value)
+    return str(int(value)) if whole else str(value)
 
 
 def _kept(value: Any, name: str) -> Any:

@@ -96,6 +96,27 @@ def piece_summaries(store: Store) -> list[PieceSummary]:
     return [PieceSummary(**store.read_json(name)) for name in store.names(SUMMARIES)]
 
 
+def damage_fault(damaged: Mapping[str, str], files: int, fraction: float) -> str | None:
+    """Why so many damaged files stop the stage; None where they do not.
+
+    One torn file among thousands must not stop a run, but its loss counts as a single row: past
+    the share of rows that may be lost, so many files are too many as well.
+
+    Args:
+        damaged: the files that could not be read to their end, with why.
+        files: how many there are in all.
+        fraction: `max_reject_fraction`.
+    """
+    if len(damaged) <= fraction * files:
+        return None
+    lines = [f"  {name} {why}" for name, why in sorted(damaged.items())[:10]]
+    return (
+        f"prepare: {len(damaged)} of {files} files are damaged, more than "
+        f"prepare.max_reject_fraction={fraction:g} allows. Fetch them again, then run the same "
+        "command:\n" + "\n".join(lines)
+    )
+
+
 def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_buckets: int) -> None:
     """Reads and parses one piece; writes `work/rows/`, `rejects/` and `work/pieces/<index>.json`.
 

@@ -9,10 +9,9 @@ refuses to be read is an error: the same file may be whole a moment later.
 from __future__ import annotations
 
 import io
-import json
+import itertools
 import lzma
 import zlib
-from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,23 +21,37 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cwpo_dist.pairs.arrow_rows import batch_rows
 from cwpo_dist.pairs.csv_files import HeaderError, csv_rows
+from cwpo_dist.pairs.json_files import json_lines, json_rows
 from cwpo_dist.pairs.rejects import Reason, printable, row_text
 
-Reader = Literal["jsonl", "json", "csv", "parquet", "saved", "hub"]
+Reader = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
 
 READERS: dict[str, Reader] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
 }
-COMPRESSIONS = (".gz", ".bz2", ".xz")
+# By suffix, how many bytes the signature has that such a file begins with.
+SIGNATURES = {".gz": 2, ".bz2": 3, ".xz": 6, ".zst": 4, ".lz4": 4}
+COMPRESSIONS = tuple(SIGNATURES)
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 BATCH_ROWS = 1000
 BUFFER_BYTES = 2**20
 
+# Python unpacks the others itself.
+_UNPACKED_BY_ARROW = {".zst": "zstd", ".lz4": "lz4"}
+# What precedes damage is given up to so many bytes.
+_UNPACKED_BYTES = 2**16
+_ARROW_FILE = b"ARROW1"  # else it is a stream, as `datasets` writes them
 
 # What damaged content raises, beside OSError, which storage raises too (see `_out_of_reach`).
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
@@ -113,10 +126,15 @@ class RawRow:
 
 def reader_of(path: str) -> Reader | None:
     """The reader for a file name, None where its suffix is none of ours."""
-    name = path.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
+    name, packed = path.lower(), compression_of(path)
+    name = name.removesuffix(packed or "")
+    reader = next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
+    return None if packed and reader in ("parquet", "arrow") else reader
+
+
+def compression_of(path: str) -> str | None:
+    """The suffix that says how a whole file is compressed, None where none does."""
+    return next((suffix for suffix in COMPRESSIONS if path.lower().endswith(suffix)), None)
 
 
 def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
@@ -158,94 +176,43 @@ def _out_of_reach(error: Exception) -> bool:
 
 
 def _rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
-    if part.reader in ("jsonl", "json", "csv"):
-        return _text_rows(part)
+    if part.reader in ("jsonl", "json"):
+        return _json_rows(part)
+    if part.reader in DELIMITERS:
+        return _csv_rows(part)
     if part.reader == "parquet":
         return _parquet_rows(part, wanted)
-    return _data_set_rows(part, wanted)
+    return _arrow_rows(part, wanted) if part.reader == "arrow" else _data_set_rows(part, wanted)
 
 
-def _text_rows(part: Part) -> Iterator[RawRow]:
+def _json_rows(part: Part) -> Iterator[RawRow]:
     with open_file(part.uri) as file:
-        if part.reader == "csv":
-            for position, (value, text) in enumerate(csv_rows(file, part.span), part.first):
-                fault = Reason.MALFORMED if value is None else None
-                yield RawRow(position, value, text, fault)
-        elif part.reader == "json" and _opens_array(part.uri):
-            yield from _array_rows(file.read().decode("utf-8-sig", "surrogateescape"))
+        if part.span is not None:
+            rows = json_lines(file, part.span, part.first)
         else:
-            yield from _json_lines(file, part)
+            rows = json_rows(file, document=part.reader == "json")
+        yield from itertools.starmap(RawRow, rows)
+
+
+def _csv_rows(part: Part) -> Iterator[RawRow]:
+    with open_file(part.uri) as file:
+        rows = csv_rows(file, part.span, DELIMITERS[part.reader])
+        for position, (value, text) in enumerate(rows, part.first):
+            yield RawRow(position, value, text, Reason.MALFORMED if value is None else None)
 
 
 def open_file(uri: str) -> IO[bytes]:
     """A file for reading, unpacked where its suffix says so."""
-    opened: Any = fsspec.open(uri, "rb", compression="infer").open()
-    if uri.lower().endswith(COMPRESSIONS):  # they buffer, and give all that precedes damage
+    packed = compression_of(uri)
+    by_arrow = _UNPACKED_BY_ARROW.get(packed or "")
+    opened: Any = fsspec.open(uri, "rb", compression=None if by_arrow else "infer").open()
+    if by_arrow:
+        unpacked: Any = pa.CompressedInputStream(pa.PythonFile(opened, mode="r"), by_arrow)
+        return io.BufferedReader(unpacked, _UNPACKED_BYTES)
+    if packed:  # they buffer, and give all that precedes damage
         return cast(IO[bytes], opened)
     # Without a buffer of its own a remote file copies a whole block for each line.
     return io.BufferedReader(opened, BUFFER_BYTES)
-
-
-def _opens_array(uri: str) -> bool:
-    """True for a `.json` file that is one array, not JSON lines."""
-    with open_file(uri) as file:
-        return file.read(4096).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
-
-
-def _json_lines(file: IO[bytes], part: Part) -> Iterator[RawRow]:
-    """The lines that begin in the part's span."""
-    at, stop = part.span or (0, None)
-    if at:
-        file.seek(at - 1)
-        at += len(file.readline()) - 1  # what began before the span
-    for position, line in enumerate(file, part.first):
-        if stop is not None and at >= stop:
-            return
-        at += len(line)
-        if line.strip():
-            yield _json_line(position, line.rstrip(b"\r\n"))
-
-
-def _json_line(position: int, line: bytes) -> RawRow:
-    try:
-        text = line.decode("utf-8-sig" if position == 1 else "utf-8")
-    except UnicodeDecodeError:
-        return RawRow(
-            position, None, line.decode("utf-8", "backslashreplace"), fault=Reason.UNICODE
-        )
-    try:
-        return RawRow(position, json.loads(text), text)
-    except (ValueError, RecursionError):  # not JSON, a number too long, or nested too deep
-        return RawRow(position, None, text, fault=Reason.MALFORMED)
-
-
-def _array_rows(text: str) -> Iterator[RawRow]:
-    """The elements of one JSON array; from the first malformed one on, the rest is one fault."""
-    decoder = json.JSONDecoder()
-    at = _skip_space(text, text.index("[") + 1)
-    position = 1
-    while text[at : at + 1] != "]":
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            yield RawRow(position, None, text[at:], fault=Reason.MALFORMED)
-            return
-        yield RawRow(position, value, text[at:end])
-        position += 1
-        at = _skip_space(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip_space(text, at + 1)
-        elif text[at : at + 1] != "]":
-            yield RawRow(position, None, text[at:], fault=Reason.MALFORMED)
-            return
-    if text[at + 1 :].strip():
-        yield RawRow(position, None, text[at + 1 :], fault=Reason.MALFORMED)
-
-
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
 
 
 def _data_set_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
@@ -270,45 +237,33 @@ def _parquet_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
             first += parquet.metadata.row_group(group).num_rows
 
 
-def _numbered(batches: Iterable[pa.RecordBatch], first: int) -> Iterator[RawRow]:
+def _arrow_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
+    """The rows of an Arrow (Feather) file or stream."""
+    with fsspec.open(part.uri, "rb") as file:
+        is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+        batches = _batches_of_file(file) if is_file else pa.ipc.open_stream(file)
+        yield from _numbered(_small_batches(batches, wanted), 1)
+
+
+def _batches_of_file(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    reader = pa.ipc.open_file(file)
+    return map(reader.get_batch, range(reader.num_record_batches))
+
+
+def _small_batches(
+    batches: Iterable[pa.RecordBatch], wanted: set[str] | None
+) -> Iterator[pa.RecordBatch]:
+    """The columns wanted, some rows at a time; checked, for Arrow trusts what lies in its files."""
     for batch in batches:
-        yield from _batch_rows(batch, first)
-        first += batch.num_rows
+        batch = batch.select([n for n in batch.schema.names if wanted is None or n in wanted])
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            small = batch.slice(start, BATCH_ROWS)
+            small.validate(full=True)
+            yield small
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    """Stands for a cell that Arrow holds but Python cannot."""
-
-    text: str
-    fault: Reason
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
-    columns = [_values(column) for column in batch.columns]
-    names = batch.schema.names
-    for offset in range(batch.num_rows):
-        value = {name: column[offset] for name, column in zip(names, columns, strict=True)}
-        bad = next((cell for cell in value.values() if isinstance(cell, _Unreadable)), None)
-        yield RawRow(first + offset, value, fault=bad.fault if bad else None)
-
-
-def _values(column: pa.Array) -> list[Any]:
-    try:
-        values: list[Any] = column.to_pylist()
-        return values
-    except (ValueError, OverflowError):  # bytes that are no UTF-8, dates beyond Python's
-        return [_cell(cell) for cell in column]
-
-
-def _cell(cell: pa.Scalar) -> Any:
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError as error:
-        # Also inside nested values, `object` is the bytes of the string at fault.
-        return _Unreadable(error.object.decode("utf-8", "backslashreplace"), Reason.UNICODE)
-    except (ValueError, OverflowError) as error:
-        return _Unreadable(str(error), Reason.TYPE)
+def _numbered(batches: Iterable[pa.RecordBatch], first: int) -> Iterator[RawRow]:
+    rows = (row for batch in batches for row in batch_rows(batch))
+    for position, (value, fault) in enumerate(rows, first):
+        yield RawRow(position, value, fault=fault)

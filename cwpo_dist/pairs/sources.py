@@ -8,35 +8,34 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
-from cwpo_dist.pairs.locate import find_parts, is_hub_id, nothing_there
+from cwpo_dist.pairs.listing import LeftOut, left_out_lines
+from cwpo_dist.pairs.locate import Found, find, is_hub_id
 from cwpo_dist.pairs.numbers import RECORD, number_fields
 from cwpo_dist.pairs.parsing import FIELDS, Format, Layout, answer_fields, is_transcript
 from cwpo_dist.pairs.pieces import Piece
-from cwpo_dist.pairs.readers import (
-    COMPRESSIONS,
-    Part,
-    RawRow,
-    Reader,
-    SourceError,
-    read,
-)
+from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compression_of, read
 from cwpo_dist.pairs.records import Kind, pair_schema
 from cwpo_dist.pairs.rejects import Reason
-from cwpo_dist.storage import fingerprint
 
 logger = logging.getLogger(__name__)
 
+# What gives labels to pairs that have none, whatever share of them may be used.
+MAP_LABELS = (
+    "name their column under prepare.sources.N.columns (label; or chosen and rejected), if there "
+    "is one"
+)
 PEEK_ROWS = 1000
 # One task holds one bucket in memory, some four times its text: as read, as sorted, with its ids.
 BUCKET_BYTES = 32 * 2**20
 # Text is about so much longer than its compressed file.
-_EXPANSION: dict[Reader, int] = {"parquet": 4, "saved": 1, "hub": 1}
+_EXPANSION: dict[Reader, int] = {"parquet": 4, "arrow": 2, "saved": 1, "hub": 1}
 _COMPRESSED = 4
 
 
@@ -50,6 +49,8 @@ class Plan:
         n_buckets: ranges of pair ids, so many that one fits in a task's memory.
         may_leak: whether a prompt could lie on two sides, which draws by prompt rule out.
         names: the columns of each source, as its first rows have them.
+        left_out: the files and splits that the sources do not read.
+        notes: what should be known of the sources that is no fault.
     """
 
     pieces: tuple[Piece, ...]
@@ -57,6 +58,13 @@ class Plan:
     n_buckets: int
     may_leak: bool
     names: tuple[tuple[str, ...], ...]
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A line for each thing that a reader should know: what is left out, then the notes."""
+        return (*left_out_lines(self.left_out), *self.notes)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class _Peeked:
 
     field: str
     source: Source
-    parts: tuple[Part, ...]
+    found: Found
     rows: tuple[Mapping[str, Any], ...]
 
     @property
@@ -101,6 +109,7 @@ def plan(config: PrepareConfig) -> Plan:
     peeked = [_peek(index, source) for index, source in enumerate(config.sources)]
     _check_keep(config, peeked)
     columns = [_columns(each) for each in peeked]
+    _refuse_twice(peeked, columns)
     formats = [_format(*given) for given in zip(peeked, columns, strict=True)]
     kind: Kind = "text" if set(formats) == {"text"} else "conversational"
     pieces = []
@@ -108,25 +117,43 @@ def plan(config: PrepareConfig) -> Plan:
         _check_prompt(each, names, spelled, kind)
         layout = Layout(names, spelled, kind, _group(each, config), tuple(config.keep_columns))
         source = each.source
-        pieces.append(Piece(source.path, each.parts, layout, source.into, source.limit))
+        pieces.append(Piece(source.path, each.found.parts, layout, source.into, source.limit))
     size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
     sides = {source.into for source in config.sources}
     may_leak = len(sides) > 1 or (config.group_column is not None and sides == {None})
     theirs = tuple(tuple(each.names) for each in peeked)
-    return Plan(tuple(pieces), kind, max(1, -(-size // BUCKET_BYTES)), may_leak, theirs)
+    return Plan(
+        tuple(pieces),
+        kind,
+        max(1, -(-size // BUCKET_BYTES)),
+        may_leak,
+        theirs,
+        tuple(each for one in peeked for each in one.found.left_out),
+        tuple(one.found.note for one in peeked if one.found.note),
+    )
+
+
+def _refuse_twice(peeked: Sequence[_Peeked], columns: Sequence[Mapping[str, str]]) -> None:
+    """Rows that two sources read alike would be merged, and their votes counted twice."""
+    seen: dict[tuple[str, str], str] = {}
+    for each, names in zip(peeked, columns, strict=True):
+        for part in each.found.parts:
+            key = os.path.realpath(str(part)), str(sorted(names.items()))
+            if (first := seen.setdefault(key, each.field)) != each.field:
+                raise ConfigError(
+                    f"{each.field}.path: {part} is read by {first} as well, by the same columns, "
+                    "so that its votes would count twice; leave it out of one of them"
+                )
 
 
 def _text_bytes(part: Part) -> int:
-    packed = part.uri.lower().endswith(COMPRESSIONS)
+    packed = compression_of(part.uri) is not None
     return part.size * _EXPANSION.get(part.reader, _COMPRESSED if packed else 1)
 
 
 def _fingerprint(index: int, source: Source) -> Any:
     if not is_hub_id(source.path):
-        try:
-            return fingerprint(source.path)
-        except OSError as error:
-            raise nothing_there(f"prepare.sources.{index}.path", source.path, error) from None
+        return list(find(f"prepare.sources.{index}", source).marks)
     if source.revision is None:
         _warn_unpinned(source.path)
     return source.model_dump(include={"path", "name", "data_dir", "split", "revision"})
@@ -142,21 +169,21 @@ def _warn_unpinned(path: str) -> None:
 
 
 def _peek(index: int, source: Source) -> _Peeked:
-    field = f"prepare.sources.{index}.path"
-    parts = tuple(find_parts(field, source))
+    field = f"prepare.sources.{index}"
+    found = find(field, source)
     try:
-        first = itertools.islice((raw for part in parts for raw in read(part)), PEEK_ROWS)
+        first = itertools.islice((raw for part in found.parts for raw in read(part)), PEEK_ROWS)
         raws = list(first)
     except SourceError as error:
-        raise ConfigError(f"{field}: {error}") from error
+        raise ConfigError(f"{field}.path: {error}") from error
     rows = tuple(raw.value for raw in raws if not raw.fault and isinstance(raw.value, Mapping))
     if not rows:
         why = _why_unreadable(raws)
         raise ConfigError(
-            f"{field}: no row among the first {PEEK_ROWS} of {source.path!r} can be read ({why}); "
-            "check that the file is what its name says"
+            f"{field}.path: no row among the first {PEEK_ROWS} of {source.path!r} can be read "
+            f"({why}); check that the file is what its name says"
         )
-    return _Peeked(field.removesuffix(".path"), source, parts, rows)
+    return _Peeked(field, source, found, rows)
 
 
 def _why_unreadable(raws: Sequence[RawRow]) -> str:

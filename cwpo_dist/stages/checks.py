@@ -28,6 +28,7 @@ from cwpo_dist.lm.loading import (
 )
 from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
 from cwpo_dist.objectives import objective
+from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
@@ -192,6 +193,13 @@ def _source_faults(config: Config, stages: set[str]) -> Iterator[str]:
             "fit.labels: 'votes', but no source has votes_a and votes_b; say which they are under "
             "prepare.sources.N.columns, or give hard"
         )
+    for index, source in enumerate(config.prepare.sources):
+        if reads_below(source, config.output_dir):
+            yield (
+                f"output_dir: {config.output_dir!r} lies in prepare.sources.{index} "
+                f"({source.path!r}), which would read what the run leaves there as data; name "
+                "another"
+            )
 
 
 def _gold_faults(config: Config) -> Iterator[str]:

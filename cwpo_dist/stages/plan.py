@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.pairs.census import Census, census
+from cwpo_dist.pairs.pieces import damage_fault
+from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.scoring.placement import Machine, gpus_taken
 from cwpo_dist.stages import fleet_costs
 from cwpo_dist.stages.checks import (
@@ -165,6 +167,8 @@ def _empty(estimate: Estimate) -> Iterator[str]:
             f"more than {config.prepare.max_reject_fraction:g} of them. Mend them (`cwpo prepare` "
             "writes each with its reason to rejects/), or raise it"
         )
+    if fault := damage_fault(counted.damaged, counted.files, config.prepare.max_reject_fraction):
+        yield fault
     for name, model, _ in models(config, _until(config)):
         if lengths[name].fits == 0.0 and name != "evaluate.gold_model":
             yield (
@@ -174,8 +178,7 @@ def _empty(estimate: Estimate) -> Iterator[str]:
     if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
         yield (
             f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
-            "pair to fit an annotator on; raise it, map the labels under prepare.sources.N.columns "
-            "if no row has one, or give annotate.model"
+            f"pair to fit an annotator on; {_labels_remedy(counted)}, or give annotate.model"
         )
     yield from _without_pairs(config, counted)
     if _until(config) != "annotate":
@@ -198,13 +201,22 @@ def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
     arms = config.arms[:1] if config.compare else config.arms  # the trial's own arm stands first
     for arm in arms if config.policy is not None else []:
         preset = config.arm(arm)
-        count = counted.labelled_pairs if preset.labels == "human" else counted.pairs
+        of_people = preset.labels == "human"
+        count = counted.labelled_pairs if of_people else counted.pairs
         if not count(*preset.splits):
             splits = " and ".join(preset.splits)
+            remedy = _labels_remedy(counted) if of_people else "give a share that does"
             yield (
                 f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves arm "
-                f"{arm!r} no pair of the {splits} part to train on; give a share that does"
+                f"{arm!r} no pair of the {splits} part to train on; {remedy}"
             )
+
+
+def _labels_remedy(counted: Census) -> str:
+    """What gives a part labels: another share, unless no pair has any."""
+    if not counted.labelled_pairs("labelled", "unlabelled"):
+        return f"no training pair has a label: {MAP_LABELS}"
+    return "give a share that does"
 
 
 def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StagePlan]:
@@ -315,6 +327,7 @@ def _graphs(config: Config) -> dict[str, dict[str, Node]]:
 def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     """What a reader should know that is no fault."""
     estimate = estimates[0]
+    yield from (f"prepare: {remark}" for remark in estimate.counted.remarks)
     if config.compare:
         yield _size_of_comparison(config, len(estimates))
     if not estimate.counted.exact:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,17 @@ import ray
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
 from cwpo_dist.pairs import buckets, cutting, keep, numbers
 from cwpo_dist.pairs.buckets import BucketSummary, Shards
-from cwpo_dist.pairs.pieces import Piece, PieceSummary, piece_summaries, read_piece
+from cwpo_dist.pairs.listing import LeftOut
+from cwpo_dist.pairs.pieces import (
+    Piece,
+    PieceSummary,
+    damage_fault,
+    piece_summaries,
+    read_piece,
+)
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import refuse_past
-from cwpo_dist.pairs.sources import Plan, plan
+from cwpo_dist.pairs.sources import MAP_LABELS, Plan, plan
 from cwpo_dist.pairs.splits import SPLITS, SplitRule
 from cwpo_dist.scoring.tasks import run_tasks
 from cwpo_dist.stages.context import Context
@@ -26,6 +34,7 @@ from cwpo_dist.storage import Store
 logger = logging.getLogger(__name__)
 
 _SPANS = "work/spans/{:05d}.json"
+_FILES_LISTED = 100
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -46,6 +55,8 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
         RejectsError: past `max_reject_fraction`, or when no pair is left.
     """
     planned = plan(config)
+    for line in planned.remarks:
+        logger.warning("prepare: %s", line)
     _check_placement(config.num_cpus)
     _read(store, planned, config, seed)
     read = piece_summaries(store)
@@ -62,8 +73,9 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     counts |= {"keep_columns": kept, "damaged_files": damaged}
     counts["void_numbers"] = dict(_added(piece.void for piece in read).most_common())
     _tell_numbers(counts, read)
+    counts["files_left_out"] = _left_out(planned.left_out)
     refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
-    _tell_empty(counts["splits"], config)
+    _tell_empty(counts, config)
     store.remove("work")
     return counts
 
@@ -111,23 +123,22 @@ def _numbered(store: Store, pieces: list[Piece], config: PrepareConfig) -> list[
 
 
 def _damaged_files(planned: Plan, read: list[PieceSummary], config: PrepareConfig) -> int:
-    """How many files could not be read to their end; each was set aside from there on.
-
-    One torn file among thousands must not stop a run, but its loss counts as a single row: past
-    the share of rows that may be lost, so many files are too many as well.
-    """
+    """How many files could not be read to their end; each was set aside from there on."""
     damaged = {name: why for piece in read for name, why in piece.damaged.items()}
     files = len({str(part) for piece in planned.pieces for part in piece.parts})
     for name, why in damaged.items():
         logger.warning("prepare: %s %s; the rows before it are kept", name, why)
-    if len(damaged) > config.max_reject_fraction * files:
-        raise SourceError(
-            f"prepare: {len(damaged)} of {files} files are damaged, more than "
-            f"prepare.max_reject_fraction={config.max_reject_fraction:g} allows. Fetch them again, "
-            "then run the same command:\n"
-            + "\n".join(f"  {name} {why}" for name, why in sorted(damaged.items())[:10])
-        )
+    if fault := damage_fault(damaged, files, config.max_reject_fraction):
+        raise SourceError(fault)
     return len(damaged)
+
+
+def _left_out(left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    """How many files no source reads, and the first of them."""
+    return {
+        "count": len(left_out),
+        "files": [asdict(each) for each in left_out[:_FILES_LISTED]],
+    }
 
 
 def _write(
@@ -205,20 +216,29 @@ def _tell_numbers(counts: dict[str, Any], read: list[PieceSummary]) -> None:
         )
 
 
-def _tell_empty(splits: dict[Split, int], config: PrepareConfig) -> None:
-    """A hash knows no quota: of a few prompts or groups none may fall into a small share."""
+def _tell_empty(counts: dict[str, Any], config: PrepareConfig) -> None:
+    """Names each split that has a share and no pair, with what would give it one."""
     shares: dict[Split, float] = {
+        "labelled": config.labelled_fraction,
         "validation": config.validation_fraction,
         "test": config.test_fraction,
     }
-    shares["labelled"] = config.labelled_fraction
     for split, share in shares.items():
-        if share and not splits[split]:
+        if share and not counts["splits"][split]:
             logger.warning(
-                "prepare: no pair is in split %s, though prepare.%s_fraction is %g; take a larger "
-                "fraction, another seed, or a source of its own (`into`)",
-                *(split, split, share),
+                "prepare: no pair is in split %s, though prepare.%s_fraction is %g; %s",
+                *(split, split, share, _remedy(split, share, counts["labelled"], config)),
             )
+
+
+def _remedy(split: Split, share: float, labelled: dict[Split, int], config: PrepareConfig) -> str:
+    if split == "labelled" and not labelled["labelled"] + labelled["unlabelled"]:
+        return f"no training pair has a label: {MAP_LABELS}"
+    if split != "labelled" and all(source.into for source in config.sources):
+        return "every source goes to one side (`into`), so that no share acts: set it to 0"
+    # A hash knows no quota: of a few prompts or groups none may fall into a small share.
+    larger = "a larger fraction, " if share < 1 else ""
+    return f"take {larger}another seed, or a source of its own (`into`)"
 
 
 def _added(counts: Iterable[dict[Any, int]]) -> Counter[Any]:
