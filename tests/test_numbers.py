@@ -52,6 +52,8 @@ def test_a_score_is_that_of_its_answer_and_of_no_other_spelling() -> None:
         ({"weight": True}, "weight: no number"),
         ({"weight": [1.0]}, "weight: no number"),
         ({"weight": 10**400}, "weight: no number"),
+        ({"weight": 1e39}, "weight: too large"),
+        ({"score_chosen": 0.0, "score_rejected": -1e300}, "score_rejected: too large"),
         ({"confidence": 1.5}, "confidence: above 1"),
         ({"confidence": -0.1}, "confidence: below 0"),
         ({"score_chosen": 1.0}, "score_rejected: missing"),
@@ -133,7 +135,7 @@ def test_columns_are_mapped_and_a_stray_score_is_refused(tmp_path: Path) -> None
 
 def test_numbers_of_any_kind_take_no_row_out(tmp_path: Path) -> None:
     """Whoever does not weigh by a column may have anything in it."""
-    odd: list[Any] = ["heavy", -1, [1], {"a": 1}, None, True, 1e308, "1e999", ""]
+    odd: list[Any] = ["heavy", -1, [1], {"a": 1}, None, True, 1e38, "1e999", ""]
     rows = [row(i, weight=value, confidence=value) for i, value in enumerate(odd)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     found = census(config(str(tmp_path / "x.jsonl")), seed=0)

@@ -22,7 +22,8 @@ COLUMNS: dict[Own, tuple[str, ...]] = {
 }
 RECORD = tuple(name for names in COLUMNS.values() for name in names)
 NUMBER_FIELDS = (*RECORD, "score_chosen", "score_rejected")  # of a source's row
-_MOST = {"weight": math.inf, "confidence": 1.0}
+_LARGEST = 3.4e38  # about what single precision holds, in which training computes
+_MOST = {"weight": _LARGEST, "confidence": 1.0}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def _number(value: Any, most: float | None) -> float | None:
         raise ValueError("no number") from None
     if not math.isfinite(number):
         raise ValueError("not finite")
+    if abs(number) > _LARGEST:
+        raise ValueError("too large")
     if most is not None and number < 0:
         raise ValueError("below 0")
     if most is not None and number > most:
