@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 import pytest
-from datasets.data_files import SPLIT_KEYWORDS
-from hypothesis import given
+from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns
+from fsspec.utils import glob_translate
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from prepared import config, pairs, row, write
 
@@ -174,6 +177,32 @@ def test_names_that_tell_splits_are_never_mixed(
     assert all("split" in reason for reason in why(of).values())
 
 
+PLACES = st.sampled_from(["", "train/", "test/", "data/", "a [v2]/", ".git/", "_tmp/"])
+BASES = st.sampled_from(["rows", "train", "test-1", ".x", "ü", "a*b", "dataset_info", "latest"])
+SUFFIXES = st.sampled_from([".jsonl", ".json", ".JSONL.gz", ".parquet", ".txt", "-0", ".csv.zip"])
+TREES = st.sets(st.builds("".join, st.tuples(PLACES, BASES, SUFFIXES)), min_size=1, max_size=9)
+
+
+@settings(max_examples=80)
+@given(files=TREES, into=st.sampled_from([None, "test"]), asked=st.sampled_from([None, "train"]))
+def test_each_file_of_any_folder_is_read_or_named(
+    files: set[str], into: str | None, asked: str | None
+) -> None:
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+        try:
+            of = found(folder, into=into, split=asked)
+        except ConfigError:
+            event("refused")
+            return
+        assert sorted([*names(of, folder), *why(of)]) == sorted(files)
+        read_splits = {split_of(name) for name in names(of, folder)} - {None}
+        assert len(read_splits) <= 1, "splits are never mixed"
+
+
 def test_splits_that_nobody_chose_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "data/prefs-00000-of-00001.jsonl", "data/sft-00000-of-00001.jsonl")
     with pytest.raises(ConfigError, match=r"sources\.0\.split: .*has the splits prefs, sft"):
@@ -204,8 +233,6 @@ def test_a_file_is_read_where_datasets_would_read_it(files: list[str], asked: st
     alike = all(in_folders) or not any(in_folders)
     if None in tells or not alike or any(len(set(words_in(name))) > 1 for name in files):
         return
-    from datasets.data_files import _get_data_files_patterns
-
     patterns = _get_data_files_patterns(lambda pattern: [f for f in files if matches(f, pattern)])
     theirs = {f for pattern in patterns.get(asked, []) for f in files if matches(f, pattern)}
     try:
@@ -221,10 +248,6 @@ def words_in(name: str) -> list[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    import re
-
-    from fsspec.utils import glob_translate
-
     return re.match(glob_translate(pattern), name) is not None
 
 
@@ -265,6 +288,8 @@ def test_a_data_set_card_says_which_files_are_read(tmp_path: Path) -> None:
     assert "no split of subset 'helpful'" in reasons["two/more.jsonl"]
     assert "three/train.jsonl" in reasons
     assert names(found(folder, split="test"), folder) == ["two/held.jsonl"]
+    roundabout = found(folder / "one" / "..", split="test")
+    assert [Path(part.uri).resolve() for part in roundabout.parts] == [folder / "two/held.jsonl"]
     assert names(found(folder, name="harmless"), folder) == ["three/train.jsonl"]
     with pytest.raises(ConfigError, match=r"no subset 'x'; name one under `name`: helpful, harml"):
         found(folder, name="x")
@@ -380,7 +405,7 @@ def test_a_file_that_two_sources_read_alike_is_refused(tmp_path: Path) -> None:
 def test_a_source_that_would_read_what_the_run_leaves_is_told(tmp_path: Path) -> None:
     folder = make(tmp_path / "set", "a.jsonl", "in/b.jsonl")
     (tmp_path / "link").symlink_to(folder)
-    for place, path, settings, reads in [
+    for place, path, given_too, reads in [
         (folder / "run", folder, {}, True),
         (folder, folder, {}, True),
         (tmp_path / "link" / "run", folder, {}, True),
@@ -392,7 +417,7 @@ def test_a_source_that_would_read_what_the_run_leaves_is_told(tmp_path: Path) ->
         (f"s3://bucket{folder}/run", folder, {}, False),
         (folder / "run", "someone/pairs", {}, False),
     ]:
-        source = Source(path=str(path), **settings)
+        source = Source(path=str(path), **given_too)
         assert reads_below(source, str(place)) is reads, (place, path)
 
 

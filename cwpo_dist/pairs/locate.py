@@ -185,9 +185,10 @@ def _by_card(source: Source, filesystem: Any, listing: Listing, card: str) -> di
     """The files that a data set card gives to no, or to another, split; each with why."""
     from cwpo_dist.pairs import data_sets  # not above: it imports datasets
 
-    subset, splits = data_sets.splits_of_card(card, _uri(filesystem, listing.root), source.name)
+    root = real_path(filesystem, listing.root)  # patterns go round no `..`
+    subset, splits = data_sets.splits_of_card(card, _uri(filesystem, root), source.name)
     of = {
-        filesystem._strip_protocol(path).removeprefix(listing.root).lstrip("/"): split
+        filesystem._strip_protocol(path).removeprefix(root).lstrip("/"): split
         for split, paths in splits.items()
         for path in paths
     }
