@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, fit_length, load_tokenizer
 
 BOS, EOS = 0, 1
 quick = settings(max_examples=80)
@@ -269,9 +269,9 @@ def test_tiny_template_is_like_smollm2s():
 
 def test_many_pairs_at_once_are_the_same_pairs_one_by_one():
     encoder = Encoder(tiny_tokenizer(), "plain")
-    good = [("Question: ", ("a longer answer", "the")), ("Q", ("x", "y and z"))]
+    good = [Asked("Question: ", ("a longer answer", "the")), Asked("Q", ("x", "y and z"))]
     bad = ("", [{"role": "assistant", "content": "a message"}])
-    found = encoder.encode_all([good[0], ("mixed", bad), good[1]])
+    found = encoder.encode_all([good[0], Asked("mixed", bad), good[1]])
     assert [found[0], found[2]] == [encoder.encode(*pair) for pair in good]
     assert isinstance(found[1], TokenError)
     assert encoder.encode_all([]) == []

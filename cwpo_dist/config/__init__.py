@@ -1,7 +1,7 @@
 """What a run is told: one typed, frozen section a stage, each field with its default."""
 
 from cwpo_dist.config.base import ConfigError, Fraction, PositiveFloat, PositiveInt, Section, Split
-from cwpo_dist.config.data import PrepareConfig, Source
+from cwpo_dist.config.data import LabelColumn, PrepareConfig, Source
 from cwpo_dist.config.models import LoraConfig, ModelConfig
 from cwpo_dist.config.run import ARMS, Arm, CompareConfig, Config, Grid, WeighConfig
 from cwpo_dist.config.scoring import (
@@ -25,6 +25,7 @@ __all__ = [
     "FitConfig",
     "Fraction",
     "Grid",
+    "LabelColumn",
     "LoraConfig",
     "ModelConfig",
     "Pool",

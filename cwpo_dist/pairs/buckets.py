@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs import keep, pieces
-from cwpo_dist.pairs.records import Kind, pair_schema, unit_hash
+from cwpo_dist.pairs.records import TEXTS, Kind, pair_schema, unit_hash
 from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
-from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, leaks, merge, split_of
+from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, VOTES, leaks, merge, split_of
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.storage import Store
 
 LEAKS = "work/leaks"
@@ -31,7 +32,7 @@ COUNTS = "work/counts"
 SUMMARIES = "work/buckets"
 
 TRAINING = ("labelled", "unlabelled")
-_VOTED = ["label", "votes_a", "votes_b"]  # what copies of one pair may differ in
+_VOTED = ["label", "tie", *VOTES]  # what copies of one pair may differ in
 _DECIDES = ("side", "in_labelled_part", "label")  # … a split
 
 
@@ -63,6 +64,7 @@ class BucketSummary:
     pairs: int = 0
     merged_duplicates: int = 0
     conflicting_labels: int = 0
+    ties: int = 0
     shards: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     splits: dict[Split, int] = field(default_factory=dict)
@@ -114,7 +116,7 @@ def write_bucket(store: Store, bucket: int, shards: Shards) -> None:
         return
     rows = _bucket_rows(store, bucket)
     staying, leaking = _without_leaks(rows, _kept_on(store, rows["prompt_hash"]))
-    rejects = [_reject(row) for row in leaking.to_pylist()]
+    rejects = [_reject(row) for row in pair_rows(leaking)]
     write_rejects(store, f"part-leak-{bucket:05d}.parquet", rejects)
     pairs, conflicts = _merge_copies(staying)
     table = _as_pairs(pairs, shards)
@@ -122,6 +124,7 @@ def write_bucket(store: Store, bucket: int, shards: Shards) -> None:
         pairs=pairs.num_rows,
         merged_duplicates=staying.num_rows - pairs.num_rows,
         conflicting_labels=conflicts,
+        ties=pc.sum(table["tie"]).as_py() or 0,
         shards=_write_shards(store, table, shards, shards.first[bucket]),
         rejects=dict(Counter(reject.reason for reject in rejects)),
         splits=dict(Counter(table["split"].to_pylist())),
@@ -171,7 +174,7 @@ def _without_leaks(rows: pa.Table, kept_on: Mapping[str, int]) -> tuple[pa.Table
 
 
 def _reject(row: Mapping[str, Any]) -> Reject:
-    shown = ("pair_id", "prompt", "response_a", "response_b", "label", "votes_a", "votes_b")
+    shown = ("pair_id", *TEXTS, "tools", "label", "tie", *VOTES)
     text = row_text({name: row[name] for name in shown})
     return Reject(row["reason"], row["origin"], row["position"], text)
 

@@ -9,16 +9,19 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs.parsing import ParsedPair, parse
-from cwpo_dist.pairs.pieces import Piece
+from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import content_hash
-from cwpo_dist.pairs.rejects import BadRow
+from cwpo_dist.pairs.rejects import BadRow, Tally
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import SplitRule, split_of
+from cwpo_dist.pairs.unread import Unread, columnar, tree
+
+LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Census:
         rejects: rows that will be set aside.
         exact: True when everything was read; else the counts are scaled up by file size.
         sample: pairs drawn evenly from what was read.
+        tally: why rows of those that were read are set aside.
+        sources: of each source, its path and how its rows are read.
+        unread: of each source, what of the rows that were read nothing reads.
+        ties: pairs of those that were read whose answers people found equal.
     """
 
     splits: Mapping[str, int]
@@ -38,6 +45,22 @@ class Census:
     rejects: int
     exact: bool
     sample: tuple[ParsedPair, ...]
+    tally: Tally = field(default_factory=Tally)
+    sources: tuple[tuple[str, str], ...] = ()
+    unread: tuple[Unread, ...] = ()
+    ties: int = 0
+
+    def sentences(self) -> Iterator[str]:
+        """How rows are read, what of them is not, and why some are set aside, for people."""
+        of = "" if self.exact else " (of the rows that were read)"
+        for (source, how), unread in zip(self.sources, self.unread, strict=True):
+            yield f"{source}: reads {how}"
+            for sentence in unread.sentences():
+                yield f"{source}: {sentence}{of}"
+        if self.tally.reasons:
+            yield "\n".join([f"rows that are set aside{of}:", *self.tally.lines()])
+        if self.ties:
+            yield f"{self.ties:,} pairs{of} are ties, kept without a label"
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
@@ -65,30 +88,43 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     )
     counts: Counter[str] = Counter()
     labelled: Counter[str] = Counter()
-    rejects = 0
-    kept: list[ParsedPair] = []
+    tally, kept, ties = Tally(), list[ParsedPair](), 0
     draw = random.Random(seed)
-    reading = _Reading(plan(config).pieces, seconds)
-    for piece, raw in reading:
+    pieces = plan(config).pieces
+    reading = _Reading(pieces, seconds)
+    unread = [Unread() for _ in pieces]
+    used = [tree(piece.layout.paths) for piece in pieces]
+    for k, raw in reading:
+        piece = pieces[k]
+        unread[k].note(raw.value, used[k])
         try:
             if raw.fault is not None:
                 raise BadRow(raw.fault)
             pair = parse(raw.value, piece.layout)
-        except BadRow:
-            rejects += 1
+        except BadRow as bad:
+            tally.add(bad.reason, bad.found)
             continue
+        unread[k].note_keys(pair.unread)
         split = _split(pair, piece, rule)
         counts[split] += 1
-        labelled[split] += pair.label is not None
+        labelled[split] += pair.label in ("first", "second")
+        ties += pair.label == "tie"
         _keep(kept, pair, draw, counts.total(), sample)
+    for k, piece in enumerate(pieces):
+        for part in piece.parts if columns_of(piece) else ():
+            unread[k].add(columnar(part, used[k], LOOKED_AT))
     pairs, people = (
         {k: round(n * reading.scale) for k, n in c.items()} for c in (counts, labelled)
     )
-    return Census(pairs, people, round(rejects * reading.scale), reading.complete, tuple(kept))
+    rejects = round(tally.reasons.total() * reading.scale)
+    sources = tuple((piece.source, piece.layout.described()) for piece in pieces)
+    return Census(
+        pairs, people, rejects, reading.complete, tuple(kept), tally, sources, tuple(unread), ties
+    )
 
 
 class _Reading:
-    """The rows of all pieces until time is up; then `scale` says what share that was."""
+    """The rows of all pieces, each with its piece's number, until time is up; `scale` then."""
 
     def __init__(self, pieces: tuple[Piece, ...], seconds: float) -> None:
         self.pieces = pieces
@@ -96,18 +132,18 @@ class _Reading:
         self.complete = True
         self.size_done = 0
 
-    def __iter__(self) -> Iterator[tuple[Piece, RawRow]]:
-        for piece in self.pieces:
+    def __iter__(self) -> Iterator[tuple[int, RawRow]]:
+        for number, piece in enumerate(self.pieces):
             left = piece.limit
             for part in piece.parts:
-                for raw in read(part, piece.layout.needed):
+                for raw in read(part, columns_of(piece)):
                     if left == 0:
                         break
                     if time.monotonic() > self.deadline:
                         self.complete = False
                         return
                     left = None if left is None else left - 1
-                    yield piece, raw
+                    yield number, raw
                 self.size_done += part.size
 
     @property
@@ -124,7 +160,8 @@ class _Reading:
 
 def _split(pair: ParsedPair, piece: Piece, rule: SplitRule) -> str:
     key = content_hash(pair.prompt) if pair.group is None else pair.group
-    return split_of(rule.side(key, piece.into), rule.is_labelled(key), pair.label)
+    label = None if pair.label == "tie" else pair.label
+    return split_of(rule.side(key, piece.into), rule.is_labelled(key), label)
 
 
 def _keep(

@@ -5,15 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
 from cwpo_dist.storage import Store
 
 Kind = Literal["text", "conversational"]
+# `role`, `content` (null where there are tool calls alone) and those of MESSAGE_KEYS it has.
+Message = dict[str, Any]
+Text = str | list[Message]
+Tools = list[dict[str, Any]]
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+# What chat templates read of a message beside role and content: text, or any JSON.
+MESSAGE_KEYS: dict[str, pa.DataType] = {
+    **dict.fromkeys(("name", "tool_call_id", "recipient", "tool_plan"), pa.string()),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), pa.string()),
+    **dict.fromkeys(("tool_calls", "tool_responses", "end_turn"), pa.json_()),
+}
+# `extra`: the other keys as JSON, null where there are none.
+MESSAGES = pa.list_(
+    pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+)
+TEXTS = ("prompt", "response_a", "response_b")
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -45,6 +59,7 @@ ANSWER_SCHEMA = pa.schema([("pair_id", pa.string()), ("answer", pa.string())])
 REJECT_SCHEMA = pa.schema(
     [
         ("reason", pa.string()),
+        ("found", pa.string()),
         ("source", pa.string()),
         ("position", pa.int64()),
         ("row", pa.string()),
@@ -59,23 +74,32 @@ class RecordError(ValueError):
     """A table does not follow its schema; the message names the column and the remedy."""
 
 
-def text_type(kind: Kind) -> pa.DataType:
-    """The Arrow type of prompts and answers: a string, or a list of role/content messages."""
-    return pa.string() if kind == "text" else MESSAGES
+class Prompt(NamedTuple):
+    """A prompt, and the tools that its template is given with it."""
+
+    text: Text
+    tools: Tools | None = None
 
 
 def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
-    """The pair record, with the user's `keep_columns` at its end."""
-    text = text_type(kind)
+    """The pair record, with the user's `keep_columns` at its end.
+
+    `tools` is JSON, null where there are none. `tie` says that people found the answers equal:
+    `label` is then null. `votes_tie` are the votes for neither.
+    """
+    text = pa.string() if kind == "text" else MESSAGES
     return pa.schema(
         [
             ("pair_id", pa.string()),
             ("prompt", text),
             ("response_a", text),
             ("response_b", text),
+            ("tools", pa.string()),
             ("label", pa.string()),
+            ("tie", pa.bool_()),
             ("votes_a", pa.int32()),
             ("votes_b", pa.int32()),
+            ("votes_tie", pa.int32()),
             ("split", pa.string()),
             ("source", pa.string()),
             *(keep or []),
@@ -83,20 +107,33 @@ def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
     )
 
 
-def preference_schema(kind: Kind) -> pa.Schema:
+def preference_schema(kind: Kind, keys: Sequence[str] = (), *, tools: bool = False) -> pa.Schema:
     """The preference record: TRL's names and format, with margin, confidence and weight.
 
     `label` says which answer of the pair was chosen (`a`, `b`); `probability` is the annotator's
     that the chosen one is better. It, margin and confidence are null where a human chose,
     disagreement also where there is one annotator alone.
+
+    Messages have `role`, `content` and the `keys` that any message of the run has; `tools` stands
+    beside them where any pair has tools. Tool calls and tools are of Arrow's JSON type: `datasets`
+    gives them as the lists and objects that the model's template was given, other readers as JSON
+    text. Keys that a message lacks are null in Arrow; TRL's `remove_none_values` takes them out.
+
+    Args:
+        kind: text or conversational.
+        keys: those of MESSAGE_KEYS that the run's messages have.
+        tools: whether any of its pairs has tools.
     """
-    text = text_type(kind)
+    others = [(key, MESSAGE_KEYS[key]) for key in keys]
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), *others])
+    text = pa.string() if kind == "text" else pa.list_(message)
     return pa.schema(
         [
             ("pair_id", pa.string()),
             ("prompt", text),
             ("chosen", text),
             ("rejected", text),
+            *([("tools", pa.json_())] if tools else []),
             ("label", pa.string()),
             ("margin", pa.float32()),
             ("disagreement", pa.float32()),
@@ -112,10 +149,11 @@ def kind_of(table: pa.Table) -> Kind:
     return "text" if pa.types.is_string(table.schema.field("prompt").type) else "conversational"
 
 
-def pair_id(prompt: Any, first: Any, second: Any) -> str:
+def pair_id(prompt: Any, first: Any, second: Any, tools: Any = None) -> str:
     """32 hex digits of the content's hash, the same whichever answer comes first."""
     answers = sorted([canonical(first), canonical(second)])
-    content = "\x1e".join([canonical(prompt), *answers])
+    given = [] if tools is None else [canonical(tools)]
+    content = "\x1e".join([canonical(prompt), *answers, *given])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
@@ -166,9 +204,12 @@ def read_records(
 
 
 def read_pairs(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of a file of pairs, checked; prompt and answers are of the kind that they are."""
+    """Columns of a file of pairs, checked; prompt and answers are of the kind that they are.
+
+    `stored.pair_rows` gives its rows.
+    """
     table = _read(store, name, columns)
-    text = [column for column in ("prompt", "response_a", "response_b") if column in columns]
+    text = [column for column in TEXTS if column in columns]
     messages = bool(text) and all(
         pa.types.is_list(field.type) for field in table.schema if field.name in text
     )

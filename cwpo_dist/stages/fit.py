@@ -8,8 +8,9 @@ from typing import Any
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length
-from cwpo_dist.pairs.records import read_pairs
+from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, fit_length
+from cwpo_dist.pairs.records import TEXTS, read_pairs
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
@@ -69,7 +70,7 @@ class LabelledPairs:
         for pair in labelled:
             answers = (pair["response_a"], pair["response_b"])
             chosen_first = answers if pair["label"] == "a" else answers[::-1]
-            row = self._row(encoder, pair["prompt"], chosen_first)
+            row = self._row(encoder, Asked(pair["prompt"], chosen_first, pair["tools"]))
             if row is not None:
                 rows.append(row)
                 names.append(pair["pair_id"])
@@ -81,18 +82,18 @@ class LabelledPairs:
             )
         return BradleyTerry(rows, names)
 
-    def _row(self, encoder: Encoder, prompt: Any, answers: tuple[Any, Any]) -> Row | None:
+    def _row(self, encoder: Encoder, asked: Asked) -> Row | None:
         """None for a pair that is too long, or that cannot become tokens."""
         try:
-            row = encoder.encode(prompt, answers)
+            row = encoder.encode(*asked)
         except TokenError:
             return None
         return fit_length(row, self.model.max_length, self.model.over_length, bos_id=encoder.bos_id)
 
     def _labelled(self) -> list[dict[str, Any]]:
-        columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
+        columns = ["pair_id", *TEXTS, "tools", "label", "split"]
         tables = [read_pairs(self.pairs, part("pairs", k), columns) for k in range(self.shards)]
-        rows = [row for table in tables for row in table.to_pylist()]
+        rows = [row for table in tables for row in pair_rows(table)]
         if self.watched is not None:
             watched = self.watched.labels()
             return [row for row in rows if row["pair_id"] in watched]

@@ -19,7 +19,8 @@ import pyarrow as pa
 import ray.data
 
 from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
-from cwpo_dist.pairs.records import kind_of, preference_schema, read_pairs
+from cwpo_dist.pairs.records import TEXTS, kind_of, preference_schema, read_pairs
+from cwpo_dist.pairs.stored import pair_rows, preference_table
 from cwpo_dist.scoring.pipeline import counted, part, read_counts
 from cwpo_dist.stages.annotations import TASK_CPUS, Annotated, annotated, are_few, gather
 from cwpo_dist.stages.context import Context
@@ -39,6 +40,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         labels=node.settings["labels"],
         splits=tuple(node.settings["splits"]),
         weight_function=node.settings["weight_function"],
+        message_keys=tuple(context.counts(node.inputs["prepare"])["message_keys"]),
     )
     selection = Selection(_last(shards, node), node.settings["min_confidence"])
     return _summary(_write(shards, selection), read)
@@ -54,6 +56,7 @@ class Shards:
         labels: whose choice counts.
         splits: the splits to train on.
         weight_function: its name.
+        message_keys: what the run's messages have beside role and content, and `tools`.
     """
 
     annotated: Annotated
@@ -61,6 +64,7 @@ class Shards:
     labels: LabelSource
     splits: tuple[str, ...]
     weight_function: str
+    message_keys: tuple[str, ...] = ()
 
     def confidences(self, index: int) -> pa.Table:
         """Ids and confidences of one shard's pairs."""
@@ -88,14 +92,16 @@ class Shards:
 
     def _weighed(self, index: int, selection: Selection) -> tuple[pa.Table, dict[str, float]]:
         """The preferences of one shard, and numbers that add up over all of them."""
-        columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
+        columns = ["pair_id", *TEXTS, "tools", "label", "split"]
         pairs = read_pairs(self.annotated.pairs, part("pairs", index), columns)
-        rows, (opinions, alone) = pairs.to_pylist(), self.annotated.opinions(index)
+        rows, (opinions, alone) = pair_rows(pairs), self.annotated.opinions(index)
         decisions = decide(rows, opinions, self.labels, self.splits)
         kept = list(self._preferences(rows, decisions, selection))
         wanted = {pair["pair_id"] for pair in rows if pair["split"] in self.splits}
         counts = self._counts(decisions, opinions or {}, kept)
-        table = pa.Table.from_pylist(kept, schema=preference_schema(kind_of(pairs)))
+        keys = [key for key in self.message_keys if key != "tools"]
+        schema = preference_schema(kind_of(pairs), keys, tools="tools" in self.message_keys)
+        table = preference_table(kept, schema)
         return table, counts | {"alone": len(wanted & alone)}
 
     def _preferences(
@@ -116,6 +122,7 @@ class Shards:
                 "prompt": pair["prompt"],
                 "chosen": chosen,
                 "rejected": rejected,
+                "tools": pair["tools"],
                 "label": decision.label,
                 "margin": decision.margin,
                 "disagreement": decision.disagreement,
