@@ -13,9 +13,7 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-import pyarrow as pa
-
-from cwpo_dist.pairs.records import MESSAGE_KEYS, Message, Text, Tools
+from cwpo_dist.pairs.records import MESSAGE_KEYS, TEXT_KEYS, Message, Text, Tools
 from cwpo_dist.pairs.rejects import BadRow, Reason, shown
 from cwpo_dist.pairs.written import CONTENT_KEYS, ROLE_KEYS, decoded, messages_in
 
@@ -106,11 +104,11 @@ class MessageReader:
     def _extra(self, given: Mapping[str, Any], name: str) -> Message:
         """What templates read beside role and content."""
         extra: Message = {}
-        for key, kind in MESSAGE_KEYS.items():
+        for key in MESSAGE_KEYS:
             value = given.get(key)
             if value is None or value == []:
                 continue
-            if kind == pa.string() and not isinstance(value, str):
+            if key in TEXT_KEYS and not isinstance(value, str):
                 raise BadRow(Reason.NOT_TEXT, name, f"{key}: {shown(value)}")
             read = self._calls if key == "tool_calls" else self._json
             extra[key] = read(value, name)

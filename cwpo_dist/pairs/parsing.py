@@ -86,7 +86,7 @@ def parse(row: Any, layout: Layout) -> ParsedPair:
     reader = MessageReader(nulls_are_absent=layout.nulls_are_absent)
     prompt, first, second = _texts(row, layout, reader)
     _refuse_empty(prompt, first, second, layout)
-    verdict = judged(row, layout, lambda: _turned(row, layout, (first, second)))
+    verdict = judged(row, layout, lambda: _turned(row, layout, reader, (first, second)))
     return ParsedPair(
         _with_system(prompt, row, layout),
         first,
@@ -261,13 +261,15 @@ def _same_context(first: list[Message], second: list[Message]) -> tuple[Text, Te
     return first[:-1], first[-1:], second[-1:]
 
 
-def _turned(row: Mapping[str, Any], layout: Layout, chosen: tuple[Text, Text]) -> bool:
+def _turned(
+    row: Mapping[str, Any], layout: Layout, reader: MessageReader, chosen: tuple[Text, Text]
+) -> bool:
     """Whether the chosen answer is response_b.
 
     Raises:
         BadRow: where the two spellings are not of the same two answers.
     """
-    _, a, b = _texts(row, layout.as_either, MessageReader())
+    _, a, b = _texts(row, layout.as_either, reader)
     if (a, b) == chosen:
         return False
     if (b, a) == chosen:

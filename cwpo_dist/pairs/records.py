@@ -18,11 +18,11 @@ Text = str | list[Message]
 Tools = list[dict[str, Any]]
 
 # What chat templates read of a message beside role and content: text, or any JSON.
-MESSAGE_KEYS: dict[str, pa.DataType] = {
-    **dict.fromkeys(("name", "tool_call_id", "recipient", "tool_plan"), pa.string()),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), pa.string()),
-    **dict.fromkeys(("tool_calls", "tool_responses", "end_turn"), pa.json_()),
-}
+TEXT_KEYS = (
+    *("name", "tool_call_id", "recipient", "tool_plan"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
+MESSAGE_KEYS = (*TEXT_KEYS, "tool_calls", "tool_responses", "end_turn")
 # `extra`: the other keys as JSON, null where there are none.
 MESSAGES = pa.list_(
     pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
@@ -107,26 +107,25 @@ def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
     )
 
 
-def preference_schema(kind: Kind, keys: Sequence[str] = (), *, tools: bool = False) -> pa.Schema:
+def preference_schema(kind: Kind, *, keys: bool = False, tools: bool = False) -> pa.Schema:
     """The preference record: TRL's names and format, with margin, confidence and weight.
 
     `label` says which answer of the pair was chosen (`a`, `b`); `probability` is the annotator's
     that the chosen one is better. It, margin and confidence are null where a human chose,
     disagreement also where there is one annotator alone.
 
-    Messages have `role`, `content` and the `keys` that any message of the run has; `tools` stands
-    beside them where any pair has tools. Tool calls and tools are of Arrow's JSON type: `datasets`
-    gives them as the lists and objects that the model's template was given, other readers as JSON
-    text. Keys that a message lacks are null in Arrow; TRL's `remove_none_values` takes them out.
+    Messages are objects of role and content. Where any message of the run has more (`tool_calls`,
+    `reasoning_content`, …), all of them are Arrow's JSON: `datasets` gives each as the object that
+    the models' templates were given, with its own keys alone, other readers as JSON text; so are
+    `tools`, as a list of tools, in a column that is there where any pair has some.
 
     Args:
         kind: text or conversational.
-        keys: those of MESSAGE_KEYS that the run's messages have.
-        tools: whether any of its pairs has tools.
+        keys: whether any message has more than role and content.
+        tools: whether any pair has tools.
     """
-    others = [(key, MESSAGE_KEYS[key]) for key in keys]
-    message = pa.struct([("role", pa.string()), ("content", pa.string()), *others])
-    text = pa.string() if kind == "text" else pa.list_(message)
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    text = pa.string() if kind == "text" else pa.list_(pa.json_() if keys else message)
     return pa.schema(
         [
             ("pair_id", pa.string()),

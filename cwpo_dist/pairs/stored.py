@@ -1,8 +1,8 @@
 """Pairs and preferences with plain messages in, Arrow tables of their schemas out, and back.
 
-A plain message is a dict of its own keys alone. Arrow has the same fields in every row: those
-beside role and content lie together in `extra` as JSON (pairs), or have fields that are null where
-a message lacks them (preferences, which other programs read).
+A plain message is a dict of its own keys alone. Arrow has the same fields in every row: of pairs,
+what stands beside role and content lies together in `extra`, as JSON. Preferences, which other
+programs read, have role and content alone, or whole messages as JSON.
 """
 
 from __future__ import annotations
@@ -71,19 +71,13 @@ def _without_json(kind: pa.DataType) -> pa.DataType:
     """The type with strings for JSON: Arrow makes JSON of strings, but not of Python's values."""
     if pa.types.is_list(kind):
         return pa.list_(_without_json(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(each.name, _without_json(each.type)) for each in kind])
     return pa.string() if kind == pa.json_() else kind
 
 
 def _spelled(value: Any, kind: pa.DataType) -> Any:
     """A value with the text of what is JSON in its type."""
-    if value is None:
-        return None
-    if pa.types.is_list(kind):
+    if value is not None and pa.types.is_list(kind):
         return [_spelled(each, kind.value_type) for each in value]
-    if pa.types.is_struct(kind):
-        return {each.name: _spelled(value.get(each.name), each.type) for each in kind}
     return _json(value) if kind == pa.json_() else value
 
 

@@ -77,15 +77,15 @@ def tree(paths: Iterable[str]) -> Tree:
     """The names that are used, and inside columns of which a part is, the parts."""
     used: Tree = {}
     for path in paths:
-        used.setdefault(path, {})  # a column may have dots in its name
         here = used
         *outer, last = path.split(".")
         for step in outer:
-            if step in here and not here[step]:
+            if here.get(step) == {}:
                 break  # used as a whole
             here = here.setdefault(step, {})
         else:
             here[last] = {}
+        used[path] = {}  # a column may have dots in its name
     return used
 
 

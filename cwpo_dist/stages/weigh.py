@@ -99,8 +99,10 @@ class Shards:
         kept = list(self._preferences(rows, decisions, selection))
         wanted = {pair["pair_id"] for pair in rows if pair["split"] in self.splits}
         counts = self._counts(decisions, opinions or {}, kept)
-        keys = [key for key in self.message_keys if key != "tools"]
-        schema = preference_schema(kind_of(pairs), keys, tools="tools" in self.message_keys)
+        more = set(self.message_keys)
+        schema = preference_schema(
+            kind_of(pairs), keys=bool(more - {"tools"}), tools="tools" in more
+        )
         table = preference_table(kept, schema)
         return table, counts | {"alone": len(wanted & alone)}
 
