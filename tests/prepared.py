@@ -8,6 +8,7 @@ from typing import Any
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA, check
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.storage import Store
 
 Rows = list[dict[str, Any]]
@@ -33,7 +34,7 @@ def files(store: Store) -> dict[str, bytes]:
 
 def pairs(store: Store) -> Rows:
     names = [name for name in store.names() if name.startswith("pairs/")]
-    return [row for name in names for row in store.read_table(name).to_pylist()]
+    return [row for name in names for row in pair_rows(store.read_table(name))]
 
 
 def rejects(store: Store) -> Rows:
@@ -55,3 +56,26 @@ def add_up(counts: dict[str, Any], store: Store) -> None:
     assert sum(counts["labelled"].values()) == sum(row["label"] is not None for row in written)
     shards = [name for name in store.names() if name.startswith("pairs/")]
     assert shards == [f"pairs/part-{index:05d}.parquet" for index in range(counts["shards"])]
+
+
+def said(text: Any) -> Any:
+    """The words of a prompt or answer: of messages, all that they say."""
+    return text if isinstance(text, str) else "\n".join(each["content"] for each in text)
+
+
+def winners(store: Store) -> dict[str, Any]:
+    """By prompt: the text of the answer that the label names; `tie`, or None without a label."""
+    found = {}
+    for row in pairs(store):
+        winner = row["label"] and said(row[f"response_{row['label']}"])
+        found[said(row["prompt"])] = "tie" if row["tie"] else winner
+    return found
+
+
+def votes(store: Store) -> dict[str, Any]:
+    """By prompt: the votes of each answer by its text, and those for neither."""
+    return {
+        said(row["prompt"]): {said(row[f"response_{x}"]): row[f"votes_{x}"] for x in "ab"}
+        | {"tie": row["votes_tie"]}
+        for row in pairs(store)
+    }

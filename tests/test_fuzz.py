@@ -125,7 +125,7 @@ class Maker:
     # -- the same with labels, and as conversations
 
     def label_case(self) -> Case:
-        bad = self.pick("c", "A", 1, True, ["a"], {"a": 1}, 0, 10**400, "\ud800")
+        bad = self.pick("c", "AA", 1, True, ["a"], {"a": 1}, 0, 10**400, "\ud800")
         return _line(self._labelled() | {"label": bad}), "bad label value"
 
     def label_row(self) -> Case:
@@ -150,15 +150,22 @@ class Maker:
         last: Any = row[name][-1]
         kind = self.random.randrange(6)
         if kind < 2:
-            changes: Any = self.pick(
-                *({"role": "robot"}, {"role": None}, {"role": ["user"]}, {"content": None}),
-                *({"content": ["x"]}, {"content": {"text": "x"}}, {"content": 3}),
+            changes, reason = self.pick(
+                ({"role": "robot"}, "unknown role"),
+                ({"role": ["user"]}, "unknown role"),
+                ({"role": None}, "no message"),
+                ({"content": None}, "no content"),
+                ({"content": [3]}, "not text"),
+                ({"content": {"text": 3}}, "not text"),
+                ({"content": 3}, "not text"),
+                ({"content": [{"type": "image_url"}]}, "image, sound or video"),
             )
             row[name][-1] = last | changes
-            return _line(row), f"wrong type: {name}"
+            return _line(row), f"{reason}: {name}"
         if kind == 2:
             junk = self.pick(3, {}, [3], [None], [[last]], ["x"], DEEP)
-            return _line(row | {name: junk}), f"wrong type: {name}"
+            reason = "wrong type" if junk == 3 else "no message"
+            return _line(row | {name: junk}), f"{reason}: {name}"
         if kind == 3:
             row[name][-1] = last | {"role": self.pick("user", "system", "tool")}
             return _line(row), "no assistant turn"

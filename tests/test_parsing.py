@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from decimal import Decimal
 from typing import Any
 
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwpo_dist.pairs.parsing import FIELDS, Layout, parse
-from cwpo_dist.pairs.rejects import REMEDIES, BadRow, Reason, RejectsError, refuse_past, remedy
+from cwpo_dist.pairs.rejects import (
+    REMEDIES,
+    BadRow,
+    Reason,
+    RejectsError,
+    Tally,
+    refuse_past,
+    remedy,
+)
 
 CHOSEN = ("prompt", "chosen", "rejected", "votes_a", "votes_b")
 EITHER = ("prompt", "response_a", "response_b", "label", "votes_a", "votes_b")
@@ -201,7 +210,7 @@ REJECTS: list[tuple[Layout, Any, str]] = [
     (TEXT, row(votes_a=1, votes_b=10**300), "bad votes: votes_b"),
     (
         layout(EITHER),
-        {"prompt": "p", "response_a": "x", "response_b": "y", "label": "tie"},
+        {"prompt": "p", "response_a": "x", "response_b": "y", "label": "better"},
         "bad label value",
     ),
     (
@@ -230,11 +239,11 @@ REJECTS: list[tuple[Layout, Any, str]] = [
         "differing prefixes",
     ),
     (CHAT, row(prompt=[]), "empty prompt"),
-    (CHAT, row(prompt=[{"role": "user"}]), "wrong type: prompt"),
-    (CHAT, row(prompt=[{"role": "narrator", "content": "x"}]), "wrong type: prompt"),
-    (CHAT, row(prompt=[{"role": ["user"], "content": "x"}]), "wrong type: prompt"),
-    (CHAT, row(prompt=[{"role": "user", "content": [{"type": "text"}]}]), "wrong type: prompt"),
-    (CHAT, row(chosen={"role": "assistant", "content": "x"}), "wrong type: chosen"),
+    (CHAT, row(prompt=[{"role": "user"}]), "no message: prompt"),
+    (CHAT, row(prompt=[{"role": "narrator", "content": "x"}]), "unknown role: prompt"),
+    (CHAT, row(prompt=[{"role": ["user"], "content": "x"}]), "unknown role: prompt"),
+    (CHAT, row(prompt=[{"role": "user", "content": [{"type": "text"}]}]), "not text: prompt"),
+    (CHAT, row(prompt=[{"role": "user", "content": None}]), "no content: prompt"),
     (
         CHAT,
         row(rejected=[{"role": "assistant", "content": SURROGATE}]),
@@ -307,7 +316,8 @@ def test_every_reason_has_a_remedy() -> None:
 
 
 def test_too_many_rejects_name_reasons_fields_and_remedies() -> None:
-    rejects = {"missing field: chosen": 7, "malformed line": 2, "identical answers": 1}
+    reasons = {"missing field: chosen": 7, "malformed line": 2, "identical answers": 1}
+    rejects = Tally(Counter(reasons))
     refuse_past(0.1, rejects, rows_in=100, pairs=90, folder="out")
     with pytest.raises(RejectsError) as caught:
         refuse_past(0.09, rejects, rows_in=100, pairs=90, folder="out")

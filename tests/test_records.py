@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cwpo_dist.pairs.records import SCORE_SCHEMA, RecordError, read_pairs, read_records
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.storage import Store
 
 SCORE = {"pair_id": ["p"], "annotator": ["x"], "score_a": [1.0], "score_b": [2.0]}
@@ -42,7 +43,7 @@ def test_pairs_are_text_or_messages(tmp_path: Path) -> None:
     for name, prompt in (("text", ["Hi"]), ("messages", messages)):
         store.create_table(f"{name}.parquet", pa.table({"pair_id": ["p"], "prompt": prompt}))
         table = read_pairs(store, f"{name}.parquet", ["pair_id", "prompt"])
-        assert table["prompt"].to_pylist() == prompt
+        assert [row["prompt"] for row in pair_rows(table)] == prompt
     store.create_table("numbers.parquet", pa.table({"pair_id": ["p"], "prompt": [None]}))
     with pytest.raises(RecordError, match="split"):
         read_pairs(store, "numbers.parquet", ["pair_id", "split"])

@@ -126,7 +126,13 @@ def test_a_training_pair_without_a_label_is_unlabelled(
 
 
 def copy(label: str | None, votes_a: int | None = None, votes_b: int | None = None) -> Any:
-    return {"pair_id": "x", "label": label, "votes_a": votes_a, "votes_b": votes_b}
+    votes = {"votes_a": votes_a, "votes_b": votes_b, "votes_tie": None}
+    return {
+        "pair_id": "x",
+        "label": None if label == "tie" else label,
+        "tie": label == "tie",
+        **votes,
+    }
 
 
 @pytest.mark.parametrize(
@@ -138,13 +144,17 @@ def copy(label: str | None, votes_a: int | None = None, votes_b: int | None = No
         ([copy(None), copy("b", 1, 4), copy("b")], "b", (1, 4), False),
         ([copy(None), copy(None)], None, (None, None), False),
         ([copy(None, 0, 0), copy(None)], None, (0, 0), False),
+        ([copy("tie"), copy("tie", 1, 1)], "tie", (1, 1), False),
+        ([copy("tie"), copy("a")], None, (None, None), True),
+        ([copy(None), copy("tie")], "tie", (None, None), False),
     ],
 )
 def test_duplicates_add_their_votes_and_must_agree(
     copies: Any, label: str | None, votes: Any, conflict: bool
 ) -> None:
     merged, conflicting = merge(copies)
-    assert merged["label"] == label
+    assert ("tie" if merged["tie"] else merged["label"]) == label
+    assert not merged["tie"] or merged["label"] is None
     assert (merged["votes_a"], merged["votes_b"]) == votes
     assert conflicting is conflict
 

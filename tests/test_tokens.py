@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, fit_length, load_tokenizer
 
 BOS, EOS = 0, 1
 quick = settings(max_examples=80)
@@ -269,9 +272,70 @@ def test_tiny_template_is_like_smollm2s():
 
 def test_many_pairs_at_once_are_the_same_pairs_one_by_one():
     encoder = Encoder(tiny_tokenizer(), "plain")
-    good = [("Question: ", ("a longer answer", "the")), ("Q", ("x", "y and z"))]
+    good = [Asked("Question: ", ("a longer answer", "the")), Asked("Q", ("x", "y and z"))]
     bad = ("", [{"role": "assistant", "content": "a message"}])
-    found = encoder.encode_all([good[0], ("mixed", bad), good[1]])
+    found = encoder.encode_all([good[0], Asked("mixed", bad), good[1]])
     assert [found[0], found[2]] == [encoder.encode(*pair) for pair in good]
     assert isinstance(found[1], TokenError)
     assert encoder.encode_all([]) == []
+
+
+TOOL = {"type": "function", "function": {"name": "stops", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "stops", "arguments": {"near": "Zoo"}}}
+TOOL_TALK = [
+    {"role": "system", "content": "You know the trams."},
+    {"role": "user", "content": "Which stop is near?", "name": "Ada"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Ask."},
+    {"role": "tool", "content": "Zoo Gate", "name": "stops", "tool_call_id": "1"},
+]
+STOCK = Path(find_spec("trl").submodule_search_locations[0] if find_spec("trl") else "")
+TEMPLATES = sorted(path.name for path in (STOCK / "chat_templates").glob("*[!_training].jinja"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tools_calls_and_reasoning_are_rendered_as_the_stock_template_does(name):
+    encoder = Encoder(tiny_tokenizer(add_bos=False), str(STOCK / "chat_templates" / name))
+    answers = [
+        [{"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        [{"role": "assistant", "content": "Zoo Gate.", "reasoning_content": "It says so."}],
+    ]
+    for answer in answers:
+        talk = [*TOOL_TALK, *answer]
+        try:
+            stock = encoder.tokenizer.apply_chat_template(talk, tools=[TOOL], return_dict=False)
+        except (TemplateError, TypeError, ValueError):
+            with pytest.raises(TokenError, match="the chat template refused"):
+                encoder.encode(TOOL_TALK, [answer], [TOOL])
+            continue
+        row = encoder.encode(TOOL_TALK, [answer], [TOOL])
+        ours = [*row.prompt, *row.answers[0][:-1]]  # less the EOS that is ours
+        assert ours == stock[: len(ours)]
+        assert len(stock) - len(ours) < 30  # what the template writes behind an answer
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="trl is not installed")
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "glm4moe"])
+def test_tools_and_earlier_calls_reach_the_prompt(name):
+    encoder = Encoder(tiny_tokenizer(add_bos=False), str(STOCK / f"chat_templates/{name}.jinja"))
+    row = encoder.encode(TOOL_TALK, [assistant("Zoo Gate.")], [TOOL])
+    text = encoder.tokenizer.decode(row.prompt)
+    assert text.count("stops") >= 2  # the tool, and the call of it
+    assert "Zoo Gate" in text
+    assert "None" not in text
+
+
+def test_the_plain_template_writes_calls_and_no_null():
+    call = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    row = plain.encode(user("Which stop?"), [call, assistant("Zoo")], [TOOL])
+    text = plain.tokenizer.decode([*row.prompt, *row.answers[0]])
+    assert "None" not in text
+    assert text.startswith(f"<s>\n\nTools: {json.dumps([TOOL])}\n\nHuman: Which stop?")
+    assert json.dumps([CALL]) in text
+
+
+def test_a_template_that_cannot_add_a_null_refuses_the_pair(tmp_path):
+    path = tmp_path / "adds.jinja"
+    path.write_text("{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}")
+    encoder = Encoder(tiny_tokenizer(), str(path))
+    with pytest.raises(TokenError, match="the chat template refused roles user, assistant"):
+        encoder.encode(user("x"), [[{"role": "assistant", "content": None, "tool_calls": [CALL]}]])

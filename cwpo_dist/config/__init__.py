@@ -1,7 +1,7 @@
 """What a run is told: one typed, frozen section a stage, each field with its default."""
 
 from cwpo_dist.config.base import ConfigError, Fraction, PositiveFloat, PositiveInt, Section, Split
-from cwpo_dist.config.data import PrepareConfig, Source
+from cwpo_dist.config.data import LabelColumn, PrepareConfig, Source
 from cwpo_dist.config.models import LoraConfig, ModelConfig
 from cwpo_dist.config.run import ARMS, TRAINING, Arm, CompareConfig, Config, Grid, WeighConfig
 from cwpo_dist.config.scoring import (
@@ -26,6 +26,7 @@ __all__ = [
     "FitConfig",
     "Fraction",
     "Grid",
+    "LabelColumn",
     "LoraConfig",
     "ModelConfig",
     "Pool",

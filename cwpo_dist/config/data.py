@@ -4,9 +4,37 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cwpo_dist.config.base import Fraction, PositiveFloat, PositiveInt, Section
+
+LabelValue = bool | int | float | str
+
+
+class LabelColumn(Section):
+    """Where labels stand, and what their values mean."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    columns: str | list[str] = Field(
+        alias="from", description="their column; several, one an annotator: the majority counts"
+    )
+    a: LabelValue | list[LabelValue] | None = Field(None, description="response_a is better")
+    b: LabelValue | list[LabelValue] | None = Field(None, description="response_b is better")
+    tie: LabelValue | list[LabelValue] | None = Field(None, description="neither is better")
+    none: LabelValue | list[LabelValue] | None = Field(None, description="nobody judged")
+
+    def values(self) -> dict[str, list[LabelValue]]:
+        """a, b, tie, none → the values that mean it; empty where they are to be found."""
+        given = {name: getattr(self, name) for name in ("a", "b", "tie", "none")}
+        return {
+            name: value if isinstance(value, list) else [value]
+            for name, value in given.items()
+            if value is not None
+        }
+
+
+_MAP = {"from", "a", "b", "tie", "none"}
 
 
 class Source(Section):
@@ -21,11 +49,10 @@ class Source(Section):
         "else train",
     )
     revision: str | None = Field(None, description="commit of a hub data set")
-    columns: dict[str, str] = Field(
+    columns: dict[str, str | LabelColumn | None] = Field(
         default_factory=dict,
-        description="our name → theirs, for prompt, chosen, rejected, response_a, response_b, "
-        "label, votes_a, votes_b, weight, confidence, score_a and score_b (beside chosen and "
-        "rejected: score_chosen and score_rejected)",
+        description="our name → theirs (a.b.0 inside nested ones), or null: not to be read; for "
+        "label also {from: …, a: …, b: …, tie: …}. docs/data.md has the names",
     )
     format: Literal["auto", "text", "conversational", "hh"] = Field(
         "auto", description="hh: transcripts '\\n\\nHuman: … \\n\\nAssistant: …'"
@@ -34,6 +61,22 @@ class Source(Section):
         None, description="every row of this source goes to this side; null: split by hash"
     )
     limit: PositiveInt | None = Field(None, description="read at most this many rows")
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _spelled(cls, columns: Any) -> Any:
+        """Says what a column is, where pydantic would say it of each kind that it could be."""
+        for name, given in columns.items() if isinstance(columns, dict) else ():
+            is_map = isinstance(given, dict) and "from" in given and given.keys() <= _MAP
+            if not (given is None or isinstance(given, str | LabelColumn) or is_map):
+                raise ValueError(
+                    f"{name}: {given!r}; give a column's name, or null, or for label "
+                    "{from: column, a: value, b: value, tie: value, none: value}"
+                )
+            said = {key for key in given if given[key] is not None} if is_map else set()
+            if said - {"from"} and not {"a", "b"} <= said:
+                raise ValueError(f"{name}: {given!r}; give what means a and what means b, or none")
+        return columns
 
 
 class PrepareConfig(Section):

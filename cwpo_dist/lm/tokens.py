@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,19 +17,40 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.loading import ModelError, model_path
 from cwpo_dist.lm.rows import Row
 
-__all__ = ["Encoder", "Messages", "Row", "Text", "TokenError", "fit_length", "load_tokenizer"]
+__all__ = [
+    "Asked",
+    "Encoder",
+    "Messages",
+    "Row",
+    "Text",
+    "TokenError",
+    "fit_length",
+    "load_tokenizer",
+]
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]
 Text = str | Messages
+Tools = list[dict[str, Any]] | None
+
+
+class Asked(NamedTuple):
+    """A prompt, its answers, and the tools that the template is given beside them."""
+
+    prompt: Text
+    answers: Sequence[Text]
+    tools: Tools = None
+
 
 PAD_TOKEN = "<|pad|>"
 # Anthropic's HH transcripts. Text under 'plain' is prompt + answer, and never meets it.
 PLAIN_TEMPLATE = (
+    "{% if tools %}{{ '\n\nTools: ' }}{{ tools | tojson }}{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '\n\nHuman: ' }}"
     "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' }}"
     "{% else %}{{ '\n\n' + message['role'] | capitalize + ': ' }}{% endif %}"
-    "{{ message['content'] }}"
+    "{{ message['content'] or '' }}"
+    "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
@@ -104,32 +125,33 @@ class Encoder:
         self.eos_id = _id_of(tokenizer, eos)
         self.bos_id = _bos_id(tokenizer)
 
-    def encode(self, prompt: Text, answers: Sequence[Text]) -> Row:
+    def encode(self, prompt: Text, answers: Sequence[Text], tools: Tools = None) -> Row:
         """One row: the tokens all answers share, and each answer's own.
 
         Args:
-            prompt: text, or a list of role/content messages.
+            prompt: text, or a list of messages: role, content, and what else templates read.
             answers: one or two, of the prompt's kind.
+            tools: what the template is given beside the messages.
 
         Raises:
             TokenError: for a prompt without tokens, mixed kinds, or messages that the template
                 refuses.
         """
-        (row,) = self.encode_all([(prompt, answers)])
+        (row,) = self.encode_all([Asked(prompt, answers, tools)])
         if isinstance(row, TokenError):
             raise row
         return row
 
-    def encode_all(self, pairs: Sequence[tuple[Text, Sequence[Text]]]) -> list[Row | TokenError]:
+    def encode_all(self, pairs: Sequence[Asked]) -> list[Row | TokenError]:
         """The rows of many pairs, tokenised in one call that may use several cores.
 
         Args:
-            pairs: prompt and answers of each, as for `encode`.
+            pairs: prompt, answers and tools of each, as for `encode`.
 
         Returns:
             A row for each pair, or the error that `encode` would raise.
         """
-        rendered = [self._rendered(prompt, answers) for prompt, answers in pairs]
+        rendered = [self._rendered(pair) for pair in pairs]
         texts = [text for each in rendered if not isinstance(each, TokenError) for text in each]
         ids = iter(self._tokens(texts))
         found: list[Row | TokenError] = []
@@ -140,15 +162,16 @@ class Encoder:
                 found.append(_row(each, [next(ids) for _ in each], self.eos_id))
         return found
 
-    def _rendered(self, prompt: Text, answers: Sequence[Text]) -> list[str] | TokenError:
+    def _rendered(self, pair: Asked) -> list[str] | TokenError:
         """The prompt as text, up to where an answer is asked for, and each conversation."""
+        prompt, answers, tools = pair
         try:
-            conversations = [self._without_eos(self._render(prompt, answer)) for answer in answers]
-            return [self._render(prompt, None), *conversations]
+            whole = [self._without_eos(self._render(prompt, each, tools)) for each in answers]
+            return [self._render(prompt, None, tools), *whole]
         except TokenError as error:
             return error
 
-    def _render(self, prompt: Text, answer: Text | None) -> str:
+    def _render(self, prompt: Text, answer: Text | None, tools: Tools = None) -> str:
         """The conversation as text; without an answer, up to where one is asked for."""
         if isinstance(prompt, str) != isinstance(prompt if answer is None else answer, str):
             raise TokenError("prompt and answer: one is text, one a list of messages; use one kind")
@@ -158,9 +181,9 @@ class Encoder:
         messages = [*_messages(prompt, "user"), *reply]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer is None
+                messages, tools=tools, tokenize=False, add_generation_prompt=answer is None
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # it may add text to a null
             roles = ", ".join(message["role"] for message in messages)
             raise TokenError(f"prompt: the chat template refused roles {roles}: {error}") from error
         return str(rendered)
@@ -283,10 +306,9 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return token_id
 
 
-def _messages(text: Text, role: str) -> list[dict[str, str]]:
-    if isinstance(text, str):
-        return [{"role": role, "content": text}]
-    return [{"role": message["role"], "content": message["content"]} for message in text]
+def _messages(text: Text, role: str) -> list[dict[str, Any]]:
+    """Messages with all their keys, for a template may read any of them."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
 
 
 def _common_prefix(sequences: Sequence[list[int]]) -> int:

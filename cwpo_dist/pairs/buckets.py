@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs import keep, numbers, pieces
-from cwpo_dist.pairs.records import Kind, pair_schema, unit_hash
+from cwpo_dist.pairs.records import TEXTS, Kind, pair_schema, unit_hash
 from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
-from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, is_tie, leaks, merge, split_of
+from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, VOTES, leaks, merge, split_of
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.storage import Store
 
 LEAKS = "work/leaks"
@@ -31,9 +32,9 @@ COUNTS = "work/counts"
 SUMMARIES = "work/buckets"
 
 TRAINING = ("labelled", "unlabelled")
-_VOTED = ["label", "votes_a", "votes_b"]
+_VOTED = ["label", "tie", *VOTES]
 _DIFFER = [*_VOTED, *numbers.RECORD]  # what copies of one pair may differ in
-_DECIDES = ("side", "in_labelled_part", *_VOTED)  # … a split
+_DECIDES = ("side", "in_labelled_part", "label", "tie")  # … a split
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class BucketSummary:
     merged_duplicates: int = 0
     conflicting_labels: int = 0
     conflicting_numbers: int = 0
+    ties: int = 0
     shards: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     splits: dict[Split, int] = field(default_factory=dict)
@@ -119,7 +121,7 @@ def write_bucket(store: Store, bucket: int, shards: Shards) -> None:
         return
     rows = _bucket_rows(store, bucket)
     staying, leaking = _without_leaks(rows, _kept_on(store, rows["prompt_hash"]))
-    rejects = [_reject(row) for row in leaking.to_pylist()]
+    rejects = [_reject(row) for row in pair_rows(leaking)]
     write_rejects(store, f"part-leak-{bucket:05d}.parquet", rejects)
     pairs, conflicts, differing = _merge_copies(staying)
     table = _as_pairs(pairs, shards)
@@ -128,6 +130,7 @@ def write_bucket(store: Store, bucket: int, shards: Shards) -> None:
         merged_duplicates=staying.num_rows - pairs.num_rows,
         conflicting_labels=conflicts,
         conflicting_numbers=differing,
+        ties=pc.sum(table["tie"]).as_py() or 0,
         shards=_write_shards(store, table, shards, shards.first[bucket]),
         rejects=dict(Counter(reject.reason for reject in rejects)),
         splits=dict(Counter(table["split"].to_pylist())),
@@ -178,7 +181,7 @@ def _without_leaks(rows: pa.Table, kept_on: Mapping[str, int]) -> tuple[pa.Table
 
 
 def _reject(row: Mapping[str, Any]) -> Reject:
-    shown = ("pair_id", "prompt", "response_a", "response_b", *_VOTED)
+    shown = ("pair_id", *TEXTS, "tools", *_VOTED)
     own = {name: row[name] for name in numbers.RECORD if row[name] is not None}
     text = row_text({name: row[name] for name in shown} | own)
     return Reject(row["reason"], row["origin"], row["position"], text)
@@ -224,8 +227,8 @@ def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
     """Merged rows as the pair record has them."""
     decided = zip(*(rows[name].to_pylist() for name in _DECIDES), strict=True)
     splits = [
-        split_of(SIDES[side], part, label, learned_tie=shards.learn_ties and is_tie(label, *votes))
-        for side, part, label, *votes in decided
+        split_of(SIDES[side], part, label, learned_tie=shards.learn_ties and tie)
+        for side, part, label, tie in decided
     ]
     columns = {name: rows[name] for name in rows.column_names} | {
         "split": pa.array(splits, pa.string())

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.parsing import ParsedPair, parse
-from cwpo_dist.pairs.pieces import Piece
+from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import content_hash
-from cwpo_dist.pairs.rejects import BadRow, Reason
+from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import SplitRule, is_tie, split_of
+from cwpo_dist.pairs.splits import SplitRule, split_of
+from cwpo_dist.pairs.unread import Unread, columnar, tree
+
+LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Census:
         files: inputs to read.
         damaged: those of them that were found damaged, with why.
         remarks: what should be known of the sources, a line each: what they leave out.
+        tally: why rows of those that were read are set aside.
+        sources: of each source, its path and how its rows are read.
+        unread: of each source, what of the rows that were read nothing reads.
+        ties: pairs of those that were read whose answers people found equal.
     """
 
     splits: Mapping[str, int]
@@ -52,6 +59,22 @@ class Census:
     files: int = 0
     damaged: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    tally: Tally = field(default_factory=Tally)
+    sources: tuple[tuple[str, str], ...] = ()
+    unread: tuple[Unread, ...] = ()
+    ties: int = 0
+
+    def sentences(self) -> Iterator[str]:
+        """How rows are read, what of them is not, and why some are set aside, for people."""
+        of = "" if self.exact else " (of the rows that were read)"
+        for (source, how), unread in zip(self.sources, self.unread, strict=True):
+            yield f"{source}: reads {how}"
+            for sentence in unread.sentences():
+                yield f"{source}: {sentence}{of}"
+        if self.tally.reasons:
+            yield "\n".join([f"rows that are set aside{of}:", *self.tally.lines()])
+        if self.ties:
+            yield f"{self.ties:,} pairs{of} are ties, kept without a label"
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
@@ -81,34 +104,41 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     rule = SplitRule(
         seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
     )
-    found = _Counts()
-    rejects = 0
+    found, tally, kept = _Counts(), Tally(), list[ParsedPair]()
     damaged: dict[str, str] = {}
-    kept: list[ParsedPair] = []
     draw = random.Random(seed)
     planned = plan(config)
-    reading = _Reading(planned.pieces, seconds)
-    for piece, part, raw in reading:
+    pieces = planned.pieces
+    reading = _Reading(pieces, seconds)
+    unread = [Unread() for _ in pieces]
+    used = [tree(piece.layout.paths) for piece in pieces]
+    for k, part, raw in reading:
+        piece = pieces[k]
+        unread[k].note(raw.value, used[k])
         if raw.fault is Reason.DAMAGED:
             damaged[str(part)] = raw.as_text()
         try:
             if raw.fault is not None:
                 raise BadRow(raw.fault)
             pair = parse(raw.value, piece.layout)
-        except BadRow:
-            rejects += 1
+        except BadRow as bad:
+            tally.add(bad.reason, bad.found)
             continue
+        unread[k].note_keys(pair.unread)
         found.add(pair, _split(pair, piece, rule, learn_ties=config.ties == "labelled"))
         _keep(kept, pair, draw, found.pairs.total(), sample)
+    for k, piece in enumerate(pieces):
+        for part in piece.parts if columns_of(piece) else ():
+            unread[k].add(columnar(part, used[k], LOOKED_AT))
 
     def scaled(counted: Mapping[str, int]) -> dict[str, int]:
         return {name: round(count * reading.scale) for name, count in counted.items()}
 
-    there = {own for piece in reading.pieces for own in numbers.kinds(piece.layout.columns)}
+    there = {own for piece in pieces for own in numbers.kinds(piece.layout.columns)}
     return Census(
         scaled(found.pairs),
         scaled(found.labelled),
-        round(rejects * reading.scale),
+        round(tally.reasons.total() * reading.scale),
         reading.complete,
         tuple(kept),
         own={own: scaled(found.own[own]) for own in numbers.COLUMNS if own in there},
@@ -117,6 +147,10 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         files=reading.files,
         damaged=damaged,
         remarks=planned.remarks,
+        tally=tally,
+        sources=tuple((piece.source, piece.layout.described()) for piece in pieces),
+        unread=tuple(unread),
+        ties=found.ties,
     )
 
 
@@ -129,20 +163,22 @@ class _Counts:
         self.own: dict[numbers.Own, Counter[str]] = {own: Counter() for own in numbers.COLUMNS}
         self.void: Counter[str] = Counter()
         self.most_weight = 0.0
+        self.ties = 0
 
     def add(self, pair: ParsedPair, split: str) -> None:
-        own = pair.numbers
+        own, labelled = pair.numbers, pair.label in ("first", "second")
         self.pairs[split] += 1
-        self.labelled[split] += pair.label is not None
+        self.labelled[split] += labelled
+        self.ties += pair.label == "tie"
         self.void.update(own.void)
         self.most_weight = max(self.most_weight, own.weight or 0.0)
         record = {"weight": own.weight, "confidence": own.confidence, "score_a": own.score_first}
-        for kind in numbers.usable(record | {"label": pair.label}):
+        for kind in numbers.usable(record | {"label": pair.label if labelled else None}):
             self.own[kind][split] += 1
 
 
 class _Reading:
-    """The rows of all pieces until time is up; then `scale` says what share that was."""
+    """The rows of all pieces, each with its piece's number, until time is up; `scale` then."""
 
     def __init__(self, pieces: tuple[Piece, ...], seconds: float) -> None:
         self.pieces = pieces
@@ -150,18 +186,18 @@ class _Reading:
         self.complete = True
         self.size_done = 0
 
-    def __iter__(self) -> Iterator[tuple[Piece, Part, RawRow]]:
-        for piece in self.pieces:
+    def __iter__(self) -> Iterator[tuple[int, Part, RawRow]]:
+        for number, piece in enumerate(self.pieces):
             left = piece.limit
             for part in piece.parts:
-                for raw in read(part, piece.layout.needed):
+                for raw in read(part, columns_of(piece)):
                     if left == 0:
                         break
                     if time.monotonic() > self.deadline:
                         self.complete = False
                         return
                     left = None if left is None else left - 1
-                    yield piece, part, raw
+                    yield number, part, raw
                 self.size_done += part.size
 
     @property
@@ -183,8 +219,10 @@ class _Reading:
 
 def _split(pair: ParsedPair, piece: Piece, rule: SplitRule, *, learn_ties: bool) -> str:
     key = content_hash(pair.prompt) if pair.group is None else pair.group
-    tie = learn_ties and is_tie(pair.label, pair.votes_first, pair.votes_second)
-    return split_of(rule.side(key, piece.into), rule.is_labelled(key), pair.label, learned_tie=tie)
+    side, drawn = rule.side(key, piece.into), rule.is_labelled(key)
+    if pair.label == "tie":
+        return split_of(side, drawn, None, learned_tie=learn_ties)
+    return split_of(side, drawn, pair.label)
 
 
 def _keep(

@@ -5,142 +5,115 @@ A source's `Layout` says how its rows spell a pair. Three spellings are read:
 - text: `prompt` and both answers are strings, kept as they are. Without a prompt column, answers
   are transcripts, cut after their last "\n\nAssistant:".
 - hh: transcripts "\n\nHuman: … \n\nAssistant: …" become conversations, contents stripped.
-- conversational: lists of {role, content}. Answers are whole conversations, or continue `prompt`.
-  Strings become one user message (the prompt) and one assistant message (an answer).
+- conversational: messages in any of the spellings of `messages`. Answers are whole conversations,
+  or continue `prompt`. Strings become one user message (the prompt) and one assistant message (an
+  answer).
 
 In a conversation the prompt is all messages before the last one of each answer, which must be an
-assistant message; both answers must have the same messages before it.
+assistant message; both answers must have the same messages before it. A system column stands in
+front of it all.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import date, datetime, time
 from decimal import Decimal
-from functools import cached_property, partial
+from functools import partial
 from math import isfinite
 from typing import Any, Literal
 
-from cwpo_dist.pairs.numbers import NO_NUMBERS, NUMBER_FIELDS, Numbers, own_numbers
-from cwpo_dist.pairs.records import Kind, canonical
-from cwpo_dist.pairs.rejects import BadRow, Reason
+from cwpo_dist.pairs.formats import ANSWER_MARK, is_transcript
+from cwpo_dist.pairs.judging import judged
+from cwpo_dist.pairs.layout import FIELDS, Format, Layout, answer_fields
+from cwpo_dist.pairs.messages import MessageReader, as_json, checked, has_words
+from cwpo_dist.pairs.numbers import NO_NUMBERS, Numbers, own_numbers
+from cwpo_dist.pairs.records import Message, Text, Tools, canonical
+from cwpo_dist.pairs.rejects import BadRow, Reason, shown
+from cwpo_dist.pairs.written import decoded, is_turns, messages_in
 
-Format = Literal["text", "conversational", "hh"]
-Message = dict[str, str]
-Text = str | list[Message]
+__all__ = ["FIELDS", "Format", "Layout", "ParsedPair", "answer_fields", "is_transcript", "parse"]
 
-FIELDS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "response_a",
-    "response_b",
-    "label",
-    "votes_a",
-    "votes_b",
-    *NUMBER_FIELDS,
-)
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-MAX_VOTES = 1_000_000
-
-_ANSWER_MARK = "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _WHOLE = re.compile(r"-?\d+\.0+", re.ASCII)
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the rows of one source spell a pair.
+class ParsedPair:
+    """A pair in its source's order.
 
     Attributes:
-        columns: our field → their column, for each field the source has.
-        format: what prompts and answers are.
-        kind: what the run's pairs are; text rows of a conversational run become messages.
-        group: the column whose value decides the split; None: the prompt decides.
-        keep: columns that are carried along.
+        prompt: text or messages, as the answers are.
+        first: chosen, or response_a.
+        second: rejected, or response_b.
+        label: the better one, a tie, or None where nobody said.
+        votes_first: for the first answer; None where nobody counted.
+        votes_second: for the second.
+        votes_tie: for neither.
+        tools: what the conversation could call.
+        group: what decides the split in place of the prompt.
+        kept: the columns that are carried along.
+        unread: what its messages hold and nothing reads.
     """
-
-    columns: Mapping[str, str]
-    format: Format
-    kind: Kind
-    group: str | None = None
-    keep: tuple[str, ...] = ()
-
-    @property
-    def answers(self) -> tuple[str, str]:
-        """The fields of the two answers: chosen and rejected, or response_a and response_b."""
-        return answer_fields(self.columns)
-
-    @property
-    def needed(self) -> set[str]:
-        """Their columns that parsing reads."""
-        return {*self.columns.values(), *self.keep, *([self.group] if self.group else [])}
-
-    @cached_property
-    def has_numbers(self) -> bool:
-        """Whether any of its columns holds a pair's own numbers."""
-        return not self.columns.keys().isdisjoint(NUMBER_FIELDS)
-
-    def value(self, row: Mapping[str, Any], name: str) -> Any:
-        """What stands in a field; null where the source has no such field."""
-        return row.get(self.columns[name]) if name in self.columns else None
-
-
-@dataclass(frozen=True)
-class ParsedPair:
-    """A pair in its source's order; votes_first are the votes for the first answer."""
 
     prompt: Text
     first: Text
     second: Text
-    label: Literal["first", "second"] | None
+    label: Literal["first", "second", "tie"] | None
     votes_first: int | None = None
     votes_second: int | None = None
+    votes_tie: int | None = None
     numbers: Numbers = NO_NUMBERS
+    tools: Tools | None = None
     group: str | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
 
-
-def answer_fields(columns: Mapping[str, str]) -> tuple[str, str]:
-    """The pair of answer fields that a source has; chosen/rejected where it has both."""
-    both = "chosen" in columns and "rejected" in columns
-    return ("chosen", "rejected") if both else ("response_a", "response_b")
-
-
-def is_transcript(value: Any) -> bool:
-    """True for a string in the spelling of HH transcripts."""
-    return isinstance(value, str) and value.lstrip().startswith("Human:") and _ANSWER_MARK in value
+    @property
+    def voted_against(self) -> bool:
+        """Whether more people voted for the other answer than for the one that the label names."""
+        a, b = self.votes_first or 0, self.votes_second or 0
+        return (self.label == "first" and b > a) or (self.label == "second" and a > b)
 
 
 def parse(row: Any, layout: Layout) -> ParsedPair:
     """Reads one row.
 
     Raises:
-        BadRow: with the reason and the field at fault.
+        BadRow: with the reason and the field at fault, and what was found there.
     """
     if not isinstance(row, Mapping):
         raise BadRow(Reason.NOT_MAPPING)
-    prompt, first, second = _texts(row, layout)
+    for name in layout.media:
+        if row.get(name) not in (None, "", []):
+            raise BadRow(Reason.MEDIA, name)
+    reader = MessageReader(nulls_are_absent=layout.nulls_are_absent)
+    prompt, first, second = _texts(row, layout, reader)
     _refuse_empty(prompt, first, second, layout)
+    verdict = judged(row, layout, lambda: _turned(row, layout, reader, (first, second)))
     return ParsedPair(
-        prompt,
+        _with_system(prompt, row, layout),
         first,
         second,
-        _label(row, layout),
-        *_votes(row, layout),
+        verdict.label,
+        verdict.votes_first,
+        verdict.votes_second,
+        verdict.votes_tie,
         numbers=_numbers(row, layout),
+        tools=reader.tools(layout.optional(row, "tools")) if "tools" in layout.columns else None,
         group=_group(row, layout),
-        kept={name: _kept(row.get(name), name) for name in layout.keep},
+        kept={name: as_json(row.get(name), name) for name in layout.keep},
+        unread=frozenset(reader.unread),
     )
 
 
-def _texts(row: Mapping[str, Any], layout: Layout) -> tuple[Text, Text, Text]:
+def _texts(
+    row: Mapping[str, Any], layout: Layout, reader: MessageReader
+) -> tuple[Text, Text, Text]:
     if layout.format == "conversational":
-        return _from_messages(row, layout)
+        return _from_messages(row, layout, reader)
     if layout.format == "hh":
         return _from_transcripts(row, layout)
     prompt, first, second = _from_text(row, layout)
@@ -150,28 +123,41 @@ def _texts(row: Mapping[str, Any], layout: Layout) -> tuple[Text, Text, Text]:
 
 
 def _from_text(row: Mapping[str, Any], layout: Layout) -> tuple[str, str, str]:
-    first, second = (_string(row, layout, name) for name in layout.answers)
+    first, second = (_string(layout.present(row, name), layout, name) for name in layout.answers)
     if "prompt" in layout.columns:
-        return _string(row, layout, "prompt"), first, second
+        return _string(_prompt(row, layout), layout, "prompt"), first, second
     prompts, answers = zip(*(_cut(text) for text in (first, second)), strict=True)
     if prompts[0] != prompts[1]:
         raise BadRow(Reason.PREFIXES)
     return prompts[0], answers[0], answers[1]
 
 
+def _prompt(row: Mapping[str, Any], layout: Layout) -> Any:
+    """What stands in the prompt's column; an input, where there is one, below the instruction."""
+    more = layout.optional(row, "input")
+    if more is None:
+        return layout.present(row, "prompt")
+    value = layout.optional(row, "prompt")
+    both = [value, more] if value is not None else [more]
+    for name, text in zip(("input", "prompt"), reversed(both), strict=False):
+        if not isinstance(text, str):
+            raise BadRow(Reason.TYPE, name, shown(text))
+    return "\n".join(both)
+
+
 def _cut(transcript: str) -> tuple[str, str]:
     """Prompt (with the mark at its end) and answer of a transcript that stays text."""
-    prompt, mark, answer = transcript.rpartition(_ANSWER_MARK)
+    prompt, mark, answer = transcript.rpartition(ANSWER_MARK)
     if not mark or _TURN.search(answer):
         raise BadRow(Reason.NO_ASSISTANT)
     return prompt + mark, answer
 
 
 def _from_transcripts(row: Mapping[str, Any], layout: Layout) -> tuple[Text, Text, Text]:
-    texts = [_string(row, layout, name) for name in layout.answers]
+    texts = [_string(layout.present(row, name), layout, name) for name in layout.answers]
     if "prompt" in layout.columns:
-        prompt = _string(row, layout, "prompt").rstrip()
-        prompt = prompt if prompt.endswith(_ANSWER_MARK) else prompt + _ANSWER_MARK
+        prompt = _string(_prompt(row, layout), layout, "prompt").rstrip()
+        prompt = prompt if prompt.endswith(ANSWER_MARK) else prompt + ANSWER_MARK
         texts = [text if text.startswith(prompt) else f"{prompt} {text}" for text in texts]
     first, second = (_turns(text) for text in texts)
     return _same_context(first, second)
@@ -187,25 +173,91 @@ def _turns(transcript: str) -> list[Message]:
     ]
 
 
-def _from_messages(row: Mapping[str, Any], layout: Layout) -> tuple[Text, Text, Text]:
-    prompt = _messages(row, layout, "prompt", "user") if "prompt" in layout.columns else None
-    whole = (_whole(row, layout, name, prompt) for name in layout.answers)
+def _from_messages(
+    row: Mapping[str, Any], layout: Layout, reader: MessageReader
+) -> tuple[Text, Text, Text]:
+    cells = {name: _unwritten(layout.present(row, name), layout, name) for name in layout.answers}
+    asked: Any = None
+    if "prompt" in layout.columns:
+        asked = _unwritten(_prompt(row, layout), layout, "prompt")
+    if is_turns(asked):
+        return _same_context(*(_of_turns(asked, cells[name], name) for name in layout.answers))
+    first, second = (reader.read(cells[name], name, "assistant") for name in layout.answers)
+    earlier = _history(row, layout)
+    if asked is None:
+        return _same_context(*(earlier + each for each in _with_one_context(first, second)))
+    prompt = earlier + reader.read(asked, "prompt", "user")
+    if prompt in (first, second):  # a column with the whole of one conversation says nothing new
+        return _same_context(*_with_one_context(first, second))
+    whole = (_whole(each, prompt, isinstance(asked, str)) for each in (first, second))
     return _same_context(*whole)
 
 
-def _whole(
-    row: Mapping[str, Any], layout: Layout, name: str, prompt: list[Message] | None
-) -> list[Message]:
-    """The whole conversation that ends in the answer `name`."""
-    answer = _messages(row, layout, name, "assistant")
-    if prompt is None or answer[: len(prompt)] == prompt:
+def _whole(answer: list[Message], prompt: list[Message], as_text: bool) -> list[Message]:
+    """The whole conversation that ends in an answer."""
+    if answer[: len(prompt)] == prompt:
         return answer
-    if isinstance(row[layout.columns["prompt"]], str) and answer[0]["role"] != "assistant":
+    if as_text and answer[0]["role"] != "assistant":
         # Beside whole conversations, a prompt given as text is one of their messages, repeated.
-        if prompt[0]["content"] not in [message["content"] for message in answer[:-1]]:
+        if prompt[-1]["content"] not in [message["content"] for message in answer[:-1]]:
             raise BadRow(Reason.PREFIXES)
         return answer
     return prompt + answer
+
+
+def _with_one_context(
+    first: list[Message], second: list[Message]
+) -> tuple[list[Message], list[Message]]:
+    """Both conversations whole, where one answer stands alone beside the other's."""
+    if len(first) > 1 and [each["role"] for each in second] == ["assistant"]:
+        return first, first[:-1] + second
+    if len(second) > 1 and [each["role"] for each in first] == ["assistant"]:
+        return second[:-1] + first, second
+    return first, second
+
+
+def _of_turns(asked: list[str], told: Any, name: str) -> list[Message]:
+    """The conversation of questions and answers that stand in two lists."""
+    told = [told] if isinstance(told, str) else told
+    if not is_turns(told) or len(told) != len(asked):
+        raise BadRow(Reason.TYPE, name, f"{shown(told)} beside {len(asked)} turns of the prompt")
+    turns = zip(asked, told, strict=True)
+    return [
+        _message(role, checked(text, name))
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _history(row: Mapping[str, Any], layout: Layout) -> list[Message]:
+    """Earlier turns of the conversation, pairs of question and answer."""
+    turns = layout.optional(row, "history") or []
+    if isinstance(turns, str):
+        turns = _decoded(turns, "history")
+    pairs = isinstance(turns, list) and all(isinstance(t, list) and len(t) == 2 for t in turns)
+    if not pairs or not all(isinstance(text, str) for turn in turns for text in turn):
+        raise BadRow(Reason.TYPE, "history", shown(turns))
+    return [
+        _message(role, checked(text, "history"))
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _with_system(prompt: Text, row: Mapping[str, Any], layout: Layout) -> Text:
+    """The prompt behind what its system column says."""
+    said = layout.optional(row, "system")
+    if said is None:
+        return prompt
+    if not isinstance(said, str):
+        raise BadRow(Reason.TYPE, "system", shown(said))
+    assert isinstance(prompt, list), "a source with a system column is conversational"
+    system = _message("system", checked(said, "system"))
+    if prompt[0]["role"] not in ("system", "developer"):
+        return [system, *prompt]
+    if prompt[0]["content"] != said:
+        raise BadRow(Reason.SYSTEMS)
+    return prompt
 
 
 def _same_context(first: list[Message], second: list[Message]) -> tuple[Text, Text, Text]:
@@ -216,23 +268,20 @@ def _same_context(first: list[Message], second: list[Message]) -> tuple[Text, Te
     return first[:-1], first[-1:], second[-1:]
 
 
-def _messages(row: Mapping[str, Any], layout: Layout, name: str, role: str) -> list[Message]:
-    """A message list; a string becomes one message of `role`."""
-    value = _present(row, layout, name)
-    if isinstance(value, str):
-        return [_message(role, _checked(value, name))]
-    if not isinstance(value, list) or not all(_is_message(item) for item in value):
-        raise BadRow(Reason.TYPE, name)
-    if not value:
-        raise BadRow(Reason.EMPTY_PROMPT) if name == "prompt" else BadRow(Reason.EMPTY_ANSWER, name)
-    return [_message(item["role"], _checked(item["content"], name)) for item in value]
+def _turned(
+    row: Mapping[str, Any], layout: Layout, reader: MessageReader, chosen: tuple[Text, Text]
+) -> bool:
+    """Whether the chosen answer is response_b.
 
-
-def _is_message(item: Any) -> bool:
-    if not isinstance(item, Mapping) or not isinstance(item.get("content"), str):
+    Raises:
+        BadRow: where the two spellings are not of the same two answers.
+    """
+    _, a, b = _texts(row, layout.as_either, reader)
+    if (a, b) == chosen:
         return False
-    role = item.get("role")
-    return isinstance(role, str) and role in ROLES
+    if (b, a) == chosen:
+        return True
+    raise BadRow(Reason.WHOSE, found="chosen and rejected are not response_a and response_b")
 
 
 def _message(role: str, content: str) -> Message:
@@ -243,85 +292,49 @@ def _replies(first: str, second: str) -> tuple[Text, Text]:
     return [_message("assistant", first)], [_message("assistant", second)]
 
 
-def _present(row: Mapping[str, Any], layout: Layout, name: str) -> Any:
-    value = row.get(layout.columns[name])
-    if value is None:
-        raise BadRow(Reason.MISSING, name)
-    return value
-
-
-def _string(row: Mapping[str, Any], layout: Layout, name: str) -> str:
-    value = _present(row, layout, name)
+def _unwritten(value: Any, layout: Layout, name: str) -> Any:
+    """A cell with the messages that its column writes as text; other text stays what it is."""
     if not isinstance(value, str):
-        raise BadRow(Reason.TYPE, name)
-    return _checked(value, name)
+        return value
+    if name in layout.written:
+        return _decoded(value, name)
+    return _plain(value, layout, name)
 
 
-def _checked(text: str, name: str) -> str:
-    """The text, unless no file could hold it (JSON can spell lone surrogates)."""
+def _decoded(value: str, name: str) -> Any:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow(Reason.UNICODE, name) from None
+        return decoded(value)
+    except ValueError:
+        raise BadRow(Reason.UNREADABLE, name, shown(value)) from None
+
+
+def _plain(text: str, layout: Layout, name: str) -> str:
+    """Text that is no message list: whose column is of text may not hide one."""
+    if not layout.as_text and messages_in(text) is not None:
+        raise BadRow(Reason.WRITTEN, name)
     return text
 
 
+def _string(value: Any, layout: Layout, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(Reason.TYPE, name, shown(value))
+    return checked(_plain(value, layout, name), name)
+
+
 def _refuse_empty(prompt: Text, first: Text, second: Text, layout: Layout) -> None:
-    if not _has_words(prompt):
+    if not has_words(prompt):
         raise BadRow(Reason.EMPTY_PROMPT)
     for name, answer in zip(layout.answers, (first, second), strict=True):
-        if not _has_words(answer):
+        if not has_words(answer):
             raise BadRow(Reason.EMPTY_ANSWER, name)
     if canonical(first) == canonical(second):
         raise BadRow(Reason.IDENTICAL)
-
-
-def _has_words(text: Text) -> bool:
-    contents = [text] if isinstance(text, str) else [message["content"] for message in text]
-    return any(content.strip() for content in contents)
-
-
-def _label(row: Mapping[str, Any], layout: Layout) -> Literal["first", "second"] | None:
-    if layout.answers == ("chosen", "rejected"):
-        return "first"
-    value = _optional(row, layout, "label")
-    if value is None:
-        return None
-    if value not in ("a", "b"):
-        raise BadRow(Reason.LABEL)
-    return "first" if value == "a" else "second"
-
-
-def _votes(row: Mapping[str, Any], layout: Layout) -> tuple[int | None, int | None]:
-    """Votes for (chosen or response_a, rejected or response_b)."""
-    votes = [_count(_optional(row, layout, name), name) for name in ("votes_a", "votes_b")]
-    if votes.count(None) == 1:
-        raise BadRow(Reason.VOTES, "votes_a" if votes[0] is None else "votes_b")
-    return votes[0], votes[1]
 
 
 def _numbers(row: Mapping[str, Any], layout: Layout) -> Numbers:
     if not layout.has_numbers:  # as most data are
         return NO_NUMBERS
     return own_numbers(partial(layout.value, row), layout.answers)
-
-
-def _optional(row: Mapping[str, Any], layout: Layout, name: str) -> Any:
-    """The field's value; what CSV and data frames write for null counts as null."""
-    value = layout.value(row, name)
-    is_nan = isinstance(value, float) and value != value
-    return None if value == "" or is_nan else value
-
-
-def _count(value: Any, name: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
-        value = int(value)
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    if not whole or not 0 <= value <= MAX_VOTES:
-        raise BadRow(Reason.VOTES, name)
-    return int(value)
 
 
 def _group(row: Mapping[str, Any], layout: Layout) -> str | None:
@@ -332,7 +345,7 @@ def _group(row: Mapping[str, Any], layout: Layout) -> str | None:
         raise BadRow(Reason.MISSING, layout.group)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise BadRow(Reason.TYPE, layout.group)
-    return _group_name(_checked(value, layout.group) if isinstance(value, str) else value)
+    return _group_name(checked(value, layout.group) if isinstance(value, str) else value)
 
 
 def _group_name(value: str | int | float | Decimal) -> str:
@@ -341,21 +354,3 @@ def _group_name(value: str | int | float | Decimal) -> str:
         return value.partition(".")[0] if _WHOLE.fullmatch(value) else value
     whole = isinstance(value, float | Decimal) and isfinite(value) and value == int(value)
     return str(int(value)) if whole else str(value)
-
-
-def _kept(value: Any, name: str) -> Any:
-    """A kept value as JSON has it; dates and decimals by their usual spelling."""
-    try:
-        text = json.dumps(value, default=_spelled, ensure_ascii=False)
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow(Reason.UNICODE, name) from None
-    except (TypeError, ValueError, RecursionError):
-        raise BadRow(Reason.TYPE, name) from None
-    return json.loads(text)
-
-
-def _spelled(value: Any) -> str:
-    if isinstance(value, date | datetime | time | Decimal):
-        return str(value)
-    raise TypeError(type(value).__name__)

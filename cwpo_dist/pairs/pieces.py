@@ -19,11 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cwpo_dist.pairs import keep
-from cwpo_dist.pairs.parsing import Layout, ParsedPair, parse
+from cwpo_dist.pairs.layout import Layout
+from cwpo_dist.pairs.messages import extra_keys
+from cwpo_dist.pairs.parsing import ParsedPair, parse
 from cwpo_dist.pairs.readers import Part, RawRow, read
-from cwpo_dist.pairs.records import Kind, canonical, content_hash, pair_id, pair_schema
-from cwpo_dist.pairs.rejects import BadRow, Reason, Reject, write_rejects
+from cwpo_dist.pairs.records import TEXTS, Kind, canonical, content_hash, pair_id, pair_schema
+from cwpo_dist.pairs.rejects import BadRow, Reason, Reject, Tally, write_rejects
 from cwpo_dist.pairs.splits import SIDE_SCHEMA, SIDES, Side, SplitRule, is_swapped
+from cwpo_dist.pairs.stored import pair_table
+from cwpo_dist.pairs.unread import Unread, columnar, tree
 from cwpo_dist.storage import Store
 
 ROWS = "work/rows"
@@ -73,22 +77,44 @@ class PieceSummary:
     """What became of one piece.
 
     Attributes:
+        source: the source as the config spells it.
         rows_in: rows read.
         rejects: how many were set aside, by reason.
+        found: what stood there, by reason, with how often.
         files: where its pairs lie.
         kept_types: the types of the values of each kept column.
         damaged: the inputs that could not be read to their end, with why.
         void: how many numbers of pairs cannot be used, by field and why.
         void_first: where the first of each stands.
+        columns: rows with a value in a column that nothing reads.
+        keys: rows whose messages have a key that nothing reads.
+        message_keys: those that some message has beside role and content, and `tools`.
+        votes_against: rows whose label goes against the votes.
     """
 
+    source: str = ""
     rows_in: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
+    found: dict[str, dict[str, int]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     kept_types: dict[str, list[str]] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     void: dict[str, int] = field(default_factory=dict)
     void_first: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, int] = field(default_factory=dict)
+    message_keys: list[str] = field(default_factory=list)
+    votes_against: int = 0
+
+    @property
+    def unread(self) -> Unread:
+        """What nothing reads."""
+        return Unread(self.columns, self.keys)
+
+    @property
+    def tally(self) -> Tally:
+        """What was set aside, and why."""
+        return Tally(Counter(self.rejects), {r: Counter(n) for r, n in self.found.items()})
 
 
 def piece_summaries(store: Store) -> list[PieceSummary]:
@@ -127,32 +153,67 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     if _is_done(store, name):
         return
     files = _PieceFiles(store, index, piece.layout.kind)
-    summary = PieceSummary()
-    kept_types: dict[str, set[str]] = {column: set() for column in piece.layout.keep}
-    void: Counter[str] = Counter()
+    summary = PieceSummary(piece.source)
+    notes = _Notes(piece.layout)
     for number, (part, raw) in enumerate(_raw_rows(piece)):
         summary.rows_in += 1
+        notes.unread.note(raw.value, notes.used)
         if raw.fault is Reason.DAMAGED:
             summary.damaged[str(part)] = raw.as_text()
         try:
             pair = _parsed(raw, piece.layout)
         except BadRow as bad:
-            files.reject(Reject(bad.reason, str(part), raw.position, raw.as_text()))
+            files.reject(Reject(bad.reason, str(part), raw.position, raw.as_text(), bad.found))
             continue
-        _note_types(pair.kept, kept_types)
-        void.update(pair.numbers.void)
-        for why in pair.numbers.void:
-            summary.void_first.setdefault(why, f"row {raw.position} of {part}")
+        notes.add(pair, part, raw)
         row = work_row(pair, piece, rule)
         bucket = int(row["pair_id"][:8], 16) * n_buckets >> 32
         place = {"number": number, "origin": str(part), "position": raw.position}
         files.add({**row, **place, "bucket": bucket, "piece": index})
     files.flush()
-    summary.rejects = dict(files.rejected)
+    for part in piece.parts if columns_of(piece) else ():
+        notes.unread.add(columnar(part, notes.used))
+    notes.write(summary)
+    summary.rejects = dict(files.tally.reasons)
+    summary.found = {reason: dict(found) for reason, found in files.tally.found.items()}
     summary.files = files.written
-    summary.void = dict(void)
-    summary.kept_types = {column: sorted(types) for column, types in kept_types.items()}
     store.create_json(name, asdict(summary))
+
+
+class _Notes:
+    """What is to be known of a piece's rows beside the rows themselves."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.used = tree(layout.paths)
+        self.unread = Unread()
+        self._kept_types: dict[str, set[str]] = {column: set() for column in layout.keep}
+        self._message_keys: set[str] = set()
+        self._votes_against = 0
+        self._void: Counter[str] = Counter()
+        self._void_first: dict[str, str] = {}
+
+    def add(self, pair: ParsedPair, part: Part, raw: RawRow) -> None:
+        """Notes a pair."""
+        for why in pair.numbers.void:
+            self._void[why] += 1
+            self._void_first.setdefault(why, f"row {raw.position} of {part}")
+        self.unread.note_keys(pair.unread)
+        self._votes_against += pair.voted_against
+        self._message_keys |= extra_keys((pair.prompt, pair.first, pair.second))
+        if pair.tools is not None:
+            self._message_keys.add("tools")
+        for column, value in pair.kept.items():
+            kind = keep.value_type(value)
+            if kind is not None:
+                self._kept_types[column].add(kind)
+
+    def write(self, summary: PieceSummary) -> None:
+        """Puts it into the summary."""
+        summary.kept_types = {name: sorted(types) for name, types in self._kept_types.items()}
+        summary.columns, summary.keys = self.unread.columns, self.unread.message_keys
+        summary.message_keys = sorted(self._message_keys)
+        summary.votes_against = self._votes_against
+        summary.void, summary.void_first = dict(self._void), self._void_first
 
 
 def _is_done(store: Store, name: str) -> bool:
@@ -165,8 +226,15 @@ def _is_done(store: Store, name: str) -> bool:
     return all(map(store.exists, PieceSummary(**store.read_json(name)).files))
 
 
+def columns_of(piece: Piece) -> set[str] | None:
+    """The columns to read; None: all, for few rows are read, or a second look would fetch twice."""
+    whole = piece.limit is not None or any(part.reader == "hub" for part in piece.parts)
+    return None if whole else piece.layout.needed
+
+
 def _raw_rows(piece: Piece) -> Iterator[tuple[Part, RawRow]]:
-    rows = ((part, raw) for part in piece.parts for raw in read(part, piece.layout.needed))
+    columns = columns_of(piece)
+    rows = ((part, raw) for part in piece.parts for raw in read(part, columns))
     return itertools.islice(rows, piece.limit)
 
 
@@ -176,16 +244,9 @@ def _parsed(raw: RawRow, layout: Layout) -> ParsedPair:
     return parse(raw.value, layout)
 
 
-def _note_types(kept: Mapping[str, Any], types: dict[str, set[str]]) -> None:
-    for column, value in kept.items():
-        kind = keep.value_type(value)
-        if kind is not None:
-            types[column].add(kind)
-
-
 def work_row(pair: ParsedPair, piece: Piece, rule: SplitRule) -> dict[str, Any]:
     """A pair in the order and on the side that its content and the seed decide."""
-    identity = pair_id(pair.prompt, pair.first, pair.second)
+    identity = pair_id(pair.prompt, pair.first, pair.second, pair.tools)
     prompt_hash = content_hash(pair.prompt)
     sorts_first = canonical(pair.first) < canonical(pair.second)
     first, second = ("a", "b") if sorts_first != is_swapped(rule.seed, identity) else ("b", "a")
@@ -195,9 +256,12 @@ def work_row(pair: ParsedPair, piece: Piece, rule: SplitRule) -> dict[str, Any]:
         "prompt": pair.prompt,
         f"response_{first}": pair.first,
         f"response_{second}": pair.second,
-        "label": {"first": first, "second": second, None: None}[pair.label],
+        "tools": pair.tools,
+        "label": {"first": first, "second": second}.get(pair.label or ""),
+        "tie": pair.label == "tie",
         f"votes_{first}": pair.votes_first,
         f"votes_{second}": pair.votes_second,
+        "votes_tie": pair.votes_tie,
         "weight": pair.numbers.weight,
         "confidence": pair.numbers.confidence,
         f"score_{first}": pair.numbers.score_first,
@@ -224,16 +288,16 @@ class _PieceFiles:
         self._count = 0
         self._chunk = 0
         self.written: list[str] = []
-        self.rejected: Counter[str] = Counter()
+        self.tally = Tally()
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
         if len(self._rows) == _ROWS_AS_PYTHON:
             self._pack()
-        self._grow(sum(len(str(row[name])) for name in ("prompt", "response_a", "response_b")))
+        self._grow(sum(len(str(row[name])) for name in (*TEXTS, "tools")))
 
     def reject(self, reject: Reject) -> None:
-        self.rejected[reject.reason] += 1
+        self.tally.add(reject.reason, reject.found)
         self._rejects.append(reject)
         self._grow(len(reject.row))
 
@@ -244,7 +308,7 @@ class _PieceFiles:
             self.flush()
 
     def _pack(self) -> None:
-        self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._tables.append(pair_table(self._rows, self._schema))
         self._rows = []
 
     def flush(self) -> None:

@@ -5,15 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
 from cwpo_dist.storage import Store
 
 Kind = Literal["text", "conversational"]
+# `role`, `content` (null where there are tool calls alone) and those of MESSAGE_KEYS it has.
+Message = dict[str, Any]
+Text = str | list[Message]
+Tools = list[dict[str, Any]]
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+# What chat templates read of a message beside role and content: text, or any JSON.
+TEXT_KEYS = (
+    *("name", "tool_call_id", "recipient", "tool_plan"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
+MESSAGE_KEYS = (*TEXT_KEYS, "tool_calls", "tool_responses", "end_turn")
+# `extra`: the other keys as JSON, null where there are none.
+MESSAGES = pa.list_(
+    pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+)
+TEXTS = ("prompt", "response_a", "response_b")
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -45,6 +59,7 @@ ANSWER_SCHEMA = pa.schema([("pair_id", pa.string()), ("answer", pa.string())])
 REJECT_SCHEMA = pa.schema(
     [
         ("reason", pa.string()),
+        ("found", pa.string()),
         ("source", pa.string()),
         ("position", pa.int64()),
         ("row", pa.string()),
@@ -59,26 +74,33 @@ class RecordError(ValueError):
     """A table does not follow its schema; the message names the column and the remedy."""
 
 
-def text_type(kind: Kind) -> pa.DataType:
-    """The Arrow type of prompts and answers: a string, or a list of role/content messages."""
-    return pa.string() if kind == "text" else MESSAGES
+class Prompt(NamedTuple):
+    """A prompt, and the tools that its template is given with it."""
+
+    text: Text
+    tools: Tools | None = None
 
 
 def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
     """The pair record, with the user's `keep_columns` at its end.
 
-    `weight`, `confidence` and the scores are the data's own: null where they have none.
+    `tools` is JSON, null where there are none. `tie` says that people found the answers equal:
+    `label` is then null. `votes_tie` are the votes for neither. `weight`, `confidence` and the
+    scores are the data's own: null where they have none.
     """
-    text = text_type(kind)
+    text = pa.string() if kind == "text" else MESSAGES
     return pa.schema(
         [
             ("pair_id", pa.string()),
             ("prompt", text),
             ("response_a", text),
             ("response_b", text),
+            ("tools", pa.string()),
             ("label", pa.string()),
+            ("tie", pa.bool_()),
             ("votes_a", pa.int32()),
             ("votes_b", pa.int32()),
+            ("votes_tie", pa.int32()),
             ("weight", pa.float64()),
             ("confidence", pa.float64()),
             ("score_a", pa.float64()),
@@ -90,7 +112,7 @@ def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
     )
 
 
-def preference_schema(kind: Kind) -> pa.Schema:
+def preference_schema(kind: Kind, *, keys: bool = False, tools: bool = False) -> pa.Schema:
     """The preference record: TRL's names and format, with margin, confidence and weight.
 
     `label` says which answer of the pair was chosen (`a`, `b`); `probability` is the annotator's
@@ -100,14 +122,26 @@ def preference_schema(kind: Kind) -> pa.Schema:
     `weight` is what multiplies the pair's loss: Σ weight·loss over a batch, divided by its pairs.
     Of arms that are normalised by the data set's mean it is divided by that already; of those
     normalised by batch, and of those that draw pairs in proportion, it is the weight before that.
+
+    Messages are objects of role and content. Where any message of the run has more (`tool_calls`,
+    `reasoning_content`, …), all of them are Arrow's JSON: `datasets` gives each as the object that
+    the models' templates were given, with its own keys alone, other readers as JSON text; so are
+    `tools`, as a list of tools, in a column that is there where any pair has some.
+
+    Args:
+        kind: text or conversational.
+        keys: whether any message has more than role and content.
+        tools: whether any pair has tools.
     """
-    text = text_type(kind)
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    text = pa.string() if kind == "text" else pa.list_(pa.json_() if keys else message)
     return pa.schema(
         [
             ("pair_id", pa.string()),
             ("prompt", text),
             ("chosen", text),
             ("rejected", text),
+            *([("tools", pa.json_())] if tools else []),
             ("label", pa.string()),
             ("margin", pa.float32()),
             ("disagreement", pa.float32()),
@@ -123,10 +157,11 @@ def kind_of(table: pa.Table) -> Kind:
     return "text" if pa.types.is_string(table.schema.field("prompt").type) else "conversational"
 
 
-def pair_id(prompt: Any, first: Any, second: Any) -> str:
+def pair_id(prompt: Any, first: Any, second: Any, tools: Any = None) -> str:
     """32 hex digits of the content's hash, the same whichever answer comes first."""
     answers = sorted([canonical(first), canonical(second)])
-    content = "\x1e".join([canonical(prompt), *answers])
+    given = [] if tools is None else [canonical(tools)]
+    content = "\x1e".join([canonical(prompt), *answers, *given])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
@@ -177,9 +212,12 @@ def read_records(
 
 
 def read_pairs(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of a file of pairs, checked; prompt and answers are of the kind that they are."""
+    """Columns of a file of pairs, checked; prompt and answers are of the kind that they are.
+
+    `stored.pair_rows` gives its rows.
+    """
     table = _read(store, name, columns)
-    text = [column for column in ("prompt", "response_a", "response_b") if column in columns]
+    text = [column for column in TEXTS if column in columns]
     messages = bool(text) and all(
         pa.types.is_list(field.type) for field in table.schema if field.name in text
     )

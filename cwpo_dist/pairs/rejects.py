@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -24,6 +24,15 @@ class Reason(StrEnum):
     UNICODE = "invalid Unicode"
     MISSING = "missing field"
     TYPE = "wrong type"
+    KEYS = "no message"
+    ROLE = "unknown role"
+    CONTENT = "no content"
+    NOT_TEXT = "not text"
+    MEDIA = "image, sound or video"
+    TOOLS = "bad tools"
+    UNREADABLE = "unreadable messages"
+    WRITTEN = "messages as text"
+    SYSTEMS = "two system messages"
     EMPTY_PROMPT = "empty prompt"
     EMPTY_ANSWER = "empty answer"
     IDENTICAL = "identical answers"
@@ -32,6 +41,7 @@ class Reason(StrEnum):
     NOT_TRANSCRIPT = "not a transcript"
     LABEL = "bad label value"
     VOTES = "bad votes"
+    WHOSE = "whose votes"
     IN_TEST = "prompt also in test"
     IN_VALIDATION = "prompt also in validation"
 
@@ -44,19 +54,40 @@ REMEDIES: dict[Reason, str] = {
     Reason.NOT_MAPPING: "each row must be an object with named fields",
     Reason.UNICODE: "write the file as UTF-8, without lone surrogates",
     Reason.MISSING: "name the column under prepare.sources.N.columns, or fill it",
-    Reason.TYPE: "prompts and answers are strings, or lists of {role, content}; set "
-    "prepare.sources.N.format to what they are",
+    Reason.TYPE: "prompts and answers are strings or messages; name the columns that hold them "
+    "under prepare.sources.N.columns, or set prepare.sources.N.format",
+    Reason.KEYS: "a message has role and content, or from and value; rename its keys",
+    Reason.ROLE: "roles are system, developer, user, assistant and tool, or names that people "
+    "give them (human, gpt, …); rename this one",
+    Reason.CONTENT: "a message says something, unless it calls a tool; fill its content",
+    Reason.NOT_TEXT: "what a message says is text, or a list of parts that are text; spell it so",
+    Reason.MEDIA: "pairs are of text; leave out rows with images, sound or video, or set "
+    "prepare.sources.N.columns: {images: null} where the text stands without them",
+    Reason.TOOLS: "tools and tool calls are lists of objects with a function's name (or the JSON "
+    "text of one); " + _CORRECT,
+    Reason.UNREADABLE: "its column holds message lists written as text (JSON, or Python's); "
+    + _CORRECT,
+    Reason.WRITTEN: "its column holds text, but this row has messages written as text; put them "
+    "into a source of their own, or set prepare.sources.N.format: text to train on them as text",
+    Reason.SYSTEMS: "the system column and the conversation's system message differ; keep one, or "
+    "set prepare.sources.N.columns: {system: null}",
     Reason.EMPTY_PROMPT: "the first answer token needs a prompt before it; " + _CORRECT,
     Reason.EMPTY_ANSWER: _CORRECT,
     Reason.IDENTICAL: "two equal answers carry no preference; " + _CORRECT,
     Reason.PREFIXES: "both answers must continue the same prompt; " + _CORRECT,
     Reason.NO_ASSISTANT: "each conversation must end in an assistant message",
     Reason.NOT_TRANSCRIPT: "transcripts begin with '\\n\\nHuman:'; set prepare.sources.N.format",
-    Reason.LABEL: "label is a, b or null",
-    Reason.VOTES: "votes are whole numbers from 0 to 1000000, both given or both null",
+    Reason.LABEL: "say what the values mean: prepare.sources.N.columns: {label: {from: …, a: …, "
+    "b: …, tie: …}}",
+    Reason.VOTES: "votes are whole numbers from 0 to 1000000, all given or all null",
+    Reason.WHOSE: "votes_a and votes_b belong to response_a and response_b, votes_chosen and "
+    "votes_rejected to chosen and rejected, and nothing says which is which here; " + _CORRECT,
     Reason.IN_TEST: _OVERLAP,
     Reason.IN_VALIDATION: _OVERLAP,
 }
+LONGEST_FOUND = 60  # letters
+MOST_FOUND = 20  # different findings of one reason: a column of numbers would have one a row
+OTHERS = "other values"
 
 
 class BadRow(ValueError):
@@ -64,11 +95,26 @@ class BadRow(ValueError):
 
     Attributes:
         reason: the reason with its field, as it is written to `rejects/`.
+        found: what stood there, in a few words; None where the reason says it all.
     """
 
-    def __init__(self, reason: Reason, field: str = "") -> None:
+    def __init__(self, reason: Reason, field: str = "", found: str | None = None) -> None:
         self.reason = f"{reason}: {field}" if field else str(reason)
-        super().__init__(self.reason)
+        self.found = found
+        super().__init__(self.reason if found is None else f"{self.reason} ({found})")
+
+
+def shown(value: Any) -> str:
+    """A value as `found` says it: short, and what any file can hold."""
+    if isinstance(value, Mapping):
+        text = f"an object with {', '.join(map(str, value)) or 'no keys'}"
+    elif isinstance(value, list):
+        text = f"a list of {len(value)}"
+    elif value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    else:
+        text = repr(value[:LONGEST_FOUND]) if isinstance(value, str) else repr(value)
+    return printable(text if len(text) <= LONGEST_FOUND else f"{text[:LONGEST_FOUND]}…")
 
 
 class RejectsError(ValueError):
@@ -77,12 +123,16 @@ class RejectsError(ValueError):
 
 @dataclass(frozen=True)
 class Reject:
-    """One row of REJECT_SCHEMA: why, from which file, which row of it (from 1), and its text."""
+    """One row of REJECT_SCHEMA: why, from which file, which row of it (from 1), and its text.
+
+    `found` is what stood there, null where the reason says it all.
+    """
 
     reason: str
     source: str
     position: int
     row: str
+    found: str | None = None
 
 
 def row_text(value: Any) -> str:
@@ -105,24 +155,53 @@ def write_rejects(store: Store, name: str, rejects: Sequence[Reject]) -> None:
         store.create_table(f"rejects/{name}", pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
 
 
-def refuse_past(
-    fraction: float, rejects: Mapping[str, int], rows_in: int, pairs: int, folder: str
-) -> None:
+@dataclass
+class Tally:
+    """How many rows were set aside, and what stood there.
+
+    Attributes:
+        reasons: rows by reason.
+        found: by reason, rows by what was found; of each reason the first MOST_FOUND by name.
+    """
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    found: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, found: str | None = None) -> None:
+        """Counts a row."""
+        self.merge(Tally(Counter([reason]), {} if found is None else {reason: Counter([found])}))
+
+    def merge(self, other: Tally) -> None:
+        """Adds what was counted elsewhere."""
+        self.reasons.update(other.reasons)
+        for reason, values in other.found.items():
+            seen = self.found.setdefault(reason, Counter())
+            for value, count in values.items():
+                seen[value if value in seen or len(seen) < MOST_FOUND else OTHERS] += count
+
+    def lines(self, most: int = 3) -> list[str]:
+        """The most frequent reasons: how often, what was found, what to do."""
+        return [self._line(reason, count) for reason, count in self.reasons.most_common(most)]
+
+    def _line(self, reason: str, count: int) -> str:
+        found = self.found.get(reason, Counter()).most_common(3)
+        what = ", ".join(f"{value} in {n:,} rows" for value, n in found)
+        return f"  {count:,} × {reason}{f' ({what})' if what else ''}: {remedy(reason)}"
+
+
+def refuse_past(fraction: float, rejects: Tally, rows_in: int, pairs: int, folder: str) -> None:
     """Stops the stage when too many rows were set aside.
 
     Raises:
-        RejectsError: naming the most frequent reasons with their field and remedy.
+        RejectsError: naming the most frequent reasons with their field, what was found, and remedy.
     """
-    rejected = sum(rejects.values())
+    rejected = rejects.reasons.total()
     if pairs and rejected <= fraction * rows_in:
         return
-    top = Counter(rejects).most_common(3)
-    lines = [f"  {count} × {reason}: {remedy(reason)}" for reason, count in top]
     share = f"{rejected} of {rows_in} rows ({rejected / max(rows_in, 1):.1%}) were set aside"
     bound = f"more than prepare.max_reject_fraction={fraction:g}" if pairs else "no pair is left"
-    raise RejectsError(
-        "\n".join([f"prepare: {share}, {bound}. Most frequent:", *lines, f"  see {folder}/rejects"])
-    )
+    head = f"prepare: {share}, {bound}. Most frequent:"
+    raise RejectsError("\n".join([head, *rejects.lines(), f"  see {folder}/rejects"]))
 
 
 def remedy(reason: str) -> str:

@@ -10,19 +10,23 @@ import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
+from cwpo_dist.pairs import columns, refusals
+from cwpo_dist.pairs.first_rows import FirstRows
+from cwpo_dist.pairs.formats import format_of, is_transcript, written_in
+from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.listing import LeftOut, left_out_lines
 from cwpo_dist.pairs.locate import Found, find, is_hub_id
-from cwpo_dist.pairs.numbers import RECORD, number_fields
-from cwpo_dist.pairs.parsing import FIELDS, Format, Layout, answer_fields, is_transcript
+from cwpo_dist.pairs.numbers import RECORD
+from cwpo_dist.pairs.parsing import parse
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compression_of, read
 from cwpo_dist.pairs.records import Kind, pair_schema
-from cwpo_dist.pairs.rejects import Reason
+from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ BUCKET_BYTES = 32 * 2**20
 # Text is about so much longer than its compressed file.
 _EXPANSION: dict[Reader, int] = {"parquet": 4, "arrow": 2, "saved": 1, "hub": 1}
 _COMPRESSED = 4
+_COLUMNAR: set[Reader] = {"parquet", "saved", "hub"}  # whose objects have the same keys in all rows
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,9 @@ class Plan:
 class _Peeked:
     """A source, its inputs and its first rows."""
 
-    field: str
     source: Source
     found: Found
-    rows: tuple[Mapping[str, Any], ...]
-
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(name for row in self.rows for name in row))
+    first: FirstRows
 
 
 def check(config: PrepareConfig) -> None:
@@ -108,20 +108,20 @@ def plan(config: PrepareConfig) -> Plan:
     _check_settings(config)
     peeked = [_peek(index, source) for index, source in enumerate(config.sources)]
     _check_keep(config, peeked)
-    columns = [_columns(each) for each in peeked]
-    _refuse_twice(peeked, columns)
-    formats = [_format(*given) for given in zip(peeked, columns, strict=True)]
-    kind: Kind = "text" if set(formats) == {"text"} else "conversational"
+    layouts = [_layout(each, config) for each in peeked]
+    _refuse_twice(peeked, [layout.columns for layout in layouts])
+    kind: Kind = "text" if {each.format for each in layouts} == {"text"} else "conversational"
     pieces = []
-    for each, names, spelled in zip(peeked, columns, formats, strict=True):
-        _check_prompt(each, names, spelled, kind)
-        layout = Layout(names, spelled, kind, _group(each, config), tuple(config.keep_columns))
+    for each, layout in zip(peeked, layouts, strict=True):
+        layout = replace(layout, kind=kind)
+        _check_prompt(each.first, layout)
+        _check_rows(each.first, layout)
         source = each.source
         pieces.append(Piece(source.path, each.found.parts, layout, source.into, source.limit))
     size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
     sides = {source.into for source in config.sources}
     may_leak = len(sides) > 1 or (config.group_column is not None and sides == {None})
-    theirs = tuple(tuple(each.names) for each in peeked)
+    theirs = tuple(tuple(each.first.names) for each in peeked)
     return Plan(
         tuple(pieces),
         kind,
@@ -139,10 +139,10 @@ def _refuse_twice(peeked: Sequence[_Peeked], columns: Sequence[Mapping[str, str]
     for each, names in zip(peeked, columns, strict=True):
         for part in each.found.parts:
             key = os.path.realpath(str(part)), str(sorted(names.items()))
-            if (first := seen.setdefault(key, each.field)) != each.field:
+            if (first := seen.setdefault(key, each.first.field)) != each.first.field:
                 raise ConfigError(
-                    f"{each.field}.path: {part} is read by {first} as well, by the same columns, "
-                    "so that its votes would count twice; leave it out of one of them"
+                    f"{each.first.field}.path: {part} is read by {first} as well, by the same "
+                    "columns, so that its votes would count twice; leave it out of one of them"
                 )
 
 
@@ -183,7 +183,7 @@ def _peek(index: int, source: Source) -> _Peeked:
             f"{field}.path: no row among the first {PEEK_ROWS} of {source.path!r} can be read "
             f"({why}); check that the file is what its name says"
         )
-    return _Peeked(field, source, found, rows)
+    return _Peeked(source, found, FirstRows(field, source.path, rows))
 
 
 def _why_unreadable(raws: Sequence[RawRow]) -> str:
@@ -194,80 +194,59 @@ def _why_unreadable(raws: Sequence[RawRow]) -> str:
     return raws[0].fault or Reason.NOT_MAPPING
 
 
-def _columns(peeked: _Peeked) -> dict[str, str]:
-    """Our field → their column, for the fields that the source has and parsing needs."""
-    given, names = peeked.source.columns, peeked.names
-    for ours, theirs in given.items():
-        if ours not in FIELDS:
-            raise ConfigError(
-                f"{peeked.field}.columns: {ours!r} is no field of ours; they are "
-                f"{', '.join(FIELDS)}"
-            )
-        if theirs not in names:
-            raise _no_column(f"{peeked.field}.columns.{ours}", peeked, theirs)
-    found = {ours: given.get(ours, ours) for ours in FIELDS}
-    found = {ours: theirs for ours, theirs in found.items() if theirs in names}
-    if {"response_a", "response_b"} & set(given):
-        found = {ours: theirs for ours, theirs in found.items() if ours not in _CHOSEN}
-    answers = answer_fields(found)
-    if not set(answers) <= set(found):
-        raise ConfigError(
-            f"{peeked.field}.columns: {peeked.source.path!r} has no columns for two answers; it "
-            f"has {', '.join(names)}. Say which they are: columns: {{chosen: …, rejected: …}}, or "
-            "{response_a: …, response_b: …}"
-        )
-    label = () if answers == _CHOSEN else ("label",)
-    numbers = number_fields(answers)
-    if astray := [ours for ours in given if ours.startswith("score_") and ours not in numbers]:
-        raise ConfigError(
-            f"{peeked.field}.columns.{astray[0]}: scores beside {' and '.join(answers)} are "
-            f"{' and '.join(numbers[2:])}; correct the name"
-        )
-    wanted = ("prompt", *answers, *label, "votes_a", "votes_b", *numbers)
-    return {ours: found[ours] for ours in wanted if ours in found}
-
-
-_CHOSEN = ("chosen", "rejected")
-
-
-def _no_column(field: str, peeked: _Peeked, name: str) -> ConfigError:
-    return ConfigError(
-        f"{field}: {peeked.source.path!r} has no column {name!r} in its first {len(peeked.rows)} "
-        f"rows; it has {', '.join(peeked.names)}. Correct the name (our names are mapped to "
-        "theirs under `columns:`)"
+def _layout(peeked: _Peeked, config: PrepareConfig) -> Layout:
+    """How the source's rows spell a pair; the kind is the whole run's, and not known yet."""
+    first, source = peeked.first, peeked.source
+    found = columns.find(first, source.columns, config.max_reject_fraction)
+    written = written_in(first, found.columns)
+    spelled = format_of(first, found.columns, source.format, written)
+    names = dict(found.columns)
+    if spelled == "hh":
+        names.pop("history", None)  # transcripts hold their own
+    return Layout(
+        names,
+        spelled,
+        "text",
+        group=_group(peeked, config),
+        keep=tuple(config.keep_columns),
+        values=found.values,
+        annotators=found.annotators,
+        written=written,
+        media=found.media,
+        nulls_are_absent=any(part.reader in _COLUMNAR for part in peeked.found.parts),
+        as_text=source.format == "text",
     )
 
 
-def _format(peeked: _Peeked, columns: Mapping[str, str]) -> Format:
-    """The format given, or for `auto` the one that most of the first rows follow."""
-    if peeked.source.format != "auto":
-        return peeked.source.format
-    # Transcripts show at the start of the whole text: the prompt's where there is one.
-    begins = columns.get("prompt", columns[answer_fields(columns)[0]])
-    starts = [row.get(begins) for row in peeked.rows]
-    texts = [columns[name] for name in ("prompt", *answer_fields(columns)) if name in columns]
-    lists = [any(isinstance(row.get(name), list) for name in texts) for row in peeked.rows]
-    if 2 * sum(lists) > len(lists):
-        return "conversational"
-    return "hh" if 2 * sum(map(is_transcript, starts)) > len(starts) else "text"
-
-
-def _check_prompt(peeked: _Peeked, columns: Mapping[str, str], spelled: Format, kind: Kind) -> None:
+def _check_prompt(first: FirstRows, layout: Layout) -> None:
     """Text without a prompt column must be transcripts, in a run of text."""
-    if spelled != "text" or "prompt" in columns:
+    if layout.format != "text" or "prompt" in layout.columns:
         return
-    if kind == "conversational":
+    if layout.kind == "conversational":
         raise ConfigError(
-            f"{peeked.field}.format: text transcripts cannot be mixed with conversational "
+            f"{first.field}.format: text transcripts cannot be mixed with conversational "
             "sources; set format: hh"
         )
-    answers = [row.get(columns[name]) for row in peeked.rows for name in answer_fields(columns)]
+    answers = [value for name in layout.answers for value in first.values(layout.columns[name])]
     if not any(map(is_transcript, answers)):
         raise ConfigError(
-            f"{peeked.field}.columns.prompt: {peeked.source.path!r} has no column 'prompt' and its "
-            f"answers are no transcripts; it has {', '.join(peeked.names)}. Say which it is: "
+            f"{first.field}.columns.prompt: {first.path!r} has no column 'prompt' and its "
+            f"answers are no transcripts; it has {', '.join(first.names)}. Say which it is: "
             "columns: {prompt: …}"
         )
+
+
+def _check_rows(first: FirstRows, layout: Layout) -> None:
+    """Where none of the first rows is a pair, what follows would be as bad."""
+    tally = Tally()
+    for row in first.rows:
+        try:
+            parse(row, layout)
+        except BadRow as bad:
+            tally.add(bad.reason, bad.found)
+        else:
+            return
+    raise refusals.no_pair(first, layout, tally)
 
 
 def _check_settings(config: PrepareConfig) -> None:
@@ -291,14 +270,14 @@ def _check_keep(config: PrepareConfig, peeked: Sequence[_Peeked]) -> None:
                 f"prepare.keep_columns: {name!r} is a column of the pair record itself; rename it "
                 "in the source"
             )
-        if not any(name in each.names for each in peeked):
-            raise _no_column("prepare.keep_columns", peeked[0], name)
+        if not any(name in each.first.names for each in peeked):
+            raise refusals.no_column("prepare.keep_columns", peeked[0].first, name)
 
 
 def _group(peeked: _Peeked, config: PrepareConfig) -> str | None:
     """The group column, which a source that goes to one side as a whole may lack."""
-    if config.group_column is None or config.group_column in peeked.names:
+    if config.group_column is None or config.group_column in peeked.first.names:
         return config.group_column
     if peeked.source.into is None:
-        raise _no_column("prepare.group_column", peeked, config.group_column)
+        raise refusals.no_column("prepare.group_column", peeked.first, config.group_column)
     return None

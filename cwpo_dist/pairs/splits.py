@@ -18,6 +18,7 @@ from cwpo_dist.pairs.records import unit_hash
 from cwpo_dist.pairs.rejects import Reason
 
 Side = Literal["train", "validation", "test"]
+VOTES = ("votes_a", "votes_b", "votes_tie")
 
 # A prompt on two sides stays on the later one of this tuple: what is measured on is never shrunk
 # in favour of what is trained on.
@@ -69,11 +70,6 @@ def split_of(
     return "labelled" if in_labelled_part and tells else "unlabelled"
 
 
-def is_tie(label: str | None, votes_a: int | None, votes_b: int | None) -> bool:
-    """Whether people were asked and found both answers equally good."""
-    return label is None and bool(votes_a) and votes_a == votes_b
-
-
 def is_swapped(seed: int, pair_id: str) -> bool:
     """Whether the answer that sorts first becomes response_b.
 
@@ -84,7 +80,7 @@ def is_swapped(seed: int, pair_id: str) -> bool:
 
 
 def merge(copies: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Exact duplicates of one pair as one row: votes add up, labels must agree.
+    """Exact duplicates of one pair as one row: votes add up, labels (or ties) must agree.
 
     Args:
         copies: rows with one pair_id, at least one; the first gives source and kept columns.
@@ -92,13 +88,14 @@ def merge(copies: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
     Returns:
         The pair, and whether its copies had conflicting labels (then its label is null).
     """
-    labels = {row["label"] for row in copies} - {None}
+    labels = {row["label"] or ("tie" if row["tie"] else None) for row in copies} - {None}
     conflict = len(labels) > 1
+    label = None if conflict or not labels else labels.pop()
     merged = {
         **copies[0],
-        "label": None if conflict or not labels else labels.pop(),
-        "votes_a": _total(row["votes_a"] for row in copies),
-        "votes_b": _total(row["votes_b"] for row in copies),
+        "label": None if label == "tie" else label,
+        "tie": label == "tie",
+        **{name: _total(row[name] for row in copies) for name in VOTES},
     }
     return merged, conflict
 

@@ -18,16 +18,18 @@ from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, fit_length, load_tokenizer
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,
     REJECT_SCHEMA,
     SCORE_SCHEMA,
+    TEXTS,
     TOKEN_SCHEMA,
     read_pairs,
     read_records,
 )
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
 from cwpo_dist.scoring.forward import Ranks, RowForward
 from cwpo_dist.scoring.pipeline import part
@@ -55,8 +57,8 @@ class PairsIn:
 
     def read(self, index: int) -> list[dict[str, Any]]:
         """The rows of one shard, in file order, each with its `position` in the file."""
-        columns = ["pair_id", "prompt", "response_a", "response_b", "split"]
-        rows = read_pairs(self.store, part("pairs", index), columns).to_pylist()
+        columns = ["pair_id", *TEXTS, "tools", "split"]
+        rows = pair_rows(read_pairs(self.store, part("pairs", index), columns))
         placed = [row | {"position": position} for position, row in enumerate(rows)]
         if self.only is not None:
             wanted = self.only(index)
@@ -107,7 +109,9 @@ def _encoded(
 
 def _tokens(encoder: Encoder, model: ModelConfig, rows: Rows) -> list[Row | str]:
     """Each pair's tokens, or why it is set aside."""
-    pairs = [(row["prompt"], (row["response_a"], row["response_b"])) for row in rows]
+    pairs = [
+        Asked(row["prompt"], (row["response_a"], row["response_b"]), row["tools"]) for row in rows
+    ]
     found: list[Row | str] = []
     for tokens in encoder.encode_all(pairs):
         if isinstance(tokens, TokenError):

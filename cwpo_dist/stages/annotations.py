@@ -15,8 +15,10 @@ from cwpo_dist.evaluation.annotators import HeldOut
 from cwpo_dist.evaluation.calibration import fit_scale, people_share
 from cwpo_dist.evaluation.shares import Floats
 from cwpo_dist.pairs.labels import LabelSource, Opinion
+from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import content_hash, read_pairs
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context, ScoresIn, annotator_name
 from cwpo_dist.stages.graph import Node, members
@@ -77,9 +79,7 @@ class Annotated:
 
     def rows(self, index: int, columns: list[str]) -> list[dict[str, Any]]:
         """Columns of one shard's pairs."""
-        table = read_pairs(self.pairs, part("pairs", index), columns)
-        rows: list[dict[str, Any]] = table.to_pylist()
-        return rows
+        return pair_rows(read_pairs(self.pairs, part("pairs", index), columns))
 
     def margins(self, index: int) -> tuple[list[str], Floats]:
         """The pairs of a shard that any annotator scored, and margins a − b, NaN where none is."""
@@ -254,8 +254,3 @@ def are_few(shards: int) -> bool:
 
 def _of_shard(task: Callable[[int], pa.Table], batch: pa.Table) -> pa.Table:
     return task(batch["shard"][0].as_py())
-
-
-def plain_text(text: str | list[dict[str, str]]) -> str:
-    """A prompt or answer as one string; messages are joined by blank lines."""
-    return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)

@@ -185,7 +185,7 @@ class Estimate:
         earlier = earlier_scores(context, node)
         if not earlier.files or context.done(node):
             return 0
-        ids = sorted(pair_id(p.prompt, p.first, p.second) for p in self.counted.sample)
+        ids = sorted(pair_id(p.prompt, p.first, p.second, p.tools) for p in self.counted.sample)
         ids = ids[:LOOKED_UP]  # ids are hashes: the first are as good as any, and lie close by
         found = int(earlier.of(ids).num_rows)
         return round(found / len(ids) * sum(self.counted.splits.values()))

@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
-from cwpo_dist.pairs.records import TOKEN_SCHEMA, pair_schema
+from cwpo_dist.pairs.records import TOKEN_SCHEMA, Prompt, pair_schema
+from cwpo_dist.pairs.stored import pair_table
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
@@ -18,10 +19,11 @@ from cwpo_dist.stages.context import Context, policy_of, read_answers, read_log_
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import Store
 
-Answered = list[tuple[str, Any, str, str]]  # pair id, prompt, baseline's answer, aligned's answer
+# Pair id, prompt, answer of the baseline, answer of the aligned model.
+Answered = list[tuple[str, Prompt, str, str]]
 
 
-def kl_divergence(context: Context, node: Node, prompts: dict[str, Any]) -> dict[str, Any]:
+def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> dict[str, Any]:
     """KL(π‖π_SFT) = E_{y∼π} log π(y|x)/π_SFT(y|x), by the answers that π was heard to give.
 
     They were sampled at `evaluate.temperature`, and one cut at `max_new_tokens` is taken to end
@@ -64,18 +66,19 @@ def kl_divergence(context: Context, node: Node, prompts: dict[str, Any]) -> dict
 
 def write_pairs(context: Context, store: Store, rows: Answered) -> int:
     """Answers as pairs, the baseline's first, in shards; how many shards."""
-    text = not rows or isinstance(rows[0][1], str)
-    table = pa.Table.from_pylist(
+    text = not rows or isinstance(rows[0][1].text, str)
+    table = pair_table(
         [
             {
                 "pair_id": pair_id,
-                "prompt": prompt,
+                "prompt": prompt.text,
                 "response_a": _wrapped(before, text),
                 "response_b": _wrapped(after, text),
+                "tools": prompt.tools,
             }
             for pair_id, prompt, before, after in rows
         ],
-        schema=pair_schema("text" if text else "conversational"),
+        pair_schema("text" if text else "conversational"),
     )
     size = context.config.prepare.rows_per_shard
     starts = range(0, len(rows), size)
@@ -96,9 +99,10 @@ def _write_tokens(context: Context, store: Store, node: Node, rows: Answered) ->
     for index, start in enumerate(range(0, len(rows), size)):
         found: dict[str, Row] = {}
         for pair_id, prompt, before, after in rows[start : start + size]:
-            text = isinstance(prompt, str)
+            text = isinstance(prompt.text, str)
+            answers = (_wrapped(before, text), _wrapped(after, text))
             try:
-                row = encoder.encode(prompt, (_wrapped(before, text), _wrapped(after, text)))
+                row = encoder.encode(prompt.text, answers, prompt.tools)
             except TokenError:  # an answer of nothing but what the tokenizer drops
                 continue
             fitting = fit_length(row, model.max_length, "drop", bos_id=encoder.bos_id)

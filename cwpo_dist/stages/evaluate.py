@@ -13,11 +13,13 @@ from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.answers import answer_figures
 from cwpo_dist.evaluation.gold import load_function
-from cwpo_dist.pairs.records import SCORE_SCHEMA, content_hash, read_pairs, read_records
+from cwpo_dist.pairs.messages import plain_text
+from cwpo_dist.pairs.records import SCORE_SCHEMA, Prompt, content_hash, read_pairs, read_records
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
-from cwpo_dist.stages.annotations import held_out, names, plain_text, raw
+from cwpo_dist.stages.annotations import held_out, names, raw
 from cwpo_dist.stages.context import Context, read_answers, read_log_probs
 from cwpo_dist.stages.divergence import Answered, kl_divergence, write_pairs
 from cwpo_dist.stages.graph import Node
@@ -57,7 +59,7 @@ def _held_out(context: Context, node: Node, index: int) -> Iterator[Pair]:
     """The pairs of one shard on the evaluated side that carry a human label."""
     columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
     table = read_pairs(context.place(node.inputs["prepare"]), part("pairs", index), columns)
-    for pair in table.to_pylist():
+    for pair in pair_rows(table):
         if pair["split"] == node.settings["split"] and pair["label"] is not None:
             yield pair
 
@@ -154,7 +156,7 @@ def _answered(context: Context, node: Node) -> dict[str, Any]:
 def _answer_table(name: str, rows: Answered, scores: list[tuple[float, float]] | None) -> pa.Table:
     columns = {
         "pair_id": [row[0] for row in rows],
-        "prompt": [content_hash(row[1]) for row in rows],
+        "prompt": [content_hash(row[1].text) for row in rows],
         "against": [name] * len(rows),
         "length": [len(row[3]) for row in rows],
         "baseline_length": [len(row[2]) for row in rows],
@@ -178,7 +180,7 @@ def _score_by_function(name: str, rows: Answered) -> dict[str, tuple[float, floa
     """Gold scores (aligned, baseline) by a rule."""
     score = load_function(name)
     return {
-        pair_id: (score(plain_text(prompt), after), score(plain_text(prompt), before))
+        pair_id: (score(plain_text(prompt.text), after), score(plain_text(prompt.text), before))
         for pair_id, prompt, before, after in rows
     }
 
@@ -214,10 +216,10 @@ def _score_by_model(
     return {row["pair_id"]: (row["score_b"], row["score_a"]) for row in scores}
 
 
-def _prompts(context: Context, node: Node) -> dict[str, Any]:
-    store = context.place(node.inputs["prepare"])
+def _prompts(context: Context, node: Node) -> dict[str, Prompt]:
+    store, columns = context.place(node.inputs["prepare"]), ["pair_id", "prompt", "tools"]
     return {
-        row["pair_id"]: row["prompt"]
+        row["pair_id"]: Prompt(row["prompt"], row["tools"])
         for index in range(context.shards(node))
-        for row in read_pairs(store, part("pairs", index), ["pair_id", "prompt"]).to_pylist()
+        for row in pair_rows(read_pairs(store, part("pairs", index), columns))
     }

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cwpo_dist.pairs.records import read_pairs
+from cwpo_dist.pairs.messages import message_text
+from cwpo_dist.pairs.records import TEXTS, Text, read_pairs
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.report.cells import together
 from cwpo_dist.report.explorer import MOST_PAIRS, shortened
 from cwpo_dist.scoring.pipeline import part
@@ -18,7 +20,7 @@ from cwpo_dist.stages.graph import Node, members
 from cwpo_dist.weighting import Scale, join
 
 Graphs = Mapping[str, Mapping[str, Node]]
-COLUMNS = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
+COLUMNS = ["pair_id", *TEXTS, "label", "split"]
 # Of a model's answers: before preference optimisation, and after.
 ANSWERS = {"before": "answers_sft", "after": "answers_aligned"}
 
@@ -35,7 +37,7 @@ def sample(context: Context, graphs: Graphs) -> dict[str, Any]:
     others: list[dict[str, Any]] = []
     for index in range(int(context.counts(prepare)["shards"])):
         table = read_pairs(store, part("pairs", index), COLUMNS)
-        for pair in reader.pairs(index, table.to_pylist()):
+        for pair in reader.pairs(index, pair_rows(table)):
             (answered if pair["answers"] else others).append(pair)
         if len(answered) + len(others) >= MOST_PAIRS:
             break
@@ -142,10 +144,10 @@ def _answers(context: Context, nodes: Mapping[str, Node]) -> dict[str, dict[str,
     return {when: read_answers(context, nodes[role]) for when, role in ANSWERS.items()}
 
 
-def transcript(text: str | list[dict[str, str]]) -> str:
+def transcript(text: Text) -> str:
     """A prompt or answer as people read it; messages with their roles, if there are several."""
     if isinstance(text, str):
         return text
     if len(text) == 1:
-        return text[0]["content"]
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in text)
+        return message_text(text[0])
+    return "\n\n".join(f"[{message['role']}]\n{message_text(message)}" for message in text)

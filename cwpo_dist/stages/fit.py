@@ -9,9 +9,9 @@ from typing import Any
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.evaluation.calibration import people_share
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length
-from cwpo_dist.pairs.records import read_pairs
-from cwpo_dist.pairs.splits import is_tie
+from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, fit_length
+from cwpo_dist.pairs.records import TEXTS, read_pairs
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
@@ -72,13 +72,12 @@ class LabelledPairs:
         for pair in labelled:
             answers = (pair["response_a"], pair["response_b"])
             a_first = pair["label"] != "b"
-            row = self._row(encoder, pair["prompt"], answers if a_first else answers[::-1])
+            ordered = answers if a_first else answers[::-1]
+            row = self._row(encoder, Asked(pair["prompt"], ordered, pair["tools"]))
             if row is not None:
                 rows.append(row)
                 names.append(pair["pair_id"])
-                share = people_share(pair["label"], pair["votes_a"], pair["votes_b"])
-                assert share is not None, "a pair without label and votes is in no labelled part"
-                shares.append(share if a_first else 1 - share)
+                shares.append(_share(pair, a_first=a_first))
         if len(rows) < len(labelled):
             logger.warning(
                 "fit: %d of %d labelled pairs are left out: longer than max_length %d, or without "
@@ -90,27 +89,33 @@ class LabelledPairs:
             logger.info("fit: of %d pairs %d are learned as a share of votes", len(rows), soft)
         return BradleyTerry(rows, names, shares if self.by_votes else None)
 
-    def _row(self, encoder: Encoder, prompt: Any, answers: tuple[Any, Any]) -> Row | None:
+    def _row(self, encoder: Encoder, asked: Asked) -> Row | None:
         """None for a pair that is too long, or that cannot become tokens."""
         try:
-            row = encoder.encode(prompt, answers)
+            row = encoder.encode(*asked)
         except TokenError:
             return None
         return fit_length(row, self.model.max_length, self.model.over_length, bos_id=encoder.bos_id)
 
     def _labelled(self) -> list[dict[str, Any]]:
-        columns = ["pair_id", "prompt", "response_a", "response_b", "split"]
-        columns += ["label", "votes_a", "votes_b"]
+        columns = ["pair_id", *TEXTS, "tools", "split", "label", "tie", "votes_a", "votes_b"]
         tables = [read_pairs(self.pairs, part("pairs", k), columns) for k in range(self.shards)]
-        rows = [row for table in tables for row in table.to_pylist()]
+        rows = [row for table in tables for row in pair_rows(table)]
         if self.watched is not None:
             watched = self.watched.labels()
             return [row for row in rows if row["pair_id"] in watched]
         return [
             row
             for row in rows
-            if row["split"] == "labelled" and (row["label"] is not None or self._learns_tie(row))
+            if row["split"] == "labelled"
+            and (row["label"] is not None or (self.by_votes and row["tie"]))
         ]
 
-    def _learns_tie(self, row: dict[str, Any]) -> bool:
-        return self.by_votes and is_tie(row["label"], row["votes_a"], row["votes_b"])
+
+def _share(pair: dict[str, Any], *, a_first: bool) -> float:
+    """The share of people that prefer the answer that is put first; half of them in a tie."""
+    if pair["tie"]:
+        return 0.5
+    share = people_share(pair["label"], pair["votes_a"], pair["votes_b"])
+    assert share is not None, "a pair without a label is in no labelled part, but for ties"
+    return share if a_first else 1 - share

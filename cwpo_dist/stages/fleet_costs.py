@@ -16,6 +16,7 @@ import pyarrow as pa
 from cwpo_dist.config import Config, ConfigError, PoolConfig, TrainingConfig
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.pairs.stored import packed
 from cwpo_dist.stages.costs import START_S, Cost, Estimate, gpus
 from cwpo_dist.stages.graph import TRAINING_STAGES, Node, ready_model, teacher_config
 from cwpo_dist.stages.sizes import ModelSize
@@ -208,7 +209,12 @@ def _pair_bytes(sample: tuple[ParsedPair, ...]) -> float:
     if not sample:
         return 0.0
     rows = [
-        {"pair_id": identity, "prompt": pair.prompt, "a": pair.first, "b": pair.second}
+        {
+            "pair_id": identity,
+            "prompt": packed(pair.prompt),
+            "a": packed(pair.first),
+            "b": packed(pair.second),
+        }
         for identity, pair in zip(_ids(len(sample)), sample, strict=True)
     ]
     return _bytes(pa.Table.from_pylist(rows)) / len(rows)

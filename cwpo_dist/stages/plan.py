@@ -37,7 +37,7 @@ from cwpo_dist.stages.graph import (
 )
 from cwpo_dist.stages.own_checks import own_counts_faults, own_notes
 from cwpo_dist.stages.room import fit_two, need, share
-from cwpo_dist.stages.sampled import ShownRow, encoder_of, lengths_in, shown_row
+from cwpo_dist.stages.sampled import ShownRow, encoder_of, lengths_in, shown_row, unrendered
 from cwpo_dist.stages.trials import planned, section, trials, tuned
 from cwpo_dist.storage import Store
 
@@ -133,7 +133,13 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     )
     return Plan(
         tuple(stages),
-        tuple([*_notes(config, estimates), *fleet_costs.fleet_notes(config, fleet)]),
+        tuple(
+            [
+                *_notes(config, estimates),
+                *unrendered(encoders, sample),
+                *fleet_costs.fleet_notes(config, fleet),
+            ]
+        ),
         tuple(row for row in rows if row is not None),
         fleet,
     )
@@ -165,7 +171,8 @@ def _empty(estimate: Estimate) -> Iterator[str]:
         yield (
             f"prepare.max_reject_fraction: {counted.rejects:,} of {rows:,} rows are set aside: "
             f"more than {config.prepare.max_reject_fraction:g} of them. Mend them (`cwpo prepare` "
-            "writes each with its reason to rejects/), or raise it"
+            "writes each with its reason to rejects/), or raise it. Most frequent:\n"
+            + "\n".join(counted.tally.lines())
         )
     if fault := damage_fault(counted.damaged, counted.files, config.prepare.max_reject_fraction):
         yield fault
@@ -332,6 +339,7 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
         yield _size_of_comparison(config, len(estimates))
     if not estimate.counted.exact:
         yield "counts are estimates: the sources are too large to read in a few seconds"
+    yield from estimate.counted.sentences()
     if config.policy is None and needs_annotator(config):
         yield "no policy is given: planned up to `annotate`; `weigh` can follow"
     elif config.policy is None:

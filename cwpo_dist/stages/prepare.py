@@ -23,9 +23,10 @@ from cwpo_dist.pairs.pieces import (
     read_piece,
 )
 from cwpo_dist.pairs.readers import SourceError
-from cwpo_dist.pairs.rejects import refuse_past
+from cwpo_dist.pairs.rejects import Tally, refuse_past
 from cwpo_dist.pairs.sources import MAP_LABELS, Plan, plan
 from cwpo_dist.pairs.splits import SPLITS, SplitRule
+from cwpo_dist.pairs.unread import Unread
 from cwpo_dist.scoring.tasks import run_tasks
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
@@ -61,20 +62,23 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     _read(store, planned, config, seed)
     read = piece_summaries(store)
     damaged = _damaged_files(planned, read, config)
-    rejects = _added(piece.rejects for piece in read)
+    rejects = Tally()
+    for piece in read:
+        rejects.merge(piece.tally)
     rows_in = sum(piece.rows_in for piece in read)
-    valid = rows_in - rejects.total()
+    valid = rows_in - rejects.reasons.total()
     refuse_past(config.max_reject_fraction, rejects, rows_in, valid, store.uri)
     kept = _kept_types(read, config)
     _write(store, planned, config, kept, seed)
     written = buckets.bucket_summaries(store)
-    rejects += _added(bucket.rejects for bucket in written)
-    counts = _counts(planned, written, rejects, rows_in)
-    counts |= {"keep_columns": kept, "damaged_files": damaged}
+    rejects.merge(Tally(_added(bucket.rejects for bucket in written)))
+    counts = _counts(planned, written, rejects.reasons, rows_in)
+    counts |= {"keep_columns": kept, "damaged_files": damaged} | _beside(read)
     counts["void_numbers"] = dict(_added(piece.void for piece in read).most_common())
-    _tell_numbers(counts, read)
     counts["files_left_out"] = _left_out(planned.left_out)
     refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
+    _tell_numbers(counts, read)
+    _tell_beside(counts)
     _tell_empty(counts, config)
     store.remove("work")
     return counts
@@ -99,6 +103,8 @@ def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None
         test=config.test_fraction,
     )
     pieces = _numbered(store, cutting.cut(planned.pieces), config)
+    for piece in planned.pieces:
+        logger.info("prepare: %s: %s", piece.source, piece.layout.described())
     logger.info("prepare: reading %d inputs", len(pieces))
 
     def task(index: int) -> None:
@@ -190,12 +196,14 @@ def _counts(
         "merged_duplicates": merged,
         "conflicting_labels": sum(bucket.conflicting_labels for bucket in written),
         "conflicting_numbers": sum(bucket.conflicting_numbers for bucket in written),
+        "ties": sum(bucket.ties for bucket in written),
         "rejects": dict(rejects.most_common()),
         "splits": {split: splits[split] for split in SPLITS},
         "labelled": {split: labelled[split] for split in SPLITS},
         "numbers": {kind: own[kind] for kind in numbers.COLUMNS if kind in there},
         "kind": planned.kind,
         "formats": {piece.source: piece.layout.format for piece in planned.pieces},
+        "columns": {piece.source: piece.layout.described() for piece in planned.pieces},
         "shards": sum(bucket.shards for bucket in written),
     }
 
@@ -214,6 +222,36 @@ def _tell_numbers(counts: dict[str, Any], read: list[PieceSummary]) -> None:
             "prepare: copies of %d pairs have different numbers, which then count as none",
             counts["conflicting_numbers"],
         )
+
+
+def _beside(read: Iterable[PieceSummary]) -> dict[str, Any]:
+    """What is to be known of the rows beside their pairs.
+
+    `not_read` has, by source, the columns and message keys that nothing reads, each with the rows
+    that have a value there; `message_keys` what messages have beside role and content, and `tools`.
+    """
+    read, unread = list(read), dict[str, Unread]()
+    for piece in read:
+        unread.setdefault(piece.source, Unread()).add(piece.unread)
+    return {
+        "not_read": {source: asdict(each) for source, each in unread.items() if each},
+        "message_keys": sorted({key for piece in read for key in piece.message_keys}),
+        "votes_against_label": sum(piece.votes_against for piece in read),
+    }
+
+
+def _tell_beside(counts: dict[str, Any]) -> None:
+    for source, unread in counts["not_read"].items():
+        for sentence in Unread(**unread).sentences():
+            logger.warning("prepare: %s: %s", source, sentence)
+    if counts["votes_against_label"]:
+        logger.warning(
+            "prepare: in %d rows more people voted for the other answer than for the one that the "
+            "label names; the label counts",
+            counts["votes_against_label"],
+        )
+    if counts["ties"]:
+        logger.info("prepare: %d pairs are ties, kept without a label", counts["ties"])
 
 
 def _tell_empty(counts: dict[str, Any], config: PrepareConfig) -> None:

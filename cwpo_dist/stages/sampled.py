@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.pairs.messages import extra_keys
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.stages.costs import Lengths
 
@@ -50,6 +52,24 @@ def lengths_in(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPair
     )
 
 
+def unrendered(
+    encoders: Mapping[str, tuple[ModelConfig, Encoder]], sample: Sequence[ParsedPair]
+) -> Iterator[str]:
+    """What the pairs hold that a model's chat template does not mention, for people."""
+    for name, (_, encoder) in encoders.items():
+        template, counts = str(encoder.tokenizer.chat_template), Counter[str]()
+        for pair in sample:
+            held = extra_keys((pair.prompt, pair.first, pair.second))
+            held |= set() if pair.tools is None else {"tools"}
+            counts.update(key for key in held if key not in template)
+        if counts:
+            listed = ", ".join(f"{key} (in {n} of {len(sample)})" for key, n in counts.items())
+            yield (
+                f"{name}: its chat template does not read what sampled pairs hold: {listed}; "
+                "the model will not see it"
+            )
+
+
 def shown_row(
     field: str, model: ModelConfig, encoder: Encoder, pair: ParsedPair
 ) -> ShownRow | None:
@@ -77,5 +97,5 @@ def shown_row(
 
 
 def _row(model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> Row | None:
-    row = encoder.encode(pair.prompt, (pair.first, pair.second))
+    row = encoder.encode(pair.prompt, (pair.first, pair.second), pair.tools)
     return fit_length(row, model.max_length, model.over_length, bos_id=encoder.bos_id)

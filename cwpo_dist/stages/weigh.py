@@ -22,7 +22,8 @@ import ray.data
 from cwpo_dist.evaluation.shares import Floats
 from cwpo_dist.pairs.labels import DECIDES, Decision, LabelSource, Opinion, decide
 from cwpo_dist.pairs.numbers import Own
-from cwpo_dist.pairs.records import kind_of, preference_schema, read_pairs
+from cwpo_dist.pairs.records import TEXTS, Kind, kind_of, preference_schema, read_pairs
+from cwpo_dist.pairs.stored import pair_rows, preference_table
 from cwpo_dist.scoring.pipeline import counted, part, read_counts
 from cwpo_dist.stages.annotations import (
     TASK_CPUS,
@@ -62,6 +63,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         own=node.settings["labels"] == "own",
         splits=tuple(node.settings["splits"]),
         weight_function=node.settings["weight_function"],
+        message_keys=tuple(context.counts(node.inputs["prepare"])["message_keys"]),
     )
     selection = Selection(_last(shards, node), node.settings["min_confidence"])
     if node.settings.get("divided_by_mean"):
@@ -81,6 +83,7 @@ class Shards:
         splits: the splits to train on.
         weight_function: its name.
         divisor: the mean weight, where weights are divided by it.
+        message_keys: what the run's messages have beside role and content, and `tools`.
     """
 
     annotated: Annotated
@@ -90,6 +93,7 @@ class Shards:
     splits: tuple[str, ...]
     weight_function: str
     divisor: float = 1.0
+    message_keys: tuple[str, ...] = ()
 
     def confidences(self, index: int) -> pa.Table:
         """Ids and confidences of one shard's pairs."""
@@ -128,9 +132,9 @@ class Shards:
 
     def _weighed(self, index: int, selection: Selection) -> tuple[pa.Table, dict[str, float]]:
         """The preferences of one shard, and numbers that add up over all of them."""
-        columns = [*DECIDES, "prompt", "response_a", "response_b"]
+        columns = [*DECIDES, *TEXTS, "tools"]
         pairs = read_pairs(self.annotated.pairs, part("pairs", index), columns)
-        rows, (opinions, alone) = pairs.to_pylist(), self.annotated.opinions(index)
+        rows, (opinions, alone) = pair_rows(pairs), self.annotated.opinions(index)
         decisions = decide(rows, opinions, self.labels, self.splits)
         numbers = dict(zip(decisions, self._numbers(decisions).rows(), strict=True))
         kept = list(self._preferences(rows, decisions, numbers, selection))
@@ -145,7 +149,11 @@ class Shards:
             labels = {i: wanted[i]["label"] for i, d in decisions.items() if d.margin}
             against = (label not in {None, decisions[i].label} for i, label in labels.items())
             counts |= {"without": len(wanted) - len(decisions), "against": sum(against)}
-        return pa.Table.from_pylist(kept, schema=preference_schema(kind_of(pairs))), counts
+        return preference_table(kept, self._schema(kind_of(pairs))), counts
+
+    def _schema(self, kind: Kind) -> pa.Schema:
+        more = set(self.message_keys)
+        return preference_schema(kind, keys=bool(more - {"tools"}), tools="tools" in more)
 
     def _preferences(
         self,
@@ -170,6 +178,7 @@ class Shards:
                 "prompt": pair["prompt"],
                 "chosen": chosen,
                 "rejected": rejected,
+                "tools": pair["tools"],
                 "label": decision.label,
                 "margin": number.margin,
                 "disagreement": decision.disagreement,

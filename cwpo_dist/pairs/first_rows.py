@@ -1,0 +1,49 @@
+"""The first rows of a source, its names and values: what decides how all its rows are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cwpo_dist.pairs.layout import cell, not_null
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of a source.
+
+    Attributes:
+        field: where the configuration has the source.
+        path: the source as the configuration spells it.
+        rows: those that are objects.
+    """
+
+    field: str
+    path: str
+    rows: tuple[Mapping[str, Any], ...]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Its columns."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def values(self, path: str) -> list[Any]:
+        """What stands in a column, or at a path into a nested one, without nulls."""
+        found = (not_null(cell(row, path)) for row in self.rows)
+        return [value for value in found if value is not None]
+
+    def has(self, path: str) -> bool:
+        """Whether there is such a column, or a value at such a path."""
+        return path in self.names or ("." in path and bool(self.values(path)))
+
+    def named(self, *names: str) -> list[str]:
+        """The columns of these names, in their order, whatever their case, spaces and hyphens."""
+        mine = {plain(name): name for name in reversed(self.names)}
+        return [mine[name] for name in names if name in mine]
+
+
+def plain(name: str) -> str:
+    """A column's name in small letters, with underscores."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")

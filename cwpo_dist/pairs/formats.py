@@ -1,0 +1,72 @@
+"""A source's first rows and its columns in; how its prompts and answers are spelled out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cwpo_dist.config import ConfigError
+from cwpo_dist.pairs.first_rows import FirstRows
+from cwpo_dist.pairs.layout import TEXTS, Format, answer_fields, cell
+from cwpo_dist.pairs.refusals import written_as_text
+from cwpo_dist.pairs.written import messages_in, turns_in
+
+ANSWER_MARK = "\n\nAssistant:"
+_IN_MESSAGES = ("system", "tools", "history")  # what has a place among messages alone
+
+
+def is_transcript(value: Any) -> bool:
+    """True for a string in the spelling of HH transcripts."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and ANSWER_MARK in value
+
+
+def written_in(first: FirstRows, columns: Mapping[str, str]) -> frozenset[str]:
+    """The text fields most of whose first cells are messages, or lists of turns, as text."""
+    cells = {name: first.values(columns[name]) for name in TEXTS if name in columns}
+    written = {name for name, values in cells.items() if _most(values, messages_in)}
+    # A list of strings may be an answer like any other; where all texts are lists, they are turns.
+    if not written and all(_most(values, turns_in) for values in cells.values()):
+        return frozenset(cells)
+    return frozenset(written)
+
+
+def _most(values: list[Any], reads: Any) -> bool:
+    """Whether more than half of the values are text that spells something else."""
+    hits = sum(isinstance(value, str) and reads(value) is not None for value in values)
+    return 2 * hits > len(values)
+
+
+def format_of(
+    first: FirstRows, columns: Mapping[str, str], given: str, written: frozenset[str]
+) -> Format:
+    """The format given, or for `auto` the one that most of the first rows follow.
+
+    Raises:
+        ConfigError: for text whose columns hold what only messages can.
+    """
+    if given == "text":
+        _check_text(first, columns, written)
+    if given in ("text", "conversational", "hh"):
+        return given  # type: ignore[return-value]
+    answers = answer_fields(columns)
+    texts = [columns[name] for name in ("prompt", *answers) if name in columns]
+    found = [[cell(row, path) for path in texts] for row in first.rows]
+    talks = [any(isinstance(value, list | Mapping) for value in values) for values in found]
+    if written or 2 * sum(talks) > len(talks):
+        return "conversational"
+    # Transcripts show at the start of the whole text: the prompt's where there is one.
+    if 2 * sum(is_transcript(values[0]) for values in found) > len(found):
+        return "hh"
+    return "conversational" if set(_IN_MESSAGES) & set(columns) else "text"
+
+
+def _check_text(first: FirstRows, columns: Mapping[str, str], written: frozenset[str]) -> None:
+    if written:
+        raise written_as_text(first, [columns[name] for name in TEXTS if name in written])
+    for ours in _IN_MESSAGES:
+        if ours in columns:
+            raise ConfigError(
+                f"{first.field}.format: text, but {first.path!r} has {ours} ({columns[ours]!r}), "
+                f"which has a place among messages alone; set format: conversational, or columns: "
+                f"{{{ours}: null}}"
+            )

@@ -1,0 +1,130 @@
+"""The first rows of a source that cannot be read in; the error that says what stands there out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from cwpo_dist.config import ConfigError
+from cwpo_dist.pairs.first_rows import FirstRows
+from cwpo_dist.pairs.layout import Layout
+from cwpo_dist.pairs.rejects import Tally, shown
+from cwpo_dist.pairs.verdicts import ValueMap
+from cwpo_dist.pairs.written import is_conversation
+
+_SINGLE = ("completion", "response", "answer", "output", "generation", "generated_text", "chosen")
+_LISTS = (
+    *("responses", "answers", "completions", "candidates", "generations", "outputs", "output"),
+    *("choices", "replies", "samples", "summaries", "comparisons"),
+)
+_TAGS = ("label", "kto_tag", "rating", "score")
+_MOST = 6  # values of a label that an error shows
+
+
+def no_column(field: str, first: FirstRows, name: str) -> ConfigError:
+    """A column that is named, but not there."""
+    return ConfigError(
+        f"{field}: {first.path!r} has no column {name!r} in its first {len(first.rows)} rows; it "
+        f"has {', '.join(first.names)}. Correct the name (our names are mapped to theirs under "
+        "`columns:`)"
+    )
+
+
+def could_be_several(first: FirstRows, ours: str, found: Sequence[str]) -> ConfigError:
+    """A field that several columns could be."""
+    return ConfigError(
+        f"{first.field}.columns.{ours}: {first.path!r} has {' and '.join(map(repr, found))}, which "
+        f"could each be it; say which: columns: {{{ours}: …}}, or null for none"
+    )
+
+
+def not_read(first: FirstRows, ours: str, why: str) -> ConfigError:
+    """A column of votes or labels that nothing ties to the answers."""
+    return ConfigError(
+        f"{first.field}.columns.{ours}: {why}. Name what belongs together: response_a, response_b, "
+        "label, votes_a, votes_b; or chosen, rejected, votes_chosen, votes_rejected; null for what "
+        "is not to be read"
+    )
+
+
+def no_answers(first: FirstRows) -> ConfigError:
+    """Rows without two answers: of one answer, of several, or under names that we do not know."""
+    where = f"{first.field}.columns: {first.path!r} has no columns for two answers; it has "
+    head = f"{where}{', '.join(first.names)}. "
+    if listed := _lists(first):
+        name, length = listed
+        return ConfigError(
+            f"{head}{name!r} holds lists of up to {length} answers: rows of several answers are "
+            "not read. Write a row for each comparison, or name two of them: columns: "
+            f"{{response_a: {name}.0, response_b: {name}.1}} (chosen and rejected, where their "
+            "order says which is better)"
+        )
+    if single := first.named(*_SINGLE):
+        tags = [name for name in first.named(*_TAGS) if _is_tag(first, name)]
+        label = f", and {tags[0]!r} says whether it is good (as for KTO)" if tags else ""
+        return ConfigError(
+            f"{head}Each row has one answer, {single[0]!r}{label}: a pair needs two answers to one "
+            "prompt. Join the rows of a prompt into pairs"
+        )
+    return ConfigError(
+        f"{head}Say which they are: columns: {{chosen: …, rejected: …}}, or {{response_a: …, "
+        "response_b: …}"
+    )
+
+
+def more_answers(first: FirstRows, names: Sequence[str]) -> ConfigError:
+    """Rows of more than two answers, a column each."""
+    return ConfigError(
+        f"{first.field}.columns: {first.path!r} has {len(names)} answers a row, "
+        f"{', '.join(names)}: rows of several answers are not read. Write a row for each "
+        f"comparison, or name two of them: columns: {{response_a: {names[0]}, response_b: "
+        f"{names[1]}}}"
+    )
+
+
+def unknown_values(
+    first: FirstRows, labels: Sequence[str], seen: Counter[str | None], values: ValueMap
+) -> ConfigError:
+    """Labels whose values could mean this or that."""
+    counted = [f"{value} in {n:,} rows" for value, n in seen.most_common(_MOST)]
+    more = f" and {len(seen) - _MOST} more" if len(seen) > _MOST else ""
+    unknown = [value for value in seen if value not in values.meanings]
+    column = labels[0] if len(labels) == 1 else f"[{', '.join(labels)}]"
+    return ConfigError(
+        f"{first.field}.columns.label: {', '.join(map(repr, labels))} holds {', '.join(counted)}"
+        f"{more}; what {unknown[0]} means is not known. Say it: columns: {{label: {{from: "
+        f"{column}, a: …, b: …, tie: …, none: …}}}}, where a is the value that says that the first "
+        "answer is better (tie and none where there are such), or label: null to read no label"
+    )
+
+
+def no_pair(first: FirstRows, layout: Layout, tally: Tally) -> ConfigError:
+    """First rows of which none is a pair, each with its reason."""
+    lines = "\n".join(tally.lines())
+    return ConfigError(
+        f"{first.field}: none of the first {tally.reasons.total()} rows of {first.path!r} is a "
+        f"pair:\n{lines}\n  its columns are {', '.join(first.names)}; we read {layout.described()}"
+    )
+
+
+def written_as_text(first: FirstRows, columns: Sequence[str]) -> ConfigError:
+    """Message lists in columns that are to be text."""
+    return ConfigError(
+        f"{first.field}.format: text, but {', '.join(map(repr, columns))} of {first.path!r} holds "
+        "messages written as text; set format: auto, to read them"
+    )
+
+
+def _lists(first: FirstRows) -> tuple[str, int] | None:
+    """A column that holds lists of answers, and how many at most."""
+    for name in first.named(*_LISTS):
+        values = [value for value in first.values(name) if isinstance(value, list)]
+        lists = [value for value in values if len(value) > 1 and not is_conversation(value)]
+        texts = all(isinstance(item, str | dict) for value in lists for item in value)
+        if lists and texts and 2 * len(lists) > len(first.rows):
+            return name, max(map(len, lists))
+    return None
+
+
+def _is_tag(first: FirstRows, name: str) -> bool:
+    return {shown(value) for value in first.values(name)} <= {"true", "false", "0", "1"}

@@ -1,0 +1,120 @@
+"""The text of a cell in; the messages, or the list of turns, that are written in it, out.
+
+CSV files and string columns hold message lists as text: JSON, Python's own spelling (what pandas
+writes of lists), or NumPy's (what it writes of a Parquet file's lists: no commas between items).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text")
+_BESIDE_CONTENT = ("tool_calls", "function_call")
+
+# Python's parser takes about a hundred times the memory of the text that it reads.
+LONGEST_PYTHON = 2**20
+_ROLE = re.compile("[\"'](?:" + "|".join(ROLE_KEYS) + ")[\"']")
+_ARRAY = re.compile(r"array\((.*?)(?:,\s*dtype=\w+)?\)", re.DOTALL)
+
+
+def decoded(text: str) -> Any:
+    """What a text spells in JSON, Python or NumPy.
+
+    Raises:
+        ValueError: where it spells nothing in any of them, or is too long for Python's parser.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if len(text) > LONGEST_PYTHON:
+        raise ValueError(f"more than {LONGEST_PYTHON} letters that are no JSON")
+    stripped = text.strip()
+    array = _ARRAY.fullmatch(stripped)
+    try:
+        return _literal(array[1].strip() if array else stripped)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"neither JSON nor Python: {error}") from None
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except SyntaxError:
+        if not text.startswith("["):
+            raise
+        return [ast.literal_eval(item) for item in _items(text[1:-1])]
+
+
+def _items(text: str) -> list[str]:
+    """The objects of a NumPy array, which spaces and line breaks part."""
+    items, depth, start, quote, escaped = [], 0, 0, "", False
+    for at, letter in enumerate(text):
+        if quote:
+            if not escaped and letter == quote:
+                quote = ""
+            escaped = letter == "\\" and not escaped
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "{[(":
+            start = start if depth else at
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+            if depth == 0:
+                items.append(text[start : at + 1])
+    if depth or quote or not items:
+        raise SyntaxError("no array of objects")
+    return items
+
+
+def messages_in(text: str) -> Any:
+    """The message or the list of messages that a text spells; None where it spells none."""
+    if not text.lstrip().startswith(("[", "{", "array(")) or not _ROLE.search(text):
+        return None
+    try:
+        value = decoded(text)
+    except ValueError:
+        return None
+    return value if is_conversation(value) else None
+
+
+def turns_in(text: str) -> list[str] | None:
+    """The list of strings that a text spells, a turn each; None where it spells none."""
+    if text.lstrip()[:1] != "[":
+        return None
+    try:
+        value = decoded(text)
+    except ValueError:
+        return None
+    return value if is_turns(value) else None
+
+
+def is_turns(value: Any) -> bool:
+    """True for a list of strings that are no messages: turns without their roles."""
+    plain = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return bool(plain and value and not is_conversation(value))
+
+
+def is_conversation(value: Any) -> bool:
+    """True for what can only be a message, or a list of them, also with each written as text."""
+    if isinstance(value, Mapping):
+        return _is_message(value)
+    if not isinstance(value, list) or not value:
+        return False
+    return all(
+        _is_message(item) or (isinstance(item, str) and _is_message(messages_in(item)))
+        for item in value
+    )
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    keys = (*CONTENT_KEYS, *_BESIDE_CONTENT)
+    return any(key in value for key in ROLE_KEYS) and any(key in value for key in keys)

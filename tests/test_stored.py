@@ -1,0 +1,109 @@
+"""Messages, tool calls and tools go through Arrow and come out as they were, for us and others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cwpo_dist.pairs.records import (
+    MESSAGES,
+    TEXT_KEYS,
+    pair_id,
+    pair_schema,
+    preference_schema,
+)
+from cwpo_dist.pairs.stored import pair_rows, pair_table, preference_table
+
+TEXT = st.text(max_size=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=4,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]), "content": st.none() | TEXT},
+    optional={
+        **{key: TEXT for key in TEXT_KEYS},
+        "tool_calls": st.lists(st.fixed_dictionaries({"function": JSON}), min_size=1, max_size=2),
+    },
+)
+TALK = st.lists(MESSAGE, min_size=1, max_size=3)
+TOOLS = st.none() | st.lists(st.dictionaries(TEXT, JSON), min_size=1, max_size=2)
+
+
+@given(prompt=TALK | TEXT, tools=TOOLS, answer=st.data())
+def test_pairs_come_back_as_they_were(prompt: Any, tools: Any, answer: Any) -> None:
+    kind: Any = "text" if isinstance(prompt, str) else "conversational"
+    answers = [answer.draw(TEXT if kind == "text" else TALK) for _ in "ab"]
+    row = {"prompt": prompt, "response_a": answers[0], "response_b": answers[1], "tools": tools}
+    table = pair_table([row], pair_schema(kind))
+    (back,) = pair_rows(table)
+    assert {name: back[name] for name in row} == row
+    assert pair_rows(table.select(["pair_id", "prompt"])) == [{"pair_id": None, "prompt": prompt}]
+    assert pair_id(*row.values()) == pair_id(*(back[name] for name in row))
+
+
+def test_a_pairs_identity_is_all_of_its_content() -> None:
+    ask, a, b = ([{"role": role, "content": "x"}] for role in ("user", "assistant", "assistant"))
+    b = [b[0] | {"content": "y"}]
+    call = [{"type": "function", "function": {"name": "f"}}]
+    plain = pair_id(ask, a, b)
+    assert plain == pair_id(ask, b, a) == "7be87e396e8b02674f4f925f24564f77"  # as ever
+    others = [
+        pair_id(ask, a, b, call),
+        pair_id(ask, [a[0] | {"tool_calls": call}], b),
+        pair_id(ask, [a[0] | {"reasoning_content": "hm"}], b),
+        pair_id([ask[0] | {"name": "Ada"}], a, b),
+    ]
+    assert len({plain, *others}) == 5
+
+
+CALL = {"type": "function", "function": {"name": "stops", "arguments": {"near": "Zoo", "x": None}}}
+ASKED = [{"role": "user", "content": "Which tram?", "name": "Ada"}]
+CALLED = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+GUESSED = [{"role": "assistant", "content": "The 9."}]
+ROW = {"pair_id": "x", "prompt": ASKED, "chosen": CALLED, "rejected": GUESSED, "weight": 0.5}
+TOOL = [{"type": "function", "function": {"name": "stops", "parameters": {"b": 1, "a": {}}}}]
+
+
+def loaded(tmp_path: Path, rows: list[Any], **more: bool) -> list[dict[str, Any]]:
+    schema = preference_schema("conversational", **more)
+    pq.write_table(preference_table(rows, schema), tmp_path / "x.parquet")
+    found = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "x.parquet"), cache_dir=str(tmp_path), split="train"
+    )
+    return list(found)
+
+
+def test_other_programs_get_the_objects_that_our_templates_were_given(tmp_path: Path) -> None:
+    plain = ROW | {"prompt": [ASKED[0] | {}], "chosen": GUESSED}
+    first, second = loaded(tmp_path, [ROW | {"tools": TOOL}, plain], keys=True, tools=True)
+    assert (first["prompt"], first["chosen"], first["rejected"]) == (ASKED, CALLED, GUESSED)
+    assert (first["tools"], second["tools"]) == (TOOL, None)
+    assert list(first["tools"][0]["function"]["parameters"]) == ["b", "a"]
+    assert second["chosen"] == GUESSED  # no key that it had not
+
+
+def test_plain_messages_are_structures_that_any_reader_knows(tmp_path: Path) -> None:
+    plain = [{"role": "user", "content": "Which tram?"}]
+    row = ROW | {"prompt": plain, "chosen": GUESSED, "rejected": GUESSED}
+    (found,) = loaded(tmp_path, [row])
+    assert found["prompt"] == plain
+    assert "tools" not in found
+    message = preference_schema("conversational").field("prompt").type.value_type
+    assert [field.name for field in message] == ["role", "content"]
+
+
+@pytest.mark.parametrize("kind", ["text", "conversational"])
+def test_schemas_of_pairs(kind: Any) -> None:
+    schema = pair_schema(kind)
+    assert schema.field("prompt").type == (pa.string() if kind == "text" else MESSAGES)
+    names = ["pair_id", "prompt", "response_a", "response_b", "tools", "label", "tie"]
+    assert schema.names[:7] == names
