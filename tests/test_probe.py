@@ -51,10 +51,12 @@ def test_a_sliding_window_counts_only_where_it_is_shorter_than_rows():
     assert "sliding window of 64 is shorter than rows of 65" in choice.reason
 
 
-def test_flash_attention_and_encoders_take_plain_rows():
+def test_flash_attention_and_encoders_take_plain_rows(monkeypatch):
     model = tiny_classifier("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
-    assert "packed sequences" in choose_layout(AnswerScores(model), longest=64).reason
+    with monkeypatch.context() as patch:
+        patch.setattr("cwpo_dist.lm.probe._check_scores", lambda module: None)  # it needs a GPU
+        assert "packed sequences" in choose_layout(AnswerScores(model), longest=64).reason
     choice = choose_layout(AnswerScores(tiny_classifier("bert")), longest=64)
     assert choice.layout == "plain"
     assert "as a whole" in choice.reason
@@ -113,6 +115,21 @@ def test_logits_that_are_not_the_heads_are_refused():
     module.head.scale = 1.1
     with pytest.raises(ModelError, match="its architecture is not supported"):
         choose_layout(module, longest=64)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_scores_that_are_not_the_stock_classifiers_are_refused(arch):
+    """Here it weighs its logits by the length of the sequence, pads and all."""
+    model = tiny_classifier(arch)
+
+    def by_length(_module, _args, kwargs, output):
+        output.logits = output.logits * kwargs["input_ids"].shape[1]
+        return output
+
+    choose_layout(AnswerScores(model), longest=64)
+    model.register_forward_hook(by_length, with_kwargs=True)
+    with pytest.raises(ModelError, match="scores a padded row otherwise than one alone"):
+        choose_layout(AnswerScores(model), longest=64)
 
 
 def test_the_probe_leaves_the_training_mode_alone():

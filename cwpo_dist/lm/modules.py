@@ -9,6 +9,7 @@ Shapes: B sequences, L padded length, H width, R rows, K answers a row, N answer
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from cwpo_dist.lm.vocabulary import vocabulary_log_probs
 
 # Floats of one chunk of logits, for heads that are more than a matrix: 64 MiB in fp32.
 _CHUNK_LOGITS = 2**24
+_LAST_TOKEN = frozenset({"ctrl", "modernbert-decoder"})  # decoders without a `score` head
 
 
 class ChunkedHead(nn.Module):
@@ -116,16 +118,20 @@ class AnswerLogProbs(nn.Module):
 class AnswerScores(nn.Module):
     """Scores of answers under a one-label sequence classifier (also wrapped by peft).
 
-    A decoder is read at each answer's last token, its EOS, through its `score` head; any other
-    classifier (BERT, DeBERTa) takes plain rows through its own forward.
+    A decoder is read at each answer's last token through its `score` head; any other classifier
+    (BERT, DeBERTa) takes plain rows through its own forward.
 
     Attributes:
         model: the model as given; the names of its parameters follow after `model.`.
         reads_last_token: whether it is such a decoder, which can take shared rows.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, token_types: bool = False):
         """Finds the decoder and its head.
+
+        Args:
+            model: the classifier.
+            token_types: it is told prompt (0) from answer (1), as its tokenizer does.
 
         Raises:
             ModelError: for another number of labels than one.
@@ -138,7 +144,8 @@ class AnswerScores(nn.Module):
                 f"model: {type(core).__name__} has {core.config.num_labels} labels; a reward model "
                 "has one"
             )
-        self.reads_last_token = reads_last_token(core)
+        self.reads_last_token = scores_last_token(core) and hasattr(core, "score")
+        self._token_types = token_types and "token_type_ids" in signature(core.forward).parameters
         self._parts = (core.base_model, getattr(core, "score", None))
         if self.reads_last_token:
             read_only(core.base_model, "ends")
@@ -162,7 +169,12 @@ class AnswerScores(nn.Module):
                 f"model: {type(unwrapped(self.model)).__name__} reads whole sequences; "
                 "collate its rows with layout 'plain'"
             )
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return self.stock(batch)
+
+    def stock(self, batch: RowBatch) -> Tensor:
+        """What the classifier's own forward makes of plain rows, [R × K, 1]."""
+        types = {"token_type_ids": batch.token_type_ids} if self._token_types else {}
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types)
         return output.logits  # type: ignore[no-any-return]  # nn.Module
 
 
@@ -212,9 +224,17 @@ def unwrapped(model: nn.Module) -> Any:
     return model if inner is None else inner()
 
 
-def reads_last_token(classifier: Any) -> bool:
-    """Whether a classifier is a decoder that puts a `score` head on one token's hidden state."""
-    return hasattr(classifier, "score") and classifier.base_model is not classifier
+def scores_last_token(classifier: Any) -> bool:
+    """Whether a stock classifier reads the last token of a sequence that is no pad.
+
+    Decoders do, whose head transformers calls `score`, and two that have it under other names.
+    """
+    has_head = hasattr(classifier, "score") or classifier.config.model_type in _LAST_TOKEN
+    return has_head and classifier.base_model is not classifier and not _has_encoder(classifier)
+
+
+def _has_encoder(classifier: Any) -> bool:
+    return bool(getattr(classifier.config, "is_encoder_decoder", False))
 
 
 def _logit_scale(config: Any) -> float:

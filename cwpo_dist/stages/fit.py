@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length
+from cwpo_dist.lm.templates import Fault, TokenError
+from cwpo_dist.lm.tokens import Encoder, encode_pairs
 from cwpo_dist.pairs.records import read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
 from cwpo_dist.storage import Store
-from cwpo_dist.training.tasks import BradleyTerry
+from cwpo_dist.training.tasks import BradleyTerry, TaskError
 from cwpo_dist.training.workers import TrainSpec, train
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     weak = context.config.weak
     assert weak is not None, "graph() makes no fit node without a weak model"
     pairs = context.place(node.inputs["prepare"])
+    most = context.config.prepare.max_reject_fraction
     spec = TrainSpec(
         name="fit",
         store=context.place(node),
@@ -34,12 +37,12 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         config=context.config.fit,
         model=weak,
         head="scores",
-        make_task=LabelledPairs(pairs, context.shards(node), weak),
+        make_task=LabelledPairs(pairs, context.shards(node), weak, most=most),
         make_held_out=LabelledPairs(
             pairs,
             context.shards(node),
             weak,
-            watched_pairs(context, node, context.config.fit),
+            watched=watched_pairs(context, node, context.config.fit),
         ),
     )
     return train(spec)
@@ -53,41 +56,44 @@ class LabelledPairs:
         pairs: the output folder of `prepare`.
         shards: how many pair files it has.
         model: whose lengths and template apply.
+        most: the share of them that it may be unable to read (`prepare.max_reject_fraction`).
         watched: the held-out pairs to load instead; None: what is trained on.
     """
 
     pairs: Store
     shards: int
     model: ModelConfig
+    most: float = 1.0
     watched: WatchedPairs | None = None
 
     def __call__(self, encoder: Encoder) -> BradleyTerry:
-        """Tokens of every labelled pair that fits, the human's choice first."""
-        rows: list[Row] = []
-        names: list[str] = []
-        labelled = self._labelled()
-        for pair in labelled:
-            answers = (pair["response_a"], pair["response_b"])
-            chosen_first = answers if pair["label"] == "a" else answers[::-1]
-            row = self._row(encoder, pair["prompt"], chosen_first)
-            if row is not None:
-                rows.append(row)
-                names.append(pair["pair_id"])
-        if len(rows) < len(labelled):
-            logger.warning(
-                "fit: %d of %d labelled pairs are left out: longer than max_length %d, or without "
-                "tokens of their own",
-                *(len(labelled) - len(rows), len(labelled), self.model.max_length),
-            )
-        return BradleyTerry(rows, names)
+        """Tokens of every labelled pair that can be read and fits, the human's choice first.
 
-    def _row(self, encoder: Encoder, prompt: Any, answers: tuple[Any, Any]) -> Row | None:
-        """None for a pair that is too long, or that cannot become tokens."""
-        try:
-            row = encoder.encode(prompt, answers)
-        except TokenError:
-            return None
-        return fit_length(row, self.model.max_length, self.model.over_length, bos_id=encoder.bos_id)
+        Raises:
+            TaskError: when more than the share `most` of them cannot be read.
+        """
+        labelled = self._labelled()
+        if labelled and isinstance(labelled[0]["prompt"], str):
+            encoder.travel_as_text()
+        found = encode_pairs(encoder, self.model, [_chosen_first(pair) for pair in labelled])
+        rows = [row for row in found if isinstance(row, Row)]
+        names = [
+            pair["pair_id"]
+            for pair, row in zip(labelled, found, strict=True)
+            if isinstance(row, Row)
+        ]
+        faults = Counter(str(row.fault) for row in found if isinstance(row, TokenError))
+        told = ", ".join(f"{number} × {fault}" for fault, number in faults.most_common())
+        if told:
+            logger.warning("fit: of %d labelled pairs are left out: %s", len(labelled), told)
+        unread = faults.total() - faults[Fault.OVER_LENGTH]
+        if unread > self.most * len(labelled):
+            raise TaskError(
+                f"{unread} of {len(labelled)} labelled pairs cannot be read ({told}), more than "
+                f"prepare.max_reject_fraction {self.most:g} allows; give a chat_template that "
+                "writes them, or raise it"
+            )
+        return BradleyTerry(rows, names, left_out=faults)
 
     def _labelled(self) -> list[dict[str, Any]]:
         columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
@@ -97,3 +103,8 @@ class LabelledPairs:
             watched = self.watched.labels()
             return [row for row in rows if row["pair_id"] in watched]
         return [row for row in rows if row["split"] == "labelled" and row["label"] is not None]
+
+
+def _chosen_first(pair: dict[str, Any]) -> tuple[Any, tuple[Any, Any]]:
+    answers = (pair["response_a"], pair["response_b"])
+    return pair["prompt"], answers if pair["label"] == "a" else answers[::-1]

@@ -29,7 +29,7 @@ from cwpo_dist.storage import Store, digest
 TRAINING_STAGES = ("fit", "sft", "align")
 SCORES = ("annotate", "implicit")  # the stages that give a pair's two answers a score
 # Of what stages write: raised when the same settings would give other files.
-FORMAT, FORMAT_OF = 2, {"weigh": 3, "evaluate": 3}
+FORMAT, FORMAT_OF = 2, {"tokens": 3, "fit": 3, "annotate": 3, "weigh": 3, "evaluate": 4}
 
 
 @dataclass(frozen=True)
@@ -350,5 +350,6 @@ def _template(model: ModelConfig) -> str:
 
 def _token_settings(model: ModelConfig) -> dict[str, Any]:
     """Tokens depend on the tokenizer, not on weights, depth or attention implementation."""
-    names = {"model_name_or_path", "revision", "chat_template", "max_length", "over_length"}
-    return model.model_dump(include=names) | {"chat_template": _template(model)}
+    names = {"model_name_or_path", "revision", "chat_template", "template_date"}
+    names |= {"max_length", "over_length"}
+    return model.model_dump(mode="json", include=names) | {"chat_template": _template(model)}

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cwpo_dist.config import ARMS, Config, ConfigError
+from cwpo_dist.config import ARMS, Config, ConfigError, ModelConfig
 from cwpo_dist.pairs.census import Census, census
 from cwpo_dist.scoring.placement import Machine, gpus_taken
 from cwpo_dist.stages import fleet_costs
@@ -27,7 +27,13 @@ from cwpo_dist.stages.costs import Estimate, Rates, gpus, total_steps
 from cwpo_dist.stages.fleet_costs import Fleet
 from cwpo_dist.stages.graph import Node, annotator_nodes, graph, prepare_node
 from cwpo_dist.stages.room import fit_two, need, share
-from cwpo_dist.stages.sampled import ShownRow, encoder_of, lengths_in, shown_row
+from cwpo_dist.stages.sampled import (
+    SampleRead,
+    ShownRow,
+    read_sample,
+    reading_notes,
+    shown_row,
+)
 from cwpo_dist.stages.trials import planned, section, trials, tuned
 from cwpo_dist.storage import Store
 
@@ -105,26 +111,34 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
     checked = check_trials(config, found) if found else check(config, until)
     named = {name: model for run in runs for name, model, _ in models(run, until)}
-    encoders = {name: (model, encoder_of(name, model)) for name, model in named.items()}
     censuses = _censuses(runs)
     sample = next(iter(censuses.values())).sample
-    lengths = {name: lengths_in(*given, sample) for name, given in encoders.items()}
+    read = {
+        name: read_sample(model, checked.encoders[name], sample) for name, model in named.items()
+    }
+    lengths = {name: each.lengths for name, each in read.items()}
     estimates = [Estimate(run, censuses[_split(run)], checked, lengths) for run in runs]
-    faults = dict.fromkeys(fault for each in estimates for fault in _empty(each))
+    faults = dict.fromkeys(fault for each in estimates for fault in _empty(each, read))
     if faults:
         raise ConfigError("\n".join(faults))
-    rows = [
-        shown_row(name, model, encoder, pair)
+    rows = tuple(
+        shown_row(name, model, checked.encoders[name], pair)
         for pair in sample[:show]
-        for name, (model, encoder) in encoders.items()
-    ]
+        for name, model in named.items()
+    )
     stages = (
         _trial_stages(config, estimates, fleet) if found else _stages(config, estimates[0], fleet)
     )
     return Plan(
         tuple(stages),
-        tuple([*_notes(config, estimates), *fleet_costs.fleet_notes(config, fleet)]),
-        tuple(row for row in rows if row is not None),
+        tuple(
+            [
+                *reading_notes(named, checked.encoders, read),
+                *_notes(config, estimates),
+                *fleet_costs.fleet_notes(config, fleet),
+            ]
+        ),
+        rows,
         fleet,
     )
 
@@ -145,9 +159,9 @@ def _until(config: Config) -> str | None:
     return None if config.policy is not None else "annotate"
 
 
-def _empty(estimate: Estimate) -> Iterator[str]:
+def _empty(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
     """Stages that would find no pair, or too many rows that are none."""
-    config, counted, lengths = estimate.config, estimate.counted, estimate.lengths
+    config, counted = estimate.config, estimate.counted
     rows = sum(counted.splits.values()) + counted.rejects
     if counted.exact and counted.rejects > config.prepare.max_reject_fraction * rows:
         yield (
@@ -156,11 +170,7 @@ def _empty(estimate: Estimate) -> Iterator[str]:
             "writes each with its reason to rejects/), or raise it"
         )
     for name, model, _ in models(config, _until(config)):
-        if lengths[name].fits == 0.0 and name != "evaluate.gold_model":
-            yield (
-                f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
-                f"set {name}.over_length=truncate"
-            )
+        yield from _unread(config, counted, name, model, read[name])
     if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
         yield (
             f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
@@ -178,6 +188,30 @@ def _empty(estimate: Estimate) -> Iterator[str]:
         yield (
             f"evaluate.split: no pair is in {config.evaluate.split!r}; raise prepare."
             f"{config.evaluate.split}_fraction, or give a source with into: {config.evaluate.split}"
+        )
+
+
+def _unread(
+    config: Config, counted: Census, name: str, model: ModelConfig, read: SampleRead
+) -> Iterator[str]:
+    """A model that cannot read more pairs than its stage may set aside, or that none fits."""
+    is_gold = name == "evaluate.gold_model"
+    field, fraction = "prepare.max_reject_fraction", config.prepare.max_reject_fraction
+    if name.startswith("annotate."):
+        field, fraction = "annotate.max_reject_fraction", config.annotate.max_reject_fraction
+    if is_gold:  # which reads other answers, and may leave some out
+        fraction = 1.0 if read.refused < read.number else 0.0
+    whole = counted.exact and read.number == sum(counted.splits.values()) and name != "weak"
+    if read.exceeds(fraction, whole):
+        yield (
+            f"{name}.chat_template: {model.model_name_or_path!r} with {model.chat_template!r} "
+            f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
+            f"another template or model, mend the pairs, or raise {field} ({fraction:g})"
+        )
+    elif read.too_long and not read.lengths.fits and not is_gold:
+        yield (
+            f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
+            f"set {name}.over_length=truncate"
         )
 
 
@@ -306,9 +340,6 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
         yield "counts are estimates: the sources are too large to read in a few seconds"
     if config.policy is None:
         yield "no policy is given: planned up to `annotate`; `weigh` can follow"
-    for name, lengths in estimate.lengths.items():
-        if 0 < lengths.fits < 1 and name != "evaluate.gold_model":
-            yield f"{name}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
     yield from _short_trainings(config, estimates)
     yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:
