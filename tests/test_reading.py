@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import trl
-from tiny import save_tiny, tiny_classifier, tiny_tokenizer, word_tokenizer
+from test_templates import DAY, pinned
+from tiny import CHAT_TEMPLATE, save_tiny, tiny_classifier, tiny_tokenizer, word_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,10 +21,11 @@ from transformers import (
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.loading import load_annotator_base, save
 from cwpo_dist.lm.modules import AnswerScores
-from cwpo_dist.lm.reading import PairEncoder, encoder_for
+from cwpo_dist.lm.reading import PairEncoder, RenderingEncoder, encoder_for
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import TokenError
 from cwpo_dist.lm.tokens import encode_pairs
+from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 
@@ -56,7 +58,7 @@ FAMILIES = {
     "qwen3": Family("qwen3", "qwen3", "<|im_end|>", "<|endoftext|>", marks=("<|im_start|>",)),
     # the end of a turn is read, EOS never stands there
     "gemma": Family(
-        *("gemma", "gemma", "<eos>", "<pad>", "<bos>"),
+        *("gemma", "gemma2", "<eos>", "<pad>", "<bos>"),
         marks=("<start_of_turn>", "<end_of_turn>"),
         adds_bos=True,
     ),
@@ -345,6 +347,65 @@ def test_real_transcripts_are_trained_on_and_read_alike(cwpo_data: Path, tmp_pat
             row = encoder.encode(pair.prompt, [pair.first, pair.second])
             for ids, answer in zip(row.answers, (pair.first, pair.second), strict=True):
                 assert [*row.prompt, *ids] == stock_ids(tokenizer, pair.prompt, answer)
+
+
+@pytest.mark.parametrize("pad", [None, -1, 1])
+def test_the_token_that_is_read_follows_the_pad_token_of_the_configuration(
+    pad: int | None, tmp_path: Path
+) -> None:
+    """Whatever the tokenizer pads with; 1 is EOS, in which this template ends."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("}}\n{% endfor", "}}{% endfor")
+    save(tiny_classifier("llama", pad_token_id=pad), tokenizer, tmp_path)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = [
+            [float(stock_score(stock, tokenizer, p, y)) for y in answers] for p, *answers in PAIRS
+        ]
+    settings = ModelConfig(model_name_or_path=str(tmp_path))
+    assert_scores(worker_scores(settings, PAIRS, tmp_path), expected)
+
+
+@pytest.fixture(scope="module")
+def tiny_forward() -> RowForward:
+    """Any reward model: its pad token is 2, which no template writes."""
+    model = tiny_classifier("llama", max_position_embeddings=8192)
+    return RowForward(AnswerScores(model), 2, 8192, 16384)
+
+
+@pytest.mark.parametrize("file", sorted(TEMPLATES.glob("*.jinja")), ids=lambda file: file.stem)
+def test_scores_by_any_template_of_trls_are_those_of_the_stock_call(
+    file: Path, tiny_forward: RowForward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned(monkeypatch)  # what transformers takes for today
+    tokenizer = tiny_tokenizer(add_bos=False)
+    tokenizer.chat_template = file.read_text()
+    encoder = RenderingEncoder(tokenizer, pad=2, template_date=DAY)
+    rows, expected = [], []
+    for prompt, *answers in PAIRS:
+        row = encoder.encode_all([(prompt, answers)])[0]
+        if isinstance(row, TokenError):
+            assert row.fault is not None
+            continue
+        rows.append(row)
+        model: Any = tiny_forward.module.model
+        with torch.no_grad():
+            expected.append(
+                [float(stock_score(model, tokenizer, *parts(encoder, prompt, y))) for y in answers]
+            )
+    assert len(rows) >= 3
+    assert_scores(tiny_forward(rows).values, expected)
+
+
+def parts(encoder: RenderingEncoder, prompt: Text, answer: Text) -> tuple[Text, Text]:
+    """Lists of parts for a template that reads no others: so its users write."""
+    if not encoder.template.parts:
+        return prompt, answer
+    messages = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in conversation(prompt, answer)
+    ]
+    return messages[:-1], messages[-1:]
 
 
 def test_a_pad_token_beyond_the_embeddings_fills_nothing(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def _scored_rows(config: Any) -> tuple[list[Row], int]:
         )
         for row in probe_rows(len(words))[:_SCORED]
     ]
-    return rows, 0 if pad is None else pad
+    return rows, pad if pad is not None and pad >= 0 else 0
 
 
 def _vocabulary(model: nn.Module) -> int:

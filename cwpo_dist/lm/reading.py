@@ -28,7 +28,6 @@ from cwpo_dist.lm.tokens import (
     Encoder,
     Text,
     common_prefix,
-    fill_id,
     ids_of,
     load_tokenizer,
     refuse_mixed,
@@ -218,7 +217,8 @@ class PairEncoder(Encoder):
         """
         self._has_template = chat_template != "tokenizer" or bool(tokenizer.chat_template)
         super().__init__(tokenizer, chat_template, **settings)
-        self.pad_id = fill_id(tokenizer, self.vocabulary) if pad is None else int(pad)
+        if pad is not None and pad >= 0:
+            self.pad_id = int(pad)
         self.token_types = self._types()
 
     def _template(self, chat_template: str, on: date) -> ChatTemplate:
