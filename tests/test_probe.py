@@ -11,7 +11,8 @@ from tiny import tiny_causal_lm, tiny_classifier
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.packed import packed_attention
-from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.probe import choose_layout, probe_rows
+from cwpo_dist.lm.rows import collate
 
 ONE_ROW = torch.tensor([[[[1, 1]]]])
 
@@ -117,19 +118,38 @@ def test_logits_that_are_not_the_heads_are_refused():
         choose_layout(module, longest=64)
 
 
-@pytest.mark.parametrize("arch", ["llama", "bert"])
-def test_scores_that_are_not_the_stock_classifiers_are_refused(arch):
-    """Here it weighs its logits by the length of the sequence, pads and all."""
-    model = tiny_classifier(arch)
+def by_length(_module, _args, kwargs, output):
+    """Weighs logits by the length of the sequence, pads and all."""
+    output.logits = output.logits * kwargs["input_ids"].shape[1]
+    return output
 
-    def by_length(_module, _args, kwargs, output):
-        output.logits = output.logits * kwargs["input_ids"].shape[1]
-        return output
 
+def test_a_decoder_that_is_not_read_at_its_last_token_is_refused():
+    model = tiny_classifier("llama")
     choose_layout(AnswerScores(model), longest=64)
     model.register_forward_hook(by_length, with_kwargs=True)
-    with pytest.raises(ModelError, match="scores a padded row otherwise than one alone"):
+    with pytest.raises(ModelError, match="not read at the last token"):
         choose_layout(AnswerScores(model), longest=64)
+
+
+def test_a_classifier_that_sees_pads_takes_sequences_one_by_one(caplog):
+    model = tiny_classifier("bert")
+    rows = probe_rows(266)
+    module = AnswerScores(model).eval()
+    choose_layout(module, longest=64)
+    assert not module.one_by_one
+    model.register_forward_hook(by_length, with_kwargs=True)
+    choose_layout(module, longest=64)
+    assert module.one_by_one
+    assert "one sequence at a time" in caplog.text
+    with torch.no_grad():
+        alone = [
+            float(model(input_ids=torch.tensor([[*row.prompt, *answer]])).logits)
+            for row in rows
+            for answer in row.answers
+        ]
+        found = module(collate(rows, "plain", 2)).flatten()
+    torch.testing.assert_close(found, torch.tensor(alone))
 
 
 def test_the_probe_leaves_the_training_mode_alone():

@@ -124,6 +124,7 @@ class AnswerScores(nn.Module):
     Attributes:
         model: the model as given; the names of its parameters follow after `model.`.
         reads_last_token: whether it is such a decoder, which can take shared rows.
+        one_by_one: each sequence by itself, for classifiers that see the pads of a batch.
     """
 
     def __init__(self, model: nn.Module, *, token_types: bool = False):
@@ -145,6 +146,7 @@ class AnswerScores(nn.Module):
                 "has one"
             )
         self.reads_last_token = scores_last_token(core) and hasattr(core, "score")
+        self.one_by_one = False
         self._token_types = token_types and "token_type_ids" in signature(core.forward).parameters
         self._parts = (core.base_model, getattr(core, "score", None))
         if self.reads_last_token:
@@ -169,13 +171,27 @@ class AnswerScores(nn.Module):
                 f"model: {type(unwrapped(self.model)).__name__} reads whole sequences; "
                 "collate its rows with layout 'plain'"
             )
-        return self.stock(batch)
+        return self.stock(batch, one_by_one=self.one_by_one)
 
-    def stock(self, batch: RowBatch) -> Tensor:
-        """What the classifier's own forward makes of plain rows, [R × K, 1]."""
-        types = {"token_type_ids": batch.token_type_ids} if self._token_types else {}
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types)
-        return output.logits  # type: ignore[no-any-return]  # nn.Module
+    def stock(self, batch: RowBatch, *, one_by_one: bool = True) -> Tensor:
+        """What the classifier's own forward makes of plain rows, [R × K, 1].
+
+        Args:
+            batch: the rows.
+            one_by_one: as the classifier is called for one sequence, without pads.
+        """
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self._token_types:
+            assert batch.token_type_ids is not None
+            given["token_type_ids"] = batch.token_type_ids
+        if not one_by_one:
+            return self.model(**given).logits  # type: ignore[no-any-return]  # nn.Module
+        lengths_S = batch.attention_mask.sum(1).tolist()
+        logits = [
+            self.model(**{name: ids[s : s + 1, :length] for name, ids in given.items()}).logits
+            for s, length in enumerate(lengths_S)
+        ]
+        return torch.cat(logits)
 
 
 def accumulate_in_place(module: nn.Module) -> None:

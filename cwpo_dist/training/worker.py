@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.loading import load_annotator_base, load_policy
+from cwpo_dist.lm.loading import ModelError, load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.reading import encoder_for
@@ -147,6 +147,11 @@ class _Rank:
     def run(self) -> dict[str, Any]:
         spec = self.spec
         layout = choose_layout(self.module, longest=spec.model.max_length).layout
+        if isinstance(self.module, AnswerScores) and self.module.one_by_one:
+            raise ModelError(  # ranks would call a sharded model unequally often
+                f"model_name_or_path: {spec.model.model_name_or_path!r}: its scores depend on the "
+                "pads of a batch, so it can score but not be trained here; give another weak model"
+            )
         flops = useful_flops(self.module)
         run = Run(spec.config, spec.seed, layout, self.encoder.pad_id, flops)
         total = run.total_steps(self.task.order.drawn)
