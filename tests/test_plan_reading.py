@@ -232,3 +232,9 @@ def test_pairs_that_are_all_set_aside_are_no_fault_of_max_length(tmp_path: Path)
         plan(config_of(tmp_path, CHAT_TEMPLATE, rows))
     assert "prepare.max_reject_fraction: 9 of 9 rows" in str(caught.value)
     assert "max_length" not in str(caught.value)
+
+
+def test_a_max_length_that_nothing_can_be_cut_to_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path, CHAT_TEMPLATE, [row(0)], max_length=4, over_length="truncate")
+    with pytest.raises(ConfigError, match=r"annotate\.model\.max_length: 4 .*use at least 5"):
+        check(config, "annotate")

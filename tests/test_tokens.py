@@ -13,9 +13,10 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.fitting import encode_pairs, fit_length
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault
-from cwpo_dist.lm.tokens import Encoder, TokenError, encode_pairs, fit_length, load_tokenizer
+from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
 
 BOS, EOS = 0, 1
 quick = settings(max_examples=80)

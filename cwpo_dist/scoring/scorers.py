@@ -14,13 +14,14 @@ from typing import Any
 import pyarrow as pa
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_config, load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Encoder, encode_pairs, fill_id, load_tokenizer
+from cwpo_dist.lm.tokens import Encoder, fill_id, load_tokenizer
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,

@@ -23,6 +23,7 @@ from cwpo_dist.config import (
     TrainingConfig,
 )
 from cwpo_dist.evaluation.gold import load_function
+from cwpo_dist.lm.fitting import shortest_cut
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.reading import Role, encoder_for
 from cwpo_dist.lm.tokens import Encoder, TokenError
@@ -85,8 +86,8 @@ def check(config: Config, until: str | None = None) -> Checked:
     for field, model, load in models(config, until):
         try:
             sizes[field] = model_size(model, load)
-            faults += _length_faults(field, model, sizes[field])
             encoders[field] = encoder_for(model, _ROLES[load])
+            faults += _length_faults(field, model, sizes[field], encoders[field])
         except (ModelError, TokenError) as error:
             faults.append(f"{field}.{error}")
     faults += [] if grows() else _placement_faults(config, until, machines)
@@ -300,8 +301,16 @@ def _places(machine: Machine, cpus: float, gpus: float) -> int:
     return int(min(rooms) + 1e-9)  # 2 / 0.4 must not become 4.999…
 
 
-def _length_faults(field: str, model: ModelConfig, size: ModelSize) -> Iterator[str]:
-    """Rows that are longer than a model has positions for."""
+def _length_faults(
+    field: str, model: ModelConfig, size: ModelSize, encoder: Encoder
+) -> Iterator[str]:
+    """Rows that are longer than a model has positions for, or too short to be cut to."""
+    shortest = shortest_cut(encoder.closing)
+    if model.over_length == "truncate" and model.max_length < shortest:
+        yield (
+            f"{field}.max_length: {model.max_length} leaves no room for prompt and answer; use at "
+            f"least {shortest}"
+        )
     if size.positions is not None and model.max_length > size.positions:
         yield (
             f"{field}.max_length: {model.max_length} tokens, but {model.model_name_or_path!r} has "

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import encode_pairs
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, pair_schema
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards

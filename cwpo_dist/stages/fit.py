@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Encoder, encode_pairs
+from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.pairs.records import read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context

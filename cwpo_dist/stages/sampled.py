@@ -9,10 +9,11 @@ from math import sqrt
 from statistics import fmean
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.reading import PairEncoder
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Encoder, Text, encode_pairs
+from cwpo_dist.lm.tokens import Encoder, Text
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.stages.costs import Lengths
 
