@@ -25,6 +25,7 @@ from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.reading import PairEncoder, RenderingEncoder, encoder_for
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import TokenError
+from cwpo_dist.lm.tokens import Asked
 from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
@@ -383,7 +384,7 @@ def test_scores_by_any_template_of_trls_are_those_of_the_stock_call(
     encoder = RenderingEncoder(tokenizer, pad=2, template_date=DAY)
     rows, expected = [], []
     for prompt, *answers in PAIRS:
-        row = encoder.encode_all([(prompt, answers)])[0]
+        row = encoder.encode_all([Asked(prompt, answers)])[0]
         if isinstance(row, TokenError):
             assert row.fault is not None
             continue
@@ -450,7 +451,7 @@ def test_the_last_tokens_of_a_cut_answer_are_those_that_are_read(tmp_path: Path)
     settings = ModelConfig(model_name_or_path=str(folder), max_length=60, over_length="truncate")
     encoder = encoder_for(settings, "reward model")
     long = [assistant("a long answer " * 9), assistant("another " * 9)]
-    (row,) = encode_pairs(encoder, settings, [([user("q" * 50)], [[each] for each in long])])
+    (row,) = encode_pairs(encoder, settings, [Asked([user("q" * 50)], [[each] for each in long])])
     assert isinstance(row, Row)
     assert row.n_longest <= 60
     assert all(encoder.tokenizer.decode(ids).endswith("<|im_end|>\n") for ids in row.answers)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from cwpo_dist.lm.reading import RenderingEncoder
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import ChatTemplate, Fault, TokenError
-from cwpo_dist.lm.tokens import Encoder, common_prefix, without_eos
+from cwpo_dist.lm.tokens import Asked, Encoder, common_prefix, without_eos
 
 TRL = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 DAY = date(2024, 7, 26)
@@ -128,7 +128,7 @@ def test_tokens_are_those_of_apply_chat_template(
     for prompt, answers, tools in CONVERSATIONS.values():
         wanted = [stock(tokenizer, file.stem, prompt, answer, tools) for answer in answers]
         for encoder in (ready, policy):
-            (row,) = encoder.encode_all([(prompt, answers)], [tools])
+            (row,) = encoder.encode_all([Asked(prompt, answers, tools)])
             if None in wanted:
                 assert isinstance(row, TokenError)
                 assert row.fault is Fault.REFUSED
@@ -323,7 +323,7 @@ def test_what_a_template_leaves_out_is_a_fault_of_the_pair(
     template: str, prompt: str, answers: list[str], what: str
 ) -> None:
     for encoder in (of_text(template), RenderingEncoder(of_text(template).tokenizer, pad=None)):
-        (found,) = encoder.encode_all([(prompt, answers)])
+        (found,) = encoder.encode_all([Asked(prompt, answers)])
         assert isinstance(found, TokenError)
         assert found.fault is Fault.LEFT_OUT
         assert str(found).startswith(f"{what}: the chat template leaves nothing of its text")
@@ -348,7 +348,7 @@ def test_what_is_no_jinja_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 'a' + messages }}", "{{ none.x.y }}"])
 def test_whatever_a_template_raises_refuses_the_pair(template: str) -> None:
-    (found,) = of_text(template).encode_all([("Q", ["A", "B"])])
+    (found,) = of_text(template).encode_all([Asked("Q", ["A", "B"])])
     assert isinstance(found, TokenError)
     assert found.fault is Fault.REFUSED
 

@@ -16,7 +16,7 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.fitting import encode_pairs, fit_length
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault
-from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
+from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, load_tokenizer
 
 BOS, EOS = 0, 1
 quick = settings(max_examples=80)
@@ -237,7 +237,8 @@ def test_pairs_that_became_equal_or_too_long_have_their_faults():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = path
     encoder, model = Encoder(tokenizer), ModelConfig(model_name_or_path="m", max_length=12)
-    pairs = [("Q", ("yes", " yes\n")), ("Q", ("yes", "no")), ("Q", ("a long answer", "no"))]
+    answers = [("yes", " yes\n"), ("yes", "no"), ("a long answer", "no")]
+    pairs = [Asked("Q", each) for each in answers]
     same, read, long = encode_pairs(encoder, model, pairs)
     assert same.fault is Fault.IDENTICAL
     assert isinstance(read, Row)
@@ -310,9 +311,9 @@ def test_tiny_template_is_like_smollm2s():
 
 def test_many_pairs_at_once_are_the_same_pairs_one_by_one():
     encoder = Encoder(tiny_tokenizer(), "plain")
-    good = [("Question: ", ("a longer answer", "the")), ("Q", ("x", "y and z"))]
+    good = [Asked("Question: ", ("a longer answer", "the")), Asked("Q", ("x", "y and z"))]
     bad = ("", [{"role": "assistant", "content": "a message"}])
-    found = encoder.encode_all([good[0], ("mixed", bad), good[1]])
+    found = encoder.encode_all([good[0], Asked("mixed", bad), good[1]])
     assert [found[0], found[2]] == [encoder.encode(*pair) for pair in good]
     assert isinstance(found[1], TokenError)
     assert encoder.encode_all([]) == []

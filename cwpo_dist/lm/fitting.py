@@ -7,8 +7,8 @@ from typing import Literal
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.templates import Fault, TokenError, Tools
-from cwpo_dist.lm.tokens import Encoder, Text
+from cwpo_dist.lm.templates import Fault, TokenError
+from cwpo_dist.lm.tokens import Asked, Encoder
 
 _AT_ONCE = 1024  # pairs whose rendered texts are held together
 
@@ -16,8 +16,7 @@ _AT_ONCE = 1024  # pairs whose rendered texts are held together
 def encode_pairs(
     encoder: Encoder,
     model: ModelConfig,
-    pairs: Sequence[tuple[Text, Sequence[Text]]],
-    tools: Sequence[Tools] | None = None,
+    pairs: Sequence[Asked],
     *,
     ties: bool = False,
 ) -> list[Row | TokenError]:
@@ -26,8 +25,7 @@ def encode_pairs(
     Args:
         encoder: the model's.
         model: whose `max_length` and `over_length` apply.
-        pairs: prompt and answers of each.
-        tools: of each pair; None: of none.
+        pairs: prompt, answers and tools of each.
         ties: keep pairs whose answers became the same tokens.
 
     Returns:
@@ -35,8 +33,7 @@ def encode_pairs(
     """
     found: list[Row | TokenError] = []
     for start in range(0, len(pairs), _AT_ONCE):
-        piece = slice(start, start + _AT_ONCE)
-        found += encoder.encode_all(pairs[piece], None if tools is None else tools[piece])
+        found += encoder.encode_all(pairs[start : start + _AT_ONCE])
     return [
         row if isinstance(row, TokenError) else _useful(row, encoder, model, ties) for row in found
     ]

@@ -25,6 +25,7 @@ from cwpo_dist.lm.modules import scores_last_token
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import ChatTemplate, Fault, TokenError, Tools, words_of
 from cwpo_dist.lm.tokens import (
+    Asked,
     Encoder,
     Text,
     common_prefix,
@@ -136,7 +137,7 @@ class RenderingEncoder(Encoder):
         """Two conversations, whose answers end in different letters."""
         asked = [{"role": "user", "content": "Q"}]
         answers = [[{"role": "assistant", "content": text}] for text in ("x1", "y2")]
-        texts = self._rendered(asked, answers, None)
+        texts = self._rendered(Asked(asked, answers))
         if isinstance(texts, TokenError):  # it demands more of a conversation
             return [[self.eos_id], [self.eos_id]]
         return self._tokens(texts)
@@ -152,9 +153,8 @@ class RenderingEncoder(Encoder):
         over = f"; transformers passes over {passed!r} behind it, the pad token" if passed else ""
         return f"reads the last token of its own rendering: {shown}{after}{over}"
 
-    def _rendered(
-        self, prompt: Text, answers: Sequence[Text], tools: Tools
-    ) -> list[str] | TokenError:
+    def _rendered(self, pair: Asked) -> list[str] | TokenError:
+        prompt, answers, tools = pair
         try:
             texts = [self._render(prompt, answer, tools) for answer in answers]
         except TokenError as error:
@@ -252,9 +252,8 @@ class PairEncoder(Encoder):
             return set()
         return super().left_out(prompt, answer, tools)
 
-    def _rendered(
-        self, prompt: Text, answers: Sequence[Text], tools: Tools
-    ) -> list[Any] | TokenError:
+    def _rendered(self, pair: Asked) -> list[Any] | TokenError:
+        prompt, answers, tools = pair
         try:
             for answer in answers:
                 refuse_mixed(prompt, answer)

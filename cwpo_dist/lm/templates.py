@@ -23,11 +23,13 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 # Anthropic's HH transcripts. Text under 'plain' is prompt + answer, and never meets it.
 PLAIN_TEMPLATE = (
+    "{% if tools %}{{ '\n\nTools: ' }}{{ tools | tojson }}{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '\n\nHuman: ' }}"
     "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' }}"
     "{% else %}{{ '\n\n' + message['role'] | capitalize + ': ' }}{% endif %}"
-    "{{ message['content'] }}"
+    "{{ message['content'] or '' }}"
+    "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,10 +19,19 @@ from cwpo_dist.lm.loading import ModelError, model_path
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import ChatTemplate, Fault, Message, TokenError, Tools
 
-__all__ = ["Encoder", "Messages", "Row", "Text", "TokenError", "load_tokenizer"]
+__all__ = ["Asked", "Encoder", "Messages", "Row", "Text", "TokenError", "load_tokenizer"]
 
 Messages = Sequence[Message]
 Text = str | Messages
+
+
+class Asked(NamedTuple):
+    """A prompt, its answers, and the tools that the template is given beside them."""
+
+    prompt: Text
+    answers: Sequence[Text]
+    tools: Tools = None
+
 
 PAD_TOKEN = "<|pad|>"
 
@@ -135,30 +144,21 @@ class Encoder:
             TokenError: for a prompt without tokens, mixed kinds, or messages that the template
                 refuses or leaves out.
         """
-        (row,) = self.encode_all([(prompt, answers)], [tools])
+        (row,) = self.encode_all([Asked(prompt, answers, tools)])
         if isinstance(row, TokenError):
             raise row
         return row
 
-    def encode_all(
-        self,
-        pairs: Sequence[tuple[Text, Sequence[Text]]],
-        tools: Sequence[Tools] | None = None,
-    ) -> list[Row | TokenError]:
+    def encode_all(self, pairs: Sequence[Asked]) -> list[Row | TokenError]:
         """The rows of many pairs, tokenised in one call that may use several cores.
 
         Args:
-            pairs: prompt and answers of each, as for `encode`.
-            tools: of each pair; None: of none.
+            pairs: prompt, answers and tools of each, as for `encode`.
 
         Returns:
             A row for each pair, or the error that `encode` would raise.
         """
-        given = [None] * len(pairs) if tools is None else tools
-        rendered = [
-            self._rendered(prompt, answers, each)
-            for (prompt, answers), each in zip(pairs, given, strict=True)
-        ]
+        rendered = [self._rendered(pair) for pair in pairs]
         texts = [text for each in rendered if not isinstance(each, TokenError) for text in each]
         ids = iter(self._tokens(texts))
         found: list[Row | TokenError] = []
@@ -187,14 +187,13 @@ class Encoder:
             if self.template.leaves_out(messages, tools, text, [place])
         }
 
-    def _rendered(
-        self, prompt: Text, answers: Sequence[Text], tools: Tools
-    ) -> list[str] | TokenError:
+    def _rendered(self, pair: Asked) -> list[str] | TokenError:
         """The prompt as text, up to where an answer is asked for, and each conversation."""
+        prompt, answers, tools = pair
         try:
-            conversations = [self._render(prompt, answer, tools) for answer in answers]
+            whole = [self._render(prompt, answer, tools) for answer in answers]
             opening = self._render(prompt, None, tools)
-            return [opening, *(without_eos(text, self.eos_token) for text in conversations)]
+            return [opening, *(without_eos(text, self.eos_token) for text in whole)]
         except TokenError as error:
             return error
 

@@ -21,7 +21,7 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Encoder, fill_id, load_tokenizer
+from cwpo_dist.lm.tokens import Asked, Encoder, fill_id, load_tokenizer
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,
@@ -152,7 +152,7 @@ def _encoded(
 
 def _tokens(encoder: Encoder, model: ModelConfig, ties: bool, rows: Rows) -> list[Row | str]:
     """Each pair's tokens, or why it is set aside."""
-    pairs = [(row["prompt"], (row["response_a"], row["response_b"])) for row in rows]
+    pairs = [Asked(row["prompt"], (row["response_a"], row["response_b"])) for row in rows]
     found = encode_pairs(encoder, model, pairs, ties=ties)
     return [row if isinstance(row, Row) else _reason(row) for row in found]
 

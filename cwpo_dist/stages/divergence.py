@@ -11,6 +11,7 @@ import pyarrow as pa
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.tokens import Asked
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, pair_schema
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.run import run_shards
@@ -98,7 +99,7 @@ def _write_tokens(context: Context, store: Store, node: Node, rows: Answered) ->
     for index, start in enumerate(range(0, len(rows), size)):
         pairs, names = [], []
         for pair_id, prompt, *answers in rows[start : start + size]:
-            pairs.append((prompt, [_wrapped(a, isinstance(prompt, str)) for a in answers]))
+            pairs.append(Asked(prompt, [_wrapped(a, isinstance(prompt, str)) for a in answers]))
             names.append(pair_id)
         read = zip(names, encode_pairs(encoder, whole, pairs, ties=True), strict=True)
         found = {name: row for name, row in read if isinstance(row, Row)}

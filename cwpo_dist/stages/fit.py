@@ -11,7 +11,7 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Encoder
+from cwpo_dist.lm.tokens import Asked, Encoder
 from cwpo_dist.pairs.records import read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
@@ -106,6 +106,6 @@ class LabelledPairs:
         return [row for row in rows if row["split"] == "labelled" and row["label"] is not None]
 
 
-def _chosen_first(pair: dict[str, Any]) -> tuple[Any, tuple[Any, Any]]:
+def _chosen_first(pair: dict[str, Any]) -> Asked:
     answers = (pair["response_a"], pair["response_b"])
-    return pair["prompt"], answers if pair["label"] == "a" else answers[::-1]
+    return Asked(pair["prompt"], answers if pair["label"] == "a" else answers[::-1])

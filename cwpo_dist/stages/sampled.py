@@ -13,7 +13,7 @@ from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.reading import PairEncoder
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Encoder, Text
+from cwpo_dist.lm.tokens import Asked, Encoder
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.stages.costs import Lengths
 
@@ -175,5 +175,5 @@ def _whole(row: Row) -> list[str]:
     ]
 
 
-def _given(pair: ParsedPair) -> tuple[Text, tuple[Text, Text]]:
-    return pair.prompt, (pair.first, pair.second)
+def _given(pair: ParsedPair) -> Asked:
+    return Asked(pair.prompt, (pair.first, pair.second))
