@@ -37,7 +37,7 @@ from forward import Scorer, forward_part, peers
 
 from cwpo_dist.config import ModelConfig, PoolConfig
 from cwpo_dist.lm.loading import load_annotator_base, save
-from cwpo_dist.lm.tokens import load_tokenizer
+from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
 from cwpo_dist.scoring.pipeline import ShardJob, commit
@@ -53,7 +53,7 @@ WORDS = "the of and to in is you that it he was for on are as with"
 def annotator_folder(folder: Path, base: Path, layers: int) -> ModelConfig:
     """The base's first layers under a fresh scalar head, saved as `fit` saves an annotator."""
     settings = ModelConfig(model_name_or_path=str(base), num_hidden_layers=layers, max_length=1024)
-    tokenizer = load_tokenizer(settings, distinct_pad=True)
+    tokenizer = encoder_for(settings, "annotator").tokenizer
     save(load_annotator_base(settings, tokenizer, seed=0), tokenizer, folder)
     return settings.model_copy(
         update={"model_name_or_path": str(folder), "num_hidden_layers": None}

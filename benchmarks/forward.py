@@ -18,8 +18,8 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.storage import Store
 
@@ -89,10 +89,9 @@ class Peers:
 
 def peers(scorer: Scorer, model: ModelConfig, pairs: Store, shards: int, tokens: int) -> Peers:
     """Both sides, loaded, and the pairs' token ids."""
-    tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, model.chat_template)
+    encoder = encoder_for(model, "reward model" if scorer == "reward" else "policy")
     rows = measure.encoded(pairs, shards, encoder, model)
-    pad = tokenizer.pad_token_id
+    pad = encoder.pad_id
     if scorer == "reward":
         module: Any = AnswerScores(load_reward_model(model))
         name = model.model_name_or_path

@@ -325,6 +325,26 @@ def test_the_export_is_a_folder_for_the_hub(finished: Config, tmp_path: Path) ->
     assert GenerationConfig.from_pretrained(to).eos_token_id is not None
 
 
+def test_the_annotators_folder_says_how_it_is_read(finished: Config) -> None:
+    """By transformers alone, and by nothing but what lies in the folder, its scores come again."""
+    nodes, root = graph(finished, "cw"), Store(finished.output_dir)
+    folder = Path(finished.output_dir) / nodes["fit"].path / "model"
+    stock = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prepared = whole(root.child(*nodes["prepare"].path.split("/")), "pairs").to_pylist()
+    pairs = {pair["pair_id"]: pair for pair in prepared}
+    scores = whole(root.child(*nodes["annotate"].path.split("/")), "scores").to_pylist()
+    for score in scores[::7]:
+        pair = pairs[score["pair_id"]]
+        for side in "ab":
+            said = {"user": pair["prompt"], "assistant": pair[f"response_{side}"]}
+            messages = [{"role": role, "content": text} for role, text in said.items()]
+            ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
+            with torch.no_grad():
+                expected = float(stock(ids).logits[0, 0])
+            assert score[f"score_{side}"] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.usefixtures("nothing_runs")
 def test_a_second_run_does_nothing(finished: Config) -> None:
     run(finished)

@@ -44,8 +44,7 @@ def _rows() -> list[dict[str, str]]:
 
     def score(prompt: str, answer: str) -> float:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
         with torch.no_grad():
             return sum(float(model(ids).logits[0, 0]) for model in models)
 

@@ -107,7 +107,7 @@ def test_unlike_pools_annotate_each_at_its_own_rate(config: Config) -> None:
     rated = Fleet(rates={"L4": 4.0, "CPU": 1.0})
     node = next(iter(annotator_nodes(mixed, prepare_node(mixed)).values()))
     lengths = {"annotate.model": Lengths(1.0, 10.0, 6.0, 8.0)}
-    estimate = Estimate(mixed, Census({}, {}, 0, True, ()), Checked({}, ()), lengths)
+    estimate = Estimate(mixed, Census({}, {}, 0, True, ()), Checked({}, (), {}), lengths)
     took = seconds(mixed, node, estimate, Cost("", tokens=7000), rated)
     assert took == pytest.approx(START_S["score"] + 700 / (1 * 4.0 + 3 * 1.0))
     (note,) = fleet_notes(mixed, Fleet(rates={"": 1.0 * mixed.prepare.rows_per_shard / 60}))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.loading import (
     ModelError,
+    classifier_skeleton,
     load_annotator_base,
     load_policy,
     load_reward_model,
@@ -209,6 +210,52 @@ def test_reward_model_needs_its_head_and_one_label(llama, tmp_path):
         load_reward_model(config(llama))
     tiny_classifier("bert").save_pretrained(tmp_path / "bert")
     assert load_reward_model(config(tmp_path / "bert")).num_labels == 1
+
+
+def test_attention_is_what_transformers_would_take(tmp_path):
+    """Gemma 2 caps its scores, which only eager attention knows."""
+    save(tiny_causal_lm("gemma2"), tiny_tokenizer(), tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    policy = load_policy(config(tmp_path))
+    chosen = stock.config._attn_implementation
+    assert policy.config._attn_implementation == chosen == "eager"
+    assert torch.equal(policy(IDS).logits, stock(IDS).logits)
+    with pytest.raises(ModelError, match="scaled_dot_product_attention"):
+        load_policy(config(tmp_path, attn_implementation="sdpa"))
+
+
+def test_a_pad_token_that_the_model_cannot_hold_is_refused(llama):
+    edited(llama, pad_token_id=266)
+    for load in (load_policy, classifier_skeleton):
+        with pytest.raises(ModelError, match="pad_token_id 266, but vocab_size 266"):
+            load(config(llama))
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_an_adapter_is_refused_and_its_message_merges_it(llama, tmp_path, task, monkeypatch):
+    """The three lines are run as they stand there."""
+    from peft import LoraConfig, get_peft_model
+
+    scores = task == "SEQ_CLS"
+    base = tiny_classifier("llama") if scores else tiny_causal_lm("llama")
+    save(base, tiny_tokenizer(), llama)
+    again = (load_reward_model if scores else load_policy)(config(llama))
+    adapted = get_peft_model(again, LoraConfig(task_type=task, r=2, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    load = load_reward_model if scores else load_policy
+    with pytest.raises(ModelError, match=r"is a peft adapter .* of '.*llama'") as caught:
+        load(config(tmp_path / "adapter"))
+    monkeypatch.chdir(tmp_path)
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert len(lines) == 3
+    exec("\n".join(lines), {})  # noqa: S102 (what we tell users to run)
+    merged = load(config("./merged"))
+    torch.testing.assert_close(merged(IDS).logits, adapted.eval()(IDS).logits, rtol=0, atol=1e-4)
+    assert load_tokenizer("./merged").eos_token == "</s>"
 
 
 def test_a_store_is_staged(llama):

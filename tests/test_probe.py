@@ -11,7 +11,8 @@ from tiny import tiny_causal_lm, tiny_classifier
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.packed import packed_attention
-from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.probe import choose_layout, probe_rows
+from cwpo_dist.lm.rows import collate
 
 ONE_ROW = torch.tensor([[[[1, 1]]]])
 
@@ -51,10 +52,12 @@ def test_a_sliding_window_counts_only_where_it_is_shorter_than_rows():
     assert "sliding window of 64 is shorter than rows of 65" in choice.reason
 
 
-def test_flash_attention_and_encoders_take_plain_rows():
+def test_flash_attention_and_encoders_take_plain_rows(monkeypatch):
     model = tiny_classifier("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
-    assert "packed sequences" in choose_layout(AnswerScores(model), longest=64).reason
+    with monkeypatch.context() as patch:
+        patch.setattr("cwpo_dist.lm.probe._check_scores", lambda module: None)  # it needs a GPU
+        assert "packed sequences" in choose_layout(AnswerScores(model), longest=64).reason
     choice = choose_layout(AnswerScores(tiny_classifier("bert")), longest=64)
     assert choice.layout == "plain"
     assert "as a whole" in choice.reason
@@ -113,6 +116,40 @@ def test_logits_that_are_not_the_heads_are_refused():
     module.head.scale = 1.1
     with pytest.raises(ModelError, match="its architecture is not supported"):
         choose_layout(module, longest=64)
+
+
+def by_length(_module, _args, kwargs, output):
+    """Weighs logits by the length of the sequence, pads and all."""
+    output.logits = output.logits * kwargs["input_ids"].shape[1]
+    return output
+
+
+def test_a_decoder_that_is_not_read_at_its_last_token_is_refused():
+    model = tiny_classifier("llama")
+    choose_layout(AnswerScores(model), longest=64)
+    model.register_forward_hook(by_length, with_kwargs=True)
+    with pytest.raises(ModelError, match="not read at the last token"):
+        choose_layout(AnswerScores(model), longest=64)
+
+
+def test_a_classifier_that_sees_pads_takes_sequences_one_by_one(caplog):
+    model = tiny_classifier("bert")
+    rows = probe_rows(266)
+    module = AnswerScores(model).eval()
+    choose_layout(module, longest=64)
+    assert not module.one_by_one
+    model.register_forward_hook(by_length, with_kwargs=True)
+    choose_layout(module, longest=64)
+    assert module.one_by_one
+    assert "one sequence at a time" in caplog.text
+    with torch.no_grad():
+        alone = [
+            float(model(input_ids=torch.tensor([[*row.prompt, *answer]])).logits)
+            for row in rows
+            for answer in row.answers
+        ]
+        found = module(collate(rows, "plain", 2)).flatten()
+    torch.testing.assert_close(found, torch.tensor(alone))
 
 
 def test_the_probe_leaves_the_training_mode_alone():

@@ -13,7 +13,7 @@ from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.cli import main
 from cwpo_dist.config import Config
-from cwpo_dist.stages.annotate import RejectsError
+from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.stages.context import ScoresIn
 from cwpo_dist.stages.graph import graph
 from cwpo_dist.stages.run import run

@@ -15,8 +15,8 @@ from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config_file import load_config, parse_config
+from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages.annotate import RejectsError
 from cwpo_dist.stages.graph import graph
 from cwpo_dist.stages.run import nodes_until, run
 from cwpo_dist.storage import MANIFEST, Store
@@ -56,6 +56,14 @@ def scores(config: Config) -> list[dict[str, Any]]:
     return [row for name in names for row in store.read_table(name).to_pylist()]
 
 
+def _as_it_is_read(arch: str, tokenizer: Any, prompt: str, answer: str) -> Any:
+    """A decoder reads its own rendering, to its end; BERT question and answer."""
+    if arch == "bert":
+        return tokenizer(prompt, answer, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+
+
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("arch", ["llama", "bert"])
 def test_annotating_alone_gives_the_stock_models_scores(tmp_path: Path, arch: str) -> None:
@@ -74,15 +82,9 @@ def test_annotating_alone_gives_the_stock_models_scores(tmp_path: Path, arch: st
     for row in found[::9]:
         pair = pairs[row["pair_id"]]
         for side in ("a", "b"):
-            messages = [
-                {"role": "user", "content": pair["prompt"]},
-                {"role": "assistant", "content": pair[f"response_{side}"]},
-            ]
-            text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
-            ids = torch.tensor([tokenizer(text)["input_ids"]])
-            assert ids[0, -1] == tokenizer.eos_token_id
+            given = _as_it_is_read(arch, tokenizer, pair["prompt"], pair[f"response_{side}"])
             with torch.no_grad():
-                expected = float(model(ids).logits[0, 0])
+                expected = float(model(**given).logits[0, 0])
             assert row[f"score_{side}"] == pytest.approx(expected, abs=1e-4)
 
 

@@ -12,9 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
+from transformers import AutoTokenizer
 
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.fitting import encode_pairs, fit_length
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.lm.templates import Fault
+from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, load_tokenizer
 
 BOS, EOS = 0, 1
 quick = settings(max_examples=80)
@@ -207,6 +211,43 @@ def test_distinct_pad(tmp_path):
     assert (again.pad_token_id, len(again)) == (266, 267)
     tiny_tokenizer().save_pretrained(tmp_path / "own")
     assert load_tokenizer(tmp_path / "own", distinct_pad=True).pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("said_in", ["tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_saved_tokenizer_pads_on_the_side_on_which_it_did(side, said_in, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / said_in
+    settings = json.loads(file.read_text())
+    if said_in == "tokenizer.json":
+        settings["padding"] = {
+            **{"strategy": "BatchLongest", "direction": side.capitalize()},
+            **{"pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0, "pad_token": "<pad>"},
+        }
+    else:
+        settings["padding_side"] = side
+    file.write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == side
+    encoder = Encoder(load_tokenizer(tmp_path))
+    encoder.encode("a prompt", ["one", "another"])
+    encoder.tokenizer.save_pretrained(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").padding_side == side
+
+
+def test_pairs_that_became_equal_or_too_long_have_their_faults():
+    path = "{% for m in messages %}{{ m['content'] | trim }}|{% endfor %}"
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = path
+    encoder, model = Encoder(tokenizer), ModelConfig(model_name_or_path="m", max_length=12)
+    answers = [("yes", " yes\n"), ("yes", "no"), ("a long answer", "no")]
+    pairs = [Asked("Q", each) for each in answers]
+    same, read, long = encode_pairs(encoder, model, pairs)
+    assert same.fault is Fault.IDENTICAL
+    assert isinstance(read, Row)
+    assert long.fault is Fault.OVER_LENGTH
+    # answers that are judged one by one may be equal
+    same, *_ = encode_pairs(encoder, model, pairs, ties=True)
+    assert isinstance(same, Row)
 
 
 ids = st.lists(st.integers(3, 60), min_size=1, max_size=40)

@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model
-from cwpo_dist.lm.tokens import PLAIN_TEMPLATE, load_tokenizer
+from cwpo_dist.lm.templates import PLAIN_TEMPLATE
+from cwpo_dist.lm.tokens import load_tokenizer
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training import checkpoint, workers
 from cwpo_dist.training.lease import Lease, LeaseHeld
@@ -96,7 +97,12 @@ def test_bfloat16_export() -> None:
 def test_tokenizer_travels_with_its_template() -> None:
     for name in zero_cases.STAGES:
         tokenizer = load_tokenizer(str(exported(name)))
-        assert tokenizer.chat_template == PLAIN_TEMPLATE
+        assert isinstance(tokenizer.chat_template, str)
+        assert PLAIN_TEMPLATE in tokenizer.chat_template
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
+        # an annotator's ends where it is scored
+        closed = "<s>\n\nHuman: Q</s>" if name.startswith("fit") else "\n\nHuman: Q"
+        assert text == closed
         assert tokenizer.pad_token != tokenizer.eos_token
     assert (exported("align") / "generation_config.json").is_file()
 

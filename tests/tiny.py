@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,15 +34,23 @@ MERGES = [("Ċ", "Ċ"), (":", "Ġ"), ("h", "e"), ("t", "he"), ("Ġ", "the"), ("e
 CAUSAL = ("llama", "qwen2", "mistral", "opt", "gpt2", "gpt_neox", "bloom")
 ENCODERS = ("bert", "deberta-v2")
 
+_HEADED = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
 _SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
     "qwen2": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
     "mistral": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
+    "qwen3": _HEADED,
+    "gemma": _HEADED,
+    "gemma2": _HEADED,
+    "phi3": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
     "opt": {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt2": {"n_embd": 32, "n_inner": 64},
     "gpt_neox": {"hidden_size": 32, "intermediate_size": 64},
     "bloom": {"hidden_size": 32},
     "bert": {"hidden_size": 32, "intermediate_size": 64},
+    "roberta": {"hidden_size": 32, "intermediate_size": 64},
+    "electra": {"hidden_size": 32, "intermediate_size": 64, "embedding_size": 32},
+    "distilbert": {"dim": 32, "hidden_dim": 64},
     "deberta-v2": {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -69,6 +84,39 @@ def tiny_tokenizer(pad_is_eos: bool = False, *, add_bos: bool = True) -> PreTrai
         pad_token="</s>" if pad_is_eos else "<pad>",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def word_tokenizer(style: str = "bert") -> PreTrainedTokenizerFast:
+    """An encoder's: lower-cased words and letters, and two texts in one sequence.
+
+    Args:
+        style: 'bert' marks the second text by token type 1, 'roberta' by two separators.
+    """
+    names = {"bert": ("[CLS]", "[SEP]", "[PAD]"), "roberta": ("<s>", "</s>", "<pad>")}[style]
+    cls, sep, pad = names
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [*names, "[UNK]", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    middle = f"{sep}" if style == "bert" else f"{sep} {sep}"
+    kind = ":1" if style == "bert" else ""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {middle} $B{kind} {sep}{kind}",
+        special_tokens=[(cls, 0), (sep, 1)],
+    )
+    types = ["token_type_ids"] if style == "bert" else []
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token=cls,
+        sep_token=sep,
+        pad_token=pad,
+        unk_token="[UNK]",
+        model_input_names=["input_ids", *types, "attention_mask"],
     )
 
 

@@ -2,7 +2,7 @@
 
 from cwpo_dist.config.base import ConfigError, Fraction, PositiveFloat, PositiveInt, Section, Split
 from cwpo_dist.config.data import LabelColumn, PrepareConfig, Source
-from cwpo_dist.config.models import LoraConfig, ModelConfig
+from cwpo_dist.config.models import TEMPLATE_DATE, LoraConfig, ModelConfig
 from cwpo_dist.config.run import ARMS, TRAINING, Arm, CompareConfig, Config, Grid, WeighConfig
 from cwpo_dist.config.scoring import (
     AnnotateConfig,
@@ -15,6 +15,7 @@ from cwpo_dist.config.training import AlignConfig, FitConfig, SftConfig, Tracker
 
 __all__ = [
     "ARMS",
+    "TEMPLATE_DATE",
     "TRAINING",
     "AlignConfig",
     "AnnotateConfig",

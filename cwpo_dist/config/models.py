@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Literal
 
 from pydantic import Field
 
 from cwpo_dist.config.base import Fraction, PositiveInt, Section
+
+# What Llama 3.1's template prints where nobody tells it the date.
+TEMPLATE_DATE = date(2024, 7, 26)
 
 
 class ModelConfig(Section):
@@ -15,11 +19,16 @@ class ModelConfig(Section):
     model_name_or_path: str
     revision: str | None = None
     num_hidden_layers: PositiveInt | None = Field(None, description="keep the first N layers")
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="auto: what transformers takes for the model"
+    )
     torch_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on CUDA, float32 on CPU"
     )
     chat_template: str = Field("tokenizer", description="tokenizer, plain, or a Jinja file")
+    template_date: date = Field(
+        TEMPLATE_DATE, description="printed by templates that print today's, the same every day"
+    )
     max_length: PositiveInt = Field(512, description="tokens of prompt + the longer answer")
     over_length: Literal["drop", "truncate"] = "drop"
 

@@ -134,8 +134,8 @@ def _settings(
     """Greedy settings with every other knob of the model's own file at its neutral value."""
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
-    if pad is None:  # masked out wherever it stands, so any id serves
-        pad = ends[0] if ends else 0
+    if pad is None or pad >= model.config.get_text_config().vocab_size:
+        pad = ends[0] if ends else 0  # masked out before the prompt, and no text behind an answer
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

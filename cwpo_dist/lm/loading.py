@@ -6,6 +6,7 @@ refused by name instead of being filled with random numbers.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.storage import Store, fingerprint
@@ -59,7 +61,7 @@ def load_reward_model(
     Raises:
         ModelError: as `load_policy`; also when it has another number of labels.
     """
-    config = _config(model)
+    config = load_config(model)
     if config.num_labels != 1:
         kinds = ", ".join(config.architectures or [config.model_type])
         raise ModelError(
@@ -67,6 +69,21 @@ def load_reward_model(
             "labels; give a reward model: AutoModelForSequenceClassification with num_labels=1"
         )
     return _placed(_load(AutoModelForSequenceClassification, model, device), device)
+
+
+def classifier_skeleton(model: ModelConfig) -> PreTrainedModel:
+    """The classifier that a model's configuration stands for, without memory or weights.
+
+    Raises:
+        ModelError: when there is no such model.
+    """
+    config = load_config(model)
+    try:
+        with torch.device("meta"):
+            made: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+    return made
 
 
 def load_annotator_base(
@@ -172,15 +189,49 @@ def _commit(model: ModelConfig) -> str:
     return Path(cached).parent.name  # …/snapshots/COMMIT/config.json
 
 
-def _config(model: ModelConfig) -> PretrainedConfig:
-    path = model_path(model.model_name_or_path)
+def load_config(model: ModelConfig) -> PretrainedConfig:
+    """A model's configuration.
+
+    Raises:
+        ModelError: when it has none, is an adapter, or cannot hold its own pad token.
+    """
+    name, path = model.model_name_or_path, model_path(model.model_name_or_path)
     try:
+        adapter = find_adapter_config_file(path, revision=model.revision)
+        if adapter is not None:
+            raise ModelError(_of_adapter(name, Path(adapter)))
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=model.revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"model_name_or_path: {name!r}: {error}") from error
+    text = config.get_text_config()
+    pad, words = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if pad is not None and words is not None and pad >= words:
+        raise ModelError(
+            f"model_name_or_path: config.json of {name!r} has pad_token_id {pad}, but vocab_size "
+            f"{words}: the model cannot be built; set pad_token_id to a token below {words}"
+        )
     return config
+
+
+def _of_adapter(name: str, file: Path) -> str:
+    """That a folder is an adapter, of which model, and how to make a whole model of the two."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
+    scores = settings.get("task_type") == "SEQ_CLS"
+    kind = "AutoPeftModelForSequenceClassification" if scores else "AutoPeftModelForCausalLM"
+    labels = ", num_labels=1" if scores else ""
+    return (
+        f"model_name_or_path: {name!r} is a peft adapter ({file.name}) of {base!r}, no whole "
+        "model. Merge the two once, and give the new folder:\n"
+        f"    from peft import {kind}; from transformers import AutoTokenizer\n"
+        f"    {kind}.from_pretrained({name!r}{labels}).merge_and_unload()"
+        ".save_pretrained('merged')\n"
+        f"    AutoTokenizer.from_pretrained({name!r}).save_pretrained('merged')"
+    )
 
 
 def _load(
@@ -191,7 +242,7 @@ def _load(
     new_head: bool = False,
 ) -> PreTrainedModel:
     """`from_pretrained` with our settings; refuses whatever is missing, but for a new head."""
-    config = _config(model)
+    config = load_config(model)
     _without_dropout(config)
     if model.num_hidden_layers is not None:
         _keep_layers(config, model)
@@ -205,7 +256,7 @@ def _load(
                 config=config,
                 revision=model.revision,
                 dtype=_dtype(model, device),
-                attn_implementation=model.attn_implementation,
+                attn_implementation=attention_of(model),
                 trust_remote_code=False,
                 use_safetensors=True,
                 # On 'meta' no weight is read: sizes and missing tensors are known all the same.
@@ -216,6 +267,11 @@ def _load(
         raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
     _refuse_missing(model, loaded, report, new_head)
     return loaded
+
+
+def attention_of(model: ModelConfig) -> str | None:
+    """What transformers is told; None: it chooses."""
+    return None if model.attn_implementation == "auto" else model.attn_implementation
 
 
 @contextmanager

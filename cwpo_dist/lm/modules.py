@@ -9,6 +9,7 @@ Shapes: B sequences, L padded length, H width, R rows, K answers a row, N answer
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from cwpo_dist.lm.vocabulary import vocabulary_log_probs
 
 # Floats of one chunk of logits, for heads that are more than a matrix: 64 MiB in fp32.
 _CHUNK_LOGITS = 2**24
+_LAST_TOKEN = frozenset({"ctrl", "modernbert-decoder"})  # decoders without a `score` head
 
 
 class ChunkedHead(nn.Module):
@@ -116,16 +118,21 @@ class AnswerLogProbs(nn.Module):
 class AnswerScores(nn.Module):
     """Scores of answers under a one-label sequence classifier (also wrapped by peft).
 
-    A decoder is read at each answer's last token, its EOS, through its `score` head; any other
-    classifier (BERT, DeBERTa) takes plain rows through its own forward.
+    A decoder is read at each answer's last token through its `score` head; any other classifier
+    (BERT, DeBERTa) takes plain rows through its own forward.
 
     Attributes:
         model: the model as given; the names of its parameters follow after `model.`.
         reads_last_token: whether it is such a decoder, which can take shared rows.
+        one_by_one: each sequence by itself, for classifiers that see the pads of a batch.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, token_types: bool = False):
         """Finds the decoder and its head.
+
+        Args:
+            model: the classifier.
+            token_types: it is told prompt (0) from answer (1), as its tokenizer does.
 
         Raises:
             ModelError: for another number of labels than one.
@@ -138,7 +145,9 @@ class AnswerScores(nn.Module):
                 f"model: {type(core).__name__} has {core.config.num_labels} labels; a reward model "
                 "has one"
             )
-        self.reads_last_token = reads_last_token(core)
+        self.reads_last_token = scores_last_token(core) and hasattr(core, "score")
+        self.one_by_one = False
+        self._token_types = token_types and "token_type_ids" in signature(core.forward).parameters
         self._parts = (core.base_model, getattr(core, "score", None))
         if self.reads_last_token:
             read_only(core.base_model, "ends")
@@ -162,8 +171,27 @@ class AnswerScores(nn.Module):
                 f"model: {type(unwrapped(self.model)).__name__} reads whole sequences; "
                 "collate its rows with layout 'plain'"
             )
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return output.logits  # type: ignore[no-any-return]  # nn.Module
+        return self.stock(batch, one_by_one=self.one_by_one)
+
+    def stock(self, batch: RowBatch, *, one_by_one: bool = True) -> Tensor:
+        """What the classifier's own forward makes of plain rows, [R × K, 1].
+
+        Args:
+            batch: the rows.
+            one_by_one: as the classifier is called for one sequence, without pads.
+        """
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self._token_types:
+            assert batch.token_type_ids is not None
+            given["token_type_ids"] = batch.token_type_ids
+        if not one_by_one:
+            return self.model(**given).logits  # type: ignore[no-any-return]  # nn.Module
+        lengths_S = batch.attention_mask.sum(1).tolist()
+        logits = [
+            self.model(**{name: ids[s : s + 1, :length] for name, ids in given.items()}).logits
+            for s, length in enumerate(lengths_S)
+        ]
+        return torch.cat(logits)
 
 
 def accumulate_in_place(module: nn.Module) -> None:
@@ -212,9 +240,17 @@ def unwrapped(model: nn.Module) -> Any:
     return model if inner is None else inner()
 
 
-def reads_last_token(classifier: Any) -> bool:
-    """Whether a classifier is a decoder that puts a `score` head on one token's hidden state."""
-    return hasattr(classifier, "score") and classifier.base_model is not classifier
+def scores_last_token(classifier: Any) -> bool:
+    """Whether a stock classifier reads the last token of a sequence that is no pad.
+
+    Decoders do, whose head transformers calls `score`, and two that have it under other names.
+    """
+    has_head = hasattr(classifier, "score") or classifier.config.model_type in _LAST_TOKEN
+    return has_head and classifier.base_model is not classifier and not _has_encoder(classifier)
+
+
+def _has_encoder(classifier: Any) -> bool:
+    return bool(getattr(classifier.config, "is_encoder_decoder", False))
 
 
 def _logit_scale(config: Any) -> float:

@@ -28,6 +28,7 @@ _ALIBI = frozenset({"bloom", "mpt"})
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Nats by which our head may differ from the stock model's, whose chunks differ.
 _HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+_SCORED = 2  # rows of the probe that are scored one sequence at a time
 _PROBE_LENGTHS = ((7, (5, 9)), (3, (6, 2)), (12, (1, 4)))
 
 
@@ -57,12 +58,14 @@ def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> Lay
         longest: the most tokens of a prompt and one answer (`max_length`).
 
     Raises:
-        ModelError: when the module's log-probs are not the stock model's, in any layout.
+        ModelError: when the module's log-probs or scores are not the stock model's.
     """
     config = unwrapped(module.model).config
     name = f"{config.name_or_path or config.model_type} ({config._attn_implementation})"
     if isinstance(module, AnswerLogProbs):
         _check_head(module)
+    else:
+        _check_scores(module)
     reason = _known_obstacle(module, longest)
     choice = LayoutChoice("plain", reason, None) if reason else _probe(module)
     _tell(name, choice)
@@ -169,6 +172,54 @@ def _check_head(module: AnswerLogProbs) -> None:
             f"output embeddings on its decoder (off by {difference:.1e} nats); its architecture is "
             "not supported: give another model"
         )
+
+
+def _check_scores(module: AnswerScores) -> None:
+    """Scores of padded plain rows against the stock classifier's own, of one sequence at a time.
+
+    A classifier that sees pads is told to take sequences one by one.
+
+    Raises:
+        ModelError: for a decoder that is not read at the last token.
+    """
+    core = unwrapped(module.model)
+    parameter = next(module.parameters())
+    rows, pad = _scored_rows(core.config.get_text_config())
+    batch = collate(rows, "plain", pad).to(parameter.device)
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        padded_S, stock_S = module(batch).flatten(), module.stock(batch).flatten()
+    module.train(was_training)
+    difference = float((padded_S - stock_S).abs().max() / (1 + stock_S.abs().max()))
+    if difference <= _TOLERANCE[parameter.dtype]:
+        return
+    if module.reads_last_token:
+        raise ModelError(
+            f"model: {type(core).__name__} is not read at the last token of a sequence (off by "
+            f"{difference:.1e}); its architecture is not supported: give another model"
+        )
+    module.one_by_one = True
+    logger.warning(
+        "%s: one sequence at a time, as its scores depend on the pads of a batch (by %.1e)",
+        *(type(core).__name__, difference),
+    )
+
+
+def _scored_rows(config: Any) -> tuple[list[Row], int]:
+    """Probe rows that end in EOS and have no other, nor a pad (some classifiers look for them)."""
+    ends, pad = config.eos_token_id, config.pad_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    words = [token for token in range(int(config.vocab_size)) if token not in (*ends, pad)]
+    last = next((end for end in ends if end is not None and end != pad), words[-1])
+    rows = [
+        Row(
+            [words[token] for token in row.prompt],
+            tuple([*(words[token] for token in a), last] for a in row.answers),
+        )
+        for row in probe_rows(len(words))[:_SCORED]
+    ]
+    return rows, pad if pad is not None and pad >= 0 else 0
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -30,7 +30,7 @@ class Row:
 
     Attributes:
         prompt: what all answers share; never empty, as its last token predicts each answer's first.
-        answers: the answers' own tokens, each ending with EOS.
+        answers: the answers' own tokens, each up to the last that is read (a policy's EOS).
     """
 
     prompt: list[int]
@@ -57,10 +57,11 @@ class RowBatch:
         attention_mask: int64 [1, 1, R, 1 + K], tokens of each row's prompt and answers, for layout
             'packed'; bool [B, 1, L, L], True where a query (dim 2) sees a key (dim 3), for
             'shared'; int64 [B, L], 1 on tokens and 0 on pads, for 'plain'.
+        token_type_ids: [B, L], 1 on answers, for classifiers of pairs of texts; None unless plain.
         source: [N] flat index (sequence × L + position) of the hidden state that predicts a token.
         target: [N] the predicted answer tokens.
         answer: [N] row × K + k of the answer each token belongs to.
-        last: [R × K] flat index of each answer's last token (its EOS).
+        last: [R × K] flat index of each answer's last token.
         layout: how rows were laid out.
         n_rows: R.
         n_answers: K.
@@ -71,6 +72,7 @@ class RowBatch:
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor
+    token_type_ids: Tensor | None
     source: Tensor
     target: Tensor
     answer: Tensor
@@ -127,6 +129,7 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         input_ids=_padded([sequence.tokens for sequence in sequences], length, pad_id),
         position_ids=_padded([sequence.positions for sequence in sequences], length, 0),
         attention_mask=_attention_mask(rows, layout, sequences, length),
+        token_type_ids=_token_types(layout, sequences, length),
         source=torch.tensor([index for before, span in spans for index in (before, *span[:-1])]),
         target=torch.tensor([token for row in rows for answer in row.answers for token in answer]),
         answer=torch.tensor([a for a, (_, span) in enumerate(spans) for _ in span]),
@@ -184,6 +187,12 @@ def _attention_mask(
         return torch.tensor([[[[len(row.prompt), *map(len, row.answers)] for row in rows]]])
     segment_BL = _padded([sequence.segments for sequence in sequences], length, PAD)
     return shared_mask(segment_BL) if layout == "shared" else (segment_BL != PAD).long()
+
+
+def _token_types(layout: Layout, sequences: Sequence[_Sequence], length: int) -> Tensor | None:
+    if layout != "plain":
+        return None
+    return _padded([sequence.segments for sequence in sequences], length, 0)
 
 
 def _packed(rows: Sequence[Row]) -> list[_Sequence]:

@@ -2,35 +2,27 @@
 
 A prompt and its answer are tokenised as one conversation and cut where all answers of the prompt
 still agree, so that the tokens are those a stock model would see, and no border is re-tokenised.
+`Encoder` reads as a policy does; how reward models read stands in `reading`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cwpo_dist.config import ModelConfig
+from cwpo_dist.config import TEMPLATE_DATE, ModelConfig
 from cwpo_dist.lm.loading import ModelError, model_path
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.templates import ChatTemplate, Fault, Message, TokenError, Tools
 
-__all__ = [
-    "Asked",
-    "Encoder",
-    "Messages",
-    "Row",
-    "Text",
-    "TokenError",
-    "fit_length",
-    "load_tokenizer",
-]
+__all__ = ["Asked", "Encoder", "Messages", "Row", "Text", "TokenError", "load_tokenizer"]
 
-Messages = Sequence[dict[str, Any]]
+Messages = Sequence[Message]
 Text = str | Messages
-Tools = list[dict[str, Any]] | None
 
 
 class Asked(NamedTuple):
@@ -42,23 +34,6 @@ class Asked(NamedTuple):
 
 
 PAD_TOKEN = "<|pad|>"
-# Anthropic's HH transcripts. Text under 'plain' is prompt + answer, and never meets it.
-PLAIN_TEMPLATE = (
-    "{% if tools %}{{ '\n\nTools: ' }}{{ tools | tojson }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '\n\nHuman: ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' }}"
-    "{% else %}{{ '\n\n' + message['role'] | capitalize + ': ' }}{% endif %}"
-    "{{ message['content'] or '' }}"
-    "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
-_SHORTEST_MAX_LENGTH = 4  # BOS, a prompt token, an answer token, EOS
-
-
-class TokenError(ValueError):
-    """Text that cannot become tokens; the message names the field and the remedy."""
 
 
 def load_tokenizer(
@@ -91,26 +66,43 @@ def load_tokenizer(
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = eos
-    tokenizer.padding_side = "right"
     return tokenizer
 
 
 class Encoder:
-    """Turns a prompt and its answers into a `Row`.
+    """Turns a prompt and its answers into a `Row`, as a policy reads them.
+
+    Each conversation is cut where its answer ends, and closed by one EOS.
 
     Attributes:
         tokenizer: with the chat template set, so that it travels with the saved model.
         eos_id: ends every answer, exactly once.
         bos_id: opens every prompt, exactly once; None where the tokenizer writes none.
+        pad_id: fills batches behind the ends of rows.
+        closing: how many of an answer's last tokens belong to no text of its own.
+        token_types: whether the model is told prompt from answer by types (0 and 1).
+        template: renders conversations.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str = "tokenizer"):
+    closing = 1
+    token_types = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str = "tokenizer",
+        *,
+        template_date: date = TEMPLATE_DATE,
+        vocabulary: int | None = None,
+    ):
         """Takes the tokenizer over.
 
         Args:
             tokenizer: from `load_tokenizer`.
             chat_template: 'tokenizer' (its own), 'plain' (text is prompt + answer, messages become
                 an HH transcript), or the path of a Jinja file.
+            template_date: what templates print that print today's date.
+            vocabulary: how many embeddings the model has; None: one for each token.
 
         Raises:
             TokenError: when the tokenizer has no template, or the file does not exist.
@@ -118,24 +110,39 @@ class Encoder:
         eos = tokenizer.eos_token or tokenizer.sep_token
         if eos is None:
             raise TokenError("tokenizer: neither EOS nor SEP; set eos_token")
-        tokenizer.chat_template = _template(tokenizer, chat_template)
         self.tokenizer = tokenizer
         self.joins_text = chat_template == "plain"
         self.eos_token: str = eos
         self.eos_id = _id_of(tokenizer, eos)
         self.bos_id = _bos_id(tokenizer)
+        self.vocabulary = vocabulary or len(tokenizer)
+        self.pad_id = fill_id(tokenizer, self.vocabulary)
+        self.template = self._template(chat_template, template_date)
+
+    def _template(self, chat_template: str, on: date) -> ChatTemplate:
+        """The template; it travels with the tokenizer, one of its own as it was."""
+        template = ChatTemplate(self.tokenizer, chat_template, on)
+        self.tokenizer.chat_template = template.source
+        return template
+
+    def travel_as_text(self) -> None:
+        """Tells that text is read, for a template that is saved for such."""
+
+    def reads(self) -> str:
+        """In words, for `plan`: up to which token an answer is read."""
+        return f"reads the tokens of an answer up to EOS, {self.eos_token!r}"
 
     def encode(self, prompt: Text, answers: Sequence[Text], tools: Tools = None) -> Row:
         """One row: the tokens all answers share, and each answer's own.
 
         Args:
-            prompt: text, or a list of messages: role, content, and what else templates read.
+            prompt: text, or a list of messages.
             answers: one or two, of the prompt's kind.
-            tools: what the template is given beside the messages.
+            tools: what the assistant may call; JSON schemas.
 
         Raises:
             TokenError: for a prompt without tokens, mixed kinds, or messages that the template
-                refuses.
+                refuses or leaves out.
         """
         (row,) = self.encode_all([Asked(prompt, answers, tools)])
         if isinstance(row, TokenError):
@@ -159,49 +166,88 @@ class Encoder:
             if isinstance(each, TokenError):
                 found.append(each)
             else:
-                found.append(_row(each, [next(ids) for _ in each], self.eos_id))
-        return found
+                found.append(self._row(each, [next(ids) for _ in each]))
+        return [self._within(row) for row in found]
+
+    def left_out(self, prompt: Text, answer: Text, tools: Tools = None) -> set[str]:
+        """The roles of a readable conversation with a message of which the template writes nothing.
+
+        Args:
+            prompt: as for `encode`.
+            answer: one of its answers.
+            tools: as for `encode`.
+        """
+        if self.joins_text and isinstance(prompt, str):
+            return set()
+        messages = [*_messages(prompt, "user"), *_messages(answer, "assistant")]
+        text = self.template.render(messages, tools, opens=False)
+        return {
+            str(message["role"])
+            for place, message in enumerate(messages)
+            if self.template.leaves_out(messages, tools, text, [place])
+        }
 
     def _rendered(self, pair: Asked) -> list[str] | TokenError:
         """The prompt as text, up to where an answer is asked for, and each conversation."""
         prompt, answers, tools = pair
         try:
-            whole = [self._without_eos(self._render(prompt, each, tools)) for each in answers]
-            return [self._render(prompt, None, tools), *whole]
+            whole = [self._render(prompt, answer, tools) for answer in answers]
+            opening = self._render(prompt, None, tools)
+            return [opening, *(without_eos(text, self.eos_token) for text in whole)]
         except TokenError as error:
             return error
 
-    def _render(self, prompt: Text, answer: Text | None, tools: Tools = None) -> str:
+    def _render(self, prompt: Text, answer: Text | None, tools: Tools) -> str:
         """The conversation as text; without an answer, up to where one is asked for."""
-        if isinstance(prompt, str) != isinstance(prompt if answer is None else answer, str):
-            raise TokenError("prompt and answer: one is text, one a list of messages; use one kind")
+        refuse_mixed(prompt, answer)
         if self.joins_text and isinstance(prompt, str):
             return prompt if answer is None else prompt + str(answer)
-        reply = [] if answer is None else _messages(answer, "assistant")
-        messages = [*_messages(prompt, "user"), *reply]
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=answer is None
-            )
-        except (TemplateError, TypeError, ValueError) as error:  # it may add text to a null
-            roles = ", ".join(message["role"] for message in messages)
-            raise TokenError(f"prompt: the chat template refused roles {roles}: {error}") from error
-        return str(rendered)
-
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids with one BOS in front, where the tokenizer uses one, and no EOS at the end."""
-        if not texts:
-            return []
-        encoded: list[list[int]] = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        return [self._with_bos(ids) for ids in encoded]
-
-    def _without_eos(self, text: str) -> str:
-        """Drops EOS, and what a template writes after it, from the end."""
-        while (stripped := text.rstrip()).endswith(self.eos_token):
-            text = stripped.removesuffix(self.eos_token)
+        before = _messages(prompt, "user")
+        if answer is None:
+            return self.template.render(before, tools, opens=True)
+        messages = [*before, *_messages(answer, "assistant")]
+        text = self.template.render(messages, tools, opens=False)
+        for what, places in (
+            ("prompt", range(len(before))),
+            ("answer", range(len(before), len(messages))),
+        ):
+            if self.template.leaves_out(messages, tools, text, places):
+                raise TokenError(
+                    f"{what}: the chat template leaves nothing of its text; give one that writes "
+                    "it (chat_template)",
+                    Fault.LEFT_OUT,
+                )
         return text
+
+    def _tokens(self, texts: Sequence[Any]) -> list[list[int]]:
+        """Ids with one BOS in front, where the tokenizer uses one, and no EOS at the end."""
+        return [self._with_bos(ids) for ids in ids_of(self.tokenizer, texts)]
+
+    def _row(self, texts: Sequence[Any], ids: list[list[int]]) -> Row | TokenError:
+        """The tokens that all sequences of a pair share, and each answer's own."""
+        shared = common_prefix(ids)
+        if shared == 0:
+            return TokenError(
+                f"prompt: {texts[0][:40]!r} has no token of its own that could predict its "
+                "answer; give a prompt, or a chat template that writes one",
+                Fault.NO_TOKENS,
+            )
+        return Row(ids[0][:shared], tuple([*full[shared:], self.eos_id] for full in ids[1:]))
+
+    def _within(self, row: Row | TokenError) -> Row | TokenError:
+        """The row, unless the model has no embedding of one of its tokens."""
+        if isinstance(row, TokenError):
+            return row
+        largest = max(map(max, filter(None, [row.prompt, *row.answers])))
+        if largest < self.vocabulary:
+            return row
+        token = self.tokenizer.convert_ids_to_tokens(largest)
+        return TokenError(
+            f"prompt or answer: token {token!r} has id {largest}, but the model has "
+            f"{self.vocabulary} embeddings; resize them to its tokenizer, or give the tokenizer "
+            "that it was trained with",
+            Fault.BEYOND,
+        )
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if self.bos_id is None or ids[:1] == [self.bos_id]:
@@ -209,88 +255,26 @@ class Encoder:
         return [self.bos_id, *ids]
 
 
-def _row(texts: list[str], ids: list[list[int]], eos_id: int) -> Row | TokenError:
-    """The tokens that all sequences of a pair share, and each answer's own."""
-    opening_ids, *full_ids = ids
-    shared = _common_prefix([opening_ids, *full_ids])
-    if shared == 0:
-        return TokenError(
-            f"prompt: {texts[0][:40]!r} has no token of its own that could predict its answer; "
-            "give a prompt, or a chat template that writes one"
-        )
-    return Row(
-        prompt=full_ids[0][:shared],
-        answers=tuple([*ids[shared:], eos_id] for ids in full_ids),
-    )
+def without_eos(text: str, eos: str) -> str:
+    """Drops EOS, and what a template writes after it, from the end."""
+    while (stripped := text.rstrip()).endswith(eos):
+        text = stripped.removesuffix(eos)
+    return text
 
 
-def fit_length(
-    row: Row,
-    max_length: int,
-    over_length: Literal["drop", "truncate"],
-    *,
-    bos_id: int | None = None,
-) -> Row | None:
-    """The row when prompt and longest answer fit `max_length`; else dropped or truncated.
+def fill_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """What fills a batch behind the ends of rows, where no token sees it.
 
-    Truncation takes the prompt's oldest tokens first (its BOS stays), down to a quarter of
-    `max_length`, as an answer without its question teaches nothing; then it takes the answers'
-    last tokens, and EOS stays. A pair whose answers differ only in what was cut off is dropped.
-
-    Args:
-        row: any row.
-        max_length: tokens of prompt + longest answer.
-        over_length: 'drop' or 'truncate'.
-        bos_id: the encoder's, kept in front of a cut prompt.
-
-    Returns:
-        A row of at most `max_length` tokens an answer, or None: to be counted as over length.
-
-    Raises:
-        TokenError: for a `max_length` that leaves no room to truncate to.
+    The pad token, or token 0 where the model has no embedding of that.
     """
-    if row.n_longest <= max_length:
-        return row
-    if over_length == "drop":
-        return None
-    if max_length < _SHORTEST_MAX_LENGTH:
-        raise TokenError(
-            f"max_length: {max_length} leaves no room for prompt and answer; use at least "
-            f"{_SHORTEST_MAX_LENGTH}"
-        )
-    longest = max(len(answer) for answer in row.answers)
-    room = max(max_length - longest, max_length // 4, 2)
-    prompt = _cut_left(row.prompt, room, bos_id)
-    answers = tuple(_cut_right(answer, max_length - len(prompt)) for answer in row.answers)
-    if len(answers) > 1 and all(answer == answers[0] for answer in answers):
-        return None
-    return Row(prompt, answers)
+    pad = tokenizer.pad_token_id
+    return int(pad) if pad is not None and pad < vocabulary else 0
 
 
 def _name_of(model: ModelConfig | str | Path) -> tuple[str, str | None]:
     if isinstance(model, ModelConfig):
         return model.model_name_or_path, model.revision
     return str(model), None
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
-    if chat_template == "plain":
-        return PLAIN_TEMPLATE
-    if chat_template == "tokenizer":
-        own = tokenizer.chat_template
-        if not isinstance(own, str):
-            raise TokenError(
-                "chat_template: 'tokenizer', but this tokenizer has none of its own; use 'plain' "
-                "or the path of a Jinja file"
-            )
-        return own
-    try:
-        return Path(chat_template).read_text(encoding="utf-8")
-    except OSError as error:
-        raise TokenError(
-            f"chat_template: cannot read {chat_template!r} ({error.strerror}); use 'tokenizer', "
-            "'plain' or the path of a Jinja file"
-        ) from None
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -306,27 +290,38 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return token_id
 
 
-def _messages(text: Text, role: str) -> list[dict[str, Any]]:
-    """Messages with all their keys, for a template may read any of them."""
+def refuse_mixed(prompt: Text, answer: Text | None) -> None:
+    """Returns when both are text, or both messages.
+
+    Raises:
+        TokenError: else.
+    """
+    if isinstance(prompt, str) != isinstance(prompt if answer is None else answer, str):
+        raise TokenError(
+            "prompt and answer: one is text, one a list of messages; use one kind", Fault.KINDS
+        )
+
+
+def _messages(text: Text, role: str) -> list[Message]:
+    """Messages as they are, with every key; text becomes one of them."""
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
 
 
-def _common_prefix(sequences: Sequence[list[int]]) -> int:
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of rendered texts, to which the tokenizer adds nothing."""
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return encoded
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> int:
+    """How many tokens all sequences begin with."""
     length = 0
     for tokens in zip(*sequences, strict=False):
         if len(set(tokens)) > 1:
             break
         length += 1
     return length
-
-
-def _cut_left(prompt: list[int], room: int, bos_id: int | None) -> list[int]:
-    if len(prompt) <= room:
-        return prompt
-    if prompt[0] == bos_id:
-        return [prompt[0], *prompt[len(prompt) - room + 1 :]]
-    return prompt[len(prompt) - room :]
-
-
-def _cut_right(answer: list[int], room: int) -> list[int]:
-    return answer if len(answer) <= room else [*answer[: room - 1], answer[-1]]

@@ -121,9 +121,9 @@ class Progress:
             logger.info("%s", self.line())
 
     @property
-    def rejects(self) -> int:
-        """Rows set aside so far."""
-        return self._counts["rejects"]
+    def counts(self) -> Mapping[str, int]:
+        """What this run's shards have counted so far."""
+        return self._counts
 
     @property
     def device_hours(self) -> float:

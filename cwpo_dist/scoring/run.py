@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cwpo_dist.autoscaling import grows
@@ -20,14 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 def run_shards(
-    job: ShardJob, config: PoolConfig, check_rejects: Callable[[int], None] | None = None
+    job: ShardJob,
+    config: PoolConfig,
+    check: Callable[[Mapping[str, int]], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the missing shards.
 
     Args:
         job: what is to be done.
         config: by which pools.
-        check_rejects: gets the number of rows that this run has set aside; what it raises ends it.
+        check: gets what this run has counted so far; what it raises ends it.
 
     Returns:
         The counts summed over all shards, and under `throughput` what this run did in what time.
@@ -56,8 +58,8 @@ def run_shards(
                         if report.counts:  # else another had committed the shard
                             counts.update(report.counts)
                             counted.add(report.shard)
-                        if check_rejects is not None:
-                            check_rejects(progress.rejects)
+                        if check is not None:
+                            check(progress.counts)
                     missing = job.missing()
             finally:
                 held.keep(progress, now=True)

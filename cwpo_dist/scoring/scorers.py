@@ -14,11 +14,14 @@ from typing import Any
 import pyarrow as pa
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.generation import generate
-from cwpo_dist.lm.loading import load_policy, load_reward_model
+from cwpo_dist.lm.loading import load_config, load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.lm.templates import Fault, TokenError
+from cwpo_dist.lm.tokens import Asked, Encoder, fill_id, load_tokenizer
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,
@@ -29,6 +32,7 @@ from cwpo_dist.pairs.records import (
     read_pairs,
     read_records,
 )
+from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
 from cwpo_dist.scoring.forward import Ranks, RowForward
@@ -38,7 +42,7 @@ from cwpo_dist.storage import Store
 logger = logging.getLogger(__name__)
 
 SLICE = 256  # pairs that are tokenised together, while those before are scored
-OVER_LENGTH = "over_length"  # the one reason of rejects that another try cannot change
+_OF_EACH = "rejects: "  # begins the name of a count of rejects for one reason
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,55 @@ class _Rejects:
         return pa.Table.from_pylist(self.rows, schema=REJECT_SCHEMA)
 
     def counts(self) -> dict[str, int]:
-        """Over-length rows are counted apart: they are good rows of another size."""
-        reasons = Counter(row["reason"] for row in self.rows)
-        over_length = reasons.pop(OVER_LENGTH, 0)
-        return {"over_length": over_length, "rejects": sum(reasons.values())}
+        """All of them, and by reason; those over length apart, as good rows of another size."""
+        reasons = Counter(_kind(row["reason"]) for row in self.rows)
+        over_length = reasons.pop(Fault.OVER_LENGTH, 0)
+        of_each = {f"{_OF_EACH}{reason}": number for reason, number in reasons.items()}
+        return {"over_length": over_length, "rejects": sum(reasons.values()), **of_each}
+
+
+def refuse_past(
+    stage: str, field: str, fraction: float, pairs: int, output: Store, counts: Mapping[str, int]
+) -> None:
+    """Stops a stage that had to set aside too many of its pairs.
+
+    Args:
+        stage: its name.
+        field: the setting that holds `fraction`.
+        fraction: how many may be.
+        pairs: how many there are.
+        output: the stage's folder.
+        counts: of its shards, as `_Rejects.counts` gives them.
+
+    Raises:
+        RejectsError: naming the reasons, the field and what can be done.
+    """
+    rejects = counts.get("rejects", 0)
+    if rejects <= fraction * pairs:
+        return
+    found = {k.removeprefix(_OF_EACH): n for k, n in counts.items() if k.startswith(_OF_EACH)}
+    reasons = ", ".join(f"{number} × {reason}" for reason, number in Counter(found).most_common(3))
+    lasting = any(lasts(reason) for reason in found)
+    remedy = "give a chat_template that writes them" if lasting else "mend the model"
+    again = "" if lasting or stage != "annotate" else " and give --retry-rejects"
+    raise RejectsError(
+        f"{stage}: {rejects} of {pairs} pairs were set aside{reasons and f' ({reasons})'}, more "
+        f"than {field} {fraction:g} allows; see {output.uri}/rejects, {remedy}{again}, or raise "
+        "the fraction"
+    )
+
+
+def lasts(reason: str) -> bool:
+    """Whether another try at a row that was set aside would end the same way."""
+    return _kind(reason) in set(Fault)
+
+
+def _kind(reason: str) -> str:
+    return reason.partition(": ")[0]
 
 
 def _encoded(
-    encoder: Encoder, model: ModelConfig, rows: Rows, rejects: _Rejects
+    encoder: Encoder, model: ModelConfig, rows: Rows, rejects: _Rejects, ties: bool = False
 ) -> Iterator[list[tuple[Mapping[str, Any], Row]]]:
     """Slices of pairs with their tokens; what has none or is too long is set aside.
 
@@ -96,7 +141,7 @@ def _encoded(
     """
     slices = [rows[start : start + SLICE] for start in range(0, len(rows), SLICE)]
     with ThreadPoolExecutor(1) as ahead:
-        tokenised = ahead.map(partial(_tokens, encoder, model), slices)
+        tokenised = ahead.map(partial(_tokens, encoder, model, ties), slices)
         for pairs, found in zip(slices, tokenised, strict=True):
             encoded = []
             for pair, tokens in zip(pairs, found, strict=True):
@@ -107,19 +152,19 @@ def _encoded(
             yield encoded
 
 
-def _tokens(encoder: Encoder, model: ModelConfig, rows: Rows) -> list[Row | str]:
+def _tokens(encoder: Encoder, model: ModelConfig, ties: bool, rows: Rows) -> list[Row | str]:
     """Each pair's tokens, or why it is set aside."""
     pairs = [
         Asked(row["prompt"], (row["response_a"], row["response_b"]), row["tools"]) for row in rows
     ]
-    found: list[Row | str] = []
-    for tokens in encoder.encode_all(pairs):
-        if isinstance(tokens, TokenError):
-            found.append(f"tokens: {tokens}")
-            continue
-        fitting = fit_length(tokens, model.max_length, model.over_length, bos_id=encoder.bos_id)
-        found.append(OVER_LENGTH if fitting is None else fitting)
-    return found
+    found = encode_pairs(encoder, model, pairs, ties=ties)
+    return [row if isinstance(row, Row) else _reason(row) for row in found]
+
+
+def _reason(error: TokenError) -> str:
+    if error.fault is Fault.OVER_LENGTH:
+        return str(error.fault)
+    return f"{error.fault}: {error}"
 
 
 class TokenWorker:
@@ -127,7 +172,7 @@ class TokenWorker:
 
     def __init__(self, pairs: PairsIn, model: ModelConfig) -> None:
         self.pairs, self.model = pairs, model
-        self.encoder = Encoder(load_tokenizer(model), model.chat_template)
+        self.encoder = encoder_for(model, "policy")
 
     def read(self, index: int) -> Rows:
         """The pairs."""
@@ -157,13 +202,29 @@ class TokenWorker:
 class RewardWorker:
     """pairs → a score for each answer, by any one-label Hugging Face reward model."""
 
-    def __init__(self, pairs: PairsIn, model: ModelConfig, annotator: str, max_tokens: int) -> None:
-        self.pairs, self.model, self.annotator = pairs, model, annotator
-        reward_model, tokenizer = load_reward_model(model), load_tokenizer(model)
-        self.encoder = Encoder(tokenizer, model.chat_template)
-        self.forward = RowForward(
-            AnswerScores(reward_model), tokenizer.pad_token_id, model.max_length, max_tokens
-        )
+    def __init__(
+        self,
+        pairs: PairsIn,
+        model: ModelConfig,
+        annotator: str,
+        max_tokens: int,
+        *,
+        ties: bool = False,
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            pairs: what is scored.
+            model: the reward model.
+            annotator: its name in the scores.
+            max_tokens: of one forward pass.
+            ties: score also pairs whose answers it cannot tell apart.
+        """
+        self.pairs, self.model, self.annotator, self.ties = pairs, model, annotator, ties
+        reward_model = load_reward_model(model)
+        self.encoder = encoder_for(model, "reward model", reward_model)
+        scores = AnswerScores(reward_model, token_types=self.encoder.token_types)
+        self.forward = RowForward(scores, self.encoder.pad_id, model.max_length, max_tokens)
 
     def read(self, index: int) -> Rows:
         """The pairs."""
@@ -174,7 +235,7 @@ class RewardWorker:
         rejects = _Rejects(index)
         counts = Counter({"rows_in": len(rows)})
         scores = []
-        for encoded in _encoded(self.encoder, self.model, rows, rejects):
+        for encoded in _encoded(self.encoder, self.model, rows, rejects, self.ties):
             forwarded = self.forward([row for _, row in encoded])
             counts.update(forwarded.counts)
             for (pair, _), (score_a, score_b) in zip(encoded, forwarded.values, strict=True):
@@ -202,7 +263,8 @@ class ReferenceWorker:
         """Loads the policy, unless ranks hold it together."""
         self.pairs, self.tokens = pairs, tokens
         module = AnswerLogProbs(load_policy(model)) if ranks is None else ranks.module
-        pad = load_tokenizer(model).pad_token_id
+        words = load_config(model).get_text_config().vocab_size
+        pad = fill_id(load_tokenizer(model), words)
         self.forward = RowForward(module, pad, model.max_length, max_tokens, ranks)
 
     def read(self, index: int) -> Rows:

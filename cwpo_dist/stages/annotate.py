@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
     ShardJob,
@@ -21,9 +20,9 @@ from cwpo_dist.scoring.pipeline import (
     total_counts,
 )
 from cwpo_dist.scoring.run import run_shards
-from cwpo_dist.scoring.scorers import OVER_LENGTH, RewardWorker
+from cwpo_dist.scoring.scorers import RewardWorker, lasts, refuse_past
 from cwpo_dist.stages.context import Context, score_files, trained
-from cwpo_dist.stages.graph import FORMAT, Node, ready_model
+from cwpo_dist.stages.graph import FORMAT_OF, Node, ready_model
 from cwpo_dist.storage import Store, digest
 
 logger = logging.getLogger(__name__)
@@ -36,13 +35,15 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `scores/part-*.parquet` and returns the counts.
 
     Raises:
-        RejectsError: when more rows than `annotate.max_reject_fraction` have no finite score.
+        RejectsError: when more rows than `annotate.max_reject_fraction` have no score.
     """
     job = _job(context, node)
-    check = partial(_refuse_past, context, node, _pairs(context, node))
+    fraction, pairs = context.config.annotate.max_reject_fraction, _pairs(context, node)
+    field, output = "annotate.max_reject_fraction", context.place(node)
+    check = partial(refuse_past, "annotate", field, fraction, pairs, output)
     counts = run_shards(_of_new_pairs(context, node, job), context.config.annotate, check)
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
-    _refuse_past(context, node, counts["rows_in"], counts["rejects"])
+    check(counts)
     logger.info(
         "annotate: %d pairs of %s scored, %d of them before, %d set aside, %d too long; %s/scores "
         "has score_a and score_b, to be joined by pair_id with response_a and response_b of "
@@ -55,7 +56,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
 
 
 def retry(context: Context, node: Node) -> dict[str, Any] | None:
-    """Scores again the pairs that were set aside for another reason than their length.
+    """Scores again the pairs that were set aside for other reasons than their tokens.
 
     What a retry scores goes into files of its own, `scores/part-00012.retry-1.parquet`, one a shard
     that has such pairs; what was committed before stays as it is. Readers read the files of those
@@ -72,7 +73,7 @@ def retry(context: Context, node: Node) -> dict[str, Any] | None:
     failed = [index for index, counts in committed_counts(first).items() if counts["rejects"]]
     aside = [index for index in failed if _set_aside(first.output, node.retries, index)]
     if not aside:
-        logger.info("annotate: nothing was set aside but for its length")
+        logger.info("annotate: nothing was set aside but for its tokens, as they are or too many")
         return None
     throughput = run_shards(_job(context, node, number, aside), config).get("throughput")
     retried = _retried_counts(context, replace(node, retries=number))
@@ -101,17 +102,6 @@ def _pairs(context: Context, node: Node) -> int:
     """How many pairs there are to score."""
     splits = context.counts(node.inputs["prepare"])["splits"]
     return sum(splits[split] for split in node.settings["splits"])
-
-
-def _refuse_past(context: Context, node: Node, pairs: int, rejects: int) -> None:
-    fraction = context.config.annotate.max_reject_fraction
-    if rejects > fraction * pairs:
-        raise RejectsError(
-            f"annotate: {rejects} of {pairs} pairs have no finite score, more than "
-            f"annotate.max_reject_fraction {fraction} allows; see "
-            f"{context.place(node).uri}/rejects, mend the model and give --retry-rejects, or raise "
-            "the fraction"
-        )
 
 
 def _of_new_pairs(context: Context, node: Node, job: ShardJob) -> ShardJob:
@@ -158,7 +148,7 @@ def _who(context: Context, node: Node) -> str:
     if "fit" in node.inputs:
         fit = node.inputs["fit"]
         trained_on = [fit.settings, _weights(context.place(fit))]
-    return digest([FORMAT, settings, trained_on, context.config.seed])
+    return digest([FORMAT_OF["annotate"], settings, trained_on, context.config.seed])
 
 
 def _weights(fit: Store) -> str:
@@ -179,10 +169,10 @@ def _name(context: Context, node: Node) -> str:
 
 
 def _set_aside(output: Store, retries: int, index: int) -> frozenset[str]:
-    """The ids of a shard's pairs that have no score after so many retries, but fit."""
+    """The ids of a shard's pairs that have no score after so many retries, and might have."""
     last = score_files(output, index, retries)[-1]
     rejects = committed_rejects(output, last)
-    return frozenset(row["row"] for row in rejects if row["reason"] != OVER_LENGTH)
+    return frozenset(row["row"] for row in rejects if not lasts(row["reason"]))
 
 
 def _retried_counts(context: Context, node: Node) -> Counter[str]:

@@ -23,10 +23,10 @@ from cwpo_dist.config import (
     TrainingConfig,
 )
 from cwpo_dist.evaluation.gold import load_function
-from cwpo_dist.lm.loading import (
-    ModelError,
-)
-from cwpo_dist.lm.tokens import Encoder, TokenError, load_tokenizer
+from cwpo_dist.lm.fitting import shortest_cut
+from cwpo_dist.lm.loading import ModelError
+from cwpo_dist.lm.reading import Role, encoder_for
+from cwpo_dist.lm.tokens import Encoder, TokenError
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
@@ -39,6 +39,11 @@ from cwpo_dist.stages.trials import Trial, baseline, by_loss
 from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training.tracking import missing
 
+_ROLES: dict[Loader, Role] = {
+    policy: "policy",
+    annotator: "annotator",
+    reward_model: "reward model",
+}
 ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
 
 
@@ -49,10 +54,12 @@ class Checked:
     Attributes:
         sizes: by the field that names a model (`weak`, `policy`, `annotate.model`, …).
         machines: this machine, or the nodes of the cluster that we are in.
+        encoders: what turns pairs into each model's tokens, by the same fields.
     """
 
     sizes: dict[str, ModelSize]
     machines: tuple[Machine, ...]
+    encoders: dict[str, Encoder]
 
 
 def check(config: Config, until: str | None = None) -> Checked:
@@ -69,6 +76,7 @@ def check(config: Config, until: str | None = None) -> Checked:
     if ray.is_initialized() and (unfit := node_faults(config.output_dir)):
         raise ConfigError("\n".join(unfit))  # whatever else is wrong may follow from these
     sizes: dict[str, ModelSize] = {}
+    encoders: dict[str, Encoder] = {}
     try:
         Store(config.output_dir).check()
     except StorageError as error:
@@ -81,14 +89,14 @@ def check(config: Config, until: str | None = None) -> Checked:
     for field, model, load in models(config, until):
         try:
             sizes[field] = model_size(model, load)
-            faults += _length_faults(field, model, sizes[field])
-            Encoder(load_tokenizer(model, distinct_pad=load is annotator), model.chat_template)
+            encoders[field] = encoder_for(model, _ROLES[load])
+            faults += _length_faults(field, model, sizes[field], encoders[field])
         except (ModelError, TokenError) as error:
             faults.append(f"{field}.{error}")
     faults += [] if grows() else _placement_faults(config, until, machines)
     if faults:
         raise ConfigError("\n".join(faults))
-    return Checked(sizes, machines)
+    return Checked(sizes, machines, encoders)
 
 
 def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
@@ -100,7 +108,8 @@ def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
     baseline(config, found)
     checked = [check(run) for run in by_loss(config, found)]
     sizes = {name: size for each in checked for name, size in each.sizes.items()}
-    return Checked(sizes, checked[0].machines)
+    encoders = {name: encoder for each in checked for name, encoder in each.encoders.items()}
+    return Checked(sizes, checked[0].machines, encoders)
 
 
 def _placement_faults(
@@ -318,10 +327,18 @@ def _places(machine: Machine, cpus: float, gpus: float) -> int:
     return int(min(rooms) + 1e-9)  # 2 / 0.4 must not become 4.999…
 
 
-def _length_faults(field: str, model: ModelConfig, size: ModelSize) -> Iterator[str]:
-    """Rows that are longer than a model has positions."""
+def _length_faults(
+    field: str, model: ModelConfig, size: ModelSize, encoder: Encoder
+) -> Iterator[str]:
+    """Rows that are longer than a model has positions for, or too short to be cut to."""
+    shortest = shortest_cut(encoder.closing)
+    if model.over_length == "truncate" and model.max_length < shortest:
+        yield (
+            f"{field}.max_length: {model.max_length} leaves no room for prompt and answer; use at "
+            f"least {shortest}"
+        )
     if size.positions is not None and model.max_length > size.positions:
         yield (
             f"{field}.max_length: {model.max_length} tokens, but {model.model_name_or_path!r} has "
-            f"{size.positions} positions; lower it to at most {size.positions}"
+            f"positions for {size.positions}; lower it to at most {size.positions}"
         )

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cwpo_dist.lm.fitting import encode_pairs
+from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, TokenError, fit_length, load_tokenizer
+from cwpo_dist.lm.tokens import Asked
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, Prompt, pair_schema
 from cwpo_dist.pairs.stored import pair_table
 from cwpo_dist.scoring.pipeline import ShardJob, part
@@ -95,19 +97,17 @@ def _wrapped(answer: str, text: bool) -> Any:
 def _write_tokens(context: Context, store: Store, node: Node, rows: Answered) -> None:
     """Tokens of prompt and answers, in the same shards; what does not fit is left out."""
     model, size = policy_of(context, node), context.config.prepare.rows_per_shard
-    encoder = Encoder(load_tokenizer(model), model.chat_template)
+    encoder = encoder_for(model, "policy")
+    whole = model.model_copy(update={"over_length": "drop"})
     for index, start in enumerate(range(0, len(rows), size)):
-        found: dict[str, Row] = {}
-        for pair_id, prompt, before, after in rows[start : start + size]:
+        pairs, names = [], []
+        for pair_id, prompt, *answers in rows[start : start + size]:
             text = isinstance(prompt.text, str)
-            answers = (_wrapped(before, text), _wrapped(after, text))
-            try:
-                row = encoder.encode(prompt.text, answers, prompt.tools)
-            except TokenError:  # an answer of nothing but what the tokenizer drops
-                continue
-            fitting = fit_length(row, model.max_length, "drop", bos_id=encoder.bos_id)
-            if fitting is not None:
-                found[pair_id] = fitting
+            told = [_wrapped(answer, text) for answer in answers]
+            pairs.append(Asked(prompt.text, told, prompt.tools))
+            names.append(pair_id)
+        read = zip(names, encode_pairs(encoder, whole, pairs, ties=True), strict=True)
+        found = {name: row for name, row in read if isinstance(row, Row)}
         columns = {
             "pair_id": list(found),
             "prompt": [row.prompt for row in found.values()],

@@ -202,7 +202,7 @@ def _score_by_model(
         output=store,
         shards=shards,
         make_worker=partial(
-            RewardWorker, PairsIn(store), model, "gold", config.max_tokens_per_batch
+            RewardWorker, PairsIn(store), model, "gold", config.max_tokens_per_batch, ties=True
         ),
     )
     run_shards(

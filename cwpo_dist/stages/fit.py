@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.evaluation.calibration import people_share
+from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, fit_length
+from cwpo_dist.lm.templates import Fault, TokenError
+from cwpo_dist.lm.tokens import Asked, Encoder
 from cwpo_dist.pairs.records import TEXTS, read_pairs
 from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.pipeline import part
@@ -17,7 +20,7 @@ from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
 from cwpo_dist.storage import Store
-from cwpo_dist.training.tasks import BradleyTerry
+from cwpo_dist.training.tasks import BradleyTerry, TaskError
 from cwpo_dist.training.workers import TrainSpec, train
 
 logger = logging.getLogger(__name__)
@@ -29,8 +32,13 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     assert weak is not None, "graph() makes no fit node without a weak model"
     pairs = context.place(node.inputs["prepare"])
     task = LabelledPairs(
-        pairs, context.shards(node), weak, by_votes=node.settings["labels"] == "votes"
+        pairs,
+        context.shards(node),
+        weak,
+        by_votes=node.settings["labels"] == "votes",
+        most=context.config.prepare.max_reject_fraction,
     )
+    watched = watched_pairs(context, node, context.config.fit)
     spec = TrainSpec(
         name="fit",
         store=context.place(node),
@@ -40,7 +48,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         model=weak,
         head="scores",
         make_task=task,
-        make_held_out=replace(task, watched=watched_pairs(context, node, context.config.fit)),
+        make_held_out=replace(task, most=1.0, watched=watched),
     )
     return train(spec)
 
@@ -54,6 +62,7 @@ class LabelledPairs:
         shards: how many pair files it has.
         model: whose lengths and template apply.
         by_votes: learn the share of people that chose an answer, where there are votes; ties, too.
+        most: the share of them that it may be unable to read (`prepare.max_reject_fraction`).
         watched: the held-out pairs to load instead; None: what is trained on.
     """
 
@@ -61,41 +70,43 @@ class LabelledPairs:
     shards: int
     model: ModelConfig
     by_votes: bool = False
+    most: float = 1.0
     watched: WatchedPairs | None = None
 
     def __call__(self, encoder: Encoder) -> BradleyTerry:
-        """Tokens of every labelled pair that fits, the human's choice first."""
-        rows: list[Row] = []
-        names: list[str] = []
-        shares: list[float] = []
-        labelled = self._labelled()
-        for pair in labelled:
-            answers = (pair["response_a"], pair["response_b"])
-            a_first = pair["label"] != "b"
-            ordered = answers if a_first else answers[::-1]
-            row = self._row(encoder, Asked(pair["prompt"], ordered, pair["tools"]))
-            if row is not None:
-                rows.append(row)
-                names.append(pair["pair_id"])
-                shares.append(_share(pair, a_first=a_first))
-        if len(rows) < len(labelled):
-            logger.warning(
-                "fit: %d of %d labelled pairs are left out: longer than max_length %d, or without "
-                "tokens of their own",
-                *(len(labelled) - len(rows), len(labelled), self.model.max_length),
-            )
-        if self.by_votes:
-            soft = sum(share not in (0.0, 1.0) for share in shares)
-            logger.info("fit: of %d pairs %d are learned as a share of votes", len(rows), soft)
-        return BradleyTerry(rows, names, shares if self.by_votes else None)
+        """Tokens of every labelled pair that can be read and fits, the human's choice first.
 
-    def _row(self, encoder: Encoder, asked: Asked) -> Row | None:
-        """None for a pair that is too long, or that cannot become tokens."""
-        try:
-            row = encoder.encode(*asked)
-        except TokenError:
-            return None
-        return fit_length(row, self.model.max_length, self.model.over_length, bos_id=encoder.bos_id)
+        Raises:
+            TaskError: when more than the share `most` of them cannot be read.
+        """
+        labelled = self._labelled()
+        if labelled and isinstance(labelled[0]["prompt"], str):
+            encoder.travel_as_text()
+        found = encode_pairs(encoder, self.model, [_chosen_first(pair) for pair in labelled])
+        read = [
+            (pair, row) for pair, row in zip(labelled, found, strict=True) if isinstance(row, Row)
+        ]
+        faults = Counter(str(row.fault) for row in found if isinstance(row, TokenError))
+        self._tell(len(labelled), faults)
+        shares = [_first_share(pair) for pair, _ in read] if self.by_votes else None
+        if shares is not None:
+            soft = sum(share not in (0.0, 1.0) for share in shares)
+            logger.info("fit: of %d pairs %d are learned as a share of votes", len(read), soft)
+        rows, names = [row for _, row in read], [pair["pair_id"] for pair, _ in read]
+        return BradleyTerry(rows, names, shares, left_out=faults)
+
+    def _tell(self, pairs: int, faults: Counter[str]) -> None:
+        """Says what cannot be read, and stops where that is too much."""
+        told = ", ".join(f"{number} × {fault}" for fault, number in faults.most_common())
+        if told:
+            logger.warning("fit: of %d labelled pairs are left out: %s", pairs, told)
+        unread = faults.total() - faults[Fault.OVER_LENGTH]
+        if unread > self.most * pairs:
+            raise TaskError(
+                f"{unread} of {pairs} labelled pairs cannot be read ({told}), more than "
+                f"prepare.max_reject_fraction {self.most:g} allows; give a chat_template that "
+                "writes them, or raise it"
+            )
 
     def _labelled(self) -> list[dict[str, Any]]:
         columns = ["pair_id", *TEXTS, "tools", "split", "label", "tie", "votes_a", "votes_b"]
@@ -112,10 +123,16 @@ class LabelledPairs:
         ]
 
 
-def _share(pair: dict[str, Any], *, a_first: bool) -> float:
+def _chosen_first(pair: dict[str, Any]) -> Asked:
+    """The answers, people's choice first; of a tie in their own order."""
+    answers = (pair["response_a"], pair["response_b"])
+    return Asked(pair["prompt"], answers[::-1] if pair["label"] == "b" else answers, pair["tools"])
+
+
+def _first_share(pair: dict[str, Any]) -> float:
     """The share of people that prefer the answer that is put first; half of them in a tie."""
     if pair["tie"]:
         return 0.5
     share = people_share(pair["label"], pair["votes_a"], pair["votes_b"])
     assert share is not None, "a pair without a label is in no labelled part, but for ties"
-    return share if a_first else 1 - share
+    return 1 - share if pair["label"] == "b" else share

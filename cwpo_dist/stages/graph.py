@@ -377,6 +377,7 @@ def _template(model: ModelConfig) -> str:
 
 def _token_settings(model: ModelConfig) -> dict[str, Any]:
     """Tokens depend on the tokenizer, not on weights, depth or attention implementation."""
-    names = {"model_name_or_path", "revision", "chat_template", "max_length", "over_length"}
-    settings = model.model_dump(include=names) | {"chat_template": _template(model)}
+    names = {"model_name_or_path", "revision", "chat_template", "template_date"}
+    names |= {"max_length", "over_length"}
+    settings = model.model_dump(mode="json", include=names) | {"chat_template": _template(model)}
     return settings | {"tokenizer_now": tokenizer_fingerprint(model)}

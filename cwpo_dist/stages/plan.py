@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.pairs.census import Census, census
 from cwpo_dist.pairs.pieces import damage_fault
 from cwpo_dist.pairs.sources import MAP_LABELS
@@ -37,7 +37,14 @@ from cwpo_dist.stages.graph import (
 )
 from cwpo_dist.stages.own_checks import own_counts_faults, own_notes
 from cwpo_dist.stages.room import fit_two, need, share
-from cwpo_dist.stages.sampled import ShownRow, encoder_of, lengths_in, shown_row, unrendered
+from cwpo_dist.stages.sampled import (
+    SampleRead,
+    ShownRow,
+    read_sample,
+    reading_notes,
+    shown_row,
+    unrendered,
+)
 from cwpo_dist.stages.trials import planned, section, trials, tuned
 from cwpo_dist.storage import Store
 
@@ -115,19 +122,21 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
     checked = check_trials(config, found) if found else check(config, until)
     named = {name: model for run in runs for name, model, _ in models(run, until)}
-    encoders = {name: (model, encoder_of(name, model)) for name, model in named.items()}
     censuses = _censuses(runs)
     sample = next(iter(censuses.values())).sample
-    lengths = {name: lengths_in(*given, sample) for name, given in encoders.items()}
+    read = {
+        name: read_sample(model, checked.encoders[name], sample) for name, model in named.items()
+    }
+    lengths = {name: each.lengths for name, each in read.items()}
     estimates = [Estimate(run, censuses[_split(run)], checked, lengths) for run in runs]
-    faults = dict.fromkeys(fault for each in estimates for fault in _empty(each))
+    faults = dict.fromkeys(fault for each in estimates for fault in _empty(each, read))
     if faults:
         raise ConfigError("\n".join(faults))
-    rows = [
-        shown_row(name, model, encoder, pair)
+    rows = tuple(
+        shown_row(name, model, checked.encoders[name], pair)
         for pair in sample[:show]
-        for name, (model, encoder) in encoders.items()
-    ]
+        for name, model in named.items()
+    )
     stages = (
         _trial_stages(config, estimates, fleet) if found else _stages(config, estimates[0], fleet)
     )
@@ -135,12 +144,13 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
         tuple(stages),
         tuple(
             [
+                *reading_notes(named, checked.encoders, read),
                 *_notes(config, estimates),
-                *unrendered(encoders, sample),
+                *unrendered(checked.encoders, sample),
                 *fleet_costs.fleet_notes(config, fleet),
             ]
         ),
-        tuple(row for row in rows if row is not None),
+        rows,
         fleet,
     )
 
@@ -163,9 +173,9 @@ def _until(config: Config) -> str | None:
     return "annotate" if needs_annotator(config) else "weigh"
 
 
-def _empty(estimate: Estimate) -> Iterator[str]:
+def _empty(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
     """Stages that would find no pair, or too many rows that are none."""
-    config, counted, lengths = estimate.config, estimate.counted, estimate.lengths
+    config, counted = estimate.config, estimate.counted
     rows = sum(counted.splits.values()) + counted.rejects
     if counted.exact and counted.rejects > config.prepare.max_reject_fraction * rows:
         yield (
@@ -177,11 +187,7 @@ def _empty(estimate: Estimate) -> Iterator[str]:
     if fault := damage_fault(counted.damaged, counted.files, config.prepare.max_reject_fraction):
         yield fault
     for name, model, _ in models(config, _until(config)):
-        if lengths[name].fits == 0.0 and name != "evaluate.gold_model":
-            yield (
-                f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
-                f"set {name}.over_length=truncate"
-            )
+        yield from _unread(config, counted, name, model, read[name])
     if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
         yield (
             f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
@@ -200,6 +206,30 @@ def _empty(estimate: Estimate) -> Iterator[str]:
         yield (
             f"evaluate.split: no pair is in {config.evaluate.split!r}; raise prepare."
             f"{config.evaluate.split}_fraction, or give a source with into: {config.evaluate.split}"
+        )
+
+
+def _unread(
+    config: Config, counted: Census, name: str, model: ModelConfig, read: SampleRead
+) -> Iterator[str]:
+    """A model that cannot read more pairs than its stage may set aside, or that none fits."""
+    is_gold = name == "evaluate.gold_model"
+    field, fraction = "prepare.max_reject_fraction", config.prepare.max_reject_fraction
+    if name.startswith("annotate."):
+        field, fraction = "annotate.max_reject_fraction", config.annotate.max_reject_fraction
+    if is_gold:  # which reads other answers, and may leave some out
+        fraction = 1.0 if read.refused < read.number else 0.0
+    whole = counted.exact and read.number == sum(counted.splits.values()) and name != "weak"
+    if read.exceeds(fraction, whole):
+        yield (
+            f"{name}.chat_template: {model.model_name_or_path!r} with {model.chat_template!r} "
+            f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
+            f"another template or model, mend the pairs, or raise {field} ({fraction:g})"
+        )
+    elif read.too_long and not read.lengths.fits and not is_gold:
+        yield (
+            f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
+            f"set {name}.over_length=truncate"
         )
 
 
@@ -346,9 +376,6 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
         yield "no policy is given: planned up to `weigh`"
     if _until(config) != "annotate":
         yield from own_notes(config, estimate.counted)
-    for name, lengths in estimate.lengths.items():
-        if 0 < lengths.fits < 1 and name != "evaluate.gold_model":
-            yield f"{name}: {1 - lengths.fits:.0%} of the sampled pairs are too long and left out"
     yield from _short_trainings(config, estimates)
     yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:

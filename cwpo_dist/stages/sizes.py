@@ -12,7 +12,6 @@ from huggingface_hub import file_exists
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -22,7 +21,9 @@ from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.activations import kept_numbers
 from cwpo_dist.lm.loading import (
     ModelError,
+    attention_of,
     load_annotator_base,
+    load_config,
     load_policy,
     load_reward_model,
 )
@@ -47,7 +48,7 @@ class ModelSize:
         linear: inputs + outputs of each linear layer of the decoder, for LoRA.
         kept: numbers a token that autograd keeps, all weights trained; 0 of a trained reward model.
         kept_lora: the same with LoRA.
-        positions: where learned position embeddings end; None where positions rotate on.
+        positions: for how many tokens there are learned positions; None where they rotate on.
     """
 
     parameters: int
@@ -132,12 +133,16 @@ def _kept(module: Any, linear: tuple[int, ...]) -> float:
 
 
 def _learned_positions(module: PreTrainedModel) -> int | None:
-    """The length of a table of absolute positions (OPT, GPT-2), beyond which a model fails."""
+    """How many tokens a table of absolute positions (OPT, GPT-2) has room for.
+
+    RoBERTa and its like count from behind their pad token, which their table has a row for.
+    """
     limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     for name, layer in module.base_model.named_modules():
         is_table = isinstance(layer, nn.Embedding) and ("position" in name or name.endswith("wpe"))
         if limit and is_table and layer.num_embeddings >= limit:
-            return int(limit)
+            skipped = 0 if layer.padding_idx is None else layer.padding_idx + 1
+            return int(min(limit, layer.num_embeddings - skipped))
     return None
 
 
@@ -150,8 +155,8 @@ def _is_here(name: str) -> bool:
 def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
     """A hub model's skeleton, from its configuration; its weights are not fetched for a plan."""
     name, revision = model.model_name_or_path, model.revision
+    config = load_config(model)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         found = any(file_exists(name, file, revision=revision) for file in SAFETENSORS)
     except OfflineModeIsEnabled:
         found = True  # from the cache; loading will say what is missing there
@@ -166,5 +171,7 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
         config.num_hidden_layers = model.num_hidden_layers
     kind: Any = AutoModelForCausalLM if load is policy else AutoModelForSequenceClassification
     with torch.device("meta"):
-        skeleton: PreTrainedModel = kind.from_config(config)
+        skeleton: PreTrainedModel = kind.from_config(
+            config, attn_implementation=attention_of(model)
+        )
     return skeleton

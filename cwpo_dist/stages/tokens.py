@@ -8,7 +8,7 @@ from typing import Any
 from cwpo_dist.config import PoolConfig
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.run import run_here, run_shards
-from cwpo_dist.scoring.scorers import TokenWorker
+from cwpo_dist.scoring.scorers import TokenWorker, refuse_past
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 
@@ -16,7 +16,11 @@ FEW_PAIRS = 2000  # a second or two; an actor takes longer to start
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
-    """Writes `tokens/part-*.parquet` and returns the counts."""
+    """Writes `tokens/part-*.parquet` and returns the counts.
+
+    Raises:
+        RejectsError: when the policy cannot read more pairs than `prepare.max_reject_fraction`.
+    """
     policy = context.config.policy
     assert policy is not None, "graph() makes no tokens node without a policy"
     job = ShardJob(
@@ -25,8 +29,14 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         shards=context.shards(node),
         make_worker=partial(TokenWorker, context.pairs(node), policy),
     )
-    if context.counts(node.inputs["prepare"])["pairs"] <= FEW_PAIRS:
-        return run_here(job)
-    # Tokenising needs no accelerator; as many actors as the reference pass has.
-    pool = PoolConfig(num_actors=context.config.reference.most_actors)
-    return run_shards(job, pool)
+    pairs = context.counts(node.inputs["prepare"])["pairs"]
+    field, fraction = "prepare.max_reject_fraction", context.config.prepare.max_reject_fraction
+    check = partial(refuse_past, "tokens", field, fraction, pairs, job.output)
+    if pairs <= FEW_PAIRS:
+        counts = run_here(job)
+    else:
+        # Tokenising needs no accelerator; as many actors as the reference pass has.
+        pool = PoolConfig(num_actors=context.config.reference.most_actors)
+        counts = run_shards(job, pool, check)
+    check(counts)
+    return counts

@@ -10,8 +10,8 @@ Shapes: P = rows (pairs) of a micro-batch or of a global batch, K = answers a ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -38,10 +38,12 @@ class Task(ABC):
     Attributes:
         rows: tokens; the chosen answer first.
         pair_ids: the name of each row, for messages.
+        left_out: how many pairs are not among them, by reason; empty where nobody counted.
     """
 
     rows: Sequence[Row]
     pair_ids: Sequence[str]
+    left_out: Mapping[str, int] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks that every row can be trained on."""

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.loading import load_annotator_base, load_policy
+from cwpo_dist.lm.loading import ModelError, load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.recompute import let_recompute
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.storage import Store, digest
 from cwpo_dist.training import checkpoint, held_out, tracking
 from cwpo_dist.training.lease import LeaseToken
@@ -127,10 +128,7 @@ class _Rank:
 
         self.spec, self.token, self.watchdog = spec, token, watchdog
         self.rank = dist.get_rank()
-        self.encoder = Encoder(
-            load_tokenizer(spec.model, distinct_pad=spec.head == "scores"),
-            spec.model.chat_template,
-        )
+        self.encoder = encoder_for(spec.model, "annotator" if spec.head == "scores" else "policy")
         self.task = spec.make_task(self.encoder)
         watch = spec.make_held_out if spec.config.eval_steps is not None else None
         self.held_out = watch(self.encoder) if watch is not None else None
@@ -138,16 +136,24 @@ class _Rank:
         with engine.sharded_loading(settings):
             placed = None if engine.zero_stage(settings) == 3 else device
             self.model = _load(spec, self.encoder.tokenizer, placed)
-        wrap: Any = AnswerLogProbs if spec.head == "logps" else AnswerScores
-        self.module = wrap(self.model)
+        self.module: AnswerLogProbs | AnswerScores
+        if spec.head == "logps":
+            self.module = AnswerLogProbs(self.model)
+        else:
+            self.module = AnswerScores(self.model, token_types=self.encoder.token_types)
         self.engine = engine.DeepSpeedEngine(self.module, spec.config, settings)
         self.identity = checkpoint.RunIdentity(spec.key, spec.seed, spec.base)
 
     def run(self) -> dict[str, Any]:
-        spec, tokenizer = self.spec, self.encoder.tokenizer
+        spec = self.spec
         layout = choose_layout(self.module, longest=spec.model.max_length).layout
+        if isinstance(self.module, AnswerScores) and self.module.one_by_one:
+            raise ModelError(  # ranks would call a sharded model unequally often
+                f"model_name_or_path: {spec.model.model_name_or_path!r}: its scores depend on the "
+                "pads of a batch, so it can score but not be trained here; give another weak model"
+            )
         flops = useful_flops(self.module)
-        run = Run(spec.config, spec.seed, layout, tokenizer.pad_token_id, flops)
+        run = Run(spec.config, spec.seed, layout, self.encoder.pad_id, flops)
         total = run.total_steps(self.task.order.drawn)
         start, attempt = self.resume()
         if self.rank == 0:
@@ -166,7 +172,9 @@ class _Rank:
         if self.rank > 0:
             return {}
         last = _join_metrics(spec.store)
-        return {"steps": total, "rows": len(self.task.rows), "layout": layout, "last": last}
+        left_out = {"left_out": dict(self.task.left_out)} if self.task.left_out else {}
+        counts = {"steps": total, "rows": len(self.task.rows), "layout": layout, "last": last}
+        return counts | left_out
 
     def resume(self) -> tuple[int, str]:
         """Restores the newest checkpoint; the steps done, and a name for this attempt.
