@@ -77,7 +77,7 @@ class _Reader:
             names=_names(context, graphs, annotators),
             scores=[ScoresIn(context.place(n), n.retries) for n in annotators.values()],
             answers={arm: _answers(context, nodes) for arm, nodes in graphs.items()},
-            uncovered=any(n["weigh"].settings["labels"] == "human" for n in graphs.values()),
+            uncovered=any(_reads_hidden(nodes["weigh"]) for nodes in graphs.values()),
         )
 
     def pairs(self, index: int, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -105,6 +105,11 @@ class _Reader:
                     if told and all(pair_id in texts for texts in told.values())
                 },
             }
+
+
+def _reads_hidden(weigh: Node) -> bool:
+    """Whether an arm trains on people's labels of the unlabelled part."""
+    return weigh.settings["labels"] == "human" and "unlabelled" in weigh.settings["splits"]
 
 
 def _names(context: Context, graphs: Graphs, annotators: Mapping[str, Node]) -> list[str]:
