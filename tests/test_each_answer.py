@@ -12,11 +12,12 @@ from tiny import tiny_classifier, tiny_tokenizer
 from world import SHARDS, World, answer
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_policy, load_reward_model
-from cwpo_dist.pairs.records import SCORE_SCHEMA
+from cwpo_dist.pairs.records import PROMPT_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker, RewardWorker
+from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, ReferenceWorker, RewardWorker
 from cwpo_dist.stages import (
     annotate,
 )
@@ -84,6 +85,25 @@ def test_each_answer_has_the_score_that_the_model_gives_it(tmp_path: Path) -> No
     earlier = EarlierScores(ranged_files([before, later]))
     copied = {"test-1": (9.0, 8.0), "test-2": (9.0, 8.0)}
     assert scored(NewPairsWorker(earlier, make_worker)) == expected | copied
+
+
+def test_each_prompt_has_the_answer_that_was_sampled_for_it(tmp_path: Path) -> None:
+    """Prompts of unlike length, which no batch leaves in their order."""
+    world = World(tmp_path, ["human"])
+    policy = world.config.policy
+    assert policy is not None
+    sampling = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
+    prompts = [list(range(5, 5 + n)) for n in (9, 3, 6)]
+    given = Store(str(tmp_path / "given"))
+    rows = [{"pair_id": f"p{len(prompt)}", "tokens": prompt} for prompt in prompts]
+    given.create_table(part("prompts", 0), pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA))
+    worker = AnswerWorker(given, policy, sampling)
+    told = {r["pair_id"]: r["answer"] for r in worker(0, worker.read(0)).rows.to_pylist()}
+    model, tokenizer = load_policy(policy), world.encoder.tokenizer
+    for prompt in prompts:
+        (alone,) = generate(model, tokenizer, [prompt], batch_size=1, **sampling)
+        assert told[f"p{len(prompt)}"] == alone
+    assert len(set(told.values())) == 3
 
 
 def test_a_retry_is_of_the_pairs_that_it_is_told(tmp_path: Path) -> None:
