@@ -173,6 +173,13 @@ def test_what_the_annotator_learned_calibrates_nothing(folder: Path) -> None:
     (fault, _) = weighing_faults(config_of(folder, [], weak=weak, weigh=split))
     assert fault.startswith("weigh.calibration_split: 'labelled' holds what the annotator is")
     assert list(weighing_faults(config_of(folder, [0], weigh=split))) == []
+    beside = config_of(folder, [0], weak=weak, weigh=split, arms=["cw", "ws_dpo"])
+    (fault,) = weighing_faults(beside)  # a ready model may; the teacher has learned these labels
+    assert fault.startswith("weigh.calibration_split: 'labelled' holds what the annotator is")
+    scored = {arm: graph(beside, arm) for arm in beside.arms}
+    assert "labelled" in scored["cw"]["annotate"].settings["splits"]
+    for role in ("teacher_before", "teacher_after"):
+        assert "labelled" not in scored["ws_dpo"][role].settings["splits"]
 
 
 @pytest.mark.parametrize(

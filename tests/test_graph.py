@@ -13,8 +13,9 @@ from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.config_file import parse_config
-from cwpo_dist.stages.graph import Node, graph
+from cwpo_dist.stages.graph import Node, graph, retry_manifest
 from cwpo_dist.stages.run import nodes_until
+from cwpo_dist.storage import Store
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +210,29 @@ def test_other_weights_under_the_same_tokenizer_make_no_tokens_anew_another_toke
     tokenizer = tmp_path / "model" / "tokenizer_config.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
     assert "tokens" in changed(after, keys(folder, policy=policy))
+
+
+def test_a_template_file_counts_by_its_content(folder: Path, tmp_path: Path) -> None:
+    made = []
+    for name, text in (("one", "{{ messages }}"), ("moved", "{{ messages }}"), ("one", "{{ x }}")):
+        template = tmp_path / f"{name}.jinja"
+        template.write_text(text)
+        model = {"model_name_or_path": str(folder / "model"), "chat_template": str(template)}
+        made.append(keys(folder, policy=model, weak=model))
+    assert changed(made[0], made[1]) == set()
+    assert changed(made[0], made[2]) == made[0].keys() - {"prepare"}
+
+
+def test_a_retry_of_rejects_changes_the_keys_of_what_reads_the_scores(folder: Path) -> None:
+    before = keys(folder)
+    output = Store(str(folder / "run")).child("annotate", before["annotate"])
+    output.create_json(retry_manifest(1), {})
+    assert changed(before, keys(folder)) == {
+        *("sft", "reference", "weigh", "answers_sft"),
+        *ALIGNED,
+    }
+    output.remove(retry_manifest(1))
+    assert keys(folder) == before
 
 
 def test_models_sampled_from_have_seeds_of_their_own(folder: Path) -> None:

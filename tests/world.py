@@ -46,6 +46,8 @@ def pairs(split: str) -> list[dict[str, Any]]:
             "response_a": answer(split, k, "a"),
             "response_b": answer(split, k, "b"),
             "label": LABELS[k],
+            f"votes_{LABELS[k]}": 3,
+            f"votes_{'ba'['ab'.index(LABELS[k])]}": k,
             "split": split,
             "source": "world",
         }
@@ -76,7 +78,7 @@ class World:
             "evaluate": {"num_prompts": 0},
         }
         for name, section in sections.items():
-            given[name] = given.get(name, {}) | section
+            given[name] = given.get(name, {}) | section if isinstance(section, dict) else section
         self.config = Config.model_validate(given)
         self.context = Context(self.config, Store(self.config.output_dir))
         self.graphs = {arm: graph(self.config, arm) for arm in arms}
@@ -100,14 +102,14 @@ class World:
         counts = {"shards": 2, "pairs": 12, "splits": dict.fromkeys(SPLITS, 3)}
         store.create_json(MANIFEST, {"counts": counts})
 
-    def score(self, role: str = "annotate", arm: str | None = None) -> None:
+    def score(self, role: str = "annotate", arm: str | None = None, factor: float = 1.0) -> None:
         """Scores of all pairs that no annotator was trained on, the higher one positive."""
         for index, splits in enumerate(SHARDS):
             rows = []
             for split in splits:
                 for k, pair in enumerate(pairs(split)):
                     higher, lower = f"score_{HIGHER[k]}", f"score_{'ba'['ab'.index(HIGHER[k])]}"
-                    scores = {higher: 0.25, lower: 0.25 - margin(k)}
+                    scores = {higher: 0.25, lower: 0.25 - factor * margin(k)}
                     rows.append({"pair_id": pair["pair_id"], "annotator": "world"} | scores)
             rows = [row for row in rows if not row["pair_id"].startswith("labelled")]
             table = pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
@@ -119,15 +121,15 @@ class World:
         tokens.run(self.context.of(node), node)
 
     def log_probs(self, role: str, arm: str | None, of: Callable[[str], float]) -> None:
-        """An output of `reference`: the log-prob of each answer by its text."""
+        """An output of `reference`: the log-prob of each answer by its text; a letter a token."""
         for index, splits in enumerate(SHARDS):
             rows = [
                 {
                     "pair_id": pair["pair_id"],
                     "logp_a": of(pair["response_a"]),
                     "logp_b": of(pair["response_b"]),
-                    "n_a": 4,
-                    "n_b": 4,
+                    "n_a": len(pair["response_a"]),
+                    "n_b": len(pair["response_b"]),
                 }
                 for split in splits
                 for pair in pairs(split)

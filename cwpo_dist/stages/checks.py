@@ -242,7 +242,8 @@ def weighing_faults(config: Config) -> Iterator[str]:
     if not fitted:
         return
     what, split = f"weigh.temperature: fitted (arm {fitted[0]!r})", config.weigh.calibration_split
-    if split == "labelled" and not config.annotate.ready():
+    ours = not config.annotate.ready() or set(fitted) & set(implicit_arms(config))
+    if split == "labelled" and ours:
         yield (
             "weigh.calibration_split: 'labelled' holds what the annotator is trained on; give "
             "'validation'"

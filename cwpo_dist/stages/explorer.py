@@ -79,7 +79,7 @@ class _Reader:
             names=_names(context, graphs, annotators),
             scores=[ScoresIn(context.place(n), n.retries) for n in annotators.values()],
             answers={arm: _answers(context, nodes) for arm, nodes in graphs.items()},
-            uncovered=any(n["weigh"].settings["labels"] != "annotator" for n in graphs.values()),
+            uncovered=any(_reads_hidden(nodes["weigh"]) for nodes in graphs.values()),
         )
 
     def pairs(self, index: int, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -107,6 +107,11 @@ class _Reader:
                     if told and all(pair_id in texts for texts in told.values())
                 },
             }
+
+
+def _reads_hidden(weigh: Node) -> bool:
+    """Whether an arm reads labels of the unlabelled part: people's, or with its own numbers."""
+    return weigh.settings["labels"] != "annotator" and "unlabelled" in weigh.settings["splits"]
 
 
 def _names(context: Context, graphs: Graphs, annotators: Mapping[str, Node]) -> list[str]:

@@ -177,8 +177,9 @@ def implicit_nodes(config: Config, prepare: Node) -> dict[str, Node]:
     teacher = teacher_config(config)
     made = _policy_nodes(teacher, config.weak, ARMS["labelled_only"], {"prepare": prepare})
     kept = {role: made[role] for role in ("tokens", "sft", "reference", "weigh", "align")}
-    splits: list[str] = [*config.annotate.scored_splits()]
-    tokens = made["tokens"]
+    # Ours, whatever ready models there are beside it: not what it was trained on.
+    ours = config.annotate.model_copy(update={"model": None, "models": []})
+    splits, tokens = ours.scored_splits(), made["tokens"]
     before = _log_probs(config.weak, splits, tokens, {"model": made["sft"]})
     after = _log_probs(config.weak, splits, tokens, {"model": made["align"]})
     nodes = {f"teacher_{role}": replace(node, of="weak") for role, node in kept.items()}

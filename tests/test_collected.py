@@ -1,0 +1,267 @@
+"""Made-up outputs of three trials in; what a comparison says of each, and the right way round.
+
+Every figure of every trial is another number, so that none can stand in another's place.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from tiny import save_tiny
+
+from cwpo_dist.config import Config
+from cwpo_dist.config_file import parse_config
+from cwpo_dist.report.cells import Table
+from cwpo_dist.report.comparison import FIGURES
+from cwpo_dist.report.trial_tables import tables
+from cwpo_dist.report.verdicts import verdicts
+from cwpo_dist.stages import comparison
+from cwpo_dist.stages.evaluate import ANSWERS, ITEM_SCHEMA, ITEMS, JUDGED_SCHEMA
+from cwpo_dist.stages.side_by_side import Job
+from cwpo_dist.storage import MANIFEST, Store
+
+BEST = {"human": 1e-3, "cw": 1e-4, "weak": 1e-4}  # of the rates, on validation
+LONGER_BY = [5, -5, -5, 5, 5]  # of the five test pairs' preferred answers
+MARGINS = {  # of the preferred answer: above 0 the policy is right
+    "human": [1.0, -1.0, 1.0, -1.0, -1.0],
+    "cw": [2.0, 1.0, 3.0, -1.0, 0.5],
+    "weak": [1.0, 1.0, -2.0, -1.0, 0.5],
+}
+GOLD = {  # of four answers less the baseline's: above 0 it wins
+    "human": {"own_sft": [1, 1, -1, -1], "common": [-1, 0, -1, -1]},
+    "cw": {"own_sft": [1, 1, 1, -1], "common": [1, 0, 0, -1]},
+    "weak": {"own_sft": [1, -1, -1, -1], "common": [1, 1, 0, 1]},
+}
+LENGTHS = {"own_sft": (100, 200), "common": (40, 900)}  # of the policy's answers, the baseline's
+ANNOTATOR = {"human": 0.61, "cw": 0.65, "weak": 0.62}  # whose labels are right so often
+COUNTS = {"human": 1.0, "cw": 0.25, "weak": 0.5}  # mean weights
+
+
+def _annotator(right: float) -> dict[str, Any]:
+    return {
+        "agreement": {"accuracy": right},
+        "by_quarter": [{"accuracy": right + k} for k in (-0.1, 0.0, 0.05, 0.2)],
+        "expected_calibration_error": 0.11,
+        "mean_confidence": 0.33,
+        "margin_length": {"pearson": -0.44},
+    }
+
+
+def _metrics(arm: str, accuracy: float) -> dict[str, Any]:
+    controlled = {"own_sft": 0.58, "common": 0.57}
+    return {
+        "annotator": _annotator(ANNOTATOR[arm]),
+        "policy": {"agreement": {"accuracy": accuracy, "n": 20}},
+        "answers": {against: {"length_controlled": v} for against, v in controlled.items()},
+        "kl": {"mean": 3.5},
+    }
+
+
+def lay(job: Job) -> None:
+    """The output of one job: its manifest, and of `evaluate` its figures."""
+    arm, rate = job.config.arms[0], job.config.align.learning_rate
+    store = job.context.place(job.node)
+    counts = {"mean_weight": COUNTS[arm], "rows": 11, "steps": 7, "last": {"loss": 0.3}}
+    if job.node.stage == "sft":
+        counts |= {"last": {"loss": 2.5}}
+    manifest = {"counts": counts, "device": "cpu", "device_hours": 0.5}
+    store.create_json(MANIFEST, manifest)
+    if job.node.stage != "evaluate":
+        return
+    if job.config.evaluate.split == "validation":
+        store.create_json("metrics.json", _metrics(arm, 0.9 if rate == BEST[arm] else 0.7))
+        return
+    right = rate == BEST[arm]  # with another rate than the best everything would be lost
+    store.create_json("metrics.json", _metrics(arm, 0.5))
+    ids = [f"pair {k}" for k in range(5)]
+    margins = MARGINS[arm] if right else [-1.0] * 5
+    columns = {"pair_id": ids, "prompt": ids, "margin": margins, "longer_by": LONGER_BY}
+    store.create_table(ITEMS, pa.table(columns, schema=ITEM_SCHEMA))
+    rows = [
+        {
+            "pair_id": ids[k],
+            "prompt": ids[k],
+            "against": against,
+            "length": LENGTHS[against][0],
+            "baseline_length": LENGTHS[against][1],
+            "gold": float(more) if right else -9.0,
+            "baseline_gold": 0.0,
+        }
+        for against, gold in GOLD[arm].items()
+        for k, more in enumerate(gold)
+    ]
+    store.create_table(ANSWERS, pa.Table.from_pylist(rows, schema=JUDGED_SCHEMA))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `compare` writes, every stage but its own made up."""
+    folder: Path = tmp_path_factory.mktemp("collected")
+    save_tiny(folder / "model", "llama", 0)
+    (folder / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    model = {"model_name_or_path": str(folder / "model")}
+    grid = {"arms": ["human", "cw", "weak"], "labelled_fractions": [0.2], "flipped_labels": [0.1]}
+    config: Config = parse_config(
+        {
+            "output_dir": str(folder / "run"),
+            "prepare": {
+                "sources": [{"path": str(folder / "pairs.jsonl")}],
+                "validation_fraction": 0.2,
+            },
+            "weak": model,
+            "policy": model,
+            "evaluate": {"kl": True},
+            "compare": {"seeds": [4], "learning_rates": [1e-3, 1e-4], "grids": [grid]},
+        }
+    )
+
+    def made(jobs: list[Job]) -> None:
+        for job in jobs:
+            if not job.context.done(job.node):
+                lay(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "make_all", made)
+        patch.setattr(comparison, "check_trials", lambda config, chosen: None)
+        patch.setattr(comparison, "_single_runs", lambda config, runs: {})
+        comparison.compare(config)
+    written: dict[str, Any] = json.loads(Store(config.output_dir).read(FIGURES))
+    return written
+
+
+def test_each_trial_has_its_own_figures(found: dict[str, Any]) -> None:
+    means = {
+        name: {figure: record["mean"] for figure, record in trial["figures"].items()}
+        for name, trial in found["trials"].items()
+    }
+    # Right where the preferred answer is longer (three pairs) and where it is shorter (two).
+    balanced = {"human": (1 / 3 + 1 / 2) / 2, "cw": (2 / 3 + 1) / 2, "weak": (2 / 3 + 1 / 2) / 2}
+    shares = {
+        "human": (0.4, 0.5, 0.0, 0.0, 0.25),
+        "cw": (0.8, 0.75, 0.0, 0.25, 0.5),
+        "weak": (0.6, 0.25, 0.0, 0.75, 0.25),
+    }
+    names = ("accuracy", "gra_own_sft", "ties_own_sft", "gra_common", "ties_common")
+    for name, expected in shares.items():
+        told = dict(zip(names, expected, strict=True)) | {"length": 40.0}
+        assert means[name] == pytest.approx(told | {"length_balanced": balanced[name]}), name
+
+
+def test_differences_are_a_trials_less_the_others(found: dict[str, Any]) -> None:
+    by = {"human": 0.4, "cw": 0.8, "weak": 0.6}
+    gra = {"human": 0.0, "cw": 0.25, "weak": 0.75}
+    for name, trial in found["trials"].items():
+        assert trial["against"].keys() == by.keys() - {name}
+        for other, record in trial["against"].items():
+            assert record["accuracy"]["mean"] == pytest.approx(by[name] - by[other])
+            assert record["gra_common"]["mean"] == pytest.approx(gra[name] - gra[other])
+
+
+def test_facts_and_figures_of_a_seed_stand_under_their_names(found: dict[str, Any]) -> None:
+    for name, trial in found["trials"].items():
+        assert trial["learning_rate"] == BEST[name], "the rate that validation chose"
+        facts = ("arm", "loss", "labelled_fraction", "flipped_labels")
+        assert [trial[fact] for fact in facts] == [name, "sigmoid", 0.2, 0.1]
+        numbers = {k: record["mean"] for k, record in trial["by_seed"].items()}
+        assert numbers.pop("device_hours") > 0
+        right = ANNOTATOR[name]
+        of_annotator = {
+            "labels_right": right,
+            "least_confident": right - 0.1,
+            "most_confident": right + 0.2,
+            "calibration_error": 0.11,
+            "mean_confidence": 0.33,
+            "margin_length": -0.44,
+        }
+        assert numbers == pytest.approx(
+            {
+                "mean_weight": COUNTS[name],
+                "pairs": 11,
+                "steps": 7,
+                "sft_loss": 2.5,
+                "kl": 3.5,
+                "length_controlled_own_sft": 0.58,
+                "length_controlled_common": 0.57,
+            }
+            | ({} if name == "human" else of_annotator)
+        )
+    assert found["tried"]["cw"] == {"0.001": 0.7, "0.0001": 0.9}
+
+
+def rows_of(table: Table) -> dict[str, dict[str, str]]:
+    """First column → column → text."""
+    return {
+        row[0].text: {c: cell.text for c, cell in zip(table.columns[1:], row[1:], strict=True)}
+        for row in table.rows
+    }
+
+
+def test_tables_show_each_number_in_its_row_and_column(found: dict[str, Any]) -> None:
+    shown = {table.title: rows_of(table) for table in tables(found)}
+    assert shown["Trials"]["cw"] == {
+        "labels right": "65.0 %",
+        "accuracy": "80.0 %",
+        "length-balanced": "83.3 %",
+        "GRA, own SFT": "75.0 %",
+        "GRA, common": "25.0 %",
+        "at equal length": "57.0 %",
+        "answer length": "40",
+        "KL, nats": "3.50",
+    }
+    assert shown["Trials"]["human"]["labels right"] == "as given"
+    ties = [row[5].details[-1] for row in tables(found)[0].rows]
+    assert ties == ["25.0 % ties", "50.0 % ties", "25.0 % ties"], "of the common reference"
+    paired = shown["Against human, paired"]
+    assert paired.keys() == {"cw", "weak"}
+    deltas = {k: v.removeprefix("* ") for k, v in paired["cw"].items() if k.startswith("Δ")}
+    assert deltas == {
+        "Δ accuracy": "+40.0",
+        "Δ length-balanced": "+41.7",
+        "Δ GRA, own SFT": "+25.0",
+        "Δ GRA, common": "+25.0",
+    }
+    matrix = shown["Accuracy, each trial less each other"]
+    told = {(a, b): text.removeprefix("* ") for a, row in matrix.items() for b, text in row.items()}
+    assert told["cw", "human"] == "+40.0"
+    assert told["human", "cw"] == "−40.0"
+    assert told["weak", "cw"] == "−20.0"
+    assert shown["Annotators"]["cw"] == {
+        "labels right": "65.0 %",
+        "least confident": "55.0 %",
+        "most confident": "85.0 %",
+        "ECE": "0.110",
+        "mean C": "0.33",
+        "length, r": "−0.44",
+    }
+    trained = shown["How they were trained"]["cw"]
+    assert (trained["labelled"], trained["rate"]) == ("20 %", "1e-4")
+    assert (trained["pairs"], trained["mean weight"]) == ("11", "0.250")
+    assert (trained["steps"], trained["SFT loss"]) == ("7", "2.50")
+    rates = shown["Learning rates on validation"]["cw"]
+    assert (rates["1e-4"], rates["1e-3"], rates["taken"]) == ("90.0 %", "70.0 %", "1e-4")
+
+
+def test_verdicts_say_whose_figure_is_the_higher(found: dict[str, Any]) -> None:
+    unweighted = "Weighted, against weak (the same labels unweighted)"
+    expected = {
+        "Against human, on held-out labels": {"cw": "+40.0", "weak": "+20.0"},
+        f"{unweighted}, on held-out labels": {"cw": "+20.0"},
+        "Against human, on held-out labels, length-balanced": {"cw": "+41.7", "weak": "+16.7"},
+        f"{unweighted}, on held-out labels, length-balanced": {"cw": "+25.0"},
+        "Against human, by the gold reward (GRA, common)": {"cw": "+25.0", "weak": "75.0"},
+        f"{unweighted}, by the gold reward (GRA, common)": {"cw": "−50.0"},
+    }
+    told = verdicts(found)
+    assert [verdict.title for verdict in told] == list(expected)
+    for verdict in told:
+        for line, dot in zip(verdict.lines, verdict.dots, strict=True):
+            points = expected[verdict.title][dot.name]
+            assert line.startswith(
+                (f"{dot.name}: not told apart, {points} ", f"{dot.name}: {points} ")
+            )
+            assert f"{100 * dot.value:.1f}" == points.lstrip("+").replace("−", "-")
+    assert "weak: 75.0 points above" in told[4].lines[1]

@@ -1,0 +1,99 @@
+"""Weights on the paths that few runs take: temperatures, several annotators, a least confidence."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from world import HIGHER, World, margin
+
+from cwpo_dist.stages import (
+    annotations,
+    weigh,
+)
+from cwpo_dist.weighting import Scale
+
+SIGN = {"a": 1, "b": -1}
+
+
+def weighed(world: World, arm: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The counts of `weigh`, and what it wrote by pair id."""
+    counts = weigh.run(world.context, world.node("weigh", arm))
+    store = world.place("weigh", arm)
+    table = pa.concat_tables([store.read_table(name) for name in store.names("preferences")])
+    return counts, {row["pair_id"]: row for row in table.to_pylist()}
+
+
+def confidence(value: float) -> float:
+    return math.tanh(value / 2)
+
+
+def test_margins_are_divided_by_a_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is given, or one that is fitted to people's choices of the calibration split."""
+    world = World(tmp_path, ["cw"], weigh={"temperature": 4.0})
+    world.score()
+    _, rows = weighed(world)
+    for k in range(3):
+        assert rows[f"unlabelled-{k}"]["margin"] == pytest.approx(margin(k) / 4)
+        assert rows[f"unlabelled-{k}"]["weight"] == pytest.approx(confidence(margin(k) / 4))
+
+    fitted_to: list[Any] = []
+
+    def fit_scale(margins_NK: Any, people: Any, prompts: Any, names: Any) -> Any:
+        fitted_to.append((margins_NK[:, 0].tolist(), people.tolist(), names))
+        return SimpleNamespace(scale=Scale((1.0,), 2.0))
+
+    monkeypatch.setattr(annotations, "fit_scale", fit_scale)
+    world = World(tmp_path / "fitted", ["cw_calibrated"])
+    world.score()
+    seen: list[str] = []
+    given = annotations.held_out
+    monkeypatch.setattr(
+        annotations, "held_out", lambda read, split: (seen.append(split), given(read, split))[1]
+    )
+    counts, rows = weighed(world)
+    assert seen == ["validation"]
+    ((margins, people, names),) = fitted_to
+    assert margins == [SIGN[HIGHER[k]] * margin(k) for k in range(3)]
+    assert people == [1.0, 1 - 3 / 4, 1 - 3 / 5]
+    assert names == [world.node("annotate").path]
+    assert counts["temperatures"] == [2.0]
+    for k in range(3):
+        assert rows[f"unlabelled-{k}"]["weight"] == pytest.approx(confidence(margin(k) / 2))
+
+
+def test_an_ensembles_disagreement_takes_weight_from_a_pair(tmp_path: Path) -> None:
+    """Margins m and 3m: their mean is 2m, their deviation m, and C(2m − m) is left."""
+    world = World(tmp_path, ["ensemble", "cw"], fit={"seeds": [0, 1]})
+    world.score("annotate_0")
+    world.score("annotate_1", factor=3.0)
+    counts, rows = weighed(world)
+    for k in range(3):
+        row = rows[f"unlabelled-{k}"]
+        assert row["label"] == HIGHER[k]
+        assert row["margin"] == pytest.approx(2 * margin(k))
+        assert row["disagreement"] == pytest.approx(margin(k))
+        assert row["confidence"] == pytest.approx(confidence(2 * margin(k)))
+        assert row["weight"] == pytest.approx(confidence(margin(k)))
+    mean = {name: sum(row[name] for row in rows.values()) / 3 for name in ("weight", "confidence")}
+    assert counts["mean_weight"] == pytest.approx(mean["weight"])
+    assert counts["mean_confidence"] == pytest.approx(mean["confidence"])
+    assert counts["ensemble"]["mean_disagreement"] == pytest.approx(sum(map(margin, range(3))) / 3)
+    _, plain = weighed(world, "cw")
+    assert plain["unlabelled-0"]["weight"] == pytest.approx(confidence(2 * margin(0)))
+
+
+def test_a_least_confidence_keeps_pairs_at_or_above_it(tmp_path: Path) -> None:
+    least = (confidence(margin(0)) + confidence(margin(1))) / 2
+    world = World(tmp_path, ["cw", "human"], weigh={"min_confidence": least})
+    world.score()
+    counts, rows = weighed(world)
+    assert set(rows) == {"unlabelled-1", "unlabelled-2"}
+    assert (counts["pairs"], counts["selected"]) == (3, 2)
+    assert len(weighed(world, "human")[1]) == 3, "people are certain"
