@@ -217,14 +217,22 @@ def export(
         str | None,
         typer.Option(help="`fit`: the annotator instead; of an ensemble `fit_0`, `fit_1`, …"),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Hub id of the adapter's base, where the policy was given as a folder."),
+    ] = None,
 ) -> None:
     """Copy an arm's aligned model: a Hugging Face folder that loads anywhere, with its card.
+
+    An adapter after SFT with LoRA does what both adapters did, on the policy as it was given;
+    after SFT of all weights its base comes with it.
 
     Example: cwpo export runs/demo --arm cw --to models/aligned
     """
     from cwpo_dist.stages.export import export as copy_model
 
-    say(f"model: {copy_model(run, arm, to, adapter, annotator)}")
+    _log_to_terminal()
+    say(f"model: {copy_model(run, arm, to, adapter, annotator, base)}")
 
 
 for _command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.stop):

@@ -6,6 +6,7 @@ alike. A file either exists whole or not at all, and of two writers of one name 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -186,12 +187,21 @@ class Store:
         try:
             if self.is_local:
                 partial = self._partial(name, None)
-                shutil.copyfile(path, partial)
+                try:
+                    shutil.copyfile(path, partial)
+                except OSError:
+                    Path(partial).unlink(missing_ok=True)
+                    raise
                 os.replace(partial, self.path(name))
             else:
                 self.filesystem.put_file(str(path), self.path(name))
         except OSError as error:
             raise self._refused(name, error) from error
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copies `name` to a local path."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.filesystem.get_file(self.path(name), str(path))
 
     def staged(self) -> Path:
         """This folder as a local one, downloaded once a node, and version, when it is remote."""
@@ -211,9 +221,7 @@ class Store:
         partial = target.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # of one who was killed half-way
         for name in self.names():
-            local = partial / name
-            local.parent.mkdir(parents=True, exist_ok=True)
-            self.filesystem.get_file(self.path(name), str(local))
+            self.fetch(name, partial / name)
         partial.rename(target)
 
     def _partial(self, name: str, data: bytes | None) -> str:
@@ -259,6 +267,15 @@ class Store:
 
 def _is_partial(path: str) -> bool:
     return path.endswith(".partial")
+
+
+def is_full(error: BaseException) -> bool:
+    """True when what failed is that a disk, or a quota, is full, at the root of the error."""
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return True
+    # safetensors says so in words.
+    of_rust = "os error 28" in str(error) or "os error 122" in str(error)
+    return of_rust or (error.__cause__ is not None and is_full(error.__cause__))
 
 
 def to_json(value: Any) -> bytes:

@@ -8,13 +8,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cwpo_dist.config_file import parse_config
-from cwpo_dist.report.card import annotator_card, hub_id, model_card, public_name
+from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
+from cwpo_dist.report.card import annotator_card, model_card
 
 AGREEMENT = {"accuracy": 0.6, "low": 0.5, "high": 0.7, "n": 80}
 LONGER = {"accuracy": 0.57, "low": 0.46, "high": 0.68, "n": 80}
 
 
-def card(arm: str, adapter: bool = False, **changes: Any) -> ModelCard:
+def card(arm: str, below: Identity | None = None, **changes: Any) -> ModelCard:
     config: dict[str, Any] = {
         "output_dir": "s3://bucket/secret-place",
         "prepare": {"sources": [{"path": "Anthropic/hh-rlhf"}, {"path": "/home/me/own.jsonl.gz"}]},
@@ -29,7 +30,9 @@ def card(arm: str, adapter: bool = False, **changes: Any) -> ModelCard:
         "weigh": {"weights_divided_by": 0.2} if arm == "cw_mean" else {},
     }
     keys = {"prepare": "0123", "align": "4567"}
-    text = model_card(parse_config(config | changes), arm, keys, figures, adapter=adapter)
+    given = parse_config(config | changes)
+    assert given.policy is not None
+    text = model_card(given, arm, keys, figures, identify(given.policy), below)
     assert "secret-place" not in text
     assert "/home" not in text
     return ModelCard(text)
@@ -40,7 +43,7 @@ def test_front_matter_has_hub_ids_alone() -> None:
     assert (data.base_model, data.datasets) == ("Qwen/Qwen2.5-7B", ["Anthropic/hh-rlhf"])
     assert "sigmoid" in data.tags
     local = {"model_name_or_path": "/home/me/policy"}
-    found = card("cw", adapter=True, policy=local)
+    found = card("cw", Identity("policy", on_hub=False), policy=local)
     assert (found.data.base_model, found.data.library_name) == (None, "peft")
     assert "| base model | policy |" in found.text
 

@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from small_run import DEMO_PAIRS
 from tiny import save_tiny
 from transformers import (
@@ -343,6 +344,28 @@ def test_the_annotators_folder_says_how_it_is_read(finished: Config) -> None:
             with torch.no_grad():
                 expected = float(stock(ids).logits[0, 0])
             assert score[f"score_{side}"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_adapter_of_sft_and_alignment_stands_on_the_policy(
+    finished: Config, tmp_path: Path
+) -> None:
+    """Both stages were LoRA: one adapter, on the policy as it was given, is the aligned model."""
+    to = tmp_path / "out"
+    export(finished.output_dir, "cw", str(to), adapter=True)
+    assert finished.policy is not None
+    base = AutoModelForCausalLM.from_pretrained(finished.policy.model_name_or_path)
+    ids = torch.arange(3, 60)[None]
+    aligned = AutoModelForCausalLM.from_pretrained(place(finished, "align").child("model").root)
+    with torch.no_grad():
+        before, wanted = (m.eval()(input_ids=ids).logits.log_softmax(-1) for m in (base, aligned))
+        found = PeftModel.from_pretrained(base, to).eval()(input_ids=ids).logits.log_softmax(-1)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert (before - wanted).abs().max() > 1e-3
+    internal = place(finished, "align").child("adapter").read_json("adapter_config.json")
+    key = graph(finished, "cw")["sft"].key
+    assert internal["base_model_name_or_path"] == f"./sft/{key}/model", "from the run directory"
+    for file in to.rglob("*"):
+        assert str(Path(finished.output_dir).parent).encode() not in file.read_bytes(), file
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import zero_ranks
 from mlflow.tracking import MlflowClient
 from peft import PeftModel
 from ray_task import Mishap
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -34,9 +36,10 @@ from cwpo_dist.lm.templates import PLAIN_TEMPLATE
 from cwpo_dist.lm.tokens import load_tokenizer
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training import checkpoint, workers
+from cwpo_dist.training.export import NoRoom
 from cwpo_dist.training.lease import Lease, LeaseHeld
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, train
-from cwpo_dist.training.lora import MergeError, merge_adapter
+from cwpo_dist.training.merge import MergeError, merge_adapter
 from cwpo_dist.training.worker import TrainSpec
 
 
@@ -121,6 +124,8 @@ def test_merged_export_is_base_and_adapter(name: str) -> None:
     adapted = PeftModel.from_pretrained(model, str(exported(name, "adapter")))
     ours = {n: p.detach() for n, p in adapted.named_parameters() if "lora_" in n}
     assert_close(ours, oracle_weights(name))
+    settings = json.loads((exported(name, "adapter") / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "./model", "the folder's name, and no path"
     merged = adapted.merge_and_unload()
     wanted = {n: p.detach() for n, p in merged.named_parameters()}
     for parameter_name, parameter in loaded.named_parameters():
@@ -153,7 +158,7 @@ def test_streamed_merge_equals_peft(tmp_path: Path, arch: str) -> None:
     load_policy(as_model(base)).save_pretrained(base, max_shard_size="40KB")
     (base / "model.safetensors").unlink()
     adapter = adapter_of(tmp_path / "adapter", base)
-    merge_adapter(base, adapter, tmp_path / "out")
+    merge_adapter(as_model(base), adapter, tmp_path / "out")
     wanted = PeftModel.from_pretrained(load_policy(as_model(base)), str(adapter))
     ours, theirs = load_policy(as_model(tmp_path / "out")), wanted.merge_and_unload()
     pairs = zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
@@ -166,7 +171,7 @@ def test_streamed_merge_of_transposed_weights(tmp_path: Path) -> None:
     """GPT-2's Conv1D; its files may lack the prefix that its class adds, which is refused."""
     base = tiny.save_tiny(tmp_path / "base", "gpt2")
     adapter = adapter_of(tmp_path / "adapter", base)
-    merge_adapter(base, adapter, tmp_path / "out", dtype=torch.float32)
+    merge_adapter(as_model(base), adapter, tmp_path / "out", dtype=torch.float32)
     wanted = PeftModel.from_pretrained(load_policy(as_model(base)), str(adapter))
     theirs = dict(wanted.merge_and_unload().named_parameters())
     for name, parameter in load_policy(as_model(tmp_path / "out")).named_parameters():
@@ -176,13 +181,15 @@ def test_streamed_merge_of_transposed_weights(tmp_path: Path) -> None:
     }
     save_file(old, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MergeError, match="no tensor 'transformer"):
-        merge_adapter(base, adapter, tmp_path / "again")
+        merge_adapter(as_model(base), adapter, tmp_path / "again")
 
 
 def test_more_than_plain_lora_is_refused(tmp_path: Path) -> None:
     base = tiny.save_tiny(tmp_path / "base", "llama")
     with pytest.raises(MergeError, match="use_rslora"):
-        merge_adapter(base, adapter_of(tmp_path / "a", base, use_rslora=True), tmp_path / "out")
+        merge_adapter(
+            as_model(base), adapter_of(tmp_path / "a", base, use_rslora=True), tmp_path / "out"
+        )
 
 
 HANGING = """
@@ -257,6 +264,32 @@ def test_what_another_driver_has_finished_is_left_alone(
     assert not alone.store.names("checkpoints")
     with Lease.acquire(alone.store):
         pass  # it was given back
+
+
+def test_a_full_disk_ends_the_export_once(
+    alone: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line at the driver; the next command goes on where training was done."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cwpo_dist.training.merge.save_file", full)
+        with Lease.acquire(alone.store) as lease:
+            config = {"spec": alone, "token": lease.token}
+            with pytest.raises(NoRoom):
+                workers._worker(config)
+            message = workers._worker(config)["message"]
+    assert re.match(r"NoRoom: no room left in \S*/model .*os error 28.* same command", message)
+    assert "\n" not in message
+    found = checkpoint.newest(alone.store)
+    assert found is not None
+    assert found.step == 6
+    with Lease.acquire(alone.store) as lease:
+        outcome = workers._worker({"spec": alone, "token": lease.token})
+    assert outcome["summary"]["steps"] == 6
+    assert load_policy(as_model(Path(alone.store.path("model"))))
 
 
 def test_non_finite_loss_needs_no_retry(alone: TrainSpec) -> None:

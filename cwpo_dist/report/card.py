@@ -7,21 +7,21 @@ files lie is nobody's business.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from cwpo_dist.config import Config, ModelConfig, TrainingConfig
+from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
 from cwpo_dist.report.cells import at
 
 Figures = Mapping[str, Any]
+BESIDE = "base"  # the folder of a base that comes with its adapter
 _WHOSE = {
     "human": "people",
     "annotator": "the annotator",
     "own": "the data: their labels, or their own scores",
 }
-FILES = (".jsonl", ".gz", ".parquet", ".csv", ".json")  # of pairs
 TITLES = {
     ("annotator", "agreement"): "annotator, pairs right",
     ("annotator", "length_baseline"): "the longer answer, pairs right",
@@ -30,7 +30,14 @@ TITLES = {
 
 
 def model_card(
-    config: Config, arm: str, keys: Mapping[str, str], figures: Figures, *, adapter: bool = False
+    config: Config,
+    arm: str,
+    keys: Mapping[str, str],
+    figures: Figures,
+    policy: Identity,
+    below: Identity | None = None,
+    *,
+    shipped: bool = False,
 ) -> str:
     """README.md of an exported folder: YAML front matter as the hub expects it, and provenance.
 
@@ -39,26 +46,27 @@ def model_card(
         arm: its name.
         keys: role → content key of its stage outputs.
         figures: of its metrics.json.
-        adapter: whether the folder holds the LoRA adapter alone.
+        policy: what the policy as it was given is known by.
+        below: of a folder with the LoRA adapter alone, the model that it needs.
+        shipped: whether that is the policy after SFT, in a folder beside the adapter.
     """
-    policy = config.policy
-    assert policy is not None, "an aligned arm has a policy"
-    base, data = hub_id(policy.model_name_or_path), list(filter(None, map(hub_id, _data(config))))
+    data = list(filter(None, map(hub_id, _data(config))))
+    base = policy if below is None else below
     front = ModelCardData(
-        base_model=base,
-        library_name="peft" if adapter else "transformers",
+        base_model=base.name if base.on_hub else None,
+        library_name="transformers" if below is None else "peft",
         pipeline_tag="text-generation",
         datasets=data or None,
         tags=["alignment", "preference-optimization", config.align.loss_type, "cwpo_dist"],
     )
     lines = [
         f"---\n{front.to_yaml()}\n---\n",
-        f"# {public_name(policy.model_name_or_path)}, aligned by cwpo_dist\n",
+        f"# {policy.name}, aligned by cwpo_dist\n",
         "Confidence-weighted preference optimisation (arXiv 2603.04968)"
-        + (": the LoRA adapter alone." if adapter else ".")
-        + "\n",
+        + (".\n" if below is None else ": the LoRA adapter alone.\n"),
         *_simulated(config),
-        *_table("What it was made from", _provenance(config, arm, figures)),
+        *(() if below is None else _how_to_load(config, below, shipped=shipped)),
+        *_table("What it was made from", _provenance(config, arm, figures, policy)),
         *_table("Recipe", _recipe(config, arm)),
         *_table("Held-out figures", _figures(config, figures)),
         *_table("Stage outputs", ((role, f"`{key}`") for role, key in keys.items())),
@@ -132,18 +140,6 @@ def _worth(figures: Figures) -> Iterator[tuple[str, str]]:
         yield "calibration error", f"{error:.1%}"
 
 
-def hub_id(name: str) -> str | None:
-    """The name, where it can be a hub's `owner/name` and is no path."""
-    is_path = "://" in name or name.startswith((".", "/", "~")) or name.count("/") != 1
-    is_path = is_path or "*" in name or name.endswith(FILES) or Path(name).exists()
-    return None if is_path else name
-
-
-def public_name(name: str) -> str:
-    """A hub id whole; of a path or URI its last part."""
-    return hub_id(name) or name.rstrip("/").rsplit("/", 1)[-1]
-
-
 def _data(config: Config) -> Iterator[str]:
     yield from (source.path for source in config.prepare.sources)
 
@@ -153,10 +149,41 @@ def _simulated(config: Config) -> Iterator[str]:
         yield "**Simulated labels:** the preferences come from a rule, not from people.\n"
 
 
-def _provenance(config: Config, arm: str, figures: Figures) -> Iterator[tuple[str, str]]:
-    policy, preset = config.policy, config.arm(arm)
-    assert policy is not None
-    yield "base model", _model(policy)
+def _how_to_load(config: Config, below: Identity, *, shipped: bool) -> Iterator[str]:
+    """What an adapter needs, and the lines that load it."""
+    yield "## How to load it\n"
+    at = f" at `{below.revision}`" if below.revision else ""
+    base = below.name if below.on_hub else f"PATH/TO/{below.name}"
+    if shipped:
+        yield f"It needs the policy after SFT, which lies in `{BESIDE}/`, and no other model.\n"
+        base = f"FOLDER/{BESIDE}"
+    elif config.sft is not None:
+        yield f"It needs `{below.name}`{at}, before SFT: it does what SFT did, too.\n"
+    else:
+        yield f"It needs `{below.name}`{at}.\n"
+    revision = f', revision="{below.revision}"' if below.revision else ""
+    yield _LOADS.format(base=base, revision=revision)
+    if below.sha256:
+        yield f"`{below.name}` is the model whose files have these SHA-256:\n"
+        yield "\n".join(f"- `{file}`: `{digest}`" for file, digest in below.sha256.items()) + "\n"
+
+
+_LOADS = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision})
+model = PeftModel.from_pretrained(base, "FOLDER")  # this folder
+```
+"""
+
+
+def _provenance(
+    config: Config, arm: str, figures: Figures, policy: Identity
+) -> Iterator[tuple[str, str]]:
+    given, preset = config.policy, config.arm(arm)
+    assert given is not None, "an aligned arm has a policy"
+    yield "base model", _model(given, policy)
     yield "data", ", ".join(public_name(path) for path in _data(config))
     yield "pairs trained on", f"{at(figures, 'pairs')}"
     yield "labels of", _WHOSE[preset.labels]
@@ -172,11 +199,11 @@ def _provenance(config: Config, arm: str, figures: Figures) -> Iterator[tuple[st
         yield "mean weight", _mean_weight(figures)
 
 
-def _model(model: ModelConfig) -> str:
-    named = public_name(model.model_name_or_path)
-    revision = f" at {model.revision}" if model.revision else ""
+def _model(model: ModelConfig, known: Identity | None = None) -> str:
+    known = known or identify(model)
+    revision = f" at {known.revision}" if known.revision else ""
     layers = f", first {model.num_hidden_layers} layers" if model.num_hidden_layers else ""
-    return f"{named}{revision}{layers}"
+    return f"{known.name}{revision}{layers}"
 
 
 def _weight(config: Config, arm: str) -> str:

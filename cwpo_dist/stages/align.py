@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from cwpo_dist.config import AlignConfig
+from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.objectives import objective
@@ -23,6 +24,7 @@ from cwpo_dist.training.workers import TrainSpec, train
 
 def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
+    sft = node.inputs.get("model")
     spec = TrainSpec(
         name="align",
         store=context.place(node),
@@ -33,6 +35,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         head="logps",
         make_task=weighted_pairs(context, node),
         make_held_out=HeldOutPairs.of(context, node),
+        known=None if sft is None else Identity(f"{sft.path}/model", on_hub=False),
     )
     return train(spec)
 

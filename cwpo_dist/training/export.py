@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,21 +25,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.lm.loading import load_annotator_base, load_policy
-from cwpo_dist.storage import Store
-from cwpo_dist.training.lora import (
-    INDEX,
-    Head,
-    MergeError,
-    base_folder,
-    merge_adapter,
-    merge_in_memory,
-    save_adapter,
-)
+from cwpo_dist.lm.identity import Identity, digests, identify
+from cwpo_dist.lm.loading import load_annotator_base, load_policy, model_fingerprint
+from cwpo_dist.storage import Store, is_full, to_json
+from cwpo_dist.training.lora import Head, save_adapter
+from cwpo_dist.training.merge import INDEX, MergeError, base_folder, merge_adapter, merge_in_memory
+from cwpo_dist.training.merge_check import MergeMismatch, check_merged, check_whole
 
 logger = logging.getLogger(__name__)
 
 MODEL, ADAPTER = "model", "adapter"
+BASE = "base.json"  # what the adapter's base is known by
 MAX_SHARD_SIZE = "5GB"  # of one file: what rank 0 holds at once
 
 
@@ -135,8 +132,9 @@ def export_lora(
     base: ModelConfig,
     head: Head,
     seed: int,
+    known: Identity | None = None,
 ) -> None:
-    """Writes `adapter/` and, merged with the base, `model/`; rank 0 alone, after training.
+    """Writes `adapter/`, `base.json` and, merged with the base, `model/`; rank 0 alone.
 
     Args:
         model: the adapted model; its own weights are not read (they may be shards).
@@ -146,14 +144,23 @@ def export_lora(
         base: what training started from.
         head: of the model.
         seed: what drew an annotator's head.
+        known: what the adapter calls its base; None: what `base` is known by elsewhere.
+
+    Raises:
+        MergeMismatch: when the merged model is not base and adapter; it is not kept.
+        NoRoom: when the disk is full.
     """
     dtype = next(iter(weights.values())).dtype
+    known = known or identify(base, model_fingerprint(base))
+    if not known.on_hub:
+        known = replace(known, sha256=digests(base_folder(base)))
     with _written(stage.child(ADAPTER)) as folder:
-        save_adapter(model, weights, folder)
+        save_adapter(model, weights, folder, known)
         tokenizer.save_pretrained(folder)
-        with _written(stage.child(MODEL)) as out:
-            _merge(base, tokenizer, head, seed, folder, out, dtype)
-            tokenizer.save_pretrained(out)
+        stage.write(BASE, to_json(asdict(known)))
+    with _written(stage.child(MODEL)) as out:
+        _merge(base, tokenizer, head, seed, stage.child(ADAPTER).staged(), out, dtype)
+        tokenizer.save_pretrained(out)
 
 
 def _merge(
@@ -171,21 +178,50 @@ def _merge(
         whole = "its head is new"
     if whole is None:
         try:
-            merge_adapter(base_folder(base), adapter, out, dtype=dtype)
-            return
+            merge_adapter(base, adapter, out, dtype=dtype)
         except MergeError as error:
             whole = str(error)
+        else:
+            check_merged(base, adapter, out, dtype)
+            return
+
+    def load(given: ModelConfig) -> PreTrainedModel:
+        if head == "scores":
+            return load_annotator_base(given, tokenizer, seed, device="cpu")
+        return load_policy(given, device="cpu")
+
     logger.info("merging the adapter in memory, not streamed: %s", whole)
-    if head == "scores":
-        model = load_annotator_base(base, tokenizer, seed, device="cpu")
-    else:
-        model = load_policy(base, device="cpu")
-    merge_in_memory(model, adapter, out, dtype)
+    merge_in_memory(load(base), adapter, out, dtype)
+    check_whole(load, base, adapter, out, head, dtype)
+
+
+class NoRoom(ValueError):
+    """A disk that is full; the message names the place and the remedy."""
 
 
 @contextmanager
 def _written(store: Store) -> Iterator[Path]:
-    """A local folder whose files end up in the store."""
+    """A local folder whose files end up in the store; nothing stays of what cannot be finished."""
+    place = store.root if store.is_local else tempfile.gettempdir()
+    try:
+        with _local(store) as folder:
+            yield folder
+    except MergeMismatch:
+        store.remove()
+        raise
+    except Exception as error:  # tokenizers, in Rust, raise nothing narrower
+        if not is_full(error):
+            raise
+        store.remove()
+        raise NoRoom(
+            f"no room left in {place} for the trained model ({error}): free some"
+            f"{'' if store.is_local else ', or set TMPDIR to a larger disk'}, then give the same "
+            "command again; training is done, and goes on with the export"
+        ) from error
+
+
+@contextmanager
+def _local(store: Store) -> Iterator[Path]:
     if store.is_local:
         Path(store.root).mkdir(parents=True, exist_ok=True)
         yield Path(store.root)

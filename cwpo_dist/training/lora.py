@@ -1,46 +1,33 @@
-"""A model in, the same under LoRA out; and a base folder and an adapter folder in, one model out.
-
-Merging streams the base's safetensors through memory on CPU, one shard (5 GB by default) at a time,
-so a 70B base needs no 70B machine. `merge_adapter` gives what peft's `merge_and_unload` gives.
-"""
+"""A model in, the same under LoRA out; and its adapter in, a folder in peft's format out."""
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from cwpo_dist.config import LoraConfig, ModelConfig
-from cwpo_dist.lm.loading import model_path
-
-logger = logging.getLogger(__name__)
+from cwpo_dist.config import LoraConfig
+from cwpo_dist.lm.identity import Identity
+from cwpo_dist.lm.modules import unwrapped
 
 Head = Literal["logps", "scores"]
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-# What LoraConfig cannot ask for, and a plain W + B·A·scale would not be.
-_SPECIAL = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+PREFIX = "base_model.model."  # of an adapter's tensors, before the model's own names
 
 
-class MergeError(ValueError):
-    """An adapter that cannot be streamed into its base; the message says why."""
+class LoraError(ValueError):
+    """Targets of LoRA that no folder could hold; the message names field and remedy."""
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) -> PeftModel:
@@ -51,6 +38,10 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
         lora: rank, scale, dropout, targets.
         head: 'scores' for a classifier, whose new head is trained whole.
         seed: of the adapters.
+
+    Raises:
+        LoraError: for a target that shares its weight with what is no embedding: no merged folder
+            could say so.
     """
     settings = PeftLoraConfig(
         r=lora.r,
@@ -59,142 +50,100 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
         target_modules=lora.target_modules,
         task_type=TaskType.CAUSAL_LM if head == "logps" else TaskType.SEQ_CLS,
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers renamed
+    tied = shared_weights(model)
+    with torch.random.fork_rng(devices=[]), hushed_peft():
         torch.manual_seed(seed)
         # In the model's own precision: DeepSpeed wants one, and keeps the fp32 masters itself.
         adapted: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)
+    _refuse_ties(adapted, tied)
     return adapted
 
 
-def save_adapter(model: PeftModel, whole: dict[str, Tensor], folder: Path) -> None:
+@contextmanager
+def hushed_peft() -> Iterator[None]:
+    """Keeps back what peft warns of and we see to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it reads what transformers renamed
+        # Merged, they get a weight each.
+        warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings=True`")
+        # A merged layer's orientation is its own, whatever this flag of all layers says.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        yield
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """A base under the adapter of a folder, as peft loads it."""
+    with hushed_peft():
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def lora_layers(adapted: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers by the names that they have in the plain model."""
+    found = unwrapped(adapted).named_modules()
+    return {name: layer for name, layer in found if isinstance(layer, LoraLayer)}
+
+
+def shared_weights(model: nn.Module) -> list[set[str]]:
+    """Names of parameters that are one tensor (tied embeddings), a set for each tensor.
+
+    LoRA on one of two layers with a shared weight adapts that layer alone, so that merged the two
+    have weights of their own.
+    """
+    names: dict[int, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name)
+    return [shared for shared in names.values() if len(shared) > 1]
+
+
+def parted(model: PreTrainedModel, adapted: set[str]) -> list[set[str]]:
+    """The shared weights of a plain model that its adapter parts, by the adapted weights' names."""
+    return [shared for shared in shared_weights(model) if shared & adapted]
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Gives the output embeddings a weight of their own; the configuration says so."""
+    head: Any = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    say_untied(model.config)
+
+
+def say_untied(config: Any) -> None:
+    """Lets a configuration say that input and output embeddings differ."""
+    for section in {id(c): c for c in (config, config.get_text_config())}.values():
+        section.tie_word_embeddings = False
+
+
+def _refuse_ties(adapted: PeftModel, tied: list[set[str]]) -> None:
+    """Refuses targets that share a weight, but for input and output embeddings."""
+    core = unwrapped(adapted)
+    targets = {f"{name}.weight" for name in lora_layers(adapted)}
+    embeddings = {id(core.get_input_embeddings()), id(core.get_output_embeddings())}
+    names = {f"{name}.weight" for name, module in core.named_modules() if id(module) in embeddings}
+    for shared in tied:
+        if shared & targets and not shared <= names:
+            target = min(shared & targets).removesuffix(".weight")
+            others = ", ".join(sorted(shared - {f"{target}.weight"}))
+            raise LoraError(
+                f"lora.target_modules: {target!r} shares its weight with {others}, which "
+                f"{type(core).__name__} cannot part when LoRA is merged; leave it out"
+            )
+
+
+def save_adapter(model: PeftModel, whole: dict[str, Tensor], folder: Path, base: Identity) -> None:
     """Writes adapter weights and configuration in peft's format.
 
     Args:
         model: the adapted model; its own weights are not read (they may be shards).
         whole: its trainable parameters by the model's names.
         folder: made if need be.
+        base: what the configuration names as the model below; peft would name the folder that it
+            was loaded from, which means nothing elsewhere.
     """
+    for settings in model.peft_config.values():
+        settings.base_model_name_or_path = base.reference
+        settings.revision = base.revision
     model.save_pretrained(str(folder), state_dict=whole, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-
-
-def base_folder(model: ModelConfig) -> Path:
-    """The local folder of a model's configuration and weights, downloaded if it is a hub id."""
-    path = model_path(model.model_name_or_path)
-    if Path(path).is_dir():
-        return Path(path)
-    patterns = ["*.json", "*.safetensors"]
-    return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
-
-
-def merge_adapter(
-    base: Path, adapter: Path, out: Path, *, dtype: torch.dtype | None = None
-) -> None:
-    """Writes base + adapter as one Hugging Face folder (weights and configurations).
-
-    Args:
-        base: folder of a model in safetensors.
-        adapter: folder that `save_adapter` wrote.
-        out: made if need be; shards keep the base's names.
-        dtype: of floating-point weights; None keeps the base's.
-
-    Raises:
-        MergeError: for an adapter that is more than plain LoRA, or targets that the base's files
-            do not name (an old checkpoint that its class renames while loading).
-    """
-    updates = _updates(adapter)
-    names = {name: shard for shard in _shards(base) for name in _names(base / shard)}
-    unknown = sorted(updates.keys() - names.keys())
-    if unknown:
-        raise MergeError(f"{base}: no tensor {unknown[0]!r} (and {len(unknown) - 1} more) in it")
-    out.mkdir(parents=True, exist_ok=True)
-    size = 0
-    for shard in sorted(set(names.values())):
-        merged = {}
-        for name, weight in _tensors(base / shard):
-            update = updates.get(name)
-            merged[name] = _merged(weight, update, dtype)
-        size += sum(tensor.numel() * tensor.element_size() for tensor in merged.values())
-        save_file(merged, out / shard, metadata={"format": "pt"})
-    if len(set(names.values())) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": names}
-        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-    _copy_configuration(base, out, dtype)
-
-
-def merge_in_memory(model: PreTrainedModel, adapter: Path, out: Path, dtype: torch.dtype) -> None:
-    """As `merge_adapter`, for any adapter that peft can merge, on a model loaded whole."""
-    merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    merged.to(dtype).save_pretrained(str(out))
-
-
-@dataclass(frozen=True)
-class _Update:
-    """What LoRA adds to one weight: scale · up · down, transposed for Conv1D weights."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-    transposed: bool
-
-    def delta(self) -> Tensor:
-        product = (self.up.float() @ self.down.float()) * self.scale
-        return product.T if self.transposed else product
-
-
-def _updates(adapter: Path) -> dict[str, _Update]:
-    """By the name of the weight that each belongs to."""
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text())
-    special = [name for name in _SPECIAL if settings.get(name)]
-    if special:
-        raise MergeError(f"{adapter}: {', '.join(special)} set, which is more than plain LoRA")
-    weights = load_file(adapter / ADAPTER_WEIGHTS)
-    scale = settings["lora_alpha"] / settings["r"]
-    updates = {}
-    for name in sorted(weights):
-        if name.endswith(_DOWN):
-            stem = name.removesuffix(_DOWN)
-            down, up = weights.pop(name), weights.pop(stem + _UP)
-            target = stem.removeprefix(_PREFIX) + ".weight"
-            updates[target] = _Update(down, up, scale, bool(settings.get("fan_in_fan_out")))
-    if weights:
-        raise MergeError(f"{adapter}: {min(weights)!r} is no LoRA of a linear layer")
-    return updates
-
-
-def _merged(weight: Tensor, update: _Update | None, dtype: torch.dtype | None) -> Tensor:
-    wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
-    if update is None:
-        return weight.to(wanted)
-    return (weight.float() + update.delta()).to(wanted).contiguous()
-
-
-def _shards(folder: Path) -> list[str]:
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    if (folder / INDEX).is_file():
-        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    raise MergeError(f"{folder}: neither {WEIGHTS} nor {INDEX}; give a folder in safetensors")
-
-
-def _names(shard: Path) -> list[str]:
-    with safe_open(shard, framework="pt") as tensors:
-        return list(tensors.keys())
-
-
-def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(shard, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dict
-            yield name, tensors.get_tensor(name)
-
-
-def _copy_configuration(base: Path, out: Path, dtype: torch.dtype | None) -> None:
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    if dtype is not None:
-        config.dtype = dtype
-    config.save_pretrained(out)
-    generation = base / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, out / generation.name)

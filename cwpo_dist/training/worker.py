@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.flops import useful_flops
+from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.loading import ModelError, load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
@@ -57,6 +58,8 @@ class TrainSpec:
         base: what identifies the model's files, where the driver sees them; `train` fills it in.
         make_held_out: the like of `make_task`, of pairs that no training reads; called where
             `eval_steps` asks for it.
+        known: what an adapter calls the model below it; None: what `model` is known by on other
+            machines, asked by `train` before anything starts.
     """
 
     name: str
@@ -69,6 +72,7 @@ class TrainSpec:
     make_task: Callable[[Encoder], Task]
     base: str = ""
     make_held_out: Callable[[Encoder], Task] | None = None
+    known: Identity | None = None
 
     def run(self, token: LeaseToken, device: torch.device) -> dict[str, Any]:
         """One rank's part; the process group is there already."""
@@ -205,7 +209,14 @@ class _Rank:
         adapter = export.gather_weights(self.engine, self.model, export.trainable_names(self.model))
         if self.rank == 0:
             export.export_lora(
-                self.model, adapter, tokenizer, spec.store, spec.model, spec.head, spec.seed
+                self.model,
+                adapter,
+                tokenizer,
+                spec.store,
+                spec.model,
+                spec.head,
+                spec.seed,
+                spec.known,
             )
 
 

@@ -30,6 +30,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.lm.identity import identify
 from cwpo_dist.lm.loading import model_fingerprint
 from cwpo_dist.storage import MANIFEST, Store, digest
 from cwpo_dist.training.checkpoint import CommitFailed
@@ -87,7 +88,9 @@ def train(spec: TrainSpec) -> dict[str, Any]:
     """
     started = time.monotonic()
     # Another node may hold a copy of the model with other times of modification.
-    summary = _run(replace(spec, base=digest(model_fingerprint(spec.model))))
+    fingerprint = model_fingerprint(spec.model)
+    known = spec.known or identify(spec.model, fingerprint)
+    summary = _run(replace(spec, base=digest(fingerprint), known=known))
     return {**summary, "seconds": time.monotonic() - started}
 
 
