@@ -164,8 +164,9 @@ def _weights(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, layer in lora_layers(adapted).items():
         parameter = getattr(layer, "parameter_name", "weight")  # fused experts have other names
         weight = getattr(layer.get_base_layer(), parameter)
+        any_layer: Any = layer  # each kind of layer has the method, their base class declares none
         changed.add(_plain(f"{name}.{parameter}"))
-        yield _plain(f"{name}.{parameter}"), weight + layer.get_delta_weight("default")
+        yield _plain(f"{name}.{parameter}"), weight + any_layer.get_delta_weight("default")
     for name, weight in unwrapped(adapted).named_parameters(remove_duplicate=False):
         if _plain(name) not in changed and not any(part in name for part in _NOT_PLAIN):
             yield _plain(name), weight
@@ -202,7 +203,8 @@ def _outputs(model: Any, head: Head) -> Tensor:
     if head == "scores":  # one row at a time: several need a pad token
         return torch.cat([model(input_ids=tokens_L[None]).logits[0] for tokens_L in tokens_RL])
     logps_RLV = model(input_ids=tokens_RL, use_cache=False).logits[:, :-1].log_softmax(-1)
-    return logps_RLV.gather(-1, tokens_RL[:, 1:, None])
+    logps_RL1: Tensor = logps_RLV.gather(-1, tokens_RL[:, 1:, None])
+    return logps_RL1
 
 
 def _layer_off(weight: Tensor, merged: Tensor, update: Update | None, seed: int) -> float:
