@@ -186,7 +186,14 @@ def worker_scores(model: ModelConfig, pairs: Sequence[Pair], tmp_path: Path) -> 
     found = {}
     for kind in (str, list):
         rows = [
-            {"pair_id": str(k), "prompt": p, "response_a": a, "response_b": b, "position": k}
+            {
+                "pair_id": str(k),
+                "prompt": p,
+                "response_a": a,
+                "response_b": b,
+                "tools": None,
+                "position": k,
+            }
             for k, (p, a, b) in enumerate(pairs)
             if isinstance(p, kind)
         ]
@@ -309,7 +316,14 @@ def test_what_fit_leaves_is_read_by_its_own_template(
         given = ModelConfig(model_name_or_path=str(tmp_path / "fit"), chat_template=read_by)
         worker = RewardWorker(PairsIn(Store(str(tmp_path / "none"))), given, "rm", 2048)
         raw = [
-            {"pair_id": str(k), "prompt": p, "response_a": a, "response_b": b, "position": k}
+            {
+                "pair_id": str(k),
+                "prompt": p,
+                "response_a": a,
+                "response_b": b,
+                "tools": None,
+                "position": k,
+            }
             for k, (p, a, b) in enumerate(pairs)
         ]
         found = [[r["score_a"], r["score_b"]] for r in worker(0, raw).rows.to_pylist()]

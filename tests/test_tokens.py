@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from cwpo_dist.config import ModelConfig
+from cwpo_dist.config import TEMPLATE_DATE, ModelConfig
 from cwpo_dist.lm.fitting import encode_pairs, fit_length
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault
@@ -343,7 +343,9 @@ def test_tools_calls_and_reasoning_are_rendered_as_the_stock_template_does(name)
     for answer in answers:
         talk = [*TOOL_TALK, *answer]
         try:
-            stock = encoder.tokenizer.apply_chat_template(talk, tools=[TOOL], return_dict=False)
+            stock = encoder.tokenizer.apply_chat_template(
+                talk, tools=[TOOL], return_dict=False, date_string=f"{TEMPLATE_DATE:%d %b %Y}"
+            )
         except (TemplateError, TypeError, ValueError):
             with pytest.raises(TokenError, match="the chat template refused"):
                 encoder.encode(TOOL_TALK, [answer], [TOOL])

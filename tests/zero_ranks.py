@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -188,9 +189,10 @@ def resumed(case: Case, folder: Path, written_by: int, of: str = "") -> None:
 
 def stage(name: str, folder: Path) -> None:
     """A whole stage, as a Ray worker does it, but for Ray; its model in several files."""
-    from cwpo_dist.training import export
+    from cwpo_dist.training import export, worker
 
     export.MAX_SHARD_SIZE = "20KB"
+    worker.ASK_RAY_S = math.inf  # there is none to ask, however slow the machine is
     spec = make_spec(name, folder)
     run_rank(spec, LeaseToken(spec.store, 0), torch.device("cpu"))
 
