@@ -212,13 +212,14 @@ def test_margin_by_length_by_hand() -> None:
 
 
 def test_policy_by_hand() -> None:
-    # h = (−1+2) − (−3+3) = 1 → a; (−5+1) − (−2+3) = −5 → b; equal → tie
+    # h = (−1+2) − (−3+3) = 1 → a; (−5+1) − (−2+3) = −5 → b; equal → tie; (−4+1) − (−1+0) = −2 → b
     found = policy_accuracy(
-        [-1.0, -5.0, -2.0], [-3.0, -2.0, -4.0], [-2.0, -1.0, -2.0], [-3.0, -3.0, -4.0],
-        ["a", "a", "b"], 0.1,
+        [-1.0, -5.0, -2.0, -4.0], [-3.0, -2.0, -4.0, -1.0],
+        [-2.0, -1.0, -2.0, -1.0], [-3.0, -3.0, -4.0, 0.0],
+        ["a", "a", "b", "b"], 0.1,
     )  # fmt: skip
-    assert (found.agreement.correct, found.agreement.wrong, found.agreement.ties) == (1, 1, 1)
-    assert found.mean_margin == pytest.approx(0.1 * (1 - 5 + 0) / 3)
+    assert (found.agreement.correct, found.agreement.wrong, found.agreement.ties) == (2, 1, 1)
+    assert found.mean_margin == pytest.approx(0.1 * (1 - 5 + 0 + 2) / 4)
     assert found.beta == 0.1
 
 

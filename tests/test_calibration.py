@@ -199,6 +199,11 @@ def test_figures_of_an_ensemble_and_its_members() -> None:
     assert parts["unanimous"]["accuracy"] > parts["contested"]["accuracy"]
     assert found["temperature"]["n"] == 1350
     assert found["calibrated"]["expected_calibration_error"] < 0.05
+    for by_member in (True, False):
+        known = [other.margins_NK, other.people, other.prompts, ["x", "y"]]
+        joint = fit_scale(*known, by_member=by_member).joint.value
+        figures = annotator_figures(held, other, ["x", "y"], by_member=by_member)
+        assert figures["temperature"]["value"] == joint
     alone = HeldOut(held.margins_NK[:, :1], *list(vars(held).values())[1:])
     assert "members" not in annotator_figures(alone, None, ["x"], by_member=False)
 

@@ -104,6 +104,7 @@ def test_pairing_takes_away_what_both_share() -> None:
     for seed in ours:
         ours[seed].values[seed] += 1
     found = paired(ours, theirs)
+    assert (found.seeds, found.items) == (3, 600)
     assert found.mean == pytest.approx(0.505)
     assert found.low is not None
     assert found.low > 0.49

@@ -151,6 +151,11 @@ def test_ensemble_by_hand() -> None:
     assert weights("confidence", joined.margin, joined.disagreement)[0] > found[0]
 
 
+def test_who_sees_no_difference_votes_for_neither() -> None:
+    joined = join(np.array([[1.0, 0.0, 0.0], [2.0, -1.0, 0.0]]), Scale.raw(3))
+    assert joined.dissent == pytest.approx([0.0, 1 / 3])
+
+
 def test_temperatures_scale_members_then_their_mean() -> None:
     joined = join(MARGINS_NK, Scale((1.0, 2.0, 3.0), joint=0.5))
     # (1 + 1 + 2) / 3 / 0.5, deviations (−1/3, −1/3, 2/3) / 0.5
