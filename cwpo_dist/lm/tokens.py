@@ -30,7 +30,7 @@ __all__ = [
 
 Messages = Sequence[dict[str, Any]]
 Text = str | Messages
-Tools = list[dict[str, Any]] | None
+Tools = list[Any] | None  # objects, as transformers takes them
 
 
 class Asked(NamedTuple):

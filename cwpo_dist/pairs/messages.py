@@ -26,6 +26,7 @@ _NAMES = {
 }
 ROLES = {name: role for role, names in _NAMES.items() for name in names}
 CALLS = ("function_call", "tool_call")  # roles whose content is a call of the assistant's, as JSON
+_PLAIN = {"role", "content"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -77,6 +78,10 @@ class MessageReader:
         return [self._function(_unwritten(tool, "tools"), "tools") for tool in listed]
 
     def _message(self, item: Any, name: str) -> Message:
+        if isinstance(item, dict) and item.keys() == _PLAIN:  # as most are: no time to lose
+            role, content = item["role"], item["content"]
+            if isinstance(role, str) and role in ROLES and isinstance(content, str):
+                return {"role": ROLES[role], "content": checked(content, name)}
         if isinstance(item, str):  # a list of messages of which each is written as text
             item = messages_in(item)
         if not isinstance(item, Mapping):
@@ -229,7 +234,10 @@ def has_words(text: Text) -> bool:
 
 
 def _says(message: Message) -> bool:
-    said = (message["content"], *(message.get(key) for key in _THINKING))
+    content = message["content"]
+    if content and not content.isspace():
+        return True
+    said = (message.get(key) for key in _THINKING)
     return bool(message.get("tool_calls")) or any(each and each.strip() for each in said)
 
 
@@ -250,5 +258,5 @@ def message_text(message: Message) -> str:
 
 def extra_keys(texts: Iterable[Text]) -> set[str]:
     """Those of MESSAGE_KEYS that the messages have."""
-    conversations = (text for text in texts if not isinstance(text, str))
-    return {key for text in conversations for each in text for key in each if key in MESSAGE_KEYS}
+    messages = [each for text in texts if not isinstance(text, str) for each in text]
+    return {key for each in messages if len(each) > len(_PLAIN) for key in each} - _PLAIN
