@@ -19,6 +19,7 @@ from cwpo_dist.config import ModelConfig, PrepareConfig, Source
 from cwpo_dist.lm.fitting import fit_length
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder
+from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.storage import Store
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "trl")
@@ -102,8 +103,9 @@ def encoded(store: Store, shards: int, encoder: Encoder, model: ModelConfig) -> 
     """The token rows of all pairs that fit, in the order of the shards."""
     rows = []
     for index in range(shards):
-        for pair in store.read_table(f"pairs/part-{index:05d}.parquet").to_pylist():
-            row = encoder.encode(pair["prompt"], (pair["response_a"], pair["response_b"]))
+        for pair in pair_rows(store.read_table(f"pairs/part-{index:05d}.parquet")):
+            answers = (pair["response_a"], pair["response_b"])
+            row = encoder.encode(pair["prompt"], answers, pair["tools"])
             fitting = fit_length(row, model.max_length, "drop", bos_id=encoder.bos_id)
             if fitting is not None:
                 rows.append(fitting)

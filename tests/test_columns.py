@@ -100,6 +100,11 @@ GPT = {"chosen": {"from": "gpt", "value": LONG}, "rejected": {"from": "gpt", "va
             "chosen": json.dumps([assistant(LONG)]),
             "rejected": str([assistant(SHORT)]),
         },
+        {
+            "prompt": json.dumps([{"type": "text", "text": ASK}]),
+            "chosen": json.dumps([{"type": "text", "text": LONG}]),
+            "rejected": json.dumps([{"type": "text", "text": SHORT}]),
+        },
         {"prompt": ["How high is the tower?"], "chosen": [LONG], "rejected": [SHORT]},
         {
             "prompt": json.dumps([ASK]),
@@ -298,11 +303,20 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, row: Any, said: 
         ({"chosen": "best"}, r"columns\.chosen: .*no column 'best'"),
         ({"response_a": "chosen"}, r"columns\.response_b: .*no column 'response_b'"),
         ({"label": "x"}, r"columns\.label: it says nothing beside"),
+        ({"label": {"from": ["x"], "a": 1, "b": 2}}, r"columns\.label: chosen and rejected say"),
     ],
 )
 def test_columns_that_are_named_wrongly(tmp_path: Path, columns: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         layout(tmp_path, {"prompt": ASK, "x": "a", **BOTH}, columns=columns)
+
+
+def test_votes_that_nothing_ties_to_an_answer_can_be_left_out(tmp_path: Path) -> None:
+    row = {"prompt": ASK, **BOTH, "votes_a": 1, "votes_b": 2, "label": "b"}
+    found = layout(tmp_path, row, columns={"votes_a": None, "votes_b": None})
+    assert set(found.columns) == {"prompt", "chosen", "rejected"}
+    named = {"votes_chosen": "votes_b", "votes_rejected": "votes_a"}
+    assert layout(tmp_path, row, columns=named).columns["votes_chosen"] == "votes_b"
 
 
 def test_null_leaves_a_column_out(tmp_path: Path) -> None:

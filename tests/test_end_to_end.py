@@ -29,6 +29,7 @@ from transformers import (
 from cwpo_dist import cli
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import load_config
+from cwpo_dist.pairs.records import Prompt
 from cwpo_dist.report.comparison import FIGURES, PAGE, render_comparison
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages import run as stages
@@ -205,7 +206,8 @@ def test_figures_are_kept_item_by_item(finished: Config) -> None:
 def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None:
     context, nodes = Context(finished, Store(finished.output_dir)), graph(finished, "cw")
     pairs = whole(place(finished, "prepare"), "pairs").to_pylist()
-    found = kl_divergence(context, nodes["evaluate"], {p["pair_id"]: p["prompt"] for p in pairs})
+    prompts = {pair["pair_id"]: Prompt(pair["prompt"]) for pair in pairs}
+    found = kl_divergence(context, nodes["evaluate"], prompts)
     tokens = read_tokens(place(finished, "evaluate").child("kl"), 0)
     assert found["n"] == len(tokens) > 0
     models = [

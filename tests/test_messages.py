@@ -242,6 +242,22 @@ def test_pythons_parser_is_given_no_huge_text() -> None:
     assert decoded(long.replace("'", '"'))[0]["role"] == "user"
 
 
+PARTS = [{"type": "text", "text": "Where is "}, {"type": "text", "text": "the tram?"}]
+
+
+@pytest.mark.parametrize("spell", [json.dumps, str])
+def test_parts_written_as_text_are_a_content(spell: Any) -> None:
+    assert messages_in(spell(PARTS)) == PARTS
+    whole = [{"role": "user", "content": "Where is the tram?"}]
+    assert read([{"role": "user", "content": spell(PARTS)}]) == whole
+    assert MessageReader().read(PARTS, "prompt", "user") == whole
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    assert "image, sound or video" in refused([{"role": "user", "content": spell(image)}])
+    for text in ('[{"type": "circle", "text": "x"}]', '[{"type": "text"}]', '["type"]', "[type] x"):
+        assert messages_in(text) is None
+        assert read([{"role": "user", "content": text}])[0]["content"] == text
+
+
 def test_lists_of_turns() -> None:
     assert turns_in('["one", "two"]') == ["one", "two"]
     assert turns_in("['one']") == ["one"]

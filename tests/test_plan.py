@@ -58,8 +58,30 @@ def test_plan_refuses_what_prepare_would(tmp_path: Path) -> None:
     source = Path(config["prepare"]["sources"][0]["path"])
     rows = source.read_text().splitlines()
     source.write_text("\n".join([*rows, *['{"prompt": "p", "chosen": ""}'] * len(rows)]))
-    with pytest.raises(ConfigError, match=r"max_reject_fraction: 96 of 192 rows are set aside"):
+    with pytest.raises(ConfigError, match=r"max_reject_fraction: 96 of 192 rows are") as refused:
         plan(parse_config(config))
+    assert "96 × missing field: response_a: name the column" in str(refused.value)
+
+
+def test_plan_says_how_rows_are_read_what_of_them_is_not_and_what_templates_leave_out(
+    tmp_path: Path,
+) -> None:
+    config = small_config(tmp_path)
+    source = Path(config["prepare"]["sources"][0]["path"])
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for k, row in enumerate(rows):
+        row["question"] = row.pop("prompt")
+        row["grade"] = k if k < 40 else None
+        row["tools"] = [{"name": "look"}] if k % 2 else None
+    rows[0]["label"] = "neither"
+    rows[1]["label"] = "unsure"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = "\n".join(plan(parse_config(config)).notes)
+    assert f"{source}: reads tools, prompt ← question, response_a, response_b, label; " in notes
+    assert f"{source}: columns that nothing reads: grade (in 40 rows)" in notes
+    assert "1 × bad label value ('unsure' in 1 rows): say what the values mean" in notes
+    assert "1 pairs are ties" in notes
+    assert "weak: its chat template does not read what sampled pairs hold: tools (in 47" in notes
 
 
 def test_plan_names_the_files_that_are_left_out(tmp_path: Path) -> None:

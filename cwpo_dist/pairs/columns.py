@@ -110,6 +110,8 @@ def find(
         theirs = None if {ours} & (columns.keys() | left_out) else _column(first, ours, columns)
         if theirs is not None:
             columns[ours] = theirs
+    if several and set(CHOSEN) <= set(columns):
+        raise not_read(first, "label", "chosen and rejected say it already")
     columns = _without_doubt(first, columns, given)
     media = tuple(name for name in first.named(*MEDIA) if plain(name) not in left_out)
     media = tuple(name for name in media if name not in columns.values())
@@ -268,7 +270,7 @@ def _without_doubt(
 ) -> dict[str, str]:
     """The columns that say something together: votes with the answers that they belong to."""
     found = dict(columns)
-    if {"votes_a", "votes_b"} <= set(given) and _names_chosen(found):
+    if {"votes_a", "votes_b"} <= found.keys() & given.keys() and _names_chosen(found):
         found["votes_chosen"], found["votes_rejected"] = found.pop("votes_a"), found.pop("votes_b")
         given = {**given, "votes_chosen": None}
     dropped: tuple[str, ...] = ()

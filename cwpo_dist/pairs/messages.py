@@ -15,7 +15,15 @@ from typing import Any
 
 from cwpo_dist.pairs.records import MESSAGE_KEYS, TEXT_KEYS, Message, Text, Tools
 from cwpo_dist.pairs.rejects import BadRow, Reason, shown
-from cwpo_dist.pairs.written import CONTENT_KEYS, ROLE_KEYS, decoded, messages_in
+from cwpo_dist.pairs.written import (
+    CONTENT_KEYS,
+    ROLE_KEYS,
+    TEXT_PARTS,
+    decoded,
+    is_parts,
+    messages_in,
+    parts_in,
+)
 
 _NAMES = {
     "user": ("user", "human", "prompter"),
@@ -26,7 +34,7 @@ _NAMES = {
 }
 ROLES = {name: role for role, names in _NAMES.items() for name in names}
 CALLS = ("function_call", "tool_call")  # roles whose content is a call of the assistant's, as JSON
-_TEXT_PARTS = ("text", "input_text", "output_text")
+_PLAIN = {"role", "content"}
 
 
 class MessageReader:
@@ -55,6 +63,8 @@ class MessageReader:
         if isinstance(value, str):
             return [{"role": role, "content": checked(value, name)}]
         items = [value] if isinstance(value, Mapping) else value
+        if is_parts(items):
+            return [{"role": role, "content": self._text(items, name)}]
         if not isinstance(items, list):
             raise BadRow(Reason.TYPE, name, shown(value))
         if not items:
@@ -77,6 +87,10 @@ class MessageReader:
         return [self._function(_unwritten(tool, "tools"), "tools") for tool in listed]
 
     def _message(self, item: Any, name: str) -> Message:
+        if isinstance(item, dict) and item.keys() == _PLAIN:  # as most are: no time to lose
+            role, content = item["role"], item["content"]
+            if isinstance(role, str) and role in ROLES and isinstance(content, str):
+                return {"role": ROLES[role], "content": self._text(content, name)}
         if isinstance(item, str):  # a list of messages of which each is written as text
             item = messages_in(item)
         if not isinstance(item, Mapping):
@@ -144,7 +158,10 @@ class MessageReader:
     def _text(self, content: Any, name: str) -> str:
         """A content's text: its own, or that of its parts one behind the other."""
         if isinstance(content, str):
-            return checked(content, name)
+            written = parts_in(content) if content.startswith("[") else None
+            if written is None:
+                return checked(content, name)
+            content = written
         parts = [content] if isinstance(content, Mapping) else content
         if not isinstance(parts, list):
             raise BadRow(Reason.NOT_TEXT, name, f"content: {shown(content)}")
@@ -156,7 +173,7 @@ class MessageReader:
         if not isinstance(part, Mapping):
             raise BadRow(Reason.NOT_TEXT, name, f"a part of the content: {shown(part)}")
         kind, text = part.get("type"), part.get("text")
-        if kind is not None and kind not in _TEXT_PARTS:
+        if kind is not None and kind not in TEXT_PARTS:
             raise BadRow(Reason.MEDIA, name, f"a part of type {shown(kind)}")
         if not isinstance(text, str):
             raise BadRow(Reason.NOT_TEXT, name, f"a part of the content: {shown(part)}")
@@ -229,7 +246,10 @@ def has_words(text: Text) -> bool:
 
 
 def _says(message: Message) -> bool:
-    said = (message["content"], *(message.get(key) for key in _THINKING))
+    content = message["content"]
+    if content and not content.isspace():
+        return True
+    said = (message.get(key) for key in _THINKING)
     return bool(message.get("tool_calls")) or any(each and each.strip() for each in said)
 
 
@@ -250,5 +270,5 @@ def message_text(message: Message) -> str:
 
 def extra_keys(texts: Iterable[Text]) -> set[str]:
     """Those of MESSAGE_KEYS that the messages have."""
-    conversations = (text for text in texts if not isinstance(text, str))
-    return {key for text in conversations for each in text for key in each if key in MESSAGE_KEYS}
+    messages = [each for text in texts if not isinstance(text, str) for each in text]
+    return {key for each in messages if len(each) > len(_PLAIN) for key in each} - _PLAIN

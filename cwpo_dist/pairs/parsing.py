@@ -29,7 +29,7 @@ from cwpo_dist.pairs.judging import judged
 from cwpo_dist.pairs.layout import FIELDS, Format, Layout, answer_fields
 from cwpo_dist.pairs.messages import MessageReader, as_json, checked, has_words
 from cwpo_dist.pairs.numbers import NO_NUMBERS, Numbers, own_numbers
-from cwpo_dist.pairs.records import Message, Text, Tools, canonical
+from cwpo_dist.pairs.records import Message, Text, Tools
 from cwpo_dist.pairs.rejects import BadRow, Reason, shown
 from cwpo_dist.pairs.written import decoded, is_turns, messages_in
 
@@ -327,7 +327,7 @@ def _refuse_empty(prompt: Text, first: Text, second: Text, layout: Layout) -> No
     for name, answer in zip(layout.answers, (first, second), strict=True):
         if not has_words(answer):
             raise BadRow(Reason.EMPTY_ANSWER, name)
-    if canonical(first) == canonical(second):
+    if first == second:
         raise BadRow(Reason.IDENTICAL)
 
 

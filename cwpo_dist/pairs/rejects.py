@@ -64,7 +64,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.MEDIA: "pairs are of text; leave out rows with images, sound or video, or set "
     "prepare.sources.N.columns: {images: null} where the text stands without them",
     Reason.TOOLS: "tools and tool calls are lists of objects with a function's name (or the JSON "
-    "text of one); " + _CORRECT,
+    "text of one); correct these rows, or set prepare.sources.N.columns: {tools: null}",
     Reason.UNREADABLE: "its column holds message lists written as text (JSON, or Python's); "
     + _CORRECT,
     Reason.WRITTEN: "its column holds text, but this row has messages written as text; put them "

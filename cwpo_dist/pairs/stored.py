@@ -40,8 +40,11 @@ def packed(text: Text | None) -> Any:
     if text is None or isinstance(text, str):
         return text
     return [
-        {name: message[name] for name in _ALWAYS}
-        | {"extra": _json({k: message[k] for k in message if k not in _ALWAYS} or None)}
+        {
+            "role": message["role"],
+            "content": message["content"],
+            "extra": _json({k: message[k] for k in message if k not in _ALWAYS} or None),
+        }
         for message in text
     ]
 

@@ -14,11 +14,16 @@ from typing import Any
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
+TEXT_PARTS = ("text", "input_text", "output_text")
+_OTHER_PARTS = (
+    *("image", "image_url", "input_image", "audio", "audio_url", "input_audio"),
+    *("video", "video_url", "file", "input_file"),
+)
 _BESIDE_CONTENT = ("tool_calls", "function_call")
 
 # Python's parser takes about a hundred times the memory of the text that it reads.
 LONGEST_PYTHON = 2**20
-_ROLE = re.compile("[\"'](?:" + "|".join(ROLE_KEYS) + ")[\"']")
+_KEY = re.compile("[\"'](?:" + "|".join((*ROLE_KEYS, "type")) + ")[\"']")
 _ARRAY = re.compile(r"array\((.*?)(?:,\s*dtype=\w+)?\)", re.DOTALL)
 
 
@@ -74,14 +79,34 @@ def _items(text: str) -> list[str]:
 
 
 def messages_in(text: str) -> Any:
-    """The message or the list of messages that a text spells; None where it spells none."""
-    if not text.lstrip().startswith(("[", "{", "array(")) or not _ROLE.search(text):
+    """The message, list of messages or list of parts that a text spells; None for none of them."""
+    if not text.lstrip().startswith(("[", "{", "array(")) or not _KEY.search(text):
         return None
     try:
         value = decoded(text)
     except ValueError:
         return None
-    return value if is_conversation(value) else None
+    return value if is_conversation(value) or is_parts(value) else None
+
+
+def parts_in(text: str) -> list[Any] | None:
+    """The parts of a content that a text spells; None where it is text."""
+    if not text.lstrip().startswith("["):
+        return None
+    value = messages_in(text)
+    return value if is_parts(value) else None
+
+
+def is_parts(value: Any) -> bool:
+    """True for what can only be the parts of a content: texts, images, …, each with its type."""
+    return isinstance(value, list) and bool(value) and all(map(_is_part, value))
+
+
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, Mapping) or any(key in value for key in ROLE_KEYS):
+        return False
+    kind = value.get("type")
+    return (kind in TEXT_PARTS and "text" in value) or kind in _OTHER_PARTS
 
 
 def turns_in(text: str) -> list[str] | None:
