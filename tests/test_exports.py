@@ -166,6 +166,16 @@ def test_one_adapter_does_what_both_did(tmp_path: Path) -> None:
     )
 
 
+def test_in_half_precision_one_adapter_is_as_near_as_rounding_lets_it(tmp_path: Path) -> None:
+    """SFT's merged weights are rounded, those of policy and adapter are not."""
+    policy = tiny_policy(tmp_path / "policy", tied=True, torch_dtype="bfloat16")
+    run = finish(Store(str(tmp_path / "run")), policy, "lora", "lora")
+    export(run.root.uri, None, str(tmp_path / "out"), adapter=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert (log_probs(base) - run.wanted).abs().max() > 1
+    run.close_to(PeftModel.from_pretrained(base, tmp_path / "out"), atol=0.2)
+
+
 def test_a_base_between_comes_along(tmp_path: Path) -> None:
     run, to = exported_adapter(tmp_path, "full")
     assert "lies in `base/`, and no other model" in (to / "README.md").read_text()

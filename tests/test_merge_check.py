@@ -6,7 +6,6 @@ import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,8 +34,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "projected":
         monkeypatch.setattr(merge_check, "_SMALL", 0)
     if request.param == "layer by layer":
-        none = SimpleNamespace(available=0)
-        monkeypatch.setattr(merge_check.psutil, "virtual_memory", lambda: none)
+        monkeypatch.setattr(merge_check, "free_memory", lambda: 0)
     return str(request.param)
 
 
@@ -221,7 +219,9 @@ def test_a_full_disk_is_said_in_a_line(
         raise error
 
     monkeypatch.setattr(merge, "save_file", full)
-    with pytest.raises(NoRoom, match=rf"no room left in {tmp_path}/stage/model .* same command"):
+    with pytest.raises(
+        NoRoom, match=rf"output_dir: no room left in {tmp_path}/stage/model .* same command"
+    ):
         exported(tmp_path, ["q_proj"])
     assert not Path(tmp_path, "stage", "model").exists()
 
@@ -237,11 +237,27 @@ def test_other_faults_of_storage_stay_what_they_are(
         exported(tmp_path, ["q_proj"])
 
 
+@pytest.mark.parametrize("version", ["", "memory/"])
+def test_a_container_has_less_memory_than_its_node(tmp_path: Path, version: str) -> None:
+    """What is cached of files can be dropped; without a limit the node's own counts."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        (tmp_path / "memory").mkdir()
+    node = merge_check.free_memory(tmp_path / "none")
+    assert node > 10**8
+    (tmp_path / version / "memory.stat").write_text(f"anon 7\n{names[2]} 300000\n")
+    (tmp_path / version / names[1]).write_text("900000\n")
+    (tmp_path / version / names[0]).write_text("1000000\n")
+    assert merge_check.free_memory(tmp_path) == 400000
+    (tmp_path / version / names[0]).write_text("max\n")
+    assert merge_check.free_memory(tmp_path) > 10**8
+
+
 def test_a_model_that_memory_cannot_hold_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    none = SimpleNamespace(available=0)
-    monkeypatch.setattr(merge_check.psutil, "virtual_memory", lambda: none)
+    monkeypatch.setattr(merge_check, "free_memory", lambda: 0)
     caplog.set_level(logging.INFO)
     exported(tmp_path, ["q_proj"])
     assert "checked layer by layer" in caplog.text

@@ -281,7 +281,9 @@ def test_a_full_disk_ends_the_export_once(
             with pytest.raises(NoRoom):
                 workers._worker(config)
             message = workers._worker(config)["message"]
-    assert re.match(r"NoRoom: no room left in \S*/model .*os error 28.* same command", message)
+    assert re.match(
+        r"NoRoom: output_dir: no room left in \S*/model .*os error 28.* same command", message
+    )
     assert "\n" not in message
     found = checkpoint.newest(alone.store)
     assert found is not None

@@ -244,8 +244,9 @@ def _room(target: Store) -> Iterator[None]:
         for name in target.names():
             target.remove(name)
         raise ExportError(
-            f"--to: no room for the export ({error}): free some in {target.uri} and in "
-            f"{tempfile.gettempdir()} (TMPDIR), or name other disks, and give the command again"
+            f"--to: no room for the export ({error.__cause__ or error}): free some in {target.uri} "
+            f"and in {tempfile.gettempdir()} (TMPDIR), or name other disks, and give the command "
+            "again"
         ) from error
 
 

@@ -202,7 +202,9 @@ class NoRoom(ValueError):
 @contextmanager
 def _written(store: Store) -> Iterator[Path]:
     """A local folder whose files end up in the store; nothing stays of what cannot be finished."""
-    place = store.root if store.is_local else tempfile.gettempdir()
+    field, place = "output_dir", store.root
+    if not store.is_local:
+        field, place = "TMPDIR", tempfile.gettempdir()
     try:
         with _local(store) as folder:
             yield folder
@@ -214,9 +216,10 @@ def _written(store: Store) -> Iterator[Path]:
             raise
         store.remove()
         raise NoRoom(
-            f"no room left in {place} for the trained model ({error}): free some"
-            f"{'' if store.is_local else ', or set TMPDIR to a larger disk'}, then give the same "
-            "command again; training is done, and goes on with the export"
+            f"{field}: no room left in {place} for the trained model "
+            f"({error.__cause__ or error}); free some"
+            f"{'' if store.is_local else ', or name a larger disk'}, then give the same command "
+            "again: training is done, and goes on with the export"
         ) from error
 
 

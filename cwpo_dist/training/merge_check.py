@@ -7,6 +7,7 @@ weights read back from the files, and every other tensor must be the base's.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,7 +63,7 @@ def check_merged(base: ModelConfig, adapter: Path, merged: Path, dtype: torch.dt
     """
     skeleton = load_policy(base, device="meta")
     needed = 4 * sum(parameter.numel() for parameter in skeleton.parameters())
-    available = psutil.virtual_memory().available
+    available = free_memory()
     if needed * _SPARE < available:
         check_whole(_load_policy, base, adapter, merged, "logps", dtype)
         return
@@ -73,6 +74,35 @@ def check_merged(base: ModelConfig, adapter: Path, merged: Path, dtype: torch.dt
         available / 1e9,
     )
     check_layers(base, adapter, merged, dtype)
+
+
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this node has left, or the container that we are in.
+
+    Args:
+        cgroup: where the container's limit stands, in either version.
+    """
+    free = psutil.virtual_memory().available
+    for limit, use, statistics, cached in _CGROUPS:
+        given = (cgroup / limit).read_text().strip() if (cgroup / limit).is_file() else "max"
+        if given == "max":
+            continue
+        lines = (line.split() for line in (cgroup / statistics).read_text().splitlines())
+        cache = next((int(value) for name, value in lines if name == cached), 0)  # can be dropped
+        free = min(free, int(given) - int((cgroup / use).read_text()) + cache)
+    return free
+
+
+# The files of a limit, of what is in use, of statistics, and the name of the cache in them.
+_CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 
 def check_whole(
@@ -101,11 +131,13 @@ def check_whole(
     wanted = _fingerprints(_weights(adapted))
     outputs = _outputs(adapted, head)
     del adapted
+    gc.collect()  # peft's wrappers refer to each other
     load = load_policy if head == "logps" else load_reward_model
     model: Any = load(_at(merged, base), device="cpu").eval()
     found = _fingerprints(model.named_parameters(remove_duplicate=False))
     _compare({name: _off(found.get(name), weight) for name, weight in wanted.items()}, dtype)
     off = float((_outputs(model, head) - outputs).abs().median())
+    logger.info("the merged model and its adapter: outputs on a probe differ by %.0e", off)
     if not off <= _OUTPUT[dtype]:  # also for NaN
         raise MergeMismatch(
             f"the merged model is not base and adapter: on a probe its outputs are off by {off:.1e}"
