@@ -367,3 +367,21 @@ def test_a_source_that_is_the_test_part_is_all_of_it_unless_told(tmp_path: Path)
         counts = prepare(Store(str(tmp_path / name)), config(rest, held_out, **settings), seed=0)
         assert (counts["splits"]["test"] > 20) is drawn
         assert counts["splits"]["test"] >= 20
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_became_of_the_rows_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row(i) for i in range(40)] + [row(0), row(1, "no", "yes"), row(50, chosen="  ")]
+    given = config(write(tmp_path / "x.jsonl", rows), test_fraction=0.0, labelled_fraction=1.0)
+    with caplog.at_level("INFO", logger="cwpo_dist.stages.prepare"):
+        prepare(Store(str(tmp_path / "out")), given, seed=0)
+    told = "\n".join(record.message for record in caplog.records)
+    assert (
+        "43 rows: 40 pairs, 2 copies of pairs merged (1 with conflicting labels), 1 set aside"
+        in told
+    )
+    assert "set aside: 1 × empty answer: chosen: correct or remove these rows" in told
+    assert (
+        "pairs by split (with a label): labelled 39 (39), unlabelled 1 (0), validation 0 (0), "
+        "test 0 (0)" in told
+    )

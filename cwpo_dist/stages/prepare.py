@@ -77,6 +77,7 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     counts["void_numbers"] = dict(_added(piece.void for piece in read).most_common())
     counts["files_left_out"] = _left_out(planned.left_out)
     refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
+    _tell_done(counts, rejects)
     _tell_numbers(counts, read)
     _tell_beside(counts)
     _tell_empty(counts, config)
@@ -206,6 +207,20 @@ def _counts(
         "columns": {piece.source: piece.layout.described() for piece in planned.pieces},
         "shards": sum(bucket.shards for bucket in written),
     }
+
+
+def _tell_done(counts: dict[str, Any], rejects: Tally) -> None:
+    """What became of the rows, and where the pairs are."""
+    logger.info(
+        "prepare: %d rows: %d pairs, %d copies of pairs merged (%d with conflicting labels), "
+        "%d set aside",
+        *(counts["rows_in"], counts["pairs"], counts["merged_duplicates"]),
+        *(counts["conflicting_labels"], rejects.reasons.total()),
+    )
+    for line in rejects.lines(most=len(rejects.reasons)):
+        logger.info("prepare: set aside:%s", line.removeprefix(" "))
+    told = [f"{split} {counts['splits'][split]} ({counts['labelled'][split]})" for split in SPLITS]
+    logger.info("prepare: pairs by split (with a label): %s", ", ".join(told))
 
 
 def _tell_numbers(counts: dict[str, Any], read: list[PieceSummary]) -> None:
