@@ -51,7 +51,7 @@ test: $(STAMP)  ## all tests but the long ones, in two processes; about a quarte
 test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
 	$(BIN)/python -m pytest -m long --timeout=1800
 
-mutants: $(STAMP)  ## does a test notice each of some 130 edits that would turn a study round? Half an hour
+mutants: $(STAMP)  ## does a test notice each of some 140 edits that would turn a study round? Half an hour
 	$(BIN)/python tests/mutants.py
 
 lint: $(STAMP)  ## style, formatting, types, layers
