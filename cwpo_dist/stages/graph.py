@@ -30,7 +30,7 @@ from cwpo_dist.storage import Store, digest
 TRAINING_STAGES = ("fit", "sft", "align")
 SCORES = ("annotate", "implicit")  # the stages that give a pair's two answers a score
 # Of what stages write: raised when the same settings would give other files.
-FORMAT, FORMAT_OF = 3, {"weigh": 4, "evaluate": 4}
+FORMAT, FORMAT_OF = 3, {"annotate": 4, "weigh": 4, "evaluate": 4}
 
 
 @dataclass(frozen=True)
