@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ def weighed(
 ) -> Node:
     """An output of `weigh` with these confidences."""
     chosen = {"labels": "annotator", "temperature": None} | settings
-    node = committed(context, Node("weigh", chosen, scores), {"selected": len(confidences)})
+    told: dict[str, Any] = {"selected": len(confidences)}
+    told["mean_confidence"] = None if chosen["labels"] == "human" else fmean(confidences)
+    node = committed(context, Node("weigh", chosen, scores), told)
     table = pa.table({"confidence": confidences})
     context.place(node).create_table(part("preferences", 0), table)
     return node

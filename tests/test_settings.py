@@ -31,9 +31,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "proportional": CONFIDENT | {"sampling": "proportional"},
     "soft": {"soft_labels": True},
     "top30": {"top_fraction": 0.3},
+    "own": CONFIDENT | {"labels": "own", "splits": ("labelled", "unlabelled")},
 }
 WEAK = {
     "labels": "annotator",
+    "with_own": False,
     "annotator": "fitted",
     "splits": ("unlabelled",),
     "weight_function": "one",
@@ -113,11 +115,15 @@ def test_a_selection_and_a_temperature_are_for_arms_with_confidences(
 
 
 def test_another_normalization_is_for_every_arm(given: dict[str, Any]) -> None:
+    """By batch it is the loss's denominator; by the data set's mean it is in the weights."""
     for arm in ("weak", "cw", "cw_mean"):
-        for told, expected in (("batch", "batch"), (None, ARMS[arm].weight_normalization)):
+        for told in ("batch", "dataset", None):
             changed = with_value(given, "align.weight_normalization", told)
             made = graph(changed.model_copy(update={"arms": [arm]}), arm)
+            expected = "batch" if told == "batch" else "none"
             assert made["align"].settings["weight_normalization"] == expected
+            by_mean = (told or ARMS[arm].weight_normalization) == "dataset" and arm != "weak"
+            assert ("divided_by_mean" in made["weigh"].settings) == by_mean
 
 
 def test_training_is_followed_on_validation_where_a_run_has_it(given: dict[str, Any]) -> None:
@@ -188,6 +194,10 @@ HOW = {
 ELSEWHERE = {
     *("output_dir", "arms", "simulated_labels", "compare", "annotate.model", "annotate.models"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    # A file has no subsets; and what is new with columns and votes has tests of its own.
+    *("prepare.sources.0.name", "prepare.sources.0.data_dir", "prepare.sources.0.revision"),
+    "prepare.sources.0.split",
+    *("fit.labels", "prepare.ties", "weigh.from_", "weigh.column"),
 }
 _TOKENS = {"model_name_or_path", "revision", "chat_template", "max_length", "over_length"}
 _SAMPLING = {"split", "num_prompts", "max_new_tokens", "temperature", "generation_batch_size"}

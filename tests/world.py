@@ -99,7 +99,7 @@ class World:
             rows = [row for split in splits for row in pairs(split)]
             table = pa.Table.from_pylist(rows, schema=pair_schema("text"))
             store.create_table(part("pairs", index), table)
-        counts = {"shards": 2, "pairs": 12, "splits": dict.fromkeys(SPLITS, 3)}
+        counts = {"shards": 2, "pairs": 12, "splits": dict.fromkeys(SPLITS, 3), "message_keys": []}
         store.create_json(MANIFEST, {"counts": counts})
 
     def score(self, role: str = "annotate", arm: str | None = None, factor: float = 1.0) -> None:
