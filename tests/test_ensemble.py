@@ -145,7 +145,7 @@ def test_a_fitted_temperature_is_in_the_keys_that_it_decides(folder: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": ["ensemble"]}, "'ensemble' .* fit.seeds, or annotate.models"),
+        ({"arms": ["ensemble"]}, "'ensemble' .* fit.seeds, annotate.models, or weigh.from: both"),
         (
             {"arms": ["cw_calibrated"], "prepare__validation_fraction": 0.0},
             r"prepare\.validation_fraction: 0, but weigh\.temperature: fitted .*cw_calibrated",

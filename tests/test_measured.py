@@ -15,7 +15,7 @@ import pytest
 from world import HIGHER, LABELS, World, answer, margin
 
 from cwpo_dist.evaluation.annotators import HeldOut
-from cwpo_dist.pairs.records import ANSWER_SCHEMA, REFERENCE_SCHEMA
+from cwpo_dist.pairs.records import ANSWER_SCHEMA, REFERENCE_SCHEMA, Prompt
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages import (
@@ -193,7 +193,7 @@ def test_kl_is_of_the_aligned_models_answers_aligned_less_sft(
         job.output.create_table(part("reference", 0), table)
 
     monkeypatch.setattr(divergence, "run_shards", run_shards)
-    prompts = {f"test-{k}": f"prompt test {k}: " for k in range(2)}
+    prompts = {f"test-{k}": Prompt(f"prompt test {k}: ") for k in range(2)}
     found = divergence.kl_divergence(world.context, world.node("evaluate"), prompts)
     assert found == {"n": 2, "mean": 3.0, "error": 2.0}
     for role, trained in (("sft", "sft"), ("aligned", "align")):

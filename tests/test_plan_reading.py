@@ -230,7 +230,7 @@ def test_pairs_that_are_all_set_aside_are_no_fault_of_max_length(tmp_path: Path)
     rows: list[Row] = [{"prompt": "p", "response_a": "", "response_b": "b"}] * 9
     with pytest.raises(ConfigError) as caught:
         plan(config_of(tmp_path, CHAT_TEMPLATE, rows))
-    assert "prepare.max_reject_fraction: 9 of 9 rows" in str(caught.value)
+    assert "none of the first 9 rows" in str(caught.value)
     assert "max_length" not in str(caught.value)
 
 

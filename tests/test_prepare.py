@@ -223,7 +223,8 @@ def test_mixed_sources_are_conversations(tmp_path: Path) -> None:
     assert table.schema == pair_schema("conversational")
     prompts = {row["prompt"][0]["content"]: row for row in table.to_pylist()}
     assert prompts.keys() == {"prompt 0", "hi"}
-    assert prompts["prompt 0"]["prompt"] == [{"role": "user", "content": "prompt 0"}]
+    said = {"role": "user", "content": "prompt 0", "extra": None}
+    assert prompts["prompt 0"]["prompt"] == [said]
 
 
 @pytest.mark.usefixtures("in_process")

@@ -199,12 +199,14 @@ ELSEWHERE = {
     "prepare.sources.0.split",
     *("fit.labels", "prepare.ties", "weigh.from_", "weigh.column"),
 }
-_TOKENS = {"model_name_or_path", "revision", "chat_template", "max_length", "over_length"}
+_TOKENS = {"model_name_or_path", "revision", "chat_template", "template_date"}
+_TOKENS |= {"max_length", "over_length"}
 _SAMPLING = {"split", "num_prompts", "max_new_tokens", "temperature", "generation_batch_size"}
 # Values for settings whose other value their type does not tell.
 OTHER: dict[str, Any] = {
     "chat_template": "plain",
     "columns": {"prompt": "prompt"},
+    "template_date": "2020-02-29",
     "deepspeed": {"zero_optimization": {"overlap_comm": True}},
     "eval_steps": 5,
     "gold_function": "cwpo_dist.demo.gold:score",
