@@ -38,25 +38,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _rows() -> list[dict[str, str]]:
-    """Pairs whose labels follow the first two annotators' scores, as a Bradley–Terry crowd's do."""
+    """Pairs whose labels follow the first two annotators' scores, as a Bradley–Terry crowd's do.
+
+    Each of the two counts by its own spread, so that people agree with both better than a coin.
+    """
     rng, tokenizer = np.random.default_rng(0), tiny_tokenizer()
     models = [tiny_classifier("llama", seed=k) for k in range(2)]
 
-    def score(prompt: str, answer: str) -> float:
+    def scores(prompt: str, answer: str) -> Any:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
         with torch.no_grad():
-            return sum(float(model(ids).logits[0, 0]) for model in models)
+            return np.array([float(model(ids).logits[0, 0]) for model in models])
 
-    rows = []
+    rows: list[dict[str, str]] = []
     for i in range(160):
         first, second = ("".join(rng.choice(list("abcdefgh "), int(n))) for n in (12, 25 + i % 20))
-        prompt = f"Question {i}?"
-        margin = score(prompt, f"x{first}") - score(prompt, f"y{second}")
-        better = rng.random() < 1 / (1 + math.exp(-margin / 0.6))
         answers = {"response_a": f"x{first}", "response_b": f"y{second}"}
-        rows.append({"prompt": prompt, "label": "a" if better else "b", **answers})
-    return rows
+        rows.append({"prompt": f"Question {i}?", **answers})
+    asked = [(row["prompt"], row["response_a"], row["response_b"]) for row in rows]
+    margins_NK = np.array([scores(p, a) - scores(p, b) for p, a, b in asked])
+    margins = (margins_NK / margins_NK.std(axis=0)).sum(axis=1)
+    better = rng.random(len(rows)) < 1 / (1 + np.exp(-margins / 0.4))
+    labels = ["a" if first else "b" for first in better]
+    return [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
 
 
 def config_of(folder: Path, members: list[int], **changes: Any) -> Config:

@@ -161,8 +161,10 @@ def labelled(make: Maker) -> tuple[Row, Any]:
         "votes_a": a,
         "votes_b": b,
     }
-    said = {None: None, "tie": "tie"}.get(label, "won")
     votes = None if a is None else (int(float(a)), int(float(b)))
+    said = {None: None, "tie": "tie"}.get(label, "won")
+    if label is None and votes == (4, 4):  # asked, and split evenly
+        said = "tie"
     by_answer = votes if first_won or votes is None else votes[::-1]
     return row, (talk, won, lost, None, (said, by_answer))
 
