@@ -87,7 +87,8 @@ def user_message(error: BaseException) -> str | None:
     """
     if not any(kind.__module__.startswith("cwpo_dist.") for kind in type(error).__mro__):
         return None
-    return str(getattr(error, "cause", error))  # Ray's wrapper adds the worker's traceback
+    said = str(getattr(error, "cause", error))  # Ray's wrapper adds the worker's traceback
+    return said.partition("\nFailed to apply UDF ")[0]  # Ray Data adds advice about its own knobs
 
 
 @app.command()

@@ -26,7 +26,7 @@ from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 
 SHARDS = 16
-ROWS = 6  # a shard; one of each three shards has a row that fails and one that is too long
+ROWS = 40  # a shard; one of each three shards has a row that fails and one that is too long
 POOL = PoolConfig(num_actors=2, cpus_per_actor=0.5)
 
 
@@ -45,7 +45,7 @@ class Marked(RewardWorker):
         time.sleep(self.seconds)
         output = super().__call__(index, rows)
         if index == self.full_at:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1600, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2200, resource.RLIM_INFINITY))
         return output
 
 

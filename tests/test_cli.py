@@ -112,6 +112,8 @@ def test_an_error_that_ray_carried_from_a_worker_reads_the_same() -> None:
     cause = ConfigError("annotate: nothing to score")
     carried = RayTaskError("task", "Traceback: …", cause).as_instanceof_cause()
     assert cli.user_message(carried) == "annotate: nothing to score"
+    noted = ConfigError(f"{cause}\nFailed to apply UDF transform after 1/1 attempts.")
+    assert cli.user_message(noted) == "annotate: nothing to score"  # Ray Data writes into ours
     assert cli.user_message(RayTaskError("task", "…", KeyError("x")).as_instanceof_cause()) is None
 
 
