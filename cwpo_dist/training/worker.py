@@ -29,6 +29,7 @@ from cwpo_dist.lm.recompute import let_recompute
 from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.storage import Store, digest
 from cwpo_dist.training import checkpoint, held_out, tracking
+from cwpo_dist.training.courier import Courier
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, Run
 from cwpo_dist.training.loop import train as run_loop
@@ -313,7 +314,7 @@ class _RankHooks(Hooks):
             tracker.close()
 
 
-def _trackers(spec: TrainSpec, start: int) -> list[tracking.TrackedRun]:
+def _trackers(spec: TrainSpec, start: int) -> list[Courier]:
     """The runs of this stage output, the same ones for every attempt at it."""
     identity = digest([spec.store.uri, spec.key])
     settings = {"stage": spec.name, "key": spec.key, "seed": spec.seed}

@@ -1,0 +1,205 @@
+"""Trackers whose servers hang, refuse, die and return cost a training nothing and lose nothing."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from mlflow_server import MlflowServer, running
+
+from cwpo_dist.storage import Store
+from cwpo_dist.training import courier, tracking
+from cwpo_dist.training.courier import Courier, Stamped
+
+RECORD = {"step": 1, "loss": 0.5, "rewards/accuracies": 0.25}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(courier, "RETRY_S", 0.2)
+    monkeypatch.setattr(courier, "CLOSE_S", 3.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    for name, value in tracking.MLFLOW_DEFAULTS.items():
+        if name != "MLFLOW_HTTP_REQUEST_TIMEOUT":
+            monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    with running(MlflowServer()) as started:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", started.url)
+        yield started
+
+
+def open_mlflow() -> Courier:
+    (run,) = tracking.open_runs(["mlflow"], Store("unused"), "align-k", "id", {"beta": 0.1}, 0)
+    return run
+
+
+def log(run: Courier, *steps: int) -> None:
+    """Logging never waits."""
+    started = time.monotonic()
+    for step in steps:
+        run.log(RECORD | {"step": step, "loss": float(step)})
+    assert time.monotonic() - started < 0.1
+
+
+def steps(server: MlflowServer) -> list[int]:
+    return sorted(step for key, step in server.metrics if key == "loss")
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def test_all_arrives_where_nothing_fails(
+    server: MlflowServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = open_mlflow()
+    log(run, *range(1, 121))  # more than a call takes
+    run.close()
+    assert steps(server) == list(range(1, 121))
+    assert server.metrics["loss", 7] == 7.0
+    assert server.metrics["rewards/accuracies", 7] == 0.25
+    assert server.status == "FINISHED"
+    assert warnings(caplog) == []
+
+
+def test_a_resumed_run_goes_on_where_it_was(server: MlflowServer) -> None:
+    first = open_mlflow()
+    log(first, 1, 2, 3)
+    first.close()
+    second = open_mlflow()
+    log(second, 3, 4)
+    second.close()
+    assert steps(server) == [1, 2, 3, 4]
+    assert len(server.runs) == 1
+
+
+@pytest.mark.parametrize("mood", ["hangs", "refuses"])
+def test_a_server_that_is_unwell_is_said_once_and_gets_what_it_missed(
+    mood: str, server: MlflowServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = open_mlflow()
+    log(run, 1)
+    wait_for(lambda: steps(server) == [1])
+    server.mood = mood
+    log(run, 2)
+    asked = len(server.calls)
+    wait_for(lambda: len(server.calls) > asked + 1)  # it was tried again
+    log(run, 3)
+    (said,) = warnings(caplog)
+    assert said.startswith("mlflow: MlflowException: ")
+    assert "training goes on, and it is tried again" in said
+    server.mood = "well"
+    wait_for(lambda: steps(server) == [1, 2, 3])
+    run.close()
+    assert warnings(caplog)[1:] == ["mlflow is back, and has what it missed"]
+
+
+def test_a_server_that_dies_and_returns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even where it forgot the run."""
+    with running(MlflowServer()) as first:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", first.url)
+        run = open_mlflow()
+        log(run, 1)
+        wait_for(lambda: steps(first) == [1])
+    log(run, 2, 3)
+    wait_for(lambda: len(warnings(caplog)) == 1)
+    with running(MlflowServer(first.server_port)) as second:
+        wait_for(lambda: steps(second) == [2, 3])
+        run.close()
+    assert second.status == "FINISHED"
+
+
+def test_closing_waits_a_few_seconds_at_most(
+    server: MlflowServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "CLOSE_S", 0.5)
+    server.mood = "hangs"
+    run = open_mlflow()
+    log(run, 1, 2)
+    started = time.monotonic()
+    run.close()
+    assert time.monotonic() - started < 2
+    assert warnings(caplog)[-1] == (
+        "mlflow: its last 2 records were not taken within 0 s; metrics.jsonl has them"
+    )
+
+
+def test_a_server_that_was_never_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    started = time.monotonic()
+    run = open_mlflow()
+    log(run, 1)
+    wait_for(lambda: bool(warnings(caplog)))
+    run.close()
+    assert time.monotonic() - started < 10
+    assert len(warnings(caplog)) == 2
+
+
+class Stubborn:
+    """Takes nothing until it is let; then it tells what it got."""
+
+    def __init__(self) -> None:
+        self.let, self.taken = threading.Event(), []
+
+    def connect(self) -> None:
+        if not self.let.is_set():
+            raise SystemError("none of the kinds that clients announce\nand a page of text")
+
+    def log(self, records: Sequence[Stamped]) -> None:
+        self.taken += [(moment, record["step"]) for moment, record in records]
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        raise OSError("even this")
+
+
+def test_what_waits_is_bounded_and_the_oldest_go(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(courier, "KEPT", 10)
+    stubborn = Stubborn()
+    run = Courier("some", stubborn)
+    log(run, *range(25))
+    last = time.time()
+    time.sleep(0.3)
+    stubborn.let.set()
+    wait_for(lambda: len(stubborn.taken) == 10)
+    assert [step for _, step in stubborn.taken] == list(range(15, 25))
+    assert max(moment for moment, _ in stubborn.taken) <= last, "as it was logged, not as taken"
+    run.close()
+    assert "none of the kinds" in warnings(caplog)[0]
+    assert "page of text" not in warnings(caplog)[0]
+    assert "its last 15 records were not taken" in warnings(caplog)[-1]
+
+
+def test_a_disk_that_takes_no_events_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    (run,) = tracking.open_runs(["tensorboard"], Store(str(tmp_path)), "n", "id", {}, 0)
+    log(run, 1)
+    run.flush()
+    run.close()
+    assert "tensorboard: FileExistsError" in warnings(caplog)[0]
