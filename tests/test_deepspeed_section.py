@@ -82,9 +82,7 @@ def refusal(section: dict[str, Any] | str, dtype: torch.dtype, **changes: Any) -
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_files_as_people_have_them_are_taken(
-    name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_files_as_people_have_them_are_taken(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(FILES[name]))
     merged = taken(str(file), dtype)

@@ -93,8 +93,8 @@ def check(config: Config, until: str | None = None) -> Checked:
             faults += _length_faults(field, model, sizes[field], encoders[field])
         except (ModelError, TokenError) as error:
             faults.append(f"{field}.{error}")
-    for name, training, model in trainings(config, until):
-        faults += setting_faults(name, training, model, machines)
+    for name, training, trained in trainings(config, until):
+        faults += setting_faults(name, training, trained, machines)
     faults += [] if grows() else _placement_faults(config, until, machines)
     if faults:
         raise ConfigError("\n".join(faults))

@@ -1,6 +1,6 @@
 """Records and a tracker in; the records handed on by a thread of their own, never waited for.
 
-A tracker's server may hang, refuse, die and come back: no call here waits for it or raises, but for
+A tracker's server may hang, refuse, die and come back: no call here raises or waits for it, but for
 `close`, which waits a few seconds. What is not taken is kept, up to a bound, and tried again. That
 a tracker is away is said once, until it is back. `metrics.jsonl` has every record anyway.
 """
@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 Stamped = tuple[float, Mapping[str, float]]  # when it was logged, seconds since 1970, and what
 
 RETRY_S = 30.0  # until a tracker that failed is tried again
-CLOSE_S = 10.0  # for what is left, when the run ends
+CLOSE_S = 10.0  # for what is left, once the run has ended
+AWAY_S = 1.0  # the same, of a tracker that is known to be away
 KEPT = 10_000  # records of a tracker that is away; then the oldest go
 AT_ONCE = 50  # records a call: MLflow takes 1,000 numbers
 
@@ -67,19 +68,24 @@ class Courier:
             self._wants_flush = True
             self._news.notify()
 
-    def close(self) -> None:
-        """No further record comes; returns after `CLOSE_S` at the latest, whatever is left."""
+    def end(self) -> None:
+        """No further record comes."""
         with self._news:
             self._ending = True
             self._news.notify()
-        self._thread.join(CLOSE_S)
+
+    def close(self) -> None:
+        """The same; then waits for what is left, a few seconds at the most."""
+        self.end()
+        started = time.monotonic()
+        self._thread.join(AWAY_S if self._away else CLOSE_S)
         left = self._lost + len(self._batch) + len(self._waiting)
         if left or self._thread.is_alive():
             logger.warning(
                 "%s: its last %d records were not taken within %.0f s; metrics.jsonl has them",
                 self._name,
                 left,
-                CLOSE_S,
+                time.monotonic() - started,
             )
 
     def _serve(self) -> None:

@@ -76,7 +76,8 @@ def open_runs(
 ) -> list[Courier]:
     """Opens or continues the run in each tracker; on rank 0 alone.
 
-    Nothing that goes wrong with a tracker ends a training, or makes it wait: it is warned of.
+    Nothing that goes wrong with a tracker ends a training or makes it wait: it is warned of. Their
+    clients are imported by the couriers' threads, as that takes seconds.
 
     Args:
         trackers: of the configuration.
@@ -89,11 +90,10 @@ def open_runs(
     """
     runs = []
     for tracker in trackers:
-        try:
-            run = _MAKERS[tracker](stage, name, identity, settings, start)
-        except ImportError as error:  # `plan` says it; but nodes may differ
-            logger.warning("report_to: %s is left out: %s", tracker, error)
+        if importlib.util.find_spec(PACKAGES[tracker]) is None:  # nodes may differ
+            logger.warning("report_to: %r is not installed on this node: left out", tracker)
         else:
+            run = _MAKERS[tracker](stage, name, identity, settings, start)
             runs.append(Courier(tracker, run))
     return runs
 
@@ -104,12 +104,7 @@ class _TensorBoard:
     def __init__(
         self, stage: Store, name: str, identity: str, settings: Mapping[str, Any], start: int
     ) -> None:
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._event, self._session, self._summary = Event, SessionLog, summary
-        self._make_writer, self._settings, self._start = EventsWriter, settings, start
+        self._settings, self._start = settings, start
         self._store = stage.child(TENSORBOARD)
         self._upload = None if stage.is_local else tempfile.TemporaryDirectory(prefix="cwpo-tb-")
         self._writer: Any = None
@@ -117,25 +112,31 @@ class _TensorBoard:
     def connect(self) -> None:
         if self._writer is not None:
             return
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._event, self._scalar = Event, summary.scalar
         folder = Path(self._upload.name if self._upload else self._store.root)
         folder.mkdir(parents=True, exist_ok=True)
         # Its SummaryWriter writes from a queue that its own flush does not wait for.
         suffix = f".{self._start:08d}.{uuid.uuid4().hex[:8]}"
-        self._writer = self._make_writer(str(folder / "events"), suffix)
+        writer = EventsWriter(str(folder / "events"), suffix)
         now = time.time()
         if self._start:  # steps that an attempt did after its last checkpoint: they come again
-            again = self._session(status=self._session.START)
-            event = self._event(wall_time=now, step=self._start + 1, session_log=again)
+            again = SessionLog(status=SessionLog.START)
+            event = Event(wall_time=now, step=self._start + 1, session_log=again)
         else:
             lines = "\n".join(f"    {key}: {value}" for key, value in self._settings.items())
-            shown = self._summary.text("settings", lines)
-            event = self._event(wall_time=now, step=0, summary=shown)
-        self._writer.write_event(event)
+            shown = summary.text("settings", lines)
+            event = Event(wall_time=now, step=0, summary=shown)
+        writer.write_event(event)
+        self._writer = writer
 
     def log(self, records: Sequence[Stamped]) -> None:
         for moment, record in records:
             for key, value in record.items():
-                shown = self._summary.scalar(_by_side(key), value)
+                shown = self._scalar(_by_side(key), value)
                 event = self._event(wall_time=moment, step=int(record["step"]), summary=shown)
                 self._writer.write_event(event)
 
@@ -159,18 +160,17 @@ class _MLflow:
     def __init__(
         self, stage: Store, name: str, identity: str, settings: Mapping[str, Any], start: int
     ) -> None:
-        for variable, value in MLFLOW_DEFAULTS.items():
-            os.environ.setdefault(variable, value)
-        from mlflow.entities import Metric, Param
-        from mlflow.tracking import MlflowClient
-
-        self._make_client, self._metric, self._param = MlflowClient, Metric, Param
         self._name, self._identity, self._settings = name, identity, settings
 
     def connect(self) -> None:
         if not os.environ.get("MLFLOW_TRACKING_URI"):  # else it makes a database of its own here
             raise RuntimeError("MLFLOW_TRACKING_URI is not set")
-        self._client = self._make_client()
+        for variable, value in MLFLOW_DEFAULTS.items():
+            os.environ.setdefault(variable, value)
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._client, self._metric = MlflowClient(), Metric
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         known = self._client.get_experiment_by_name(experiment)
         number = (
@@ -185,7 +185,7 @@ class _MLflow:
         else:
             tags = {self.TAG: self._identity}
             self._id = self._client.create_run(number, tags=tags, run_name=self._name).info.run_id
-            params = [self._param(key, str(value)[:500]) for key, value in self._settings.items()]
+            params = [Param(key, str(value)[:500]) for key, value in self._settings.items()]
             self._client.log_batch(self._id, params=params)
             self._last = 0
 
@@ -213,21 +213,21 @@ class _WandB:
     def __init__(
         self, stage: Store, name: str, identity: str, settings: Mapping[str, Any], start: int
     ) -> None:
-        import wandb
-
-        self._wandb, self._name, self._identity = wandb, name, identity
-        self._settings, self._run = settings, None
+        self._name, self._identity, self._settings = name, identity, settings
+        self._run: Any = None
 
     def connect(self) -> None:
         if self._run is not None:  # its own process keeps what its server does not take
             return
-        self._run = self._wandb.init(
+        import wandb
+
+        self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=self._identity,
             name=self._name,
             resume="allow",
             config=dict(self._settings),
-            settings=self._wandb.Settings(
+            settings=wandb.Settings(
                 console="off",
                 save_code=False,
                 disable_git=True,

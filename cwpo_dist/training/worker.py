@@ -167,13 +167,14 @@ class _Rank:
         hooks = _RankHooks(self, run, start, attempt)
         try:
             run_loop(self.task, self.engine, run, hooks, start)
+            hooks.end_trackers()  # which finish while the model is exported
+            hooks.settle()
+            self.export()
         except (NonFiniteLoss, Preempted):  # of all ranks alike
             hooks.settle()
             raise
         finally:
             hooks.close()
-        hooks.settle()
-        self.export()
         if self.rank > 0:
             return {}
         last = _join_metrics(spec.store)
@@ -308,8 +309,14 @@ class _RankHooks(Hooks):
         """Commits the checkpoint under way, whatever ends the loop."""
         self._saver.settle(wait=True)
 
-    def close(self) -> None:
+    def end_trackers(self) -> None:
         """Ends the runs in the trackers; a resumed attempt opens them again."""
+        for tracker in self._trackers:
+            tracker.end()
+
+    def close(self) -> None:
+        """Waits, but not long, for what trackers still have to take."""
+        self.end_trackers()
         for tracker in self._trackers:
             tracker.close()
 
