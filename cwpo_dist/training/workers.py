@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
 from cwpo_dist.training.loop import NonFiniteLoss, Preempted
 from cwpo_dist.training.process_group import STOP_SIGNALS, StoppableTorchConfig
 from cwpo_dist.training.worker import TrainSpec
+from cwpo_dist.waiting import told_while_waiting
 
 __all__ = [
     "FrozenSpec",
@@ -161,7 +162,7 @@ def _fit(spec: Spec, token: LeaseToken) -> dict[str, Any]:
     """Runs worker groups until one ends well; what its rank 0 returned."""
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
     try:
-        with _start_timeout(spec.config), _stop_on_signal(token):
+        with _start_timeout(spec.config), _stop_on_signal(token), _told_while_waiting(spec, token):
             result: Any = _trainer(spec, token).fit()
     except (TrainingFailedError, RayError) as error:  # RayError: the controller itself died
         refusal = _refusal(token)
@@ -207,6 +208,17 @@ def _scaling(config: TrainingConfig) -> ScalingConfig:
     if not isinstance(config.num_workers, int):
         settings["elastic_resize_monitor_interval_s"] = RESIZE_CHECK_S
     return ScalingConfig(**settings)
+
+
+def _told_while_waiting(spec: Spec, token: LeaseToken) -> AbstractContextManager[None]:
+    each, count = _resources(spec.config), spec.config.min_workers
+    amounts = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
+    return told_while_waiting(
+        f"{spec.name}.num_workers: {count} workers of {amounts} each",
+        {name: count * amount for name, amount in each.items()},
+        "lower num_workers or cpus_per_worker",
+        token.has_group,
+    )
 
 
 @contextmanager
