@@ -24,6 +24,7 @@ from cwpo_dist.stages.checks import (
     pools,
     trainings,
 )
+from cwpo_dist.stages.cluster import named_cluster
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.costs import Estimate, Rates, gpus, total_steps
 from cwpo_dist.stages.fleet_costs import Fleet
@@ -92,8 +93,9 @@ class Plan:
     @property
     def where(self) -> str:
         """What the times hold for."""
-        given = bool(self.fleet.rates)
-        return "annotation at the rate that was given" if given else "on this machine alone"
+        if self.fleet.rates:
+            return "annotation at the rate that was given"
+        return "on this machine alone" if named_cluster() is None else "on one node of the cluster"
 
     def fleet_lines(self) -> Iterator[str]:
         """Device-hours of what is left to do, what they cost, and all that storage will hold."""
