@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import mlflow  # noqa: F401, as it takes seconds, which no courier of these tests shall need
 import pytest
+from conftest import ROOT
 from mlflow_server import MlflowServer, running
 
 from cwpo_dist.storage import Store
@@ -206,3 +210,56 @@ def test_a_disk_that_takes_no_events_ends_no_training(
     run.flush()
     run.close()
     assert "tensorboard: FileExistsError" in warnings(caplog)[0]
+
+
+WANDB = """
+import logging, os, sys, time
+logging.basicConfig(format="%(message)s")
+from cwpo_dist.storage import Store
+from cwpo_dist.training import courier, tracking
+courier.RETRY_S = 0.5
+import wandb
+(run,) = tracking.open_runs(["wandb"], Store("unused"), "align-k", "id", {"beta": 0.1}, 0)
+for step in range(1, 4):
+    started = time.monotonic()
+    run.log({"step": step, "loss": 0.5})
+    assert time.monotonic() - started < 1
+    time.sleep(float(sys.argv[1]))
+started = time.monotonic()
+run.close()
+print(f"closed in {time.monotonic() - started:.1f}", flush=True)
+os._exit(0)  # as Ray ends a worker
+"""
+
+
+def wandb_run(folder: Path, pause: float, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, as W&B stays in one for good."""
+    mine = {"WANDB_DIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WANDB, str(pause)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=False,
+        env={**os.environ, **mine, **environment},
+        timeout=200,
+    )
+
+
+def test_wandb_offline_keeps_all(tmp_path: Path) -> None:
+    done = wandb_run(tmp_path, 0.1, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    assert "not taken" not in done.stderr
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-id.wandb")
+    assert file.read_bytes().count(b"train/loss") >= 3
+
+
+def test_wandb_whose_server_is_not_there(tmp_path: Path) -> None:
+    key = "0123456789" * 4
+    done = wandb_run(tmp_path, 5.0, WANDB_API_KEY=key, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("wandb: ")]
+    assert sum("training goes on" in line for line in told) == 1, done.stderr
+    assert float(done.stdout.rpartition("closed in ")[2]) < courier.CLOSE_S + 5
+    assert key not in done.stdout + done.stderr

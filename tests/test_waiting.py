@@ -27,9 +27,7 @@ def said(caplog: pytest.LogCaptureFixture, cpus: float, *, begun: bool = False) 
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
-def test_who_waits_for_room_is_told_once(
-    ray_local: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_who_waits_for_room_is_told_once(ray_local: None, caplog: pytest.LogCaptureFixture) -> None:
     all_there = ray.cluster_resources()["CPU"]
     assert said(caplog, all_there) == [], "what is free is enough: it only takes its time"
     (line,) = said(caplog, all_there + 1)

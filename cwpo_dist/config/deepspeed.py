@@ -62,6 +62,9 @@ UNUSED: Mapping[str, str] = {
     "zero_allow_untested_optimizer": "torch's own optimizers are tested here",
     "zero_force_ds_cpu_optimizer": "torch's own optimizer also updates what is offloaded",
 }
+# DeepSpeed's names of what gradients may be summed in.
+FLOAT32 = ("fp32", "float32", "float", "torch.float32")
+BFLOAT16 = ("bf16", "bfloat16", "torch.bfloat16")
 # What would train something else, or in a way that is not built here: the values that are taken,
 # which ask for nothing, and why others are not. Dotted names, as deep as they go.
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -72,6 +75,11 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "compile.autoep_non_moe": ((False,), "models are not compiled here"),
     "data_efficiency.enabled": ((False,), "the order of pairs is a function of seed and step"),
     "data_parallel_size": ((), "num_workers decides"),
+    "data_types.buffer_dtype": ((None,), "buffers keep the dtype that they are loaded in"),
+    "data_types.grad_accum_dtype": (
+        (None, *FLOAT32, *BFLOAT16),
+        "gradients are summed in float32 (fp32) or bfloat16 (bf16)",
+    ),
     "data_types.param_dtype": ((None,), "torch_dtype of the model's section decides"),
     "datastates_ckpt": ((None, False), "save_steps and save_total_limit decide"),
     "expert_parallel.enabled": ((False,), "experts are sharded by ZeRO-3 alone"),

@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 
 import grpc
 import ray
-import ray.data
 from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import RayError
+
+from cwpo_dist.stages.notices import leave_out, only_our_progress
 
 ANSWER_S = 5.0  # for a head that is there; Ray itself would wait for many minutes
 # What Ray adds to its folder for the socket of its object store, and what the system allows.
@@ -37,7 +38,7 @@ def connect() -> None:
     Raises:
         ClusterError: where nothing answers as Ray's head does, or this machine's Ray cannot start.
     """
-    _only_our_progress()
+    only_our_progress()
     if ray.is_initialized():
         return
     address = named_cluster()
@@ -55,6 +56,7 @@ def connect() -> None:
         raise ClusterError(
             f"RAY_ADDRESS: {address}: Ray is there, but does not take us in: {text}"
         ) from error
+    leave_out()
 
 
 def refuse_unreachable(address: str | None) -> None:
@@ -114,11 +116,3 @@ def _refuse_long_folder() -> None:
             f"{named}: {folder!r} has {len(os.fsencode(folder))} bytes, and Ray's sockets allow "
             f"{left}; set RAY_TMPDIR to a shorter folder, such as /tmp"
         )
-
-
-def _only_our_progress() -> None:
-    """Every stage says how far it is; Ray's own bars and notices would drown that."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"

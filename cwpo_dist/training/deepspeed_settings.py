@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.config.deepspeed import (
     AUTO,
+    BFLOAT16,
     COMPARED,
     LOSS_SCALING,
     UNUSED,
@@ -67,7 +68,7 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, An
     if half:  # gradients of many micro-batches are summed in fp32
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = ours if faults else _merged(ours, handed_on(said(given)))
-    faults = faults or [*_refusals_together(merged)]
+    faults = faults or [*_refusals_together(merged, half)]
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     if half and merged["zero_optimization"]["stage"] == 0:
@@ -181,8 +182,14 @@ def _refusals_of(name: str, value: Any) -> Iterator[str]:
                 yield _unknown(path, inner, watched.names() | _model_names())
 
 
-def _refusals_together(merged: dict[str, Any]) -> Iterator[str]:
-    """What DeepSpeed refuses of parts that go well alone."""
+def _refusals_together(merged: dict[str, Any], half: bool) -> Iterator[str]:
+    """What DeepSpeed refuses of parts that go well alone, some of it only when it starts."""
+    summed_in = merged.get("data_types", {}).get("grad_accum_dtype")
+    if not half and zero_stage(merged) == 0 and summed_in in BFLOAT16:
+        yield (
+            f"deepspeed.data_types.grad_accum_dtype: {summed_in!r}: without ZeRO float32 weights "
+            "have float32 gradients; remove it, or use zero_stage 1"
+        )
     try:
         DeepSpeedConfig(merged)
     except (DeepSpeedConfigError, ValueError, AssertionError) as error:  # ValidationError is one

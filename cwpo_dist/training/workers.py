@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import ray
+import ray.train
 import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
@@ -195,8 +196,15 @@ def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
             storage_path=scratch.root,
             storage_filesystem=PyFileSystem(FSSpecHandler(scratch.filesystem)),
             failure_config=FailureConfig(max_failures=config.max_failures),
+            **_quiet(),
         ),
     )
+
+
+def _quiet() -> dict[str, Any]:
+    """Ray Train's level of logging, where it has one: that workers start is no news."""
+    level = getattr(ray.train, "LoggingConfig", None)  # older Rays have none
+    return {} if level is None else {"logging_config": level("WARNING")}
 
 
 def _scaling(config: TrainingConfig) -> ScalingConfig:
@@ -256,6 +264,9 @@ def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
 
 def _worker(loop_config: dict[str, Any]) -> Any:
     """One rank; rank 0 returns {summary}, or {error, message} where no retry would help."""
+    # Ray Train shows what any library tells of itself; we show what is ours.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("cwpo_dist").setLevel(logging.INFO)
     spec, token = loop_config["spec"], loop_config["token"]
     refusal = _refusal(token)
     if refusal is not None:  # the group before could not even begin
