@@ -22,9 +22,10 @@ from cwpo_dist.config_file import parse_config
 from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.stages.align import weighted_pairs
+from cwpo_dist.stages.cluster import connect
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node, graph
-from cwpo_dist.stages.run import connect, execute
+from cwpo_dist.stages.run import execute
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import Preference
 

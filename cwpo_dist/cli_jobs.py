@@ -80,6 +80,7 @@ def submit(
     if planning and stage != "plan":
         raise typer.BadParameter("goes with `cwpo submit plan`", param_hint=planning[0])
     options = (*planning, *(["--retry-rejects"] if retry_rejects else []))
+    _name_other(address)
     loaded = load_config(what[0], what[1:])
     if "://" not in loaded.output_dir:
         say(f"output_dir {loaded.output_dir!r} is a local path: every node must see it")
@@ -112,6 +113,7 @@ def status(job: JobId, address: Address) -> None:
     """
     from cwpo_dist.submit import status as ask
 
+    _name_other(address)
     say(ask(job, address))
 
 
@@ -127,6 +129,7 @@ def logs(
     from cwpo_dist.submit import follow as follow_job
     from cwpo_dist.submit import logs as read
 
+    _name_other(address)
     if follow:
         follow_job(job, address, sys.stdout.write)
     else:
@@ -140,4 +143,14 @@ def stop(job: JobId, address: Address) -> None:
     """
     from cwpo_dist.submit import stop as ask
 
+    _name_other(address)
     say("stopping" if ask(job, address) else "it had ended before")
+
+
+def _name_other(address: str) -> None:
+    """Says so where the environment names another cluster than the one that is used."""
+    from cwpo_dist.job_server import other_cluster
+
+    other = other_cluster(address)
+    if other is not None:
+        say(f"--address {address} is used, not {other} of the environment")

@@ -13,39 +13,32 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
-from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cwpo_dist import credentials
 from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config.deepspeed import read_section
+from cwpo_dist.job_server import SubmitError, job_server
 from cwpo_dist.storage import digest, to_json
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_NAME = "config.yaml"
 PENDING_TIMEOUT_S = 600.0
 POLL_S = 1.0
-CONNECT_S = 10.0
 LOST_S = 60.0
 # Ray kills a job 3 s after it asked it to end; a stage in training needs time for its checkpoint.
 STOP_S = 600
 ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}
 _IMAGE = re.compile(r"[\w./:@-]+")  # Ray puts it into a shell's command as it is
 _END = "END-OF-CONFIGURATION"  # of a here-document
-
-
-class SubmitError(RuntimeError):
-    """The cluster cannot be reached, or refuses a job; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ def submit(config: Config, stage: str, address: str, settings: Settings | None =
             "runtime_env": environment,
             "metadata": {"cwpo_config": digest([data, settings.options])},
         }
-        with _client(address) as client:
+        with job_server(address) as client:
             return _attach_or_send(client, job_name(data["output_dir"], stage), job)
 
 
@@ -157,28 +150,27 @@ def portable(config: Config, folder: Path) -> dict[str, Any]:
             model["chat_template"] = copy
     for name in ("fit", "sft", "align"):
         section = data[name]
-        if section is not None and isinstance(section["deepspeed"], str):
-            path = _existing(Path(section["deepspeed"]), f"{name}.deepspeed")
-            section["deepspeed"] = json.loads(path.read_text(encoding="utf-8"))
+        if section is not None:
+            section["deepspeed"] = _read_in(name, section["deepspeed"])
     return data
 
 
 def status(submission_id: str, address: str) -> str:
     """One line: the job's status, and the cluster's message on it."""
-    with _client(address) as client:
+    with job_server(address) as client:
         info = client.get_job_info(submission_id)
         return f"{info.status}: {info.message}" if info.message else str(info.status)
 
 
 def logs(submission_id: str, address: str) -> str:
     """All that the job has printed so far."""
-    with _client(address) as client:
+    with job_server(address) as client:
         return str(client.get_job_logs(submission_id))
 
 
 def stop(submission_id: str, address: str) -> bool:
     """Asks a job to end; a stage in training checkpoints first. False when it had ended."""
-    with _client(address) as client:
+    with job_server(address) as client:
         return bool(client.stop_job(submission_id))
 
 
@@ -196,7 +188,7 @@ def follow(
     Raises:
         SubmitError: when it is still pending after `pending_timeout_s`; it is left as it is.
     """
-    with _client(address) as client:
+    with job_server(address) as client:
         _await_start(client, submission_id, pending_timeout_s)
         log = _Log(write)
         while True:
@@ -337,41 +329,6 @@ def _attach(job: JobDetails, mark: str) -> Submitted:
     return Submitted(str(job.submission_id), attached=True)
 
 
-@contextmanager
-def _client(address: str) -> Iterator[JobSubmissionClient]:
-    """A client, whose failures become one clear message."""
-    try:
-        _dial(address)
-        yield JobSubmissionClient(address)
-    except OSError as error:  # the connection, also where it went while we followed a job
-        raise SubmitError(f"{_no_server(address)} ({error})") from error
-    except AuthenticationError as error:
-        raise SubmitError(
-            f"--address: {address} wants Ray's token; set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH to the file that its nodes use"
-        ) from error
-    except SubmitError:
-        raise
-    except RuntimeError as error:  # how Ray's client reports any other refusal, 404 included
-        raise SubmitError(f"{address}: {error}") from error
-
-
-def _dial(address: str) -> None:
-    """Returns when something listens there; Ray's client would wait for minutes on a firewall."""
-    url = urlsplit(address)
-    if url.scheme not in {"http", "https"} or url.hostname is None:
-        raise SubmitError(f"--address: {address!r} is no job server's; give http://HEAD:8265")
-    port = url.port or (443 if url.scheme == "https" else 80)
-    socket.create_connection((url.hostname, port), CONNECT_S).close()
-
-
-def _no_server(address: str) -> str:
-    return (
-        f"--address: no Ray job server answers at {address}; start one (`ray start --head`), open "
-        "its port (8265), or forward it: ssh -L 8265:127.0.0.1:8265 HEAD"
-    )
-
-
 def _models(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     found = {
         "weak": data["weak"],
@@ -387,6 +344,13 @@ def _absolute(path: str) -> str:
     """A file, folder or glob that is here as an absolute path; hub ids and URIs as they are."""
     here = "://" not in path and (Path(path).exists() or any(True for _ in glob.iglob(path)))
     return str(Path(path).absolute()) if here else path
+
+
+def _read_in(name: str, deepspeed: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    try:
+        return read_section(deepspeed) if isinstance(deepspeed, str) else deepspeed
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from None
 
 
 def _existing(path: Path, field: str) -> Path:

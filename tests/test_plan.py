@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from small_run import small_config
 from tiny import save_tiny
 
-from cwpo_dist.config import ConfigError
+from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.stages import checks
-from cwpo_dist.stages.checks import Machine, check, pool_faults, training_faults
+from cwpo_dist.stages.checks import Machine, check, pool_faults
+from cwpo_dist.stages.cluster import ClusterError
 from cwpo_dist.stages.costs import total_steps
 from cwpo_dist.stages.plan import plan
 from cwpo_dist.stages.plan_table import print_plan
+from cwpo_dist.stages.training_checks import placement_faults, setting_faults
 
 
 def test_plan_says_what_each_stage_will_do(
@@ -232,7 +234,40 @@ def test_a_deepspeed_section_that_a_worker_would_refuse_is_refused_here(tmp_path
     with pytest.raises(ConfigError) as caught:
         check(parse_config(small_config(tmp_path, **changes)))
     assert re.search(r"^fit\.deepspeed: .*none\.json", str(caught.value), re.MULTILINE)
-    assert re.search(r"^align\.deepspeed\.optimizer: ", str(caught.value), re.MULTILINE)
+    assert re.search(r"^align\.deepspeed\.optimizer\.params\.lr: ", str(caught.value), re.MULTILINE)
+
+
+def test_precision_is_that_of_the_workers(tmp_path: Path) -> None:
+    """Which no section alone tells: `torch_dtype`, and whether there are GPUs, decide."""
+    half = {"bf16": {"enabled": True}, "fp16": {"enabled": "auto", "loss_scale": 0}}
+    config = small_config(tmp_path, sft__deepspeed=half)
+    assert faults(config).startswith("sft.deepspeed.bf16.enabled: True, but the weights will be fl")
+    config["policy"]["torch_dtype"] = "bfloat16"
+    check(parse_config(config))
+    section = parse_config(small_config(tmp_path, sft__deepspeed=half)).sft
+    auto = ModelConfig(model_name_or_path="x")
+    assert section is not None
+    assert list(setting_faults("sft", section, auto, [Machine(8.0, 1.0)])) == []
+    assert len(list(setting_faults("sft", section, auto, [Machine(8.0, 0.0)]))) == 1
+
+
+def test_what_a_tracker_lacks_is_found_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = small_config(tmp_path, align__report_to=["mlflow"])
+    assert faults(config).startswith("align.report_to: 'mlflow' needs MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    check(parse_config(config))
+
+
+def test_a_folder_that_ray_could_not_start_in_is_found_by_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(small_config(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + 60 * "x")
+    with pytest.raises(ClusterError, match=r"^RAY_TMPDIR: '/tmp/xx"):
+        plan(config)
 
 
 def test_positions_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
@@ -261,10 +296,12 @@ def test_only_what_a_stage_needs_is_checked_for_it(tmp_path: Path) -> None:
 def test_workers_are_placed_on_nodes_not_on_a_sum_of_cpus(tmp_path: Path) -> None:
     config = parse_config(small_config(tmp_path, fit__cpus_per_worker=3.0, fit__num_workers=2))
     halves = [Machine(4.0, 0.0), Machine(4.0, 0.0)]
-    assert list(training_faults("fit", config.fit, halves)) == []
-    (fault,) = training_faults("fit", config.fit, [Machine(2.0, 0.0)] * 4)
-    assert "2 workers of 3 CPU can never be placed on 4 nodes (8 CPUs, 0 GPUs)" in fault
-    (fault,) = training_faults("fit", config.fit, [Machine(8.0, 1.0)])  # auto: GPUs are used
+    assert list(placement_faults("fit", config.fit, halves)) == []
+    (fault,) = placement_faults("fit", config.fit, [Machine(2.0, 0.0)] * 4)
+    assert (
+        "2 workers of 3 CPU can never be placed on a cluster of 4 nodes (8 CPUs, 0 GPUs)" in fault
+    )
+    (fault,) = placement_faults("fit", config.fit, [Machine(8.0, 1.0)])  # auto: GPUs are used
     assert "room for 1" in fault
     pool = config.annotate.model_copy(update={"gpus_per_actor": 1.0})
     assert list(pool_faults("annotate.", pool, [Machine(1.0, 1.0)])) == []

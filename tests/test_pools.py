@@ -47,7 +47,7 @@ def faults(**fields: Any) -> list[str]:
         ),
         (
             {"gpus_per_actor": 0.5, "num_actors": [9, 20]},
-            r"annotate\.num_actors: at least 9, but 2 nodes .* has room for 8",
+            r"annotate\.num_actors: at least 9, but a cluster of 2 nodes .* has room for 8",
         ),
         (
             {"pools": [{"gpus_per_actor": 1}, {"resources": {"tape": 1}}]},

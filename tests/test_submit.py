@@ -20,9 +20,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from cwpo_dist import credentials
+from cwpo_dist import cli, credentials, job_server
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config_file import parse_config
+from cwpo_dist.job_server import other_cluster
 from cwpo_dist.submit import (
     Settings,
     SubmitError,
@@ -193,6 +194,60 @@ def test_no_server_is_one_clear_message(tmp_path: Path) -> None:
         submit(small(tmp_path), "run", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(SubmitError, match="'head:8265' is no job server's; give http://HEAD:8265"):
         submit(small(tmp_path), "run", "head:8265")
+
+
+@pytest.mark.parametrize("elsewhere", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+def test_the_address_that_is_given_wins(
+    head: str,
+    elsewhere: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Over the environment's, which is named, and over a proxy's way."""
+    other = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv(elsewhere, other)
+    monkeypatch.setenv("http_proxy", other)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(SubmitError, match="no-such-job does not exist"):
+        status("no-such-job", head)
+    for command in ("status", "logs", "stop"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "no-such-job", "--address", head])
+        said = capsys.readouterr()
+        assert f"--address {head} is used, not {elsewhere}={other} of the env" in said.out
+        assert "no-such-job does not exist" in said.err
+    assert os.environ[elsewhere] == other
+    assert "no_proxy" not in os.environ
+
+
+def test_the_environments_address_is_named_where_it_is_another_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    for value, named in {
+        "": None,
+        "auto": None,
+        "head:6379": None,  # the same head, by Ray's own port
+        "ray://head:10001": None,
+        "http://head:8265": None,
+        "http://head:9999": "RAY_ADDRESS=http://head:9999",
+        "other:6379": "RAY_ADDRESS=other:6379",
+    }.items():
+        monkeypatch.setenv("RAY_ADDRESS", value)
+        assert other_cluster("http://head:8265") == named
+
+
+def test_a_server_that_never_answers_is_told_within_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job_server, "CONNECT_S", 0.5)
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for ask in (status, logs, stop):
+            with pytest.raises(SubmitError, match=f"no Ray job server answers at {url}") as error:
+                ask("job", url)
+            assert "It is not asked by way of the proxy http://proxy.ex" in str(error.value)
 
 
 def test_credentials_travel_as_a_file_and_only_those_that_are_set(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.config_file import parse_config
 from cwpo_dist.storage import Store
 from cwpo_dist.training import tracking
+from cwpo_dist.training.courier import Courier
 from cwpo_dist.training.worker import _progress
 
 RECORD = {"step": 1, "loss": 0.5, "rewards/accuracies": 0.25, "eval_loss": 0.75}
@@ -23,7 +26,14 @@ def scalars(folder: str, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in accumulator.Scalars(tag)]
 
 
-def open_runs(trackers: list[Any], stage: Store, start: int = 0) -> list[tracking.TrackedRun]:
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def open_runs(trackers: list[Any], stage: Store, start: int = 0) -> list[Courier]:
     return tracking.open_runs(trackers, stage, "align-k", "identity", {"beta": 0.1}, start)
 
 
@@ -34,10 +44,11 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         first.log(RECORD | {"step": step, "loss": float(step)})
     first.flush()  # and never closed: it was killed
+    folder = str(tmp_path / "tensorboard")
+    wait_for(lambda: Path(folder).exists() and len(scalars(folder, "train/loss")) == 3)
     (second,) = open_runs(["tensorboard"], stage, start=2)
     second.log(RECORD | {"step": 3, "loss": 30.0})
     second.close()
-    folder = str(tmp_path / "tensorboard")
     assert scalars(folder, "train/loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert scalars(folder, "eval/loss")[-1] == (3, 0.75)
     assert scalars(folder, "train/rewards/accuracies")[0] == (1, 0.25)
@@ -47,6 +58,7 @@ def test_event_files_reach_object_storage(s3_store: Store, tmp_path: Path) -> No
     (run,) = open_runs(["tensorboard"], s3_store)
     run.log(RECORD)
     run.flush()
+    wait_for(lambda: len(s3_store.names()) == 1)
     (name,) = s3_store.names("tensorboard")
     (tmp_path / Path(name).name).write_bytes(s3_store.read(name))
     assert scalars(str(tmp_path), "train/loss") == [(1, 0.5)]
@@ -56,13 +68,61 @@ def test_event_files_reach_object_storage(s3_store: Store, tmp_path: Path) -> No
     assert len(scalars(str(tmp_path), "train/loss")) == 2
 
 
-def test_a_tracker_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_tracker_lacks_is_known_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    mlflow, wandb = tracking.missing(["tensorboard", "mlflow", "wandb"])
+    assert mlflow.startswith("'mlflow' needs MLFLOW_TRACKING_URI, which is not set")
+    assert wandb.startswith("'wandb' needs WANDB_API_KEY, or `wandb login`")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking.missing(["mlflow"]) == []
     monkeypatch.setitem(tracking.PACKAGES, "wandb", "no_such_package")
-    with pytest.raises(ConfigError, match=r"report_to: 'wandb' is not installed here; pip"):
-        open_runs(["wandb"], Store("unused"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ConfigError, match="mlflow needs MLFLOW_TRACKING_URI"):
-        open_runs(["mlflow"], Store("unused"))
+    (absent,) = tracking.missing(["wandb"])
+    assert absent.startswith("'wandb' is not installed here; pip install 'cwpo_dist[wandb]'")
+
+
+@pytest.mark.parametrize(
+    "given", ["key", "token", "offline", "netrc", "its own host", "wandb offline", "wandb login"]
+)
+def test_what_wandb_can_start_with(
+    given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine example.org login user password 1234")
+    netrc.chmod(0o600)
+    assert tracking.missing(["wandb"])
+    if given == "key":
+        monkeypatch.setenv("WANDB_API_KEY", "k")
+    if given == "token":
+        monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", "file")
+    if given == "offline":
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    if given == "netrc":
+        netrc.write_text("machine api.wandb.ai login user password 1234")
+    if given == "its own host":
+        monkeypatch.setenv("WANDB_BASE_URL", "https://example.org/")
+    if given.startswith("wandb "):
+        home = tmp_path / ("wandb" if given == "wandb offline" else ".config/wandb")
+        home.mkdir(parents=True)
+        line = "mode = offline" if given == "wandb offline" else "api_key = %1"
+        (home / "settings").write_text(f"[default]\n{line}\n")
+    assert tracking.missing(["wandb"]) == []
+
+
+def test_a_node_without_a_tracker_trains_without_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(tracking.PACKAGES, "wandb", "no_such_package")
+    assert open_runs(["wandb"], Store("unused")) == []
+    assert "report_to: 'wandb' is not installed on this node: left out" in caplog.text
 
 
 def test_report_to_as_people_write_it() -> None:

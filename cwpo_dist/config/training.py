@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cwpo_dist.config.base import ConfigError, PositiveFloat, PositiveInt, Section
+from cwpo_dist.config.base import PositiveFloat, PositiveInt, Section
+from cwpo_dist.config.deepspeed import decides_weights, read_section
 from cwpo_dist.config.models import LoraConfig
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
@@ -109,13 +108,16 @@ class TrainingConfig(Section):
         Raises:
             ConfigError: for a file that is missing or no JSON.
         """
-        if not isinstance(self.deepspeed, str):
-            return self.deepspeed or {}
-        try:
-            section: dict[str, Any] = json.loads(Path(self.deepspeed).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ConfigError(f"deepspeed: cannot read {self.deepspeed!r}: {error}") from None
-        return section
+        return read_section(self.deepspeed)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the weights, with what the DeepSpeed section adds to them.
+
+        Raises:
+            ConfigError: for a DeepSpeed file that is missing or no JSON.
+        """
+        added = decides_weights(self.deepspeed_section())
+        return super().identity() | ({"deepspeed": added} if added else {})
 
     @model_validator(mode="after")
     def _workers_in_order(self) -> Self:

@@ -135,7 +135,9 @@ def _fault(field: str, pool: Pool, machines: Sequence[Machine], room: int) -> st
 
 
 def described(machines: Sequence[Machine]) -> str:
-    """`2 nodes (16 CPUs, 2 GPUs)`."""
+    """`this machine (2 CPUs, 0 GPUs)` before Ray runs, else `a cluster of 2 nodes (16 CPUs, …)`."""
     cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
-    nodes = "this machine" if len(machines) == 1 else f"{len(machines)} nodes"
+    here = len(machines) == 1 and machines[0].resources is None
+    count = "one node" if len(machines) == 1 else f"{len(machines)} nodes"
+    nodes = "this machine" if here else f"a cluster of {count}"
     return f"{nodes} ({cpus:g} CPUs, {gpus:g} GPUs)"

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,7 @@ from cwpo_dist.scoring.attempts import SUSPICIOUS, ShardWorker, attempt
 from cwpo_dist.scoring.pipeline import ShardJob, commit, part
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.tickets import Shards
+from cwpo_dist.waiting import told_while_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +119,27 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
     for stream in streams:
         stream.start()
     try:
-        yield from _reports(set(missing), shards, inbox, len(streams))
+        with _told_while_waiting(job, pools, shards):
+            yield from _reports(set(missing), shards, inbox, len(streams))
     finally:
         ray.get(shards.close.remote())
         _end(streams, before)
         ray.kill(shards)  # else it lives as long as anything of the pipelines that it was given to
+
+
+def _told_while_waiting(
+    job: ShardJob, pools: Sequence[Pool], shards: ActorHandle[Any]
+) -> AbstractContextManager[None]:
+    """Of the first pool's actors, where no pool has one yet."""
+    need = {"CPU": pools[0].cpus_per_actor, "GPU": pools[0].gpus_per_actor}
+    need = {name: amount for name, amount in need.items() if amount}
+    amounts = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+    return told_while_waiting(
+        f"{job.name}.num_actors: actors of {amounts} each",
+        need,
+        "lower cpus_per_actor",
+        lambda: bool(ray.get(shards.has_begun.remote())),
+    )
 
 
 def _end(streams: Sequence[threading.Thread], before: set[threading.Thread]) -> None:

@@ -53,6 +53,10 @@ class Shards:
     def _of_another(self, pool: int) -> int | None:
         return next((i for i, holders in self.under_way.items() if pool not in holders), None)
 
+    def has_begun(self) -> bool:
+        """True once an actor has come up and taken a shard."""
+        return bool(self.begun)
+
     def done(self, index: int) -> None:
         """The shard is committed."""
         self.under_way.pop(index, None)

@@ -30,21 +30,21 @@ from cwpo_dist.lm.tokens import Encoder, TokenError
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
-from cwpo_dist.scoring.placement import Machine, alive_machines, described, pool_faults
+from cwpo_dist.scoring.placement import Machine, alive_machines, pool_faults
+from cwpo_dist.stages.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
 from cwpo_dist.stages.nodes import node_faults
 from cwpo_dist.stages.own_checks import own_faults
 from cwpo_dist.stages.sizes import Loader, ModelSize, annotator, model_size, policy, reward_model
+from cwpo_dist.stages.training_checks import elsewhere, placement_faults, setting_faults
 from cwpo_dist.stages.trials import Trial, baseline, by_loss
 from cwpo_dist.storage import StorageError, Store
-from cwpo_dist.training.tracking import missing
 
 _ROLES: dict[Loader, Role] = {
     policy: "policy",
     annotator: "annotator",
     reward_model: "reward model",
 }
-ELSEWHERE = "to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL"
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def check(config: Config, until: str | None = None) -> Checked:
             faults += _length_faults(field, model, sizes[field], encoders[field])
         except (ModelError, TokenError) as error:
             faults.append(f"{field}.{error}")
+    for name, training, trained in trainings(config, until):
+        faults += setting_faults(name, training, trained, machines)
     faults += [] if grows() else _placement_faults(config, until, machines)
     if faults:
         raise ConfigError("\n".join(faults))
@@ -116,19 +118,23 @@ def _placement_faults(
     config: Config, until: str | None, machines: tuple[Machine, ...]
 ) -> Iterator[str]:
     """Workers and actors that these machines could never hold."""
-    for name, training in trainings(config, until):
-        yield from training_faults(name, training, machines)
+    for name, training, _ in trainings(config, until):
+        yield from placement_faults(name, training, machines)
     for name, pool in pools(config, until):
-        for fault in pool_faults(f"{name}.", pool, machines):
-            yield f"{fault} ({ELSEWHERE})"
+        yield from (f"{fault}{elsewhere()}" for fault in pool_faults(f"{name}.", pool, machines))
 
 
 def available() -> list[Machine]:
-    """The cluster that RAY_ADDRESS names, else what a local Ray would take from this machine."""
-    if os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-        ray.init()
+    """The cluster that RAY_ADDRESS names, else what a local Ray would take from this machine.
+
+    Raises:
+        ClusterError: where there is no such cluster, or Ray could not start here.
+    """
     if not ray.is_initialized():
-        return [Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))]
+        if named_cluster() is None:
+            refuse_unreachable(None)
+            return [Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))]
+        connect()
     return alive_machines()
 
 
@@ -153,13 +159,19 @@ def implicit_arms(config: Config) -> list[str]:
     return [arm for arm in config.arms if config.arm(arm).annotator == "implicit"]
 
 
-def trainings(config: Config, until: str | None = None) -> Iterator[tuple[str, TrainingConfig]]:
-    """The training sections that are used up to a stage."""
-    sections = {"fit": config.fit, "sft": config.sft, "align": config.align}
+def trainings(
+    config: Config, until: str | None = None
+) -> Iterator[tuple[str, TrainingConfig, ModelConfig | None]]:
+    """The training sections that are used up to a stage, and the models that they train."""
+    sections = {
+        "fit": (config.fit, config.weak),
+        "sft": (config.sft, config.policy),
+        "align": (config.align, config.policy),
+    }
     stages = reached(config, until)
-    for name, section in sections.items():
+    for name, (section, model) in sections.items():
         if name in stages and section is not None:
-            yield name, section
+            yield name, section, model
 
 
 def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolConfig]]:
@@ -282,50 +294,6 @@ def _missing_models(config: Config, until: str | None) -> Iterator[str]:
         yield f"weak: arm {implicit[0]!r} trains it by SFT and DPO; give weak.model_name_or_path"
     if "align" in stages and config.policy is None:
         yield f"policy: arm {config.arms[0]!r} aligns a policy; give policy.model_name_or_path"
-
-
-def training_faults(
-    name: str, training: TrainingConfig, machines: Sequence[Machine]
-) -> Iterator[str]:
-    """Workers that fit on no nodes, trackers that are not there, schedules that cannot be."""
-    gpus = sum(machine.gpus for machine in machines)
-    on_gpu = training.use_gpu is True or (training.use_gpu == "auto" and gpus > 0)
-    places = sum(_places(m, training.cpus_per_worker, 1.0 if on_gpu else 0.0) for m in machines)
-    if places < training.min_workers:
-        each = f"{training.cpus_per_worker:g} CPU" + (" and a GPU" if on_gpu else "")
-        yield (
-            f"{name}.num_workers: {training.min_workers} workers of {each} can never be placed on "
-            f"{described(machines)}, which has room for {places}; lower num_workers or "
-            f"cpus_per_worker, or add nodes ({ELSEWHERE})"
-        )
-    for fault in missing(training.report_to):
-        yield f"{name}.report_to: {fault}"
-    yield from _deepspeed_faults(name, training)
-    if training.max_steps == 0:
-        yield f"{name}.max_steps: 0 trains nothing; give -1 for whole epochs, or a number of steps"
-    if 0 < training.max_steps <= training.warmup_steps:
-        yield (
-            f"{name}.warmup_steps: {training.warmup_steps} of {training.max_steps} max_steps never "
-            "reaches the learning rate; lower it"
-        )
-
-
-def _deepspeed_faults(name: str, training: TrainingConfig) -> Iterator[str]:
-    """A section that a worker would refuse, or a file that is not there."""
-    if training.deepspeed is None:
-        return
-    from cwpo_dist.training.engine import deepspeed_config  # seconds to import, and seldom needed
-
-    try:
-        deepspeed_config(training, torch.float32)
-    except ConfigError as error:
-        yield f"{name}.{error}"
-
-
-def _places(machine: Machine, cpus: float, gpus: float) -> int:
-    """How many workers of this size fit on a node side by side."""
-    rooms = [machine.cpus / cpus] + ([machine.gpus / gpus] if gpus else [])
-    return int(min(rooms) + 1e-9)  # 2 / 0.4 must not become 4.999…
 
 
 def _length_faults(

@@ -24,6 +24,7 @@ from cwpo_dist.stages.checks import (
     pools,
     trainings,
 )
+from cwpo_dist.stages.cluster import named_cluster
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.costs import Estimate, Rates, gpus, total_steps
 from cwpo_dist.stages.fleet_costs import Fleet
@@ -92,8 +93,9 @@ class Plan:
     @property
     def where(self) -> str:
         """What the times hold for."""
-        given = bool(self.fleet.rates)
-        return "annotation at the rate that was given" if given else "on this machine alone"
+        if self.fleet.rates:
+            return "annotation at the rate that was given"
+        return "on this machine alone" if named_cluster() is None else "on one node of the cluster"
 
     def fleet_lines(self) -> Iterator[str]:
         """Device-hours of what is left to do, what they cost, and all that storage will hold."""
@@ -188,7 +190,8 @@ def _empty(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
         yield fault
     for name, model, _ in models(config, _until(config)):
         yield from _unread(config, counted, name, model, read[name])
-    if "fit" in dict(trainings(config, _until(config))) and not counted.pairs("labelled"):
+    names = {name for name, *_ in trainings(config, _until(config))}
+    if "fit" in names and not counted.pairs("labelled"):
         yield (
             f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
             f"pair to fit an annotator on; {_labels_remedy(counted)}, or give annotate.model"
@@ -392,7 +395,7 @@ def _size_of_comparison(config: Config, number: int) -> str:
 
 def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     """Schedules that end before they have warmed up, in the arm with the fewest steps."""
-    sections = dict(trainings(config, _until(config)))
+    sections = {name: section for name, section, _ in trainings(config, _until(config))}
     fewest: dict[str, tuple[int, str]] = {}
     for estimate in estimates:
         for arm, nodes in _graphs(estimate.config).items():

@@ -6,7 +6,6 @@ The only place that knows the order of the stages and commits their outputs.
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-import ray.data
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.scoring.held import held_hours
@@ -32,6 +30,7 @@ from cwpo_dist.stages import (
     tokens,
     weigh,
 )
+from cwpo_dist.stages.cluster import connect
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import (
     TRAINING_STAGES,
@@ -275,24 +274,6 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in sorted(old[part].keys() | new[part].keys())
         if old[part].get(name) != new[part].get(name)
     ]
-
-
-def connect() -> None:
-    """Joins the cluster of RAY_ADDRESS (a submitted job's own), else starts Ray here."""
-    _only_our_progress()
-    if ray.is_initialized():
-        return
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address=address, runtime_env={"env_vars": threads}, logging_level=logging.WARNING)
-
-
-def _only_our_progress() -> None:
-    """Every stage says how far it is; Ray's own bars and notices would drown that."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
 
 
 def device() -> str:

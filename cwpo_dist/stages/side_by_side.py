@@ -15,10 +15,11 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import Config
+from cwpo_dist.stages.cluster import connect
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 from cwpo_dist.stages.room import Room, fit_two, fits, need, plus
-from cwpo_dist.stages.run import connect, done, make
+from cwpo_dist.stages.run import done, make
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)

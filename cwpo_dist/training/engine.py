@@ -1,6 +1,6 @@
 """A module and a config in, a DeepSpeed engine out: ZeRO-0 to -3, on CUDA or on CPU with gloo.
 
-The only file that imports deepspeed. What differs from its examples, and why:
+What differs from its examples, and why:
 - a step's micro-batches are planned by tokens, so their number varies: accumulation is steered by
   `set_gradient_accumulation_boundary`, and DeepSpeed's own scaling by a fixed number is off;
 - the optimizer is torch's: DeepSpeed's own would be compiled first, for minutes;
@@ -9,7 +9,6 @@ The only file that imports deepspeed. What differs from its examples, and why:
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,83 +18,27 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.config import TrainingConfig
 from cwpo_dist.config.training import BUCKET_NUMBERS
 from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import RowBatch
+from cwpo_dist.training.deepspeed_settings import deepspeed_config, frozen_config, zero_stage
 from cwpo_dist.training.loop import fresh_state
 from cwpo_dist.training.optim import STATE_KEYS, make_optimizer, set_learning_rate
 from cwpo_dist.training.shards import Share
 
-logger = logging.getLogger(__name__)
-
-# What a user's DeepSpeed section may not set, and what sets it here.
-OURS = {
-    "train_batch_size": "global_batch_size",
-    "train_micro_batch_size_per_gpu": "max_tokens_per_micro_batch",
-    "gradient_accumulation_steps": "global_batch_size and max_tokens_per_micro_batch",
-    "optimizer": "optim, learning_rate and weight_decay",
-    "scheduler": "lr_scheduler_type and warmup_steps",
-    "bf16": "torch_dtype of the model's section",
-    "fp16": "torch_dtype of the model's section (bfloat16 or float32)",
-    "gradient_clipping": "max_grad_norm",
-}
-_SAYS_NOTHING = {"enabled": False}  # of fp16 and bf16: what a JSON with both often has
-
-
-def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration: ours, with the user's section (or HF JSON) merged over it.
-
-    Args:
-        config: `zero_stage`, `max_grad_norm`, and `deepspeed`, a section or a JSON file whose
-            `auto`s are left to us.
-        dtype: of the model's weights.
-
-    Raises:
-        ConfigError: when the section sets what other fields of ours set, or has keys or values
-            under `zero_optimization` that DeepSpeed does not know.
-    """
-    half = dtype == torch.bfloat16
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # for its counters alone
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.max_grad_norm,
-        "steps_per_print": 10**9,
-        "bf16": {"enabled": half},
-        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": BUCKET_NUMBERS},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if half:  # gradients of many micro-batches are summed in fp32
-        ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    merged = _merged(ours, _users_section(config.deepspeed_section()))
-    _refuse_unknown(merged["zero_optimization"])
-    if (merged["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
-        raise ConfigError(
-            "deepspeed.zero_optimization.offload_optimizer.device: 'nvme' is not supported, as "
-            "checkpoints read the optimizer's state from memory; give 'cpu', or more workers"
-        )
-    if half and merged["zero_optimization"]["stage"] == 0:
-        logger.warning("zero_stage 0 cannot sum bfloat16 gradients in float32: stage 1 is used")
-        merged["zero_optimization"]["stage"] = 1
-    return merged
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    """The ZeRO stage that a merged configuration asks for."""
-    return int(ds_config["zero_optimization"]["stage"])
-
-
-def frozen_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The same for a model that is only applied, under ZeRO-3."""
-    settings = deepspeed_config(config, dtype)
-    zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
-    return settings | {"zero_optimization": zero | {"stage": 3}}
+__all__ = [
+    "DeepSpeedEngine",
+    "deepspeed_config",
+    "frozen_config",
+    "join_process_group",
+    "sharded_loading",
+    "wrap_frozen",
+    "zero_stage",
+]
 
 
 def wrap_frozen(module: nn.Module, ds_config: dict[str, Any]) -> Any:
@@ -132,7 +75,6 @@ def join_process_group() -> None:
     """
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that this torch calls deprecated, in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
@@ -284,50 +226,3 @@ class DeepSpeedEngine:
         start = self.rank * shard.numel()
         left = parameter.ds_numel - start
         return (start, shard[:left]) if left > 0 else None
-
-
-def _users_section(section: dict[str, Any]) -> dict[str, Any]:
-    """The user's section without `auto`s, and without what it says in vain."""
-    concrete = _without_autos(section)
-    concrete = {k: v for k, v in concrete.items() if k not in OURS or v != _SAYS_NOTHING}
-    for name in ("optimizer", "scheduler"):
-        if set(concrete.get(name, {})) == {"type"}:
-            logger.warning(
-                "deepspeed.%s: %s is not used, %s decide", name, concrete.pop(name), OURS[name]
-            )
-    for name, field in OURS.items():
-        if name in concrete:
-            raise ConfigError(
-                f"deepspeed.{name}: {concrete[name]!r} is not ours to take; set {field}, and "
-                f"remove it here (or write 'auto')"
-            )
-    return concrete
-
-
-def _refuse_unknown(zero: Any) -> None:
-    """DeepSpeed says the same, once every worker has loaded its model."""
-    try:
-        DeepSpeedZeroConfig.model_validate(zero)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        field = ".".join(map(str, ("deepspeed", "zero_optimization", *fault["loc"])))
-        raise ConfigError(
-            f"{field}: {fault['input']!r}: DeepSpeed says: {fault['msg']}; correct or remove it"
-        ) from None
-
-
-def _without_autos(section: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for name, value in section.items():
-        inner = _without_autos(value) if isinstance(value, dict) else value
-        if inner != "auto" and (inner != {} or value == {}):
-            kept[name] = inner
-    return kept
-
-
-def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(ours)
-    for name, value in theirs.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged

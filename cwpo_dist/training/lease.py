@@ -114,6 +114,11 @@ class LeaseToken:
             f"({_who(self.store, epoch)}); this process stops without committing"
         )
 
+    def has_group(self) -> bool:
+        """True once workers have started under this lease."""
+        epoch, group = _newest(self.store)
+        return epoch > self.epoch or group > 0
+
     def ask_to_stop(self) -> None:
         """Tells the workers, wherever they are, to checkpoint and end."""
         self.store.write(_name(self.epoch, "stop"), b"")

@@ -29,6 +29,7 @@ from cwpo_dist.lm.recompute import let_recompute
 from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.storage import Store, digest
 from cwpo_dist.training import checkpoint, held_out, tracking
+from cwpo_dist.training.courier import Courier
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, Run
 from cwpo_dist.training.loop import train as run_loop
@@ -166,13 +167,14 @@ class _Rank:
         hooks = _RankHooks(self, run, start, attempt)
         try:
             run_loop(self.task, self.engine, run, hooks, start)
+            hooks.end_trackers()  # which finish while the model is exported
+            hooks.settle()
+            self.export()
         except (NonFiniteLoss, Preempted):  # of all ranks alike
             hooks.settle()
             raise
         finally:
             hooks.close()
-        hooks.settle()
-        self.export()
         if self.rank > 0:
             return {}
         last = _join_metrics(spec.store)
@@ -307,13 +309,19 @@ class _RankHooks(Hooks):
         """Commits the checkpoint under way, whatever ends the loop."""
         self._saver.settle(wait=True)
 
-    def close(self) -> None:
+    def end_trackers(self) -> None:
         """Ends the runs in the trackers; a resumed attempt opens them again."""
+        for tracker in self._trackers:
+            tracker.end()
+
+    def close(self) -> None:
+        """Waits, but not long, for what trackers still have to take."""
+        self.end_trackers()
         for tracker in self._trackers:
             tracker.close()
 
 
-def _trackers(spec: TrainSpec, start: int) -> list[tracking.TrackedRun]:
+def _trackers(spec: TrainSpec, start: int) -> list[Courier]:
     """The runs of this stage output, the same ones for every attempt at it."""
     identity = digest([spec.store.uri, spec.key])
     settings = {"stage": spec.name, "key": spec.key, "seed": spec.seed}

@@ -15,12 +15,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
+import ray.train
 import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
@@ -39,6 +40,7 @@ from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
 from cwpo_dist.training.loop import NonFiniteLoss, Preempted
 from cwpo_dist.training.process_group import STOP_SIGNALS, StoppableTorchConfig
 from cwpo_dist.training.worker import TrainSpec
+from cwpo_dist.waiting import told_while_waiting
 
 __all__ = [
     "FrozenSpec",
@@ -161,7 +163,7 @@ def _fit(spec: Spec, token: LeaseToken) -> dict[str, Any]:
     """Runs worker groups until one ends well; what its rank 0 returned."""
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
     try:
-        with _start_timeout(spec.config), _stop_on_signal(token):
+        with _start_timeout(spec.config), _stop_on_signal(token), _told_while_waiting(spec, token):
             result: Any = _trainer(spec, token).fit()
     except (TrainingFailedError, RayError) as error:  # RayError: the controller itself died
         refusal = _refusal(token)
@@ -194,8 +196,15 @@ def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
             storage_path=scratch.root,
             storage_filesystem=PyFileSystem(FSSpecHandler(scratch.filesystem)),
             failure_config=FailureConfig(max_failures=config.max_failures),
+            **_quiet(),
         ),
     )
+
+
+def _quiet() -> dict[str, Any]:
+    """Ray Train's level of logging, where it has one: that workers start is no news."""
+    level = getattr(ray.train, "LoggingConfig", None)  # older Rays have none
+    return {} if level is None else {"logging_config": level("WARNING")}
 
 
 def _scaling(config: TrainingConfig) -> ScalingConfig:
@@ -207,6 +216,17 @@ def _scaling(config: TrainingConfig) -> ScalingConfig:
     if not isinstance(config.num_workers, int):
         settings["elastic_resize_monitor_interval_s"] = RESIZE_CHECK_S
     return ScalingConfig(**settings)
+
+
+def _told_while_waiting(spec: Spec, token: LeaseToken) -> AbstractContextManager[None]:
+    each, count = _resources(spec.config), spec.config.min_workers
+    amounts = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
+    return told_while_waiting(
+        f"{spec.name}.num_workers: {count} workers of {amounts} each",
+        {name: count * amount for name, amount in each.items()},
+        "lower num_workers or cpus_per_worker",
+        token.has_group,
+    )
 
 
 @contextmanager
@@ -244,6 +264,9 @@ def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
 
 def _worker(loop_config: dict[str, Any]) -> Any:
     """One rank; rank 0 returns {summary}, or {error, message} where no retry would help."""
+    # Ray Train shows what any library tells of itself; we show what is ours.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("cwpo_dist").setLevel(logging.INFO)
     spec, token = loop_config["spec"], loop_config["token"]
     refusal = _refusal(token)
     if refusal is not None:  # the group before could not even begin
