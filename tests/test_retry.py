@@ -46,7 +46,8 @@ def test_what_failed_is_scored_again_and_nothing_else(
     config = Config.model_validate(config.model_dump() | policy)
     weights = tmp_path / "reward" / "model.safetensors"
     spoil(weights, sick=True)
-    with pytest.raises(RejectsError, match=r"of 40 pairs were set aside \(\d+ × non-finite score\).*--retry-rejects"):
+    said = r"of 40 pairs were set aside \(\d+ × non-finite score\).*--retry-rejects"
+    with pytest.raises(RejectsError, match=said):
         run(config, until="annotate")
     lenient = config.model_copy(
         update={"annotate": config.annotate.model_copy(update={"max_reject_fraction": 1.0})}

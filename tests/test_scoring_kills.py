@@ -111,7 +111,8 @@ def test_a_writer_that_fails_half_way_ends_the_run_and_the_next_one_mends_it(qui
         run_shards(broken, POOL)
     said = user_message(raised.value) or ""
     # The process can write no more: whichever of its next shards' errors is heard first.
-    assert re.match(r"storage refused to write '.*part-0000\d\.(\w+\.)?parquet': .*File too large", said)
+    file = r"'.*part-0000\d\.(\w+\.)?parquet'"
+    assert re.match(rf"storage refused to write {file}: .*File too large", said)
     assert 3 in broken.missing()
     assert any("part-00003" in name for name in broken.output.names("rejects")), "not half-way"
     run_shards(make_job(quiet, "full", seconds=0.0), POOL)
