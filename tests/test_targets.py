@@ -142,9 +142,7 @@ def test_adapters_that_peft_would_lose_on_reading_are_refused_by_plan(tmp_path: 
     """Transformers renames this type's `shared_expert` with an expression that meets more."""
     make("laguna", tmp_path)
     model = ModelConfig(model_name_or_path=str(tmp_path))
-    with pytest.raises(
-        LoraError, match="would lose the adapters of gate_proj, up_proj"
-    ):
+    with pytest.raises(LoraError, match="would lose the adapters of gate_proj, up_proj"):
         trained_size(model, policy, LoraConfig())
     kept = trained_size(model, policy, LoraConfig(target_modules=["q_proj", "o_proj"]))
     assert kept.parameters > 0

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from cwpo_dist.lm.foreign import whole_number
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decoder_of, unwrapped
 from cwpo_dist.lm.rows import Row
 
@@ -76,7 +77,7 @@ def matmul_weights(module: nn.Module, config: Any) -> int:
         module: a decoder, or a head.
         config: of its text model, which says how many experts a token is sent to.
     """
-    chosen = next((n for name in _EXPERTS if (n := getattr(config, name, None))), None)
+    chosen = next((n for name in _EXPERTS if (n := whole_number(config, name))), 0)
     weights = 0.0
     for part in module.modules():
         if isinstance(part, nn.Linear | Conv1D):
@@ -90,11 +91,11 @@ def matmul_weights(module: nn.Module, config: Any) -> int:
 
 
 def _attention_width(config: Any) -> int:
-    heads, width = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
+    heads = whole_number(config, "num_attention_heads")
     if not heads:
         return 0
-    head_dim = getattr(config, "head_dim", None) or width // heads
-    return int(heads) * int(head_dim) * int(config.num_hidden_layers)
+    head_dim = whole_number(config, "head_dim") or whole_number(config, "hidden_size") // heads
+    return heads * head_dim * whole_number(config, "num_hidden_layers")
 
 
 def _shape(weight: Any) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ runs inside, and what is no fault of a model's code (no memory, an interrupt) pa
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.errors import StrictDataclassError
 
 FOREIGN_ERRORS: tuple[type[Exception], ...] = (
@@ -24,6 +26,17 @@ FOREIGN_ERRORS: tuple[type[Exception], ...] = (
     ValueError,  # `too many values to unpack`
 )
 _LONGEST = 240  # characters of what an error said
+
+
+def whole_number(config: Any, name: str) -> int:
+    """A field of a model's configuration that an estimate reads; 0 where there is none.
+
+    Some configurations have it by layer, and raise when they are asked for one of all.
+    """
+    try:
+        return int(getattr(config, name, None) or 0)
+    except FOREIGN_ERRORS:
+        return 0
 
 
 def one_line(error: BaseException) -> str:

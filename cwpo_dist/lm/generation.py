@@ -29,11 +29,14 @@ from transformers import (
 )
 
 from cwpo_dist.config import ConfigError
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.rope import turn_alone, turning_length
 
 logger = logging.getLogger(__name__)
 
 _PROBE_PROMPTS = (9, 3)  # tokens
+_HEEDS_PADS = "_cwpo_heeds_pads"  # on a model: what was found of it
 # By how much of their spread the logits of a padded prompt may differ from those of it alone.
 _PAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -69,6 +72,7 @@ def generate(
 
     Raises:
         ConfigError: where a prompt and its answer do not fit the model's positions.
+        ModelError: for a model that cannot write.
         ValueError: for an empty prompt.
     """
     _check_fit(model, prompts, max_new_tokens)
@@ -98,10 +102,6 @@ def _batches(
     if turning is not None:
         together = [i for i in order if len(prompts[i]) + new_tokens <= turning]
     if len(together) > 1 and batch_size > 1 and not _heeds_pads(model, settings.pad_token_id):
-        logger.warning(
-            "%s does not heed pads in front of a prompt: its answers are written one by one",
-            type(model).__name__,
-        )
         together = []
     for start in range(0, len(together), batch_size):
         yield together[start : start + batch_size]
@@ -109,7 +109,10 @@ def _batches(
 
 
 def _heeds_pads(model: PreTrainedModel, pad_id: int) -> bool:
-    """Whether a padded prompt is continued as it is alone, for two tokens."""
+    """Whether a padded prompt is continued as it is alone, for two tokens; asked once a model."""
+    known: bool | None = getattr(model, _HEEDS_PADS, None)
+    if known is not None:
+        return known
     draw = torch.Generator().manual_seed(0)
     words = int(model.config.get_text_config().vocab_size)
     longer, short, (token,) = (
@@ -118,7 +121,14 @@ def _heeds_pads(model: PreTrainedModel, pad_id: int) -> bool:
     padded_2V = _two_logits(model, [longer, short], pad_id, token)
     alone_2V = _two_logits(model, [short], pad_id, token)
     differ = float((padded_2V - alone_2V).abs().max() / alone_2V.std())
-    return differ <= _PAD_TOLERANCE[model.dtype]
+    heeds = differ <= _PAD_TOLERANCE[model.dtype]
+    setattr(model, _HEEDS_PADS, heeds)
+    if not heeds:
+        logger.warning(
+            "%s does not heed pads in front of a prompt: its answers are written one by one",
+            type(model).__name__,
+        )
+    return heeds
 
 
 class _Watch(LogitsProcessor):
@@ -201,13 +211,21 @@ def _continued(
         ids_BL[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask_BL[row, longest - len(prompt) :] = 1
     sampler: Any = model  # generate() is a mixin's, which the base class does not declare
-    with torch.no_grad():
-        output_BT: Tensor = sampler.generate(
-            ids_BL.to(model.device),
-            attention_mask=mask_BL.to(model.device),
-            generation_config=settings,
-            logits_processor=processors,
-        )
+    try:
+        with torch.no_grad():
+            output_BT: Tensor = sampler.generate(
+                ids_BL.to(model.device),
+                attention_mask=mask_BL.to(model.device),
+                generation_config=settings,
+                logits_processor=processors,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except FOREIGN_ERRORS as error:
+        raise ModelError(
+            f"model: {type(model).__name__} cannot write answers ({one_line(error)}); set "
+            "evaluate.num_prompts to 0, or give another model"
+        ) from error
     return output_BT[:, longest:]
 
 
@@ -219,7 +237,7 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
     keys that it does not know too: an empty one has nothing to fill in.
     """
     owner: Any = model
-    own = owner.generation_config
+    own = getattr(owner, "generation_config", None)
     owner.generation_config = GenerationConfig()
     try:
         yield

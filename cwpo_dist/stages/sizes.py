@@ -20,7 +20,7 @@ from transformers import (
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.activations import kept_numbers
 from cwpo_dist.lm.flops import matmul_weights
-from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
 from cwpo_dist.lm.loading import (
     ModelError,
     attention_of,
@@ -67,7 +67,7 @@ class ModelSize:
         parameters: all of them, tied ones once.
         matmul: those that every token is multiplied with: no embeddings, no head.
         head: those of the output layer, which only answer tokens reach.
-        layers: decoder layers.
+        layers: decoder layers; 0 where the configuration has no such field, as of the next.
         width: hidden size.
         words: of the output layer.
         positions: for how many tokens there are learned positions; None where they rotate on.
@@ -127,8 +127,8 @@ def model_size(model: ModelConfig, load: Loader = policy) -> ModelSize:
         parameters=sum(p.numel() for p in module.parameters()),
         matmul=matmul_weights(decoder, text),
         head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
-        layers=int(text.num_hidden_layers),
-        width=int(text.hidden_size),
+        layers=whole_number(text, "num_hidden_layers"),
+        width=whole_number(text, "hidden_size"),
         words=head.out_features if isinstance(head, nn.Linear) else 0,
         positions=_learned_positions(module),
         turning=turning_length(decoder),

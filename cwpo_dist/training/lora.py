@@ -27,7 +27,7 @@ from cwpo_dist.config import LoraConfig
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.modules import unwrapped
-from cwpo_dist.training.targets import LoraError, left_out, targets
+from cwpo_dist.training.targets import LoraError, left_out, targets, unknown_target
 
 Head = Literal["logps", "scores"]
 
@@ -51,6 +51,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
             that shares its weight with what is no embedding: no merged folder could say so.
     """
     found = targets(model, lora)
+    former = {target: unknown_target(model, target) for target in found.once}
     settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -74,6 +75,9 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
                 "(lora: null)"
             ) from error
     assert isinstance(adapted, PeftModel)
+    for target, refusal in former.items():  # peft takes it for experts, or passes it over
+        if target in (adapted.peft_config["default"].target_modules or ()):
+            raise refusal
     _refuse_ties(adapted, tied)
     _set_dropout(adapted, lora.lora_dropout)
     return adapted

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from cwpo_dist.config import LoraConfig
@@ -43,12 +44,14 @@ class Targets:
         parameters: the same of fused experts.
         ranks: peft's `rank_pattern`, of parameters whose rank is not the section's.
         alphas: peft's `alpha_pattern`, so that their scale is the section's all the same.
+        once: of the modules those that are none today, and that peft may know by a former name.
     """
 
     modules: list[str]
     parameters: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, int] = field(default_factory=dict)
+    once: list[str] = field(default_factory=list)
 
 
 def targets(model: Any, lora: LoraConfig) -> Targets:
@@ -75,18 +78,26 @@ def targets(model: Any, lora: LoraConfig) -> Targets:
             )
         return _with_ranks(lora, names, fused)
     every = [name for name, _ in model.named_modules()]
-    modules, parameters = [], []
-    for target in lora.target_modules:
-        if any(_ends(name, target) for name in fused):
-            parameters.append(target)
-        elif any(_ends(name, target) for name in every) or target in _once_separate(model):
-            modules.append(target)
-        else:
-            raise LoraError(
-                f"lora.target_modules: {target!r} is no module of {type(model).__name__}; it has "
-                f"{_adaptable(model, fused)}"
-            )
-    return _with_ranks(lora, modules, parameters)
+    parameters = [t for t in lora.target_modules if any(_ends(name, t) for name in fused)]
+    modules = [t for t in lora.target_modules if t not in parameters]
+    once = [t for t in modules if not any(_ends(name, t) for name in every)]
+    for target in once:
+        if target not in _once_separate(model):
+            raise unknown_target(model, target)
+    return replace(_with_ranks(lora, modules, parameters), once=once)
+
+
+def unknown_target(model: Any, target: str) -> LoraError:
+    """The refusal of a target that nothing in a model without adapters has, with what there is."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    leaves = [name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds)]
+    every = [*leaves, *sorted(set(_fused(_text_decoder(model))))]
+    names = list(dict.fromkeys(leaf for leaf in every if not leaf.isdigit()))
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return LoraError(
+        f"lora.target_modules: {target!r} is no module of {type(model).__name__}; it has "
+        f"{', '.join(names[:_NAMES_SHOWN])}{more}"
+    )
 
 
 def left_out(adapted: Any) -> list[str]:
@@ -110,6 +121,8 @@ def _with_ranks(lora: LoraConfig, modules: list[str], parameters: list[str]) -> 
 def _text_decoder(model: Any) -> Any:
     """The decoder, without what a model for images has beside it."""
     decoder = decoder_of(model)
+    if model.config.get_text_config() is model.config:
+        return decoder
     inner = decoder.get_decoder()
     return inner if any(part is inner for part in decoder.modules()) else decoder
 
@@ -163,19 +176,11 @@ def _fused(decoder: nn.Module) -> Iterator[str]:
 def _once_separate(model: Any) -> frozenset[str]:
     """What projections that are one parameter today were called in checkpoints, as peft knows."""
     conversions = get_checkpoint_conversion_mapping(model.config.model_type) or []
-    patterns = [p for each in conversions for p in getattr(each, "source_patterns", [])]
-    return frozenset(part for p in patterns for part in p.split(".") if part.isidentifier())
+    fused = [each for each in conversions if isinstance(each, WeightConverter)]
+    patterns = [p.removesuffix(".weight") for each in fused for p in each.source_patterns]
+    return frozenset(pattern.rpartition(".")[2] for pattern in patterns)
 
 
 def _ends(name: str, target: str) -> bool:
     """How peft matches."""
     return name == target or name.endswith(f".{target}")
-
-
-def _adaptable(model: Any, fused: list[str]) -> str:
-    """The names of layers that take adapters, each once."""
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    leaves = [name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds)]
-    names = list(dict.fromkeys(leaf for leaf in [*leaves, *fused] if not leaf.isdigit()))
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
