@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo try-cluster test test-long mutants lint format clean
+.PHONY: help install demo try-cluster test test-long mutants architectures lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -53,6 +53,9 @@ test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
 
 mutants: $(STAMP)  ## does a test notice each of some 140 edits that would turn a study round? Half an hour
 	$(BIN)/python tests/mutants.py
+
+architectures: $(STAMP)  ## docs/architectures.md: all of transformers' causal models, tiny; a quarter of an hour
+	PYTHONPATH=. $(BIN)/python tests/architectures.py docs/architectures.md
 
 lint: $(STAMP)  ## style, formatting, types, layers
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ from cwpo_dist.lm.batches import global_batch, steps_per_epoch
 from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.loading import load_policy, save
 from cwpo_dist.lm.modules import AnswerLogProbs
-from cwpo_dist.lm.recompute import let_recompute
+from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 
@@ -101,7 +101,7 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     run = Run(config, SEED, forward.layout, 0)
     names = [str(i) for i in range(len(rows))]
     task = Preference(rows, names, [1.0] * len(rows), references, "sigmoid", BETA)
-    module.train()
+    start_training(module)
     if spec["gradient"]:
         _, first = global_batch(len(rows), BATCH, SEED, 0)
         gradients(task, engine, run, 0, first.tolist())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import replace
 from typing import Annotated
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided before torch
@@ -28,10 +29,10 @@ from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
-from cwpo_dist.lm.recompute import let_recompute
+from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.stages.memory import training_memory
-from cwpo_dist.stages.sizes import model_size
+from cwpo_dist.stages.sizes import model_size, policy, trained_size
 from cwpo_dist.training import engine
 from cwpo_dist.training.loop import Hooks, Run, train
 from cwpo_dist.training.lora import add_lora
@@ -60,7 +61,7 @@ def step(model: ModelConfig, config: TrainingConfig) -> str:
     rows = [Row(prompt, (first, second)) for prompt, first, second in tokens]
     names, ones = [str(k) for k in range(len(rows))], [1.0] * len(rows)
     task = Preference(rows, names, ones, [(-1.0, -2.0)] * len(rows), "sigmoid", 0.1)
-    module.train()
+    start_training(module)
     train(task, built, Run(config, 0, layout, 0), Hooks())
     return layout
 
@@ -86,7 +87,8 @@ def main(
             "gradient_checkpointing": gradient_checkpointing,
         }
     )
-    planned = training_memory(config, model_size(given), on_gpu=False)
+    size = replace(model_size(given), trained=(trained_size(given, policy, config.lora),))
+    planned = training_memory(config, size, on_gpu=False)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         engine.join_process_group()
@@ -104,7 +106,7 @@ def main(
         "measured_mib": measured // 2**20,
         "planned_mib": planned.total // 2**20,
         "planned_over_measured": round(planned.total / measured, 3),
-        "parts_mib": {name: size // 2**20 for name, size in planned.parts().items()},
+        "parts_mib": {name: held and held // 2**20 for name, held in planned.parts().items()},
     }
     print(json.dumps(figures))
 

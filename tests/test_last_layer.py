@@ -13,9 +13,10 @@ from tiny import tiny_causal_lm, tiny_classifier
 from cwpo_dist.lm import packed
 from cwpo_dist.lm.last_layer import read_tokens
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
-from cwpo_dist.lm.probe import choose_layout, probe_rows
+from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.recompute import let_recompute, recompute
 from cwpo_dist.lm.rows import collate
+from cwpo_dist.lm.stock import probe_rows
 
 ROWS = probe_rows(200)
 BATCH = collate(ROWS, "packed", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from tiny import tiny_causal_lm
 from cwpo_dist.config import LoraConfig, TrainingConfig
 from cwpo_dist.lm.activations import kept_numbers
 from cwpo_dist.lm.modules import decode, unwrapped
-from cwpo_dist.lm.probe import probe_rows
 from cwpo_dist.lm.recompute import let_recompute, recompute
 from cwpo_dist.lm.rows import collate
-from cwpo_dist.stages.memory import by_zero_stage, training_memory
-from cwpo_dist.stages.sizes import ModelSize
+from cwpo_dist.lm.stock import probe_rows
+from cwpo_dist.stages.memory import activations, by_zero_stage, training_memory
+from cwpo_dist.stages.sizes import ModelSize, TrainedSize
 from cwpo_dist.training.lora import add_lora
 
+LORA = LoraConfig(r=8)
 SIZE = ModelSize(
     parameters=1_000_000,
     matmul=800_000,
@@ -25,10 +27,10 @@ SIZE = ModelSize(
     layers=2,
     width=100,
     words=2_000,
-    linear=(200, 200, 500, 500) * 2,
-    kept=4_000.0,
-    kept_lora=6_000.0,
-    positions=None,
+    trained=(
+        TrainedSize(None, 1_000_000, kept=4_000.0),
+        TrainedSize(LORA, 22_400, kept=6_000.0),
+    ),
 )
 
 
@@ -49,14 +51,30 @@ def test_each_zero_stage_shards_one_part_more() -> None:
 
 
 def test_lora_trains_little_and_checkpoints_keep_little() -> None:
-    full, lora = (
-        training_memory(config(lora=lora), SIZE, on_gpu=False) for lora in (None, LoraConfig(r=8))
-    )
-    assert lora.gradients == 2 * 4 * 8 * sum(SIZE.linear)
+    full, lora = (training_memory(config(lora=lora), SIZE, on_gpu=False) for lora in (None, LORA))
+    assert lora.gradients == 2 * 4 * 22_400
     assert lora.optimizer < full.optimizer / 10
     kept = training_memory(config(gradient_checkpointing=True), SIZE, on_gpu=False)
     assert kept.activations < full.activations
     assert kept.optimizer == full.optimizer
+
+
+def test_unknown_activations_are_said_and_what_is_known_still_counts() -> None:
+    size = replace(SIZE, trained=(TrainedSize(None, 1_000_000, None, "it looks at values"),))
+    memory = training_memory(config(), size, on_gpu=False)
+    assert memory.activations is None
+    known = training_memory(config(), SIZE, on_gpu=False)
+    assert memory.total == known.weights + known.gradients + known.optimizer + known.update
+    recomputed = training_memory(config(gradient_checkpointing=True), size, on_gpu=False)
+    assert recomputed.activations is None
+
+
+def test_adapted_experts_are_held_once_more_and_a_layer_of_them_where_layers_recompute() -> None:
+    copied = TrainedSize(None, 1_000_000, 4_000.0, copied=500_000)
+    size = replace(SIZE, trained=(copied,))
+    assert activations(config(), size) - activations(config(), SIZE) == 500_000
+    recompute = config(gradient_checkpointing=True)
+    assert activations(recompute, size) - activations(recompute, SIZE) == 250_000
 
 
 def kept_in_fact(model: Any) -> float:

@@ -11,8 +11,9 @@ from tiny import tiny_causal_lm, tiny_classifier
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.packed import packed_attention
-from cwpo_dist.lm.probe import choose_layout, probe_rows
+from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import collate
+from cwpo_dist.lm.stock import probe_rows
 
 ONE_ROW = torch.tensor([[[[1, 1]]]])
 
@@ -56,7 +57,7 @@ def test_flash_attention_and_encoders_take_plain_rows(monkeypatch):
     model = tiny_classifier("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
     with monkeypatch.context() as patch:
-        patch.setattr("cwpo_dist.lm.probe._check_scores", lambda module: None)  # it needs a GPU
+        patch.setattr("cwpo_dist.lm.probe.check_scores", lambda module: None)  # it needs a GPU
         assert "packed sequences" in choose_layout(AnswerScores(model), longest=64).reason
     choice = choose_layout(AnswerScores(tiny_classifier("bert")), longest=64)
     assert choice.layout == "plain"

@@ -15,7 +15,7 @@ from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
-from cwpo_dist.lm.recompute import let_recompute
+from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Layout, Row
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.scoring.pipeline import ShardJob
@@ -51,6 +51,7 @@ class Case:
     offload: bool = False
     dtype: str = "float32"
     batch: int = BATCH
+    model: str = "model"  # its folder: a Llama, or `mixture`
 
     def config(self) -> TrainingConfig:
         zero: dict[str, Any] = {}
@@ -88,6 +89,8 @@ ZERO_CASES = [
     Case("batch-2", 2, task="batch"),
     Case("offload-2", 2, offload=True),
     Case("offload-3", 3, offload=True, lora=True, task="dataset"),
+    Case("mixture-2", 2, model="mixture"),
+    Case("mixture-lora-3", 3, lora=True, task="dataset", model="mixture"),
 ]
 # What a group of one does, too.
 ALONE_CASES = [case for case in ZERO_CASES if case.name.startswith("full-")]
@@ -150,7 +153,7 @@ def make_task(name: str) -> Task:
 def make_module(case: Case, folder: Path) -> nn.Module:
     """The module to train; LoRA's B is not zero, else half of the gradients would be."""
     given = ModelConfig(
-        model_name_or_path=str(folder / "model"), torch_dtype=case.dtype, max_length=64
+        model_name_or_path=str(folder / case.model), torch_dtype=case.dtype, max_length=64
     )
     if case.task == "fit":
         tokenizer = load_tokenizer(given, distinct_pad=True)
@@ -168,7 +171,8 @@ def make_module(case: Case, folder: Path) -> nn.Module:
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1, generator=generator)
     module = AnswerScores(model) if case.task == "fit" else AnswerLogProbs(model)
-    return module.train()
+    start_training(module)
+    return module
 
 
 def make_run(case: Case, budget: int | None = None, layout: Layout = "shared") -> Run:
@@ -213,7 +217,7 @@ def make_spec(of: str | Case, folder: Path, **changes: Any) -> TrainSpec:
         seed=SEED,
         config=case.config().model_copy(update={"num_workers": 2, "save_steps": 2, **changes}),
         model=ModelConfig(
-            model_name_or_path=str(folder / "model"),
+            model_name_or_path=str(folder / case.model),
             max_length=64,
             chat_template="plain",
             torch_dtype=case.dtype,

@@ -295,6 +295,10 @@ def results(form: str = "short") -> Path:
 def _run_ranks(folder: Path, form: str) -> str:
     """Runs both groups; what the ranks said if one failed."""
     save_tiny(folder / "model", "llama", tie_word_embeddings=True)
+    mixture = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    save_tiny(
+        folder / "mixture", "mixtral", **mixture, hidden_size=32, intermediate_size=64, head_dim=8
+    )
     write_reference_inputs(folder)
     ranks = [(rank, world) for world in (2, 1) for rank in range(world)]
     processes = []

@@ -2,7 +2,9 @@
 
 Useful FLOPs count each matrix product of a forward pass once, for tokens that are no pads: two a
 weight and token, and for attention four a width and allowed (query, key) pair. Look-ups, norms and
-activations count nothing, and a prompt counts once a row, however often it is computed.
+activations count nothing, and a prompt counts once a row, however often it is computed. Of a
+mixture of experts those count that a token is sent to. A decoder that names no heads, as state
+spaces do, counts no attention.
 """
 
 from __future__ import annotations
@@ -14,8 +16,13 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, unwrapped
+from cwpo_dist.lm.foreign import whole_number
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decoder_of, unwrapped
 from cwpo_dist.lm.rows import Row
+
+# What configurations call the experts of a token.
+_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # a weight of three dimensions, and no experts
 
 
 @dataclass(frozen=True)
@@ -53,18 +60,47 @@ def useful_flops(module: AnswerLogProbs | AnswerScores) -> UsefulFlops:
     """Reads the sizes off a module, also one that ZeRO-3 has sharded."""
     core = unwrapped(module.model)
     config = core.config.get_text_config()
-    heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     log_probs = isinstance(module, AnswerLogProbs)
     head = core.get_output_embeddings() if log_probs else getattr(core, "score", None)
     return UsefulFlops(
-        weights=_matmul_weights(core.base_model),
-        attention_width=heads * int(head_dim) * layers,
-        head_weights=_matmul_weights(head) if head is not None else 0,
+        weights=matmul_weights(decoder_of(core), config),
+        attention_width=_attention_width(config),
+        head_weights=matmul_weights(head, config) if head is not None else 0,
         head_reads_answers=log_probs,
     )
 
 
-def _matmul_weights(module: Any) -> int:
-    products = (m for m in module.modules() if isinstance(m, nn.Linear | Conv1D))
-    return sum(int(getattr(m.weight, "ds_numel", m.weight.numel())) for m in products)
+def matmul_weights(module: nn.Module, config: Any) -> int:
+    """The weights that a token is multiplied with: of linear layers, and of its own experts.
+
+    Args:
+        module: a decoder, or a head.
+        config: of its text model, which says how many experts a token is sent to.
+    """
+    chosen = next((n for name in _EXPERTS if (n := whole_number(config, name))), 0)
+    weights = 0.0
+    for part in module.modules():
+        if isinstance(part, nn.Linear | Conv1D):
+            weights += _numel(part.weight)
+        elif not isinstance(part, _CONVOLUTIONS):
+            for fused in part.parameters(recurse=False):  # [experts, …]
+                shape = _shape(fused)
+                if len(shape) == 3:
+                    weights += _numel(fused) * min(1.0, (chosen or shape[0]) / shape[0])
+    return round(weights)
+
+
+def _attention_width(config: Any) -> int:
+    heads = whole_number(config, "num_attention_heads")
+    if not heads:
+        return 0
+    head_dim = whole_number(config, "head_dim") or whole_number(config, "hidden_size") // heads
+    return heads * head_dim * whole_number(config, "num_hidden_layers")
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def _numel(weight: Any) -> int:
+    return int(getattr(weight, "ds_numel", weight.numel()))

@@ -27,6 +27,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.switches import keep_given, switch_off
+from cwpo_dist.lm.unfit import unfit
 from cwpo_dist.storage import Store, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -48,9 +51,24 @@ def load_policy(model: ModelConfig, *, device: torch.device | str | None = None)
         device: moved there; None leaves it where `from_pretrained` put it (ZeRO-3 shards).
 
     Raises:
-        ModelError: when the folder, a tensor or a layer is missing.
+        ModelError: when the folder, a tensor or a layer is missing, or it predicts no next tokens.
     """
-    return _placed(_load(AutoModelForCausalLM, model, device), device)
+    loaded = _load(AutoModelForCausalLM, model, device)
+    refuse_unfit(model, loaded)
+    return _placed(loaded, device)
+
+
+def refuse_unfit(model: ModelConfig, loaded: PreTrainedModel) -> None:
+    """Refuses what `AutoModelForCausalLM` loads and is none, or not as answers are read here.
+
+    Raises:
+        ModelError: saying why.
+    """
+    why = unfit(loaded)
+    if why is not None:
+        raise ModelError(
+            f"model_name_or_path: {model.model_name_or_path!r}: {why}; give a causal language model"
+        )
 
 
 def load_reward_model(
@@ -203,11 +221,11 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=model.revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+        text = config.get_text_config()
+    except FOREIGN_ERRORS as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"model_name_or_path: {name!r}: {error}") from error
-    text = config.get_text_config()
+        raise ModelError(f"model_name_or_path: {name!r}: {one_line(error)}") from error
     pad, words = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if pad is not None and words is not None and pad >= words:
         raise ModelError(
@@ -243,7 +261,7 @@ def _load(
 ) -> PreTrainedModel:
     """`from_pretrained` with our settings; refuses whatever is missing, but for a new head."""
     config = load_config(model)
-    _without_dropout(config)
+    given = switch_off(config)
     if model.num_hidden_layers is not None:
         _keep_layers(config, model)
     if new_head:
@@ -263,9 +281,12 @@ def _load(
                 device_map="meta" if str(device) == "meta" else None,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+    except FOREIGN_ERRORS as error:
+        raise ModelError(
+            f"model_name_or_path: {model.model_name_or_path!r}: {one_line(error)}"
+        ) from error
     _refuse_missing(model, loaded, report, new_head)
+    keep_given(loaded, given)
     return loaded
 
 
@@ -320,15 +341,6 @@ def _keep_layers(config: PretrainedConfig, model: ModelConfig) -> None:
     config.num_hidden_layers = keep
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:keep]
-
-
-def _without_dropout(config: PretrainedConfig) -> None:
-    """Sets every dropout probability of a configuration to 0, whatever its model calls it."""
-    for section in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name, value in vars(section).items():
-            is_probability = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_probability and ("drop" in name or name.endswith("pdrop")):
-                setattr(section, name, 0.0)
 
 
 def _dtype(model: ModelConfig, device: torch.device | str | None) -> torch.dtype:

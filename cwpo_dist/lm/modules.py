@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from cwpo_dist.lm.last_layer import read_only
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.packed import packed_mask
+from cwpo_dist.lm.rope import turn_alone, turns_alone
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.lm.vocabulary import vocabulary_log_probs
 
@@ -27,6 +29,8 @@ from cwpo_dist.lm.vocabulary import vocabulary_log_probs
 # Floats of one chunk of logits, for heads that are more than a matrix: 64 MiB in fp32.
 _CHUNK_LOGITS = 2**24
 _LAST_TOKEN = frozenset({"ctrl", "modernbert-decoder"})  # decoders without a `score` head
+# What configurations call the bound of logits, c·tanh(logits / c).
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class ChunkedHead(nn.Module):
@@ -48,7 +52,8 @@ class ChunkedHead(nn.Module):
         self._lm_head = (lm_head,)  # a tuple: the sub-module stays registered with its model alone
         for name, parameter in lm_head.named_parameters():
             self.register_parameter(name.replace(".", "_"), parameter)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        caps = (getattr(config, name, None) for name in _SOFTCAPS)
+        self.softcap: float | None = next((cap for cap in caps if cap is not None), None)
         self.scale = _logit_scale(config)
         self.chunk_size = max(64, _CHUNK_LOGITS // int(config.vocab_size))
         self.in_place = False  # see `accumulate_in_place`
@@ -98,8 +103,10 @@ class AnswerLogProbs(nn.Module):
             raise ModelError(
                 f"model: {type(core).__name__} has no output embeddings; give a causal LM"
             )
-        self._decoder = (core.base_model,)
-        read_only(core.base_model, "answers")
+        decoder = decoder_of(core)
+        self._decoder = (decoder,)
+        read_only(decoder, "answers")
+        turn_alone(decoder)
         _spare_dense_gradient(core.get_input_embeddings(), lm_head)
         self.head = ChunkedHead(lm_head, core.config.get_text_config())
 
@@ -148,9 +155,11 @@ class AnswerScores(nn.Module):
         self.reads_last_token = scores_last_token(core) and hasattr(core, "score")
         self.one_by_one = False
         self._token_types = token_types and "token_type_ids" in signature(core.forward).parameters
-        self._parts = (core.base_model, getattr(core, "score", None))
+        decoder = decoder_of(core)
+        self._parts = (decoder, getattr(core, "score", None))
+        turn_alone(decoder)
         if self.reads_last_token:
-            read_only(core.base_model, "ends")
+            read_only(decoder, "ends")
 
     def forward(self, batch: RowBatch) -> Tensor:
         """One score an answer, fp32 [R, K].
@@ -207,7 +216,8 @@ def accumulate_in_place(module: nn.Module) -> None:
 def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
     """The last hidden states [B, L, H] of a Hugging Face decoder on any layout."""
     arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
-    if batch.layout != "plain":
+    # Plain rows leave positions to the model, unless a row's own length decides what they are.
+    if batch.layout != "plain" or turns_alone(decoder):
         arguments["position_ids"] = batch.position_ids
     if batch.layout == "shared":
         dtype = next(decoder.parameters()).dtype
@@ -240,13 +250,24 @@ def unwrapped(model: nn.Module) -> Any:
     return model if inner is None else inner()
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of a causal LM or classifier that makes hidden states of tokens."""
+    base = model.base_model
+    if base is not model:
+        return base
+    # A few classes name another prefix than that of their decoder (Llama 4).
+    inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else model
+
+
 def scores_last_token(classifier: Any) -> bool:
     """Whether a stock classifier reads the last token of a sequence that is no pad.
 
     Decoders do, whose head transformers calls `score`, and two that have it under other names.
     """
     has_head = hasattr(classifier, "score") or classifier.config.model_type in _LAST_TOKEN
-    return has_head and classifier.base_model is not classifier and not _has_encoder(classifier)
+    has_decoder = decoder_of(classifier) is not classifier
+    return has_head and has_decoder and not _has_encoder(classifier)
 
 
 def _has_encoder(classifier: Any) -> bool:
@@ -254,7 +275,10 @@ def _has_encoder(classifier: Any) -> bool:
 
 
 def _logit_scale(config: Any) -> float:
-    """Cohere multiplies its logits by `logit_scale`, Granite divides by `logits_scaling`."""
+    """Cohere multiplies its logits by `logit_scale`, Granite divides by `logits_scaling`.
+
+    Others have other names: what these do not explain, the probe measures.
+    """
     return float(getattr(config, "logit_scale", None) or 1.0) / float(
         getattr(config, "logits_scaling", None) or 1.0
     )

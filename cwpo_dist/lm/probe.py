@@ -1,35 +1,50 @@
 """A model's module in, the layout of its rows out: packed or shared where it is proved exact.
 
-The proof is a probe: random rows through the stock decoder, laid out plainly, against the same rows
-packed, and where that fails against the same rows laid out shared. What cannot be proved takes
-plain rows, and says why, once.
+The proof is a probe: random answers through the stock decoder, each alone, without a pad, against
+the same answers together in a batch: packed, where that fails shared, and where that fails plain. A
+model that is not exact in plain rows either is refused by name, as is one that is not the stock
+model in any (stock.py).
+
+What a model does beyond some length (a window, a chunk, positions that turn) short rows cannot
+show. Its configuration names such lengths; where rows may pass one, the probe has a row that does,
+and no other model pays for one.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
 from cwpo_dist.lm.loading import ModelError
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decode, unwrapped
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, unwrapped
 from cwpo_dist.lm.packed import attention_for
-from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate
+from cwpo_dist.lm.rope import turning_length
+from cwpo_dist.lm.rows import Layout, Row
+from cwpo_dist.lm.stock import (
+    SHORT,
+    TOLERANCE,
+    apart,
+    check_log_probs,
+    check_scores,
+    probe_rows,
+    states,
+    vocabulary,
+)
 
 logger = logging.getLogger(__name__)
 
 # ALiBi biases scores by distance in the row, which no position id can change.
 _ALIBI = frozenset({"bloom", "mpt"})
-# Relative error of hidden states that rounding alone explains. A leak is of the order of 1.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Nats by which our head may differ from the stock model's, whose chunks differ.
-_HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
-_SCORED = 2  # rows of the probe that are scored one sequence at a time
-_PROBE_LENGTHS = ((7, (5, 9)), (3, (6, 2)), (12, (1, 4)))
+# Of fields of a configuration that say after how many tokens something changes.
+_LENGTH_NAMES = ("window", "chunk", "position", "topk", "compress", "block", "_len", "floor")
+_BEYOND = 16  # tokens by which the long row passes such a length
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class LayoutChoice:
 
 
 def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> LayoutChoice:
-    """Proves packed or shared rows on this model, or falls back to plain ones.
+    """Proves packed, shared or plain rows on this model, the fastest that are exact.
 
     A model that is to take packed rows is switched to the attention that knows them, which computes
     all else as before.
@@ -62,27 +77,55 @@ def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> Lay
     """
     config = unwrapped(module.model).config
     name = f"{config.name_or_path or config.model_type} ({config._attn_implementation})"
-    if isinstance(module, AnswerLogProbs):
-        _check_head(module)
-    else:
-        _check_scores(module)
-    reason = _known_obstacle(module, longest)
-    choice = LayoutChoice("plain", reason, None) if reason else _probe(module)
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            choice = _choose(module, longest)
+    except FOREIGN_ERRORS as error:
+        if isinstance(error, ModelError):
+            raise
+        kind = type(unwrapped(module.model)).__name__
+        raise ModelError(
+            f"model: {kind} cannot read rows of text alone ({one_line(error)}); give another model"
+        ) from error
+    finally:
+        for part, mode in modes:
+            part.training = mode
     _tell(name, choice)
     return choice
 
 
-def probe_rows(vocab_size: int, seed: int = 0) -> list[Row]:
-    """Rows of random tokens, two answers each, of unequal lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(length: int) -> list[int]:
-        return torch.randint(vocab_size, (length,), generator=generator).tolist()
-
-    return [
-        Row(draw(prompt), tuple(draw(answer) for answer in answers))
-        for prompt, answers in _PROBE_LENGTHS
-    ]
+def _choose(module: AnswerLogProbs | AnswerScores, longest: int) -> LayoutChoice:
+    reason = _known_obstacle(module, longest)
+    if isinstance(module, AnswerLogProbs):
+        check_log_probs(module)
+    else:
+        check_scores(module)
+        if not module.reads_last_token:
+            assert reason is not None
+            return LayoutChoice("plain", reason, None)
+    cases = [_case(module, None)]
+    beyond = _revealing_length(unwrapped(module.model).config.get_text_config(), longest)
+    if beyond is not None:
+        cases.append(_case(module, beyond))
+    refusals = [reason] if reason else []
+    if reason is None:
+        given = unwrapped(module.model).config._attn_implementation
+        packed = attention_for(next(module.parameters()).device)
+        tried: list[tuple[Layout, str]] = [("packed", packed)] if given in {"sdpa", packed} else []
+        for layout, attention in [*tried, ("shared", given)]:
+            choice = _try(module, layout, attention, cases)
+            if choice.layout == layout:
+                return choice
+            refusals.append(choice.reason)
+    difference = _difference(module, "plain", cases)
+    if not difference <= TOLERANCE[next(module.parameters()).dtype]:  # also for NaN
+        raise ModelError(
+            f"model: what {type(unwrapped(module.model)).__name__} says of a row depends on the "
+            f"rows beside it (off by {difference:.1e}): it does not heed pads; give another model"
+        )
+    return LayoutChoice("plain", refusals[-1], difference)
 
 
 def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str | None:
@@ -98,135 +141,77 @@ def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str 
     window = getattr(text, "sliding_window", None)
     if window is not None and window < longest:
         return f"its sliding window of {window} is shorter than rows of {longest} tokens"
+    turning = turning_length(module.model)
+    if turning is not None and turning < longest:
+        return (
+            f"its rotary positions turn in rows of more than {turning} tokens, and rows may have "
+            f"{longest}: each answer takes its own"
+        )
     return None
 
 
-def _probe(module: AnswerLogProbs | AnswerScores) -> LayoutChoice:
-    """The first layout, from the fastest on, that equals plain rows; else plain, and why."""
-    given = unwrapped(module.model).config._attn_implementation
-    packed = attention_for(next(module.parameters()).device)
-    if given in {"sdpa", packed}:
-        choice = _try(module, "packed", packed)
-        if choice.layout == "packed":
-            return choice
-        logger.debug("%s", choice.reason)
-    return _try(module, "shared", given)
+def _revealing_length(config: Any, longest: int) -> int | None:
+    """The length of a row that passes every length of a configuration that rows can pass."""
+    passed = [n for n in _named_lengths("", config.to_dict()) if SHORT <= n < longest]
+    return min(longest, max(passed) + _BEYOND) if passed else None
 
 
-def _try(module: AnswerLogProbs | AnswerScores, layout: Layout, attention: str) -> LayoutChoice:
+def _named_lengths(name: str, value: Any) -> Iterator[int]:
+    """The whole numbers below a name that speaks of lengths, wherever they stand."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _named_lengths(f"{name}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _named_lengths(name, inner)
+    elif isinstance(value, int) and any(word in name for word in _LENGTH_NAMES):
+        yield int(value)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Rows of a probe, and the states of each of their answers alone, [N, H]."""
+
+    rows: list[Row]
+    alone_NH: Tensor
+
+
+def _case(module: AnswerLogProbs | AnswerScores, longest: int | None) -> _Case:
+    rows = probe_rows(vocabulary(module.model), longest=longest)
+    return _Case(rows, torch.cat([states(module, [row], "plain") for row in apart(rows)]))
+
+
+def _try(
+    module: AnswerLogProbs | AnswerScores, layout: Layout, attention: str, cases: list[_Case]
+) -> LayoutChoice:
+    """The layout when its hidden states are those of answers alone, else plain, and why."""
     core = unwrapped(module.model)
+    given = core.config._attn_implementation
     try:
-        if core.config._attn_implementation != attention:
+        if given != attention:
             core.set_attn_implementation(attention)
-        return _compare(module, layout)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return LayoutChoice("plain", f"it refuses {layout} rows: {error}", None)
-
-
-def _compare(module: AnswerLogProbs | AnswerScores, layout: Layout) -> LayoutChoice:
-    """The layout when its hidden states equal those of plain rows, else plain."""
-    decoder = unwrapped(module.model).base_model
-    parameter = next(decoder.parameters())
-    rows = probe_rows(_vocabulary(module.model))
-    batches = [collate(rows, each, 0).to(parameter.device) for each in ("plain", layout)]
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            plain_NH, found_NH = (_read_states(module, decoder, batch) for batch in batches)
-    finally:
-        module.train(was_training)
-    distance_N = (found_NH - plain_NH).norm(dim=-1) / plain_NH.norm(dim=-1)
-    difference = float(distance_N.max())
-    tolerance = _TOLERANCE[parameter.dtype]
-    if not difference <= tolerance:  # also for NaN
+        difference = _difference(module, layout, cases)
+        tolerance = TOLERANCE[next(module.parameters()).dtype]
+        if difference <= tolerance:
+            reason = f"{layout} rows equal plain ones on a probe (largest error {difference:.1e})"
+            return LayoutChoice(layout, reason, difference)
         reason = f"{layout} rows miss plain ones by {difference:.1e}, more than {tolerance:.0e}"
-        return LayoutChoice("plain", reason, difference)
-    reason = f"{layout} rows equal plain ones on a probe (largest relative error {difference:.1e})"
-    return LayoutChoice(layout, reason, difference)
+    except FOREIGN_ERRORS as error:
+        difference, reason = None, f"it refuses {layout} rows: {one_line(error)}"
+    if given != attention:
+        core.set_attn_implementation(given)
+    return LayoutChoice("plain", reason, difference)
 
 
-def _read_states(
-    module: AnswerLogProbs | AnswerScores, decoder: nn.Module, batch: RowBatch
-) -> Tensor:
-    """The hidden states that the module reads: of tokens that predict, or of answers' ends."""
-    hidden = decode(decoder, batch).flatten(0, 1).float()
-    return hidden[batch.source if isinstance(module, AnswerLogProbs) else batch.last]
-
-
-def _check_head(module: AnswerLogProbs) -> None:
-    """Our chunked head against the stock model's own logits, on plain rows."""
-    parameter = next(module.parameters())
-    batch = collate(probe_rows(_vocabulary(module.model)), "plain", 0).to(parameter.device)
-    was_training = module.training
-    module.eval()
-    with torch.no_grad():
-        ours_N = module.token_logps(batch)
-        stock = module.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    module.train(was_training)
-    logps_NV = stock.logits.flatten(0, 1)[batch.source].float().log_softmax(-1)
-    difference = float((logps_NV.gather(1, batch.target[:, None])[:, 0] - ours_N).abs().max())
-    if not difference <= _HEAD_TOLERANCE[parameter.dtype]:
-        raise ModelError(
-            f"model: the logits of {type(unwrapped(module.model)).__name__} are not those of its "
-            f"output embeddings on its decoder (off by {difference:.1e} nats); its architecture is "
-            "not supported: give another model"
-        )
-
-
-def _check_scores(module: AnswerScores) -> None:
-    """Scores of padded plain rows against the stock classifier's own, of one sequence at a time.
-
-    A classifier that sees pads is told to take sequences one by one.
-
-    Raises:
-        ModelError: for a decoder that is not read at the last token.
-    """
-    core = unwrapped(module.model)
-    parameter = next(module.parameters())
-    rows, pad = _scored_rows(core.config.get_text_config())
-    batch = collate(rows, "plain", pad).to(parameter.device)
-    was_training = module.training
-    module.eval()
-    with torch.no_grad():
-        padded_S, stock_S = module(batch).flatten(), module.stock(batch).flatten()
-    module.train(was_training)
-    if not bool(stock_S.isfinite().all()):
-        return  # its scores are no numbers in any layout: each pair says so
-    difference = float((padded_S - stock_S).abs().max() / (1 + stock_S.abs().max()))
-    if difference <= _TOLERANCE[parameter.dtype]:
-        return
-    if module.reads_last_token:
-        raise ModelError(
-            f"model: {type(core).__name__} is not read at the last token of a sequence (off by "
-            f"{difference:.1e}); its architecture is not supported: give another model"
-        )
-    module.one_by_one = True
-    logger.warning(
-        "%s: one sequence at a time, as its scores depend on the pads of a batch (by %.1e)",
-        *(type(core).__name__, difference),
-    )
-
-
-def _scored_rows(config: Any) -> tuple[list[Row], int]:
-    """Probe rows that end in EOS and have no other, nor a pad (some classifiers look for them)."""
-    ends, pad = config.eos_token_id, config.pad_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    words = [token for token in range(int(config.vocab_size)) if token not in (*ends, pad)]
-    last = next((end for end in ends if end is not None and end != pad), words[-1])
-    rows = [
-        Row(
-            [words[token] for token in row.prompt],
-            tuple([*(words[token] for token in a), last] for a in row.answers),
-        )
-        for row in probe_rows(len(words))[:_SCORED]
-    ]
-    return rows, pad if pad is not None and pad >= 0 else 0
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config: Any = unwrapped(model).config.get_text_config()
-    return int(config.vocab_size)
+def _difference(module: AnswerLogProbs | AnswerScores, layout: Layout, cases: list[_Case]) -> float:
+    """The largest relative error of a state against the same answer's alone."""
+    largest = 0.0
+    for case in cases:
+        rows = apart(case.rows) if layout == "plain" else case.rows
+        distance_N = (states(module, rows, layout) - case.alone_NH).norm(dim=-1)
+        relative_N = distance_N / case.alone_NH.norm(dim=-1)
+        largest = max(largest, float(relative_N.max().nan_to_num(torch.inf)))
+    return largest
 
 
 @cache

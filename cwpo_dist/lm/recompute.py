@@ -1,6 +1,6 @@
-"""A model in; the same model, whose layers keep their inputs alone when they are told to.
+"""A model in; the same model, which trains as it scores, and whose layers keep little when told to.
 
-What they kept else, they compute again in the backward pass: a third more work, and few
+What layers kept else, they compute again in the backward pass: a third more work, and few
 activations. The last decoder layer never does, as the backward pass needs it first.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cwpo_dist.lm.modules import unwrapped
+from cwpo_dist.lm.modules import decoder_of, unwrapped
 
 
 def let_recompute(model: nn.Module) -> None:
@@ -21,11 +21,26 @@ def let_recompute(model: nn.Module) -> None:
     core = unwrapped(model)
     enable = getattr(core, "activation_checkpointing_enable", None)  # its name since 5.23
     (enable or core.gradient_checkpointing_enable)({"use_reentrant": False})
-    layers = getattr(core.base_model, "layers", None)
+    layers = getattr(decoder_of(core), "layers", None)
     if isinstance(layers, nn.ModuleList) and isinstance(layers[-1], GradientCheckpointingLayer):
         del layers[-1]._gradient_checkpointing_func
         layers[-1].gradient_checkpointing = False
     recompute(model, on=False)
+
+
+def start_training(module: nn.Module) -> None:
+    """Training mode for what needs it, and evaluation mode for all else.
+
+    Adapters have dropout, and layers compute again only in training mode. A model's own modules
+    stay as they are when it scores: in training some draw noise or experts, or read a weight past
+    its adapter (mixtures of experts, Gemma 3n), and log-probs would not be those that the reference
+    and everyone after training sees.
+    """
+    module.eval()
+    module.training = True  # the wrapper, which engines look at
+    for name, part in module.named_modules():
+        if ".lora_dropout." in name or hasattr(part, "_gradient_checkpointing_func"):
+            part.training = True  # it alone, not what is inside
 
 
 def recompute(module: nn.Module, *, on: bool) -> None:

@@ -23,28 +23,20 @@ from cwpo_dist.config import (
     TrainingConfig,
 )
 from cwpo_dist.evaluation.gold import load_function
-from cwpo_dist.lm.fitting import shortest_cut
-from cwpo_dist.lm.loading import ModelError
-from cwpo_dist.lm.reading import Role, encoder_for
-from cwpo_dist.lm.tokens import Encoder, TokenError
+from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
 from cwpo_dist.scoring.placement import Machine, alive_machines, pool_faults
 from cwpo_dist.stages.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.stages.graph import needs_annotator, watched_split, weigh_settings
+from cwpo_dist.stages.model_checks import check_model
 from cwpo_dist.stages.nodes import node_faults
 from cwpo_dist.stages.own_checks import own_faults
-from cwpo_dist.stages.sizes import Loader, ModelSize, annotator, model_size, policy, reward_model
+from cwpo_dist.stages.sizes import Loader, ModelSize, annotator, policy, reward_model
 from cwpo_dist.stages.training_checks import elsewhere, placement_faults, setting_faults
 from cwpo_dist.stages.trials import Trial, baseline, by_loss
 from cwpo_dist.storage import StorageError, Store
-
-_ROLES: dict[Loader, Role] = {
-    policy: "policy",
-    annotator: "annotator",
-    reward_model: "reward model",
-}
 
 
 @dataclass(frozen=True)
@@ -55,11 +47,13 @@ class Checked:
         sizes: by the field that names a model (`weak`, `policy`, `annotate.model`, …).
         machines: this machine, or the nodes of the cluster that we are in.
         encoders: what turns pairs into each model's tokens, by the same fields.
+        notes: what to know of the models that is no fault.
     """
 
     sizes: dict[str, ModelSize]
     machines: tuple[Machine, ...]
     encoders: dict[str, Encoder]
+    notes: tuple[str, ...] = ()
 
 
 def check(config: Config, until: str | None = None) -> Checked:
@@ -77,6 +71,7 @@ def check(config: Config, until: str | None = None) -> Checked:
         raise ConfigError("\n".join(unfit))  # whatever else is wrong may follow from these
     sizes: dict[str, ModelSize] = {}
     encoders: dict[str, Encoder] = {}
+    notes: list[str] = []
     try:
         Store(config.output_dir).check()
     except StorageError as error:
@@ -87,18 +82,28 @@ def check(config: Config, until: str | None = None) -> Checked:
     faults += objective_faults(config) if "align" in stages else []
     faults += weighing_faults(config) if "weigh" in stages else []
     for field, model, load in models(config, until):
-        try:
-            sizes[field] = model_size(model, load)
-            encoders[field] = encoder_for(model, _ROLES[load])
-            faults += _length_faults(field, model, sizes[field], encoders[field])
-        except (ModelError, TokenError) as error:
-            faults.append(f"{field}.{error}")
+        found = check_model(field, model, load, _trainings_of(config, until, field, load))
+        faults += found.faults
+        notes += found.notes
+        if found.size is not None and found.encoder is not None:
+            sizes[field], encoders[field] = found.size, found.encoder
     for name, training, trained in trainings(config, until):
         faults += setting_faults(name, training, trained, machines)
     faults += [] if grows() else _placement_faults(config, until, machines)
     if faults:
         raise ConfigError("\n".join(faults))
-    return Checked(sizes, machines, encoders)
+    return Checked(sizes, machines, encoders, tuple(dict.fromkeys(notes)))
+
+
+def _trainings_of(
+    config: Config, until: str | None, field: str, load: Loader
+) -> dict[str, TrainingConfig]:
+    """The sections that train the model of a field; the weak one as a policy trains as `fit`."""
+    if load is reward_model:
+        return {}
+    if field == "weak":
+        return {"fit": config.fit}
+    return {name: each for name, each, _ in trainings(config, until) if name != "fit"}
 
 
 def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
@@ -111,7 +116,8 @@ def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
     checked = [check(run) for run in by_loss(config, found)]
     sizes = {name: size for each in checked for name, size in each.sizes.items()}
     encoders = {name: encoder for each in checked for name, encoder in each.encoders.items()}
-    return Checked(sizes, checked[0].machines, encoders)
+    notes = dict.fromkeys(note for each in checked for note in each.notes)
+    return Checked(sizes, checked[0].machines, encoders, tuple(notes))
 
 
 def _placement_faults(
@@ -294,20 +300,3 @@ def _missing_models(config: Config, until: str | None) -> Iterator[str]:
         yield f"weak: arm {implicit[0]!r} trains it by SFT and DPO; give weak.model_name_or_path"
     if "align" in stages and config.policy is None:
         yield f"policy: arm {config.arms[0]!r} aligns a policy; give policy.model_name_or_path"
-
-
-def _length_faults(
-    field: str, model: ModelConfig, size: ModelSize, encoder: Encoder
-) -> Iterator[str]:
-    """Rows that are longer than a model has positions for, or too short to be cut to."""
-    shortest = shortest_cut(encoder.closing)
-    if model.over_length == "truncate" and model.max_length < shortest:
-        yield (
-            f"{field}.max_length: {model.max_length} leaves no room for prompt and answer; use at "
-            f"least {shortest}"
-        )
-    if size.positions is not None and model.max_length > size.positions:
-        yield (
-            f"{field}.max_length: {model.max_length} tokens, but {model.model_name_or_path!r} has "
-            f"positions for {size.positions}; lower it to at most {size.positions}"
-        )

@@ -70,6 +70,7 @@ class Cost:
         kind: of work, which decides how close it comes to the machine's rate.
         side_by_side: workers or actors that share it.
         memory: bytes of one of them.
+        at_least: that is not all of it: a part is unknown, as `details` say.
         details: of a training stage's memory, a line each.
     """
 
@@ -79,6 +80,7 @@ class Cost:
     kind: Kind = "score"
     side_by_side: int = 1
     memory: int | None = None
+    at_least: bool = False
     details: tuple[str, ...] = ()
 
 
@@ -236,6 +238,7 @@ class Estimate:
             "train",
             training.max_workers,
             memory.total,
+            memory.activations is None,
             details,
         )
 
@@ -243,11 +246,14 @@ class Estimate:
         """Bytes of a worker, and what to know of them."""
         on_gpu = training.use_gpu is not False and gpus(self.checked.machines) > 0
         memory = training_memory(training, size, on_gpu=on_gpu)
-        parts = ", ".join(f"{name} {_gib(held)}" for name, held in memory.parts().items())
+        known = {name: held for name, held in memory.parts().items() if held is not None}
+        parts = ", ".join(f"{name} {_gib(held)}" for name, held in known.items())
         stages = " / ".join(_gib(m.total) for m in by_zero_stage(training, size, on_gpu=on_gpu))
+        trained = size.of(training)
+        unknown = f"; its activations are unknown ({trained.unknown})" if trained.unknown else ""
         lines = (
-            f"{size.parameters / 1e6:,.1f} M parameters, {size.trained(training) / 1e6:,.1f} M of "
-            f"them trained; a worker holds {parts} GiB",
+            f"{size.parameters / 1e6:,.1f} M parameters, {trained.parameters / 1e6:,.1f} M of them "
+            f"trained; a worker holds {parts} GiB{unknown}",
             f"under ZeRO 0 / 1 / 2 / 3 (num_workers {training.min_workers}): {stages} GiB",
         )
         return memory, lines

@@ -191,7 +191,7 @@ def checkpoints(config: Config, node: Node, estimate: Estimate) -> int:
         return 0
     # One more than are kept: the next is whole before the oldest goes.
     number = training.save_total_limit + 1
-    return number * CHECKPOINT_BYTES * _size_of(node, estimate).trained(training)
+    return number * CHECKPOINT_BYTES * _size_of(node, estimate).of(training).parameters
 
 
 def _training(config: Config, node: Node) -> TrainingConfig | None:

@@ -28,7 +28,7 @@ class Memory:
         weights: of the model, whole under ZeRO 0 to 2; a shard, and those gathered, under ZeRO 3.
         gradients: of what is trained, and a bucket of them on its way.
         optimizer: AdamW's moments, and the fp32 copy of the weights that ZeRO keeps.
-        activations: of a full micro-batch.
+        activations: of a full micro-batch; None: not known, and 0 in the total.
         update: the gradients once more, as ZeRO flattens them for a step, when no activations are
             held.
     """
@@ -36,16 +36,16 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int | None
     update: int
 
     @property
     def total(self) -> int:
-        """At the peak."""
+        """At the peak; at least so much where activations are not known."""
         held = self.weights + self.gradients + self.optimizer
-        return held + max(self.activations, self.update)
+        return held + max(self.activations or 0, self.update)
 
-    def parts(self) -> dict[str, int]:
+    def parts(self) -> dict[str, int | None]:
         """Those that a reader knows, by name."""
         return {name: held for name, held in asdict(self).items() if name != "update"}
 
@@ -59,27 +59,33 @@ def training_memory(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) 
         on_gpu: in bf16 there, else in fp32.
     """
     number = 2 if on_gpu else 4
-    trained, workers, zero = size.trained(training), training.min_workers, training.zero_stage
-    weights = size.parameters + (trained if training.lora is not None else 0)
+    trained, workers, zero = size.of(training), training.min_workers, training.zero_stage
+    changed = trained.parameters
+    weights = size.parameters + (changed if training.lora is not None else 0)
     held = weights / workers + min(size.parameters, LIVE_NUMBERS) if zero >= 3 else weights
-    shard = trained / (workers if zero >= 1 else 1)
-    bucket = min(BUCKET_NUMBERS, trained) if zero >= 1 else 0
+    shard = changed / (workers if zero >= 1 else 1)
+    bucket = min(BUCKET_NUMBERS, changed) if zero >= 1 else 0
+    numbers = activations(training, size)
+    retained = 1.0 if on_gpu else RETAINED
     return Memory(
         weights=round(number * held),
-        gradients=round(number * (trained / (workers if zero >= 2 else 1) + bucket)),
+        gradients=round(number * (changed / (workers if zero >= 2 else 1) + bucket)),
         optimizer=round(4 * shard * (3 if zero >= 1 else 2)),
-        activations=round(number * activations(training, size) * (1.0 if on_gpu else RETAINED)),
+        activations=None if numbers is None else round(number * numbers * retained),
         update=round(4 * shard) if zero >= 1 else 0,
     )
 
 
-def activations(training: TrainingConfig, size: ModelSize) -> float:
-    """Numbers that a full micro-batch of answers keeps for its backward pass."""
-    kept = size.kept if training.lora is None else size.kept_lora
+def activations(training: TrainingConfig, size: ModelSize) -> float | None:
+    """Numbers that a full micro-batch keeps for its backward pass; None: not known."""
+    trained, layers = size.of(training), max(1, size.layers)
+    if trained.kept is None:
+        return None
+    kept, copied = trained.kept, float(trained.copied)
     if training.gradient_checkpointing:
-        kept = kept / size.layers + size.layers * size.width
+        kept, copied = kept / layers + layers * size.width, copied / layers
     tokens = training.max_tokens_per_micro_batch
-    return tokens * kept + min(KEPT_NUMBERS, tokens * size.words)
+    return tokens * kept + copied + min(KEPT_NUMBERS, tokens * size.words)
 
 
 def by_zero_stage(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> tuple[Memory, ...]:

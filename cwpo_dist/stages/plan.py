@@ -62,6 +62,7 @@ class StagePlan:
         tokens: that go through a model; 0 where none does.
         seconds: about; None where this machine cannot tell.
         memory: bytes of one worker or actor: weights, gradients, optimizer, activations; about.
+        at_least: a part of that memory is unknown.
         details: of that memory, a line each.
         device_hours: by kind of device, all held to the end; None: the time is not known.
         stored: bytes that it leaves behind; about.
@@ -75,6 +76,7 @@ class StagePlan:
     tokens: int = 0
     seconds: float | None = None
     memory: int | None = None
+    at_least: bool = False
     details: tuple[str, ...] = ()
     device_hours: Mapping[str, float] | None = field(default_factory=dict)
     stored: int = 0
@@ -289,6 +291,7 @@ def _output(
         cost.tokens,
         seconds,
         cost.memory,
+        cost.at_least,
         cost.details,
         None if used and seconds is None else hours,
         fleet_costs.stored(config, node, estimate),
@@ -338,6 +341,7 @@ def _summed(name: str, stages: Sequence[StagePlan]) -> StagePlan:
         sum(stage.tokens for stage in stages),
         sum(times) if known else None,
         max((stage.memory for stage in stages if stage.memory is not None), default=None),
+        any(stage.at_least for stage in stages),
         device_hours=hours if known else None,
         stored=sum(stage.stored for stage in stages),
         checkpoints=max(stage.checkpoints for stage in stages),
@@ -379,6 +383,7 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
         yield "no policy is given: planned up to `weigh`"
     if _until(config) != "annotate":
         yield from own_notes(config, estimate.counted)
+    yield from estimate.checked.notes
     yield from _short_trainings(config, estimates)
     yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:

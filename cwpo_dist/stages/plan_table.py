@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cwpo_dist.stages.plan import Plan
+from cwpo_dist.stages.plan import Plan, StagePlan
 from cwpo_dist.stages.sampled import ShownRow
 
 
@@ -24,7 +24,7 @@ def print_plan(plan: Plan) -> None:
             escape(stage.work),
             f"{stage.tokens:,}" if stage.tokens else "",
             "done" if stage.done else _duration(stage.seconds),
-            f"{stage.memory / 2**30:.1f} GiB" if stage.memory else "",
+            _memory(stage),
         )
     for row in plan.rows:
         console.print(_shown(row), end="\n\n")
@@ -55,6 +55,12 @@ def _shown(row: ShownRow) -> Text:
     for line in row.mask:
         text.append(f"\n  {line}", style="cyan")
     return text
+
+
+def _memory(stage: StagePlan) -> str:
+    if not stage.memory:
+        return ""
+    return f"{'≥ ' if stage.at_least else ''}{stage.memory / 2**30:.1f} GiB"
 
 
 def _duration(seconds: float | None) -> str:

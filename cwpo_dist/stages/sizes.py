@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from transformers import (
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.activations import kept_numbers
+from cwpo_dist.lm.flops import matmul_weights
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
 from cwpo_dist.lm.loading import (
     ModelError,
     attention_of,
@@ -26,12 +28,35 @@ from cwpo_dist.lm.loading import (
     load_config,
     load_policy,
     load_reward_model,
+    refuse_unfit,
 )
+from cwpo_dist.lm.modules import decoder_of
+from cwpo_dist.lm.rope import turning_length
 from cwpo_dist.lm.tokens import load_tokenizer
-from cwpo_dist.training.lora import add_lora
+from cwpo_dist.training.lora import adapter_notes, add_lora, leave_experts, refuse_unreadable
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-KEPT = 1.3  # numbers a token that autograd keeps, over the ends of linear layers: about, for Llama
+
+
+@dataclass(frozen=True)
+class TrainedSize:
+    """What one section's training adds to a model.
+
+    Attributes:
+        lora: of the section; None: all weights are trained.
+        parameters: that training changes.
+        kept: numbers a token that autograd keeps; None: not known.
+        unknown: why not, in one line.
+        copied: numbers of fused experts, of which LoRA on them makes a copy in each layer.
+        notes: what a reader should know of its adapters.
+    """
+
+    lora: LoraConfig | None
+    parameters: int
+    kept: float | None
+    unknown: str = ""
+    copied: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,13 +67,13 @@ class ModelSize:
         parameters: all of them, tied ones once.
         matmul: those that every token is multiplied with: no embeddings, no head.
         head: those of the output layer, which only answer tokens reach.
-        layers: decoder layers.
+        layers: decoder layers; 0 where the configuration has no such field, as of the next.
         width: hidden size.
         words: of the output layer.
-        linear: inputs + outputs of each linear layer of the decoder, for LoRA.
-        kept: numbers a token that autograd keeps, all weights trained; 0 of a trained reward model.
-        kept_lora: the same with LoRA.
         positions: for how many tokens there are learned positions; None where they rotate on.
+        turning: the longest row whose rotary positions are as in shorter ones; None: any.
+        recomputes: whether its layers can compute their activations again.
+        trained: a size for each way in which the run trains it.
     """
 
     parameters: int
@@ -57,16 +82,15 @@ class ModelSize:
     layers: int
     width: int
     words: int
-    linear: tuple[int, ...]
-    kept: float
-    kept_lora: float
-    positions: int | None
+    positions: int | None = None
+    turning: int | None = None
+    recomputes: bool = True
+    trained: tuple[TrainedSize, ...] = ()
 
-    def trained(self, training: TrainingConfig) -> int:
-        """Parameters that training changes."""
-        if training.lora is None:
-            return self.parameters
-        return training.lora.r * sum(self.linear)
+    def of(self, training: TrainingConfig) -> TrainedSize:
+        """What that section trains."""
+        (found,) = (size for size in self.trained if size.lora == training.lora)
+        return found
 
 
 def annotator(model: ModelConfig) -> PreTrainedModel:
@@ -90,46 +114,50 @@ Loader = Callable[[ModelConfig], PreTrainedModel]
 
 
 def model_size(model: ModelConfig, load: Loader = policy) -> ModelSize:
-    """The sizes of a model that is loaded in one of the three ways.
+    """The sizes of a model that is loaded in one of the three ways, but for those of a training.
 
     Raises:
         ModelError: as the loader; for a hub model without safetensors.
     """
-    module = load(model) if _is_here(model.model_name_or_path) else _from_hub(model, load)
+    module = _skeleton(model, load)
+    decoder = decoder_of(module)
     text = module.config.get_text_config()
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    matrices = [p for p in module.base_model.parameters() if p.ndim == 2 and id(p) not in tables]
-    head = module.get_output_embeddings()
-    linear = tuple(
-        layer.in_features + layer.out_features
-        for layer in module.base_model.modules()
-        if isinstance(layer, nn.Linear)
-    )
-    size = ModelSize(
+    head: Any = module.get_output_embeddings()
+    return ModelSize(
         parameters=sum(p.numel() for p in module.parameters()),
-        matmul=sum(p.numel() for p in matrices),
+        matmul=matmul_weights(decoder, text),
         head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
-        layers=int(text.num_hidden_layers),
-        width=int(text.hidden_size),
+        layers=whole_number(text, "num_hidden_layers"),
+        width=whole_number(text, "hidden_size"),
         words=head.out_features if isinstance(head, nn.Linear) else 0,
-        linear=linear,
-        kept=0.0,
-        kept_lora=0.0,
         positions=_learned_positions(module),
+        turning=turning_length(decoder),
+        recomputes=bool(module.supports_gradient_checkpointing),
     )
-    if load is reward_model:  # nobody trains it
-        return size
-    size = replace(size, kept=_kept(module, linear))
-    adapted = add_lora(module, LoraConfig(), "logps" if load is policy else "scores", seed=0)
-    return replace(size, kept_lora=_kept(adapted, linear))
 
 
-def _kept(module: Any, linear: tuple[int, ...]) -> float:
-    """What autograd keeps a token: counted, or guessed for a model that must compute to go on."""
+def trained_size(model: ModelConfig, load: Loader, lora: LoraConfig | None) -> TrainedSize:
+    """What training it under a section's own LoRA, or whole, changes and keeps.
+
+    Raises:
+        LoraError: for adapters that this model cannot have.
+    """
+    module: Any = _skeleton(model, load)
+    copied, notes = 0, tuple[str, ...]()
+    if lora is None:
+        module.requires_grad_(True)
+    else:
+        module = add_lora(module, lora, "logps" if load is policy else "scores", seed=0)
+        refuse_unreadable(module, lora)
+        notes = tuple(adapter_notes(module, lora))
+    number = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if lora is not None:
+        copied = leave_experts(module)
     try:
-        return kept_numbers(module)
-    except (NotImplementedError, RuntimeError):
-        return KEPT * sum(linear)
+        return TrainedSize(lora, number, kept_numbers(module), "", copied, notes)
+    except FOREIGN_ERRORS as error:
+        # Code that looks at values, or runs on no tensors without memory: the training may well.
+        return TrainedSize(lora, number, None, one_line(error), copied, notes)
 
 
 def _learned_positions(module: PreTrainedModel) -> int | None:
@@ -138,12 +166,16 @@ def _learned_positions(module: PreTrainedModel) -> int | None:
     RoBERTa and its like count from behind their pad token, which their table has a row for.
     """
     limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
-    for name, layer in module.base_model.named_modules():
+    for name, layer in decoder_of(module).named_modules():
         is_table = isinstance(layer, nn.Embedding) and ("position" in name or name.endswith("wpe"))
         if limit and is_table and layer.num_embeddings >= limit:
             skipped = 0 if layer.padding_idx is None else layer.padding_idx + 1
             return int(min(limit, layer.num_embeddings - skipped))
     return None
+
+
+def _skeleton(model: ModelConfig, load: Loader) -> PreTrainedModel:
+    return load(model) if _is_here(model.model_name_or_path) else _from_hub(model, load)
 
 
 def _is_here(name: str) -> bool:
@@ -170,8 +202,13 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
     if model.num_hidden_layers is not None:
         config.num_hidden_layers = model.num_hidden_layers
     kind: Any = AutoModelForCausalLM if load is policy else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = kind.from_config(
-            config, attn_implementation=attention_of(model)
-        )
+    try:
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = kind.from_config(
+                config, attn_implementation=attention_of(model)
+            )
+    except FOREIGN_ERRORS as error:
+        raise ModelError(f"model_name_or_path: {name!r}: {one_line(error)}") from error
+    if load is policy:
+        refuse_unfit(model, skeleton)
     return skeleton

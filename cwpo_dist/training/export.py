@@ -27,6 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.identity import Identity, digests, identify
 from cwpo_dist.lm.loading import load_annotator_base, load_policy, model_fingerprint
+from cwpo_dist.lm.switches import give_back
 from cwpo_dist.storage import Store, is_full, to_json
 from cwpo_dist.training.lora import Head, save_adapter
 from cwpo_dist.training.merge import INDEX, MergeError, base_folder, merge_adapter, merge_in_memory
@@ -87,6 +88,7 @@ def export_full(
 
 def _write_model(engine: Gatherer, model: PreTrainedModel, folder: Path | None) -> None:
     """Streams the weights to a folder, which only rank 0 has."""
+    give_back(model)
     empty = {name: _empty(tensor) for name, tensor in _saved(model).items()}
     as_saved = revert_weight_conversion(model, dict(empty))
     if as_saved.keys() != empty.keys():

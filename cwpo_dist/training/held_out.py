@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from cwpo_dist.lm.recompute import start_training
 from cwpo_dist.training.loop import Engine, Run, finite_loss, micro_batches
 from cwpo_dist.training.tasks import Task
 
@@ -35,7 +36,7 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
                 if micro.weight:
                     rows = [indices[p] for p in micro.positions]
                     outputs_NK[rows] = output_PK.double().cpu()
-    engine.module.train()
+    start_training(engine.module)
     outputs_NK = engine.total(outputs_NK.flatten()).reshape(outputs_NK.shape)
     loss = finite_loss(task, step - 1, every, outputs_NK) / task.denominator(every)
     metrics = {"loss": loss, **task.metrics(outputs_NK, every)}

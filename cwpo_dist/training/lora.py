@@ -11,14 +11,23 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, TaskType, get_peft_model
+from peft import (
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cwpo_dist.config import LoraConfig
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.modules import unwrapped
+from cwpo_dist.training.targets import LoraError, left_out, targets, unknown_target
 
 Head = Literal["logps", "scores"]
 
@@ -26,12 +35,10 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 PREFIX = "base_model.model."  # of an adapter's tensors, before the model's own names
 
 
-class LoraError(ValueError):
-    """Targets of LoRA that no folder could hold; the message names field and remedy."""
-
-
 def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) -> PeftModel:
     """The model with fresh adapters; they alone (and an annotator's head) require gradients.
+
+    Fused experts take no dropout: there it is left out, and other layers have it.
 
     Args:
         model: a causal LM, or a sequence classifier.
@@ -40,24 +47,108 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
         seed: of the adapters.
 
     Raises:
-        LoraError: for a target that shares its weight with what is no embedding: no merged folder
-            could say so.
+        LoraError: for a name that nothing in the model has, what peft cannot adapt, and a target
+            that shares its weight with what is no embedding: no merged folder could say so.
     """
+    found = targets(model, lora)
+    former = {target: unknown_target(model, target) for target in found.once}
     settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
+        lora_dropout=0.0,  # peft refuses experts with any: set below
+        target_modules=found.modules,
+        target_parameters=found.parameters or None,
+        rank_pattern=found.ranks,
+        alpha_pattern=found.alphas,
         task_type=TaskType.CAUSAL_LM if head == "logps" else TaskType.SEQ_CLS,
     )
     tied = shared_weights(model)
     with torch.random.fork_rng(devices=[]), hushed_peft():
         torch.manual_seed(seed)
-        # In the model's own precision: DeepSpeed wants one, and keeps the fp32 masters itself.
-        adapted: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
+        try:
+            # In the model's own precision: DeepSpeed wants one, and keeps the fp32 masters itself.
+            adapted: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
+        except FOREIGN_ERRORS as error:
+            raise LoraError(
+                f"lora.target_modules: {lora.target_modules!r}: peft cannot adapt "
+                f"{type(model).__name__}: {one_line(error)}; name other modules, or train it whole "
+                "(lora: null)"
+            ) from error
     assert isinstance(adapted, PeftModel)
+    for target, refusal in former.items():  # peft takes it for experts, or passes it over
+        if target in (_settings(adapted).target_modules or ()):
+            raise refusal
     _refuse_ties(adapted, tied)
+    _set_dropout(adapted, lora.lora_dropout)
     return adapted
+
+
+def _settings(model: PeftModel) -> Any:
+    """What peft made of ours; its types know no more than their base class."""
+    return model.peft_config["default"]
+
+
+def _set_dropout(model: PeftModel, probability: float) -> None:
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    plain = [layer for layer in layers if not isinstance(layer, ParamWrapper)]
+    if len(plain) == len(layers):  # else peft would refuse to load the adapter again
+        _settings(model).lora_dropout = probability
+    for layer in plain if probability else []:
+        layer.lora_dropout["default"] = nn.Dropout(probability)
+
+
+def adapter_notes(model: PeftModel, lora: LoraConfig) -> Iterator[str]:
+    """What a section asks for and peft does not do in this architecture."""
+    fused = any(isinstance(layer, ParamWrapper) for layer in model.modules())
+    if fused and lora.lora_dropout:
+        yield (
+            f"lora_dropout {lora.lora_dropout:g} is left out on the fused experts, which peft "
+            "gives none; other layers have it"
+        )
+    if lora.target_modules == "all-linear" and (names := left_out(unwrapped(model))):
+        yield (
+            f"all-linear gives no adapter to {', '.join(names)} outside the experts: peft takes "
+            "these names for the experts' own"
+        )
+
+
+def refuse_unreadable(model: PeftModel, lora: LoraConfig) -> None:
+    """Refuses adapters that peft itself could not load again from their file.
+
+    transformers renames tensors of some architectures as it loads them, and peft adapters with
+    them: with an expression that meets another layer too, an adapter is lost.
+
+    Args:
+        model: from `add_lora`, on the meta device.
+        lora: the section.
+
+    Raises:
+        LoraError: naming the layers.
+    """
+    found: Any = set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+    lost = [name.partition(".lora_")[0] for name in found.missing_keys if ".lora_" in name]
+    if not lost:
+        return
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in lost)
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    rest = dict.fromkeys(n.rpartition(".")[2] for n in layers if n not in lost)
+    raise LoraError(
+        f"lora.target_modules: {lora.target_modules!r}: peft would lose the adapters of "
+        f"{', '.join(leaves)} when it reads them again; give names without these, of "
+        f"{', '.join(name for name in rest if name not in leaves)}"
+    )
+
+
+def leave_experts(model: nn.Module) -> int:
+    """Switches the adapters of fused experts off; the numbers of those experts.
+
+    In each forward pass peft makes a copy of them with the adapter added, and autograd keeps it. It
+    cannot do so without memory.
+    """
+    wrappers: list[Any] = [m for m in model.modules() if isinstance(m, ParamWrapper)]
+    for wrapper in wrappers:
+        wrapper.enable_adapters(enabled=False)
+    return sum(int(wrapper.get_param().numel()) for wrapper in wrappers)
 
 
 @contextmanager
@@ -69,6 +160,8 @@ def hushed_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings=True`")
         # A merged layer's orientation is its own, whatever this flag of all layers says.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # It looks for them among modules, and takes them for parameters all the same.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
         yield
 
 

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.loading import load_policy, model_path
+from cwpo_dist.lm.switches import give_back
 from cwpo_dist.training.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -122,6 +123,7 @@ def merge_in_memory(model: PreTrainedModel, adapter: Path, out: Path, dtype: tor
         untie(model)  # else peft would add to the weight of both
     with hushed_peft():
         merged: Any = load_adapter(model, adapter).merge_and_unload()
+    give_back(merged)
     merged.to(dtype).save_pretrained(str(out))
 
 

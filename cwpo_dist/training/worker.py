@@ -25,7 +25,7 @@ from cwpo_dist.lm.loading import ModelError, load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.reading import encoder_for
-from cwpo_dist.lm.recompute import let_recompute
+from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.storage import Store, digest
 from cwpo_dist.training import checkpoint, held_out, tracking
@@ -163,7 +163,7 @@ class _Rank:
         start, attempt = self.resume()
         if self.rank == 0:
             _say(f"{spec.name}: {len(self.task.rows)} rows, step {start} of {total}, {layout} rows")
-        self.module.train()  # for lora_dropout and gradient checkpointing; models have no other
+        start_training(self.module)
         hooks = _RankHooks(self, run, start, attempt)
         try:
             run_loop(self.task, self.engine, run, hooks, start)

@@ -1,0 +1,50 @@
+"""What other people's model code can raise, by class, and what it said, in one line.
+
+transformers has hundreds of architectures, and peft reaches into each. Their code meets what its
+authors did not try (tensors without memory, a mask of four dimensions, a kernel that is not
+installed) and fails as Python code fails anywhere. Where that only costs an estimate or a faster
+layout, or can be refused by name, these are caught, and nowhere else: `cwpo_dist`'s own code never
+runs inside, and what is no fault of a model's code (no memory, an interrupt) passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+FOREIGN_ERRORS: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,  # `'tuple' object has no attribute 'dtype'`
+    ImportError,  # a kernel or an extra package
+    LookupError,  # a table of a configuration without the key
+    OSError,  # a file that is not there; a hub that is not
+    RuntimeError,  # torch's, NotImplementedError among them
+    StrictDataclassError,  # a configuration that its own class refuses
+    TypeError,
+    ValueError,  # `too many values to unpack`
+)
+_LONGEST = 240  # characters of what an error said
+
+
+def whole_number(config: Any, name: str) -> int:
+    """A field of a model's configuration that an estimate reads; 0 where there is none.
+
+    Some configurations have it by layer, and raise when they are asked for one of all.
+    """
+    try:
+        return int(getattr(config, name, None) or 0)
+    except FOREIGN_ERRORS:
+        return 0
+
+
+def one_line(error: BaseException) -> str:
+    """What an error said, on one line and not too long; its class where it said nothing."""
+    said = " ".join(str(error).split())
+    if not said:
+        return type(error).__name__
+    if len(said) > _LONGEST:
+        said = said[: _LONGEST - 1].rstrip() + "…"
+    # "KeyError: 'x'" says what "'x'" does not; those that speak in sentences need no name.
+    return said if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {said}"

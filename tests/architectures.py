@@ -1,0 +1,585 @@
+"""Every causal language model that transformers has, tiny, through the product; a table of it.
+
+    python tests/architectures.py docs/architectures.md
+
+Of each model type a random model of width 32 is made and loaded, planned, trained for three steps
+by SFT and by DPO, whole and with LoRA, exported, and read again by transformers alone. The table
+says what was chosen and the largest difference that was seen, or by which words it is refused.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from exported_runs import Alone
+from tiny import tiny_tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
+from cwpo_dist.lm.generation import generate
+from cwpo_dist.lm.loading import ModelError, load_policy
+from cwpo_dist.lm.modules import AnswerLogProbs
+from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.recompute import let_recompute, start_training
+from cwpo_dist.lm.rows import Layout, Row, collate
+from cwpo_dist.lm.tokens import load_tokenizer
+from cwpo_dist.stages.model_checks import check_model
+from cwpo_dist.stages.sizes import policy
+from cwpo_dist.storage import Store
+from cwpo_dist.training import export
+from cwpo_dist.training.loop import Hooks, Run, TorchEngine, train
+from cwpo_dist.training.lora import add_lora
+from cwpo_dist.training.merge_check import MergeMismatch
+from cwpo_dist.training.tasks import Preference, Sft, Task
+
+# A size by the name that configurations give it; whatever has another name keeps its default.
+_NAMES = {
+    1: "first_k_dense_replace moe_num_shared_experts n_group n_groups n_shared_experts "
+    "num_dense_layers num_expert_group num_shared_experts topk_group mamba_n_groups mamba_ngroups",
+    2: "decoder_layers encoder_layers linear_num_key_heads moe_k moe_top_k moe_topk n_layer "
+    "n_layers num_experts_per_tok num_experts_per_token num_hidden_layers num_key_value_heads "
+    "num_kv_heads num_layers num_query_groups",
+    4: "attention_heads decoder_attention_heads encoder_attention_heads linear_num_heads "
+    "linear_num_value_heads moe_num_experts n_head n_heads n_routed_experts num_attention_heads "
+    "num_blocks num_experts num_heads num_local_experts o_groups rotary_dim index_n_heads",
+    8: "attention_head_dim attention_head_size chunk_size d_head dim_head global_head_dim head_dim "
+    "index_head_dim kv_lora_rank linear_head_dim linear_key_head_dim linear_value_head_dim "
+    "mamba_chunk_size mamba_d_head mamba_d_state mamba_head_dim mamba_headdim mamba_n_heads "
+    "mamba_num_heads n_mamba_heads o_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim "
+    "ssm_state_size state_size swa_head_dim v_head_dim mamba_dt_rank router_hidden_size",
+    16: "expert_ffn_hidden_size moe_intermediate_size shared_experts_intermediate_size",
+    32: "attention_hidden_size d_model emb_dim embedding_dim embedding_size hidden_size "
+    "hidden_size_per_layer_input input_embedding_size lru_width n_embd output_embedding_size "
+    "pronunciation_embed_dim shape_embed_dim shared_expert_intermediate_size word_embed_proj_dim",
+    64: "d_inner decoder_ffn_dim dense_intermediate_size dff dim_ff encoder_ffn_dim "
+    "feed_forward_size ffn_dim ffn_hidden_size intermediate_size intermediate_size_mlp n_inner "
+    "shared_intermediate_size",
+    266: "vocab_size vocab_size_per_layer_input",  # the tokens of tiny_tokenizer
+    512: "attention_window_size context_length max_position_embeddings max_seq_len "
+    "model_max_length n_ctx n_positions sliding_window",
+}
+_SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_TYPES = ("layer_types", "layers_block_type", "mlp_layer_types")
+
+_LATENT = {"num_key_value_heads": 4}  # attention over latent keys has as many as heads
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MIXED = ["linear_attention", "hybrid"] * 2
+# What a type needs beside its sizes.
+_OWN: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "bailing_hybrid": _LATENT,
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {**_LATENT, "per_layer_config": {}, "head_dim": 16},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "intermediate_size": 64,
+        "num_kv_shared_layers": 0,
+    },
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "kimi_linear": _LATENT,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {**_LATENT, "zero_expert_num": 4},
+    "mamba2": {"num_heads": 8},
+    "minicpm3": _LATENT,
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "indexer_head_dim": 8,
+        "indexer_kv_heads": 1,
+        "indexer_n_heads": 4,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": _LATENT,
+    "zamba": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "layers_block_type": _MIXED,
+        "num_hidden_layers": 4,
+    },
+    "zamba2": {"attention_head_dim": 16, "attention_hidden_size": 64},
+    "zaya": {"num_experts_per_tok": 1},
+}
+# Others of a type, which its default does not show.
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 24,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon, ALiBi": ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 4}),
+    "falcon, new": ("falcon", {"new_decoder_architecture": True}),
+    "falcon_h1, scaled": ("falcon_h1", {"lm_head_multiplier": 0.0390625}),
+    "gemma2, short window": ("gemma2", {"sliding_window": 16}),
+    "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
+    "granite, scaled": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    "hyperclovax, scaled": ("hyperclovax", {"logits_scaling": 0.25}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, dynamic RoPE": (
+        "llama",
+        {
+            "max_position_embeddings": 24,
+            "rope_parameters": {**_ROPE, "rope_type": "dynamic", "factor": 4.0},
+        },
+    ),
+    "llama, YaRN": (
+        "llama",
+        {
+            "rope_parameters": {
+                **_ROPE,
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+            }
+        },
+    ),
+    "mistral, short window": ("mistral", {"sliding_window": 16}),
+    "mixtral, router's loss and jitter": (
+        "mixtral",
+        {"output_router_logits": True, "router_jitter_noise": 0.5},
+    ),
+    "opt, as 350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "phi3, longrope": (
+        "phi3",
+        {"original_max_position_embeddings": 24, "rope_parameters": _LONGROPE},
+    ),
+    "qwen2, short window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+}
+# Types without a tiny configuration: what they need is no part of a text model, or not here.
+LEFT_OUT = {
+    "blt": "reads bytes through four configurations of its own",
+    "dots3_note": "for images; see dots3_note_text",
+    "emu3": "for images",
+    "gemma3": "for images; see gemma3_text",
+    "gemma3n": "for images, by a package of its own; see gemma3n_text",
+    "gemma4": "for images; see gemma4_text",
+    "gemma4_assistant": "drafts for another model",
+    "gemma4_unified_assistant": "drafts for another model",
+    "git": "for images",
+    "got_ocr2": "for images",
+    "mllama": "for images",
+    "moss_transcribe_diarize": "for speech",
+    "musicgen": "for music",
+    "musicgen_melody": "for music",
+    "phi4_multimodal": "for images and speech",
+    "qwen4_exp": "for images; see qwen4_exp_text",
+}
+TYPES = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in LEFT_OUT]
+NAMES = sorted([*TYPES, *VARIANTS])
+FIXED = (  # of `make test`
+    "bert",
+    "bloom",
+    "deepseek_v3",
+    "falcon, ALiBi",
+    "gemma2",
+    "gpt2",
+    "llama, tied",
+    "mamba",
+    "mixtral, router's loss and jitter",
+    "phi3, longrope",
+    "qwen3_next",
+    "rwkv",
+)
+LONGEST = 64
+STEPS = 3
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one architecture.
+
+    Attributes:
+        name: its model type, and which of it.
+        attention: what transformers takes for it.
+        layout: of its rows.
+        reason: of that layout.
+        log_probs: the largest difference from stock plain rows, in nats an answer.
+        gradient: relative error of the flat gradient of both answers of all rows.
+        full: the largest difference between the trained model and its export, in nats an answer.
+        lora: the same of the merged model; words where LoRA is refused.
+        answers: how answers are sampled: 'in batches', 'one by one', or why not.
+        refused: by which words, where it is.
+    """
+
+    name: str
+    attention: str = ""
+    layout: str = ""
+    reason: str = ""
+    log_probs: float = 0.0
+    gradient: float = 0.0
+    full: float = 0.0
+    lora: float | str = 0.0
+    answers: str = ""
+    refused: str = ""
+
+
+def make(name: str, folder: Path) -> Path:
+    """Writes a tiny random model and its tokenizer; norms and biases are not at their neutrals."""
+    kind, changes = VARIANTS.get(name, (name, {}))
+    given = AutoConfig.for_model(kind)
+    settings = tiny_settings(given.get_text_config(), kind) | changes
+    if given.get_text_config() is not given:
+        settings = {"text_config": settings}
+    config = AutoConfig.for_model(kind, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1 and parameter.is_floating_point():
+                    parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_settings(text: Any, kind: str) -> dict[str, Any]:
+    """Arguments of the configuration of a text model of width 32 and a few layers."""
+    known = text.to_dict()
+    settings = {name: _SIZES[name] for name, value in known.items() if name in _SIZES and value}
+    settings |= _OWN.get(kind, {})
+    types = {name: list(dict.fromkeys(known[name])) for name in _TYPES if known.get(name)}
+    types |= {name: settings[name] for name in _TYPES if name in settings}
+    if types:  # a layer of each type, twice where there is but one
+        number = max(2, *(len(kinds) for kinds in types.values()))
+        settings |= {name: (kinds * number)[:number] for name, kinds in types.items()}
+        settings |= {name: number for name in _LAYERS if name in settings}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    return settings | ids | {"initializer_range": 0.2}
+
+
+def rows(number: int = 6, seed: int = 3) -> list[Row]:
+    """Random tokens, two answers a row, prompts and answers of 2 to 29 tokens."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def some() -> list[int]:
+        length = int(torch.randint(2, 30, (1,), generator=draw))
+        return torch.randint(3, 260, (length,), generator=draw).tolist()
+
+    return [Row(some(), ([*some(), 1], [*some(), 1])) for _ in range(number)]
+
+
+def stock(folder: Path | str) -> PreTrainedModel:
+    """As transformers alone loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def plain(model: Any, given: list[Row]) -> Tensor:
+    """Log-probs [rows, 2] by a stock model, each answer alone, without pads or masks."""
+    found = []
+    for row in given:
+        for answer in row.answers:
+            ids, start = torch.tensor([row.prompt + answer]), len(row.prompt)
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            logps = logits[start - 1 : -1].log_softmax(-1)
+            found.append(logps.gather(1, ids[0, start:, None]).sum())
+    return torch.stack(found).view(len(given), 2)
+
+
+def walk(name: str, folder: Path) -> Outcome:
+    """Everything that the product does with a model, as far as it goes."""
+    with _hushed():
+        make(name, folder / "model")
+        outcome = _walked(Outcome(name), folder)
+    gc.collect()
+    return outcome
+
+
+def _walked(outcome: Outcome, folder: Path) -> Outcome:
+    model = ModelConfig(
+        model_name_or_path=str(folder / "model"), max_length=LONGEST, chat_template="plain"
+    )
+    planned = check_model("policy", model, policy, {"align": _config(None)})
+    if planned.faults:
+        return replace(outcome, refused=_told(planned.faults[0], folder))
+    given, base = rows(), stock(folder / "model")
+    with torch.no_grad():
+        wanted = plain(base, given)
+    module = AnswerLogProbs(load_policy(model, device="cpu")).eval()
+    choice = choose_layout(module, longest=LONGEST)
+    with torch.no_grad():
+        found = module(collate(given, choice.layout, 2))
+    outcome = replace(
+        outcome,
+        attention=base.config._attn_implementation,
+        layout=choice.layout,
+        reason=choice.reason,
+        log_probs=_largest(found, wanted),
+        gradient=_gradient_error(module, choice.layout, base, given),
+        full=_trained(model, None, choice.layout, given, folder / "full"),
+    )
+    adapted = check_model("policy", model, policy, {"align": _config(LORA)})
+    lora: float | str
+    if adapted.faults:
+        lora = _told(adapted.faults[0], folder)
+    else:
+        lora = _or_words(
+            lambda: _trained(model, LORA, choice.layout, given, folder / "lora"), MergeMismatch
+        )
+    return replace(outcome, lora=lora, answers=_sampled(model, given))
+
+
+def _config(lora: LoraConfig | None) -> TrainingConfig:
+    return TrainingConfig(
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        max_steps=STEPS,
+        global_batch_size=4,
+        max_tokens_per_micro_batch=200,
+        lora=lora,
+    )
+
+
+def _trained(
+    model: ModelConfig, lora: LoraConfig | None, layout: Layout, given: list[Row], folder: Path
+) -> float:
+    """Three steps of SFT and three of DPO; how far the export is from what was trained."""
+    loaded: Any = load_policy(model, device="cpu")
+    if loaded.supports_gradient_checkpointing:
+        let_recompute(loaded)
+    loaded.config.use_cache = False
+    adapted = loaded.requires_grad_(True) if lora is None else add_lora(loaded, lora, "logps", 0)
+    module = AnswerLogProbs(adapted).eval()
+    choose_layout(module, longest=LONGEST)  # as a worker does: it may set attention and scale
+    config = _config(lora)
+    engine, run = TorchEngine(module, config), Run(config, 0, layout, 2)
+    with torch.no_grad():
+        reference = module(collate(given, layout, 2)).tolist()
+    names = [f"pair {number}" for number in range(len(given))]
+    chosen = [Row(row.prompt, row.answers[:1]) for row in given]
+    weights = [0.5 + 0.1 * number for number in range(len(given))]
+    tasks: tuple[Task, ...] = (
+        Sft(chosen, names),
+        Preference(given, names, weights, reference, "sigmoid", 0.1),
+    )
+    for task in tasks:
+        start_training(module)
+        train(task, engine, run, Hooks())
+    module.eval()
+    with torch.no_grad():
+        wanted = module(collate(given, layout, 2))
+    if float((wanted - torch.tensor(reference)).abs().max()) < 1e-2:
+        raise AssertionError("three steps of each moved nothing")
+    tokenizer, store = load_tokenizer(model), Store(str(folder))
+    if lora is None:
+        export.export_full(Alone(), loaded, tokenizer, store)
+    else:
+        trained = export.gather_weights(Alone(), adapted, export.trainable_names(adapted))
+        export.export_lora(adapted, trained, tokenizer, store, model, "logps", 0)
+    with torch.no_grad():
+        return _largest(plain(stock(folder / "model"), given), wanted)
+
+
+def _gradient_error(module: AnswerLogProbs, layout: Layout, base: Any, given: list[Row]) -> float:
+    """Of the flat gradient of a weighted sum of log-probs, in two micro-batches."""
+    weights = torch.linspace(-1, 1, 2 * len(given)).view(len(given), 2)
+    module.requires_grad_(True)
+    start_training(module)
+    for part in (slice(0, 2), slice(2, None)):
+        (module(collate(given[part], layout, 2)) * weights[part]).sum().backward()
+    base.requires_grad_(True)
+    (plain(base, given) * weights).sum().backward()
+    ours = dict(module.model.named_parameters())
+    squares, total = 0.0, 0.0
+    for name, parameter in base.named_parameters():
+        theirs = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found = ours[name].grad
+        mine = torch.zeros_like(parameter) if found is None else found.to_dense()
+        squares += float((mine - theirs).double().square().sum())
+        total += float(theirs.double().square().sum())
+    return (squares / total) ** 0.5
+
+
+def _sampled(model: ModelConfig, given: list[Row]) -> str:
+    """Whether answers of a batch are those of prompts alone, greedy and drawn."""
+    loaded, tokenizer = load_policy(model, device="cpu"), load_tokenizer(model)
+    prompts = [row.prompt for row in given]
+    settings: dict[str, Any] = {"max_new_tokens": 8, "seed": 0}
+
+    def both(batch_size: int) -> list[str]:
+        return [
+            text
+            for temperature in (0.0, 0.9)
+            for text in generate(
+                loaded,
+                tokenizer,
+                prompts,
+                batch_size=batch_size,
+                temperature=temperature,
+                **settings,
+            )
+        ]
+
+    with _records() as records:
+        try:
+            together = both(len(prompts))
+        except ModelError as error:
+            return str(error)
+    if together != both(1):
+        return "DEPEND ON THE BATCH"
+    alone = any("one by one" in record for record in records)
+    return "one by one" if alone else "in batches"
+
+
+def _or_words(act: Callable[[], float], *refusals: type[Exception]) -> float | str:
+    try:
+        return act()
+    except refusals as error:
+        return str(error)
+
+
+def _largest(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max().nan_to_num(torch.inf))
+
+
+def _told(message: str, folder: Path) -> str:
+    """A refusal without where the model lies here."""
+    return message.replace(str(folder / "model"), "MODEL")
+
+
+@contextmanager
+def _records() -> Iterator[list[str]]:
+    """What the product logs meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("cwpo_dist")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """What transformers and peft say of tiny configurations is of no use here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    transformers_logging.set_verbosity(level)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The page, as Markdown."""
+    lines = [
+        "# Architectures",
+        "",
+        f"Made by `{COMMAND}`: every model type that transformers "
+        f"{version('transformers')} loads as a causal language model, tiny and random, under peft "
+        f"{version('peft')} and torch {version('torch')}, in fp32 on a CPU.",
+        "",
+        "Of each: the layout of its rows ([packed, shared or plain](../README.md)); the largest "
+        "difference of an answer's log-prob from the stock model's, for which each answer is a "
+        f"sequence by itself, in nats; the relative error of the gradient; after {STEPS} steps of "
+        f"SFT and {STEPS} of DPO, whole and with LoRA on all linear layers, the largest difference "
+        "between the model in training and its exported folder, as transformers alone reads it; "
+        "and how answers are sampled. What is refused, `cwpo plan` refuses in these words.",
+        "",
+        "| model type | attention | rows | log-probs | gradient | full | LoRA | answers |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_line(outcome) for outcome in outcomes if not outcome.refused),
+        "",
+        "## Plain rows, and why",
+        "",
+        *(
+            f"- {each.name}: {each.reason}"
+            for each in outcomes
+            if each.layout == "plain" and not each.refused
+        ),
+        "",
+        "## Refused",
+        "",
+        *(f"- {each.name}: {each.refused}" for each in outcomes if each.refused),
+        "",
+        "## Not tried",
+        "",
+        "Types without a tiny configuration in `tests/architectures.py`:",
+        "",
+        *(f"- {kind}: {why}" for kind, why in LEFT_OUT.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _line(each: Outcome) -> str:
+    lora = each.lora if isinstance(each.lora, str) else f"{each.lora:.0e}"
+    cells = (
+        each.name,
+        each.attention,
+        each.layout,
+        f"{each.log_probs:.0e}",
+        f"{each.gradient:.0e}",
+        f"{each.full:.0e}",
+        lora,
+        each.answers,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+COMMAND = "make architectures"
+
+
+def main(page: str, *names: str) -> None:
+    """Walks all architectures, or those of the names, and writes the page."""
+    outcomes = []
+    for name in names or NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = walk(name, Path(folder))
+        print(outcome.refused or _line(outcome), flush=True)  # noqa: T201 - the page takes minutes
+        outcomes.append(outcome)
+    Path(page).parent.mkdir(exist_ok=True)
+    Path(page).write_text(table(outcomes))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
