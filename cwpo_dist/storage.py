@@ -289,9 +289,15 @@ def digest(value: Any) -> str:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as Parquet bytes, deterministic for one version of pyarrow."""
+    """A table as Parquet bytes, deterministic for one version of pyarrow.
+
+    Without rows it has no row group either: `datasets` takes the first one's rows as its batch
+    size, and refuses 0.
+    """
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+        if table.num_rows:
+            writer.write_table(table)
     return buffer.getvalue()
 
 

@@ -114,13 +114,17 @@ def stock(tokenizer: Any, name: str, prompt: Any, answer: Any, tools: Any) -> li
     return ids
 
 
+@pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("file", TRL, ids=lambda file: file.stem)
 def test_tokens_are_those_of_apply_chat_template(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, add_bos: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a ready reward model the whole, of a policy all but what follows its last EOS."""
+    """Of a ready reward model the whole, of a policy all but what follows its last EOS.
+
+    Whatever the tokenizer itself puts in front of a text.
+    """
     pinned(monkeypatch)
-    tokenizer = tiny_tokenizer(add_bos=False)
+    tokenizer = tiny_tokenizer(add_bos=add_bos)
     tokenizer.chat_template = file.read_text()
     ready = RenderingEncoder(tokenizer, pad=None)
     policy = Encoder(tokenizer)
@@ -141,7 +145,8 @@ def test_tokens_are_those_of_apply_chat_template(
                 expected = whole
                 if encoder is policy:
                     text = without_eos(tokenizer.decode(whole), tokenizer.eos_token)
-                    expected = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+                    expected = tokenizer(text, add_special_tokens=False).input_ids
+                    expected.append(tokenizer.eos_token_id)
                 assert [*row.prompt, *ids] == expected
     assert read >= 8, "most conversations can be rendered by any template"
 
@@ -220,7 +225,7 @@ def test_the_date_is_the_one_that_is_set(template: str, shown: str) -> None:
     encoder = of_text(template + turns)
     assert encoder.template.prints_date
     row = encoder.encode("Q", ["A"])
-    assert encoder.tokenizer.decode(row.prompt) == f"<s>{shown}|Q"
+    assert encoder.tokenizer.decode(row.prompt) == f"{shown}|Q"
     later = of_text(template + turns, template_date=date(2031, 1, 2))
     assert later.encode("Q", ["A"]) != row
     assert not of_text(turns).template.prints_date
@@ -249,7 +254,7 @@ def test_of_named_templates_the_default_is_taken_and_tools_have_their_own(tmp_pa
     encoder = Encoder(tokenizer)
     assert encoder.encode("Q", ["A"]) == of_text(CHAT_TEMPLATE).encode("Q", ["A"])
     with_tools = encoder.encode(one("user", "Q"), [one("assistant", "A")], TOOLS)
-    assert encoder.tokenizer.decode(with_tools.prompt).startswith("<s>tools:<|user|>")
+    assert encoder.tokenizer.decode(with_tools.prompt).startswith("tools:<|user|>")
     encoder.tokenizer.save_pretrained(tmp_path / "policy")
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template == named
     # an annotator's end at EOS, each of them
@@ -362,7 +367,7 @@ def test_messages_are_handed_over_with_every_key() -> None:
     row = encoder.encode(prompt, [one("assistant", None, tool_calls=[CALL]), one("assistant", "?")])
     assert isinstance(row, Row)
     text = encoder.tokenizer.decode([*row.prompt, *row.answers[0]])
-    assert text == "<s>Eve/user: Warm?|/assistant: weather|</s>"
+    assert text == "Eve/user: Warm?|/assistant: weather|</s>"
 
 
 def test_a_common_prefix() -> None:

@@ -131,6 +131,11 @@ class ChatTemplate:
             return self._finished(self.source, self._on)
         return {name: self._finished(text, self._on) for name, text in self.source.items()}
 
+    def opened(self, bos: str) -> str:
+        """The one of 'plain', for a saved tokenizer, with BOS in front of what it writes."""
+        assert isinstance(self.source, str)
+        return "{{- " + _quoted(bos) + " }}" + self.source
+
     @property
     def joined(self) -> str:
         """For a saved tokenizer, what reads two messages as text is read under 'plain'."""

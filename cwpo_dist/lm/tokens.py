@@ -77,7 +77,8 @@ class Encoder:
     Attributes:
         tokenizer: with the chat template set, so that it travels with the saved model.
         eos_id: ends every answer, exactly once.
-        bos_id: opens every prompt, exactly once; None where the tokenizer writes none.
+        bos_id: what the tokenizer puts in front of a text; None where it writes none. It opens every
+            prompt under 'plain', once; a template of its own writes it, or nobody does.
         pad_id: fills batches behind the ends of rows.
         closing: how many of an answer's last tokens belong to no text of its own.
         token_types: whether the model is told prompt from answer by types (0 and 1).
@@ -123,6 +124,9 @@ class Encoder:
         """The template; it travels with the tokenizer, one of its own as it was."""
         template = ChatTemplate(self.tokenizer, chat_template, on)
         self.tokenizer.chat_template = template.source
+        if self.joins_text and self.bos_id is not None:
+            bos = str(self.tokenizer.convert_ids_to_tokens(self.bos_id))
+            self.tokenizer.chat_template = template.opened(bos)
         return template
 
     def travel_as_text(self) -> None:
@@ -220,8 +224,9 @@ class Encoder:
         return text
 
     def _tokens(self, texts: Sequence[Any]) -> list[list[int]]:
-        """Ids with one BOS in front, where the tokenizer uses one, and no EOS at the end."""
-        return [self._with_bos(ids) for ids in ids_of(self.tokenizer, texts)]
+        """Ids of what a template wrote, as it wrote it; under 'plain' with the tokenizer's BOS."""
+        found = ids_of(self.tokenizer, texts)
+        return [self._with_bos(ids) for ids in found] if self.joins_text else found
 
     def _row(self, texts: Sequence[Any], ids: list[list[int]]) -> Row | TokenError:
         """The tokens that all sequences of a pair share, and each answer's own."""

@@ -30,7 +30,8 @@ from cwpo_dist.storage import Store, digest
 TRAINING_STAGES = ("fit", "sft", "align")
 SCORES = ("annotate", "implicit")  # the stages that give a pair's two answers a score
 # Of what stages write: raised when the same settings would give other files.
-FORMAT, FORMAT_OF = 3, {"annotate": 4, "weigh": 4, "evaluate": 4}
+FORMAT = 3
+FORMAT_OF = {"tokens": 4, "implicit": 4, "annotate": 4, "weigh": 5, "evaluate": 4}
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,8 @@ def _normalization(config: Config, arm: Arm) -> str:
 
 def _weigh_node(config: Config, arm: Arm, given: dict[str, Node]) -> Node:
     settings = {"labels": arm.labels, "splits": list(arm.splits)} | weigh_settings(config, arm)
+    # Text is prompt + answer under 'plain' alone; every other template gets it as messages.
+    settings["messages"] = config.policy is None or config.policy.chat_template != "plain"
     return Node("weigh", settings, {"prepare": given["prepare"]} | _scores(list(given.values())))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -64,6 +64,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         splits=tuple(node.settings["splits"]),
         weight_function=node.settings["weight_function"],
         message_keys=tuple(context.counts(node.inputs["prepare"])["message_keys"]),
+        messages=node.settings["messages"],
     )
     selection = Selection(_last(shards, node), node.settings["min_confidence"])
     if node.settings.get("divided_by_mean"):
@@ -84,6 +85,7 @@ class Shards:
         weight_function: its name.
         divisor: the mean weight, where weights are divided by it.
         message_keys: what the run's messages have beside role and content, and `tools`.
+        messages: whether text is written as the messages that the policy's template gets of it.
     """
 
     annotated: Annotated
@@ -94,6 +96,7 @@ class Shards:
     weight_function: str
     divisor: float = 1.0
     message_keys: tuple[str, ...] = ()
+    messages: bool = False
 
     def confidences(self, index: int) -> pa.Table:
         """Ids and confidences of one shard's pairs."""
@@ -149,7 +152,10 @@ class Shards:
             labels = {i: wanted[i]["label"] for i, d in decisions.items() if d.margin}
             against = (label not in {None, decisions[i].label} for i, label in labels.items())
             counts |= {"without": len(wanted) - len(decisions), "against": sum(against)}
-        return preference_table(kept, self._schema(kind_of(pairs))), counts
+        kind = kind_of(pairs)
+        if kind == "text" and self.messages:
+            kept, kind = [{**row, **_as_messages(row)} for row in kept], "conversational"
+        return preference_table(kept, self._schema(kind)), counts
 
     def _schema(self, kind: Kind) -> pa.Schema:
         more = set(self.message_keys)
@@ -225,6 +231,12 @@ class Shards:
             "confidence": sum(number.confidence for number in scored.values()),
             "disagreement": sum(decisions[i].disagreement or 0.0 for i in scored),
         }
+
+
+def _as_messages(row: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    """Text as every other trainer renders it by the policy's template, too."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {name: [{"role": role, "content": row[name]}] for name, role in roles.items()}
 
 
 class _Number(NamedTuple):

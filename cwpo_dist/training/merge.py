@@ -38,8 +38,11 @@ from cwpo_dist.training.lora import (
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # A and B of a linear layer and of an embedding.
 _PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
-# What LoraConfig cannot ask for, and a plain W + B·A·scale would not be.
-SPECIAL = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+# What a plain W + B·A·scale of layers would not be; target_parameters: fused experts.
+SPECIAL = (
+    *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    "target_parameters",
+)
 
 
 class MergeError(ValueError):

@@ -36,7 +36,7 @@ def stack_adapters(first: Path, second: Path, out: Path) -> None:
     """
     settings = [json.loads((folder / ADAPTER_CONFIG).read_text()) for folder in (first, second)]
     for folder, each in zip((first, second), settings, strict=True):
-        special = [name for name in (*SPECIAL, "target_parameters") if each.get(name)]
+        special = [name for name in SPECIAL if each.get(name)]
         if special or isinstance(each["target_modules"], str):
             raise StackError(f"{folder.name}: {', '.join(special) or 'a pattern'} set")
     weights = [load_file(folder / ADAPTER_WEIGHTS) for folder in (first, second)]
