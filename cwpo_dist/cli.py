@@ -147,7 +147,8 @@ def report(
 ) -> None:
     """Show the figures of finished runs and write their page; several runs share one.
 
-    The directory of a comparison, alone, has its own page written anew.
+    The directory of a comparison, alone, has its own page written anew. A run that ended before its
+    report shows what became of its rows.
 
     Example: cwpo report runs/seed0 runs/seed1 runs/seed2 --to seeds.html
     """

@@ -17,11 +17,12 @@ from small_run import write_config
 
 from cwpo_dist import __version__, cli
 from cwpo_dist.cli_jobs import plan_options
-from cwpo_dist.config import ConfigError
+from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.config_file import load_config
 from cwpo_dist.stages.export import ExportError, export
+from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.stages.show import ShowError, show
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import MANIFEST, Store
 
 COMMANDS = [*cli.STAGES, "run", "plan", "compare", "config", "report", "export"]
 COMMANDS += ["submit", "status", "logs", "stop"]
@@ -209,6 +210,31 @@ def test_several_runs_share_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "compared" / "comparison.json").write_text("{}")
     with pytest.raises(ShowError, match="it holds a comparison, whose page is its own"):
         show([str(tmp_path / "compared"), *runs], str(tmp_path / "all.html"))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_run_that_ended_at_prepare_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What became of each row, what nothing read, and which files were left out."""
+    source, run = tmp_path / "data", Store(str(tmp_path / "run"))
+    source.mkdir()
+    rows = [{"prompt": f"p{i % 8}", "chosen": "yes", "rejected": "no"} for i in range(9)]
+    rows += [{"prompt": "p", "chosen": "", "rejected": "no", "rater": "Ann"}]
+    (source / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (source / "picture.png").write_bytes(b"\x89PNG")
+    given = {"sources": [{"path": str(source)}], "max_reject_fraction": 0.5}
+    manifest: dict[str, Any] = {"versions": {}, "device": "cpu"}
+    for key, seed in (("one", 0), ("two", 1)):
+        place = run.child("prepare", key)
+        manifest["counts"] = prepare(place, PrepareConfig.model_validate(given), seed)
+        place.create_json(MANIFEST, manifest)
+        page = Path(show([run.uri]))
+        assert page == tmp_path / "run" / "report.html"
+        for text in (page.read_text(), capsys.readouterr().out):
+            for word in ("empty answer", "rater", "picture.png", "duplicates merged into them"):
+                assert word in text
+            assert ("two" in text) == (key == "two"), "settings that changed have a column each"
 
 
 def test_a_command_that_lacks_its_config_is_told_so(exit_code: Callable[..., Any]) -> None:

@@ -76,9 +76,9 @@ def weighed(config: Config, *scores: dict[str, float]) -> tuple[Preferences, dic
     counts = weigh.run(context, nodes["weigh"])
     store = context.place(nodes["weigh"])
     rows = [r for name in store.names("preferences") for r in store.read_table(name).to_pylist()]
-    for row in rows:  # conversations of one message each
-        row |= {name: row[name][0]["content"] for name in ("prompt", "chosen", "rejected")}
-    return {row["prompt"]: row for row in rows}, counts
+    for each in rows:  # conversations of one message each
+        each |= {name: each[name][0]["content"] for name in ("prompt", "chosen", "rejected")}
+    return {each["prompt"]: each for each in rows}, counts
 
 
 def test_weights_are_the_columns_to_the_bit(tmp_path: Path) -> None:

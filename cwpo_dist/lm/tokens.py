@@ -77,8 +77,8 @@ class Encoder:
     Attributes:
         tokenizer: with the chat template set, so that it travels with the saved model.
         eos_id: ends every answer, exactly once.
-        bos_id: what the tokenizer puts in front of a text; None where it writes none. It opens every
-            prompt under 'plain', once; a template of its own writes it, or nobody does.
+        bos_id: what the tokenizer puts in front of a text; None where it writes none. Under 'plain'
+            it opens every prompt, once; any other template writes it, or nobody does.
         pad_id: fills batches behind the ends of rows.
         closing: how many of an answer's last tokens belong to no text of its own.
         token_types: whether the model is told prompt from answer by types (0 and 1).

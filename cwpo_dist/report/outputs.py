@@ -95,7 +95,8 @@ def numbered(metrics: Metrics, stage: str, part: str) -> list[str]:
 
 def data_tables(metrics: Metrics) -> list[Table]:
     """What `prepare` made of its sources; a column a run where several share a page."""
-    return [prepare_table(metrics), _splits_table(metrics), _rejects_table(metrics)]
+    always = [prepare_table(metrics), _splits_table(metrics), _rejects_table(metrics)]
+    return always + [table for table in (_unread_table(metrics), _files_table(metrics)) if table]
 
 
 def _prepared(metrics: Metrics, word: str) -> dict[str, Metrics | None]:
@@ -142,6 +143,32 @@ def _rejects_table(metrics: Metrics) -> Table:
         none = (Cell("none"), *(Cell("0") for _ in found))
         return Table("Rejects", ("reason", *found), (none,))
     return _counts("Rejects", "reason", found)
+
+
+def _unread_table(metrics: Metrics) -> Table | None:
+    """Columns and message keys with values that nothing read; None where there are none."""
+    rows = [
+        (*map(Cell, (source, what, name)), count(number))
+        for told in _prepared(metrics, "rows").values()
+        for source, found in (at(told, "not_read") or {}).items()
+        for what, key in (("column", "columns"), ("message key", "message_keys"))
+        for name, number in found[key].items()
+    ]
+    columns = ("source", "what", "name", "rows")
+    return Table("Not read", columns, tuple(rows), n_names=3) if rows else None
+
+
+def _files_table(metrics: Metrics) -> Table | None:
+    """Files that no source read, and why; None where there are none."""
+    told = [at(each, "files_left_out") or {} for each in _prepared(metrics, "files").values()]
+    rows = tuple(
+        tuple(Cell(file[name]) for name in ("source", "file", "why"))
+        for each in told
+        for file in each.get("files", [])
+    )
+    total = sum(each.get("count", 0) for each in told)
+    note = f"The first {len(rows)} of {total}." if total > len(rows) else ""
+    return Table("Files left out", ("source", "file", "why"), rows, note, 3) if rows else None
 
 
 def _counts(title: str, word: str, found: Mapping[str, Mapping[str, int] | None]) -> Table:

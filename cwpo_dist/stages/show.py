@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+
 from cwpo_dist.report.comparison import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.explorer import EXPLORER
+from cwpo_dist.report.outputs import data_tables
 from cwpo_dist.report.page import render
-from cwpo_dist.report.table import print_summary
-from cwpo_dist.storage import Store
+from cwpo_dist.report.table import print_summary, print_table
+from cwpo_dist.storage import MANIFEST, Store
 
 
 class ShowError(ValueError):
@@ -20,7 +23,8 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
     """Shows the figures of runs and writes their page; nothing is computed again.
 
     Args:
-        runs: run directories, paths or URIs, each with a finished report.
+        runs: run directories, paths or URIs, each with a finished report; one alone may have ended
+            before it, and shows what `prepare` made.
         to: where the page goes; None: the run's own `report.html` (for one run).
 
     Returns:
@@ -33,6 +37,8 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
         raise ShowError("--to: several runs share a page; name its file")
     if len(runs) == 1 and _compared_only(Store(runs[0])):
         return _show_comparison(Store(runs[0]), to)
+    if len(runs) == 1 and (prepared := _prepared_only(Store(runs[0]))):
+        return _show_prepared(runs[0], prepared, to)
     found = {run: _metrics(run) for run in runs}
     sample = None
     if len(found) == 1:
@@ -48,6 +54,28 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
 
 def _compared_only(root: Store) -> bool:
     return root.exists(FIGURES) and not root.exists("metrics.json")
+
+
+def _prepared_only(root: Store) -> dict[str, dict[str, Any]]:
+    """The manifests of what `prepare` made, by its key, of a run that has no report yet."""
+    if root.exists("metrics.json") or root.exists(FIGURES):
+        return {}
+    made = [name for name in root.names("prepare") if name.endswith(f"/{MANIFEST}")]
+    return {name.split("/")[1]: root.read_json(name) for name in made}
+
+
+def _show_prepared(run: str, prepared: dict[str, dict[str, Any]], to: str | None) -> str:
+    """What became of the rows; where sources or settings changed between, a column each."""
+    counts = {key: manifest["counts"] for key, manifest in prepared.items()}
+    (first, *others) = prepared.values()
+    metrics: dict[str, Any] = {
+        "run": {"output_dir": run} | {name: first[name] for name in ("versions", "device")},
+        "arms": {},
+        **({"prepared": counts} if others else {"prepare": first["counts"]}),
+    }
+    for table in data_tables(metrics):
+        print_table(table, Console(), simulated=False)
+    return _written(render(metrics), to or f"{run.rstrip('/')}/report.html")
 
 
 def _show_comparison(root: Store, to: str | None) -> str:
