@@ -80,6 +80,8 @@ def test_share_of_people() -> None:
     assert people_share("a", None, None) == 1.0
     assert people_share("b", 0, 0) == 0.0
     assert people_share("a", 3, 1) == 0.75
+    assert people_share("a", 3, 1, 4) == 5 / 8, "who voted for neither is half for each"
+    assert people_share("b", 0, 1, 0) == 0.0
     assert people_share(None, None, None) is None
 
 

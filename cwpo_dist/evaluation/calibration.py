@@ -100,11 +100,16 @@ class Calibration(AsDict):
     mean_probability: float | None
 
 
-def people_share(label: str | None, votes_a: int | None, votes_b: int | None) -> float | None:
-    """The share of people that chose answer a: of the votes, else of the one who labelled."""
-    votes = (votes_a or 0) + (votes_b or 0)
-    if votes:
-        return (votes_a or 0) / votes
+def people_share(
+    label: str | None, votes_a: int | None, votes_b: int | None, votes_tie: int | None = None
+) -> float | None:
+    """The share of people that chose answer a: of the votes, else of the one who labelled.
+
+    Who voted for neither counts half for each.
+    """
+    a, b, tie = (votes or 0 for votes in (votes_a, votes_b, votes_tie))
+    if a + b + tie:
+        return (a + tie / 2) / (a + b + tie)
     return None if label is None else float(label == "a")
 
 

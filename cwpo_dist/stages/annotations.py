@@ -18,6 +18,7 @@ from cwpo_dist.pairs.labels import LabelSource, Opinion
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import content_hash, read_pairs
+from cwpo_dist.pairs.splits import VOTES
 from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context, ScoresIn, annotator_name
@@ -213,7 +214,7 @@ def _held_out(given: Annotated, split: str, schema: pa.Schema, index: int) -> pa
     ids, margins_NK = given.margins(index)
     place = {pair_id: i for i, pair_id in enumerate(ids)}
     columns = ["pair_id", "prompt", "response_a", "response_b"]
-    columns += ["label", "votes_a", "votes_b", "split"]
+    columns += ["label", *VOTES, "split"]
     pairs = [
         pair
         for pair in given.rows(index, columns)
@@ -224,7 +225,7 @@ def _held_out(given: Annotated, split: str, schema: pa.Schema, index: int) -> pa
         "pair_id": [pair["pair_id"] for pair in pairs],
         "label": [pair["label"] for pair in pairs],
         "prompt": [content_hash(pair["prompt"]) for pair in pairs],
-        "people": [people_share(p["label"], p["votes_a"], p["votes_b"]) for p in pairs],
+        "people": [people_share(p["label"], *(p[name] for name in VOTES)) for p in pairs],
         "length_a": [len(plain_text(pair["response_a"])) for pair in pairs],
         "length_b": [len(plain_text(pair["response_b"])) for pair in pairs],
         **{f"margin_{k}": found_NK[:, k] for k in range(len(given.scores))},

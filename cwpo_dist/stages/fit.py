@@ -14,6 +14,7 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
 from cwpo_dist.lm.tokens import Asked, Encoder
 from cwpo_dist.pairs.records import TEXTS, read_pairs
+from cwpo_dist.pairs.splits import VOTES
 from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.context import Context
@@ -109,7 +110,7 @@ class LabelledPairs:
             )
 
     def _labelled(self) -> list[dict[str, Any]]:
-        columns = ["pair_id", *TEXTS, "tools", "split", "label", "tie", "votes_a", "votes_b"]
+        columns = ["pair_id", *TEXTS, "tools", "split", "label", "tie", *VOTES]
         tables = [read_pairs(self.pairs, part("pairs", k), columns) for k in range(self.shards)]
         rows = [row for table in tables for row in pair_rows(table)]
         if self.watched is not None:
@@ -130,9 +131,8 @@ def _chosen_first(pair: dict[str, Any]) -> Asked:
 
 
 def _first_share(pair: dict[str, Any]) -> float:
-    """The share of people that prefer the answer that is put first; half of them in a tie."""
-    if pair["tie"]:
+    """The share of people that prefer the answer that is put first; half in a tie without votes."""
+    share = people_share(pair["label"], *(pair[name] for name in VOTES))
+    if share is None:  # without a label only ties are in the labelled part
         return 0.5
-    share = people_share(pair["label"], pair["votes_a"], pair["votes_b"])
-    assert share is not None, "a pair without a label is in no labelled part, but for ties"
     return 1 - share if pair["label"] == "b" else share
