@@ -1,6 +1,7 @@
 """The `prepare` section in; about how many pairs each split will hold, and a sample of them, out.
 
-Reads for a few seconds and writes nothing. Duplicates are not merged: that takes the whole.
+Reads for a few seconds and writes nothing. What was read is merged and split as `prepare` will;
+where that is not all, copies that lie far apart are not seen.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.parsing import ParsedPair, parse
-from cwpo_dist.pairs.pieces import Piece, columns_of
+from cwpo_dist.pairs.pieces import Piece, columns_of, work_row
 from cwpo_dist.pairs.readers import Part, RawRow, read
-from cwpo_dist.pairs.records import content_hash
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import SplitRule, split_of
+from cwpo_dist.pairs.splits import LEAKED, SIDES, VOTES, SplitRule, merge, split_of
 from cwpo_dist.pairs.unread import Unread, columnar, tree
 
+_COUNTED = ("pair_id", "prompt_hash", "side", "in_labelled_part", "label", "tie", *VOTES)
 LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
 
 
@@ -46,6 +48,7 @@ class Census:
         sources: of each source, its path and how its rows are read.
         unread: of each source, what of the rows that were read nothing reads.
         ties: pairs of those that were read whose answers people found equal.
+        merged: rows that are copies of other rows' pairs.
     """
 
     splits: Mapping[str, int]
@@ -63,6 +66,7 @@ class Census:
     sources: tuple[tuple[str, str], ...] = ()
     unread: tuple[Unread, ...] = ()
     ties: int = 0
+    merged: int = 0
 
     def sentences(self) -> Iterator[str]:
         """How rows are read, what of them is not, and why some are set aside, for people."""
@@ -125,8 +129,9 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
             tally.add(bad.reason, bad.found)
             continue
         unread[k].note_keys(pair.unread)
-        found.add(pair, _split(pair, piece, rule, learn_ties=config.ties == "labelled"))
-        _keep(kept, pair, draw, found.pairs.total(), sample)
+        if found.add(work_row(pair, piece, rule), pair.numbers):
+            _keep(kept, pair, draw, len(found.ids), sample)
+    found.gather(tally, learn_ties=config.ties == "labelled")
     for k, piece in enumerate(pieces):
         for part in piece.parts if columns_of(piece) else ():
             unread[k].add(columnar(part, used[k], LOOKED_AT))
@@ -151,29 +156,56 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         sources=tuple((piece.source, piece.layout.described()) for piece in pieces),
         unread=tuple(unread),
         ties=found.ties,
+        merged=round(found.merged * reading.scale),
     )
 
 
 class _Counts:
-    """What was read, by split."""
+    """What was read: rows, without their texts; and, when all are there, pairs by split."""
 
     def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.ids: set[str] = set()
         self.pairs: Counter[str] = Counter()
         self.labelled: Counter[str] = Counter()
         self.own: dict[numbers.Own, Counter[str]] = {own: Counter() for own in numbers.COLUMNS}
         self.void: Counter[str] = Counter()
         self.most_weight = 0.0
-        self.ties = 0
+        self.ties = self.merged = 0
 
-    def add(self, pair: ParsedPair, split: str) -> None:
-        own, labelled = pair.numbers, pair.label in ("first", "second")
-        self.pairs[split] += 1
-        self.labelled[split] += labelled
-        self.ties += pair.label == "tie"
+    def add(self, row: Mapping[str, Any], own: numbers.Numbers) -> bool:
+        """Whether it is the first of its pair."""
         self.void.update(own.void)
         self.most_weight = max(self.most_weight, own.weight or 0.0)
-        record = {"weight": own.weight, "confidence": own.confidence, "score_a": own.score_first}
-        for kind in numbers.usable(record | {"label": pair.label if labelled else None}):
+        self.rows.append({name: row.get(name) for name in (*_COUNTED, *numbers.RECORD)})
+        known = len(self.ids)
+        self.ids.add(row["pair_id"])
+        return len(self.ids) > known
+
+    def gather(self, tally: Tally, *, learn_ties: bool) -> None:
+        """Sets aside prompts of two sides, merges copies and splits, as `buckets` does."""
+        sides: dict[str, int] = {}
+        for row in self.rows:
+            sides[row["prompt_hash"]] = max(row["side"], sides.get(row["prompt_hash"], 0))
+        copies: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            if row["side"] < (keeps := sides[row["prompt_hash"]]):
+                tally.add(LEAKED[SIDES[keeps]])
+            else:
+                copies.setdefault(row["pair_id"], []).append(row)
+        for rows in copies.values():
+            pair = rows[0] if len(rows) == 1 else merge(rows)[0] | numbers.agreed(rows)[0]
+            self._count(pair, learn_ties=learn_ties)
+        self.merged = sum(map(len, copies.values())) - len(copies)
+
+    def _count(self, pair: Mapping[str, Any], *, learn_ties: bool) -> None:
+        tie, label = pair["tie"], pair["label"]
+        side, drawn = SIDES[pair["side"]], pair["in_labelled_part"]
+        split = split_of(side, drawn, label, learned_tie=learn_ties and tie)
+        self.pairs[split] += 1
+        self.labelled[split] += label is not None
+        self.ties += tie
+        for kind in numbers.usable(pair):
             self.own[kind][split] += 1
 
 
@@ -215,14 +247,6 @@ class _Reading:
     def _parts(self) -> Iterator[Part]:
         for piece in self.pieces:
             yield from piece.parts
-
-
-def _split(pair: ParsedPair, piece: Piece, rule: SplitRule, *, learn_ties: bool) -> str:
-    key = content_hash(pair.prompt) if pair.group is None else pair.group
-    side, drawn = rule.side(key, piece.into), rule.is_labelled(key)
-    if pair.label == "tie":
-        return split_of(side, drawn, None, learned_tie=learn_ties)
-    return split_of(side, drawn, pair.label)
 
 
 def _keep(

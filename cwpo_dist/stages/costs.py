@@ -116,7 +116,8 @@ class Estimate:
             f"; {kind} of its own: {sum(found.values()):,} pairs"
             for kind, found in self.counted.own.items()
         )
-        return Cost(f"{splits}; {self.counted.rejects:,} set aside{own}")
+        copies = f"; {self.counted.merged:,} copies merged" if self.counted.merged else ""
+        return Cost(f"{splits}{copies}; {self.counted.rejects:,} set aside{own}")
 
     def _tokens(self, node: Node) -> Cost:
         return Cost(f"{sum(self.counted.splits.values()):,} pairs, tokenised once")

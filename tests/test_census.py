@@ -1,0 +1,59 @@
+"""What `plan` counts is what `prepare` makes: copies merged, prompts of two sides set aside."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cwpo_dist.config import PrepareConfig
+from cwpo_dist.pairs.census import census
+from cwpo_dist.stages.prepare import prepare
+from cwpo_dist.storage import Store
+
+
+def rows(draw: random.Random, count: int) -> list[dict[str, Any]]:
+    """Few prompts and answers, so that many are copies, with the answers in either order."""
+    made = []
+    for _ in range(count):
+        answers = draw.sample(["yes", "no", "maybe", ""], 2)
+        row: dict[str, Any] = {"prompt": f"p{draw.randrange(30)}", "topic": draw.randrange(9)}
+        row |= {"response_a": answers[0], "response_b": answers[1]}
+        row["label"] = draw.choice(["a", "b", "tie", None])
+        row["weight"] = draw.choice([None, 0.5, 2.0])
+        made.append(row)
+    return made
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("seed", range(6))
+def test_plan_counts_what_prepare_makes(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    sources: list[dict[str, Any]] = []
+    for name, into in (("a", None), ("b", "test"), ("c", "validation")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows(draw, 120)))
+        sources.append({"path": str(path), "into": into})
+    given = PrepareConfig.model_validate(
+        {
+            "sources": sources[: 1 + seed % 3],
+            "max_reject_fraction": 1.0,
+            "validation_fraction": 0.2,
+            "test_fraction": 0.2,
+            "group_column": "topic" if seed % 2 else None,
+            "ties": "labelled" if seed > 2 else "unlabelled",
+        }
+    )
+    made = prepare(Store(str(tmp_path / "out")), given, seed)
+    found = census(given, seed)
+    assert found.exact
+    assert found.merged == made["merged_duplicates"] > 0
+    for ours, theirs in (("splits", found.splits), ("labelled", found.labelled)):
+        assert {k: n for k, n in made[ours].items() if n} == {k: n for k, n in theirs.items() if n}
+    assert dict(found.tally.reasons) == made["rejects"]
+    assert found.rejects == sum(made["rejects"].values()) > 0
+    assert found.ties == made["ties"]
+    assert {k: sum(n.values()) for k, n in found.own.items()} == made["numbers"]
