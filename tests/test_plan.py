@@ -20,9 +20,11 @@ from cwpo_dist.stages import checks
 from cwpo_dist.stages.checks import Machine, check, pool_faults
 from cwpo_dist.stages.cluster import ClusterError
 from cwpo_dist.stages.costs import total_steps
+from cwpo_dist.stages.graph import prepare_node
 from cwpo_dist.stages.plan import plan
 from cwpo_dist.stages.plan_table import print_plan
 from cwpo_dist.stages.training_checks import placement_faults, setting_faults
+from cwpo_dist.storage import MANIFEST, Store
 
 
 def test_plan_says_what_each_stage_will_do(
@@ -53,6 +55,21 @@ def test_plan_counts_what_prepare_will_find(tmp_path: Path) -> None:
         int(number) for number in re.findall(r"(\d+) (?:labelled|unlabelled|test)", prepare.work)
     ]
     assert sum(counts) == 96
+
+
+def test_plan_has_the_runs_own_counts_once_they_are_there(tmp_path: Path) -> None:
+    config = parse_config(small_config(tmp_path))
+    node = prepare_node(config)
+    splits = {"labelled": 70, "unlabelled": 110, "validation": 0, "test": 50}
+    counts = {"splits": splits, "labelled": splits, "merged_duplicates": 3, "ties": 1}
+    counts |= {"rejects": {"empty answer": 2}, "not_read": {}}
+    Store(config.output_dir).child(*node.path.split("/")).create_json(MANIFEST, {"counts": counts})
+    planned = {stage.stage: stage for stage in plan(config).stages}
+    assert planned["prepare"].done
+    assert planned["prepare"].work.startswith("70 labelled, 50 test, 110 unlabelled, 0 validation")
+    assert "; 3 copies merged; 2 set aside" in planned["prepare"].work
+    assert planned["fit"].work.startswith("70 pairs, ")
+    assert planned["tokens"].work.startswith("230 pairs")
 
 
 def test_plan_refuses_what_prepare_would(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.pairs.census import Census, census
 from cwpo_dist.pairs.pieces import damage_fault
+from cwpo_dist.pairs.rejects import Tally
 from cwpo_dist.pairs.sources import MAP_LABELS
+from cwpo_dist.pairs.unread import Unread
 from cwpo_dist.scoring.placement import Machine, gpus_taken
 from cwpo_dist.stages import fleet_costs
 from cwpo_dist.stages.checks import (
@@ -162,7 +164,26 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
 def _censuses(runs: Sequence[Config]) -> dict[str, Census]:
     """The sources counted, once for each way in which the runs split them."""
     ways = {_split(run): run for run in runs}
-    return {way: census(run.prepare, run.seed) for way, run in ways.items()}
+    return {way: _as_made(run, census(run.prepare, run.seed)) for way, run in ways.items()}
+
+
+def _as_made(run: Config, counted: Census) -> Census:
+    """With the run's own counts, where `prepare` is done."""
+    context, node = Context(run, Store(run.output_dir)), prepare_node(run)
+    if not context.done(node):
+        return counted
+    made = context.counts(node)
+    return replace(
+        counted,
+        splits=made["splits"],
+        labelled=made["labelled"],
+        merged=made["merged_duplicates"],
+        ties=made["ties"],
+        rejects=sum(made["rejects"].values()),
+        tally=Tally(Counter(made["rejects"])),
+        unread=tuple(Unread(**made["not_read"].get(name, {})) for name, _ in counted.sources),
+        exact=True,
+    )
 
 
 def _split(run: Config) -> str:
