@@ -136,6 +136,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "layers_block_type": _MIXED,
         "num_hidden_layers": 4,
     },
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": 2},  # widths are rounded
     "zamba2": {"attention_head_dim": 16, "attention_hidden_size": 64},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -192,10 +192,12 @@ def _split(run: Config) -> str:
 
 
 def _until(config: Config) -> str | None:
-    """Without a policy, labelling is the whole of the run."""
+    """Without a policy, labelling is the whole of the run; without any model, preparing."""
     if config.policy is not None:
         return None
-    return "annotate" if needs_annotator(config) else "weigh"
+    if needs_annotator(config):
+        return "annotate" if config.weak or config.annotate.ready() else "prepare"
+    return "weigh"
 
 
 def _empty(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
@@ -220,7 +222,7 @@ def _empty(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
             f"pair to fit an annotator on; {_labels_remedy(counted)}, or give annotate.model"
         )
     yield from _without_pairs(config, counted)
-    if _until(config) != "annotate":
+    if _until(config) in {None, "weigh"}:
         yield from own_counts_faults(config, counted)
     fitted_on = config.weigh.calibration_split
     if config.policy is not None and calibrated_arms(config) and not counted.pairs(fitted_on):
@@ -385,7 +387,9 @@ def _graphs(config: Config) -> dict[str, dict[str, Node]]:
     if not needs_annotator(config):
         return {arm: weighing_nodes(config, arm) for arm in config.arms}
     prepared = prepare_node(config)
-    nodes = {"prepare": prepared} | annotator_nodes(config, prepared)
+    nodes = {"prepare": prepared}
+    if _until(config) == "annotate":
+        nodes |= annotator_nodes(config, prepared)
     return dict.fromkeys(config.arms, nodes)
 
 
@@ -398,11 +402,13 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     if not estimate.counted.exact:
         yield "counts are estimates: the sources are too large to read in a few seconds"
     yield from estimate.counted.sentences()
-    if config.policy is None and needs_annotator(config):
+    if _until(config) == "prepare":
+        yield "no model is given: planned up to `prepare`"
+    elif config.policy is None and needs_annotator(config):
         yield "no policy is given: planned up to `annotate`; `weigh` can follow"
     elif config.policy is None:
         yield "no policy is given: planned up to `weigh`"
-    if _until(config) != "annotate":
+    if _until(config) in {None, "weigh"}:
         yield from own_notes(config, estimate.counted)
     yield from estimate.checked.notes
     yield from _short_trainings(config, estimates)
