@@ -123,6 +123,27 @@ def refuse_past(
     )
 
 
+def refuse_none(stage: str, model: ModelConfig, counts: Mapping[str, int]) -> None:
+    """Stops a stage that has made nothing of any pair.
+
+    Args:
+        stage: its name.
+        model: that should have read them.
+        counts: of all shards.
+
+    Raises:
+        RejectsError: naming the field and what can be done.
+    """
+    if counts.get("rows"):
+        return
+    too_long, rejects = counts.get("over_length", 0), counts.get("rejects", 0)
+    name = repr(model.model_name_or_path)
+    raise RejectsError(
+        f"{stage}: no pair is left: {too_long} are longer than max_length {model.max_length} of "
+        f"{name} (raise it, or set over_length to truncate), {rejects} are set aside"
+    )
+
+
 def lasts(reason: str) -> bool:
     """Whether another try at a row that was set aside would end the same way."""
     return _kind(reason) in set(Fault)

@@ -20,7 +20,7 @@ from cwpo_dist.scoring.pipeline import (
     total_counts,
 )
 from cwpo_dist.scoring.run import run_shards
-from cwpo_dist.scoring.scorers import RewardWorker, lasts, refuse_past
+from cwpo_dist.scoring.scorers import RewardWorker, lasts, refuse_none, refuse_past
 from cwpo_dist.stages.context import Context, score_files, trained
 from cwpo_dist.stages.graph import FORMAT_OF, Node, ready_model
 from cwpo_dist.storage import Store, digest
@@ -44,6 +44,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     counts = run_shards(_of_new_pairs(context, node, job), context.config.annotate, check)
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
     check(counts)
+    refuse_none("annotate", annotator(context, node), counts)
     logger.info(
         "annotate: %d pairs of %s scored, %d of them before, %d set aside, %d too long; %s/scores "
         "has score_a and score_b, to be joined by pair_id with response_a and response_b of "

@@ -247,12 +247,14 @@ def _unread(
         field, fraction = "annotate.max_reject_fraction", config.annotate.max_reject_fraction
     if is_gold:  # which reads other answers, and may leave some out
         fraction = 1.0 if read.refused < read.number else 0.0
-    whole = counted.exact and read.number == sum(counted.splits.values()) and name != "weak"
-    if read.exceeds(fraction, whole):
+    whole = counted.exact and read.number >= sum(counted.splits.values()) and name != "weak"
+    none = read.refused == read.number > 0  # which no fraction allows: nothing would be left
+    if none or read.exceeds(fraction, whole):
+        more = "or mend the pairs" if none else f"mend the pairs, or raise {field} ({fraction:g})"
         yield (
             f"{name}.chat_template: {model.model_name_or_path!r} with {model.chat_template!r} "
             f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
-            f"another template or model, mend the pairs, or raise {field} ({fraction:g})"
+            f"another template or model, {more}"
         )
     elif read.too_long and not read.lengths.fits and not is_gold:
         yield (

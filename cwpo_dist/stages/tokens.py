@@ -8,7 +8,7 @@ from typing import Any
 from cwpo_dist.config import PoolConfig
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.run import run_here, run_shards
-from cwpo_dist.scoring.scorers import TokenWorker, refuse_past
+from cwpo_dist.scoring.scorers import TokenWorker, refuse_none, refuse_past
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
 
@@ -39,4 +39,5 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         pool = PoolConfig(num_actors=context.config.reference.most_actors)
         counts = run_shards(job, pool, check)
     check(counts)
+    refuse_none("tokens", policy, counts)
     return counts
