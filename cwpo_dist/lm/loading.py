@@ -98,9 +98,13 @@ def classifier_skeleton(model: ModelConfig) -> PreTrainedModel:
     config = load_config(model)
     try:
         with torch.device("meta"):
-            made: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
-        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+            made: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+                config, attn_implementation=attention_of(model)
+            )
+    except FOREIGN_ERRORS as error:
+        raise ModelError(
+            f"model_name_or_path: {model.model_name_or_path!r}: {one_line(error)}"
+        ) from error
     return made
 
 

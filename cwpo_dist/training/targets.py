@@ -89,9 +89,11 @@ def targets(model: Any, lora: LoraConfig) -> Targets:
 
 def unknown_target(model: Any, target: str) -> LoraError:
     """The refusal of a target that nothing in a model without adapters has, with what there is."""
+    decoder = _text_decoder(model)
     kinds = (nn.Linear, Conv1D, nn.Embedding)
-    leaves = [name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds)]
-    every = [*leaves, *sorted(set(_fused(_text_decoder(model))))]
+    others = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    leaves = [name.rpartition(".")[2] for name in [*_linear(decoder), *others]]
+    every = [*leaves, *sorted(set(_fused(decoder)))]
     names = list(dict.fromkeys(leaf for leaf in every if not leaf.isdigit()))
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return LoraError(
