@@ -90,10 +90,11 @@ def targets(model: Any, lora: LoraConfig) -> Targets:
 def unknown_target(model: Any, target: str) -> LoraError:
     """The refusal of a target that nothing in a model without adapters has, with what there is."""
     decoder = _text_decoder(model)
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    others = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    leaves = [name.rpartition(".")[2] for name in [*_linear(decoder), *others]]
-    every = [*leaves, *sorted(set(_fused(decoder)))]
+    every = [name.rpartition(".")[2] for name in _linear(decoder)]
+    every += sorted(set(_fused(decoder)))
+    for kinds in ((nn.Linear, Conv1D), nn.Embedding):  # which few ask for
+        named = model.named_modules()
+        every += [name.rpartition(".")[2] for name, part in named if isinstance(part, kinds)]
     names = list(dict.fromkeys(leaf for leaf in every if not leaf.isdigit()))
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return LoraError(
