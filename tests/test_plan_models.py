@@ -115,6 +115,17 @@ def test_what_is_no_causal_language_model_is_refused_by_name(
     assert found.endswith("give a causal language model")
 
 
+def test_an_architecture_without_a_classifier_is_no_annotator(tmp_path: Path) -> None:
+    given = small_config(tmp_path, arms=["cw"])
+    given["weak"]["model_name_or_path"] = str(tmp_path / "weak")
+    make("granite", tmp_path / "weak")
+    (found,) = faults(parse_config(given))
+    assert found == (
+        f"weak.model_name_or_path: {str(tmp_path / 'weak')!r}: transformers has no sequence "
+        "classifier (which annotators are) of granite; give another architecture"
+    )
+
+
 def test_a_field_that_no_layer_asks_for_makes_no_encoder(tmp_path: Path) -> None:
     """GPT-NeoX Japanese has `is_decoder: false`, and masks what is ahead all the same."""
     run = config(tmp_path, "gpt_neox_japanese", sft__gradient_checkpointing=False)

@@ -7,11 +7,13 @@ import re
 
 import pytest
 import torch
+from architectures import make
 from tiny import tiny_causal_lm, tiny_classifier
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cwpo_dist.lm.loading import ModelError
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.loading import ModelError, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.packed import packed_attention
 from cwpo_dist.lm.probe import choose_layout
@@ -54,6 +56,13 @@ def test_a_sliding_window_counts_only_where_it_is_shorter_than_rows():
     choice = choose_layout(module, longest=65)
     assert choice.layout == "plain"
     assert "sliding window of 64 is shorter than rows of 65" in choice.reason
+
+
+def test_a_window_of_no_tokens_is_none(tmp_path):
+    make("qwen2_moe", tmp_path)
+    model = load_policy(ModelConfig(model_name_or_path=str(tmp_path)), device="cpu")
+    assert model.config.sliding_window == 0
+    assert choose_layout(AnswerLogProbs(model), longest=64).layout == "packed"
 
 
 def test_flash_attention_and_encoders_take_plain_rows(monkeypatch):
