@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from small_run import small_config
 from tiny import save_tiny
@@ -238,8 +237,8 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         "prepare.sources.0.path",
         "evaluate.gold_function",
         "policy.model_name_or_path",
-        "fit.num_workers",
         "sft.warmup_steps",
+        "fit.num_workers",
         "annotate.cpus_per_actor",
     ]
 
@@ -334,15 +333,13 @@ def test_sizes_count_tied_weights_once(tmp_path: Path) -> None:
     layers = [t for name, t in stored.items() if t.ndim == 2 and ".layers." in name]
     assert size.matmul == sum(tensor.numel() for tensor in layers)
     assert size.head == stored["model.embed_tokens.weight"].numel()
-    assert size.linear == tuple(
-        sum(stored[f"{name}.weight"].shape) for name in linear_names(stored)
-    )
 
 
-def linear_names(stored: dict[str, torch.Tensor]) -> list[str]:
-    order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    names = [name.removesuffix(".weight") for name in stored if "_proj" in name]
-    return sorted(names, key=lambda name: (name.split(".")[2], order.index(name.split(".")[-1])))
+def test_adapters_are_counted_from_the_layers_that_they_are_on(tmp_path: Path) -> None:
+    config = parse_config(small_config(tmp_path, align__lora={"r": 3}))
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    ends = sum(sum(tensor.shape) for name, tensor in stored.items() if "_proj." in name)
+    assert check(config).sizes["policy"].of(config.align).parameters == 3 * ends
 
 
 @pytest.mark.parametrize(

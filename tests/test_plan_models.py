@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def test_sections_are_sized_by_their_own_adapters(tmp_path: Path) -> None:
     run = config(tmp_path, "llama", sft__lora={"r": 4}, align__lora=None)
     size = check(run).sizes["policy"]
     assert size.of(run.align).parameters == size.parameters
-    assert size.of(run.sft).parameters * 2 == size.of(config(tmp_path, "llama").sft).parameters
+    twice = config(tmp_path, "llama", sft__lora={"r": 8}, align__lora=None)
+    doubled = check(twice).sizes["policy"].of(twice.sft).parameters
+    assert size.of(run.sft).parameters * 2 == doubled < size.parameters
 
 
 def test_a_misspelt_target_is_refused_with_the_section_and_the_names_that_there_are(
@@ -87,8 +90,9 @@ def test_a_misspelt_target_is_refused_with_the_section_and_the_names_that_there_
     assert "it has q_proj, k_proj, v_proj, o_proj" in found[0]
 
 
-def test_layers_that_cannot_compute_again_are_refused(tmp_path: Path) -> None:
-    (found,) = faults(config(tmp_path, "xlstm", align__lora=None, sft__lora=None))
+@pytest.mark.parametrize("name", ["jetmoe", "openai-gpt"])
+def test_layers_that_cannot_compute_again_are_refused(tmp_path: Path, name: str) -> None:
+    (found,) = faults(config(tmp_path, name, align__lora=None, sft__lora=None))
     assert found.startswith("sft.gradient_checkpointing: ")
     assert found.endswith("set it to false")
 
@@ -109,6 +113,38 @@ def test_what_is_no_causal_language_model_is_refused_by_name(
     assert found.startswith("policy.model_name_or_path: ")
     assert why in found
     assert found.endswith("give a causal language model")
+
+
+def test_an_architecture_without_a_classifier_is_no_annotator(tmp_path: Path) -> None:
+    given = small_config(tmp_path, arms=["cw"])
+    given["weak"]["model_name_or_path"] = str(tmp_path / "weak")
+    make("granite", tmp_path / "weak")
+    (found,) = faults(parse_config(given))
+    assert found == (
+        f"weak.model_name_or_path: {str(tmp_path / 'weak')!r}: transformers has no sequence "
+        "classifier (which annotators are) of granite; give another architecture"
+    )
+
+
+def test_a_field_that_no_layer_asks_for_makes_no_encoder(tmp_path: Path) -> None:
+    """GPT-NeoX Japanese has `is_decoder: false`, and masks what is ahead all the same."""
+    run = config(tmp_path, "gpt_neox_japanese", sft__gradient_checkpointing=False)
+    assert check(run).sizes["policy"].parameters > 0
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
+def test_the_attention_is_the_runs_whatever_a_configuration_asks_for(
+    tmp_path: Path, attention: str
+) -> None:
+    """Some ask for a kernel that is not installed, and 'auto' takes one that is."""
+    chosen = {f"{field}__attn_implementation": attention for field in ("weak", "policy")}
+    given = small_config(tmp_path, **chosen)
+    asking = json.loads((tmp_path / "model" / "config.json").read_text())
+    asking["_attn_implementation"] = "flash_attention_2"
+    (tmp_path / "model" / "config.json").write_text(json.dumps(asking))
+    assert check(parse_config(given)).sizes.keys() == {"weak", "policy"}
+    model = load_policy(ModelConfig(**given["policy"]), device="cpu")
+    assert model.config._attn_implementation == {"auto": "sdpa"}.get(attention, attention)
 
 
 def test_the_probe_finds_a_model_that_reads_ahead(tmp_path: Path) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
+from architectures import make
 from tiny import tiny_causal_lm, tiny_classifier
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cwpo_dist.lm.loading import ModelError
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.loading import ModelError, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.packed import packed_attention
 from cwpo_dist.lm.probe import choose_layout
@@ -53,12 +58,22 @@ def test_a_sliding_window_counts_only_where_it_is_shorter_than_rows():
     assert "sliding window of 64 is shorter than rows of 65" in choice.reason
 
 
+def test_a_window_of_no_tokens_is_none(tmp_path):
+    make("qwen2_moe", tmp_path)
+    model = load_policy(ModelConfig(model_name_or_path=str(tmp_path)), device="cpu")
+    assert model.config.sliding_window == 0
+    assert choose_layout(AnswerLogProbs(model), longest=64).layout == "packed"
+
+
 def test_flash_attention_and_encoders_take_plain_rows(monkeypatch):
     model = tiny_classifier("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
-    with monkeypatch.context() as patch:
-        patch.setattr("cwpo_dist.lm.probe.check_scores", lambda module: None)  # it needs a GPU
-        assert "packed sequences" in choose_layout(AnswerScores(model), longest=64).reason
+    with monkeypatch.context() as patch:  # it needs a GPU: here another computes what it would
+        for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            patch.setitem(table._global_mapping, "flash_attention_2", table["sdpa"])
+        choice = choose_layout(AnswerScores(model), longest=64)
+    assert choice.layout == "plain"
+    assert "packed sequences" in choice.reason
     choice = choose_layout(AnswerScores(tiny_classifier("bert")), longest=64)
     assert choice.layout == "plain"
     assert "as a whole" in choice.reason
@@ -80,8 +95,10 @@ def test_a_model_that_ignores_mask_or_positions_is_found_out(ignored):
     choice = choose_layout(AnswerLogProbs(model), longest=64)
     assert choice.layout == "plain"
     assert choice.max_difference is not None
-    assert choice.max_difference > 1e-2
-    assert "shared rows miss plain ones" in choice.reason
+    assert choice.max_difference < 1e-5, "of plain rows, which it reads as they are"
+    missed = re.match(r"shared rows miss plain ones by (\S+),", choice.reason)
+    assert missed is not None
+    assert float(missed[1]) > 1e-2
 
 
 def test_a_model_that_refuses_the_mask_takes_plain_rows():
@@ -112,11 +129,27 @@ def test_attention_that_packed_rows_do_not_know_takes_shared_rows():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_logits_that_are_not_the_heads_are_refused():
+def change_logits(module, change):
+    def changed(_module, _args, _kwargs, output):
+        output.logits = change(output.logits)
+        return output
+
+    module.model.register_forward_hook(changed, with_kwargs=True)
+
+
+@pytest.mark.parametrize("change", [torch.sin, lambda logits: logits + torch.arange(266)])
+def test_logits_that_are_not_the_heads_are_refused(change):
     module = AnswerLogProbs(tiny_causal_lm("llama"))
-    module.head.scale = 1.1
+    change_logits(module, change)
     with pytest.raises(ModelError, match="its architecture is not supported"):
         choose_layout(module, longest=64)
+
+
+def test_a_factor_of_logits_that_no_field_names_is_measured():
+    module = AnswerLogProbs(tiny_causal_lm("llama"))
+    change_logits(module, lambda logits: logits * 7)
+    choose_layout(module, longest=64)
+    assert module.head.scale == pytest.approx(7, rel=1e-4)
 
 
 def by_length(_module, _args, kwargs, output):

@@ -115,8 +115,12 @@ def test_a_name_that_nothing_has_is_refused_with_those_that_there_are(
     with pytest.raises(LoraError, match="is no module of") as caught:
         adapted(tmp_path, name, target_modules=given)
     assert str(caught.value).startswith(f"lora.target_modules: {wrong!r} is no module of")
-    there = {"gpt2": "c_attn, c_proj, c_fc, lm_head", "llama": "q_proj, k_proj, v_proj, o_proj"}
-    assert there.get(name, "experts.down_proj, experts.gate_up_proj") in str(caught.value)
+    layers = {
+        "gpt2": "c_attn, c_proj, c_fc, lm_head, wte, wpe",
+        "llama": "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, embed_to",
+        "mixtral": "q_proj, k_proj, v_proj, o_proj, experts.down_proj, experts.gate_up_proj, lm_he",
+    }
+    assert f"; it has {layers[name]}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

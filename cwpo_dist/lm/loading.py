@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -37,6 +41,13 @@ logger = logging.getLogger(__name__)
 # What decides a model's behaviour; other files of its folder may change freely.
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 _NAMES_SHOWN = 5
+_KINDS: dict[Any, tuple[Collection[str], str]] = {
+    AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal language model"),
+    AutoModelForSequenceClassification: (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "sequence classifier (which annotators are)",
+    ),
+}
 
 
 class ModelError(ValueError):
@@ -98,10 +109,30 @@ def classifier_skeleton(model: ModelConfig) -> PreTrainedModel:
     config = load_config(model)
     try:
         with torch.device("meta"):
-            made: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
-        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
+            made: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+                config, attn_implementation=attention_of(model)
+            )
+    except FOREIGN_ERRORS as error:
+        raise unloadable(model, config, AutoModelForSequenceClassification, error) from error
     return made
+
+
+def unloadable(
+    model: ModelConfig, config: PretrainedConfig, kind: Any, error: Exception
+) -> ModelError:
+    """The refusal of a model that transformers did not make, and why in one line.
+
+    Args:
+        model: that was asked for.
+        config: its configuration.
+        kind: the auto class that was asked to make it.
+        error: what it raised; of an architecture that it does not have, a list of all others.
+    """
+    why = one_line(error)
+    names, what = _KINDS[kind]
+    if config.model_type not in names:
+        why = f"transformers has no {what} of {config.model_type}; give another architecture"
+    return ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {why}")
 
 
 def load_annotator_base(
@@ -282,9 +313,7 @@ def _load(
                 output_loading_info=True,
             )
     except FOREIGN_ERRORS as error:
-        raise ModelError(
-            f"model_name_or_path: {model.model_name_or_path!r}: {one_line(error)}"
-        ) from error
+        raise unloadable(model, config, kind, error) from error
     _refuse_missing(model, loaded, report, new_head)
     keep_given(loaded, given)
     return loaded

@@ -139,7 +139,7 @@ def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str 
     if str(config._attn_implementation).startswith("flash"):
         return f"{config._attn_implementation} takes resetting positions for packed sequences"
     window = getattr(text, "sliding_window", None)
-    if window is not None and window < longest:
+    if window and window < longest:  # 0 (Qwen2-MoE) is none
         return f"its sliding window of {window} is shorter than rows of {longest} tokens"
     turning = turning_length(module.model)
     if turning is not None and turning < longest:

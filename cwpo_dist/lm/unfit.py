@@ -27,8 +27,9 @@ def unfit(model: Any) -> str | None:
     if config.model_type in _KINDS:
         return f"{config.model_type} {_KINDS[config.model_type]}"
     flags = [part.is_causal for part in model.modules() if hasattr(part, "is_causal")]
-    is_encoder = getattr(config, "is_decoder", None) is False and not any(flags)
-    if is_encoder or getattr(config, "causal", None) is False:
+    # Some configurations have the field, and no layer that asks for it.
+    told = any(getattr(part, "is_decoder", None) is False for part in model.modules())
+    if (told and not any(flags)) or getattr(config, "causal", None) is False:
         return f"{config.model_type} is an encoder: it reads the tokens that it should predict"
     head = model.get_output_embeddings()
     if head is None:

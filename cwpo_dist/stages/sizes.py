@@ -29,6 +29,7 @@ from cwpo_dist.lm.loading import (
     load_policy,
     load_reward_model,
     refuse_unfit,
+    unloadable,
 )
 from cwpo_dist.lm.modules import decoder_of
 from cwpo_dist.lm.rope import turning_length
@@ -208,7 +209,7 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
                 config, attn_implementation=attention_of(model)
             )
     except FOREIGN_ERRORS as error:
-        raise ModelError(f"model_name_or_path: {name!r}: {one_line(error)}") from error
+        raise unloadable(model, config, kind, error) from error
     if load is policy:
         refuse_unfit(model, skeleton)
     return skeleton

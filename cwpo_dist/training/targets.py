@@ -89,9 +89,12 @@ def targets(model: Any, lora: LoraConfig) -> Targets:
 
 def unknown_target(model: Any, target: str) -> LoraError:
     """The refusal of a target that nothing in a model without adapters has, with what there is."""
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    leaves = [name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds)]
-    every = [*leaves, *sorted(set(_fused(_text_decoder(model))))]
+    decoder = _text_decoder(model)
+    every = [name.rpartition(".")[2] for name in _linear(decoder)]
+    every += sorted(set(_fused(decoder)))
+    for kinds in ((nn.Linear, Conv1D), nn.Embedding):  # which few ask for
+        named = model.named_modules()
+        every += [name.rpartition(".")[2] for name, part in named if isinstance(part, kinds)]
     names = list(dict.fromkeys(leaf for leaf in every if not leaf.isdigit()))
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return LoraError(
