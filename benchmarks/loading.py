@@ -77,7 +77,7 @@ def rank(model: str, stage: int, number: int, ranks: int, meeting: str) -> None:
 
     def load() -> Any:
         with engine.sharded_loading(settings):
-            return load_policy(given, device=None if stage == 3 else "cpu")
+            return load_policy(given)
 
     grown = " | ".join(f"{size / MEBIBYTE:,.0f}" for size in growth(load))
     time.sleep(0.2 * number)

@@ -45,8 +45,7 @@ def step(model: ModelConfig, config: TrainingConfig) -> str:
     """What a worker does until its first step is done; the layout of its rows."""
     settings = engine.deepspeed_config(config, torch.float32)
     with engine.sharded_loading(settings):
-        sharded = engine.zero_stage(settings) == 3
-        policy = load_policy(model, device=None if sharded else torch.device("cpu"))
+        policy = load_policy(model)
     let_recompute(policy)
     adapted = (
         policy.requires_grad_(True)

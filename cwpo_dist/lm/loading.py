@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -54,12 +55,13 @@ class ModelError(ValueError):
     """A model that cannot be used; the message names field, value and remedy."""
 
 
-def load_policy(model: ModelConfig, *, device: torch.device | str | None = None) -> PreTrainedModel:
+def load_policy(model: ModelConfig, *, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A causal language model with its own dropout off, in eval mode.
 
     Args:
         model: where it is, its precision and how many layers are kept.
-        device: moved there; None leaves it where `from_pretrained` put it (ZeRO-3 shards).
+        device: moved there, and 'auto' precision is this device's; under ZeRO-3 its shards stay
+            where DeepSpeed puts them.
 
     Raises:
         ModelError: when the folder, a tensor or a layer is missing, or it predicts no next tokens.
@@ -82,9 +84,7 @@ def refuse_unfit(model: ModelConfig, loaded: PreTrainedModel) -> None:
         )
 
 
-def load_reward_model(
-    model: ModelConfig, *, device: torch.device | str | None = None
-) -> PreTrainedModel:
+def load_reward_model(model: ModelConfig, *, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A one-label sequence classifier, complete with its head.
 
     Raises:
@@ -140,7 +140,7 @@ def load_annotator_base(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     *,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The weak model under a one-label head: what Bradley-Terry training starts from.
 
@@ -286,7 +286,7 @@ def _of_adapter(name: str, file: Path) -> str:
 def _load(
     kind: Any,
     model: ModelConfig,
-    device: torch.device | str | None,
+    device: torch.device | str,
     *,
     new_head: bool = False,
 ) -> PreTrainedModel:
@@ -304,7 +304,7 @@ def _load(
                 model_path(model.model_name_or_path),
                 config=config,
                 revision=model.revision,
-                dtype=_dtype(model, device),
+                dtype=dtype_of(model, device),
                 attn_implementation=attention_of(model),
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -372,14 +372,14 @@ def _keep_layers(config: PretrainedConfig, model: ModelConfig) -> None:
         config.layer_types = config.layer_types[:keep]
 
 
-def _dtype(model: ModelConfig, device: torch.device | str | None) -> torch.dtype:
+def dtype_of(model: ModelConfig, device: torch.device | str) -> torch.dtype:
+    """The precision that a model gets on a device."""
     if model.torch_dtype != "auto":
         return torch.bfloat16 if model.torch_dtype == "bfloat16" else torch.float32
-    on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    return torch.bfloat16 if on_cuda else torch.float32
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
-def _placed(model: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
-    if device is not None:
+def _placed(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    if not is_deepspeed_zero3_enabled():
         torch.nn.Module.to(model, device)
     return model

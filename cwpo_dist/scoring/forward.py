@@ -82,13 +82,9 @@ class RowForward:
         max_tokens: int,
         ranks: Ranks | None = None,
     ) -> None:
-        """Moves the model to this process's device, unless ranks hold it together."""
-        self.ranks = ranks
-        if ranks is None:
-            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.module = module.to(self.device).eval()
-        else:
-            self.device, self.module = ranks.device, module
+        """Takes the module where its loader placed it, or the ranks that hold it together."""
+        self.ranks, self.module = ranks, module if ranks is not None else module.eval()
+        self.device = next(module.parameters()).device if ranks is None else ranks.device
         self.pad_id, self.max_tokens = pad_id, max_tokens
         self.layout = choose_layout(self.module, longest=max_length).layout
         self.flops = useful_flops(self.module)

@@ -36,6 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cwpo_dist.config import Pool
 from cwpo_dist.scoring.attempts import SUSPICIOUS, ShardWorker, attempt
+from cwpo_dist.scoring.devices import hide_other_gpus
 from cwpo_dist.scoring.pipeline import ShardJob, commit, part
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.tickets import Shards
@@ -51,6 +52,7 @@ class _ShardActor:
     """Ray Data's view of a worker: a ticket in, the report of its shard out."""
 
     def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[Any]) -> None:
+        hide_other_gpus()
         self.job, self.pool, self.shards = job, pool, shards
         self.came_up = time.monotonic()
         context = ray.get_runtime_context()

@@ -35,6 +35,7 @@ from cwpo_dist.pairs.records import (
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
+from cwpo_dist.scoring.devices import assigned_device
 from cwpo_dist.scoring.forward import Ranks, RowForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
@@ -242,7 +243,7 @@ class RewardWorker:
             ties: score also pairs whose answers it cannot tell apart.
         """
         self.pairs, self.model, self.annotator, self.ties = pairs, model, annotator, ties
-        reward_model = load_reward_model(model)
+        reward_model = load_reward_model(model, device=assigned_device())
         self.encoder = encoder_for(model, "reward model", reward_model)
         scores = AnswerScores(reward_model, token_types=self.encoder.token_types)
         self.forward = RowForward(scores, self.encoder.pad_id, model.max_length, max_tokens)
@@ -283,7 +284,10 @@ class ReferenceWorker:
     ) -> None:
         """Loads the policy, unless ranks hold it together."""
         self.pairs, self.tokens = pairs, tokens
-        module = AnswerLogProbs(load_policy(model)) if ranks is None else ranks.module
+        if ranks is not None:
+            module = ranks.module
+        else:
+            module = AnswerLogProbs(load_policy(model, device=assigned_device()))
         words = load_config(model).get_text_config().vocab_size
         pad = fill_id(load_tokenizer(model), words)
         self.forward = RowForward(module, pad, model.max_length, max_tokens, ranks)
@@ -324,7 +328,7 @@ class AnswerWorker:
 
     def __init__(self, prompts: Store, model: ModelConfig, sampling: dict[str, Any]) -> None:
         self.prompts, self.sampling = prompts, dict(sampling)
-        self.policy = load_policy(model)
+        self.policy = load_policy(model, device=assigned_device())
         self.tokenizer = load_tokenizer(model)
 
     def read(self, index: int) -> Rows:

@@ -12,10 +12,10 @@ import torch
 from ray.exceptions import GetTimeoutError
 
 from cwpo_dist.config import ConfigError, ModelConfig, Tracker, TrainingConfig
+from cwpo_dist.lm.loading import dtype_of
 from cwpo_dist.scoring.placement import Machine, described
 from cwpo_dist.stages.cluster import named_cluster
 from cwpo_dist.training.tracking import missing
-from cwpo_dist.training.worker import dtype_of
 
 logger = logging.getLogger(__name__)
 

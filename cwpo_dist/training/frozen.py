@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
-from cwpo_dist.lm.loading import load_policy
+from cwpo_dist.lm.loading import dtype_of, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Preempted
 from cwpo_dist.training.process_group import told_to_stop
-from cwpo_dist.training.worker import Watchdog, dtype_of
+from cwpo_dist.training.worker import Watchdog
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Frozen:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = engine.frozen_config(spec.config, dtype_of(spec.model, device))
         with engine.sharded_loading(settings):
-            self.module = AnswerLogProbs(load_policy(spec.model).requires_grad_(False)).eval()
+            policy = load_policy(spec.model, device=device).requires_grad_(False)
+            self.module = AnswerLogProbs(policy).eval()
         self._engine = engine.wrap_frozen(self.module, settings)
         self.device = torch.device(self._engine.device)
 

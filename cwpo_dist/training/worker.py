@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.identity import Identity
-from cwpo_dist.lm.loading import ModelError, load_annotator_base, load_policy
+from cwpo_dist.lm.loading import ModelError, dtype_of, load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.reading import encoder_for
@@ -139,8 +139,7 @@ class _Rank:
         self.held_out = watch(self.encoder) if watch is not None else None
         settings = engine.deepspeed_config(spec.config, dtype_of(spec.model, device))
         with engine.sharded_loading(settings):
-            placed = None if engine.zero_stage(settings) == 3 else device
-            self.model = _load(spec, self.encoder.tokenizer, placed)
+            self.model = _load(spec, self.encoder.tokenizer, device)
         self.module: AnswerLogProbs | AnswerScores
         if spec.head == "logps":
             self.module = AnswerLogProbs(self.model)
@@ -330,7 +329,7 @@ def _trackers(spec: TrainSpec, start: int) -> list[Courier]:
     return tracking.open_runs(to, spec.store, name, identity, settings, start)
 
 
-def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device | None) -> Any:
+def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Any:
     """The model as training sees it: adapted if asked for, and ready to recompute activations."""
     if spec.head == "logps":
         model = load_policy(spec.model, device=device)
@@ -342,13 +341,6 @@ def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.dev
     if spec.config.lora is None:
         return model.requires_grad_(True)
     return add_lora(model, spec.config.lora, spec.head, spec.seed)
-
-
-def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The precision that `load_policy` gives this model on this device."""
-    if model.torch_dtype != "auto":
-        return torch.bfloat16 if model.torch_dtype == "bfloat16" else torch.float32
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _progress(record: dict[str, Any]) -> str:

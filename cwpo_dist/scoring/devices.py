@@ -1,0 +1,62 @@
+"""What Ray reserved for this process in; the one device that its model goes to out.
+
+What is there to see does not count: Ray leaves all GPUs of a node visible to an actor that asked
+for none, and a GPU that was reserved may have no driver that this torch can use.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import ray
+import torch
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class DeviceError(RuntimeError):
+    """A GPU was reserved that torch cannot use; the message names the driver and torch."""
+
+
+def assigned_device() -> torch.device:
+    """The GPU that Ray reserved for this actor or task, else the CPU.
+
+    A script without Ray has its machine to itself: there it is a GPU where torch can use one.
+
+    Raises:
+        DeviceError: for a reserved GPU without working CUDA: it would be held, and not used.
+    """
+    usable = torch.cuda.is_available()
+    if not ray.is_initialized():
+        return torch.device("cuda" if usable else "cpu")
+    ids = ray.get_gpu_ids()
+    if not ids:
+        return torch.device("cpu")
+    if not usable:
+        built = torch.version.cuda
+        made_for = f"made for CUDA {built}" if built else "made for the CPU alone"
+        raise DeviceError(
+            f"Ray reserved GPU {', '.join(map(str, ids))} here, but torch {torch.__version__} "
+            f"({made_for}) cannot use it with {_driver()}; install a torch and a driver that fit, "
+            "or set gpus_per_actor to 0"
+        )
+    return torch.device("cuda")
+
+
+def hide_other_gpus() -> None:
+    """In an actor without a GPU: no library finds one, whatever the node has.
+
+    Before anything of CUDA has started in the process; Ray does the same where some are reserved.
+    """
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _driver() -> str:
+    try:
+        found = re.search(r"Kernel Module\D*([\d.]+)", _DRIVER.read_text())
+    except OSError:
+        return "no NVIDIA driver"
+    return f"NVIDIA driver {found[1]}" if found else "an unknown NVIDIA driver"
