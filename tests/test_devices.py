@@ -17,6 +17,7 @@ from cwpo_dist.lm.loading import dtype_of
 from cwpo_dist.scoring import scorers
 from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, ReferenceWorker, RewardWorker
 from cwpo_dist.storage import Store
+from cwpo_dist.training.meter import named_peak
 
 # A Ray of its own with eight GPUs that are none, once as if CUDA worked and once as it is.
 SCRIPT = """
@@ -98,3 +99,26 @@ def test_every_worker_loads_its_model_to_that_device(
     with pytest.raises(Loaded) as said:
         make()
     assert said.value.args == (device, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_gpus_peak_is_its_own(name: str, peak: float | None) -> None:
+    assert named_peak(name) == peak

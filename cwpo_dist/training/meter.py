@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from typing import Literal
@@ -14,15 +15,24 @@ from cwpo_dist.lm.rows import Row
 Part = Literal["data", "forward", "backward", "communication", "optimizer"]
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "communication", "optimizer")
 
-# Dense bfloat16 FLOP/s of a GPU by a part of its name, as its maker states them.
+# Dense bfloat16 FLOP/s of a GPU by words of its name, as its maker states them.
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
-    "L40S": 362e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
 }
 
 
@@ -124,10 +134,20 @@ class Meter:
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s that a GPU's maker states; None for what is not in the table."""
-    if device.type != "cuda":
+    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def named_peak(name: str) -> float | None:
+    """The same by the name that torch has; None also for a slice of a GPU (MIG)."""
+    if re.search(r"\bMIG\b", name):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    found = (peak for words, peak in PEAK_FLOPS.items() if re.search(_all_of(words), name))
+    return next(found, None)
+
+
+def _all_of(words: str) -> str:
+    """`H100 PCIe` is met by `NVIDIA H100 80GB PCIe` too; `L4` not by `L40`."""
+    return "".join(rf"(?=.*\b{word}\b)" for word in words.split())
 
 
 def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
