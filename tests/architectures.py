@@ -313,9 +313,12 @@ def stock(folder: Path | str) -> PreTrainedModel:
 def plain(model: Any, given: list[Row]) -> Tensor:
     """Log-probs [rows, 2] by a stock model, each answer alone, without pads or masks."""
     found = []
+    rope = getattr(model.config, "rope_parameters", None) or {}
     for row in given:
         for answer in row.answers:
             ids, start = torch.tensor([row.prompt + answer]), len(row.prompt)
+            if rope.get("rope_type") == "dynamic":  # stretched by a row until a short one comes
+                model(input_ids=ids[:, :1], use_cache=False)
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
             logps = logits[start - 1 : -1].log_softmax(-1)
             found.append(logps.gather(1, ids[0, start:, None]).sum())

@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from architectures import make
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_causal_lm, tiny_classifier, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -136,6 +137,18 @@ def test_first_layers(tmp_path, arch, layers):
 def test_more_layers_than_there_are_is_refused(llama):
     with pytest.raises(ModelError, match=r"num_hidden_layers: 9, but .* has 2"):
         load_policy(config(llama, num_hidden_layers=9))
+
+
+def test_layers_whose_kinds_follow_from_their_number_are_cut_too(tmp_path):
+    make("mamba", tmp_path)
+    assert len(load_policy(config(tmp_path, num_hidden_layers=1)).backbone.layers) == 1
+
+
+def test_a_configuration_that_refuses_fewer_layers_is_named(tmp_path):
+    """GPT-Neo's lists the kinds of all of its layers in a field of its own."""
+    make("gpt_neo", tmp_path)
+    with pytest.raises(ModelError, match=r"num_hidden_layers: 1, but a gpt_neo cannot be cut \("):
+        load_policy(config(tmp_path, num_hidden_layers=1))
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "opt", "bloom", "gpt_neox"])

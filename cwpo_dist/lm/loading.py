@@ -294,7 +294,7 @@ def _load(
     config = load_config(model)
     given = switch_off(config)
     if model.num_hidden_layers is not None:
-        _keep_layers(config, model)
+        keep_layers(config, model)
     if new_head:
         config.num_labels = 1
     loaded: PreTrainedModel
@@ -322,6 +322,32 @@ def _load(
 def attention_of(model: ModelConfig) -> str | None:
     """What transformers is told; None: it chooses."""
     return None if model.attn_implementation == "auto" else model.attn_implementation
+
+
+def keep_layers(config: PretrainedConfig, model: ModelConfig) -> None:
+    """Cuts the configuration to its first N layers; later layers' tensors are then not read.
+
+    Raises:
+        ModelError: when it has fewer, or cannot be cut.
+    """
+    keep = model.num_hidden_layers
+    assert keep is not None
+    if keep > config.num_hidden_layers:
+        raise ModelError(
+            f"num_hidden_layers: {keep}, but {model.model_name_or_path!r} has "
+            f"{config.num_hidden_layers}; ask for at most so many"
+        )
+    try:
+        config.num_hidden_layers = keep
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None and len(kinds) > keep:  # else it follows from the number
+            config.layer_types = kinds[:keep]
+        config.validate()  # as saving the trained model would
+    except FOREIGN_ERRORS as error:
+        raise ModelError(
+            f"num_hidden_layers: {keep}, but a {config.model_type} cannot be cut "
+            f"({one_line(error)}); leave it out"
+        ) from error
 
 
 @contextmanager
@@ -356,20 +382,6 @@ def _refuse_missing(
             f"model_name_or_path: {model.model_name_or_path!r} lacks the tensors {shown}{more} of "
             f"{type(loaded).__name__}; give a complete checkpoint of that kind"
         )
-
-
-def _keep_layers(config: PretrainedConfig, model: ModelConfig) -> None:
-    """Cuts the configuration to its first N layers; later layers' tensors are then not read."""
-    keep = model.num_hidden_layers
-    assert keep is not None
-    if keep > config.num_hidden_layers:
-        raise ModelError(
-            f"num_hidden_layers: {keep}, but {model.model_name_or_path!r} has "
-            f"{config.num_hidden_layers}; ask for at most so many"
-        )
-    config.num_hidden_layers = keep
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:keep]
 
 
 def dtype_of(model: ModelConfig, device: torch.device | str) -> torch.dtype:

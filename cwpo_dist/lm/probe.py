@@ -82,6 +82,8 @@ def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> Lay
     try:
         with torch.no_grad():
             choice = _choose(module, longest)
+    except torch.OutOfMemoryError:
+        raise
     except FOREIGN_ERRORS as error:
         if isinstance(error, ModelError):
             raise
@@ -196,6 +198,8 @@ def _try(
             reason = f"{layout} rows equal plain ones on a probe (largest error {difference:.1e})"
             return LayoutChoice(layout, reason, difference)
         reason = f"{layout} rows miss plain ones by {difference:.1e}, more than {tolerance:.0e}"
+    except torch.OutOfMemoryError:
+        raise
     except FOREIGN_ERRORS as error:
         difference, reason = None, f"it refuses {layout} rows: {one_line(error)}"
     if given != attention:

@@ -24,6 +24,7 @@ from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
 from cwpo_dist.lm.loading import (
     ModelError,
     attention_of,
+    keep_layers,
     load_annotator_base,
     load_config,
     load_policy,
@@ -201,7 +202,7 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
             "weights once and give the folder"
         )
     if model.num_hidden_layers is not None:
-        config.num_hidden_layers = model.num_hidden_layers
+        keep_layers(config, model)
     kind: Any = AutoModelForCausalLM if load is policy else AutoModelForSequenceClassification
     try:
         with torch.device("meta"):
