@@ -246,7 +246,7 @@ def test_preferences_follow_the_scores_and_the_paper(finished: Config) -> None:
         score, pair = scores[row["pair_id"]], pairs[row["pair_id"]]
         margin = abs(score["score_a"] - score["score_b"])
         chosen = "response_a" if score["score_a"] >= score["score_b"] else "response_b"
-        assert row["chosen"] == pair[chosen] != row["rejected"]
+        assert row["chosen"] == [{"role": "assistant", "content": pair[chosen]}] != row["rejected"]
         assert pair["split"] == "unlabelled"
         expected = 2 * (1 / (1 + math.exp(-margin)) - 0.5)  # eq. 8
         assert row["confidence"] == pytest.approx(expected, abs=1e-6)

@@ -56,6 +56,7 @@ def curve(align: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_driver_killed_in_three_places_ends_as_if_undisturbed(tmp_path: Path) -> None:
     changes = {"align__num_train_epochs": 6, "evaluate__num_prompts": 0}

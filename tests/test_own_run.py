@@ -38,6 +38,9 @@ def rows_of() -> list[dict[str, Any]]:
     return rows
 
 
+pytestmark = pytest.mark.long  # a whole run; test_own has each of its stages
+
+
 @pytest.fixture(scope="module")
 def finished(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("own")
@@ -72,7 +75,7 @@ def test_the_own_arm_reads_no_annotator_and_trains_on_both_parts(finished: Confi
     assert trained.keys() == {i for i, p in pairs.items() if p["split"] in splits}
     for i, preference in trained.items():
         better = "response_a" if pairs[i]["score_a"] > pairs[i]["score_b"] else "response_b"
-        assert preference["chosen"] == pairs[i][better]
+        assert preference["chosen"][0]["content"] == pairs[i][better]
     assert counts(finished, "own", "align")["rows"] == len(trained)
 
 

@@ -127,6 +127,7 @@ def test_inputs_that_changed_half_way_are_refused_for_resume_and_said_otherwise(
     assert len(scores(config)) == 41
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_prepare_to_weigh_on_object_storage_with_a_killed_and_resumed_training(
     s3_store: Store, tmp_path: Path

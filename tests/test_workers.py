@@ -104,8 +104,7 @@ def test_tokenizer_travels_with_its_template() -> None:
         assert PLAIN_TEMPLATE in tokenizer.chat_template
         text = tokenizer.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
         # an annotator's ends where it is scored
-        closed = "<s>\n\nHuman: Q</s>" if name.startswith("fit") else "\n\nHuman: Q"
-        assert text == closed
+        assert text == ("<s>\n\nHuman: Q</s>" if name.startswith("fit") else "<s>\n\nHuman: Q")
         assert tokenizer.pad_token != tokenizer.eos_token
     assert (exported("align") / "generation_config.json").is_file()
 

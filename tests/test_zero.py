@@ -168,7 +168,7 @@ def test_bfloat16_is_never_summed_in_bfloat16() -> None:
 @pytest.mark.parametrize(
     ("section", "name"),
     [
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
+        ({"train_batch_size": 7}, "train_batch_size"),
         ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, "optimizer"),
         ({"fp16": {"enabled": True}}, "fp16"),
         ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com: True"),

@@ -125,7 +125,7 @@ def refuse_past(
 
 
 def refuse_none(stage: str, model: ModelConfig, counts: Mapping[str, int]) -> None:
-    """Stops a stage that has made nothing of any pair.
+    """Stops a stage that has made nothing of any pair, and would not on another try either.
 
     Args:
         stage: its name.
@@ -135,7 +135,8 @@ def refuse_none(stage: str, model: ModelConfig, counts: Mapping[str, int]) -> No
     Raises:
         RejectsError: naming the field and what can be done.
     """
-    if counts.get("rows"):
+    reasons = [k.removeprefix(_OF_EACH) for k in counts if k.startswith(_OF_EACH)]
+    if counts.get("rows") or not all(map(lasts, reasons)):
         return
     too_long, rejects = counts.get("over_length", 0), counts.get("rejects", 0)
     name = repr(model.model_name_or_path)

@@ -250,7 +250,8 @@ def _unread(
     whole = counted.exact and read.number >= sum(counted.splits.values()) and name != "weak"
     none = read.refused == read.number > 0  # which no fraction allows: nothing would be left
     if none or read.exceeds(fraction, whole):
-        more = "or mend the pairs" if none else f"mend the pairs, or raise {field} ({fraction:g})"
+        more = f"mend the pairs, or raise {field} ({fraction:g})"
+        more = "or mend the pairs" if none and fraction == 1 else more
         yield (
             f"{name}.chat_template: {model.model_name_or_path!r} with {model.chat_template!r} "
             f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
