@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cwpo_dist.config import PrepareConfig
+from cwpo_dist.pairs import census as module
 from cwpo_dist.pairs.census import census
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -57,3 +58,24 @@ def test_plan_counts_what_prepare_makes(tmp_path: Path, seed: int) -> None:
     assert found.rejects == sum(made["rejects"].values()) > 0
     assert found.ties == made["ties"]
     assert {k: sum(n.values()) for k, n in found.own.items()} == made["numbers"]
+
+
+def test_no_file_behind_a_limit_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may have thousands of them, and one that cannot be read is none of `prepare`'s."""
+    for k in range(5):
+        row = {"prompt": f"p{k}", "chosen": "yes", "rejected": "no"}
+        (tmp_path / f"{k}.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    opened: list[str] = []
+    read = module.read
+
+    def noted(part: Any, columns: Any) -> Any:
+        opened.append(Path(part.uri).name)
+        yield from read(part, columns)
+
+    monkeypatch.setattr(module, "read", noted)
+    source = {"path": str(tmp_path), "limit": 3}
+    found = census(PrepareConfig.model_validate({"sources": [source]}), 0)
+    assert opened == ["0.jsonl", "1.jsonl"]
+    assert found.exact
+    assert found.pairs("labelled", "unlabelled", "test") == 2
+    assert found.merged == 1

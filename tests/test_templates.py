@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import trl
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cwpo_dist.lm.reading import RenderingEncoder
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import ChatTemplate, Fault, TokenError
-from cwpo_dist.lm.tokens import Asked, Encoder, common_prefix, without_eos
+from cwpo_dist.lm.tokens import Asked, Encoder, common_prefix, load_tokenizer, without_eos
 
 TRL = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 DAY = date(2024, 7, 26)
@@ -373,3 +374,27 @@ def test_messages_are_handed_over_with_every_key() -> None:
 def test_a_common_prefix() -> None:
     assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
     assert common_prefix([[1], [2]]) == 0
+
+
+def test_plain_conversations_of_a_tokenizer_that_puts_a_space_at_the_start_of_a_text(
+    tmp_path: Path,
+) -> None:
+    """Llama 2's and Mistral's: behind BOS there is none, and the saved template writes BOS."""
+    tokens = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"])
+    tokens.train_from_iterator(["\n\nHuman: why is that\n\nAssistant: so it is"], trainer)
+    bos = ("<s>", tokens.token_to_id("<s>"))
+    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path / "given")
+    encoder = Encoder(load_tokenizer(tmp_path / "given"), "plain")
+    prompt, answer = [{"role": "user", "content": "why"}], [{"role": "assistant", "content": "so"}]
+    row = encoder.encode(prompt, [answer])
+    encoder.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    own = saved.apply_chat_template([*prompt, *answer], return_dict=False)
+    assert [*row.prompt, *row.answers[0]] == [*own, saved.eos_token_id]
+    joined = encoder.encode("why", [" so"])
+    assert joined.prompt == saved("why")["input_ids"]

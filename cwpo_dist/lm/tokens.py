@@ -123,10 +123,13 @@ class Encoder:
     def _template(self, chat_template: str, on: date) -> ChatTemplate:
         """The template; it travels with the tokenizer, one of its own as it was."""
         template = ChatTemplate(self.tokenizer, chat_template, on)
-        self.tokenizer.chat_template = template.source
         if self.joins_text and self.bos_id is not None:
-            bos = str(self.tokenizer.convert_ids_to_tokens(self.bos_id))
-            self.tokenizer.chat_template = template.opened(bos)
+            # Behind BOS some tokenizers put no space that they put at the start of a text: what
+            # is read here is what the saved template writes, BOS and all.
+            template.source = template.opened(
+                str(self.tokenizer.convert_ids_to_tokens(self.bos_id))
+            )
+        self.tokenizer.chat_template = template.source
         return template
 
     def travel_as_text(self) -> None:

@@ -6,6 +6,7 @@ where that is not all, copies that lie far apart are not seen.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections import Counter
@@ -222,9 +223,8 @@ class _Reading:
         for number, piece in enumerate(self.pieces):
             left = piece.limit
             for part in piece.parts:
-                for raw in read(part, columns_of(piece)):
-                    if left == 0:
-                        break
+                # Behind the limit no file is opened, as `prepare` opens none.
+                for raw in itertools.islice(read(part, columns_of(piece)), left):
                     if time.monotonic() > self.deadline:
                         self.complete = False
                         return

@@ -31,7 +31,7 @@ TRAINING_STAGES = ("fit", "sft", "align")
 SCORES = ("annotate", "implicit")  # the stages that give a pair's two answers a score
 # Of what stages write: raised when the same settings would give other files.
 FORMAT = 3
-FORMAT_OF = {"tokens": 4, "implicit": 4, "annotate": 4, "weigh": 5, "evaluate": 4}
+FORMAT_OF = {"tokens": 5, "implicit": 4, "annotate": 4, "weigh": 5, "evaluate": 4}
 
 
 @dataclass(frozen=True)
