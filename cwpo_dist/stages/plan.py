@@ -405,6 +405,8 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     if not estimate.counted.exact:
         yield "counts are estimates: the sources are too large to read in a few seconds"
     yield from estimate.counted.sentences()
+    if not any(estimate.counted.labelled.values()) and not estimate.counted.own:
+        yield f"no pair has a label, or a number of its own to weigh it by; {MAP_LABELS}"
     if _until(config) == "prepare":
         yield "no model is given: planned up to `prepare`"
     elif config.policy is None and needs_annotator(config):
