@@ -33,6 +33,8 @@ POOL = PoolConfig(num_actors=2, cpus_per_actor=0.5)
 class Marked(RewardWorker):
     """Marks the beginning of each shard with its number, process and driver; takes its time.
 
+    None goes on while a file `held` lies beside the marks' folder.
+
     From shard `full_at` on its disk takes no more than small files: rejects, but not scores.
     """
 
@@ -42,11 +44,18 @@ class Marked(RewardWorker):
 
     def __call__(self, index: int, rows: Rows) -> ShardOutput:
         (self.marks / f"{index}-{os.getpid()}-{self.driver}").touch()
+        while held(self.marks).exists():
+            time.sleep(0.05)
         time.sleep(self.seconds)
         output = super().__call__(index, rows)
         if index == self.full_at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2200, resource.RLIM_INFINITY))
         return output
+
+
+def held(marks: Path) -> Path:
+    """Where a file lies that holds all shards back."""
+    return marks.with_name(f"{marks.name}-held")
 
 
 def write_inputs(folder: Path) -> None:

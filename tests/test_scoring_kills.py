@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scoring_driver import POOL, ROWS, SHARDS, make_job, write_inputs
+from scoring_driver import POOL, ROWS, SHARDS, held, make_job, write_inputs
 
 from cwpo_dist.cli import user_message
 from cwpo_dist.scoring.pipeline import committed_rejects, total_counts
@@ -95,7 +95,12 @@ def assert_undisturbed(folder: Path, output: str) -> None:
 def test_a_driver_and_its_actor_killed_while_a_second_driver_works(
     quiet: Path, ray_local: Any
 ) -> None:
+    hold = held(quiet / "two-marks")
+    hold.touch()  # else the one whose actors come up first may do it all
     first, second = start(quiet, "two", ray_local), start(quiet, "two", ray_local)
+    for driver in (first, second):
+        wait_until_busy(quiet, "two", driver, commits=0)
+    hold.unlink()
     wait_until_busy(quiet, "two", second, commits=1)
     kill(wait_until_busy(quiet, "two", first, commits=1)[0])
     kill(first.pid)
