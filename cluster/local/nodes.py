@@ -25,7 +25,7 @@ from pathlib import Path
 import network
 from network import ClusterError
 
-START_S = 120.0
+START_S = 240.0
 END_S = 5.0
 HEAD = "head"
 GCS_PORT, JOBS_PORT = 6379, 8265
