@@ -65,10 +65,11 @@ def training_config(spec: dict[str, Any]) -> TrainingConfig:
 
 
 def policy(spec: dict[str, Any]) -> Any:
-    """The model to align, in fp32, trainable in full or through LoRA."""
+    """The model to align (fp32 on a CPU), trainable in full or through LoRA."""
+    from cwpo_dist.scoring.devices import assigned_device
     from cwpo_dist.training.lora import add_lora
 
-    model = load_policy(ModelConfig(model_name_or_path=spec["model"]))
+    model = load_policy(ModelConfig(model_name_or_path=spec["model"]), device=assigned_device())
     if spec["lora"]:
         return add_lora(model, LORA, "logps", SEED)
     model.requires_grad_(True)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import FIXED, NAMES, Outcome, table, walk
+from architectures import Outcome, table, walk
+from tiny_kinds import FIXED, NAMES
 
 ROOT = Path(__file__).parents[1]
 NATS = 1e-3  # of an answer of up to 30 tokens, in fp32: 3e-5 a token

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -84,12 +84,12 @@ def test_addresses_of_other_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ask", [connect, available])
 def test_every_way_to_a_cluster_asks_first(
-    ask: object, monkeypatch: pytest.MonkeyPatch, silent: str
+    ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch, silent: str
 ) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", silent)
     with pytest.raises(ClusterError, match="no Ray head answers"):
-        ask()  # type: ignore[operator]
+        ask()
 
 
 def test_a_head_that_is_there(ray_local: None) -> None:

@@ -196,7 +196,7 @@ def test_dots_stand_where_their_values_are(drawn: Callable[[], list[Axes]]) -> N
     assert whiskers(ax) == [[[0.05, 0], [0.2, 0]], [[-0.4, 1], [-0.1, 1]]]
     low, high = ax.get_ylim()
     assert low > high, "the first row is the uppermost, as its name is"
-    names = {text.get_text(): text.xy[1] for text in ax.texts}  # type: ignore[attr-defined]
+    names = {text.get_text(): text.xy[1] for text in ax.texts}  # type: ignore[attr-defined]  # all are annotations
     assert names == {"up": 0, "down": 1}
     assert ax.xaxis.get_major_formatter()(-0.3, None) == "−30"
     assert "no difference" in plot.caption
@@ -227,7 +227,7 @@ def test_an_annotators_plots_show_its_own_numbers(drawn: Callable[[], list[Axes]
     plots.quarter_plot(record, "x")
     (ax,) = drawn()
     assert dots(ax) == [[(k, round(0.5 + k / 10, 6)) for k in range(4)]]
-    levels = {line.get_label(): line.get_ydata()[0] for line in ax.lines}  # type: ignore[index]
+    levels = {line.get_label(): line.get_ydata()[0] for line in ax.lines}  # type: ignore[index]  # all are arrays
     assert levels == {"all pairs": 0.65, "longer answer wins": 0.52}
     plot = plots.reliability_plot(record, "x")
     (ax,) = drawn()

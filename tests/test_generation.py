@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import make
 from tiny import save_tiny, tiny_causal_lm, tiny_tokenizer
+from tiny_kinds import make
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cwpo_dist.config import ModelConfig

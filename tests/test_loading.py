@@ -8,9 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from architectures import make
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_causal_lm, tiny_classifier, tiny_tokenizer
+from tiny_kinds import make
 from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ModelConfig

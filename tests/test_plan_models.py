@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import make
 from small_run import small_config
 from tiny import CHAT_TEMPLATE, tiny_causal_lm, tiny_tokenizer
+from tiny_kinds import make
 from transformers import AutoConfig
 
 from cwpo_dist.config import ConfigError, ModelConfig

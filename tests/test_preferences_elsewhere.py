@@ -13,6 +13,8 @@ from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.stages import weigh
 from cwpo_dist.stages.graph import graph
 
+SIDES = ("chosen", "rejected")
+
 
 def trls_tokens(world: World, folder: Path) -> dict[str, tuple[list[int], list[int]]]:
     """Prompt and answer together, of the chosen and of the rejected one, by pair."""
@@ -36,9 +38,6 @@ def trls_tokens(world: World, folder: Path) -> dict[str, tuple[list[int], list[i
     }
 
 
-SIDES = ("chosen", "rejected")
-
-
 @pytest.mark.parametrize("template", ["tokenizer", "plain"])
 def test_trl_gets_the_tokens_that_the_policy_gets(tmp_path: Path, template: str) -> None:
     """But for what a template writes behind EOS, where our rows end."""
@@ -51,13 +50,13 @@ def test_trl_gets_the_tokens_that_the_policy_gets(tmp_path: Path, template: str)
     encoder = Encoder(load_tokenizer(str(tmp_path / "model")), template)
     store = world.place("weigh")
     rows = [r for name in store.names("preferences") for r in store.read_table(name).to_pylist()]
+    behind = encoder.tokenizer("\n", add_special_tokens=False)["input_ids"]
     for row in rows:
         texts = [row[name] for name in ("prompt", *SIDES)]
         if template == "tokenizer":
             assert [message["role"] for (message,) in texts] == ["user", "assistant", "assistant"]
             texts = [message["content"] for (message,) in texts]
         own = encoder.encode(texts[0], texts[1:])
-        behind = encoder.tokenizer("\n", add_special_tokens=False)["input_ids"]
         for answer, theirs in zip(own.answers, found[row["pair_id"]], strict=True):
             ours = [*own.prompt, *answer]
             assert theirs == ours + (behind if template == "tokenizer" else [])

@@ -7,8 +7,8 @@ import re
 
 import pytest
 import torch
-from architectures import make
 from tiny import tiny_causal_lm, tiny_classifier
+from tiny_kinds import make
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import VARIANTS, make, plain
+from architectures import plain
 from tiny import tiny_causal_lm, tiny_classifier
+from tiny_kinds import VARIANTS, make
 from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ModelConfig

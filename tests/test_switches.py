@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import make, rows
+from architectures import rows
 from exported_runs import Alone
 from tiny import save_tiny, tiny_causal_lm, tiny_tokenizer
+from tiny_kinds import make
 from transformers import AutoConfig
 
 from cwpo_dist.config import LoraConfig, ModelConfig

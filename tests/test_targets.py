@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import make
 from exported_runs import Alone
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from tiny import tiny_causal_lm
+from tiny_kinds import make
 from torch import nn
 from transformers import AutoModelForCausalLM
 

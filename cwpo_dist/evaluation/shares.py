@@ -32,7 +32,7 @@ class AsDict:
         """The record as plain dictionaries, lists and numbers."""
         assert not isinstance(self, type)
         # Only its subclasses are dataclasses, which the type of `asdict` cannot know.
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # as said
 
 
 @dataclass(frozen=True)

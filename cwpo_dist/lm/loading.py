@@ -106,14 +106,22 @@ def classifier_skeleton(model: ModelConfig) -> PreTrainedModel:
     Raises:
         ModelError: when there is no such model.
     """
-    config = load_config(model)
+    return skeleton(model, load_config(model), AutoModelForSequenceClassification)
+
+
+def skeleton(model: ModelConfig, config: PretrainedConfig, kind: Any) -> PreTrainedModel:
+    """What a configuration stands for as one kind of model, without memory or weights.
+
+    Raises:
+        ModelError: when there is no such model.
+    """
     try:
         with torch.device("meta"):
-            made: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            made: PreTrainedModel = kind.from_config(
                 config, attn_implementation=attention_of(model)
             )
     except FOREIGN_ERRORS as error:
-        raise unloadable(model, config, AutoModelForSequenceClassification, error) from error
+        raise unloadable(model, config, kind, error) from error
     return made
 
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from cwpo_dist.config import PrepareConfig
@@ -24,7 +25,7 @@ from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import LEAKED, SIDES, VOTES, SplitRule, merge, split_of
 from cwpo_dist.pairs.unread import Unread, columnar, tree
 
-_COUNTED = ("pair_id", "prompt_hash", "side", "in_labelled_part", "label", "tie", *VOTES)
+_COUNTED = ("prompt_hash", "side", "in_labelled_part", "label", "tie", *VOTES)
 LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
 
 
@@ -131,7 +132,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
             continue
         unread[k].note_keys(pair.unread)
         if found.add(work_row(pair, piece, rule), pair.numbers):
-            _keep(kept, pair, draw, len(found.ids), sample)
+            _keep(kept, pair, draw, len(found.copies), sample)
     found.gather(tally, learn_ties=config.ties == "labelled")
     for k, piece in enumerate(pieces):
         for part in piece.parts if columns_of(piece) else ():
@@ -165,8 +166,7 @@ class _Counts:
     """What was read: rows, without their texts; and, when all are there, pairs by split."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.ids: set[str] = set()
+        self.copies: dict[str, list[dict[str, Any]]] = {}  # by pair id
         self.pairs: Counter[str] = Counter()
         self.labelled: Counter[str] = Counter()
         self.own: dict[numbers.Own, Counter[str]] = {own: Counter() for own in numbers.COLUMNS}
@@ -178,26 +178,24 @@ class _Counts:
         """Whether it is the first of its pair."""
         self.void.update(own.void)
         self.most_weight = max(self.most_weight, own.weight or 0.0)
-        self.rows.append({name: row.get(name) for name in (*_COUNTED, *numbers.RECORD)})
-        known = len(self.ids)
-        self.ids.add(row["pair_id"])
-        return len(self.ids) > known
+        copies = self.copies.setdefault(row["pair_id"], [])
+        copies.append({name: row.get(name) for name in (*_COUNTED, *numbers.RECORD)})
+        return len(copies) == 1
 
     def gather(self, tally: Tally, *, learn_ties: bool) -> None:
         """Sets aside prompts of two sides, merges copies and splits, as `buckets` does."""
         sides: dict[str, int] = {}
-        for row in self.rows:
+        for row in chain.from_iterable(self.copies.values()):
             sides[row["prompt_hash"]] = max(row["side"], sides.get(row["prompt_hash"], 0))
-        copies: dict[str, list[dict[str, Any]]] = {}
-        for row in self.rows:
-            if row["side"] < (keeps := sides[row["prompt_hash"]]):
-                tally.add(LEAKED[SIDES[keeps]])
-            else:
-                copies.setdefault(row["pair_id"], []).append(row)
-        for rows in copies.values():
-            pair = rows[0] if len(rows) == 1 else merge(rows)[0] | numbers.agreed(rows)[0]
-            self._count(pair, learn_ties=learn_ties)
-        self.merged = sum(map(len, copies.values())) - len(copies)
+        for copies in self.copies.values():
+            side = sides[copies[0]["prompt_hash"]]  # a pair has one prompt
+            rows = [row for row in copies if row["side"] == side]
+            for _ in range(len(copies) - len(rows)):
+                tally.add(LEAKED[SIDES[side]])
+            if rows:
+                pair = rows[0] if len(rows) == 1 else merge(rows)[0] | numbers.agreed(rows)[0]
+                self._count(pair, learn_ties=learn_ties)
+                self.merged += len(rows) - 1
 
     def _count(self, pair: Mapping[str, Any], *, learn_ties: bool) -> None:
         tie, label = pair["tie"], pair["label"]

@@ -125,7 +125,7 @@ def mapped(meanings: Mapping[str, Iterable[Any]]) -> ValueMap:
             key = spelled(value)
             if key is None or key in made:
                 raise ValueError(f"{value!r} stands for more than one of {', '.join(meanings)}")
-            made[key] = None if meaning == "none" else meaning  # type: ignore[assignment]
+            made[key] = None if meaning == "none" else meaning  # type: ignore[assignment]  # a field of ours
     return ValueMap(made, given=True)
 
 
@@ -134,5 +134,6 @@ def majority(a: int, b: int, tie: int) -> Verdict | None:
     most = max(a, b, tie)
     if most == 0:
         return None
-    said: list[Verdict] = [v for v, n in (("a", a), ("b", b), ("tie", tie)) if n == most]  # type: ignore[misc]
+    counts: dict[Verdict, int] = {"a": a, "b": b, "tie": tie}
+    said = [verdict for verdict, count in counts.items() if count == most]
     return said[0] if len(said) == 1 else "tie"

@@ -83,8 +83,11 @@ class RowForward:
         ranks: Ranks | None = None,
     ) -> None:
         """Takes the module where its loader placed it, or the ranks that hold it together."""
-        self.ranks, self.module = ranks, module if ranks is not None else module.eval()
-        self.device = next(module.parameters()).device if ranks is None else ranks.device
+        self.ranks = ranks
+        if ranks is None:
+            self.device, self.module = next(module.parameters()).device, module.eval()
+        else:
+            self.device, self.module = ranks.device, module
         self.pad_id, self.max_tokens = pad_id, max_tokens
         self.layout = choose_layout(self.module, longest=max_length).layout
         self.flops = useful_flops(self.module)

@@ -10,16 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cwpo_dist.config import Config, ConfigError, ModelConfig
+from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.pairs.census import Census, census
-from cwpo_dist.pairs.pieces import damage_fault
 from cwpo_dist.pairs.rejects import Tally
 from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.pairs.unread import Unread
 from cwpo_dist.scoring.placement import Machine, gpus_taken
 from cwpo_dist.stages import fleet_costs
 from cwpo_dist.stages.checks import (
-    calibrated_arms,
     check,
     check_trials,
     models,
@@ -38,10 +36,10 @@ from cwpo_dist.stages.graph import (
     prepare_node,
     weighing_nodes,
 )
-from cwpo_dist.stages.own_checks import own_counts_faults, own_notes
+from cwpo_dist.stages.own_checks import own_notes
+from cwpo_dist.stages.plan_faults import run_faults, until_of
 from cwpo_dist.stages.room import fit_two, need, share
 from cwpo_dist.stages.sampled import (
-    SampleRead,
     ShownRow,
     read_sample,
     reading_notes,
@@ -123,7 +121,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     Raises:
         ConfigError: for everything that would stop the run later; one line a fault.
     """
-    fleet, until = fleet or Fleet(), _until(config)
+    fleet, until = fleet or Fleet(), until_of(config)
     found = trials(config) if config.compare else []
     runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
     checked = check_trials(config, found) if found else check(config, until)
@@ -135,7 +133,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     }
     lengths = {name: each.lengths for name, each in read.items()}
     estimates = [Estimate(run, censuses[_split(run)], checked, lengths) for run in runs]
-    faults = dict.fromkeys(fault for each in estimates for fault in _empty(each, read))
+    faults = dict.fromkeys(fault for each in estimates for fault in run_faults(each, read))
     if faults:
         raise ConfigError("\n".join(faults))
     rows = tuple(
@@ -189,102 +187,6 @@ def _as_made(run: Config, counted: Census) -> Census:
 def _split(run: Config) -> str:
     """What tells one way of splitting from another; every seed counts as the first."""
     return run.prepare.model_dump_json()
-
-
-def _until(config: Config) -> str | None:
-    """Without a policy, labelling is the whole of the run; without any model, preparing."""
-    if config.policy is not None:
-        return None
-    if needs_annotator(config):
-        return "annotate" if config.weak or config.annotate.ready() else "prepare"
-    return "weigh"
-
-
-def _empty(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
-    """Stages that would find no pair, or too many rows that are none."""
-    config, counted = estimate.config, estimate.counted
-    rows = sum(counted.splits.values()) + counted.rejects
-    if counted.exact and counted.rejects > config.prepare.max_reject_fraction * rows:
-        yield (
-            f"prepare.max_reject_fraction: {counted.rejects:,} of {rows:,} rows are set aside: "
-            f"more than {config.prepare.max_reject_fraction:g} of them. Mend them (`cwpo prepare` "
-            "writes each with its reason to rejects/), or raise it. Most frequent:\n"
-            + "\n".join(counted.tally.lines())
-        )
-    if fault := damage_fault(counted.damaged, counted.files, config.prepare.max_reject_fraction):
-        yield fault
-    for name, model, _ in models(config, _until(config)):
-        yield from _unread(config, counted, name, model, read[name])
-    names = {name for name, *_ in trainings(config, _until(config))}
-    if "fit" in names and not counted.pairs("labelled"):
-        yield (
-            f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
-            f"pair to fit an annotator on; {_labels_remedy(counted)}, or give annotate.model"
-        )
-    yield from _without_pairs(config, counted)
-    if _until(config) in {None, "weigh"}:
-        yield from own_counts_faults(config, counted)
-    fitted_on = config.weigh.calibration_split
-    if config.policy is not None and calibrated_arms(config) and not counted.pairs(fitted_on):
-        yield (
-            f"weigh.calibration_split: no pair is in {fitted_on!r}, where the temperature of arm "
-            f"{calibrated_arms(config)[0]!r} is fitted; raise prepare.{fitted_on}_fraction"
-        )
-    if config.policy is not None and not counted.pairs(config.evaluate.split):
-        yield (
-            f"evaluate.split: no pair is in {config.evaluate.split!r}; raise prepare."
-            f"{config.evaluate.split}_fraction, or give a source with into: {config.evaluate.split}"
-        )
-
-
-def _unread(
-    config: Config, counted: Census, name: str, model: ModelConfig, read: SampleRead
-) -> Iterator[str]:
-    """A model that cannot read more pairs than its stage may set aside, or that none fits."""
-    is_gold = name == "evaluate.gold_model"
-    field, fraction = "prepare.max_reject_fraction", config.prepare.max_reject_fraction
-    if name.startswith("annotate."):
-        field, fraction = "annotate.max_reject_fraction", config.annotate.max_reject_fraction
-    if is_gold:  # which reads other answers, and may leave some out
-        fraction = 1.0 if read.refused < read.number else 0.0
-    whole = counted.exact and read.number >= sum(counted.splits.values()) and name != "weak"
-    none = read.refused == read.number > 0  # which no fraction allows: nothing would be left
-    if none or read.exceeds(fraction, whole):
-        more = f"mend the pairs, or raise {field} ({fraction:g})"
-        more = "or mend the pairs" if none and fraction == 1 else more
-        yield (
-            f"{name}.chat_template: {model.model_name_or_path!r} with {model.chat_template!r} "
-            f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
-            f"another template or model, {more}"
-        )
-    elif read.too_long and not read.lengths.fits and not is_gold:
-        yield (
-            f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
-            f"set {name}.over_length=truncate"
-        )
-
-
-def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
-    """Arms that would train a policy on nothing."""
-    arms = config.arms[:1] if config.compare else config.arms  # the trial's own arm stands first
-    for arm in arms if config.policy is not None else []:
-        preset = config.arm(arm)
-        of_people = preset.labels == "human"
-        count = counted.labelled_pairs if of_people else counted.pairs
-        if not count(*preset.splits):
-            splits = " and ".join(preset.splits)
-            remedy = _labels_remedy(counted) if of_people else "give a share that does"
-            yield (
-                f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves arm "
-                f"{arm!r} no pair of the {splits} part to train on; {remedy}"
-            )
-
-
-def _labels_remedy(counted: Census) -> str:
-    """What gives a part labels: another share, unless no pair has any."""
-    if not counted.labelled_pairs("labelled", "unlabelled"):
-        return f"no training pair has a label: {MAP_LABELS}"
-    return "give a share that does"
 
 
 def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StagePlan]:
@@ -391,7 +293,7 @@ def _graphs(config: Config) -> dict[str, dict[str, Node]]:
         return {arm: weighing_nodes(config, arm) for arm in config.arms}
     prepared = prepare_node(config)
     nodes = {"prepare": prepared}
-    if _until(config) == "annotate":
+    if until_of(config) == "annotate":
         nodes |= annotator_nodes(config, prepared)
     return dict.fromkeys(config.arms, nodes)
 
@@ -407,13 +309,13 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     yield from estimate.counted.sentences()
     if not any(estimate.counted.labelled.values()) and not estimate.counted.own:
         yield f"no pair has a label, or a number of its own to weigh it by; {MAP_LABELS}"
-    if _until(config) == "prepare":
+    if until_of(config) == "prepare":
         yield "no model is given: planned up to `prepare`"
     elif config.policy is None and needs_annotator(config):
         yield "no policy is given: planned up to `annotate`; `weigh` can follow"
     elif config.policy is None:
         yield "no policy is given: planned up to `weigh`"
-    if _until(config) in {None, "weigh"}:
+    if until_of(config) in {None, "weigh"}:
         yield from own_notes(config, estimate.counted)
     yield from estimate.checked.notes
     yield from _short_trainings(config, estimates)
@@ -432,7 +334,7 @@ def _size_of_comparison(config: Config, number: int) -> str:
 
 def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     """Schedules that end before they have warmed up, in the arm with the fewest steps."""
-    sections = {name: section for name, section, _ in trainings(config, _until(config))}
+    sections = {name: section for name, section, _ in trainings(config, until_of(config))}
     fewest: dict[str, tuple[int, str]] = {}
     for estimate in estimates:
         for arm, nodes in _graphs(estimate.config).items():
@@ -451,7 +353,7 @@ def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[
 def _idle_gpus(config: Config, machines: Sequence[Machine]) -> Iterator[str]:
     """Scoring stages that leave GPUs of the cluster without work."""
     there = gpus(machines)
-    for name, pool in pools(config, _until(config)):
+    for name, pool in pools(config, until_of(config)):
         taken = gpus_taken(pool, machines)
         if taken < there and (name != "evaluate" or config.evaluate.num_prompts):
             yield (

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import file_exists
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import nn
@@ -23,14 +22,13 @@ from cwpo_dist.lm.flops import matmul_weights
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
 from cwpo_dist.lm.loading import (
     ModelError,
-    attention_of,
     keep_layers,
     load_annotator_base,
     load_config,
     load_policy,
     load_reward_model,
     refuse_unfit,
-    unloadable,
+    skeleton,
 )
 from cwpo_dist.lm.modules import decoder_of
 from cwpo_dist.lm.rope import turning_length
@@ -204,13 +202,7 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
     if model.num_hidden_layers is not None:
         keep_layers(config, model)
     kind: Any = AutoModelForCausalLM if load is policy else AutoModelForSequenceClassification
-    try:
-        with torch.device("meta"):
-            skeleton: PreTrainedModel = kind.from_config(
-                config, attn_implementation=attention_of(model)
-            )
-    except FOREIGN_ERRORS as error:
-        raise unloadable(model, config, kind, error) from error
+    made = skeleton(model, config, kind)
     if load is policy:
-        refuse_unfit(model, skeleton)
-    return skeleton
+        refuse_unfit(model, made)
+    return made

@@ -61,8 +61,8 @@ def setting_faults(
     """Trackers that are not there, schedules that cannot be, what DeepSpeed would refuse."""
     yield from (f"{name}.report_to: {fault}" for fault in _missing(tuple(training.report_to)))
     if training.deepspeed is not None and model is not None:
-        on_gpu = _on_gpu(training, machines)
-        yield from _deepspeed_faults(name, training, dtype_of(model, _device(on_gpu)))
+        device = "cuda" if _on_gpu(training, machines) else "cpu"
+        yield from _deepspeed_faults(name, training, dtype_of(model, device))
     if training.max_steps == 0:
         yield f"{name}.max_steps: 0 trains nothing; give -1 for whole epochs, or a number of steps"
     if 0 < training.max_steps <= training.warmup_steps:
@@ -70,10 +70,6 @@ def setting_faults(
             f"{name}.warmup_steps: {training.warmup_steps} of {training.max_steps} max_steps never "
             "reaches the learning rate; lower it"
         )
-
-
-def _device(on_gpu: bool) -> torch.device:
-    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _missing(trackers: tuple[Tracker, ...]) -> list[str]:
