@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,3 +80,23 @@ def test_no_file_behind_a_limit_is_opened(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.exact
     assert found.pairs("labelled", "unlabelled", "test") == 2
     assert found.merged == 1
+
+
+def test_where_time_runs_out_the_rest_is_reckoned_but_no_row_behind_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources: list[dict[str, Any]] = []
+    for name, count, limit in (("a", 40, None), ("b", 40, 5), ("c", 80, None)):
+        path = tmp_path / f"{name}.jsonl"
+        lines = [
+            json.dumps({"prompt": f"{name}{number:03d}", "chosen": "yes", "rejected": "no"}) + "\n"
+            for number in range(count)
+        ]
+        path.write_text("".join(lines))
+        sources.append({"path": str(path), "limit": limit})
+    given = PrepareConfig.model_validate({"sources": sources, "test_fraction": 0})
+    now = iter([0.0, *([1.0] * 65), *([99.0] * 9)])  # 20 rows of the third source are read
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    found = census(given, 0, seconds=9)
+    assert not found.exact
+    assert sum(found.splits.values()) == 40 + 5 + 80

@@ -176,7 +176,7 @@ def test_pairs_without_a_number_are_left_out_counted_and_told(
     assert "weight: below 0, of 1 rows (first: row 12 of" in caplog.text
     (note,) = [note for note in plan(config).notes if "left out" in note]
     assert "2 of 100" in note
-    assert "weight: below 0 1" in note
+    assert "1 × weight: below 0" in note
 
 
 def test_arms_that_read_an_annotator_read_the_columns_instead(tmp_path: Path) -> None:

@@ -96,16 +96,16 @@ def test_labels_by_a_map(tmp_path: Path, values: Any, meanings: Any) -> None:
         (
             [0, 1, 1],
             SUFFIXES[0],
-            r"'label' holds 1 in 2 rows, 0 in 1 rows; what 0 means .* \{label: \{from: label",
+            r"'label' holds 1 in 2 rows, 0 in 1 rows; the meaning of 1 and 0 .* \{label: \{from: label",
         ),
         ([True, False], SUFFIXES[0], "true in 1 rows, false in 1 rows"),
-        ([1, 2, 0], SUFFIXES[1], "what 0 means is not known"),
-        ([1, 2, 3], SUFFIXES[0], "what 1 means is not known"),
-        ([1, 1], SUFFIXES[0], "what 1 means is not known"),
-        ([1, 2], SUFFIXES[2], "what 2 means is not known"),
+        ([1, 2, 0], SUFFIXES[1], "the meaning of 0 is not known"),
+        ([1, 2, 3], SUFFIXES[0], "the meaning of 1, 2 and 3 is not known"),
+        ([1, 1], SUFFIXES[0], "the meaning of 1 is not known"),
+        ([1, 2], SUFFIXES[2], "the meaning of 2 is not known"),
         ([0.7, 0.2], SUFFIXES[0], "0.7 in 1 rows"),
-        (["a", "b", "unsure"], SUFFIXES[0], "what unsure means is not known"),
-        ([1] * 200 + [2] * 200 + [0], SUFFIXES[1], "what 0 means is not known"),
+        (["a", "b", "unsure"], SUFFIXES[0], "the meaning of unsure is not known"),
+        ([1] * 200 + [2] * 200 + [0], SUFFIXES[1], "the meaning of 0 is not known"),
     ],
 )
 def test_labels_that_could_mean_this_or_that_are_refused_with_their_values(

@@ -7,6 +7,7 @@ where that is not all, copies that lie far apart are not seen.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections import Counter
@@ -215,20 +216,24 @@ class _Reading:
         self.pieces = pieces
         self.deadline = time.monotonic() + seconds
         self.complete = True
-        self.size_done = 0
+        self.rows = self.rows_done = self.size_done = 0  # done: of parts that were read to an end
 
     def __iter__(self) -> Iterator[tuple[int, Part, RawRow]]:
         for number, piece in enumerate(self.pieces):
             left = piece.limit
             for part in piece.parts:
+                before = self.rows
                 # Behind the limit no file is opened, as `prepare` opens none.
                 for raw in itertools.islice(read(part, columns_of(piece)), left):
                     if time.monotonic() > self.deadline:
                         self.complete = False
                         return
                     left = None if left is None else left - 1
+                    self.rows += 1
                     yield number, part, raw
-                self.size_done += part.size
+                if left != 0:
+                    self.size_done += part.size
+                    self.rows_done += self.rows - before
 
     @property
     def files(self) -> int:
@@ -237,10 +242,15 @@ class _Reading:
 
     @property
     def scale(self) -> float:
-        """All bytes over those of the parts that were read to their end; 1 where none was."""
+        """All rows over those that were read, by the parts read to an end; 1 where none was."""
         if self.complete or not self.size_done:
             return 1.0
-        return sum(part.size for part in self._parts()) / self.size_done
+        a_byte = self.rows_done / self.size_done
+        rows = (
+            min(a_byte * sum(part.size for part in piece.parts), piece.limit or math.inf)
+            for piece in self.pieces
+        )
+        return max(sum(rows) / self.rows, 1.0)
 
     def _parts(self) -> Iterator[Part]:
         for piece in self.pieces:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cwpo_dist.config import ConfigError, LabelColumn
@@ -312,4 +312,5 @@ def _values(
     share = sum(unknown.values()) / max(seen.total(), 1)
     if share == 1 or share > most_unknown or (not given and counts_otherwise(seen, values)):
         raise unknown_values(first, labels, seen, values)
-    return values
+    counted = {str(value): count for value, count in seen.most_common()}
+    return replace(values, seen=counted)

@@ -9,7 +9,7 @@ from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.rejects import Tally, shown
-from cwpo_dist.pairs.verdicts import ValueMap
+from cwpo_dist.pairs.verdicts import MOST_SHOWN, ValueMap
 from cwpo_dist.pairs.written import is_conversation
 
 _SINGLE = ("completion", "response", "answer", "output", "generation", "generated_text", "chosen")
@@ -18,7 +18,6 @@ _LISTS = (
     *("choices", "replies", "samples", "summaries", "comparisons"),
 )
 _TAGS = ("label", "kto_tag", "rating", "score")
-_MOST = 6  # values of a label that an error shows
 
 
 def no_column(field: str, first: FirstRows, name: str) -> ConfigError:
@@ -86,13 +85,13 @@ def unknown_values(
     first: FirstRows, labels: Sequence[str], seen: Counter[str | None], values: ValueMap
 ) -> ConfigError:
     """Labels whose values could mean this or that."""
-    counted = [f"{value} in {n:,} rows" for value, n in seen.most_common(_MOST)]
-    more = f" and {len(seen) - _MOST} more" if len(seen) > _MOST else ""
-    unknown = [value for value in seen if value not in values.meanings]
+    unknown = [str(value) for value, _ in seen.most_common() if value not in values.meanings]
+    counted = [f"{value} in {n:,} rows" for value, n in seen.most_common(MOST_SHOWN)]
+    more = f" and {len(seen) - MOST_SHOWN} more" if len(seen) > MOST_SHOWN else ""
     column = labels[0] if len(labels) == 1 else f"[{', '.join(labels)}]"
     return ConfigError(
         f"{first.field}.columns.label: {', '.join(map(repr, labels))} holds {', '.join(counted)}"
-        f"{more}; what {unknown[0]} means is not known. Say it: columns: {{label: {{from: "
+        f"{more}; the meaning of {_listed(unknown)} is not known. Say it: columns: {{label: {{from: "
         f"{column}, a: …, b: …, tie: …, none: …}}}}, where a is the value that says that the first "
         "answer is better (tie and none where there are such), or label: null to read no label"
     )
@@ -113,6 +112,14 @@ def written_as_text(first: FirstRows, columns: Sequence[str]) -> ConfigError:
         f"{first.field}.format: text, but {', '.join(map(repr, columns))} of {first.path!r} holds "
         "messages written as text; set format: auto, to read them"
     )
+
+
+def _listed(values: Sequence[str]) -> str:
+    """`1, 2 and 3`; of many the first."""
+    shown_here = list(values[:MOST_SHOWN])
+    rest = len(values) - len(shown_here)
+    last = f"{rest} more" if rest else shown_here.pop()
+    return f"{', '.join(shown_here)} and {last}" if shown_here else last
 
 
 def _lists(first: FirstRows) -> tuple[str, int] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["a", "b", "tie"]
@@ -26,6 +26,7 @@ _LETTERS: dict[str, Verdict] = {
     **{"[[a]]": "a", "[[b]]": "b"},
     **dict.fromkeys(_TIES, "tie"),
 }
+MOST_SHOWN = 12  # values of a label that a message lists
 _WHOLE = re.compile(r"([+-]?\d+)\.0+")
 
 
@@ -36,15 +37,25 @@ class ValueMap:
     Attributes:
         meanings: a value as `spelled` has it → what it says; None: nobody judged.
         given: the map was given, not found.
+        seen: how often each value stands in the first rows.
     """
 
     meanings: Mapping[str, Verdict | None]
     given: bool = False
+    seen: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        own = {v: means for v, means in self.meanings.items() if self.given or v not in _LETTERS}
-        listed = ", ".join(f"{value} = {means or 'none'}" for value, means in own.items())
-        return listed if self.given else ", ".join(filter(None, ["a, b, tie, …", listed]))
+        """The values that were seen, each with its number of rows, and what a map gives beside."""
+        given = self.meanings if self.given else {}
+        values = list(dict.fromkeys([*self.seen, *given]))
+        if not values:
+            return "a, b, tie, …"
+        items = [f"{value} = {self._says(value)} ({self.seen.get(value, 0):,})" for value in values]
+        more = [f"{len(items) - MOST_SHOWN} more"] if len(items) > MOST_SHOWN else []
+        return ", ".join(items[:MOST_SHOWN] + more)
+
+    def _says(self, value: str) -> str:
+        return (self.meanings[value] or "none") if value in self.meanings else "not known"
 
 
 LETTERS = ValueMap(_LETTERS)

@@ -35,12 +35,12 @@ def assigned_device() -> torch.device:
     if not ids:
         return torch.device("cpu")
     if not usable:
-        built = torch.version.cuda
-        made_for = f"made for CUDA {built}" if built else "made for the CPU alone"
+        built = [("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)]
+        made_for = " and ".join(f"{name} {has}" for name, has in built if has) or "the CPU alone"
         raise DeviceError(
             f"Ray reserved GPU {', '.join(map(str, ids))} here, but torch {torch.__version__} "
-            f"({made_for}) cannot use it with {_driver()}; install a torch and a driver that fit, "
-            "or set gpus_per_actor to 0"
+            f"(made for {made_for}) cannot use it with {_driver()}; install a torch and a driver "
+            "that fit, or set gpus_per_actor to 0"
         )
     return torch.device("cuda")
 

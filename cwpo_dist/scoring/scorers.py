@@ -139,6 +139,8 @@ def refuse_none(stage: str, model: ModelConfig, counts: Mapping[str, int]) -> No
     if counts.get("rows") or not all(map(lasts, reasons)):
         return
     too_long, rejects = counts.get("over_length", 0), counts.get("rejects", 0)
+    if not too_long and not rejects:
+        raise RejectsError(f"{stage}: prepare left it no pair to read; see its rejects and splits")
     name = repr(model.model_name_or_path)
     raise RejectsError(
         f"{stage}: no pair is left: {too_long} are longer than max_length {model.max_length} of "

@@ -68,7 +68,7 @@ def own_notes(config: Config, counted: Census) -> Iterator[str]:
         pairs, without = counted.pairs(*splits), counted.own_pairs(own, *splits)
         if config.arm(name).labels == "own" and without < pairs:
             named = ", ".join(
-                f"{why} {count:,}" for why, count in void_of(own, counted.void).items()
+                f"{count:,} × {why}" for why, count in void_of(own, counted.void).items()
             )
             yield (
                 f"arm {name!r}: {pairs - without:,} of {pairs:,} training pairs have no {own} of "
