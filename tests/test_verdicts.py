@@ -96,7 +96,7 @@ def test_labels_by_a_map(tmp_path: Path, values: Any, meanings: Any) -> None:
         (
             [0, 1, 1],
             SUFFIXES[0],
-            r"'label' holds 1 in 2 rows, 0 in 1 rows; the meaning of 1 and 0 .* \{label: \{from: label",
+            r"'label' holds 1 in 2 rows, 0 in 1 rows; the meaning of 1 and 0 .* \{from: label",
         ),
         ([True, False], SUFFIXES[0], "true in 1 rows, false in 1 rows"),
         ([1, 2, 0], SUFFIXES[1], "the meaning of 0 is not known"),

@@ -47,7 +47,7 @@ def read_tokens(lengths_RS: Tensor, reads: Reads) -> Tensor:
     """Which tokens of packed rows are read, int64 [M], ascending.
 
     Args:
-        lengths_RS: [R, 1 + K], tokens of each row's prompt and of its answers.
+        lengths_RS: [R, 1 + K] on the host, tokens of each row's prompt and of its answers.
         reads: see `read_only`.
     """
     end_RS = lengths_RS.flatten().cumsum(0).view_as(lengths_RS) - 1
@@ -85,7 +85,9 @@ class _LastLayer:
         found = (packed_lengths(value) for value in (*args, *kwargs.values()))
         lengths_RS = next((lengths for lengths in found if lengths is not None), None)
         if lengths_RS is not None:
-            self._read_M = read_tokens(lengths_RS, self.reads)
+            read_M = read_tokens(lengths_RS, self.reads)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self._read_M = read_M.to(hidden.device, non_blocking=True)
             self._n_tokens = int(lengths_RS.sum())
 
     def _after_layer(self, *_: Any) -> None:

@@ -223,7 +223,7 @@ def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
         dtype = next(decoder.parameters()).dtype
         arguments["attention_mask"] = additive(batch.attention_mask, dtype)
     if batch.layout == "packed":
-        arguments["attention_mask"] = packed_mask(batch.attention_mask, batch.useful_tokens)
+        arguments["attention_mask"] = packed_mask(batch.attention_mask, batch.input_ids.device)
     output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
     return output.last_hidden_state  # type: ignore[no-any-return]  # nn.Module
 

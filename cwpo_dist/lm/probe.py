@@ -24,7 +24,7 @@ from torch import Tensor
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, unwrapped
-from cwpo_dist.lm.packed import attention_for
+from cwpo_dist.lm.packed import NAME
 from cwpo_dist.lm.rope import turning_length
 from cwpo_dist.lm.rows import Layout, Row
 from cwpo_dist.lm.stock import (
@@ -114,8 +114,7 @@ def _choose(module: AnswerLogProbs | AnswerScores, longest: int) -> LayoutChoice
     refusals = [reason] if reason else []
     if reason is None:
         given = unwrapped(module.model).config._attn_implementation
-        packed = attention_for(next(module.parameters()).device)
-        tried: list[tuple[Layout, str]] = [("packed", packed)] if given in {"sdpa", packed} else []
+        tried: list[tuple[Layout, str]] = [("packed", NAME)] if given in {"sdpa", NAME} else []
         for layout, attention in [*tried, ("shared", given)]:
             choice = _try(module, layout, attention, cases)
             if choice.layout == layout:

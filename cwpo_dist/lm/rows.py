@@ -55,8 +55,8 @@ class RowBatch:
         input_ids: [B, L] token ids.
         position_ids: [B, L] positions; each answer's continue from its prompt.
         attention_mask: int64 [1, 1, R, 1 + K], tokens of each row's prompt and answers, for layout
-            'packed'; bool [B, 1, L, L], True where a query (dim 2) sees a key (dim 3), for
-            'shared'; int64 [B, L], 1 on tokens and 0 on pads, for 'plain'.
+            'packed', always on the host; bool [B, 1, L, L], True where a query (dim 2) sees a key
+            (dim 3), for 'shared'; int64 [B, L], 1 on tokens and 0 on pads, for 'plain'.
         token_type_ids: [B, L], 1 on answers, for classifiers of pairs of texts; None unless plain.
         source: [N] flat index (sequence × L + position) of the hidden state that predicts a token.
         target: [N] the predicted answer tokens.
@@ -84,10 +84,11 @@ class RowBatch:
     padded_tokens: int
 
     def to(self, device: torch.device | str) -> Self:
-        """The batch with its tensors on `device`."""
+        """The batch with its tensors on `device`; packed rows' lengths stay on the host."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        stay = {"attention_mask"} if self.layout == "packed" else set()
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name not in stay:
                 values[name] = value.to(device, non_blocking=True)
         return type(self)(**values)
 
@@ -144,8 +145,6 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
 
 def mask_allows(query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Tensor) -> Tensor:
     """Whether a query may see a key: the prompt and its own answer, up to itself.
-
-    Elementwise and free of control flow, so that it can serve as a FlexAttention `mask_mod`.
 
     Args:
         query: index of the query in its sequence.
