@@ -61,7 +61,7 @@ def trained(world: World, stage: Any, role: str, patch: pytest.MonkeyPatch) -> t
     return spec.make_task(world.encoder), spec.make_held_out(world.encoder)
 
 
-@pytest.mark.parametrize("spelled", ["chosen", "labels"])
+@pytest.mark.parametrize("spelled", ["chosen", "labels", "named"])
 @pytest.mark.usefixtures("in_process")
 def test_prepare_keeps_the_label_and_the_votes_with_the_answer(
     spelled: str, tmp_path: Path
@@ -70,17 +70,20 @@ def test_prepare_keeps_the_label_and_the_votes_with_the_answer(
     rows: list[dict[str, Any]] = []
     for i in range(40):
         won, lost, prompt = f"won {i}", f"lost {i}", f"prompt {i}"
-        if spelled == "chosen":
-            rows.append({"prompt": prompt, "chosen": won, "rejected": lost})
+        if spelled != "labels":
+            better, worse = ("chosen", "rejected") if spelled == "chosen" else ("good", "bad")
+            rows.append({"prompt": prompt, better: won, worse: lost})
             rows[-1] |= {"votes_a": 5, "votes_b": 1}
         else:
             a, b = (won, lost) if i % 3 else (lost, won)
             rows.append({"prompt": prompt, "response_a": a, "response_b": b})
             rows[-1] |= {"label": "a" if i % 3 else "b"}
             rows[-1] |= {"votes_a": 5 if i % 3 else 1, "votes_b": 1 if i % 3 else 5}
-    config = PrepareConfig(sources=[{"path": write(tmp_path / "rows.jsonl", rows)}])
+    source: dict[str, Any] = {"path": write(tmp_path / "rows.jsonl", rows)}
+    if spelled == "named":
+        source["columns"] = {"chosen": "good", "rejected": "bad"}
     store = Store(tmp_path / "out")
-    prepare.prepare(store, config, seed=0)
+    prepare.prepare(store, PrepareConfig(sources=[source]), seed=0)
     found = prepared_pairs(store)
     assert len(found) == 40
     assert {pair["label"] for pair in found} == {"a", "b"}

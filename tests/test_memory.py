@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,13 +11,18 @@ import torch
 from tiny import tiny_causal_lm
 
 from cwpo_dist.config import LoraConfig, TrainingConfig
-from cwpo_dist.lm.activations import kept_numbers
+from cwpo_dist.lm.activations import Kept, kept_of_token
 from cwpo_dist.lm.modules import decode, unwrapped
 from cwpo_dist.lm.recompute import let_recompute, recompute
 from cwpo_dist.lm.rows import collate
 from cwpo_dist.lm.stock import probe_rows
-from cwpo_dist.stages.memory import activations, by_zero_stage, training_memory
-from cwpo_dist.stages.sizes import ModelSize, TrainedSize
+from cwpo_dist.stages.memory import (
+    activations,
+    by_zero_stage,
+    generating_memory,
+    training_memory,
+)
+from cwpo_dist.stages.sizes import ModelSize, TrainedSize, _cached
 from cwpo_dist.training.lora import add_lora
 
 LORA = LoraConfig(r=8)
@@ -28,8 +34,8 @@ SIZE = ModelSize(
     width=100,
     words=2_000,
     trained=(
-        TrainedSize(None, 1_000_000, kept=4_000.0),
-        TrainedSize(LORA, 22_400, kept=6_000.0),
+        TrainedSize(None, 1_000_000, kept=Kept(4_000.0, 9_000.0)),
+        TrainedSize(LORA, 22_400, kept=Kept(6_000.0, 13_000.0)),
     ),
 )
 
@@ -40,7 +46,9 @@ def config(**changes: Any) -> TrainingConfig:
 
 def test_each_zero_stage_shards_one_part_more() -> None:
     """Weights, gradients and AdamW's state of a million parameters over four workers in fp32."""
-    plain, optimizer, gradients, weights = by_zero_stage(config(num_workers=4), SIZE, on_gpu=False)
+    found = by_zero_stage(config(num_workers=4), SIZE, on_gpu=False)
+    plain, optimizer, gradients, weights = found.values()
+    assert list(found) == [0, 1, 2, 3]
     assert (plain.weights, plain.gradients) == (4_000_000, 4_000_000)
     assert optimizer.gradients == plain.gradients + 4_000_000, "and a bucket of them"
     assert (gradients.gradients, gradients.weights) == (1_000_000 + 4_000_000, 4_000_000)
@@ -70,15 +78,43 @@ def test_unknown_activations_are_said_and_what_is_known_still_counts() -> None:
 
 
 def test_adapted_experts_are_held_once_more_and_a_layer_of_them_where_layers_recompute() -> None:
-    copied = TrainedSize(None, 1_000_000, 4_000.0, copied=500_000)
+    copied = TrainedSize(None, 1_000_000, Kept(4_000.0, 9_000.0), copied=500_000)
     size = replace(SIZE, trained=(copied,))
-    assert activations(config(), size) - activations(config(), SIZE) == 500_000
-    recompute = config(gradient_checkpointing=True)
-    assert activations(recompute, size) - activations(recompute, SIZE) == 250_000
+    for on_gpu, number in ((False, 4), (True, 2)):
+        of = partial(activations, on_gpu=on_gpu)
+        assert of(config(), size) - of(config(), SIZE) == number * 500_000
+        recompute = config(gradient_checkpointing=True)
+        assert of(recompute, size) - of(recompute, SIZE) == number * 250_000
+
+
+def test_on_gpus_gradients_are_summed_in_fp32_and_stage_0_is_none() -> None:
+    """Over four workers, bf16 weights of a million parameters."""
+    found = by_zero_stage(config(num_workers=4), SIZE, on_gpu=True)
+    assert list(found) == [1, 2, 3]
+    assert found[1].weights == 2_000_000
+    assert found[1].gradients == 4_000_000 + 2_000_000, "and a bucket of them in bf16"
+    assert found[2].gradients == 1_000_000 + 2_000_000
+    assert found[1].activations == 1000 * 9_000 + 4 * 1000 * 2_000, "logits are fp32"
+    asked_for = training_memory(config(num_workers=4, zero_stage=0), SIZE, on_gpu=True)
+    assert asked_for == found[1]
+
+
+def test_generation_keeps_keys_and_values() -> None:
+    size = replace(SIZE, cached=300)
+    memory = generating_memory(size, prompts=16, tokens=1000, on_gpu=True)
+    assert memory == 2 * (1_000_000 + 16 * 1000 * 300) + 4 * 16 * 2_000
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2", "gpt_neox"])
+def test_the_keys_and_values_of_a_token_are_those_of_the_cache(family: str) -> None:
+    model = tiny_causal_lm(family)
+    cache = model(input_ids=torch.zeros(1, 7, dtype=torch.int64), use_cache=True).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert _cached(model.config.get_text_config()) == held / 7
 
 
 def kept_in_fact(model: Any) -> float:
-    """Numbers a token that autograd holds on to after a forward pass over real rows."""
+    """Bytes a token that autograd holds on to after a forward pass over real rows."""
     batch, kept = collate(probe_rows(200)[:2], "plain", 0), {}
     own = {parameter.data_ptr() for parameter in model.parameters()}
 
@@ -91,13 +127,18 @@ def kept_in_fact(model: Any) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _alive = decode(unwrapped(model).base_model, batch)
     n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return n_bytes / 4 / batch.padded_tokens
+    return n_bytes / batch.padded_tokens
+
+
+NO_DROPOUT = {"opt": {"dropout": 0.0, "attention_dropout": 0.0}}  # as in training
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
 def test_what_is_kept_is_counted_without_computing(family: str) -> None:
-    planned = kept_numbers(tiny_causal_lm(family).to("meta"))
-    assert planned == pytest.approx(kept_in_fact(tiny_causal_lm(family)), rel=0.1)
+    planned = kept_of_token(tiny_causal_lm(family).to("meta"))
+    assert 4 * planned.numbers == pytest.approx(kept_in_fact(tiny_causal_lm(family)), rel=0.1)
+    half = tiny_causal_lm(family, **NO_DROPOUT.get(family, {})).to(torch.bfloat16)
+    assert planned.half_bytes == pytest.approx(kept_in_fact(half), rel=0.1)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])

@@ -5,48 +5,100 @@ Nothing is computed: a forward pass over tensors without memory, whose saved ten
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS
 from cwpo_dist.lm.modules import decoder_of, unwrapped
 
+_NAME = "cwpo_counted"  # of the attention, as transformers knows it
 TOKENS = 16  # few, as stock attention without memory keeps a square of them
 
 
-def kept_numbers(model: nn.Module) -> float:
-    """Numbers that the decoder's layers keep a token, if all that requires gradients is trained.
+@dataclass(frozen=True)
+class Kept:
+    """What autograd keeps of a token for the backward pass.
+
+    Attributes:
+        numbers: in fp32.
+        half_bytes: bytes in bf16, in which norms and rotary positions still keep fp32.
+    """
+
+    numbers: float
+    half_bytes: float
+
+
+def kept_of_token(model: nn.Module) -> Kept:
+    """What the decoder's layers keep, if all that requires gradients is trained.
 
     Args:
-        model: on the meta device, in fp32, with or without adapters; a mixture of experts is in
-            bf16 after it.
+        model: on the meta device, in fp32, with or without adapters; in bf16 after it.
 
     Raises:
         FOREIGN_ERRORS: for a model that looks at values, which nobody can know without computing
             them, or that takes no tensors without memory.
     """
     core = unwrapped(model)
-    if getattr(core.config, "_experts_implementation", None) == "grouped_mm":
-        model.to(torch.bfloat16)  # else torch has no such product without memory
-    dtype = next(model.parameters()).dtype
+    # Of grouped experts torch has no such product without memory in fp32.
+    grouped = getattr(core.config, "_experts_implementation", None) == "grouped_mm"
+    numbers = None if grouped else _kept(core)[0]
+    model.to(torch.bfloat16)
+    if core.config._attn_implementation == "sdpa":
+        core.set_attn_implementation(_NAME)
+    in_half, half_bytes = _kept(core)
+    return Kept(in_half if numbers is None else numbers, half_bytes)
+
+
+class _Fused(torch.autograd.Function):
+    """What a fused kernel keeps. Without memory torch takes another way, which keeps more."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, H, T, D] each → [B, H, T, D], of no values."""
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(_ctx: Any, *_: Tensor) -> None:
+        """Nobody asks for it."""
+        raise NotImplementedError
+
+
+def _fused(
+    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    return _Fused.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]  # torch's
+
+
+AttentionInterface.register(_NAME, _fused)
+AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def _kept(core: Any) -> tuple[float, float]:
+    """Numbers and bytes a token."""
+    dtype = next(core.parameters()).dtype
     mask = torch.zeros(1, 1, TOKENS, TOKENS, device="meta", dtype=dtype)
     try:
-        return _kept(core, mask)
+        return _kept_under(core, mask)
     except FOREIGN_ERRORS:  # ALiBi and state spaces take no such mask
-        return _kept(core, None)
+        return _kept_under(core, None)
 
 
-def _kept(core: Any, mask: Tensor | None) -> float:
+def _kept_under(core: Any, mask: Tensor | None) -> tuple[float, float]:
     own = {p.untyped_storage()._cdata for p in core.parameters()}
-    kept: dict[int, tuple[Any, float]] = {}
+    kept: dict[int, tuple[Any, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             # Alive, so that no other takes its place.
-            kept[storage._cdata] = storage, storage.nbytes() / tensor.element_size()
+            kept[storage._cdata] = storage, tensor.element_size()
         return tensor
 
     some = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
@@ -54,4 +106,5 @@ def _kept(core: Any, mask: Tensor | None) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = decoder_of(core)(some, use_cache=False, **placed)
     del outputs  # alive until here, and with it what it keeps
-    return sum(numbers for _, numbers in kept.values()) / TOKENS
+    numbers = sum(storage.nbytes() / size for storage, size in kept.values())
+    return numbers / TOKENS, sum(storage.nbytes() for storage, _ in kept.values()) / TOKENS

@@ -3,8 +3,8 @@
 A row is two segments or more: its prompt with the first answer, and each further answer, whose
 keys are the prompt's and its own. Queries stay where they are; keys are gathered, a few more than
 tokens. Nothing is compiled and no mask is made. The kernel (flash attention, which torch brings
-along) is for half precision on NVIDIA GPUs; before it is used it is compared, forward and backward, with
-attention row by row. It has not run on a GPU yet: the plan of segments is proved on CPU.
+along) is for half precision on NVIDIA GPUs; before it is used it is compared, forward and backward,
+with attention row by row. It has not run on a GPU yet: the plan of segments is proved on CPU.
 
 Shapes: T tokens, T_k gathered keys, R rows, K answers a row, S segments, H heads of width D.
 """

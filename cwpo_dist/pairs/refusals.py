@@ -93,7 +93,8 @@ def unknown_values(
         f"{first.field}.columns.label: {', '.join(map(repr, labels))} holds {', '.join(counted)}"
         f"{more}; the meaning of {_listed(unknown)} is not known. Say it: columns: {{label: "
         f"{{from: {column}, a: …, b: …, tie: …, none: …}}}}, where a is the value that says "
-        "that the first answer is better (tie and none where there are such), or label: null to read no label"
+        "that the first answer is better (tie and none where there are such), or label: null to "
+        "read no label"
     )
 
 

@@ -20,6 +20,8 @@ from cwpo_dist.stages.graph import Node, ready_model, teacher_config
 from cwpo_dist.stages.memory import (
     Memory,
     by_zero_stage,
+    generating_memory,
+    rows_memory,
     training_memory,
 )
 from cwpo_dist.stages.own import chosen
@@ -39,6 +41,7 @@ START_S: dict[Kind, float] = {
     "score": 10.0,
     "generate": 10.0,
 }  # actors, workers, models
+TOLD_BYTES = 2**27  # token ids of fewer are not worth a line
 LOOKED_UP = 64  # sampled pairs, each perhaps in a file of scores of its own
 
 
@@ -199,6 +202,7 @@ class Estimate:
 
     def _answers(self, node: Node) -> Cost:
         evaluate, size = self.config.evaluate, self.checked.sizes["policy"]
+        assert self.config.policy is not None, "graph() makes no such node without a policy"
         prompts = min(evaluate.num_prompts, self.counted.pairs(evaluate.split))
         tokens = prompts * evaluate.max_new_tokens
         return Cost(
@@ -207,7 +211,12 @@ class Estimate:
             2.0 * (size.matmul + size.head) * tokens,
             "generate",
             evaluate.most_actors,
-            self._number_bytes * size.parameters,
+            generating_memory(
+                size,
+                min(prompts, evaluate.generation_batch_size),
+                self.config.policy.max_length + evaluate.max_new_tokens,
+                on_gpu=gpus(self.checked.machines) > 0,
+            ),
         )
 
     def _fitting(self, field: str, pairs: int) -> int:
@@ -232,6 +241,8 @@ class Estimate:
         passes = (3 if training.lora is None else 2) + training.gradient_checkpointing
         kind = "LoRA" if training.lora is not None else "full"
         memory, details = self._needs(training, size)
+        if (rows := rows_memory(pairs * lengths.shared)) >= TOLD_BYTES:
+            details = (*details, f"and {_gib(rows)} GiB of token ids, on the host")
         return Cost(
             f"{pairs:,} pairs, {steps:,} steps of {training.global_batch_size} ({kind})",
             tokens,
@@ -249,13 +260,14 @@ class Estimate:
         memory = training_memory(training, size, on_gpu=on_gpu)
         known = {name: held for name, held in memory.parts().items() if held is not None}
         parts = ", ".join(f"{name} {_gib(held)}" for name, held in known.items())
-        stages = " / ".join(_gib(m.total) for m in by_zero_stage(training, size, on_gpu=on_gpu))
+        by_stage = by_zero_stage(training, size, on_gpu=on_gpu)
+        stages, totals = " / ".join(map(str, by_stage)), [_gib(m.total) for m in by_stage.values()]
         trained = size.of(training)
         unknown = f"; its activations are unknown ({trained.unknown})" if trained.unknown else ""
         lines = (
             f"{size.parameters / 1e6:,.1f} M parameters, {trained.parameters / 1e6:,.1f} M of them "
             f"trained; a worker holds {parts} GiB{unknown}",
-            f"under ZeRO 0 / 1 / 2 / 3 (num_workers {training.min_workers}): {stages} GiB",
+            f"under ZeRO {stages} (num_workers {training.min_workers}): {' / '.join(totals)} GiB",
         )
         return memory, lines
 

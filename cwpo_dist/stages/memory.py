@@ -18,6 +18,8 @@ LIVE_NUMBERS = 10**9
 # On the host glibc holds on to what is freed between two live blocks: about half of the activations
 # once more, as measured. CUDA's allocator is taken to use all of it again (not measured).
 RETAINED = 1.5
+FEWEST = {False: 0, True: 1}  # the lowest ZeRO stage, by whether it is on GPUs, in bf16
+ROW_BYTES = 36.2  # a token, as a Python list of ids holds it (measured, `benchmarks/memory.py`)
 
 
 @dataclass(frozen=True)
@@ -56,39 +58,59 @@ def training_memory(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) 
     Args:
         training: its settings.
         size: of its model.
-        on_gpu: in bf16 there, else in fp32.
+        on_gpu: in bf16 there, whose gradients are summed in fp32, else in fp32.
     """
     number = 2 if on_gpu else 4
-    trained, workers, zero = size.of(training), training.min_workers, training.zero_stage
+    trained, workers = size.of(training), training.min_workers
+    zero = max(training.zero_stage, FEWEST[on_gpu])
     changed = trained.parameters
     weights = size.parameters + (changed if training.lora is not None else 0)
     held = weights / workers + min(size.parameters, LIVE_NUMBERS) if zero >= 3 else weights
     shard = changed / (workers if zero >= 1 else 1)
     bucket = min(BUCKET_NUMBERS, changed) if zero >= 1 else 0
-    numbers = activations(training, size)
+    held_for_backward = activations(training, size, on_gpu=on_gpu)
     retained = 1.0 if on_gpu else RETAINED
     return Memory(
         weights=round(number * held),
-        gradients=round(number * (changed / (workers if zero >= 2 else 1) + bucket)),
+        gradients=round(4 * changed / (workers if zero >= 2 else 1) + number * bucket),
         optimizer=round(4 * shard * (3 if zero >= 1 else 2)),
-        activations=None if numbers is None else round(number * numbers * retained),
+        activations=None if held_for_backward is None else round(held_for_backward * retained),
         update=round(4 * shard) if zero >= 1 else 0,
     )
 
 
-def activations(training: TrainingConfig, size: ModelSize) -> float | None:
-    """Numbers that a full micro-batch keeps for its backward pass; None: not known."""
-    trained, layers = size.of(training), max(1, size.layers)
+def activations(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> float | None:
+    """Bytes that a full micro-batch keeps for its backward pass; None: not known."""
+    trained, layers, number = size.of(training), max(1, size.layers), 2 if on_gpu else 4
     if trained.kept is None:
         return None
-    kept, copied = trained.kept, float(trained.copied)
+    kept = trained.kept.half_bytes if on_gpu else number * trained.kept.numbers
+    copied = float(number * trained.copied)
     if training.gradient_checkpointing:
-        kept, copied = kept / layers + layers * size.width, copied / layers
+        kept, copied = kept / layers + number * layers * size.width, copied / layers
     tokens = training.max_tokens_per_micro_batch
-    return tokens * kept + copied + min(KEPT_NUMBERS, tokens * size.words)
+    return tokens * kept + copied + 4 * min(KEPT_NUMBERS, tokens * size.words)  # logits are fp32
 
 
-def by_zero_stage(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> tuple[Memory, ...]:
-    """The same under ZeRO 0, 1, 2 and 3."""
-    stages = (training.model_copy(update={"zero_stage": stage}) for stage in range(4))
-    return tuple(training_memory(stage, size, on_gpu=on_gpu) for stage in stages)
+def by_zero_stage(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> dict[int, Memory]:
+    """The same under each ZeRO stage that there is: 0 cannot sum gradients of bf16 in fp32."""
+    return {
+        stage: training_memory(
+            training.model_copy(update={"zero_stage": stage}), size, on_gpu=on_gpu
+        )
+        for stage in range(FEWEST[on_gpu], 4)
+    }
+
+
+def generating_memory(size: ModelSize, prompts: int, tokens: int, *, on_gpu: bool) -> int:
+    """Bytes of a policy that answers so many prompts at once, of so many tokens with the answer.
+
+    The weights, keys and values of all tokens, and one row of logits a prompt.
+    """
+    number = 2 if on_gpu else 4
+    return number * (size.parameters + prompts * tokens * size.cached) + 4 * prompts * size.words
+
+
+def rows_memory(tokens: float) -> int:
+    """Bytes on the host of the token ids of a training's rows, which each worker holds."""
+    return round(ROW_BYTES * tokens)

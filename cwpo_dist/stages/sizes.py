@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
-from cwpo_dist.lm.activations import kept_numbers
+from cwpo_dist.lm.activations import Kept, kept_of_token
 from cwpo_dist.lm.flops import matmul_weights
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
 from cwpo_dist.lm.loading import (
@@ -45,7 +45,7 @@ class TrainedSize:
     Attributes:
         lora: of the section; None: all weights are trained.
         parameters: that training changes.
-        kept: numbers a token that autograd keeps; None: not known.
+        kept: what autograd keeps of a token; None: not known.
         unknown: why not, in one line.
         copied: numbers of fused experts, of which LoRA on them makes a copy in each layer.
         notes: what a reader should know of its adapters.
@@ -53,7 +53,7 @@ class TrainedSize:
 
     lora: LoraConfig | None
     parameters: int
-    kept: float | None
+    kept: Kept | None
     unknown: str = ""
     copied: int = 0
     notes: tuple[str, ...] = ()
@@ -70,6 +70,7 @@ class ModelSize:
         layers: decoder layers; 0 where the configuration has no such field, as of the next.
         width: hidden size.
         words: of the output layer.
+        cached: numbers a token that generation keeps: the keys and values of all layers.
         positions: for how many tokens there are learned positions; None where they rotate on.
         turning: the longest row whose rotary positions are as in shorter ones; None: any.
         recomputes: whether its layers can compute their activations again.
@@ -82,6 +83,7 @@ class ModelSize:
     layers: int
     width: int
     words: int
+    cached: int = 0
     positions: int | None = None
     turning: int | None = None
     recomputes: bool = True
@@ -130,6 +132,7 @@ def model_size(model: ModelConfig, load: Loader = policy) -> ModelSize:
         layers=whole_number(text, "num_hidden_layers"),
         width=whole_number(text, "hidden_size"),
         words=head.out_features if isinstance(head, nn.Linear) else 0,
+        cached=_cached(text),
         positions=_learned_positions(module),
         turning=turning_length(decoder),
         recomputes=bool(module.supports_gradient_checkpointing),
@@ -154,10 +157,19 @@ def trained_size(model: ModelConfig, load: Loader, lora: LoraConfig | None) -> T
     if lora is not None:
         copied = leave_experts(module)
     try:
-        return TrainedSize(lora, number, kept_numbers(module), "", copied, notes)
+        return TrainedSize(lora, number, kept_of_token(module), "", copied, notes)
     except FOREIGN_ERRORS as error:
         # Code that looks at values, or runs on no tensors without memory: the training may well.
         return TrainedSize(lora, number, None, one_line(error), copied, notes)
+
+
+def _cached(config: Any) -> int:
+    """Keys and values of a token in all layers; more than a window or a state space keeps."""
+    heads = whole_number(config, "num_attention_heads")
+    width = whole_number(config, "hidden_size")
+    key_heads = whole_number(config, "num_key_value_heads") or heads
+    each = whole_number(config, "head_dim") or width // max(1, heads)
+    return 2 * whole_number(config, "num_hidden_layers") * key_heads * each
 
 
 def _learned_positions(module: PreTrainedModel) -> int | None:
