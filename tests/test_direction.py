@@ -149,6 +149,30 @@ def test_align_puts_the_winner_first_with_its_reference_and_weight(
     assert not set(task.pair_ids) & set(held_out.pair_ids)
 
 
+@pytest.mark.parametrize(
+    ("asked", "by_loss", "mean"),
+    [
+        ("none", "none", None),
+        ("batch", "batch", None),
+        ("dataset", "none", 1.0),
+    ],
+)
+def test_align_divides_by_the_sum_of_weights_that_is_asked_for(
+    asked, by_loss, mean, tmp_path, monkeypatch
+) -> None:
+    """By a batch's in the loss, by the data set's in the weights themselves, or not at all."""
+    world = World(tmp_path, ["cw"], align={"weight_normalization": asked})
+    world.score()
+    world.tokenise()
+    world.log_probs("reference", None, reference)
+    weigh.run(world.context, world.node("weigh"))
+    task, _ = trained(world, align, "align", monkeypatch)
+    sure = [math.tanh(margin(k) / 2) for k in range(3)]
+    scale = 1.0 if mean is None else sum(sure) / 3
+    assert task.normalization == by_loss
+    assert list(task.weights) == pytest.approx([weight / scale for weight in sure], abs=1e-6)
+
+
 def test_weigh_writes_the_winner_as_chosen(tmp_path) -> None:
     world = World(tmp_path, ["cw", "human"])
     world.score()

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from cwpo_dist.pairs.records import REJECT_SCHEMA
-from cwpo_dist.scoring.tickets import ShardError
+from cwpo_dist.scoring.tickets import BrokenDeviceError, ShardError
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ def attempt(
         suspicious: where so many rows or more all fail, the rows are not to blame.
 
     Raises:
-        ShardError: when device or memory fail, or every row, or all together but none alone.
+        BrokenDeviceError: when the device fails for good.
+        ShardError: when memory fails, or every row, or all together but none alone.
         OSError: when storage fails.
     """
     rows = worker.read(index)
@@ -108,7 +109,7 @@ def _end_run_unless_rows_fault(index: int, error: Exception) -> None:
             "an actor a larger device"
         ) from error
     if _says(error, _DEVICE_BROKEN):
-        raise ShardError(
+        raise BrokenDeviceError(
             f"shard {index}: the device failed: {_reason(error)}; run the same command again, with "
             "CUDA_LAUNCH_BLOCKING=1 to see where"
         ) from error

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import queue
+import sys
 import threading
 import time
 from collections import Counter
@@ -39,12 +40,13 @@ from cwpo_dist.scoring.attempts import SUSPICIOUS, ShardWorker, attempt
 from cwpo_dist.scoring.devices import hide_other_gpus
 from cwpo_dist.scoring.pipeline import ShardJob, commit, part
 from cwpo_dist.scoring.progress import Report
-from cwpo_dist.scoring.tickets import Shards
+from cwpo_dist.scoring.tickets import SPARE, BrokenDeviceError, Shards
 from cwpo_dist.waiting import told_while_waiting
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 2.0  # how often we look for lost nodes while no shard is reported
+BROKEN = 86  # the exit code of an actor whose device broke
 END_S = 3.0  # how long a pool may take to wind up when nothing is left to do
 
 
@@ -58,6 +60,9 @@ class _ShardActor:
         context = ray.get_runtime_context()
         self.node = context.get_node_id()
         self.name = f"{context.get_actor_id()}-{os.getpid()}"
+        # One that has no GPU is a device of its own, whatever processes it goes through.
+        gpus = ",".join(map(str, ray.get_gpu_ids())) or context.get_actor_id()
+        self.device = f"{gpus} of node {self.node}"
         tags = {"stage": job.name}
         self.counters = {
             kind: metrics.Counter(f"cwpo_{kind}", f"{kind} done", tag_keys=("stage",))
@@ -74,9 +79,30 @@ class _ShardActor:
 
     def __call__(self, _batch: dict[str, Any]) -> dict[str, list[Any]]:
         ticket = ray.get_runtime_context().get_task_id()  # the same when Ray runs it again
-        taken: Any = self.shards.take.remote(self.pool, ticket, self.node)
-        index = ray.get(taken)
-        return {"report": ["" if index is None else json.dumps(asdict(self._do(index)))]}
+        while True:
+            taken: Any = self.shards.take.remote(self.pool, ticket, self.node, self.device)
+            if (index := ray.get(taken)) != "later":
+                break
+            time.sleep(POLL_S)
+        if index is None:
+            return {"report": [""]}
+        try:
+            return {"report": [json.dumps(asdict(self._do(index)))]}
+        except BrokenDeviceError as error:
+            self._leave(ticket, error)
+            raise  # not reached: the process is gone, and Ray runs the ticket again in another
+
+    def _leave(self, ticket: str, error: BrokenDeviceError) -> None:
+        """Ends this process, in which the device will compute nothing more.
+
+        Raises:
+            ShardError: when a new process or another device would not help either.
+        """
+        told: Any = self.shards.broke.remote(self.pool, ticket, self.device, str(error))
+        ray.get(told)
+        logger.warning("%s; another process does it (device %s)", error, self.device)
+        sys.stderr.flush()
+        os._exit(BROKEN)
 
     def _do(self, index: int) -> Report:
         worker, started, counts = self.worker, time.monotonic(), {}
@@ -197,7 +223,7 @@ def _stream(
 ) -> None:
     """Runs one pool's pipeline in a thread of its own; its end, or its error, is a message too."""
     try:
-        results = _tickets(tickets).map_batches(
+        results = _tickets(tickets + SPARE * pool.max_actors).map_batches(
             _ShardActor,
             fn_constructor_args=(job, number, shards),
             batch_size=1,

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from typing import Literal
 
 MOST_DEATHS = 10  # of actors on living nodes over one shard: then the shard itself kills them
+MOST_DEVICES = 3  # that break over one shard: then it is the shard that breaks them
+MOST_BREAKS = 2  # of one device, whatever the shards: then it gets no more of them
+SPARE = 2  # tickets that a device may hold without a shard: Ray Data hands out so many at once
+
+Later = Literal["later"]
 
 
 class ShardError(RuntimeError):
     """A shard cannot be done on this machine; the message names it, the cause and the remedy."""
+
+
+class BrokenDeviceError(ShardError):
+    """The device will compute nothing more in this process: not by fault of a row."""
 
 
 class Shards:
@@ -25,15 +35,22 @@ class Shards:
         self.given: dict[tuple[int, str], int] = {}  # (pool, ticket) → shard
         self.begun: Counter[tuple[int, str, str]] = Counter()  # the same on each node
         self.under_way: dict[int, dict[int, str]] = {}  # shard → pool → node; oldest first
+        self.broke_over: dict[int, set[str]] = {}  # shard → devices
+        self.breaks: dict[str, int] = {}  # device → how often, for all that have begun
 
-    def take(self, pool: int, ticket: str, node: str) -> int | None:
+    def take(self, pool: int, ticket: str, node: str, device: str) -> int | Later | None:
         """The ticket's shard; None when nothing is left for it to do.
 
         Where nothing waits any more, a pool gets what another one has had for longest: the first
-        commit wins, and no pool idles behind a slower or a lost one.
+        commit wins, and no pool idles behind a slower or a lost one. A device that broke twice gets
+        none: it is told to ask again, until others have done them all.
         """
+        if self.breaks.setdefault(device, 0) >= MOST_BREAKS:
+            return "later" if self.waiting or self.under_way else None
         if (pool, ticket) not in self.given:
-            index = self.waiting.popleft() if self.waiting else self._of_another(pool)
+            index = self._waiting_for(device)
+            if index is None:
+                index = self._of_another(pool)
             if index is None:
                 return None
             self.given[pool, ticket] = index
@@ -48,6 +65,41 @@ class Shards:
                 f"{self.name}: shard {index} took {MOST_DEATHS} actors down with it, on a node "
                 "that lives; look there for want of memory or a crash in native code"
             )
+        return index
+
+    def broke(self, pool: int, ticket: str, device: str, why: str) -> None:
+        """A device broke over the ticket's shard, which waits for another one now.
+
+        Raises:
+            ShardError: when it broke others before, or when no device is left.
+        """
+        index = self.given.pop((pool, ticket))
+        self.breaks[device] += 1
+        devices = self.broke_over.setdefault(index, set())
+        devices.add(device)
+        if len(devices) >= MOST_DEVICES:
+            raise ShardError(
+                f"{self.name}: shard {index} broke {len(devices)} devices ({why}); look at its "
+                "rows and the model, with CUDA_LAUNCH_BLOCKING=1 to see where"
+            )
+        if min(self.breaks.values()) >= MOST_BREAKS:
+            raise ShardError(
+                f"{self.name}: the device broke {MOST_BREAKS} times ({why}), and no other is left "
+                f"({device}); reset or replace it, then run the same command again"
+            )
+        holders = self.under_way.get(index, {})
+        holders.pop(pool, None)
+        if index in self.under_way and not holders:
+            del self.under_way[index]
+            self.waiting.appendleft(index)
+
+    def _waiting_for(self, device: str) -> int | None:
+        """The next one, but of those that broke this device only what no other has taken."""
+        broken = (index for index in self.waiting if device in self.broke_over.get(index, ()))
+        whole = (index for index in self.waiting if device not in self.broke_over.get(index, ()))
+        index = next(whole, next(broken, None))
+        if index is not None:
+            self.waiting.remove(index)
         return index
 
     def _of_another(self, pool: int) -> int | None:
