@@ -22,6 +22,11 @@ SESSION = "/ray/session_2026-01-31_23-59-59_000000_{pid}/sockets/plasma_store"
 LONGEST = 103 if sys.platform == "darwin" else 107
 
 
+# Of worker processes where Ray is started here: a thread each, as they share the cores; and memory
+# of GPUs in pieces that grow, as batches differ in size. Clusters set the same (cluster/).
+WORKERS = {"OMP_NUM_THREADS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
 class ClusterError(RuntimeError):
     """No Ray to connect to; the message names the variable, its value and the remedy."""
 
@@ -45,8 +50,8 @@ def connect() -> None:
     refuse_unreachable(address)
     options: dict[str, Any] = {}
     if address is None:  # elsewhere Ray's nodes, or the job, have their own
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        options["runtime_env"] = {"env_vars": threads}
+        settings = {name: os.environ.get(name, value) for name, value in WORKERS.items()}
+        options["runtime_env"] = {"env_vars": settings}
     try:
         ray.init(address=address or "local", logging_level=logging.WARNING, **options)
     except (RayError, RuntimeError, OSError, ValueError) as error:  # ConnectionError among them
