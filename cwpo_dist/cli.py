@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import sys
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -33,6 +34,14 @@ from cwpo_dist.config import Config
 from cwpo_dist.config_file import load_config, to_yaml
 
 USER_ERROR = 2
+
+
+class Nodes(StrEnum):
+    """Which devices `check` looks at."""
+
+    ONE = "one"
+    ALL = "all"
+
 
 app = typer.Typer(
     name="cwpo",
@@ -196,6 +205,34 @@ def plan(
 
     fleet = Fleet.known(price or (), pairs_per_second or (), trial)
     print_plan(make_plan(load_config(config, overrides), show, fleet))
+
+
+@app.command()
+def check(
+    nodes: Annotated[
+        Nodes, typer.Option(help="One device and a second rank, or all devices of all nodes.")
+    ] = Nodes.ONE,
+    quick: Annotated[bool, typer.Option("--quick", help="No figures of speed.")] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="What all nodes see, for a checkpoint; of one node its disk.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="The file of all figures.")] = "check.json",
+) -> None:
+    """Check this machine, or the cluster of RAY_ADDRESS: is what it computes right, and how fast?
+
+    Devices, drivers and kernels are not seen by tests made elsewhere. Small models of random
+    weights are computed on each device and by several ranks, beside plain torch on the CPU: packed
+    rows, the optimizer, generation, exchange between ranks, ZeRO 0 to 3, a resumed training. It
+    takes some minutes and needs no download. The exit code is 1 where something is wrong.
+
+    Example: cwpo check --nodes all --storage s3://bucket/scratch
+    """
+    _guard_own_ray()
+    from cwpo_dist.check.command import check as check_cluster
+
+    _log_to_terminal()
+    if not check_cluster(nodes.value, to, quick=quick, storage=storage):
+        raise typer.Exit(1)
 
 
 @app.command("config")

@@ -130,6 +130,8 @@ def test_a_win_that_length_bought_is_no_win_at_equal_length() -> None:
     assert won(np.array([2.0, 1.0, 0.0]), np.ones(3)).tolist() == [1.0, 0.5, 0.0]
     figures = answer_figures([10, 20], [20, 20])
     assert (figures.length, figures.baseline_length, figures.length_controlled) == (15, 20, None)
+    gold = answer_figures([10] * 4, [10] * 4, [1, 1, 1, 0], [0, 0, 0, 1])
+    assert gold.length_controlled == pytest.approx(0.75, abs=0.01), "it won three of four"
 
 
 def config(folder: Path, compare: dict[str, Any], **changes: Any) -> Config:

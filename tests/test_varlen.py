@@ -97,7 +97,7 @@ def test_each_query_sees_its_prompt_and_its_own_answer_and_nothing_else(rows: An
 
 
 @pytest.mark.parametrize("arch", SHARING)
-def test_models_say_what_they_say_row_by_row(arch: str, kernel: list[str]) -> None:
+def test_models_say_what_they_say_rowby_row(arch: str, kernel: list[str]) -> None:
     """Log-probs and gradients, those of grouped key heads among them."""
     rows = random_rows()
     model = tiny_causal_lm(arch, attn_implementation=NAME)
@@ -164,8 +164,8 @@ def test_a_kernel_that_is_wrong_is_not_used(
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", attention)
     varlen._proved.cache_clear()
-    assert varlen._proved(CPU, dtype, 6, 2, 16, packed._by_row) == works
-    assert varlen._proved(CPU, dtype, 6, 2, 16, packed._by_row) == works
+    assert varlen._proved(CPU, dtype, 6, 2, 16, packed.by_row) == works
+    assert varlen._proved(CPU, dtype, 6, 2, 16, packed.by_row) == works
     varlen._proved.cache_clear()
     if not works:
         (line,) = caplog.messages
@@ -179,7 +179,7 @@ def test_a_gradient_that_is_wrong_counts(monkeypatch: pytest.MonkeyPatch) -> Non
         return plain_attention(query, key.detach(), value, *others, **given) + 0 * key.sum()
 
     monkeypatch.setattr(varlen, "varlen_attn", forward_only)
-    output, gradient = varlen.differences(CPU, torch.float32, 4, 2, 16, packed._by_row)
+    output, gradient = varlen.differences(CPU, torch.float32, 4, 2, 16, packed.by_row)
     assert output < 1e-5
     assert gradient > 0.5
 
@@ -213,4 +213,4 @@ def test_what_the_kernel_is_asked_for(
 
     query, key = faked(8, case["width"]), faked(2, case["width"])
     value = faked(2, case.get("value_width", case["width"]))
-    assert varlen.usable(query, key, value, case["dropout"], packed._by_row) == used
+    assert varlen.usable(query, key, value, case["dropout"], packed.by_row) == used

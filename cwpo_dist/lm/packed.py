@@ -65,10 +65,10 @@ def packed_attention(
     found = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if found:
         raise ValueError(f"packed rows know no {', '.join(found)}")
-    if varlen.usable(query, key, value, dropout, _by_row):
+    if varlen.usable(query, key, value, dropout, by_row):
         output = varlen.attend(query, key, value, _segments(attention_mask, lengths_RS), scaling)
     else:
-        output = _by_row(query, key, value, lengths_RS.tolist(), scaling, dropout)
+        output = by_row(query, key, value, lengths_RS.tolist(), scaling, dropout)
     return output.transpose(1, 2), None
 
 
@@ -105,7 +105,7 @@ def _segments(mask: Any, lengths_RS: Tensor) -> varlen.Segments:
     return found
 
 
-def _by_row(
+def by_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -39,7 +39,7 @@ def assigned_device() -> torch.device:
         made_for = " and ".join(f"{name} {has}" for name, has in built if has) or "the CPU alone"
         raise DeviceError(
             f"Ray reserved GPU {', '.join(map(str, ids))} here, but torch {torch.__version__} "
-            f"(made for {made_for}) cannot use it with {_driver()}; install a torch and a driver "
+            f"(made for {made_for}) cannot use it with {driver()}; install a torch and a driver "
             "that fit, or set gpus_per_actor to 0"
         )
     return torch.device("cuda")
@@ -54,7 +54,8 @@ def hide_other_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _driver() -> str:
+def driver() -> str:
+    """The NVIDIA driver of this machine, in words."""
     try:
         found = re.search(r"Kernel Module\D*([\d.]+)", _DRIVER.read_text())
     except OSError:

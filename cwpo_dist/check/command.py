@@ -1,0 +1,176 @@
+"""A cluster in; its devices checked one by one and together, a table and `check.json`, out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cwpo_dist.check.device import check_device
+from cwpo_dist.check.finding import Finding, found
+from cwpo_dist.check.ranks import Rank, shared_folder
+from cwpo_dist.scoring.devices import hide_other_gpus
+from cwpo_dist.stages.cluster import connect
+
+logger = logging.getLogger(__name__)
+
+Nodes = Literal["one", "all"]
+_WORDS = {True: "right", False: "WRONG", None: ""}
+_FEWEST_RANKS = 2  # that have something to exchange
+_START_S = 300.0  # for an actor to come up on a node that is busy
+
+
+@dataclass(frozen=True)
+class Place:
+    """One device that is checked: a GPU, or a CPU of a node without GPUs.
+
+    Attributes:
+        node: Ray's id of its node.
+        name: the node's address.
+        gpu: whether it is a GPU.
+    """
+
+    node: str
+    name: str
+    gpu: bool
+
+
+class CheckError(RuntimeError):
+    """There is nothing to check; the message says what lacks."""
+
+
+def check(nodes: Nodes, to: str, *, quick: bool, storage: str | None) -> bool:
+    """Checks devices, prints a table, writes `to`; whether all is right.
+
+    Args:
+        nodes: one device and a second rank beside it, or every device of every node.
+        to: the JSON file, on this machine.
+        quick: no figures of speed.
+        storage: a folder or URI that all nodes see, for a checkpoint.
+
+    Raises:
+        CheckError: for a cluster without a free CPU.
+        ClusterError: where no Ray answers.
+    """
+    connect()
+    console = Console(highlight=False)
+    places, group = chosen(ray.nodes(), nodes)
+    kind = "GPU" if places[0].gpu else "CPU"
+    logger.info("check: %d %s, then %d ranks together", len(places), kind, len(group))
+    found_there: dict[str, list[Finding]] = {}
+    for name, findings in _of_devices(places, quick):
+        console.print(_table(name, findings))
+        found_there[name] = findings
+    together = _of_group(group, storage)
+    name = f"{len(group)} ranks on {len({place.node for place in group})} nodes"
+    console.print(_table(name, together))
+    every = [*(each for findings in found_there.values() for each in findings), *together]
+    right = not any(each.right is False for each in every)
+    record = {
+        "right": right,
+        "devices": {name: [asdict(each) for each in of] for name, of in found_there.items()},
+        "together": {"ranks": len(group), "findings": [asdict(each) for each in together]},
+    }
+    Path(to).write_text(json.dumps(record, indent=2) + "\n")
+    console.print(f"{'all right' if right else 'something is WRONG'}; {to} has the figures")
+    return right
+
+
+def chosen(nodes: Sequence[Mapping[str, Any]], which: Nodes) -> tuple[list[Place], list[Place]]:
+    """The devices to check one by one, and those of the ranks that work together.
+
+    Where the cluster has GPUs, they are checked; else a CPU of each node.
+    """
+    alive = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    gpus = [
+        Place(node["NodeID"], node["NodeManagerAddress"], gpu=True)
+        for node in alive
+        for _ in range(int(node["Resources"].get("GPU", 0)))
+    ]
+    cpus = [Place(node["NodeID"], node["NodeManagerAddress"], gpu=False) for node in alive]
+    places = gpus or cpus
+    if not places:
+        raise CheckError("check: the cluster has no node with a CPU; start one (cluster/README.md)")
+    group = list(places)
+    if not gpus:  # of processors, a node lends a second one to a rank
+        spare = [p for p, node in zip(cpus, alive, strict=True) if node["Resources"]["CPU"] >= 2]
+        group += spare[: max(0, _FEWEST_RANKS - len(group))]
+    if which == "one":
+        return places[:1], group[:_FEWEST_RANKS]
+    return places, group
+
+
+def _of_devices(places: Sequence[Place], quick: bool) -> Iterator[tuple[str, list[Finding]]]:
+    """All devices at once; each as it is asked for."""
+    check_one: Any = ray.remote(max_calls=1)(_checked)
+    asked = [check_one.options(**_options(place)).remote(quick) for place in places]
+    for number, (place, work) in enumerate(zip(places, asked, strict=True)):
+        try:
+            findings: list[Finding] = ray.get(work)
+        except ray.exceptions.RayError as error:
+            findings = [_lost(error)]
+        yield f"{place.name}, {'GPU' if place.gpu else 'CPU'} {number}", findings
+
+
+def _checked(quick: bool) -> list[Finding]:
+    hide_other_gpus()
+    return check_device(quick=quick)
+
+
+def _of_group(group: Sequence[Place], storage: str | None) -> list[Finding]:
+    scratch = Path(tempfile.mkdtemp(prefix="cwpo-check-"))
+    shared = shared_folder({place.node for place in group}, scratch, storage)
+    make: Any = ray.remote(Rank)
+    ranks = [make.options(**_options(place)).remote() for place in group]
+    try:
+        meet = ray.get(ranks[0].address.remote(), timeout=_START_S)
+        asked = [
+            rank.check.remote(number, len(ranks), meet, shared) for number, rank in enumerate(ranks)
+        ]
+        return _agreed(ray.get(asked))
+    except ray.exceptions.RayError as error:
+        return [_lost(error)]
+    finally:
+        for rank in ranks:
+            ray.kill(rank)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _agreed(of_ranks: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """Of each part what the first rank found, unless another one found a fault."""
+    parts = zip(*of_ranks, strict=True)
+    return [next((each for each in part if each.right is False), part[0]) for part in parts]
+
+
+def _options(place: Place) -> dict[str, Any]:
+    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    return {"num_cpus": 1, "num_gpus": int(place.gpu), "scheduling_strategy": there}
+
+
+def _lost(error: Exception) -> Finding:
+    def fail() -> Any:
+        raise error
+
+    return found("process", fail)
+
+
+def _table(name: str, findings: Sequence[Finding]) -> Table:
+    table = Table(box=None, pad_edge=False, title=name, title_justify="left", title_style="bold")
+    for column in ("part", "", "found"):
+        table.add_column(column)
+    table.add_column("s", justify="right")
+    for each in findings:
+        word, style = _WORDS[each.right], "bold red" if each.right is False else None
+        table.add_row(each.part, word, escape(each.said), f"{each.seconds:.1f}", style=style)
+    return table

@@ -1,0 +1,95 @@
+"""Models of known shapes with random weights, rows of random tokens, and a tokenizer for them.
+
+What is checked needs no download: right or wrong does not depend on what weights say.
+"""
+
+from __future__ import annotations
+
+import random
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
+
+from cwpo_dist.lm.rows import Row
+
+VOCABULARY = 512
+# Grouped key heads of the width that most models have; little enough for a CPU.
+_SMALL = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+# The shape of Qwen2.5-0.5B, the size of an annotator or a small policy.
+_HALF_BILLION = Qwen2Config(
+    vocab_size=151_936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+
+
+def policy(dtype: torch.dtype, device: torch.device, *, seed: int = 0, large: bool = False) -> Any:
+    """A causal language model; the same weights on every device."""
+    torch.manual_seed(seed)
+    model: Any = Qwen2ForCausalLM(_HALF_BILLION) if large else LlamaForCausalLM(_SMALL)
+    return model.eval().to(device, dtype)
+
+
+def classifier(dtype: torch.dtype, device: torch.device, *, large: bool = False) -> Any:
+    """A one-label classifier."""
+    torch.manual_seed(0)
+    kind: Any = Qwen2ForSequenceClassification if large else LlamaForSequenceClassification
+    config: Any = deepcopy(_HALF_BILLION if large else _SMALL)
+    config.num_labels = 1
+    return kind(config).eval().to(device, dtype)
+
+
+def rows(count: int, prompt: tuple[int, int], answer: tuple[int, int], seed: int = 0) -> list[Row]:
+    """Rows of two answers, of lengths between the bounds."""
+    draw = random.Random(seed)
+
+    def tokens(bounds: tuple[int, int]) -> list[int]:
+        return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(*bounds))]
+
+    return [Row(tokens(prompt), (tokens(answer), tokens(answer))) for _ in range(count)]
+
+
+def save(folder: Path) -> None:
+    """A policy of the small shape with a tokenizer of bytes, as a Hugging Face folder."""
+    special = ["<s>", "</s>", "<pad>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: number for number, word in enumerate([*special, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.save_pretrained(folder)
+    policy(torch.float32, torch.device("cpu")).save_pretrained(folder)
