@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from cwpo_dist.check.device import check_device
 from cwpo_dist.check.finding import Finding, found
@@ -67,13 +68,14 @@ def check(nodes: Nodes, to: str, *, quick: bool, storage: str | None) -> bool:
     console = Console(highlight=False)
     places, group = chosen(ray.nodes(), nodes)
     kind = "GPU" if places[0].gpu else "CPU"
-    logger.info("check: %d %s, then %d ranks together", len(places), kind, len(group))
+    logger.info("check: %d × %s, then %d ranks together", len(places), kind, len(group))
     found_there: dict[str, list[Finding]] = {}
     for name, findings in _of_devices(places, quick):
         console.print(_table(name, findings))
         found_there[name] = findings
     together = _of_group(group, storage)
-    name = f"{len(group)} ranks on {len({place.node for place in group})} nodes"
+    n_nodes = len({place.node for place in group})
+    name = f"{len(group)} ranks on {f'{n_nodes} nodes' if n_nodes > 1 else 'one node'}"
     console.print(_table(name, together))
     every = [*(each for findings in found_there.values() for each in findings), *together]
     right = not any(each.right is False for each in every)
@@ -125,6 +127,7 @@ def _of_devices(places: Sequence[Place], quick: bool) -> Iterator[tuple[str, lis
 
 def _checked(quick: bool) -> list[Finding]:
     hide_other_gpus()
+    disable_progress_bar()
     return check_device(quick=quick)
 
 

@@ -9,10 +9,10 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pyarrow as pa
 import ray
 import torch
@@ -36,7 +36,6 @@ from cwpo_dist.scoring.scorers import AnswerWorker
 from cwpo_dist.storage import Store
 from cwpo_dist.training.loop import Run, TorchEngine, gradients
 from cwpo_dist.training.meter import peak_flops
-from cwpo_dist.training.tasks import Preference
 
 CPU = torch.device("cpu")
 # Nats a token by which packed rows may miss fp32, beyond twice what stock plain rows do.
@@ -79,7 +78,7 @@ def versions(device: torch.device) -> Outcome:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": metadata.version("deepspeed"),
         "ray": ray.__version__,
         "device": platform.processor() or platform.machine(),
     }
@@ -253,7 +252,7 @@ def annotate_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
     given = models.rows(_PAIRS[large], (60, 300), (40, 250))
     forward(given[:8])
     seconds = timed(device, lambda: forward(given))
-    return _rate("annotate", device, dtype, given, forward.flops.forward(given), seconds)
+    return _rate(device, dtype, given, forward.flops.forward(given), seconds)
 
 
 def align_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
@@ -267,17 +266,15 @@ def align_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
         global_batch_size=len(given),
         max_tokens_per_micro_batch=_TOKENS[large],
     )
-    names, none = [str(i) for i in range(len(given))], [(-50.0, -50.0)] * len(given)
-    task = Preference(given, names, [1.0] * len(given), none, "sigmoid", 0.1)
+    task = models.preferences(given)
     engine = TorchEngine(module, config, device)
     run = Run(config, 0, layout, 2)
     gradients(task, engine, run, 0, list(range(4)))
     seconds = timed(device, lambda: gradients(task, engine, run, 0, list(range(len(given)))))
-    return _rate("align", device, dtype, given, 3 * useful_flops(module).forward(given), seconds)
+    return _rate(device, dtype, given, 3 * useful_flops(module).forward(given), seconds)
 
 
 def _rate(
-    stage: str,
     device: torch.device,
     dtype: torch.dtype,
     given: Sequence[Row],
@@ -294,5 +291,4 @@ def _rate(
     }
     if device.type == "cuda":
         figures["gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    said = f"{tokens / seconds:,.0f} useful tokens/s, {share:.0%} of the products' rate"
-    return None, f"{said} ({stage})" if not tokens else said, figures
+    return None, f"{tokens / seconds:,.0f} tokens/s, {share:.0%} of that rate", figures

@@ -5,6 +5,7 @@ What is checked needs no download: right or wrong does not depend on what weight
 
 from __future__ import annotations
 
+import math
 import random
 from copy import deepcopy
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.training.tasks import Preference
 
 VOCABULARY = 512
 # Grouped key heads of the width that most models have; little enough for a CPU.
@@ -78,6 +80,18 @@ def rows(count: int, prompt: tuple[int, int], answer: tuple[int, int], seed: int
         return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(*bounds))]
 
     return [Row(tokens(prompt), (tokens(answer), tokens(answer))) for _ in range(count)]
+
+
+def preferences(given: list[Row]) -> Preference:
+    """Weighted preferences over rows; references are about what random weights say.
+
+    Far from them the loss would be flat, and its gradient numbers that CPUs are slow with.
+    """
+    weights = [0.2 + 0.8 * i / len(given) for i in range(len(given))]
+    lengths = [[len(answer) for answer in row.answers] for row in given]
+    references = [(-a * math.log(VOCABULARY), -b * math.log(VOCABULARY)) for a, b in lengths]
+    names = [str(number) for number in range(len(given))]
+    return Preference(given, names, weights, references, "sigmoid", 0.1)
 
 
 def save(folder: Path) -> None:

@@ -6,7 +6,6 @@ them, are held against plain torch in one process.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import statistics
@@ -25,10 +24,9 @@ from cwpo_dist.check.finding import Finding, Outcome, found
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
-from cwpo_dist.scoring.devices import assigned_device
+from cwpo_dist.scoring.devices import assigned_device, hide_other_gpus
 from cwpo_dist.storage import Store
 from cwpo_dist.training.loop import Engine, Run, TorchEngine, gradients
-from cwpo_dist.training.tasks import Preference
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -44,6 +42,9 @@ _TIMEOUT = timedelta(minutes=10)
 
 class Rank:
     """One rank; lives in a Ray actor with the device that training would have."""
+
+    def __init__(self) -> None:
+        hide_other_gpus()
 
     def address(self) -> str:
         """Where the others meet, when this one is the first."""
@@ -162,12 +163,7 @@ def alone(device: torch.device) -> TorchEngine:
 def trained(engine: Engine, first: int = 0, end: int = STEPS) -> list[float]:
     """The loss of each step of a training, from one step on."""
     given = models.rows(_PAIRS, (20, 60), (10, 50))
-    weights = [0.2 + 0.8 * i / len(given) for i in range(len(given))]
-    lengths = [tuple(map(len, row.answers)) for row in given]
-    # About what random weights give each token, so that the loss has room to fall.
-    references = [(-a * math.log(512), -b * math.log(512)) for a, b in lengths]
-    names = [str(i) for i in range(len(given))]
-    task = Preference(given, names, weights, references, "sigmoid", 0.1)
+    task = models.preferences(given)
     module: Any = engine.module
     layout = choose_layout(module, longest=128).layout
     run = Run(_config(0), 0, layout, 2)
