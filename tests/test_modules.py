@@ -308,3 +308,22 @@ def test_smollm2_on_human_preferences(smollm2, cwpo_data):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         leaky = module.token_logps(replace(batch, attention_mask=causal))
     assert (leaky - expected).abs().max() > 1
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_scores_of_a_bf16_model_are_not_rounded_to_bf16(arch):
+    """They are the head's product with the states that the model gives it, as fp32 computes it."""
+    rows = random_rows(count=24)
+    core = tiny_classifier(arch).bfloat16()
+    with torch.no_grad():
+        core.score.weight.mul_(100)  # scores of the size that trained models give
+    batch = collate(rows, "plain", PAD)
+    with torch.no_grad():
+        ids, mask = batch.input_ids, batch.attention_mask
+        states = core.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        last = states.flatten(0, 1)[batch.last]
+        expected = last.float() @ core.score.weight.float().T
+        stock = core.score(last).float()
+        scores = AnswerScores(core)(batch).view(-1, 1)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert (stock - expected).abs().max() > 1e-3, "the stock head rounds"

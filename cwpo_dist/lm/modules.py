@@ -9,6 +9,7 @@ Shapes: B sequences, L padded length, H width, R rows, K answers a row, N answer
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -160,6 +161,7 @@ class AnswerScores(nn.Module):
         turn_alone(decoder)
         if self.reads_last_token:
             read_only(decoder, "ends")
+            _score_in_fp32(core.score)
 
     def forward(self, batch: RowBatch) -> Tensor:
         """One score an answer, fp32 [R, K].
@@ -226,6 +228,21 @@ def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
         arguments["attention_mask"] = packed_mask(batch.attention_mask, batch.input_ids.device)
     output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
     return output.last_hidden_state  # type: ignore[no-any-return]  # nn.Module
+
+
+def _score_in_fp32(head: nn.Module) -> None:
+    """Has a head give its product unrounded: near a score of 2, bf16 has steps of 1/64.
+
+    Its modules keep their names and are called as before, which ZeRO-3's hooks and peft's need.
+    """
+    for part in head.modules():
+        if type(part) is nn.Linear:
+            part.forward = partial(_fp32_linear, part)  # type: ignore[method-assign]  # of this one
+
+
+def _fp32_linear(layer: nn.Linear, hidden_NH: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    return nn.functional.linear(hidden_NH.float(), layer.weight.float(), bias)
 
 
 def _spare_dense_gradient(embeddings: nn.Module, lm_head: nn.Module) -> None:
