@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 import ray
 from ray.exceptions import RayError
+from ray.util import placement_group_table
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,15 @@ def lacking(need: Mapping[str, float]) -> str | None:
         if free.get(name, 0.0) < amount
     ]
     return ", ".join(short) or None
+
+
+def all_placed() -> bool:
+    """Whether every group of workers that was asked for has its room, also one that is starting.
+
+    It holds that room itself, which is then no longer free.
+    """
+    states = {group["state"] for group in placement_group_table().values()} - {"REMOVED"}
+    return states == {"CREATED"}
 
 
 def tell_waiting(what: str, need: Mapping[str, float], remedy: str) -> bool:

@@ -18,6 +18,9 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher as worke
 # Of actors that Ray Data and Ray Train make for themselves: their arguments are owned by the driver
 # or the controller, without which the actors would not live on either, so the advice is void.
 NOT_OURS = ("has constructor arguments in the object store and max_restarts > 0",)
+# Ray Train's own, which ends with a traceback where another Ray runs on this machine: it then does
+# not free the room of a controller that dies, which ends with our driver anyway.
+HELPERS = ("PlacementGroupCleaner",)
 
 
 def only_our_progress() -> None:
@@ -51,7 +54,7 @@ class _Nothing:
 def _without(handle: Any) -> Any:
     def kept(data: dict[str, Any]) -> None:
         lines = [line for line in data["lines"] if not any(text in line for text in NOT_OURS)]
-        if lines:
+        if lines and data.get("actor_name") not in HELPERS:
             handle(data | {"lines": lines})
 
     return kept

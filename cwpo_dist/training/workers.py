@@ -40,7 +40,7 @@ from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
 from cwpo_dist.training.loop import NonFiniteLoss, Preempted
 from cwpo_dist.training.process_group import STOP_SIGNALS, StoppableTorchConfig
 from cwpo_dist.training.worker import TrainSpec
-from cwpo_dist.waiting import told_while_waiting
+from cwpo_dist.waiting import all_placed, told_while_waiting
 
 __all__ = [
     "FrozenSpec",
@@ -225,7 +225,7 @@ def _told_while_waiting(spec: Spec, token: LeaseToken) -> AbstractContextManager
         f"{spec.name}.num_workers: {count} workers of {amounts} each",
         {name: count * amount for name, amount in each.items()},
         "lower num_workers or cpus_per_worker",
-        token.has_group,
+        lambda: token.has_group() or all_placed(),
     )
 
 
