@@ -14,6 +14,7 @@ from tiny_kinds import make
 from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm import loading
 from cwpo_dist.lm.loading import (
     ModelError,
     classifier_skeleton,
@@ -322,3 +323,20 @@ def test_saved_folder_is_safetensors_with_its_template(llama, tmp_path):
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
     assert not any(name.endswith((".bin", ".pt")) for name in names)
     assert load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def test_weights_are_read_to_where_they_are_wanted(llama, monkeypatch):
+    cuda = torch.device("cuda", 3)
+    assert loading.straight_to("cpu", new_head=False) is None
+    assert loading.straight_to("meta", new_head=True) == {"": torch.device("meta")}
+    assert loading.straight_to(cuda, new_head=False) == {"": cuda}
+    assert loading.straight_to(cuda, new_head=True) is None, "drawn on the CPU, as everywhere"
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: True)
+        assert loading.straight_to(cuda, new_head=False) is None, "in shards"
+    usual = load_policy(config(llama)).state_dict()
+    monkeypatch.setattr(loading, "straight_to", lambda *_, **__: {"": torch.device("cpu")})
+    straight = load_policy(config(llama))
+    assert straight.state_dict().keys() == usual.keys()
+    assert all(torch.equal(tensor, usual[name]) for name, tensor in straight.state_dict().items())
+    assert not any(hasattr(part, "_hf_hook") for part in straight.modules())

@@ -316,8 +316,7 @@ def _load(
                 attn_implementation=attention_of(model),
                 trust_remote_code=False,
                 use_safetensors=True,
-                # On 'meta' no weight is read: sizes and missing tensors are known all the same.
-                device_map="meta" if str(device) == "meta" else None,
+                device_map=straight_to(device, new_head=new_head),
                 output_loading_info=True,
             )
     except FOREIGN_ERRORS as error:
@@ -325,6 +324,19 @@ def _load(
     _refuse_missing(model, loaded, report, new_head)
     keep_given(loaded, given)
     return loaded
+
+
+def straight_to(device: torch.device | str, *, new_head: bool) -> dict[str, torch.device] | None:
+    """Where weights are read to, for transformers; None: to the CPU, or where ZeRO-3 says.
+
+    To a GPU at once, as the processes of a node would hold a copy each on the host. On 'meta' none
+    is read: sizes and missing tensors are known all the same. A new head is drawn on the CPU, so
+    that it is the same on every device.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu" or (kind != "meta" and (new_head or is_deepspeed_zero3_enabled())):
+        return None
+    return {"": torch.device(device)}
 
 
 def attention_of(model: ModelConfig) -> str | None:
