@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from tiny import save_tiny
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.loading import dtype_of
 from cwpo_dist.scoring import scorers
+from cwpo_dist.scoring.devices import use_own_processors
 from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, ReferenceWorker, RewardWorker
 from cwpo_dist.storage import Store
 from cwpo_dist.training.meter import named_peak
@@ -71,6 +74,19 @@ def check(told: list[Any], *, cuda_works: bool) -> None:
         assert f"torch {torch.__version__}" in device
         assert "NVIDIA driver" in device
         assert device.endswith("or set gpus_per_actor to 0")
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(("processors", "own"), [(1, ["false", None]), (2, ["true", "2"])])
+def test_an_actors_tokenizer_uses_its_own_processors(processors: int, own: list[Any]) -> None:
+    def seen() -> list[str | None]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as cluster/ sets it
+        os.environ.pop("RAYON_NUM_THREADS", None)
+        use_own_processors()
+        return [os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")]
+
+    task: Any = ray.remote(num_cpus=processors, max_calls=1)(seen)
+    assert ray.get(task.remote()) == own
 
 
 class Loaded(Exception):

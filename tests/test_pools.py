@@ -35,7 +35,6 @@ def faults(**fields: Any) -> list[str]:
     ("fields", "said"),
     [
         ({"cpus_per_actor": 17}, r"annotate\.cpus_per_actor: 17, but the largest node .* has 16"),
-        ({"gpus_per_actor": 5}, r"annotate\.gpus_per_actor: 5, but the largest .* has 4"),
         ({"accelerator_type": "H100"}, r"annotate\.accelerator_type: H100, but .* has 0"),
         ({"labels": {"zone": "c"}}, r"annotate\.labels: no node .* has zone=c; start one"),
         ({"labels": {"zone": "!in(a,b)"}}, r"annotate\.labels: no node .* has zone=!in\(a,b\)"),
@@ -82,7 +81,7 @@ def test_what_fits_is_not_refused(fields: dict[str, Any]) -> None:
     ("annotate", "said"),
     [
         ({"num_actors": [3, 2]}, "min is above max"),
-        ({"gpus_per_actor": 1.5}, "whole ones"),
+        ({"gpus_per_actor": 2}, "gpus_per_actor: 2; an actor computes on one GPU .* give 1, or"),
         ({"cpus_per_actor": 2, "pools": [{}]}, "given beside cpus_per_actor"),
     ],
 )

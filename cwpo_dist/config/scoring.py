@@ -45,9 +45,10 @@ class Pool(Section):
     def _possible(self) -> Self:
         if self.min_actors > self.max_actors:
             raise ValueError(f"num_actors: [min, max] is {self.num_actors}; min is above max")
-        if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
+        if self.gpus_per_actor > 1:
             raise ValueError(
-                f"gpus_per_actor: {self.gpus_per_actor}; Ray shares one GPU, or gives whole ones"
+                f"gpus_per_actor: {self.gpus_per_actor:g}; an actor computes on one GPU and would "
+                "hold the others in vain: give 1, or a share of one such as 0.5"
             )
         return self
 

@@ -54,6 +54,16 @@ def hide_other_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def use_own_processors() -> None:
+    """In an actor with several: its tokenizer uses them, whatever the node's environment says.
+
+    That says `false` for all (cluster/), as processes of one thread share the others.
+    """
+    processors = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
+    if processors > 1:
+        os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(processors)}
+
+
 def driver() -> str:
     """The NVIDIA driver of this machine, in words."""
     try:

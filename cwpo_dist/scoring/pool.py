@@ -37,7 +37,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cwpo_dist.config import Pool
 from cwpo_dist.scoring.attempts import SUSPICIOUS, ShardWorker, attempt
-from cwpo_dist.scoring.devices import hide_other_gpus
+from cwpo_dist.scoring.devices import hide_other_gpus, use_own_processors
 from cwpo_dist.scoring.pipeline import ShardJob, commit, part
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.tickets import SPARE, BrokenDeviceError, Shards
@@ -55,6 +55,7 @@ class _ShardActor:
 
     def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[Any]) -> None:
         hide_other_gpus()
+        use_own_processors()
         self.job, self.pool, self.shards = job, pool, shards
         self.came_up = time.monotonic()
         context = ray.get_runtime_context()
