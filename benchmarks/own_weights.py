@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import typer
 
 ROWS_PER_FILE = 50_000
+ANSWERS = ("chosen", "rejected")
 WORDS = "the of and to in is you that it he was for on are as with his they at be this have from"
 YAML = """\
 output_dir: {folder}/run
@@ -94,6 +95,11 @@ def _resident(process: psutil.Process) -> int:
     return int(held.rss - held.shared)
 
 
+def texts(column: pa.ChunkedArray) -> list[str]:
+    """What the last message of each cell says: without a plain template they hold messages."""
+    return [cell[-1]["content"] for cell in column.to_pylist()]
+
+
 def check(run: Path, weights: np.ndarray[Any, np.dtype[np.float64]]) -> int:
     """Reads all preferences.
 
@@ -103,11 +109,12 @@ def check(run: Path, weights: np.ndarray[Any, np.dtype[np.float64]]) -> int:
     seen = np.zeros(len(weights), dtype=bool)
     for path in sorted(run.glob("weigh/*/preferences/part-*.parquet")):
         table = pq.read_table(path, columns=["prompt", "chosen", "rejected", "weight"])
-        numbers = np.array([int(prompt.split()[0]) for prompt in table["prompt"].to_pylist()])
+        prompts, chosen, rejected = (texts(table[name]) for name in ("prompt", *ANSWERS))
+        numbers = np.array([int(prompt.split()[0]) for prompt in prompts])
         found = table["weight"].to_numpy()
         assert np.array_equal(found.view(np.int64), weights[numbers].view(np.int64))
-        assert all(text.startswith("good") for text in table["chosen"].to_pylist())
-        assert all(text.startswith("bad") for text in table["rejected"].to_pylist())
+        assert all(text.startswith("good") for text in chosen)
+        assert all(text.startswith("bad") for text in rejected)
         assert not seen[numbers].any()
         seen[numbers] = True
     assert seen.all()

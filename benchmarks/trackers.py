@@ -1,6 +1,6 @@
 """What a tracker costs a training whose server is away: paired runs with and without it.
 
-Usage: python benchmarks/trackers.py [--repeats 5] [--help]
+Usage: python benchmarks/trackers.py compare [--repeats 5] [--help]
 
 Each run is a process of its own: one rank of `align` as a worker runs it (`run_rank`, without Ray),
 from its first line to the exported model, on the demo's pairs and the first layers of SmolLM2. With

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cwpo_dist.lm import batches
 from cwpo_dist.lm.batches import (
     global_batch,
     plan_micro_batches,
@@ -203,3 +204,12 @@ def test_impossible_numbers_are_refused(n, batch):
         global_batch(n, batch, 0, 0)
     with pytest.raises(ValueError, match="positive"):
         plan_micro_batches([1], 0, 1, "shared")
+
+
+def test_another_seed_draws_from_another_offset(monkeypatch):
+    """Beside another order: in one order, too, other rows are drawn."""
+    monkeypatch.setattr(batches, "_permutation", lambda rows, _seed, _epoch: np.arange(rows))
+    order = proportional([0.5] * 64)
+    drawn = {tuple(batches._drawn(order, seed, 0)) for seed in range(16)}
+    assert len(drawn) == 2, "of evenly spaced rows of half a weight: every second, from 0 or 1"
+    batches._drawn.cache_clear()

@@ -23,8 +23,8 @@ def card(arm: str, below: Identity | None = None, **changes: Any) -> ModelCard:
         "policy": {"model_name_or_path": "Qwen/Qwen2.5-7B", "revision": "abc"},
     }
     figures = {
-        "annotator": {"length_baseline": LONGER},
         "policy": {"agreement": AGREEMENT},
+        "annotator": {"agreement": LONGER, "length_baseline": LONGER},
         "pairs": 12,
         "mean_weight": 0.2,
         "weigh": {"weights_divided_by": 0.2} if arm == "cw_mean" else {},
@@ -67,7 +67,10 @@ def test_it_says_how_pairs_were_weighed(arm: str, says: str) -> None:
 
 
 def test_what_length_alone_comes_to_stands_beside_what_was_measured() -> None:
-    assert "| the longer answer, pairs right | 57.0% of 80" in card("cw").text
+    text = card("cw").text
+    assert "| the longer answer, pairs right | 57.0% of 80" in text
+    assert "| annotator, pairs right | 57.0% of 80" in text
+    assert "| implicit reward, pairs right | 60.0% of 80" in text
 
 
 def test_of_normalised_weights_it_names_both() -> None:

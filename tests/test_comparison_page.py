@@ -14,7 +14,7 @@ from cwpo_dist.report.arms import in_words, is_weighted
 from cwpo_dist.report.cells import written
 from cwpo_dist.report.comparison import print_comparison, render_comparison
 from cwpo_dist.report.trial_tables import tables
-from cwpo_dist.report.verdicts import verdicts
+from cwpo_dist.report.verdicts import _rivals, verdicts
 
 
 def difference(mean: float, half: float) -> dict[str, Any]:
@@ -100,6 +100,20 @@ def test_weighting_is_held_against_the_same_labels_unweighted() -> None:
         "Against weak, on held-out labels",
         "Against human100",
     ], "no weighted trial is held against weak twice"
+
+
+def test_trials_are_held_against_those_whose_labels_were_flipped_alike() -> None:
+    arms = {"human100": ("human100", 0.3), "weak": ("weak", 0.3), "cw": ("cw", 0.3)}
+    noisy = {f"{name}-noisy": fact for name, fact in arms.items()}
+    found = with_facts(sample_comparison(), **arms, **noisy)
+    for name in noisy:
+        found["trials"][name]["flipped_labels"] = 0.3
+    _, unweighted, all_human = (rivals for _, _, rivals in _rivals(found))
+    assert unweighted == {"cw": "weak", "cw-noisy": "weak-noisy"}
+    assert {name: rival for name, rival in all_human.items() if name.startswith("cw")} == {
+        "cw": "human100",
+        "cw-noisy": "human100-noisy",
+    }
 
 
 def test_every_arm_is_told_in_a_line_of_its_own() -> None:

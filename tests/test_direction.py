@@ -61,7 +61,7 @@ def trained(world: World, stage: Any, role: str, patch: pytest.MonkeyPatch) -> t
     return spec.make_task(world.encoder), spec.make_held_out(world.encoder)
 
 
-@pytest.mark.parametrize("spelled", ["chosen", "labels", "named"])
+@pytest.mark.parametrize("spelled", ["chosen", "labels", "named", "votes"])
 @pytest.mark.usefixtures("in_process")
 def test_prepare_keeps_the_label_and_the_votes_with_the_answer(
     spelled: str, tmp_path: Path
@@ -71,9 +71,12 @@ def test_prepare_keeps_the_label_and_the_votes_with_the_answer(
     for i in range(40):
         won, lost, prompt = f"won {i}", f"lost {i}", f"prompt {i}"
         if spelled != "labels":
-            better, worse = ("chosen", "rejected") if spelled == "chosen" else ("good", "bad")
+            better, worse = ("good", "bad") if spelled == "named" else ("chosen", "rejected")
             rows.append({"prompt": prompt, better: won, worse: lost})
-            rows[-1] |= {"votes_a": 5, "votes_b": 1}
+            if spelled == "votes":
+                rows[-1] |= {"chosen_votes": 5, "rejected_votes": 1}
+            else:
+                rows[-1] |= {"votes_a": 5, "votes_b": 1}
         else:
             a, b = (won, lost) if i % 3 else (lost, won)
             rows.append({"prompt": prompt, "response_a": a, "response_b": b})
@@ -386,6 +389,21 @@ def test_the_explorer_shows_labels_that_were_read_and_hides_the_others(arms, tmp
             sign = 1 if HIGHER[int(k)] == "a" else -1
             assert pair["margin"] == sign * margin(int(k))
             assert pair["margins"] == [sign * margin(int(k))]
+
+
+def test_the_explorers_margin_is_that_of_the_first_arms_annotators(tmp_path) -> None:
+    """Beside those of another arm's, which disagree here."""
+    world = World(tmp_path, ["cw", "ws_dpo"])
+    world.score()
+    world.score("annotate", "ws_dpo", factor=-3.0)
+    sample = explorer.sample(world.context, world.graphs)
+    shown = [pair for pair in sample["pairs"] if pair["split"] != "labelled"]
+    assert shown
+    for pair in shown:
+        k = int(pair["id"].split("-")[1])
+        own = (1 if HIGHER[k] == "a" else -1) * margin(k)
+        assert pair["margins"] == pytest.approx([own, -3 * own])
+        assert pair["margin"] == pytest.approx(own)
 
 
 def test_an_annotators_loss_falls_where_the_winners_score_rises(tmp_path) -> None:

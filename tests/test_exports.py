@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cwpo_dist.config import LoraConfig, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
-from cwpo_dist.stages.export import ExportError, export
+from cwpo_dist.stages.export import ExportError, _alone, export
 from cwpo_dist.storage import Store
 
 FORMS = ("full", "merged", "adapter")
@@ -282,3 +282,11 @@ def test_trl_trains_on_from_it(form: str, tmp_path: Path) -> None:
 )
 def test_what_a_model_is_known_by(name: str, fingerprint: Any, known: Identity) -> None:
     assert identify(ModelConfig(model_name_or_path=name), fingerprint) == known
+
+
+def test_an_annotator_of_an_ensemble_has_its_own_figures_on_its_card() -> None:
+    members = [{"name": f"seed {seed}", "agreement": {"accuracy": seed / 10}} for seed in (3, 4)]
+    for seed in (3, 4):
+        found = _alone({"members": members}, {"settings": {"seed": seed}})
+        assert found["agreement"]["accuracy"] == seed / 10
+    assert _alone({"agreement": 1}, {"settings": {"seed": 3}}) == {"agreement": 1}

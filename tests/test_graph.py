@@ -65,6 +65,24 @@ def test_arms_with_the_same_labels_share_all_but_weighing_and_aligning(folder: P
     assert len({table["align"] for table in tables}) == 4
 
 
+@pytest.mark.parametrize(("own", "joint"), [("annotator", False), ("both", True)])
+def test_sft_knows_the_temperatures_that_decide_who_won(
+    folder: Path, own: str, joint: bool
+) -> None:
+    """Of one opinion none does; of two, one of them the data's own, those of their mean do."""
+    weigh = {"weigh__from": own} | ({"weigh__column": "scores"} if joint else {})
+    raw, fitted = (keys(folder, arm, sft={}, **weigh) for arm in ("cw", "cw_calibrated"))
+    assert raw["weigh"] != fitted["weigh"]
+    assert (raw["sft"] != fitted["sft"]) == joint
+
+
+def test_evaluation_knows_on_which_split_its_temperatures_are_fitted(folder: Path) -> None:
+    """Also of an arm that fits none for itself."""
+    before = keys(folder, "weak", prepare__validation_fraction=0.2)
+    splits = {"weigh__calibration_split": "labelled", "prepare__validation_fraction": 0.2}
+    assert "evaluate" in changed(before, keys(folder, "weak", **splits))
+
+
 def test_objectives_without_a_reference_skip_its_stage(folder: Path) -> None:
     for loss_type in ("simpo", "orpo"):
         made = keys(folder, align__loss_type=loss_type)
