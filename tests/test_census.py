@@ -53,6 +53,7 @@ def test_plan_counts_what_prepare_makes(tmp_path: Path, seed: int) -> None:
     found = census(given, seed)
     assert found.exact
     assert found.merged == made["merged_duplicates"] > 0
+    assert found.rows == made["rows_in"], "of which the rejects are a share, for both"
     for ours, theirs in (("splits", found.splits), ("labelled", found.labelled)):
         assert {k: n for k, n in made[ours].items() if n} == {k: n for k, n in theirs.items() if n}
     assert dict(found.tally.reasons) == made["rejects"]

@@ -99,13 +99,13 @@ def test_labels_by_a_map(tmp_path: Path, values: Any, meanings: Any) -> None:
             r"'label' holds 1 in 2 rows, 0 in 1 rows; the meaning of 1 and 0 .* \{from: label",
         ),
         ([True, False], SUFFIXES[0], "true in 1 rows, false in 1 rows"),
-        ([1, 2, 0], SUFFIXES[1], "the meaning of 0 is not known"),
+        ([1, 2, 0], SUFFIXES[1], "the meaning of 1, 2 and 0 is not known"),
         ([1, 2, 3], SUFFIXES[0], "the meaning of 1, 2 and 3 is not known"),
         ([1, 1], SUFFIXES[0], "the meaning of 1 is not known"),
-        ([1, 2], SUFFIXES[2], "the meaning of 2 is not known"),
+        ([1, 2], SUFFIXES[2], "the meaning of 1 and 2 is not known"),
         ([0.7, 0.2], SUFFIXES[0], "0.7 in 1 rows"),
         (["a", "b", "unsure"], SUFFIXES[0], "the meaning of unsure is not known"),
-        ([1] * 200 + [2] * 200 + [0], SUFFIXES[1], "the meaning of 0 is not known"),
+        ([1] * 200 + [2] * 200 + [0], SUFFIXES[1], "the meaning of 1, 2 and 0 is not known"),
     ],
 )
 def test_labels_that_could_mean_this_or_that_are_refused_with_their_values(
@@ -325,3 +325,30 @@ def test_one_spelling_for_a_value() -> None:
 )
 def test_the_majority_is_one_opinion_or_a_tie(counts: Any, said: Any) -> None:
     assert majority(*counts) == said
+
+
+def test_names_of_who_answered_are_no_labels_that_a_map_could_explain(tmp_path: Path) -> None:
+    """In half of the rows the same name is the second answer's."""
+    named = [
+        row | {"model_a": names[k % 2], "model_b": names[1 - k % 2]}
+        for names in [("alpha", "beta")]
+        for k, row in enumerate(rows("winner", ["alpha", "beta", "alpha", "beta"]))
+    ]
+    path = write(tmp_path / "x.jsonl", named)
+    with pytest.raises(ConfigError, match=r"stand in 'model_a' and 'model_b': .* row to row"):
+        plan(config(path))
+
+
+def test_a_plan_says_how_labels_were_read_with_their_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", rows("winner", ["model_a", "model_b", "model_a", None]))
+    (piece,) = plan(config(path)).pieces
+    assert piece.layout.described().endswith(
+        "labels: model_a = a (2), model_b = b (1), no label (1)"
+    )
+    several = [row | {"other": "b"} for row in rows("winner", ["a", "tie", "b"])]
+    source = {
+        "path": write(tmp_path / "y.jsonl", several),
+        "columns": {"label": {"from": ["winner", "other"]}},
+    }
+    (piece,) = plan(config(source)).pieces
+    assert "votes of 2 columns: b = b (4), a = a (1), tie = tie (1)" in piece.layout.described()

@@ -79,9 +79,15 @@ class Census:
             for sentence in unread.sentences():
                 yield f"{source}: {sentence}{of}"
         if self.tally.reasons:
-            yield "\n".join([f"rows that are set aside{of}:", *self.tally.lines()])
+            every = self.tally.lines(most=len(self.tally.reasons))
+            yield "\n".join([f"rows that are set aside{of}:", *every])
         if self.ties:
             yield f"{self.ties:,} pairs{of} are ties, kept without a label"
+
+    @property
+    def rows(self) -> int:
+        """All of them: pairs, copies of pairs, and what is set aside."""
+        return sum(self.splits.values()) + self.merged + self.rejects
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""

@@ -313,4 +313,5 @@ def _values(
     if share == 1 or share > most_unknown or (not given and counts_otherwise(seen, values)):
         raise unknown_values(first, labels, seen, values)
     counted = {str(value): count for value, count in seen.most_common()}
-    return replace(values, seen=counted)
+    blank = len(first.rows) * len(labels) - seen.total()
+    return replace(values, seen=counted, blank=blank)

@@ -118,7 +118,8 @@ class Layout:
         if self.annotators:
             read["label"] = ", ".join(self.annotators)
         named = [ours if ours == theirs else f"{ours} ← {theirs}" for ours, theirs in read.items()]
-        meanings = f"; labels: {self.values}" if "label" in read else ""
+        each = f"votes of {len(self.annotators)} columns" if self.annotators else "labels"
+        meanings = f"; {each}: {self.values}" if "label" in read else ""
         return f"{', '.join(named)}; format {self.format}{meanings}"
 
 

@@ -9,7 +9,7 @@ from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.rejects import Tally, shown
-from cwpo_dist.pairs.verdicts import MOST_SHOWN, ValueMap
+from cwpo_dist.pairs.verdicts import MOST_SHOWN, ValueMap, is_number, spelled
 from cwpo_dist.pairs.written import is_conversation
 
 _SINGLE = ("completion", "response", "answer", "output", "generation", "generated_text", "chosen")
@@ -65,6 +65,10 @@ def no_answers(first: FirstRows) -> ConfigError:
             f"{head}Each row has one answer, {single[0]!r}{label}: a pair needs two answers to one "
             "prompt. Join the rows of a prompt into pairs"
         )
+    if len(first.names) == 1 and ";" in first.names[0]:
+        return ConfigError(
+            f"{head}They are separated by ';': write them with commas, or tabs (.tsv)"
+        )
     return ConfigError(
         f"{head}Say which they are: columns: {{chosen: …, rejected: …}}, or {{response_a: …, "
         "response_b: …}"
@@ -85,10 +89,20 @@ def unknown_values(
     first: FirstRows, labels: Sequence[str], seen: Counter[str | None], values: ValueMap
 ) -> ConfigError:
     """Labels whose values could mean this or that."""
-    unknown = [str(value) for value, _ in seen.most_common() if value not in values.meanings]
+    found = [str(value) for value, _ in seen.most_common()]
+    unknown = [value for value in found if value not in values.meanings]
+    if any(map(is_number, unknown)):  # one scale: those that are known may mean something else
+        unknown = [value for value in found if value in unknown or is_number(value)]
     counted = [f"{value} in {n:,} rows" for value, n in seen.most_common(MOST_SHOWN)]
     more = f" and {len(seen) - MOST_SHOWN} more" if len(seen) > MOST_SHOWN else ""
     column = labels[0] if len(labels) == 1 else f"[{', '.join(labels)}]"
+    if named := _by_row(first, unknown):
+        return ConfigError(
+            f"{first.field}.columns.label: {', '.join(map(repr, labels))} holds "
+            f"{_listed(unknown)}, which are names that stand in "
+            f"{' and '.join(map(repr, named))}: which answer they mean changes from row to row. "
+            "Write a or b, or label: null to read no label"
+        )
     return ConfigError(
         f"{first.field}.columns.label: {', '.join(map(repr, labels))} holds {', '.join(counted)}"
         f"{more}; the meaning of {_listed(unknown)} is not known. Say it: columns: {{label: "
@@ -113,6 +127,17 @@ def written_as_text(first: FirstRows, columns: Sequence[str]) -> ConfigError:
         f"{first.field}.format: text, but {', '.join(map(repr, columns))} of {first.path!r} holds "
         "messages written as text; set format: auto, to read them"
     )
+
+
+def _by_row(first: FirstRows, values: Sequence[str]) -> tuple[str, ...]:
+    """Two columns, `…_a` and `…_b`, that hold such values themselves: who gave which answer."""
+    for name in first.names:
+        other = f"{name[:-1]}b"
+        if name.endswith("_a") and other in first.names:
+            held = {spelled(value) for column in (name, other) for value in first.values(column)}
+            if set(values) <= held:
+                return name, other
+    return ()
 
 
 def _listed(values: Sequence[str]) -> str:

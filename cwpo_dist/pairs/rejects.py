@@ -78,7 +78,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.NO_ASSISTANT: "each conversation must end in an assistant message",
     Reason.NOT_TRANSCRIPT: "transcripts begin with '\\n\\nHuman:'; set prepare.sources.N.format",
     Reason.LABEL: "say what the values mean: prepare.sources.N.columns: {label: {from: …, a: …, "
-    "b: …, tie: …}}",
+    "b: …, tie: …, none: …}}",
     Reason.VOTES: "votes are whole numbers from 0 to 1000000, all given or all null",
     Reason.WHOSE: "votes_a and votes_b belong to response_a and response_b, votes_chosen and "
     "votes_rejected to chosen and rejected, and nothing says which is which here; " + _CORRECT,
@@ -180,8 +180,10 @@ class Tally:
                 seen[value if value in seen or len(seen) < MOST_FOUND else OTHERS] += count
 
     def lines(self, most: int = 3) -> list[str]:
-        """The most frequent reasons: how often, what was found, what to do."""
-        return [self._line(reason, count) for reason, count in self.reasons.most_common(most)]
+        """The most frequent reasons: how often, what was found, what to do; and how many more."""
+        lines = [self._line(reason, count) for reason, count in self.reasons.most_common(most)]
+        rest = [count for _, count in self.reasons.most_common()[most:]]
+        return [*lines, f"  {sum(rest):,} × {len(rest)} other reasons"] if rest else lines
 
     def _line(self, reason: str, count: int) -> str:
         found = self.found.get(reason, Counter()).most_common(3)

@@ -38,11 +38,13 @@ class ValueMap:
         meanings: a value as `spelled` has it → what it says; None: nobody judged.
         given: the map was given, not found.
         seen: how often each value stands in the first rows.
+        blank: how many of these say nothing.
     """
 
     meanings: Mapping[str, Verdict | None]
     given: bool = False
     seen: Mapping[str, int] = field(default_factory=dict)
+    blank: int = 0
 
     def __str__(self) -> str:
         """The values that were seen, each with its number of rows, and what a map gives beside."""
@@ -52,7 +54,8 @@ class ValueMap:
             return "a, b, tie, …"
         items = [f"{value} = {self._says(value)} ({self.seen.get(value, 0):,})" for value in values]
         more = [f"{len(items) - MOST_SHOWN} more"] if len(items) > MOST_SHOWN else []
-        return ", ".join(items[:MOST_SHOWN] + more)
+        nothing = [f"no label ({self.blank:,})"] if self.blank else []
+        return ", ".join(items[:MOST_SHOWN] + more + nothing)
 
     def _says(self, value: str) -> str:
         return (self.meanings[value] or "none") if value in self.meanings else "not known"
@@ -86,7 +89,7 @@ def found_in(values: Counter[str | None], first: str, second: str) -> ValueMap:
         second: that of the second.
     """
     meanings: dict[str, Verdict | None] = {**_LETTERS, **_by_column(first, second)}
-    numbers = {value for value in values if value is not None and _is_number(value)}
+    numbers = {value for value in values if value is not None and is_number(value)}
     if numbers == {"1", "2"} and not numbers & meanings.keys():
         meanings = {"1": "a", "2": "b", **meanings}
     return ValueMap(meanings)
@@ -94,7 +97,7 @@ def found_in(values: Counter[str | None], first: str, second: str) -> ValueMap:
 
 def counts_otherwise(values: Counter[str | None], found: ValueMap) -> bool:
     """Whether some numbers are known and others are not: then the known ones may mean another."""
-    numbers = {value for value in values if value is not None and _is_number(value)}
+    numbers = {value for value in values if value is not None and is_number(value)}
     return bool(numbers & found.meanings.keys() and numbers - found.meanings.keys())
 
 
@@ -116,7 +119,8 @@ def _shared(a: str, b: str) -> int:
     return next(differ, min(len(a), len(b)))
 
 
-def _is_number(value: str) -> bool:
+def is_number(value: str) -> bool:
+    """Whether a value, as `spelled` has it, is one."""
     try:
         float(value)
     except ValueError:

@@ -55,9 +55,8 @@ def own_counts_faults(config: Config, counted: Census) -> Iterator[str]:
                 f"arms: {name!r} draws pairs with a weight as probability, but the data's own go "
                 f"up to {counted.most_weight:g}; divide them, or take arm own"
             )
-        rows = sum(counted.splits.values()) + counted.rejects
         most = config.prepare.max_reject_fraction
-        if counted.exact and (fault := void_fault(own, counted.void, rows, most)):
+        if counted.exact and (fault := void_fault(own, counted.void, counted.rows, most)):
             yield fault
 
 

@@ -27,15 +27,15 @@ def until_of(config: Config) -> str | None:
 def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
     """Stages that would find no pair, or too many rows that are none."""
     config, counted = estimate.config, estimate.counted
-    rows = sum(counted.splits.values()) + counted.rejects
-    if counted.exact and counted.rejects > config.prepare.max_reject_fraction * rows:
+    most = config.prepare.max_reject_fraction
+    if counted.exact and counted.rejects > most * counted.rows:
         yield (
-            f"prepare.max_reject_fraction: {counted.rejects:,} of {rows:,} rows are set aside: "
-            f"more than {config.prepare.max_reject_fraction:g} of them. Mend them (`cwpo prepare` "
+            f"prepare.max_reject_fraction: {counted.rejects:,} of {counted.rows:,} rows are set "
+            f"aside: more than {most:g} of them. Mend them (`cwpo prepare` "
             "writes each with its reason to rejects/), or raise it. Most frequent:\n"
             + "\n".join(counted.tally.lines())
         )
-    if fault := damage_fault(counted.damaged, counted.files, config.prepare.max_reject_fraction):
+    if fault := damage_fault(counted.damaged, counted.files, most):
         yield fault
     for name, model, _ in models(config, until_of(config)):
         yield from _unread(config, counted, name, model, read[name])
