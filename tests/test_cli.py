@@ -19,6 +19,7 @@ from cwpo_dist import __version__, cli
 from cwpo_dist.cli_jobs import plan_options
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.config_file import load_config
+from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.stages.export import ExportError, export
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.stages.show import ShowError, show
@@ -235,6 +236,14 @@ def test_a_run_that_ended_at_prepare_is_reported(
             for word in ("empty answer", "rater", "picture.png", "duplicates merged into them"):
                 assert word in text
             assert ("two" in text) == (key == "two"), "settings that changed have a column each"
+    refused = Store(str(tmp_path / "refused"))
+    strict = PrepareConfig.model_validate(given | {"max_reject_fraction": 0.0})
+    with pytest.raises(RejectsError):
+        prepare(refused.child("prepare", "key"), strict, 0)
+    with pytest.raises(
+        ShowError, match=r"set too many rows aside, .*refused/prepare/key/rejects has"
+    ):
+        show([refused.uri])
 
 
 def test_a_command_that_lacks_its_config_is_told_so(exit_code: Callable[..., Any]) -> None:

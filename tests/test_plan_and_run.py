@@ -85,7 +85,7 @@ class Maker:
             if labelled:
                 row["label"] = self.pick("a", "b")
             made.append(row)
-        return made
+        return made + made[: self.pick(0, 0, 1, ROWS // 2)]  # copies are merged
 
     def source(self) -> str:
         rows = self.rows()

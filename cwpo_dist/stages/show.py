@@ -99,6 +99,9 @@ def _metrics(run: str) -> dict[str, Any]:
         why = "no run ended there; finish it with `cwpo run`"
         if Store(run).exists(FIGURES):
             why = "it holds a comparison, whose page is its own; give it alone"
+        elif refused := [name for name in Store(run).names("prepare") if "/rejects/" in name]:
+            folder = refused[0].rpartition("/")[0]
+            why = f"`prepare` set too many rows aside, or was cut off; {run}/{folder} has them"
         raise ShowError(f"{run!r} has no metrics.json: {why}") from None
 
 
