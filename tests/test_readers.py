@@ -259,6 +259,41 @@ def test_csv_does_not_lose_the_file_to_one_open_quote(
     assert sum(row.fault is None for row in rows) >= 30
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'p,"never closed,r', None),
+        (b'p,"opened,r', b'p,closed",r'),  # as many fields as there are columns
+        (b'p,"opened,r', b'p,"opened again,r'),
+        (b'"p,c,r', b'p,c,r"'),
+    ],
+)
+def test_every_line_that_a_stray_quote_takes_counts_as_a_row(
+    tmp_path: Path, before: bytes, after: bytes | None
+) -> None:
+    """Seventy lines behind one are not one row that is set aside, nor one answer of seventy."""
+    lost = [before, *[b"p,c,r"] * 70, *([] if after is None else [after])]
+    data = b"\n".join([b"prompt,chosen,rejected", b"p,c,r", *lost]) + b"\n"
+    if after is not None:
+        data += b"p,c,r\n" * 9
+    part = write(tmp_path / "x.csv", data)
+    rows = list(read(part))
+    kept = sum(row.fault is None for row in rows)
+    assert len(rows) == data.count(b"\n") - 1
+    assert kept == (1 if after is None else 10)
+    assert {len(row.value["chosen"]) for row in rows if row.fault is None} == {1}
+    with (tmp_path / "x.csv").open("rb") as file:
+        assert sum(count for *_, count in csv_files.csv_spans(file, 50)) == len(rows)
+
+
+def test_lines_within_an_answer_are_no_rows(tmp_path: Path) -> None:
+    table = "Cities:\n\na, b\nRome, Paris, and so on, and on\n1, 2, 3"
+    data = f'prompt,chosen,rejected\np,"{table}",r\np,"one\n\ntwo\nthree",r\n'.encode()
+    rows = list(read(write(tmp_path / "x.csv", data)))
+    assert [row.fault for row in rows] == [None, None]
+    assert rows[0].value["chosen"] == table
+
+
 def test_csv_refuses_a_header_that_names_a_column_twice(tmp_path: Path) -> None:
     (row,) = read(write(tmp_path / "x.csv", b"a,a\n1,2\n"))
     assert row.fault is Reason.DAMAGED

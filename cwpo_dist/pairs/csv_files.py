@@ -15,6 +15,10 @@ from cwpo_dist.pairs.rejects import printable
 CSV_FIELD_BYTES = 16 * 2**20
 
 
+# Of lines inside a quoted field: so many, of so many columns, of which so large a share are rows.
+FEWEST_INNER, FEWEST_COLUMNS, ALIKE = 2, 3, 0.8
+
+
 class HeaderError(ValueError):
     """A CSV file whose first line names no columns."""
 
@@ -22,7 +26,7 @@ class HeaderError(ValueError):
 def csv_rows(
     file: IO[bytes], span: tuple[int, int] | None = None, delimiter: str = ","
 ) -> Iterator[tuple[dict[str, str] | None, str]]:
-    """Each row by column name, None where it does not fit the header; and its text.
+    """Each row by column name, and its text; None for each line of what is no row.
 
     Args:
         file: at its start, where the header is.
@@ -43,9 +47,10 @@ def csv_rows(
     for fields in _records(reader, seen) if header else ():
         if fields == []:  # an empty line
             continue
-        fits = fields is not None and len(fields) == len(header)
-        value = dict(zip(header, fields or (), strict=True)) if fits else None
-        yield value, "".join(seen).rstrip("\r\n")
+        if fields is None or _swallowed(fields, seen, len(header), delimiter):
+            yield from ((None, line) for line in _written(seen))
+        else:
+            yield dict(zip(header, fields, strict=True)), "".join(seen).rstrip("\r\n")
 
 
 def csv_spans(file: IO[bytes], size: int, delimiter: str = ",") -> Iterator[tuple[int, int, int]]:
@@ -63,14 +68,17 @@ def csv_spans(file: IO[bytes], size: int, delimiter: str = ",") -> Iterator[tupl
     file.seek(0)
     reader = _reader(_lines(file), seen, delimiter)
     try:
-        _header(reader)
+        header = _header(reader)
     except HeaderError:  # whoever reads the rows says so
         return
     start = at = _bytes_of(seen) + (len(BOM_UTF8) if has_mark else 0)
     rows = 0
     for fields in _records(reader, seen):
         at += _bytes_of(seen)
-        rows += fields != []
+        if fields is None or _swallowed(fields, seen, len(header), delimiter):
+            rows += len(_written(seen))
+        else:
+            rows += fields != []
         if at - start >= size:
             yield start, at, rows
             start, rows = at, 0
@@ -116,6 +124,33 @@ def _records(reader: Iterator[list[str]], seen: list[str]) -> Iterator[list[str]
         except csv.Error:
             fields = None
         yield fields
+
+
+def _written(seen: list[str]) -> list[str]:
+    """The lines in which something stands."""
+    return [text for line in seen if (text := line.rstrip("\r\n"))]
+
+
+def _swallowed(fields: list[str], seen: list[str], width: int, delimiter: str) -> bool:
+    """Whether a row is none: it does not fit the header, or a stray quote took others into it.
+
+    Then each of its lines counts as a row that is set aside, as it may have been one: a quote that
+    is opened by mistake takes all lines up to the next one, and may even end in as many fields as
+    there are columns. Lines within an answer seldom have as many themselves.
+    """
+    if not fields:
+        return False
+    if len(fields) != width:
+        return True
+    inner = seen[1:-1]
+    if len(inner) < FEWEST_INNER or width < FEWEST_COLUMNS:
+        return False
+    rows = csv.reader(inner, delimiter=delimiter)
+    try:
+        alike = sum(len(row) == width for row in rows)
+    except csv.Error:
+        return False
+    return alike >= ALIKE * len(inner)
 
 
 def _bytes_of(lines: Iterable[str]) -> int:
