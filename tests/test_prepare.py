@@ -294,14 +294,16 @@ def test_groups_that_share_a_prompt_leak_and_are_set_aside(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("in_process")
 def test_a_topic_stays_on_one_side_however_its_sources_spell_it(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
     rows = [row(i, topic=i % 40) for i in range(160)]
-    write(tmp_path / "a.jsonl", rows[:80])
+    write(data / "a.jsonl", rows[:80])
     frame = pd.DataFrame([*rows[80:120], row("none", topic=None)])  # its topics become floats
-    frame.to_parquet(tmp_path / "b.parquet")
-    pd.DataFrame([*rows[120:], row("nor here", topic=None)]).to_csv(tmp_path / "c.csv", index=False)
+    frame.to_parquet(data / "b.parquet")
+    pd.DataFrame([*rows[120:], row("nor here", topic=None)]).to_csv(data / "c.csv", index=False)
     store = Store(str(tmp_path / "out"))
     given_config = config(
-        str(tmp_path), group_column="topic", test_fraction=0.4, max_reject_fraction=0.1
+        str(data), group_column="topic", test_fraction=0.4, max_reject_fraction=0.1
     )
     counts = prepare(store, given_config, seed=0)
     add_up(counts, store)

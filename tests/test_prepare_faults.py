@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prepared import add_up, config, files, rejects, row, write
 
+from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs import cutting
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import RejectsError
@@ -205,3 +206,32 @@ def test_a_killed_driver_goes_on_where_it_was(
     # Workers outlive their driver for a moment and may still write what nobody reads any more.
     left = {name: data for name, data in files(Store(str(out))).items() if name[:5] != "work/"}
     assert left == files(undisturbed)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("how", ["longer", "shorter", "gone", "as long"])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its pairs would lie under the key of what it was."""
+    path, other = tmp_path / "x.jsonl", write(tmp_path / "y.jsonl", [row("other")])
+    write(path, [row(i) for i in range(40)])
+    reading = stage._read
+
+    def changed(*given: Any) -> None:
+        reading(*given)
+        if how == "gone":
+            path.unlink()
+            return
+        number = {"longer": 60, "shorter": 20, "as long": 40}[how]
+        write(path, [row(99 - i) for i in range(number)])
+        os.utime(path, (1.0, 1.0))
+
+    monkeypatch.setattr(stage, "_read", changed)
+    store = Store(str(tmp_path / "out"))
+    with pytest.raises(
+        (SourceError, ConfigError), match=r"x\.jsonl' changed while|nothing to read at"
+    ):
+        prepare(store, config(str(path), other), seed=0)
+    assert not store.names("pairs")
+    monkeypatch.undo()

@@ -24,7 +24,7 @@ from cwpo_dist.pairs.pieces import (
 )
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import Tally, refuse_past
-from cwpo_dist.pairs.sources import MAP_LABELS, Plan, plan
+from cwpo_dist.pairs.sources import MAP_LABELS, Plan, plan, source_fingerprints
 from cwpo_dist.pairs.splits import SPLITS, SplitRule
 from cwpo_dist.pairs.unread import Unread
 from cwpo_dist.scoring.tasks import run_tasks
@@ -40,26 +40,37 @@ _FILES_LISTED = 100
 
 def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `pairs/part-*.parquet` and `rejects/part-*.parquet` and returns the counts."""
-    return prepare(context.place(node), context.config.prepare, context.config.seed)
+    known = node.settings["sources_now"]
+    return prepare(context.place(node), context.config.prepare, context.config.seed, known)
 
 
-def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
+def prepare(
+    store: Store, config: PrepareConfig, seed: int, known: list[Any] | None = None
+) -> dict[str, Any]:
     """Does the stage in the folder `store`; run again after a kill, it goes on where it was.
+
+    Args:
+        store: where it writes.
+        config: the sources and the split settings.
+        seed: of order and splits.
+        known: the sources' fingerprints of which its key was made; None: as they are now.
 
     Returns:
         The counts for the manifest; rows_in = pairs + merged_duplicates + Σ rejects.
 
     Raises:
         ConfigError: before anything is read in full, for inputs or columns that are missing.
-        SourceError: for storage that refuses to be read, and past `max_reject_fraction` of files
-            that are damaged.
+        SourceError: for storage that refuses to be read, files that changed meanwhile, and past
+            `max_reject_fraction` of files that are damaged.
         RejectsError: past `max_reject_fraction`, or when no pair is left.
     """
+    known = source_fingerprints(config) if known is None else known
     planned = plan(config)
     for line in planned.remarks:
         logger.warning("prepare: %s", line)
     _check_placement(config.num_cpus)
     _read(store, planned, config, seed)
+    _refuse_changed(store, config, known)
     read = piece_summaries(store)
     damaged = _damaged_files(planned, read, config)
     rejects = Tally()
@@ -83,6 +94,18 @@ def prepare(store: Store, config: PrepareConfig, seed: int) -> dict[str, Any]:
     _tell_empty(counts, config)
     store.remove("work")
     return counts
+
+
+def _refuse_changed(store: Store, config: PrepareConfig, known: list[Any]) -> None:
+    """What was read would lie under the key of what it was before."""
+    now = source_fingerprints(config)
+    changed = [s.path for s, old, new in zip(config.sources, known, now, strict=True) if old != new]
+    if changed:
+        store.remove("work")
+        raise SourceError(
+            f"prepare.sources: {', '.join(map(repr, changed))} changed while it was read, and "
+            "nothing is kept of it; run the same command again when nobody writes there"
+        )
 
 
 def _check_placement(num_cpus: float) -> None:
