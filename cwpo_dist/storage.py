@@ -140,8 +140,7 @@ class Store:
         """Writes or replaces `name`, in one step."""
         try:
             if self.is_local:
-                partial = self._partial(name, data)
-                os.replace(partial, self.path(name))
+                self._replace(self._partial(name, data), name)
             else:
                 self.filesystem.pipe_file(self.path(name), data)
         except OSError as error:
@@ -155,8 +154,21 @@ class Store:
             self.filesystem.rm(path, recursive=True)
 
     def read_json(self, name: str) -> Any:
-        """The parsed content of a JSON file."""
-        return json.loads(self.read(name))
+        """The parsed content of a JSON file.
+
+        Raises:
+            FileNotFoundError: where there is none.
+            StorageError: for a file that is empty or torn.
+        """
+        data = self.read(name)
+        try:
+            return json.loads(data)
+        except ValueError as error:  # of other bytes than UTF-8, too
+            raise StorageError(
+                f"{self.path(name)!r} is {'torn' if data else 'empty'}, as after a power cut or a "
+                "broken copy; remove it, then run the same command again: what it stood for is "
+                f"made anew ({error})"
+            ) from error
 
     def create_json(self, name: str, value: Any) -> bool:
         """Like `create`, for a JSON value."""
@@ -189,10 +201,11 @@ class Store:
                 partial = self._partial(name, None)
                 try:
                     shutil.copyfile(path, partial)
+                    _synced(partial)
                 except OSError:
                     Path(partial).unlink(missing_ok=True)
                     raise
-                os.replace(partial, self.path(name))
+                self._replace(partial, name)
             else:
                 self.filesystem.put_file(str(path), self.path(name))
         except OSError as error:
@@ -225,13 +238,18 @@ class Store:
         partial.rename(target)
 
     def _partial(self, name: str, data: bytes | None) -> str:
-        """A finished temporary file beside `name`, on the same disk."""
+        """A finished temporary file beside `name`, on the same disk.
+
+        It is on the disk, and not only in memory: a name that were there before what it names would
+        be an empty file after a power cut, for ever.
+        """
         final = self.path(name)
-        os.makedirs(os.path.dirname(final), exist_ok=True)
+        _made(Path(final).parent)
         partial = f"{final}.{uuid.uuid4().hex}.partial"
         if data is not None:
             try:
                 Path(partial).write_bytes(data)
+                _synced(partial)
             except OSError:
                 Path(partial).unlink(missing_ok=True)
                 raise
@@ -244,11 +262,16 @@ class Store:
         partial = self._partial(name, data)
         try:
             os.link(partial, self.path(name))
-            return True
         except FileExistsError:
             return False
         finally:
             os.unlink(partial)
+        _synced(os.path.dirname(partial))
+        return True
+
+    def _replace(self, partial: str, name: str) -> None:
+        os.replace(partial, self.path(name))
+        _synced(os.path.dirname(partial))
 
     def _put(self, name: str, data: bytes) -> bool:
         """Put-if-absent on object storage: a conditional write."""
@@ -263,6 +286,24 @@ class Store:
             f"storage refused to write {self.path(name)!r}: {error}. What was committed stays "
             "readable; free space or fix permissions, then run the same command again"
         )
+
+
+def _synced(path: str | Path) -> None:
+    """Returns when a file's bytes, or the names in a folder, are on the disk itself."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _made(folder: Path) -> None:
+    """A folder that is there after a power cut, with those above it."""
+    if folder.is_dir():
+        return
+    _made(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _synced(folder.parent)
 
 
 def _is_partial(path: str) -> bool:

@@ -18,7 +18,15 @@ import pyarrow as pa
 import pytest
 from s3fs.core import S3File
 
-from cwpo_dist.storage import StorageError, Store, digest, fingerprint, parquet_bytes, to_json
+from cwpo_dist.storage import (
+    MANIFEST,
+    StorageError,
+    Store,
+    digest,
+    fingerprint,
+    parquet_bytes,
+    to_json,
+)
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -235,7 +243,7 @@ def test_a_forbidden_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def forbid(*_: object, **__: object) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(os, "makedirs", forbid)
+        monkeypatch.setattr(os, "mkdir", forbid)
     else:
         tmp_path.chmod(0o500)
     assert_refused(Store(str(tmp_path / "run")).create, "Permission denied")
@@ -282,3 +290,49 @@ def test_a_service_that_does_not_know_us_is_told(
     monkeypatch.setattr(s3fs.S3FileSystem, "exists", refused)
     with pytest.raises(StorageError, match=r"LookupError: no credentials\. Check its name"):
         Store("s3://bucket/run").check()
+
+
+def test_what_has_a_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content before the name, the name's folder after it, and folders above as they are made."""
+    done: list[tuple[str, str]] = []
+    fsync, link, replace = os.fsync, os.link, os.replace
+
+    def synced(opened: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{opened}"))
+        done.append(("sync", "partial" if path.suffix == ".partial" else path.name))
+        fsync(opened)
+
+    def linked(source: str, to: str) -> None:
+        done.append(("link", Path(to).name))
+        link(source, to)
+
+    def replaced(source: str, to: str) -> None:
+        done.append(("replace", Path(to).name))
+        replace(source, to)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    monkeypatch.setattr(os, "replace", replaced)
+    root = tmp_path / "root"
+    root.mkdir()
+    store = Store(str(root))
+    store.create("a/b/x", b"1")
+    folders = [("sync", "root"), ("sync", "a")]
+    assert done == [*folders, ("sync", "partial"), ("link", "x"), ("sync", "b")]
+    del done[:]
+    store.write("a/b/x", b"2")
+    assert done == [("sync", "partial"), ("replace", "x"), ("sync", "b")]
+    del done[:]
+    (tmp_path / "given").write_bytes(b"3")
+    store.copy_in(tmp_path / "given", "a/y")
+    assert done == [("sync", "partial"), ("replace", "y"), ("sync", "a")]
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b'{"counts": {', "is torn")])
+def test_a_file_that_a_power_cut_left_is_said(tmp_path: Path, content: bytes, said: str) -> None:
+    """By a version that did not wait for the disk, or on one that lies."""
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(
+        StorageError, match=rf"manifest\.json' {said}.* remove it, then run the same"
+    ):
+        Store(str(tmp_path)).read_json(MANIFEST)
