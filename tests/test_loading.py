@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -340,3 +341,23 @@ def test_weights_are_read_to_where_they_are_wanted(llama, monkeypatch):
     assert straight.state_dict().keys() == usual.keys()
     assert all(torch.equal(tensor, usual[name]) for name, tensor in straight.state_dict().items())
     assert not any(hasattr(part, "_hf_hook") for part in straight.modules())
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ('{"weight_map": {"w": "pytorch_model.bin"}}', "names 'pytorch_model.bin', and only"),
+        ('{"weight_map": {"w": "model.safetensors", "v": "../x.pt"}}', r"names '\.\./x\.pt'"),
+        ('{"weight_map": ', "is no index of weights"),
+        ('{"weights": {}}', "is no index of weights"),
+        ('{"weight_map": ["a"]}', "is no index of weights"),
+        ("[]", "is no index of weights"),
+    ],
+)
+def test_an_index_of_safetensors_names_no_other_files(llama, index, said, tmp_path):
+    """Whatever they hold: transformers would hand them to torch.load."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=said):
+        load_policy(config(folder))

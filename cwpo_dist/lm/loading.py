@@ -33,6 +33,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.switches import keep_given, switch_off
 from cwpo_dist.lm.unfit import unfit
 from cwpo_dist.storage import Store, fingerprint
@@ -305,6 +306,8 @@ def _load(
         keep_layers(config, model)
     if new_head:
         config.num_labels = 1
+    if fault := other_weights(model_path(model.model_name_or_path), model.revision):
+        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {fault}")
     loaded: PreTrainedModel
     try:
         with _quiet():
