@@ -25,6 +25,7 @@ from cwpo_dist.pairs.refusals import (
     not_read,
     unknown_values,
 )
+from cwpo_dist.pairs.rejects import printable
 from cwpo_dist.pairs.verdicts import (
     LETTERS,
     ValueMap,
@@ -312,6 +313,6 @@ def _values(
     share = sum(unknown.values()) / max(seen.total(), 1)
     if share == 1 or share > most_unknown or (not given and counts_otherwise(seen, values)):
         raise unknown_values(first, labels, seen, values)
-    counted = {str(value): count for value, count in seen.most_common()}
+    counted = {printable(str(value)): count for value, count in seen.most_common()}
     blank = len(first.rows) * len(labels) - seen.total()
     return replace(values, seen=counted, blank=blank)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.layout import Layout
-from cwpo_dist.pairs.rejects import Tally, shown
+from cwpo_dist.pairs.rejects import Tally, printable, shown
 from cwpo_dist.pairs.verdicts import MOST_SHOWN, ValueMap, is_number, spelled
 from cwpo_dist.pairs.written import is_conversation
 
@@ -89,11 +89,11 @@ def unknown_values(
     first: FirstRows, labels: Sequence[str], seen: Counter[str | None], values: ValueMap
 ) -> ConfigError:
     """Labels whose values could mean this or that."""
-    found = [str(value) for value, _ in seen.most_common()]
+    found = [printable(str(value)) for value, _ in seen.most_common()]
     unknown = [value for value in found if value not in values.meanings]
     if any(map(is_number, unknown)):  # one scale: those that are known may mean something else
         unknown = [value for value in found if value in unknown or is_number(value)]
-    counted = [f"{value} in {n:,} rows" for value, n in seen.most_common(MOST_SHOWN)]
+    counted = [f"{printable(str(v))} in {n:,} rows" for v, n in seen.most_common(MOST_SHOWN)]
     more = f" and {len(seen) - MOST_SHOWN} more" if len(seen) > MOST_SHOWN else ""
     column = labels[0] if len(labels) == 1 else f"[{', '.join(labels)}]"
     if named := _by_row(first, unknown):
