@@ -119,10 +119,12 @@ def test_the_first_commit_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("field", ["cpus_per_actor", "gpus_per_actor"])
-def test_an_actor_that_fits_nowhere_is_refused_before_start(tmp_path: Path, field: str) -> None:
-    pool = PoolConfig.model_validate({field: 1000})
-    with pytest.raises(ConfigError, match=f"{field}: 1000, .*largest node .* has .*lower it"):
+@pytest.mark.parametrize(("field", "amount"), [("cpus_per_actor", 1000), ("gpus_per_actor", 1)])
+def test_an_actor_that_fits_nowhere_is_refused_before_start(
+    tmp_path: Path, field: str, amount: int
+) -> None:
+    pool = PoolConfig.model_validate({field: amount})
+    with pytest.raises(ConfigError, match=f"{field}: {amount}, .*largest node .* has .*lower it"):
         run_shards(job(tmp_path), pool)
     assert not (tmp_path / "out").exists()
 
