@@ -10,8 +10,7 @@ import logging
 import os
 import secrets
 import sys
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -34,13 +33,6 @@ from cwpo_dist.config import Config
 from cwpo_dist.config_file import load_config, to_yaml
 
 USER_ERROR = 2
-
-
-class Nodes(StrEnum):
-    """Which devices `check` looks at."""
-
-    ONE = "one"
-    ALL = "all"
 
 
 app = typer.Typer(
@@ -210,8 +202,9 @@ def plan(
 @app.command()
 def check(
     nodes: Annotated[
-        Nodes, typer.Option(help="One device and a second rank, or all devices of all nodes.")
-    ] = Nodes.ONE,
+        Literal["one", "all"],
+        typer.Option(help="One device and a second rank, or all devices of all nodes."),
+    ] = "one",
     quick: Annotated[bool, typer.Option("--quick", help="No figures of speed.")] = False,
     storage: Annotated[
         str | None, typer.Option(help="What all nodes see, for a checkpoint; of one node its disk.")
@@ -231,7 +224,7 @@ def check(
     from cwpo_dist.check.command import check as check_cluster
 
     _log_to_terminal()
-    if not check_cluster(nodes.value, to, quick=quick, storage=storage):
+    if not check_cluster(nodes, to, quick=quick, storage=storage):
         raise typer.Exit(1)
 
 

@@ -142,3 +142,16 @@ def test_what_another_pool_has_under_way_or_has_done_waits_for_nobody() -> None:
     shards.done(0)
     shards.broke(1, "t1", "c", "why")
     assert not shards.waiting
+
+
+def test_what_waits_for_a_lost_node_alone_is_stranded() -> None:
+    """The caller then comes again with other actors, where a broken device is told of by name."""
+    shards = Shards("squares", [0, 1, 2])
+    assert not shards.stranded({"here"}), "no actor has come up yet"
+    assert shards.take(0, "t0", "here", "bad") == 0
+    assert shards.take(0, "t1", "gone", "good") == 1
+    shards.broke(0, "t0", "bad", "why")
+    assert shards.take(0, "t0", "here", "bad") == 2
+    shards.broke(0, "t0", "bad", "why")
+    assert not shards.stranded({"here", "gone"})
+    assert shards.stranded({"here"})

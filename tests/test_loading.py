@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm import loading
+from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.loading import (
     ModelError,
     classifier_skeleton,
     load_annotator_base,
     load_policy,
     load_reward_model,
-    model_fingerprint,
     save,
 )
 from cwpo_dist.lm.tokens import Encoder, load_tokenizer

@@ -23,6 +23,7 @@ from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs import cutting
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import RejectsError
+from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.stages import prepare as stage
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -234,4 +235,24 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     ):
         prepare(store, config(str(path), other), seed=0)
     assert not store.names("pairs")
-    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_files_that_come_while_a_folder_is_read_are_the_next_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.jsonl", [row(i) for i in range(40)])
+    reading = stage._read
+
+    def grown(*given: Any) -> None:
+        reading(*given)
+        write(folder / "b.jsonl", [row(i) for i in range(40, 80)])
+
+    monkeypatch.setattr(stage, "_read", grown)
+    assert prepare(Store(str(tmp_path / "out")), config(str(folder)), seed=0)["pairs"] == 40
+    known = source_fingerprints(config(str(folder)))
+    write(folder / "c.jsonl", [row(80)])
+    with pytest.raises(SourceError, match="changed before it was read"):
+        prepare(Store(str(tmp_path / "again")), config(str(folder)), 0, known)

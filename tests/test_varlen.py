@@ -173,6 +173,16 @@ def test_a_kernel_that_is_wrong_is_not_used(
         assert f"for 6 heads of 16 in {str(dtype)[6:]} on cpu, as it" in line
 
 
+def test_an_older_gpu_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    varlen._proved.cache_clear()
+    assert not varlen._proved(torch.device("cuda"), torch.float16, 6, 2, 16, packed.by_row)
+    varlen._proved.cache_clear()
+    assert "it needs a device of compute capability 8.0 or more" in caplog.text
+
+
 def test_a_gradient_that_is_wrong_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward_only(*args: Any, **given: Any) -> Any:
         query, key, value, *others = args
@@ -193,7 +203,6 @@ def test_a_gradient_that_is_wrong_counts(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"width": 60}, False),
         ({"width": 512}, False),
         ({"dropout": 0.1}, False),
-        ({"capability": (7, 5)}, False),
         ({"value_width": 32}, False),
     ],
 )
@@ -201,8 +210,7 @@ def test_what_the_kernel_is_asked_for(
     changed: dict[str, Any], used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case: dict[str, Any] = {"dtype": torch.bfloat16, "is_cuda": True, "width": 64, "dropout": 0.0}
-    case |= {"capability": (9, 0)} | changed
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
+    case |= changed
     monkeypatch.setattr(varlen, "_proved", lambda *_: True)
 
     def faked(heads: int, width: int) -> Any:

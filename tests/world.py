@@ -27,6 +27,7 @@ from cwpo_dist.training.tasks import Task
 
 SPLITS = ("labelled", "unlabelled", "validation", "test")
 LABELS, HIGHER = "abb", "bab"  # whom people chose, and whom the annotator scores higher
+OTHER = {"a": "b", "b": "a"}
 SHARDS = (("labelled", "unlabelled"), ("validation", "test"))  # two files, as there are always some
 
 
@@ -47,7 +48,7 @@ def pairs(split: str) -> list[dict[str, Any]]:
             "response_b": answer(split, k, "b"),
             "label": LABELS[k],
             f"votes_{LABELS[k]}": 3,
-            f"votes_{'ba'['ab'.index(LABELS[k])]}": k,
+            f"votes_{OTHER[LABELS[k]]}": k,
             "split": split,
             "source": "world",
         }
@@ -58,6 +59,11 @@ def pairs(split: str) -> list[dict[str, Any]]:
 def margin(k: int) -> float:
     """By how much the annotator scores the better answer of pair k above the other."""
     return 1.0 + 0.5 * k
+
+
+def reference(text: str) -> float:
+    """A log-prob by which each answer is known again."""
+    return -3.0 - len(text) - 20.0 * ("won" in text) - 40.0 * ("high" in text)
 
 
 class World:
@@ -108,7 +114,7 @@ class World:
             rows = []
             for split in splits:
                 for k, pair in enumerate(pairs(split)):
-                    higher, lower = f"score_{HIGHER[k]}", f"score_{'ba'['ab'.index(HIGHER[k])]}"
+                    higher, lower = f"score_{HIGHER[k]}", f"score_{OTHER[HIGHER[k]]}"
                     scores = {higher: 0.25, lower: 0.25 - factor * margin(k)}
                     rows.append({"pair_id": pair["pair_id"], "annotator": "world"} | scores)
             rows = [row for row in rows if not row["pair_id"].startswith("labelled")]

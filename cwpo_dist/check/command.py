@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +20,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from cwpo_dist.check.device import check_device
 from cwpo_dist.check.finding import Finding, found
-from cwpo_dist.check.ranks import Rank, shared_folder
+from cwpo_dist.check.ranks import Rank
 from cwpo_dist.scoring.devices import hide_other_gpus
 from cwpo_dist.stages.cluster import connect
+from cwpo_dist.storage import Store
+from cwpo_dist.waiting import tell_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,11 @@ def check(nodes: Nodes, to: str, *, quick: bool, storage: str | None) -> bool:
     places, group = chosen(ray.nodes(), nodes)
     kind = "GPU" if places[0].gpu else "CPU"
     logger.info("check: %d × %s, then %d ranks together", len(places), kind, len(group))
+    tell_waiting(
+        f"check: {len(places)} × {kind}",
+        {"CPU": float(len(places))} | ({"GPU": float(len(places))} if places[0].gpu else {}),
+        "check when they are free",
+    )
     found_there: dict[str, list[Finding]] = {}
     for name, findings in _of_devices(places, quick):
         console.print(_table(name, findings))
@@ -132,14 +139,14 @@ def _checked(quick: bool) -> list[Finding]:
 
 
 def _of_group(group: Sequence[Place], storage: str | None) -> list[Finding]:
-    scratch = Path(tempfile.mkdtemp(prefix="cwpo-check-"))
-    shared = shared_folder({place.node for place in group}, scratch, storage)
+    scratch = _scratch(group, storage)
     make: Any = ray.remote(Rank)
     ranks = [make.options(**_options(place)).remote() for place in group]
     try:
         meet = ray.get(ranks[0].address.remote(), timeout=_START_S)
+        where = None if scratch is None else scratch.uri
         asked = [
-            rank.check.remote(number, len(ranks), meet, shared) for number, rank in enumerate(ranks)
+            rank.check.remote(number, len(ranks), meet, where) for number, rank in enumerate(ranks)
         ]
         return _agreed(ray.get(asked))
     except ray.exceptions.RayError as error:
@@ -147,7 +154,19 @@ def _of_group(group: Sequence[Place], storage: str | None) -> list[Finding]:
     finally:
         for rank in ranks:
             ray.kill(rank)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            scratch.remove()
+
+
+def _scratch(group: Sequence[Place], storage: str | None) -> Store | None:
+    """Where ranks may lay checkpoints: below what the user names; of one node on its disk.
+
+    Which is ours only where the driver is on that node, too.
+    """
+    here = {ray.get_runtime_context().get_node_id()}
+    if storage is None and {place.node for place in group} != here:
+        return None
+    return Store(f"{storage or tempfile.gettempdir()}/cwpo-check-{uuid.uuid4().hex[:8]}")
 
 
 def _agreed(of_ranks: Sequence[Sequence[Finding]]) -> list[Finding]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +32,7 @@ from cwpo_dist.scoring.devices import assigned_device, driver
 from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import AnswerWorker
+from cwpo_dist.stages.costs import measured_rate, timed
 from cwpo_dist.storage import Store
 from cwpo_dist.training.loop import Run, TorchEngine, gradients
 from cwpo_dist.training.meter import peak_flops
@@ -64,7 +64,7 @@ def check_device(*, quick: bool) -> list[Finding]:
     }
     if not quick:
         parts |= {
-            "matrix products": lambda: products(device, dtype),
+            "matrix products": lambda: products(device),
             "annotate": lambda: annotate_rate(device, dtype),
             "align": lambda: align_rate(device, dtype),
         }
@@ -215,33 +215,12 @@ def same_bits(device: torch.device, dtype: torch.dtype) -> Outcome:
     return right, said, {"log_probs": same[0], "gradients": same[1]}
 
 
-def products(device: torch.device, dtype: torch.dtype) -> Outcome:
+def products(device: torch.device) -> Outcome:
     """What a large matrix product reaches: the rate that shares below are of."""
-    rate = measured_rate(device, dtype)
+    rate = measured_rate(device)
     peak = peak_flops(device)
     said = f"{rate / 1e12:.2f} TFLOP/s" + (f", {rate / peak:.0%} of the card's" if peak else "")
     return None, said, {"tflops": rate / 1e12, "peak_tflops": peak and peak / 1e12}
-
-
-def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of ten square products, FLOP/s."""
-    size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    return float(2 * size**3 / min(timed(device, lambda: matrix @ matrix) for _ in range(10)))
-
-
-def timed(device: torch.device, act: Callable[[], object]) -> float:
-    """Seconds until the device is done with it."""
-    _wait(device)
-    started = time.perf_counter()
-    act()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def annotate_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
@@ -252,7 +231,7 @@ def annotate_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
     given = models.rows(_PAIRS[large], (60, 300), (40, 250))
     forward(given[:8])
     seconds = timed(device, lambda: forward(given))
-    return _rate(device, dtype, given, forward.flops.forward(given), seconds)
+    return _rate(device, given, forward.flops.forward(given), seconds)
 
 
 def align_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
@@ -271,18 +250,17 @@ def align_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
     run = Run(config, 0, layout, 2)
     gradients(task, engine, run, 0, list(range(4)))
     seconds = timed(device, lambda: gradients(task, engine, run, 0, list(range(len(given)))))
-    return _rate(device, dtype, given, 3 * useful_flops(module).forward(given), seconds)
+    return _rate(device, given, 3 * useful_flops(module).forward(given), seconds)
 
 
 def _rate(
     device: torch.device,
-    dtype: torch.dtype,
     given: Sequence[Row],
     flops: float,
     seconds: float,
 ) -> Outcome:
     tokens = sum(row.n_tokens for row in given)
-    share = flops / seconds / measured_rate(device, dtype)
+    share = flops / seconds / measured_rate(device)
     figures = {
         "tokens_per_s": tokens / seconds,
         "pairs_per_s": len(given) / seconds,

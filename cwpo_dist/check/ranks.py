@@ -11,7 +11,6 @@ import socket
 import statistics
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -19,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from cwpo_dist.check import models
-from cwpo_dist.check.device import timed
 from cwpo_dist.check.finding import Finding, Outcome, found
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.scoring.devices import assigned_device, hide_other_gpus
+from cwpo_dist.stages.costs import timed
 from cwpo_dist.storage import Store
 from cwpo_dist.training.loop import Engine, Run, TorchEngine, gradients
 
@@ -191,10 +190,3 @@ def _stages(dtype: torch.dtype) -> list[Stage]:
 
 def _name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-
-
-def shared_folder(nodes: set[str], scratch: Path, storage: str | None) -> str | None:
-    """Where ranks may lay checkpoints: what the user names, or this machine's disk for its own."""
-    if storage is not None:
-        return f"{storage.rstrip('/')}/cwpo-check"
-    return str(scratch) if len(nodes) == 1 else None

@@ -90,12 +90,17 @@ def matmul_weights(module: nn.Module, config: Any) -> int:
     return round(weights)
 
 
-def _attention_width(config: Any) -> int:
+def head_width(config: Any) -> int:
+    """Of one attention head; 0 for a model that names none."""
     heads = whole_number(config, "num_attention_heads")
     if not heads:
         return 0
-    head_dim = whole_number(config, "head_dim") or whole_number(config, "hidden_size") // heads
-    return heads * head_dim * whole_number(config, "num_hidden_layers")
+    return whole_number(config, "head_dim") or whole_number(config, "hidden_size") // heads
+
+
+def _attention_width(config: Any) -> int:
+    heads = whole_number(config, "num_attention_heads")
+    return heads * head_width(config) * whole_number(config, "num_hidden_layers")
 
 
 def _shape(weight: Any) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,12 +35,11 @@ from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.switches import keep_given, switch_off
 from cwpo_dist.lm.unfit import unfit
-from cwpo_dist.storage import Store, fingerprint
+from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
 # What decides a model's behaviour; other files of its folder may change freely.
-_MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 _NAMES_SHOWN = 5
 _KINDS: dict[Any, tuple[Collection[str], str]] = {
     AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal language model"),
@@ -208,43 +206,6 @@ def model_path(name: str) -> str:
             f"model_name_or_path: no folder {name!r}; give a Hugging Face folder, a URI or a hub id"
         )
     return name
-
-
-def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
-    """What identifies a model's weights, configuration and tokenizer without reading them.
-
-    Returns:
-        Name, size and modification time (or ETag) of each file of a folder; for a hub model its
-        id and the commit that its revision stands for.
-    """
-    name = model.model_name_or_path
-    path = model_path(name) if "://" not in name else name
-    if "://" not in path and not Path(path).is_dir():
-        return [[name, _commit(model)]]
-    root = Store(path).root
-    return [
-        [str(file)[len(root) + 1 :], *marks]
-        for file, *marks in fingerprint(path)
-        if str(file).endswith(_MODEL_FILES)
-    ]
-
-
-def tokenizer_fingerprint(model: ModelConfig) -> list[list[Any]]:
-    """The same of what makes text into tokens: other weights under one tokenizer change nothing."""
-    return [mark for mark in model_fingerprint(model) if not _is_of_weights(str(mark[0]))]
-
-
-def _is_of_weights(file: str) -> bool:
-    return ".safetensors" in file or Path(file).name in {"config.json", "generation_config.json"}
-
-
-def _commit(model: ModelConfig) -> str:
-    """The commit of a hub model's revision: the hub's word, or without a network the cache's."""
-    try:
-        cached = hf_hub_download(model.model_name_or_path, "config.json", revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {error}") from error
-    return Path(cached).parent.name  # …/snapshots/COMMIT/config.json
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:

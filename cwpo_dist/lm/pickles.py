@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
-from transformers.utils.hub import cached_file
 
 from cwpo_dist.lm.foreign import one_line
 
@@ -22,18 +23,11 @@ def other_weights(path: str, revision: str | None) -> str | None:
         path: a local folder, or a hub id.
         revision: of a hub model.
     """
-    index = cached_file(
-        path,
-        SAFE_WEIGHTS_INDEX_NAME,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    index = _index(path, revision)
     if index is None:  # one file, whose name says what it is
         return None
     try:
-        files = {str(file) for file in json.loads(Path(index).read_bytes())["weight_map"].values()}
+        files = {str(file) for file in json.loads(index.read_bytes())["weight_map"].values()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return (
             f"{SAFE_WEIGHTS_INDEX_NAME} is no index of weights ({one_line(error)}); fetch it again"
@@ -45,3 +39,13 @@ def other_weights(path: str, revision: str | None) -> str | None:
         f"{SAFE_WEIGHTS_INDEX_NAME} names {others[0]!r}, and only safetensors are read, as other "
         "weights may run code; convert them once"
     )
+
+
+def _index(path: str, revision: str | None) -> Path | None:
+    if Path(path).is_dir():
+        file = Path(path, SAFE_WEIGHTS_INDEX_NAME)
+        return file if file.exists() else None
+    try:
+        return Path(hf_hub_download(path, SAFE_WEIGHTS_INDEX_NAME, revision=revision))
+    except EntryNotFoundError:  # nor in the cache, where there is no hub
+        return None

@@ -140,7 +140,6 @@ def usable(query: Tensor, key: Tensor, value: Tensor, dropout: float, by_row: By
         and width % 8 == 0
         and width <= _WIDEST
         and value.shape == key.shape
-        and torch.cuda.get_device_capability(query.device) >= _OLDEST
         and _proved(query.device, query.dtype, query.shape[1], key.shape[1], width, by_row)
     )
 
@@ -151,6 +150,8 @@ def _proved(
 ) -> bool:
     """Whether outputs and gradients are those of attention row by row; a warning where not."""
     try:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST:
+            raise NotImplementedError("it needs a device of compute capability 8.0 or more")
         found = differences(device, dtype, heads, key_heads, width, by_row)
     except torch.OutOfMemoryError:
         raise

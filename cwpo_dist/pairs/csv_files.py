@@ -13,8 +13,6 @@ from cwpo_dist.pairs.rejects import printable
 # The csv module's own 128 KiB is shorter than a long answer; without any bound one stray quote
 # would swallow the rest of the file.
 CSV_FIELD_BYTES = 16 * 2**20
-
-
 # Of lines inside a quoted field: so many, of so many columns, of which so large a share are rows.
 FEWEST_INNER, FEWEST_COLUMNS, ALIKE = 2, 3, 0.8
 
@@ -45,12 +43,7 @@ def csv_rows(
         lines = io.TextIOWrapper(rows, "utf-8", "surrogateescape", newline="")
         reader = _reader(lines, seen, delimiter)
     for fields in _records(reader, seen) if header else ():
-        if fields == []:  # an empty line
-            continue
-        if fields is None or _swallowed(fields, seen, len(header), delimiter):
-            yield from ((None, line) for line in _written(seen))
-        else:
-            yield dict(zip(header, fields, strict=True)), "".join(seen).rstrip("\r\n")
+        yield from _rows(fields, seen, header, delimiter)
 
 
 def csv_spans(file: IO[bytes], size: int, delimiter: str = ",") -> Iterator[tuple[int, int, int]]:
@@ -75,10 +68,7 @@ def csv_spans(file: IO[bytes], size: int, delimiter: str = ",") -> Iterator[tupl
     rows = 0
     for fields in _records(reader, seen):
         at += _bytes_of(seen)
-        if fields is None or _swallowed(fields, seen, len(header), delimiter):
-            rows += len(_written(seen))
-        else:
-            rows += fields != []
+        rows += len(_rows(fields, seen, header, delimiter))
         if at - start >= size:
             yield start, at, rows
             start, rows = at, 0
@@ -126,24 +116,29 @@ def _records(reader: Iterator[list[str]], seen: list[str]) -> Iterator[list[str]
         yield fields
 
 
-def _written(seen: list[str]) -> list[str]:
-    """The lines in which something stands."""
-    return [text for line in seen if (text := line.rstrip("\r\n"))]
+def _rows(
+    fields: list[str] | None, seen: list[str], header: list[str], delimiter: str
+) -> list[tuple[dict[str, str] | None, str]]:
+    """The row of some fields and its text; none of an empty line.
 
-
-def _swallowed(fields: list[str], seen: list[str], width: int, delimiter: str) -> bool:
-    """Whether a row is none: it does not fit the header, or a stray quote took others into it.
-
-    Then each of its lines counts as a row that is set aside, as it may have been one: a quote that
-    is opened by mistake takes all lines up to the next one, and may even end in as many fields as
-    there are columns. Lines within an answer seldom have as many themselves.
+    Where they do not fit the header, or are no CSV, each of their lines counts as a row that is set
+    aside, as it may have been one: a quote that is opened by mistake takes all lines up to the next
+    one, and may even end in as many fields as there are columns.
     """
-    if not fields:
-        return False
-    if len(fields) != width:
-        return True
-    inner = seen[1:-1]
+    if fields == []:
+        return []
+    fits = fields is not None and len(fields) == len(header)
+    if fields is None or not fits or _swallowed(seen[1:-1], len(header), delimiter):
+        return [(None, text) for line in seen if (text := line.rstrip("\r\n"))]
+    return [(dict(zip(header, fields, strict=True)), "".join(seen).rstrip("\r\n"))]
+
+
+def _swallowed(inner: list[str], width: int, delimiter: str) -> bool:
+    """Whether lines inside a quoted field are rows themselves; within an answer they seldom are."""
     if len(inner) < FEWEST_INNER or width < FEWEST_COLUMNS:
+        return False
+    enough = sum(line.count(delimiter) >= width - 1 for line in inner)  # cheaper than to read them
+    if enough < ALIKE * len(inner):
         return False
     rows = csv.reader(inner, delimiter=delimiter)
     try:

@@ -37,6 +37,7 @@ class Shards:
         self.under_way: dict[int, dict[int, str]] = {}  # shard → pool → node; oldest first
         self.broke_over: dict[int, set[str]] = {}  # shard → devices
         self.breaks: dict[str, int] = {}  # device → how often, for all that have begun
+        self.node_of: dict[str, str] = {}  # device → node
 
     def take(self, pool: int, ticket: str, node: str, device: str) -> int | Later | None:
         """The ticket's shard; None when nothing is left for it to do.
@@ -45,6 +46,7 @@ class Shards:
         commit wins, and no pool idles behind a slower or a lost one. A device that broke twice gets
         none: it is told to ask again, until others have done them all.
         """
+        self.node_of[device] = node
         if self.breaks.setdefault(device, 0) >= MOST_BREAKS:
             return "later" if self.waiting or self.under_way else None
         if (pool, ticket) not in self.given:
@@ -114,9 +116,11 @@ class Shards:
         self.under_way.pop(index, None)
 
     def stranded(self, alive: set[str]) -> bool:
-        """True when all that is left lies with actors on lost nodes."""
-        holders = [set(held.values()) for held in self.under_way.values()]
-        return not self.waiting and not any(nodes & alive for nodes in holders)
+        """True when what is left lies with actors on lost nodes, or waits for none but those."""
+        if self.waiting:
+            able = {self.node_of[d] for d, times in self.breaks.items() if times < MOST_BREAKS}
+            return bool(self.node_of) and not able & alive
+        return not any(set(held.values()) & alive for held in self.under_way.values())
 
     def close(self) -> None:
         """No ticket that has not begun gets a shard any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -292,9 +292,10 @@ class Rates:
     """How fast this machine multiplies, measured once; nothing is known of others."""
 
     def __init__(self, machines: Sequence[Machine]) -> None:
-        has_gpu = torch.cuda.is_available()
-        self.utilisation = UTILISATION["cuda" if has_gpu else "cpu"]
-        self.flops = _measured(has_gpu) if has_gpu or not gpus(machines) else None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.utilisation = UTILISATION[device.type]
+        known = device.type == "cuda" or not gpus(machines)
+        self.flops = measured_rate(device) if known else None
 
     def seconds(self, cost: Cost) -> float | None:
         """About how long a stage takes here; None for a cluster whose GPUs we cannot ask."""
@@ -306,26 +307,32 @@ class Rates:
         return START_S[cost.kind] + cost.flops / rate
 
 
-def _measured(on_gpu: bool) -> float:
-    """Floating-point operations a second of a matrix product, one thread on a CPU."""
-    size, device = (4096, "cuda") if on_gpu else (512, "cpu")
-    number = torch.bfloat16 if on_gpu else torch.float32
+def measured_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product, in the precision used there; one thread on a CPU."""
+    on_gpu = device.type == "cuda"
+    size, number = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
     matrix = torch.randn(size, size, device=device, dtype=number)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        best = min(_timed(matrix, on_gpu) for _ in range(5))
+        best = min(timed(device, lambda: matrix @ matrix) for _ in range(5))
     finally:
         torch.set_num_threads(threads)
     return float(2 * size**3 / best)
 
 
-def _timed(matrix: torch.Tensor, on_gpu: bool) -> float:
+def timed(device: torch.device, act: Callable[[], object]) -> float:
+    """Seconds until the device is done with it."""
+    _wait(device)
     started = time.perf_counter()
-    matrix @ matrix
-    if on_gpu:
-        torch.cuda.synchronize()
+    act()
+    _wait(device)
     return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _gib(number: float) -> str:

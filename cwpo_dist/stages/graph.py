@@ -22,7 +22,7 @@ from cwpo_dist.config import (
     WeighConfig,
 )
 from cwpo_dist.evaluation.gold import load_function
-from cwpo_dist.lm.loading import model_fingerprint, tokenizer_fingerprint
+from cwpo_dist.lm.fingerprints import model_fingerprint, tokenizer_fingerprint
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.storage import Store, digest

@@ -19,7 +19,7 @@ LIVE_NUMBERS = 10**9
 # once more, as measured. CUDA's allocator is taken to use all of it again (not measured).
 RETAINED = 1.5
 FEWEST = {False: 0, True: 1}  # the lowest ZeRO stage, by whether it is on GPUs, in bf16
-ROW_BYTES = 36.2  # a token, as a Python list of ids holds it (measured, `benchmarks/memory.py`)
+ROW_BYTES = 36  # a token: 8 of the list that holds its id, 28 of the int itself
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,12 @@ def prepare(
     """
     known = source_fingerprints(config) if known is None else known
     planned = plan(config)
+    _refuse_changed(store, config, known, "before it was read")
     for line in planned.remarks:
         logger.warning("prepare: %s", line)
     _check_placement(config.num_cpus)
     _read(store, planned, config, seed)
-    _refuse_changed(store, config, known)
+    _refuse_changed(store, config, known, "while it was read", more=True)
     read = piece_summaries(store)
     damaged = _damaged_files(planned, read, config)
     rejects = Tally()
@@ -96,15 +97,29 @@ def prepare(
     return counts
 
 
-def _refuse_changed(store: Store, config: PrepareConfig, known: list[Any]) -> None:
-    """What was read would lie under the key of what it was before."""
+def _refuse_changed(
+    store: Store, config: PrepareConfig, known: list[Any], when: str, *, more: bool = False
+) -> None:
+    """What is read would lie under the key of what it was before.
+
+    Args:
+        store: of the stage.
+        config: the sources.
+        known: their fingerprints when the key was made.
+        when: of the change, for people.
+        more: files that came since do no harm, as they were not read.
+    """
     now = source_fingerprints(config)
-    changed = [s.path for s, old, new in zip(config.sources, known, now, strict=True) if old != new]
+    changed = [
+        source.path
+        for source, old, new in zip(config.sources, known, now, strict=True)
+        if (any(mark not in new for mark in old) if more else old != new)
+    ]
     if changed:
         store.remove("work")
         raise SourceError(
-            f"prepare.sources: {', '.join(map(repr, changed))} changed while it was read, and "
-            "nothing is kept of it; run the same command again when nobody writes there"
+            f"prepare.sources: {', '.join(map(repr, changed))} changed {when}, and nothing is kept "
+            "of it; run the same command again when nobody writes there"
         )
 
 

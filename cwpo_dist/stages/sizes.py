@@ -18,7 +18,7 @@ from transformers import (
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.activations import Kept, kept_of_token
-from cwpo_dist.lm.flops import matmul_weights
+from cwpo_dist.lm.flops import head_width, matmul_weights
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
 from cwpo_dist.lm.loading import (
     ModelError,
@@ -165,11 +165,9 @@ def trained_size(model: ModelConfig, load: Loader, lora: LoraConfig | None) -> T
 
 def _cached(config: Any) -> int:
     """Keys and values of a token in all layers; more than a window or a state space keeps."""
-    heads = whole_number(config, "num_attention_heads")
-    width = whole_number(config, "hidden_size")
-    key_heads = whole_number(config, "num_key_value_heads") or heads
-    each = whole_number(config, "head_dim") or width // max(1, heads)
-    return 2 * whole_number(config, "num_hidden_layers") * key_heads * each
+    heads = whole_number(config, "num_key_value_heads")
+    heads = heads or whole_number(config, "num_attention_heads")
+    return 2 * whole_number(config, "num_hidden_layers") * heads * head_width(config)
 
 
 def _learned_positions(module: PreTrainedModel) -> int | None:

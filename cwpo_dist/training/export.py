@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity, digests, identify
-from cwpo_dist.lm.loading import load_annotator_base, load_policy, model_fingerprint
+from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.switches import give_back
 from cwpo_dist.storage import Store, is_full, to_json
 from cwpo_dist.training.lora import Head, save_adapter

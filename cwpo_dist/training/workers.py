@@ -31,8 +31,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, TrainingConfig
+from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import identify
-from cwpo_dist.lm.loading import model_fingerprint
 from cwpo_dist.storage import MANIFEST, Store, digest
 from cwpo_dist.training.checkpoint import CommitFailed
 from cwpo_dist.training.frozen import FrozenSpec
