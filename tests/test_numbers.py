@@ -112,6 +112,7 @@ def test_prepare_keeps_each_score_with_its_answer_and_counts_the_void(tmp_path: 
     counted = census(given, seed=0)
     assert sum(counted.own["scores"].values()) == 37
     assert counted.void == counts["void_numbers"]
+    assert counted.unlike == counts["conflicting_numbers"]
 
 
 def test_data_without_such_columns_count_none(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import graph, needs_annotator, weighing_nodes
 from cwpo_dist.stages.own import OwnNumbersError
 from cwpo_dist.stages.plan import plan
+from cwpo_dist.stages.show import show
 from cwpo_dist.storage import MANIFEST, Store
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -49,7 +51,8 @@ def prepared(config: Config) -> list[dict[str, Any]]:
     node = weighing_nodes(config, config.arms[0])["prepare"]
     place = context.place(node)
     if not place.exists(MANIFEST):
-        place.create_json(MANIFEST, {"counts": prepare.run(context, node)})
+        made = {"versions": {}, "device": "cpu", "counts": prepare.run(context, node)}
+        place.create_json(MANIFEST, made)
     return [pair for name in place.names("pairs") for pair in place.read_table(name).to_pylist()]
 
 
@@ -177,6 +180,26 @@ def test_pairs_without_a_number_are_left_out_counted_and_told(
     (note,) = [note for note in plan(config).notes if "left out" in note]
     assert "2 of 100" in note
     assert "1 × weight: below 0" in note
+
+
+def test_a_run_that_ended_at_weigh_is_planned_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = numbered(40, weight=0.25)
+    rows += [rows[0] | {"weight": 0.75}]  # a copy that disagrees: the pair has no number
+    config = given(write(tmp_path / "x.jsonl", rows), test_fraction=0.0)
+    (note,) = [note for note in plan(config).notes if "left out" in note]
+    assert "1 of 40" in note
+    assert "1 × copies of a pair with different numbers" in note
+    prepared(config)
+    context = Context(config, Store(config.output_dir))
+    node = weighing_nodes(config, "own")["weigh"]
+    made = {"versions": {}, "device": "cpu", "counts": weigh.run(context, node)}
+    context.place(node).create_json(MANIFEST, made)
+    page = Path(show([config.output_dir]))
+    for text in (page.read_text(), capsys.readouterr().out):
+        assert node.path in text, "where the preferences are"
+        assert re.search(r"Weights by arm.*\b39\b.*0\.250", text, re.DOTALL)
 
 
 def test_arms_that_read_an_annotator_read_the_columns_instead(tmp_path: Path) -> None:

@@ -353,3 +353,10 @@ def test_without_a_policy_arms_that_need_no_annotator_are_planned_up_to_weighing
     planned = plan(parse_config(config))
     assert [stage.stage for stage in planned.stages][-2:] == last
     assert "no policy is given: planned up to `weigh`" in planned.notes
+
+
+def test_without_any_model_no_arm_is_shown(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    del config["policy"], config["weak"]
+    (only,) = plan(parse_config(config)).stages
+    assert (only.stage, only.arms) == ("prepare", ())

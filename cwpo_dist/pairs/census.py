@@ -43,6 +43,7 @@ class Census:
         own: pairs by split that can be weighed by numbers of their own, by the kinds of them that
             the sources have columns for.
         void: numbers of their own that cannot be used, by field and why.
+        unlike: pairs whose copies have different numbers of their own, which then count for none.
         most_weight: the largest weight of their own that was read.
         files: inputs to read.
         damaged: those of them that were found damaged, with why.
@@ -61,6 +62,7 @@ class Census:
     sample: tuple[ParsedPair, ...]
     own: Mapping[numbers.Own, Mapping[str, int]] = field(default_factory=dict)
     void: Mapping[str, int] = field(default_factory=dict)
+    unlike: int = 0
     most_weight: float = 0.0
     files: int = 0
     damaged: Mapping[str, str] = field(default_factory=dict)
@@ -157,6 +159,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         tuple(kept),
         own={own: scaled(found.own[own]) for own in numbers.COLUMNS if own in there},
         void=scaled(found.void),
+        unlike=round(found.unlike * reading.scale),
         most_weight=found.most_weight,
         files=reading.files,
         damaged=damaged,
@@ -179,7 +182,7 @@ class _Counts:
         self.own: dict[numbers.Own, Counter[str]] = {own: Counter() for own in numbers.COLUMNS}
         self.void: Counter[str] = Counter()
         self.most_weight = 0.0
-        self.ties = self.merged = 0
+        self.ties = self.merged = self.unlike = 0
 
     def add(self, row: Mapping[str, Any], own: numbers.Numbers) -> bool:
         """Whether it is the first of its pair."""
@@ -200,7 +203,11 @@ class _Counts:
             for _ in range(len(copies) - len(rows)):
                 tally.add(LEAKED[SIDES[side]])
             if rows:
-                pair = rows[0] if len(rows) == 1 else merge(rows)[0] | numbers.agreed(rows)[0]
+                pair = rows[0]
+                if len(rows) > 1:
+                    own, unlike = numbers.agreed(rows)
+                    pair = merge(rows)[0] | own
+                    self.unlike += unlike
                 self._count(pair, learn_ties=learn_ties)
                 self.merged += len(rows) - 1
 

@@ -51,9 +51,11 @@ _OVERLAP = "remove the overlap between sources or groups, or split by hash (no `
 REMEDIES: dict[Reason, str] = {
     Reason.MALFORMED: "check that the file is what its name says: one JSON object a line, or CSV "
     "(in which a quote that is never closed takes the lines behind it)",
-    Reason.DAMAGED: "fetch the file again, then run the same command; its rest counts as one row",
+    Reason.DAMAGED: "get the file again, then run the same command; all rows behind the damage "
+    "count as one",
     Reason.NOT_MAPPING: "each row must be an object with named fields",
-    Reason.UNICODE: "write the file as UTF-8, without lone surrogates",
+    Reason.UNICODE: "write the file as UTF-8, without half characters (\\ud800 to \\udfff with no "
+    "partner)",
     Reason.MISSING: "name the column under prepare.sources.N.columns, or fill it",
     Reason.TYPE: "prompts and answers are strings or messages; name the columns that hold them "
     "under prepare.sources.N.columns, or set prepare.sources.N.format",

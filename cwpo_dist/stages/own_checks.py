@@ -66,9 +66,10 @@ def own_notes(config: Config, counted: Census) -> Iterator[str]:
         own, splits = chosen(config.weigh.column, counted.own), config.arm(name).splits
         pairs, without = counted.pairs(*splits), counted.own_pairs(own, *splits)
         if config.arm(name).labels == "own" and without < pairs:
-            named = ", ".join(
-                f"{count:,} × {why}" for why, count in void_of(own, counted.void).items()
-            )
+            void = void_of(own, counted.void)
+            if counted.unlike:
+                void |= {"copies of a pair with different numbers": counted.unlike}
+            named = ", ".join(f"{count:,} × {why}" for why, count in void.items())
             yield (
                 f"arm {name!r}: {pairs - without:,} of {pairs:,} training pairs have no {own} of "
                 "their own that can be used, and are left out" + (f" ({named})" if named else "")

@@ -194,7 +194,7 @@ def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StageP
     found: dict[str, tuple[str, Node, list[str]]] = {}
     for arm, nodes in _graphs(config).items():
         for role, node in nodes.items():
-            found.setdefault(node.path, (role, node, []))[2].append(arm)
+            found.setdefault(node.path, (role, node, []))[2].extend([arm] if arm else [])
     rates = Rates(estimate.checked.machines)
     for role, node, arms in found.values():
         name = node.stage if role == node.stage else f"{node.stage} ({role})"
@@ -295,7 +295,7 @@ def _graphs(config: Config) -> dict[str, dict[str, Node]]:
     nodes = {"prepare": prepared}
     if until_of(config) == "annotate":
         nodes |= annotator_nodes(config, prepared)
-    return dict.fromkeys(config.arms, nodes)
+    return {"": nodes}  # of no arm yet
 
 
 def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:

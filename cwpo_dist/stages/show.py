@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from cwpo_dist.report.comparison import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.outputs import data_tables
 from cwpo_dist.report.page import render
+from cwpo_dist.report.summary import weights_table
 from cwpo_dist.report.table import print_summary, print_table
 from cwpo_dist.storage import MANIFEST, Store
 
@@ -24,7 +26,7 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
 
     Args:
         runs: run directories, paths or URIs, each with a finished report; one alone may have ended
-            before it, and shows what `prepare` made.
+            before it, and shows what `prepare` and `weigh` made.
         to: where the page goes; None: the run's own `report.html` (for one run).
 
     Returns:
@@ -37,7 +39,7 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
         raise ShowError("--to: several runs share a page; name its file")
     if len(runs) == 1 and _compared_only(Store(runs[0])):
         return _show_comparison(Store(runs[0]), to)
-    if len(runs) == 1 and (prepared := _prepared_only(Store(runs[0]))):
+    if len(runs) == 1 and (prepared := _without_report(Store(runs[0]))):
         return _show_prepared(runs[0], prepared, to)
     found = {run: _metrics(run) for run in runs}
     sample = None
@@ -56,25 +58,42 @@ def _compared_only(root: Store) -> bool:
     return root.exists(FIGURES) and not root.exists("metrics.json")
 
 
-def _prepared_only(root: Store) -> dict[str, dict[str, Any]]:
+def _without_report(root: Store) -> dict[str, dict[str, Any]]:
     """The manifests of what `prepare` made, by its key, of a run that has no report yet."""
     if root.exists("metrics.json") or root.exists(FIGURES):
         return {}
-    made = [name for name in root.names("prepare") if name.endswith(f"/{MANIFEST}")]
+    return _manifests(root, "prepare")
+
+
+def _manifests(root: Store, stage: str) -> dict[str, dict[str, Any]]:
+    """Those of a stage's committed outputs, by their keys."""
+    made = [name for name in root.names(stage) if name.endswith(f"/{MANIFEST}")]
     return {name.split("/")[1]: root.read_json(name) for name in made}
 
 
 def _show_prepared(run: str, prepared: dict[str, dict[str, Any]], to: str | None) -> str:
-    """What became of the rows; where sources or settings changed between, a column each."""
+    """What became of the rows, and of the pairs that were weighed.
+
+    Where sources or settings changed between, each `prepare` has a column; each `weigh` has a row,
+    named by the folder that holds its preferences.
+    """
     counts = {key: manifest["counts"] for key, manifest in prepared.items()}
     (first, *others) = prepared.values()
+    weighed = {
+        f"weigh/{key}": {"weigh": manifest["counts"]}
+        for key, manifest in _manifests(Store(run), "weigh").items()
+    }
     metrics: dict[str, Any] = {
         "run": {"output_dir": run} | {name: first[name] for name in ("versions", "device")},
-        "arms": {},
+        "arms": weighed,
         **({"prepared": counts} if others else {"prepare": first["counts"]}),
     }
-    for table in data_tables(metrics):
+    weights = [weights_table(metrics)] if weighed else []
+    for table in [*data_tables(metrics), *weights]:
         print_table(table, Console(), simulated=False)
+    for place in weighed:
+        told = Text(f"weighed pairs: {run.rstrip('/')}/{place}/preferences")
+        Console().print(told, soft_wrap=True)  # in one line, to be copied
     return _written(render(metrics), to or f"{run.rstrip('/')}/report.html")
 
 
