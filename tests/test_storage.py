@@ -209,6 +209,8 @@ def test_a_killed_writer_leaves_no_file_to_be_seen(tmp_path: Path) -> None:
     assert not store.exists("part.parquet")
     assert store.create("part.parquet", b"y")
     assert store.names() == ["part.parquet"]
+    store.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["part.parquet"]
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(
