@@ -40,7 +40,7 @@ class StorageError(OSError):
 
 
 class FileMissing(StorageError, FileNotFoundError):
-    """A file that was to be read is not there."""
+    """A file that was to be read, or a folder that was being written in, is not there."""
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,8 @@ class Store:
             known = fault or OTHER
             what = "" if plain else f"{known.what}: "
             remedy = "free space or fix permissions" if plain else known.remedy
-            raise StorageError(
+            kind = FileMissing if fault is MISSING else StorageError
+            raise kind(
                 f"storage refused to write {self.path(name)!r}: {what}{told(error)}. What was "
                 f"committed stays readable; {remedy}, then run the same command again"
             ) from error
