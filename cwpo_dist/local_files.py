@@ -67,6 +67,21 @@ def copy(source: str | Path, path: str) -> None:
     _synced(os.path.dirname(path))
 
 
+def below(folder: str) -> list[str]:
+    """The paths of all files below a folder.
+
+    Raises:
+        OSError: where a folder refuses to be listed; fsspec by itself passes over it.
+    """
+    walk = os.walk(folder, onerror=_raise_unless_gone)
+    return [os.path.join(parent, name) for parent, _, names in walk for name in names]
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # others may remove meanwhile
+        raise error
+
+
 def sweep(folder: str) -> None:
     """Removes what dead writers left half-written below a folder; of living ones nothing."""
     for parent, _, names in os.walk(folder):

@@ -124,11 +124,11 @@ class Store:
     def names(self, below: str = "") -> list[str]:
         """All file names below a sub-folder, relative to this folder, sorted; none without it."""
         self.filesystem.invalidate_cache()
-        # By itself fsspec passes over local folders that refuse to be listed.
-        how = {"on_error": _raise_unless_gone} if self.is_local else {}
+        place = self.path(below) if below else self.root
+        find = local_files.below if self.is_local else self.filesystem.find
         try:
             with self._reading(below):
-                found = self.filesystem.find(self.path(below) if below else self.root, **how)
+                found = find(place)
         except FileMissing:
             return []
         return sorted(
@@ -351,11 +351,6 @@ class Store:
                 f"broken copy; remove it and, if there is one, the {MANIFEST} of its stage, then "
                 f"run the same command again: what is missing is made anew ({error})"
             ) from error
-
-
-def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # others may remove while we list
-        raise error
 
 
 def to_json(value: Any) -> bytes:

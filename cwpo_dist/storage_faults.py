@@ -105,14 +105,14 @@ FAULTS = (UNKNOWN_USER, DENIED, THROTTLED, UNREACHABLE, FULL, MISSING)
 def fault_of(error: BaseException) -> Fault | None:
     """What an error of storage means; None where none of its signs is known.
 
-    A service's code says most. An error's class, which its client chose, often says less.
+    A service's code says most, and an error's cause more than what its client made of it.
     """
     chain = list(_chain(error))
     for code in (code for each in chain for code in _codes(each)):
         for fault in FAULTS:
             if code in fault.codes.split():
                 return fault
-    for each in chain:
+    for each in reversed(chain):
         for fault in FAULTS:
             if {kind.__name__ for kind in type(each).__mro__} & set(fault.kinds.split()):
                 return fault
@@ -142,7 +142,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+        seen = seen.__cause__
 
 
 def _codes(error: BaseException) -> Iterator[str]:
