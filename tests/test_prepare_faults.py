@@ -153,15 +153,15 @@ def test_an_outage_while_work_is_read_is_one_sentence(
     tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "x.jsonl", [row(i) for i in range(20)])
-    cat = s3fs.S3FileSystem._cat_file
+    call = s3fs.S3FileSystem._call_s3
 
-    async def away(filesystem: Any, path: str, *given: Any, **how: Any) -> Any:
-        if "/work/" in path:
+    async def away(filesystem: Any, method: str, *given: Any, **how: Any) -> Any:
+        if method == "get_object" and "/work/" in how["Key"]:
             raise EndpointConnectionError(endpoint_url="http://s3")
-        return await cat(filesystem, path, *given, **how)
+        return await call(filesystem, method, *given, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(s3fs.S3FileSystem, "_cat_file", away)
+        patch.setattr(s3fs.S3FileSystem, "_call_s3", away)
         with pytest.raises(StorageError, match=r"cannot be reached.*check the network") as caught:
             prepare(s3_store, config(path), seed=0)
     assert "\n" not in str(caught.value)
