@@ -14,25 +14,33 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from cwpo_dist import local_files
+from cwpo_dist.storage_faults import DENIED, FULL, MISSING, OTHER, fault_of, told
+
 MANIFEST = "manifest.json"
 # A smaller file comes whole in one request: footer and columns apart would be three, one by one.
 ONE_REQUEST_BYTES = 4 * 2**20
+_REMOVALS = 100  # tries, where others remove or write in the same folder
 
 
 class StorageError(OSError):
     """Storage refused a read or write; the message names the place and the remedy."""
+
+
+class FileMissing(StorageError, FileNotFoundError):
+    """A file that was to be read, or a folder that was being written in, is not there."""
 
 
 @dataclass(frozen=True)
@@ -98,27 +106,65 @@ class Store:
         try:
             self.filesystem.exists(self.root)
         except Exception as error:  # each service raises kinds of its own; raised again as ours
-            raise StorageError(
-                f"{self.uri}: {type(error).__name__}: {error}. Check its name, your credentials "
-                "(environment variables) and the network"
-            ) from error
+            if (fault := fault_of(error)) is not None:
+                why = f"{fault.what} ({told(error)}); {fault.remedy}"
+            else:
+                why = f"{type(error).__name__}: {error}. Check its name, {OTHER.remedy}"
+            raise StorageError(f"{self.uri}: {why}") from error
 
     def exists(self, name: str) -> bool:
         """True when the file `name` is there, whole."""
         self.filesystem.invalidate_cache()
-        return bool(self.filesystem.isfile(self.path(name)))
+        try:  # fsspec's own `isfile` takes every refusal and outage for "no"
+            with self._reading(name):
+                return bool(self.filesystem.info(self.path(name))["type"] == "file")
+        except FileMissing:
+            return False
 
     def names(self, below: str = "") -> list[str]:
-        """All file names below a sub-folder, relative to this folder, sorted."""
+        """All file names below a sub-folder, relative to this folder, sorted; none without it."""
         self.filesystem.invalidate_cache()
-        found = self.filesystem.find(self.path(below) if below else self.root)
+        place = self.path(below) if below else self.root
+        find = local_files.below if self.is_local else self.filesystem.find
+        try:
+            with self._reading(below):
+                found = find(place)
+        except FileMissing:
+            return []
         return sorted(
-            str(path)[len(self.root) + 1 :] for path in found if not _is_partial(str(path))
+            str(path)[len(self.root) + 1 :]
+            for path in found
+            if not local_files.is_partial(str(path))
         )
 
     def read(self, name: str) -> bytes:
-        """The content of `name`; FileNotFoundError where there is none."""
-        return bytes(self.filesystem.cat_file(self.path(name)))
+        """The content of `name`.
+
+        Raises:
+            FileMissing: where there is none.
+            StorageError: when storage refuses the read.
+        """
+        with self._reading(name):
+            return bytes(self.filesystem.cat_file(self.path(name)))
+
+    @contextmanager
+    def opened(self, name: str, **how: Any) -> Iterator[IO[bytes]]:
+        """`name` for reading a piece of it at a time; raises as `read`, also while it is read.
+
+        Args:
+            name: of the file.
+            how: fsspec's own settings, as `cache_type`.
+        """
+        with self._reading(name):
+            self.filesystem.invalidate_cache()  # another one may have written it since we listed
+            with self.filesystem.open(self.path(name), "rb", **how) as file:
+                yield file
+
+    @contextmanager
+    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file, open; raises as `read`, and for one that is torn."""
+        with self.opened(name) as file, self._whole(name), pq.ParquetFile(file) as opened:
+            yield opened
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes `name` unless it exists, in one step.
@@ -129,29 +175,47 @@ class Store:
         Raises:
             StorageError: when storage refuses the write (full, forbidden).
         """
-        try:
+        with self._writing(name):
             if self.is_local:
-                return self._link(name, data)
-            return self._put(name, data)
-        except OSError as error:
-            raise self._refused(name, error) from error
+                return local_files.create(self.path(name), data)
+            try:
+                self.filesystem.pipe_file(self.path(name), data, mode="create")  # conditional
+            except FileExistsError:
+                return False
+            return True
 
     def write(self, name: str, data: bytes) -> None:
         """Writes or replaces `name`, in one step."""
-        try:
+        with self._writing(name):
             if self.is_local:
-                self._replace(self._partial(name, data), name)
+                local_files.replace(self.path(name), data)
             else:
                 self.filesystem.pipe_file(self.path(name), data)
-        except OSError as error:
-            raise self._refused(name, error) from error
 
     def remove(self, name: str = "") -> None:
-        """Removes a file or a whole sub-folder; nothing happens where there is none."""
+        """Removes a file or a whole sub-folder; nothing happens where there is none.
+
+        Another may remove, or write, there at the same time; then it is done again.
+        """
         path = self.path(name) if name else self.root
-        self.filesystem.invalidate_cache()
-        if self.filesystem.exists(path):
-            self.filesystem.rm(path, recursive=True)
+        for _ in range(_REMOVALS):
+            try:
+                with self._writing(name):
+                    self.filesystem.invalidate_cache()
+                    if self.filesystem.exists(path):
+                        self.filesystem.rm(path, recursive=True)
+                    return
+            except StorageError as error:
+                cause = error.__cause__
+                gone = isinstance(cause, FileNotFoundError)
+                if not gone and getattr(cause, "errno", None) != errno.ENOTEMPTY:
+                    raise
+        raise StorageError(f"{path}: others write there; end them, then run the same command again")
+
+    def sweep(self) -> None:
+        """Removes what killed writers left half-written here; object storage keeps nothing such."""
+        if self.is_local:
+            local_files.sweep(self.root)
 
     def read_json(self, name: str) -> Any:
         """The parsed content of a JSON file.
@@ -177,10 +241,12 @@ class Store:
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file as a table; of a large one only the columns asked for are fetched."""
         if columns is None:
-            return pq.read_table(pa.BufferReader(self.read(name)))
-        self.filesystem.invalidate_cache()  # another one may have written it since we listed
+            data = self.read(name)
+            with self._whole(name):
+                return pq.read_table(pa.BufferReader(data))
         # Arrow plans its own ranges; fsspec's read-ahead would fetch what lies between them.
-        with self.filesystem.open(self.path(name), "rb", cache_type="none") as file:
+        with self.opened(name, cache_type="none") as opened, self._whole(name):
+            file: Any = opened
             small = file.size <= ONE_REQUEST_BYTES
             return pq.read_table(pa.BufferReader(file.read()) if small else file, columns=columns)
 
@@ -191,30 +257,22 @@ class Store:
     def upload(self, folder: Path) -> None:
         """Copies every file of a local folder into this one."""
         for path in sorted(folder.rglob("*")):
-            if path.is_file():
+            if path.is_file() and not local_files.is_partial(path.name):
                 self.copy_in(path, path.relative_to(folder).as_posix())
 
     def copy_in(self, path: Path, name: str) -> None:
         """Copies one local file to `name`, replacing it in one step."""
-        try:
+        with self._writing(name):
             if self.is_local:
-                partial = self._partial(name, None)
-                try:
-                    shutil.copyfile(path, partial)
-                    _synced(partial)
-                except OSError:
-                    Path(partial).unlink(missing_ok=True)
-                    raise
-                self._replace(partial, name)
+                local_files.copy(path, self.path(name))
             else:
                 self.filesystem.put_file(str(path), self.path(name))
-        except OSError as error:
-            raise self._refused(name, error) from error
 
     def fetch(self, name: str, path: Path) -> None:
         """Copies `name` to a local path."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.filesystem.get_file(self.path(name), str(path))
+        with self._reading(name):
+            self.filesystem.get_file(self.path(name), str(path))
 
     def staged(self) -> Path:
         """This folder as a local one, downloaded once a node, and version, when it is remote."""
@@ -237,86 +295,62 @@ class Store:
             self.fetch(name, partial / name)
         partial.rename(target)
 
-    def _partial(self, name: str, data: bytes | None) -> str:
-        """A finished temporary file beside `name`, on the same disk.
-
-        It is on the disk, and not only in memory: a name that were there before what it names would
-        be an empty file after a power cut, for ever.
-        """
-        final = self.path(name)
-        _made(Path(final).parent)
-        partial = f"{final}.{uuid.uuid4().hex}.partial"
-        if data is not None:
-            try:
-                Path(partial).write_bytes(data)
-                _synced(partial)
-            except OSError:
-                Path(partial).unlink(missing_ok=True)
+    @contextmanager
+    def _reading(self, name: str = "") -> Iterator[None]:
+        """What storage has against a read, whatever its client raises, is said as ours."""
+        place = self.path(name) if name else self.uri
+        try:
+            yield
+        except StorageError:
+            raise
+        except Exception as error:  # each service raises kinds of its own; others' go on
+            fault = fault_of(error)
+            if fault is None and not isinstance(error, OSError):
                 raise
-        return partial
+            known = fault or OTHER
+            kind = FileMissing if fault is MISSING else StorageError
+            raise kind(
+                f"cannot read {place!r}: {known.what} ({told(error)}); {known.remedy}, then run "
+                "the same command again"
+            ) from error
 
-    def _link(self, name: str, data: bytes) -> bool:
-        """Put-if-absent on a local disk or NFS: a hard link is made once or not at all."""
-        if os.path.exists(self.path(name)):
-            return False
-        partial = self._partial(name, data)
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
         try:
-            os.link(partial, self.path(name))
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(partial)
-        _synced(os.path.dirname(partial))
-        return True
+            yield
+        except StorageError:
+            raise
+        except Exception as error:  # as above
+            fault = fault_of(error)
+            if fault is None and not isinstance(error, OSError):
+                raise
+            plain = self.is_local and fault in {None, DENIED, FULL}
+            known = fault or OTHER
+            what = "" if plain else f"{known.what}: "
+            remedy = "free space or fix permissions" if plain else known.remedy
+            kind = FileMissing if fault is MISSING else StorageError
+            raise kind(
+                f"storage refused to write {self.path(name)!r}: {what}{told(error)}. What was "
+                f"committed stays readable; {remedy}, then run the same command again"
+            ) from error
 
-    def _replace(self, partial: str, name: str) -> None:
-        os.replace(partial, self.path(name))
-        _synced(os.path.dirname(partial))
-
-    def _put(self, name: str, data: bytes) -> bool:
-        """Put-if-absent on object storage: a conditional write."""
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[None]:
+        """Says so where what is read as Parquet is no whole Parquet file."""
         try:
-            self.filesystem.pipe_file(self.path(name), data, mode="create")
-            return True
-        except FileExistsError:
-            return False
-
-    def _refused(self, name: str, error: OSError) -> StorageError:
-        return StorageError(
-            f"storage refused to write {self.path(name)!r}: {error}. What was committed stays "
-            "readable; free space or fix permissions, then run the same command again"
-        )
-
-
-def _synced(path: str | Path) -> None:
-    """Returns when a file's bytes, or the names in a folder, are on the disk itself."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _made(folder: Path) -> None:
-    """A folder that is there after a power cut, with those above it."""
-    if folder.is_dir():
-        return
-    _made(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _synced(folder.parent)
-
-
-def _is_partial(path: str) -> bool:
-    return path.endswith(".partial")
-
-
-def is_full(error: BaseException) -> bool:
-    """True when what failed is that a disk, or a quota, is full, at the root of the error."""
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return True
-    # safetensors says so in words.
-    of_rust = "os error 28" in str(error) or "os error 122" in str(error)
-    return of_rust or (error.__cause__ is not None and is_full(error.__cause__))
+            yield
+        except (pa.ArrowException, OSError) as error:
+            # Arrow says in bare OSErrors that bytes are damaged; a column that is not there is
+            # the caller's fault.
+            refused = isinstance(error, OSError) and fault_of(error) is not None
+            if refused or "No match for FieldRef" in str(error):
+                raise
+            size = self.filesystem.info(self.path(name))["size"]
+            raise StorageError(
+                f"{self.path(name)!r} is {'torn' if size else 'empty'}, as after a power cut or a "
+                f"broken copy; remove it and, if there is one, the {MANIFEST} of its stage, then "
+                f"run the same command again: what is missing is made anew ({error})"
+            ) from error
 
 
 def to_json(value: Any) -> bytes:
@@ -349,7 +383,7 @@ def fingerprint(uri: str) -> list[list[Any]]:
         FileNotFoundError: where there is none.
     """
     filesystem, root = fsspec.url_to_fs(uri)
-    found = filesystem.find(root)
+    found = [path for path in filesystem.find(root) if not local_files.is_partial(str(path))]
     if not found:
         raise FileNotFoundError(f"no file at {uri!r}")
     return [mark(path, filesystem.info(path)) for path in sorted(found)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from prepared import row, write
 from ray.exceptions import RayTaskError
 from small_run import write_config
 
@@ -21,6 +22,7 @@ from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.config_file import load_config
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.stages.export import ExportError, export
+from cwpo_dist.stages.graph import prepare_node
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.stages.show import ShowError, show
 from cwpo_dist.storage import MANIFEST, Store
@@ -44,6 +46,38 @@ def exit_code() -> Callable[..., int | str | None]:
         return caught.value.code
 
     return run
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("content", [b"", b'{"counts": {'], ids=["empty", "torn"])
+def test_each_command_names_a_file_that_a_power_cut_left(
+    tmp_path: Path,
+    exit_code: Callable[..., int | str | None],
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+) -> None:
+    """In one sentence, with what to do; none takes a stage for done."""
+    pairs = write(tmp_path / "x.jsonl", [row(i) for i in range(40)])
+    given = {"output_dir": str(tmp_path / "run"), "prepare": {"sources": [{"path": pairs}]}}
+    config, run = tmp_path / "run.yaml", Store(str(tmp_path / "run"))
+    config.write_text(json.dumps(given))
+    loaded = load_config(str(config))
+    place = run.child(prepare_node(loaded).path)
+    prepare(place, loaded.prepare, loaded.seed)
+    place.create(MANIFEST, content)
+    run.create("arms/cw/stages.json", content)
+    run.create("arms/cw/config.json", content)
+    export_it = ("export", run.uri, "--to", str(tmp_path / "model"))
+    for command in (
+        ("plan", str(config)),
+        ("prepare", str(config)),
+        ("report", run.uri),
+        export_it,
+    ):
+        assert exit_code(*command) == cli.USER_ERROR, command
+        said = capsys.readouterr().err
+        assert re.search(r"json' is (empty|torn), .* remove it, then run the same command", said)
+        assert "Traceback" not in said
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -7,7 +7,9 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,20 +51,91 @@ def test_renewed_while_held(store: Store) -> None:
             Lease.acquire(store, ttl_s=0.3)
 
 
-def test_silent_elsewhere(store: Store) -> None:
-    """Not judged by its process id, which means nothing here, but by its last sign of life."""
-    holder(store, beat=time.time() - 30)
-    with pytest.raises(LeaseHeld, match="on elsewhere, last heard of 3"):
+class Clock:
+    """The time as a taker sees it, in no time: whenever it sleeps, so much of it has passed.
+
+    Attributes:
+        passed: seconds that it has slept.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
+        """Takes the place of the clock.
+
+        Args:
+            monkeypatch: ends it.
+            meanwhile: what another does after 9 s.
+        """
+        self.passed, self._meanwhile = 0.0, meanwhile
+        clock = SimpleNamespace(time=time.time, monotonic=lambda: self.passed, sleep=self._sleep)
+        monkeypatch.setattr("cwpo_dist.training.lease.time", clock)
+
+    def _sleep(self, seconds: float) -> None:
+        self.passed += seconds
+        if self.passed > 9:
+            self._meanwhile()
+
+
+def beats(store: Store) -> Callable[[], object]:
+    """A first holder's next sign of life, whatever its clock says."""
+    return lambda: store.write("lease/000001.beat", b"1.5")
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize("ahead", [-HOUR, -61.0, 0.0, 61.0, HOUR], ids="{:g} s".format)
+def test_a_holder_elsewhere_is_judged_by_no_clock_but_ours(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ahead: float,
+) -> None:
+    """Dead, it is followed after a TTL; living, it is refused at its next sign of life."""
+    now = time.time() + ahead
+    holder(store, beat=now, since=now - 5)
+    living = Clock(monkeypatch, beats(store))
+    with caplog.at_level("WARNING"), pytest.raises(LeaseHeld, match="on elsewhere, which lives"):
         Lease.acquire(store, ttl_s=60)
-    with Lease.acquire(store, ttl_s=20) as lease:
+    assert living.passed <= 12, "a sixth of a TTL, and a look"
+    assert "which may be dead: waiting for its next sign of life" in caplog.text
+    assert "due every 10 s, for 60 s at most" in caplog.text
+    dead = Clock(monkeypatch)
+    with Lease.acquire(store, ttl_s=60) as lease:
         assert lease.token.epoch == 2
+    assert 60 <= dead.passed <= 62
 
 
-def test_killed_before_its_first_beat(store: Store) -> None:
-    holder(store, since=time.time() - 30)
+def test_killed_before_its_first_beat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder(store, since=time.time() + HOUR)
+    clock = Clock(monkeypatch)
+    Lease.acquire(store, ttl_s=60).release()
+    assert 60 <= clock.passed <= 62
+
+
+def test_a_holder_that_ends_while_it_is_watched_is_followed_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder(store, beat=time.time())
+    clock = Clock(monkeypatch, lambda: store.write("lease/000001.released", b"1.0"))
+    Lease.acquire(store, ttl_s=60).release()
+    assert clock.passed <= 12
+
+
+@pytest.mark.parametrize("set_by", [-HOUR, HOUR])
+def test_where_this_hosts_clock_was_set_a_holder_here_is_watched(
+    store: Store, monkeypatch: pytest.MonkeyPatch, set_by: float
+) -> None:
+    """It lives, so that it is not taken from; and is not believed to the end of the hour."""
+    here = vars(Holder.this_process())
+    holder(store, beat=time.time() + set_by, **here)
+    clock = Clock(monkeypatch, beats(store))
     with pytest.raises(LeaseHeld):
         Lease.acquire(store, ttl_s=60)
-    Lease.acquire(store, ttl_s=20).release()
+    assert 9 < clock.passed <= 12
+    Clock(monkeypatch)  # it hangs
+    Lease.acquire(store, ttl_s=60).release()
 
 
 def test_device_hours_are_those_of_all_groups(store: Store) -> None:
@@ -76,7 +149,7 @@ def test_device_hours_are_those_of_all_groups(store: Store) -> None:
     holder(store, 3, beat=900.0, since=300.0)
     by_hand = 10 * 8 + 6.5 * 4 + 20 * 2
     assert device_hours(store) * 3600 == pytest.approx(by_hand)
-    with Lease.acquire(store) as lease:
+    with Lease.acquire(store, ttl_s=0.1) as lease:
         lease.token.for_new_group(2.5)
         time.sleep(0.4)
     assert device_hours(store) * 3600 == pytest.approx(by_hand + 1.0, abs=0.5)
@@ -119,15 +192,29 @@ def test_a_reused_process_id_is_another_process(store: Store) -> None:
     Lease.acquire(store).release()
 
 
-def test_ids_of_another_container_or_boot_prove_nothing(store: Store) -> None:
+def test_ids_of_another_container_or_boot_prove_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = Holder.this_process()
     holder(store, beat=time.time(), host=here.host, boot="other", started=here.started + 1)
+    Clock(monkeypatch, beats(store))
     with pytest.raises(LeaseHeld):
         Lease.acquire(store)
 
 
-def test_a_zombie_is_shut_out(store: Store) -> None:
+def test_an_empty_sign_of_life_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a power cut may leave it."""
+    here = Holder.this_process()
+    holder(store, host=here.host, since=time.time())
+    store.write("lease/000001.beat", b"")
+    with pytest.raises(LeaseHeld):
+        Lease.acquire(store)
+    assert device_hours(store) == 0.0
+
+
+def test_a_zombie_is_shut_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     holder(store, beat=0.0)
+    Clock(monkeypatch)
     zombie = Lease.acquire(store)
     workers = zombie.token.for_new_group(1)
     workers.check()

@@ -130,8 +130,33 @@ def test_a_folder_that_refuses_to_be_listed_is_an_error(
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ConfigError, match=r"nothing to read .*Permission denied.*closed"):
+    with pytest.raises(ConfigError, match=r"cannot read .*access is denied .*closed"):
         found(tmp_path)
+    for glob in ("**/*.jsonl", "*/b.jsonl", "c*/*.jsonl", "closed/*.jsonl"):
+        with pytest.raises(ConfigError, match=r"cannot read .*access is denied .*closed"):
+            found(tmp_path / glob)
+    assert names(found(tmp_path / "*.jsonl"), tmp_path) == ["a.jsonl"]
+    make(tmp_path, "open/b.jsonl")
+    assert names(found(tmp_path / "o*/*.jsonl"), tmp_path / "open") == ["b.jsonl"], (
+        "what cannot match may be closed"
+    )
+
+
+def test_a_file_in_a_closed_folder_is_no_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root is refused nothing, so the system's answer is given in its place."""
+    make(tmp_path, "closed/b.jsonl")
+    stat = os.stat
+
+    def refuse(path: Any, **how: Any) -> Any:
+        if "closed/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(ConfigError, match=r"cannot read .*access is denied .*; ask its owner"):
+        found(tmp_path / "closed" / "b.jsonl")
 
 
 @pytest.mark.parametrize(

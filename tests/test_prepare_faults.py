@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
+from botocore.exceptions import EndpointConnectionError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prepared import add_up, config, files, rejects, row, write
@@ -26,7 +28,7 @@ from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.stages import prepare as stage
 from cwpo_dist.stages.prepare import prepare
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import MANIFEST, StorageError, Store, to_json
 
 
 @pytest.mark.usefixtures("in_process")
@@ -108,6 +110,62 @@ def test_a_summary_whose_rows_are_gone_counts_for_nothing(
             prepare(store, config(path), seed=0)
     store.remove("work/rows/00000-00001.parquet")
     assert prepare(store, config(path), seed=0)["pairs"] == 50
+
+
+@pytest.mark.usefixtures("in_process", "many_files")
+@pytest.mark.parametrize("commits", [True, False], ids=["commits", "dies before its commit"])
+def test_of_two_drivers_at_once_both_end_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commits: bool
+) -> None:
+    """Another does all of it, and removes `work/`, at any step of the first."""
+    write(tmp_path / "a.jsonl", [row(i, chosen="" if i == 3 else "a") for i in range(12)])
+    write(tmp_path / "b.jsonl", [row(i, chosen="b" * (i % 2)) for i in range(12)])
+    wanted = config(
+        str(tmp_path / "*.jsonl"), rows_per_shard=2, group_column="prompt", max_reject_fraction=1.0
+    )
+    undisturbed = Store(str(tmp_path / "undisturbed"))
+    monkeypatch.setattr(stage, "_PAUSE_S", 0.0)
+    create, taken, other_at = Store.create, 0, -1
+
+    def step(store: Store, name: str, data: bytes) -> bool:
+        nonlocal taken
+        taken += 1
+        if taken == other_at:
+            found = prepare(store, wanted, seed=0)
+            assert found == counts
+            if commits:
+                create(store, MANIFEST, to_json({"counts": found}))
+        return create(store, name, data)
+
+    monkeypatch.setattr(Store, "create", step)
+    counts = prepare(undisturbed, wanted, seed=0)
+    steps = taken
+    assert steps > 20
+    for at in range(1, steps, 3):
+        store, taken, other_at = Store(str(tmp_path / f"out{at}")), 0, at
+        assert prepare(store, wanted, seed=0) == counts
+        store.remove(MANIFEST)
+        assert files(store) == files(undisturbed)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_outage_while_work_is_read_is_one_sentence(
+    tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x.jsonl", [row(i) for i in range(20)])
+    call = s3fs.S3FileSystem._call_s3
+
+    async def away(filesystem: Any, method: str, *given: Any, **how: Any) -> Any:
+        if method == "get_object" and "/work/" in how["Key"]:
+            raise EndpointConnectionError(endpoint_url="http://s3")
+        return await call(filesystem, method, *given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_call_s3", away)
+        with pytest.raises(StorageError, match=r"cannot be reached.*check the network") as caught:
+            prepare(s3_store, config(path), seed=0)
+    assert "\n" not in str(caught.value)
+    assert prepare(s3_store, config(path), seed=0)["pairs"] == 20
 
 
 class LimitedSteps:

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,29 @@ def test_of_a_torn_file_the_head_is_read_and_the_rest_is_one_row(
     assert {row.fault for row in rows[:-1]} <= {None}
     assert (rows[-1].fault, rows[-1].position) == (Reason.DAMAGED, len(rows))
     assert "cannot be read from here on" in rows[-1].as_text()
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["one line", "lines"])
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESS)
+def test_of_a_torn_array_the_whole_elements_are_read(
+    tmp_path: Path, suffix: str, compress: Any, indent: int | None
+) -> None:
+    """As of torn lines; also where the file is called JSON lines."""
+    elements = [ROW | {"noise": os.urandom(1000).hex(), "number": i} for i in range(1000)]
+    torn = compress(json.dumps(elements, indent=indent).encode())[:-20]
+    for name in ("x.json", "x.jsonl"):
+        rows = list(read(write(tmp_path / f"{name}{suffix}", torn)))
+        assert len(rows) > 700 or suffix == ".bz2"
+        assert [row.value for row in rows[:-1]] == elements[: len(rows) - 1]
+        assert (rows[-1].fault, rows[-1].position) == (Reason.DAMAGED, len(rows))
+        assert "cannot be read from here on" in rows[-1].as_text()
+
+
+def test_a_number_that_a_tear_cut_is_no_element(tmp_path: Path) -> None:
+    data = zlib.compressobj(wbits=31)
+    torn = data.compress(b"[1, 23") + data.flush(zlib.Z_SYNC_FLUSH)  # of [1, 2345]
+    rows = list(read(write(tmp_path / "x.json.gz", torn)))
+    assert faults(rows) == [(1, None), (2, Reason.DAMAGED)]
 
 
 def test_behind_a_damaged_row_group_the_next_are_read(tmp_path: Path) -> None:

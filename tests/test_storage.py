@@ -209,6 +209,8 @@ def test_a_killed_writer_leaves_no_file_to_be_seen(tmp_path: Path) -> None:
     assert not store.exists("part.parquet")
     assert store.create("part.parquet", b"y")
     assert store.names() == ["part.parquet"]
+    store.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["part.parquet"]
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(
@@ -326,6 +328,28 @@ def test_what_has_a_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "given").write_bytes(b"3")
     store.copy_in(tmp_path / "given", "a/y")
     assert done == [("sync", "partial"), ("replace", "y"), ("sync", "a")]
+
+
+@pytest.mark.parametrize(("kept", "said"), [(0, "is empty"), (5, "is torn"), (-9, "is torn")])
+def test_a_shard_that_a_power_cut_left_is_said(store: Store, kept: int, said: str) -> None:
+    data = parquet_bytes(pa.table({"pair_id": ["a", "b"]}))
+    store.create("scores/part-00000.parquet", data[:kept])
+
+    def footer(name: str) -> None:
+        with store.parquet(name):
+            pass
+
+    for ask in (store.read_table, lambda name: store.read_table(name, ["pair_id"]), footer):
+        with pytest.raises(StorageError, match=rf"part-00000\.parquet' {said}.*remove it and, if"):
+            ask("scores/part-00000.parquet")
+
+
+def test_a_damaged_column_is_said(store: Store) -> None:
+    data = bytearray(parquet_bytes(pa.table({"pair_id": [str(i) for i in range(1000)]})))
+    data[100:200] = bytes(100)
+    store.create("x.parquet", bytes(data))
+    with pytest.raises(StorageError, match=r"x\.parquet' is torn"):
+        store.read_table("x.parquet")
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b'{"counts": {', "is torn")])

@@ -2,7 +2,8 @@
 
 Pair ids are hashes, so their order is a shuffle. A bucket's files depend on the pieces and the
 arguments alone and are written put-if-absent, the summary last: done twice, by anyone, they stay
-the same.
+the same. What is read is known by name and never listed: another driver that ends first removes
+`work/`, and of a listing made meanwhile a part would pass for the whole.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cwpo_dist.config import Split
-from cwpo_dist.pairs import keep, numbers, pieces
+from cwpo_dist.pairs import keep, numbers
 from cwpo_dist.pairs.records import TEXTS, Kind, pair_schema, unit_hash
 from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
 from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, VOTES, leaks, merge, split_of
@@ -60,6 +60,21 @@ class Shards:
     learn_ties: bool = False
 
 
+@dataclass(frozen=True)
+class Work:
+    """What was read, for all buckets alike.
+
+    Attributes:
+        store: of the stage.
+        rows: the files of all pieces, in their order.
+        leaks: in how many files the prompts stand that lie on several sides; 0: none can.
+    """
+
+    store: Store
+    rows: tuple[str, ...]
+    leaks: int
+
+
 @dataclass
 class BucketSummary:
     """What became of one bucket."""
@@ -76,51 +91,51 @@ class BucketSummary:
     numbers: dict[numbers.Own, int] = field(default_factory=dict)
 
 
-def bucket_summaries(store: Store) -> list[BucketSummary]:
-    """The summaries of all buckets that are done."""
-    return [BucketSummary(**store.read_json(name)) for name in store.names(SUMMARIES)]
+def bucket_summaries(store: Store, count: int) -> list[BucketSummary]:
+    """The summaries of all buckets, which are all done."""
+    return [BucketSummary(**store.read_json(_named(SUMMARIES, at, "json"))) for at in range(count)]
 
 
-def write_leaks(store: Store, part: int, parts: int) -> None:
-    """Writes which prompts lie on several sides, for one range of prompt hashes of `parts`."""
-    name = f"{LEAKS}/{part:05d}.parquet"
+def write_leaks(work: Work, part: int) -> None:
+    """Writes which prompts lie on several sides, for one of `leaks` ranges of prompt hashes."""
+    store, parts, name = work.store, work.leaks, _named(LEAKS, part, "parquet")
     if store.exists(name):
         return
     bounds = [*(f"{(at << 32) // parts:08x}" for at in range(parts)), "g"]  # behind all hex digits
     columns = SIDE_SCHEMA.names
     inside = (pc.field(columns[0]) >= bounds[part]) & (pc.field(columns[0]) < bounds[part + 1])
     sides = []
-    for rows in store.names(pieces.ROWS):
-        with store.filesystem.open(store.path(rows), "rb") as file:
-            table = pq.read_table(file, columns=columns, use_threads=False)
+    for rows in work.rows:
+        with store.parquet(rows) as file:
+            table = file.read(columns, use_threads=False)
         sides.append(table.filter(inside).group_by(columns).aggregate([]))
     store.create_table(name, leaks(pa.concat_tables(sides)))
 
 
-def count_bucket(store: Store, bucket: int) -> None:
+def count_bucket(work: Work, bucket: int) -> None:
     """Counts a bucket's pairs by their ids alone; writes `work/counts/<bucket>.json`."""
-    name = f"{COUNTS}/{bucket:05d}.json"
-    if store.exists(name):
+    name = _named(COUNTS, bucket, "json")
+    if work.store.exists(name):
         return
-    rows = _bucket_rows(store, bucket, ["pair_id", *SIDE_SCHEMA.names])
-    staying, _ = _without_leaks(rows, _kept_on(store, rows["prompt_hash"]))
-    store.create_json(name, pc.count_distinct(staying["pair_id"]).as_py())
+    rows = _bucket_rows(work, bucket, ["pair_id", *SIDE_SCHEMA.names])
+    staying, _ = _without_leaks(rows, _kept_on(work, rows["prompt_hash"]))
+    work.store.create_json(name, pc.count_distinct(staying["pair_id"]).as_py())
 
 
-def number_shards(store: Store, rows_per_shard: int) -> tuple[int, ...]:
+def number_shards(store: Store, count: int, rows_per_shard: int) -> tuple[int, ...]:
     """The number of each bucket's first shard, from the counts: shards are numbered from 0."""
-    sizes = [int(store.read_json(name)) for name in store.names(COUNTS)]
+    sizes = [int(store.read_json(_named(COUNTS, at, "json"))) for at in range(count)]
     shards = (-(-size // rows_per_shard) for size in sizes)
     return tuple(itertools.accumulate(shards, initial=0))[:-1]
 
 
-def write_bucket(store: Store, bucket: int, shards: Shards) -> None:
+def write_bucket(work: Work, bucket: int, shards: Shards) -> None:
     """Gathers, merges and writes one bucket: `pairs/`, `rejects/`, `work/buckets/<bucket>.json`."""
-    name = f"{SUMMARIES}/{bucket:05d}.json"
+    store, name = work.store, _named(SUMMARIES, bucket, "json")
     if store.exists(name):
         return
-    rows = _bucket_rows(store, bucket)
-    staying, leaking = _without_leaks(rows, _kept_on(store, rows["prompt_hash"]))
+    rows = _bucket_rows(work, bucket)
+    staying, leaking = _without_leaks(rows, _kept_on(work, rows["prompt_hash"]))
     rejects = [_reject(row) for row in pair_rows(leaking)]
     write_rejects(store, f"part-leak-{bucket:05d}.parquet", rejects)
     pairs, conflicts, differing = _merge_copies(staying)
@@ -140,17 +155,21 @@ def write_bucket(store: Store, bucket: int, shards: Shards) -> None:
     store.create_json(name, asdict(summary))
 
 
-def _bucket_rows(store: Store, bucket: int, columns: list[str] | None = None) -> pa.Table:
+def _named(folder: str, number: int, ending: str) -> str:
+    return f"{folder}/{number:05d}.{ending}"
+
+
+def _bucket_rows(work: Work, bucket: int, columns: list[str] | None = None) -> pa.Table:
     """One bucket's rows from all pieces, copies of a pair side by side in the sources' order."""
     order = ["pair_id", "piece", "number"]
     wanted = None if columns is None else list(dict.fromkeys([*columns, *order]))
-    tables = [_rows_in(store, name, bucket, wanted) for name in store.names(pieces.ROWS)]
+    tables = [_rows_in(work.store, name, bucket, wanted) for name in work.rows]
     return pa.concat_tables(tables).sort_by([(column, "ascending") for column in order])
 
 
 def _rows_in(store: Store, name: str, bucket: int, columns: list[str] | None) -> pa.Table:
     """A bucket's rows in one file of a piece, which has a row group for each of its buckets."""
-    with store.filesystem.open(store.path(name), "rb") as file, pq.ParquetFile(file) as rows:
+    with store.parquet(name) as rows:
         column = rows.schema.names.index("bucket")  # among leaves: messages have several
         numbers = [
             rows.metadata.row_group(group).column(column).statistics.min
@@ -160,9 +179,10 @@ def _rows_in(store: Store, name: str, bucket: int, columns: list[str] | None) ->
         return rows.read_row_groups(groups, columns=columns, use_threads=False)
 
 
-def _kept_on(store: Store, prompts: pa.ChunkedArray) -> dict[str, int]:
+def _kept_on(work: Work, prompts: pa.ChunkedArray) -> dict[str, int]:
     """Prompt hash → the side that keeps it, for those of the prompts that lie on several."""
-    tables = (store.read_table(name) for name in store.names(LEAKS))
+    names = (_named(LEAKS, part, "parquet") for part in range(work.leaks))
+    tables = map(work.store.read_table, names)
     found = (table.filter(pc.is_in(table["prompt_hash"], value_set=prompts)) for table in tables)
     rows = (row for table in found for row in table.to_pylist())
     return {row["prompt_hash"]: row["side"] for row in rows}

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cwpo_dist.pairs.csv_files import csv_spans
 from cwpo_dist.pairs.json_files import opens_bracket
 from cwpo_dist.pairs.pieces import Piece
-from cwpo_dist.pairs.readers import DELIMITERS, Part, SourceError, compression_of, open_file
+from cwpo_dist.pairs.readers import DELIMITERS, Part, access, compression_of, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +59,12 @@ def spans(part: Part) -> list[tuple[int, int, int]]:
     Raises:
         SourceError: when its storage refuses to be read.
     """
-    try:
+    with access(part):
         if part.reader in DELIMITERS:
             with open_file(part.uri) as file:
                 return list(csv_spans(file, CUT_BYTES, DELIMITERS[part.reader]))
         assert part.span is not None
         return [(*part.span, _count_lines(part.uri, *part.span))]
-    except OSError as error:
-        raise SourceError(f"{part}: cannot be read: {error}; mend the access to it") from error
 
 
 def _count_lines(uri: str, start: int, stop: int) -> int:

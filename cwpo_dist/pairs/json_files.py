@@ -1,7 +1,8 @@
 """The bytes of a JSON file in; its rows out: its lines, or the elements of the one array it is.
 
 A row is (position, value, text, fault): its line or element from 1, the parsed value (None where
-there is a fault), how it stands in the file, and why it could not be read, if so.
+there is a fault), how it stands in the file, and why it could not be read, if so. Of a damaged file
+the whole rows before the damage come first, then the error.
 """
 
 from __future__ import annotations
@@ -15,7 +16,52 @@ from typing import IO, Any
 
 from cwpo_dist.pairs.rejects import Reason
 
+_READ_BYTES = 2**16
+
 Row = tuple[int, Any, str, Reason | None]
+
+
+class _UntilDamage(io.RawIOBase):
+    """A file that ends where it cannot be read any further, so that its bytes up to there come.
+
+    Readers of several lines, or of all bytes, would lose what precedes an error in the same call.
+
+    Attributes:
+        damage: the error with which it ended.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file: Any = file  # of those that read at most once a call, as all buffered ones do
+        self.damage: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.damage is not None:
+            return 0
+        try:
+            data = self._file.read1(len(buffer))
+        except Exception as error:  # noqa: BLE001 (raised again behind the rows before it)
+            self.damage = error
+            return 0
+        buffer[: len(data)] = data
+        return len(data)
+
+    def rest(self, position: int, text: str) -> Row:
+        """What an array ends in that is no element, as a fault; or the error that tore it."""
+        if self.damage is not None:
+            raise self.damage
+        return position, None, text, Reason.MALFORMED
+
+    def whole_lines(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """The lines before the damage, then its error; a last line that it tore is part of it."""
+        for line in lines:
+            if self.damage is not None and not line.endswith(b"\n"):
+                break
+            yield line
+        if self.damage is not None:
+            raise self.damage
 
 
 def json_rows(file: IO[bytes], *, document: bool) -> Iterator[Row]:
@@ -26,6 +72,8 @@ def json_rows(file: IO[bytes], *, document: bool) -> Iterator[Row]:
         document: for `.json`, where what opens with a bracket is an array, and one object may
             span lines; what is called JSON lines is an array only where it cannot be lines.
     """
+    tolerant = _UntilDamage(file)
+    file = io.BufferedReader(tolerant, _READ_BYTES)
     head, first = _up_to_text(file)
     first = first.removeprefix(BOM_UTF8).lstrip()
     if first.startswith(b"["):
@@ -33,7 +81,7 @@ def json_rows(file: IO[bytes], *, document: bool) -> Iterator[Row]:
         head += more
         if document or _is_array(first, second):
             whole = b"".join(head) + file.read()
-            yield from _array_rows(whole.decode("utf-8-sig", "surrogateescape"))
+            yield from _array_rows(whole.decode("utf-8-sig", "surrogateescape"), tolerant)
             return
     elif document and first.startswith(b"{") and _value(first) is None:
         whole = b"".join(head) + file.read()
@@ -41,7 +89,7 @@ def json_rows(file: IO[bytes], *, document: bool) -> Iterator[Row]:
             yield 1, value, whole.decode("utf-8-sig"), None
             return
         file, head = io.BytesIO(whole), []
-    yield from _numbered(itertools.chain(head, file), 1)
+    yield from _numbered(tolerant.whole_lines(itertools.chain(head, file)), 1)
 
 
 def json_lines(file: IO[bytes], span: tuple[int, int], first: int) -> Iterator[Row]:
@@ -109,8 +157,12 @@ def _line_row(position: int, line: bytes) -> Row:
         return position, None, text, Reason.MALFORMED
 
 
-def _array_rows(text: str) -> Iterator[Row]:
-    """The elements of one JSON array; from the first malformed one on, the rest is one fault."""
+def _array_rows(text: str, file: _UntilDamage) -> Iterator[Row]:
+    """The elements of one JSON array; from the first malformed one on, the rest is one fault.
+
+    Raises:
+        Exception: the error with which the file ended, in place of that fault.
+    """
     decoder = json.JSONDecoder()
     at = _skip_space(text, text.index("[") + 1)
     position = 1
@@ -118,18 +170,21 @@ def _array_rows(text: str) -> Iterator[Row]:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            yield position, None, text[at:], Reason.MALFORMED
+            yield file.rest(position, text[at:])
             return
+        # What a tear leaves of a number may be a number.
+        if file.damage is not None and end == len(text):
+            raise file.damage
         yield position, value, text[at:end], None
         position += 1
         at = _skip_space(text, end)
         if text[at : at + 1] == ",":
             at = _skip_space(text, at + 1)
         elif text[at : at + 1] != "]":
-            yield position, None, text[at:], Reason.MALFORMED
+            yield file.rest(position, text[at:])
             return
-    if text[at + 1 :].strip():
-        yield position, None, text[at + 1 :], Reason.MALFORMED
+    if file.damage is not None or text[at + 1 :].strip():
+        yield file.rest(position, text[at + 1 :])
 
 
 def _skip_space(text: str, at: int) -> int:

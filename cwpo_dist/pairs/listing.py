@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -92,12 +93,50 @@ def matching(filesystem: Any, pattern: str) -> Listing:
     """What matches a glob; hidden files do where the glob itself spells such a name."""
     root, rest = _existing(filesystem, pattern)
     hidden = re.search(r"(^|/)[._]", rest) is not None
+    strict = _Strict() if isinstance(filesystem, LocalFileSystem) else filesystem
     if not _MAGIC.search(root):
-        return _sorted_out(filesystem, root, filesystem.glob(pattern, detail=True), hidden)
-    wanted = re.compile(glob_translate(rest))  # of the root the filesystem would make a glob
-    every = filesystem.find(root, detail=True, withdirs=True)
-    found = {path: info for path, info in every.items() if wanted.match(_below(root, path))}
+        found = strict.glob(pattern, detail=True)
+    else:
+        wanted = re.compile(glob_translate(rest))  # of the root the filesystem would make a glob
+        every = strict.find(root, detail=True, withdirs=True)
+        found = {path: info for path, info in every.items() if wanted.match(_below(root, path))}
+    for error in getattr(strict, "refused", ()):
+        if _could_match(pattern, error.filename or pattern):
+            raise error
     return _sorted_out(filesystem, root, found, hidden)
+
+
+class _Strict(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Local files; remembers which folders refused to be listed, which fsspec passes over.
+
+    Attributes:
+        refused: their errors.
+    """
+
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: list[OSError] = []
+
+    def ls(self, path: str, detail: bool = False, **how: Any) -> Any:
+        try:
+            return super().ls(path, detail, **how)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            self.refused.append(error)
+            raise
+
+
+def _could_match(pattern: str, folder: str) -> bool:
+    """Whether something in a folder could match a glob."""
+    for wanted, name in zip(pattern.split("/"), folder.split("/"), strict=False):
+        if "**" in wanted:
+            return True
+        if name != wanted and not fnmatchcase(name, wanted):
+            return False
+    return True
 
 
 def _below(root: str, path: str) -> str:

@@ -29,6 +29,7 @@ from cwpo_dist.pairs.listing import (
 from cwpo_dist.pairs.readers import READERS, Part, reader_of
 from cwpo_dist.pairs.split_names import NoSplitError, of_other_splits, pick, split_of
 from cwpo_dist.storage import fingerprint, mark
+from cwpo_dist.storage_faults import MISSING, fault_of, told
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAVED = ("state.json", "dataset_dict.json")
@@ -75,15 +76,16 @@ def find(field: str, source: Source) -> Found:
         if is_hub_id(source.path):
             return _on_the_hub(field, source)
         filesystem, root = fsspec.url_to_fs(source.path)
-        if filesystem.isdir(root):
+        kind = _kind(filesystem, root)
+        if kind == "directory":
             return _in_folder(field, source, filesystem, root.rstrip("/"))
-        return _files(field, source, filesystem, root)
+        return _files(field, source, filesystem, root, there=kind == "file")
     except NoSplitError as error:
         raise ConfigError(f"{field}.split: {source.path!r} {error}") from None
     except ConfigError:
         raise
-    except (OSError, ImportError, ValueError) as error:  # no access, no driver for the protocol
-        raise _nothing(field, source, error) from None
+    except Exception as error:  # noqa: BLE001 (each service raises kinds of its own; others go on)
+        raise _refused(field, source, error) from None
 
 
 def reads_below(source: Source, place: str) -> bool:
@@ -111,10 +113,37 @@ def _nothing(field: str, source: Source, why: object) -> ConfigError:
     )
 
 
-def _files(field: str, source: Source, filesystem: Any, root: str) -> Found:
+def _refused(field: str, source: Source, error: Exception) -> Exception:
+    """What storage has against a source, in words; the error itself where that is not storage's."""
+    fault = fault_of(error)
+    if fault is None or fault is MISSING:
+        # OSError: of a kind that nobody knows; the others: no driver for the protocol.
+        ours = isinstance(error, OSError | ImportError | ValueError)
+        return _nothing(field, source, told(error)) if ours or fault else error
+    return ConfigError(
+        f"{field}.path: cannot read {source.path!r}: {fault.what} ({told(error)}); {fault.remedy}"
+    )
+
+
+def _kind(filesystem: Any, path: str) -> str | None:
+    """`directory`, `file`, …; None where there is nothing.
+
+    fsspec's own `isdir` and `isfile` take every refusal and outage for "no".
+    """
+    if filesystem.isdir(path):
+        return "directory"
+    try:
+        return str(filesystem.info(path)["type"])
+    except OSError as error:
+        if fault_of(error) is MISSING:
+            return None
+        raise
+
+
+def _files(field: str, source: Source, filesystem: Any, root: str, *, there: bool) -> Found:
     """One file, or those that match a glob; a file that exists is no glob, whatever its name."""
     _refuse(field, source, "data_dir", "name", "revision")
-    if filesystem.isfile(root):
+    if there:
         if reader_of(root) is None:
             raise ConfigError(f"{field}.path: {root!r} has an {unknown_suffix()}")
         folder, _, name = root.rpartition("/")

@@ -32,6 +32,7 @@ from cwpo_dist.storage import Store
 
 ROWS = "work/rows"
 SUMMARIES = "work/pieces"
+COUNT = "work/count.json"  # how many pieces there are
 
 # Rows are kept in memory until one of these is reached, then written as one file.
 CHUNK_ROWS = 50_000
@@ -118,8 +119,9 @@ class PieceSummary:
 
 
 def piece_summaries(store: Store) -> list[PieceSummary]:
-    """The summaries of all pieces that are done."""
-    return [PieceSummary(**store.read_json(name)) for name in store.names(SUMMARIES)]
+    """The summaries of all pieces, which are all done, in their order."""
+    names = (f"{SUMMARIES}/{index:05d}.json" for index in range(store.read_json(COUNT)))
+    return [PieceSummary(**store.read_json(name)) for name in names]
 
 
 def damage_fault(damaged: Mapping[str, str], files: int, fraction: float) -> str | None:

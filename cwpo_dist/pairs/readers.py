@@ -13,7 +13,7 @@ import itertools
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Literal, cast
 
@@ -25,6 +25,7 @@ from cwpo_dist.pairs.arrow_rows import batch_rows
 from cwpo_dist.pairs.csv_files import HeaderError, csv_rows
 from cwpo_dist.pairs.json_files import json_lines, json_rows
 from cwpo_dist.pairs.rejects import Reason, printable, row_text
+from cwpo_dist.storage_faults import fault_of, told
 
 Reader = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
 
@@ -53,7 +54,7 @@ _UNPACKED_BY_ARROW = {".zst": "zstd", ".lz4": "lz4"}
 _UNPACKED_BYTES = 2**16
 _ARROW_FILE = b"ARROW1"  # else it is a stream, as `datasets` writes them
 
-# What damaged content raises, beside OSError, which storage raises too (see `_out_of_reach`).
+# What damaged content raises, beside OSError, which storage raises too (see `out_of_reach`).
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
 
 
@@ -148,11 +149,27 @@ def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
         SourceError: when its storage, or the hub, refuses to be read.
     """
     wanted = None if columns is None else set(columns)
-    try:
+    with access(part):
         yield from _until_damage(_rows(part, wanted), part.first)
-    except (OSError, DataSetError) as error:
+
+
+@contextmanager
+def access(part: Part) -> Iterator[None]:
+    """Says in words what storage, or the hub, has against reading a part.
+
+    Raises:
+        SourceError: naming it and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:  # each service raises kinds of its own; what is none goes on
+        fault = fault_of(error)
+        if fault is None and not isinstance(error, OSError | DataSetError):
+            raise
+        what = "" if fault is None else f" ({fault.what})"
+        remedy = "mend the access to it" if fault is None else fault.remedy
         raise SourceError(
-            f"{part}: cannot be read: {error}. Mend the access to it, then run the same command"
+            f"{part}: cannot be read: {told(error)}{what}; {remedy}, then run the same command"
         ) from error
 
 
@@ -163,15 +180,15 @@ def _until_damage(rows: Iterator[RawRow], position: int) -> Iterator[RawRow]:
             yield row
             position = row.position + 1
     except (OSError, HeaderError, *_DAMAGE) as error:
-        if _out_of_reach(error):
+        if out_of_reach(error):
             raise
         why = f"cannot be read from here on: {type(error).__name__}: {error}"
         yield RawRow(position, None, why, fault=Reason.DAMAGED)
 
 
-def _out_of_reach(error: Exception) -> bool:
+def out_of_reach(error: Exception) -> bool:
     """True for what storage refused; gzip, bzip2 and Arrow report bad bytes as a bare OSError."""
-    refused = isinstance(error, TimeoutError | ConnectionError)
+    refused = fault_of(error) is not None
     return refused or (isinstance(error, OSError) and error.errno is not None)
 
 

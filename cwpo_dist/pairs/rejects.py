@@ -50,7 +50,8 @@ _CORRECT = "correct or remove these rows"
 _OVERLAP = "remove the overlap between sources or groups, or split by hash (no `into`, no group)"
 REMEDIES: dict[Reason, str] = {
     Reason.MALFORMED: "check that the file is what its name says: one JSON object a line, or CSV "
-    "(in which a quote that is never closed takes the lines behind it)",
+    "(in which a quote that is never closed takes the lines behind it; a broken element of a JSON "
+    "array takes those behind it, too)",
     Reason.DAMAGED: "get the file again, then run the same command; all rows behind the damage "
     "count as one",
     Reason.NOT_MAPPING: "each row must be an object with named fields",

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cwpo_dist.pairs.layout import not_null
-from cwpo_dist.pairs.readers import DataSetError, Part, SourceError
+from cwpo_dist.pairs.readers import DataSetError, Part, access, out_of_reach
 from cwpo_dist.pairs.rejects import printable
 
 logger = logging.getLogger(__name__)
@@ -121,14 +121,15 @@ def columnar(part: Part, used: Tree, most_rows: int | None = None) -> Unread:
     if part.reader not in ("parquet", "saved"):
         return Unread()
     counts: Counter[str] = Counter()
-    try:
-        look = _in_parquet if part.reader == "parquet" else _in_saved
-        for found in look(part, used, most_rows):
-            counts.update(found)
-    except (OSError, pa.ArrowException, DataSetError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise SourceError(f"{part}: cannot be read: {error}; mend the access to it") from error
-        logger.warning("prepare: %s: what nothing reads cannot be counted: %s", part, error)
+    with access(part):
+        try:
+            look = _in_parquet if part.reader == "parquet" else _in_saved
+            for found in look(part, used, most_rows):
+                counts.update(found)
+        except (OSError, pa.ArrowException, DataSetError) as error:
+            if out_of_reach(error):
+                raise
+            logger.warning("prepare: %s: what nothing reads cannot be counted: %s", part, error)
     return Unread({name: count for name, count in counts.items() if count})
 
 

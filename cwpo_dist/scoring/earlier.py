@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cwpo_dist.pairs.records import SCORE_SCHEMA
 from cwpo_dist.scoring.attempts import Rows, ShardOutput, ShardWorker
@@ -50,8 +49,8 @@ def ranged_files(outputs: Iterable[Store]) -> tuple[ScoreFile, ...]:
 
 def _ranged(named: tuple[Store, str]) -> list[ScoreFile]:
     store, name = named
-    with store.filesystem.open(store.path(name), "rb") as file:
-        footer = pq.read_metadata(file)
+    with store.parquet(name) as file:
+        footer = file.metadata
     column = footer.schema.names.index("pair_id")
     groups = range(footer.num_row_groups if footer.num_rows else 0)
     ranges = [footer.row_group(group).column(column).statistics for group in groups]

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cwpo_dist.scoring.attempts import ShardOutput, ShardWorker
 from cwpo_dist.storage import Store, parquet_bytes
@@ -135,5 +134,5 @@ def committed_rejects(store: Store, file: str) -> list[dict[str, Any]]:
 
 
 def _metadata(store: Store, file: str) -> dict[bytes, bytes]:
-    with store.filesystem.open(store.path(file), "rb") as opened:
-        return dict(pq.ParquetFile(opened).schema_arrow.metadata or {})
+    with store.parquet(file) as opened:
+        return dict(opened.schema_arrow.metadata or {})

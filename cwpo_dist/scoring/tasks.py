@@ -13,32 +13,31 @@ from typing import Any
 import ray.data
 
 from cwpo_dist.pairs.readers import SourceError
-from cwpo_dist.storage import StorageError
+from cwpo_dist.storage import FileMissing, StorageError
+
+_FOR_USERS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (StorageError, FileMissing, SourceError)
+}
 
 
 def run_tasks(task: Callable[[int], None], count: int, num_cpus: float) -> None:
     """Runs task(0) … task(count - 1) on the cluster, each as a Ray task of its own.
 
     Raises:
-        StorageError: when storage refuses a write.
+        StorageError: when storage refuses a read or write; FileMissing among them.
         SourceError: when a source cannot be read.
     """
     numbers = ray.data.from_items([{"index": i} for i in range(count)], override_num_blocks=count)
     done = numbers.map(partial(_outcome, task), num_cpus=num_cpus).take_all()
     for row in done:
-        if row["storage_error"]:
-            raise StorageError(row["storage_error"])
-        if row["source_error"]:
-            raise SourceError(row["source_error"])
+        if row["error"]:
+            raise _FOR_USERS[row["error"]](row["message"])
 
 
 def _outcome(task: Callable[[int], None], row: dict[str, Any]) -> dict[str, str]:
     """Runs a task; an error meant for the user comes back as it is, not wrapped in Ray's."""
-    outcome = {"storage_error": "", "source_error": ""}
     try:
         task(int(row["index"]))
-    except StorageError as error:
-        outcome["storage_error"] = str(error)
-    except SourceError as error:
-        outcome["source_error"] = str(error)
-    return outcome
+    except tuple(_FOR_USERS.values()) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"error": "", "message": ""}

@@ -156,7 +156,7 @@ def _weights(fit: Store) -> str:
     content = hashlib.sha256()
     for name in fit.names("model"):
         if name.endswith(".safetensors"):
-            with fit.filesystem.open(fit.path(name), "rb") as file:
+            with fit.opened(name) as file:
                 for block in iter(partial(file.read, _BLOCK_BYTES), b""):
                     content.update(block)
     return content.hexdigest()

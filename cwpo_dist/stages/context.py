@@ -39,8 +39,15 @@ class Context:
         return self.root.child(node.stage, node.key)
 
     def done(self, node: Node) -> bool:
-        """True when the output is committed: its manifest is there."""
-        return self.place(node).exists(MANIFEST)
+        """True when the output is committed: its manifest is there.
+
+        Raises:
+            StorageError: for one that is empty or torn: nobody can say what it stood for.
+        """
+        if not self.place(node).exists(MANIFEST):
+            return False
+        self.place(node).read_json(MANIFEST)
+        return True
 
     def counts(self, node: Node) -> dict[str, Any]:
         """The counts in a committed output's manifest."""

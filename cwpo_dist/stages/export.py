@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from cwpo_dist.config import Config, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
 from cwpo_dist.report.card import BESIDE, annotator_card, model_card
-from cwpo_dist.storage import MANIFEST, Store, is_full
+from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.export import ADAPTER, BASE, MODEL
 from cwpo_dist.training.lora import ADAPTER_CONFIG
 from cwpo_dist.training.stack import StackError, stack_adapters
@@ -58,7 +59,8 @@ def export(
             `to` holds files, or there is no room for it.
     """
     target = Store(to)
-    if target.filesystem.exists(target.root) and target.names():
+    target.sweep()  # what an export left that was killed
+    if target.names():
         raise ExportError(f"--to: {to!r} is not empty; name a new folder")
     if base is not None and not adapter:
         raise ExportError("--base: names the model below an adapter; give --adapter too")
@@ -172,7 +174,7 @@ def _alone(figures: dict[str, Any] | None, made: dict[str, Any]) -> dict[str, An
 def _copy_adapter(source: _Arm, target: Store, base: str | None) -> tuple[Identity, Store | None]:
     """The adapter, with SFT's model where it needs that; what it calls its base, and that model."""
     part = source.align.child(ADAPTER)
-    if not part.filesystem.exists(part.root):
+    if not part.names():
         raise ExportError(
             f"--adapter: {source.align.uri} was trained in full and has no adapter; export the "
             "model without --adapter"
@@ -204,7 +206,7 @@ def _not_on_policy(source: _Arm, folder: Path) -> str | None:
     if source.sft is None:
         return None
     first = source.sft.child(ADAPTER)
-    if not first.filesystem.exists(first.root):
+    if not first.names():
         return "SFT trained all weights of the policy"
     with tempfile.TemporaryDirectory(prefix="cwpo-export-") as temporary:
         _fetch(first, Path(temporary))
@@ -252,8 +254,8 @@ def _room(target: Store) -> Iterator[None]:
 
 def _chosen(root: Store, arm: str | None) -> str:
     """The arm that is asked for, or the only one."""
-    names = root.names("arms") if root.filesystem.exists(root.path("arms")) else []
-    arms = sorted(name.split("/")[1] for name in names if name.endswith("/stages.json"))
+    found = (name.split("/") for name in root.names("arms"))
+    arms = sorted(arm for _, arm, *rest in found if rest == ["stages.json"])
     if not arms:
         raise ExportError(f"{root.uri!r} has no finished arm; is it a run directory (output_dir)?")
     if arm is None and len(arms) > 1:

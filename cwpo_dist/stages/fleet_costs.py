@@ -99,8 +99,8 @@ def trial_rate(run: str) -> float:
         ConfigError: where no manifest there holds a measured rate.
     """
     store = Store(run).child("annotate")
-    names = store.names() if store.filesystem.exists(store.root) else []
-    manifests = [store.read_json(name) for name in names if name.endswith(f"/{MANIFEST}")]
+    names = [name for name in store.names() if name.endswith(f"/{MANIFEST}")]
+    manifests = [store.read_json(name) for name in names]
     measured = [
         manifest["counts"]["throughput"]["device_hours_per_million_pairs"]
         for manifest in manifests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -13,9 +14,10 @@ import ray
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
 from cwpo_dist.pairs import buckets, cutting, keep, numbers
-from cwpo_dist.pairs.buckets import BucketSummary, Shards
+from cwpo_dist.pairs.buckets import BucketSummary, Shards, Work
 from cwpo_dist.pairs.listing import LeftOut
 from cwpo_dist.pairs.pieces import (
+    COUNT,
     Piece,
     PieceSummary,
     damage_fault,
@@ -30,12 +32,14 @@ from cwpo_dist.pairs.unread import Unread
 from cwpo_dist.scoring.tasks import run_tasks
 from cwpo_dist.stages.context import Context
 from cwpo_dist.stages.graph import Node
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import MANIFEST, FileMissing, StorageError, Store, to_json
 
 logger = logging.getLogger(__name__)
 
 _SPANS = "work/spans/{:05d}.json"
 _FILES_LISTED = 100
+# How often a driver whose `work/` is gone looks again: the other that removes it commits then.
+_TRIES, _PAUSE_S = 30, 1.0
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -48,6 +52,9 @@ def prepare(
     store: Store, config: PrepareConfig, seed: int, known: list[Any] | None = None
 ) -> dict[str, Any]:
     """Does the stage in the folder `store`; run again after a kill, it goes on where it was.
+
+    Of two drivers that do so at once the first to end removes `work/`, maybe while the other reads
+    there: that one then has the first one's counts, or should the first have died, begins anew.
 
     Args:
         store: where it writes.
@@ -65,6 +72,21 @@ def prepare(
         RejectsError: past `max_reject_fraction`, or when no pair is left.
     """
     known = source_fingerprints(config) if known is None else known
+    for _ in range(_TRIES):
+        try:
+            return _prepare(store, config, seed, known)
+        except FileMissing as error:
+            missing = error
+            logger.warning("prepare: %s. Another command may have ended this stage", error)
+            time.sleep(_PAUSE_S)
+        if store.exists(MANIFEST):
+            counts: dict[str, Any] = store.read_json(MANIFEST)["counts"]
+            _clear(store)
+            return counts
+    raise missing
+
+
+def _prepare(store: Store, config: PrepareConfig, seed: int, known: list[Any]) -> dict[str, Any]:
     planned = plan(config)
     _refuse_changed(store, config, known, "before it was read")
     for line in planned.remarks:
@@ -81,8 +103,10 @@ def prepare(
     valid = rows_in - rejects.reasons.total()
     refuse_past(config.max_reject_fraction, rejects, rows_in, valid, store.uri)
     kept = _kept_types(read, config)
-    _write(store, planned, config, kept, seed)
-    written = buckets.bucket_summaries(store)
+    rows = tuple(name for piece in read for name in piece.files)
+    leaks = planned.n_buckets if planned.may_leak else 0
+    _write(Work(store, rows, leaks), planned, config, kept, seed)
+    written = buckets.bucket_summaries(store, planned.n_buckets)
     rejects.merge(Tally(_added(bucket.rejects for bucket in written)))
     counts = _counts(planned, written, rejects.reasons, rows_in)
     counts |= {"keep_columns": kept, "damaged_files": damaged} | _beside(read)
@@ -93,8 +117,15 @@ def prepare(
     _tell_numbers(counts, read)
     _tell_beside(counts)
     _tell_empty(counts, config)
-    store.remove("work")
+    _clear(store)
     return counts
+
+
+def _clear(store: Store) -> None:
+    try:
+        store.remove("work")
+    except StorageError as error:  # no reason to end a run
+        logger.warning("prepare: %s/work is of no more use, but stays: %s", store.uri, error)
 
 
 def _refuse_changed(
@@ -116,7 +147,7 @@ def _refuse_changed(
         if (any(mark not in new for mark in old) if more else old != new)
     ]
     if changed:
-        store.remove("work")
+        _clear(store)
         raise SourceError(
             f"prepare.sources: {', '.join(map(repr, changed))} changed {when}, and nothing is kept "
             "of it; run the same command again when nobody writes there"
@@ -145,6 +176,7 @@ def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None
     for piece in planned.pieces:
         logger.info("prepare: %s: %s", piece.source, piece.layout.described())
     logger.info("prepare: reading %d inputs", len(pieces))
+    store.write(COUNT, to_json(len(pieces)))
 
     def task(index: int) -> None:
         read_piece(store, index, pieces[index], rule, planned.n_buckets)
@@ -187,15 +219,15 @@ def _left_out(left_out: Sequence[LeftOut]) -> dict[str, Any]:
 
 
 def _write(
-    store: Store, planned: Plan, config: PrepareConfig, kept: dict[str, str], seed: int
+    work: Work, planned: Plan, config: PrepareConfig, kept: dict[str, str], seed: int
 ) -> None:
-    if planned.may_leak:
-        find = partial(buckets.write_leaks, store, parts=planned.n_buckets)
-        run_tasks(find, planned.n_buckets, config.num_cpus)
+    count = planned.n_buckets
+    if work.leaks:
+        run_tasks(partial(buckets.write_leaks, work), count, config.num_cpus)
     first: tuple[int, ...] = (0,)
-    if planned.n_buckets > 1:
-        run_tasks(partial(buckets.count_bucket, store), planned.n_buckets, config.num_cpus)
-        first = buckets.number_shards(store, config.rows_per_shard)
+    if count > 1:
+        run_tasks(partial(buckets.count_bucket, work), count, config.num_cpus)
+        first = buckets.number_shards(work.store, count, config.rows_per_shard)
     shards = Shards(
         planned.kind,
         kept,
@@ -205,10 +237,8 @@ def _write(
         seed=seed,
         learn_ties=config.ties == "labelled",
     )
-    logger.info("prepare: writing %d buckets", planned.n_buckets)
-    run_tasks(
-        partial(buckets.write_bucket, store, shards=shards), planned.n_buckets, config.num_cpus
-    )
+    logger.info("prepare: writing %d buckets", count)
+    run_tasks(partial(buckets.write_bucket, work, shards=shards), count, config.num_cpus)
 
 
 def _kept_types(read: Iterable[PieceSummary], config: PrepareConfig) -> dict[str, str]:

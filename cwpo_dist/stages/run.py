@@ -77,6 +77,7 @@ def run(config: Config, until: str | None = None, resume: bool = False) -> str:
         The URI of the report, or of the run directory when `until` stopped before it.
     """
     context = Context(config, Store(config.output_dir))
+    context.root.sweep()
     graphs = {arm: nodes_until(config, arm, until) for arm in config.arms}
     if not all(context.done(node) for nodes in graphs.values() for node in nodes.values()):
         connect()
@@ -163,6 +164,7 @@ def make(context: Context, node: Node) -> None:
     counts = STAGES[node.stage](context, node)
     manifest = _record(node, counts, started)
     manifest["device_hours"] = _device_hours(context.place(node))
+    context.place(node).sweep()  # who was killed on the way left it
     context.place(node).create_json(MANIFEST, manifest)
     if node.stage in TRAINING_STAGES:
         clear(context.place(node))
@@ -260,7 +262,7 @@ def _tell_changed(context: Context, node: Node, resume: bool) -> None:
 
 def _unfinished(stage: Store) -> list[tuple[str, dict[str, Any]]]:
     """The outputs of a stage that were started and never committed."""
-    names = set(stage.names()) if stage.filesystem.exists(stage.root) else set()
+    names = set(stage.names())
     keys = {name.split("/")[0] for name in names if name.endswith(f"/{STARTED}")}
     half = [key for key in sorted(keys) if f"{key}/{MANIFEST}" not in names]
     return [(key, stage.read_json(f"{key}/{STARTED}")) for key in half]

@@ -44,6 +44,8 @@ def make_all(jobs: Sequence[Job]) -> None:
     Args:
         jobs: each after those that it reads; an output that several runs share may stand in all.
     """
+    for output_dir in {job.config.output_dir for job in jobs}:
+        Store(output_dir).sweep()
     first = {job.node.path: job for job in reversed(jobs)}
     todo = [path for path in dict.fromkeys(job.node.path for job in jobs) if not _done(first[path])]
     if not todo:

@@ -29,7 +29,8 @@ from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity, digests, identify
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.switches import give_back
-from cwpo_dist.storage import Store, is_full, to_json
+from cwpo_dist.storage import Store, to_json
+from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import Head, save_adapter
 from cwpo_dist.training.merge import INDEX, MergeError, base_folder, merge_adapter, merge_in_memory
 from cwpo_dist.training.merge_check import MergeMismatch, check_merged, check_whole

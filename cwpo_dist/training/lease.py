@@ -1,19 +1,18 @@
 """A stage's folder in, the right to write there out: one holder at a time, the later epoch wins.
 
 `lease/000003.json` names the third holder and is made put-if-absent; `lease/000003.beat` is its
-sign of life, renewed by a thread. A dead holder is followed by epoch 4; from then on whatever
-epoch 3 still does is refused by `LeaseToken.check`, which every commit asks first. Within an epoch,
-each start of the worker group takes a number in the same way (`lease/000003.workers-0002`), so that
-a group cut off from its driver is shut out by the next one; the file says since when it holds how
-many devices. `.released` holds the time of a holder's orderly end, `.stop` asks its workers to end.
+sign of life, renewed by a thread. Whether a holder elsewhere lives is seen by whether its sign
+changes, for the clocks of two machines may differ by any amount. A dead holder is followed by epoch
+4; from then on whatever epoch 3 still does is refused by `LeaseToken.check`, which every commit
+asks first. Within an epoch, each start of the worker group takes a number in the same way
+(`lease/000003.workers-0002`), so that a group cut off from its driver is shut out by the next one;
+the file says since when it holds how many devices. `.released` holds the time of a holder's orderly
+end, `.stop` asks its workers to end.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import socket
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,12 +20,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cwpo_dist.processes import Process
 from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
 
-TTL_S = 60.0  # clocks of two nodes must agree to well within this
+TTL_S = 60.0
 BEATS_PER_TTL = 6
+_LOOKS_PER_BEAT = 5  # a live holder is noticed soon after its next beat
 FOLDER = "lease"
 
 
@@ -39,33 +40,19 @@ class LeaseLost(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Holder:
-    """A process, told apart from any other: also from one that reuses its id.
+class Holder(Process):
+    """The process that took a lease.
 
     Attributes:
-        host: its host name.
-        boot: the host's boot id and the process namespace; ids mean something within one only.
-        pid: its process id.
-        started: its start, in clock ticks since boot.
-        since: when it took the lease, in seconds since 1970.
+        since: when, in seconds since 1970 by its own clock.
     """
 
-    host: str
-    boot: str
-    pid: int
-    started: int
     since: float
 
     @classmethod
     def this_process(cls) -> Holder:
         """The calling process, from now on."""
-        return cls(socket.gethostname(), _boot(), os.getpid(), _started(os.getpid()), time.time())
-
-    def is_dead_here(self) -> bool:
-        """True when it surely is gone: its host has booted since, or its id is free or reused."""
-        if self.host != socket.gethostname():
-            return False
-        return self.boot == _boot() and _started(self.pid) != self.started
+        return cls(**vars(Process.current()), since=time.time())
 
 
 @dataclass(frozen=True)
@@ -148,7 +135,8 @@ class Lease:
 
         Args:
             store: the stage's folder.
-            ttl_s: a holder without a sign of life for so many seconds counts as dead.
+            ttl_s: a holder whose sign of life does not change for so many seconds counts as dead;
+                one that may live elsewhere is watched, until its sign changes or for so long.
 
         Raises:
             LeaseHeld: while a live process holds it.
@@ -199,13 +187,14 @@ class Lease:
 def device_hours(store: Store) -> float:
     """Device-hours of all worker groups of a stage, killed ones too.
 
-    A group counts until the next one starts, or its driver ends or gives its last sign of life.
+    A group counts until the next one starts, or its driver ends or gives its last sign of life. An
+    estimate: its start is by the clock of its first worker's node, its end by its driver's.
     """
     names, held = store.names(FOLDER), 0.0
     for epoch in range(1, _newest(store)[0] + 1):
         groups = [name for name in names if name.startswith(_name(epoch, "workers-"))]
         # Empty ones are of an earlier version: nothing is known of those groups.
-        records = [json.loads(data) for name in groups if (data := store.read(name))]
+        records = [store.read_json(name) for name in groups if store.read(name)]
         ends = [record["since"] for record in records] + [_end(store, epoch)]
         for record, end in zip(records, ends[1:], strict=True):
             held += max(0.0, end - record["since"]) * record["devices"]
@@ -220,24 +209,51 @@ def _end(store: Store, epoch: int) -> float:
 
 
 def _refuse_if_alive(store: Store, epoch: int, ttl_s: float) -> None:
-    if store.exists(_name(epoch, "released")):
-        return
+    """Returns once a holder has released, or is dead, or was silent for a whole TTL.
+
+    Raises:
+        LeaseHeld: as soon as it is seen to live.
+    """
     holder = _holder(store, epoch)
-    if holder.is_dead_here():
+    if _has_ended(store, epoch, holder):
         return
-    silent_s = time.time() - _last_beat(store, epoch, holder)
-    if silent_s <= ttl_s:
-        raise LeaseHeld(
-            f"{store.uri} is being trained by process {holder.pid} on {holder.host}, last heard "
-            f"of {max(silent_s, 0):.0f} s ago. Let it finish; or stop it (kill {holder.pid} on "
-            f"{holder.host}) and run this again; if it is dead, run this again {ttl_s:.0f} s "
-            "after its last sign of life"
-        )
+    # Of a process on this host the time of its last sign is by our own clock, unless that was set.
+    if holder.lives_here() and 0 <= time.time() - _last_beat(store, epoch, holder) <= ttl_s:
+        raise _held(store, holder)
+    logger.warning(
+        "%s: held by process %d on %s, which may be dead: waiting for its next sign of life, due "
+        "every %.0f s, for %.0f s at most; without one it counts as dead",
+        *(store.uri, holder.pid, holder.host, ttl_s / BEATS_PER_TTL, ttl_s),
+    )
+    before, until = _sign(store, epoch), time.monotonic() + ttl_s
+    while time.monotonic() < until:
+        time.sleep(ttl_s / BEATS_PER_TTL / _LOOKS_PER_BEAT)
+        if _has_ended(store, epoch, holder):
+            return
+        if _sign(store, epoch) != before:
+            raise _held(store, holder)
+
+
+def _has_ended(store: Store, epoch: int, holder: Holder) -> bool:
+    return holder.is_dead_here() or store.exists(_name(epoch, "released"))
+
+
+def _sign(store: Store, epoch: int) -> bytes:
+    """The sign of life as it is now; empty before the first."""
+    beat = _name(epoch, "beat")
+    return store.read(beat) if store.exists(beat) else b""
+
+
+def _held(store: Store, holder: Holder) -> LeaseHeld:
+    return LeaseHeld(
+        f"{store.uri} is being trained by process {holder.pid} on {holder.host}, which lives. Let "
+        f"it finish; or stop it (kill {holder.pid} on {holder.host}) and run this again"
+    )
 
 
 def _last_beat(store: Store, epoch: int, holder: Holder) -> float:
-    beat = _name(epoch, "beat")
-    return float(store.read(beat)) if store.exists(beat) else holder.since
+    """When a holder gave its last sign of life, by its own clock."""
+    return float(_sign(store, epoch) or holder.since)  # a power cut may leave it empty
 
 
 def _newest(store: Store) -> tuple[int, int]:
@@ -266,21 +282,3 @@ def _name(epoch: int, ending: str) -> str:
 
 def _group_name(epoch: int, group: int) -> str:
     return _name(epoch, f"workers-{group:04d}")
-
-
-def _boot() -> str:
-    """The boot id and process namespace; empty where the system has none to tell (not Linux)."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> int:
-    """The start of a living process in clock ticks since boot; -1 where there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return -1
-    return -1 if fields[0] in "ZX" else int(fields[19])

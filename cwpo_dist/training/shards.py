@@ -12,10 +12,11 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -170,8 +171,8 @@ class ShardFile:
                 raise StorageError(f"{self.store.path(self.name)}: no safetensors file")
             return json.loads(file.read(size)), 8 + size
 
-    def _open(self) -> Any:
-        return self.store.filesystem.open(self.store.path(self.name), "rb")
+    def _open(self) -> AbstractContextManager[IO[bytes]]:
+        return self.store.opened(self.name)
 
 
 @dataclass(frozen=True)

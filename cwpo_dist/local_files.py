@@ -1,0 +1,154 @@
+"""Bytes in, a file on a disk or NFS out: it is there whole or not at all, also after a power cut.
+
+What is being written has a name that begins with a dot and ends in `.partial`: pandas, pyarrow's
+data sets, `datasets` and Spark pass over it. Its name says who writes, so that what a killed writer
+left is known as that, and removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cwpo_dist.processes import Process, started
+
+logger = logging.getLogger(__name__)
+
+# A writer on another host whose file has not grown for so long counts as dead. Should it live, its
+# write fails with a word, and the same command does it again.
+QUIET_S = 3600.0
+
+_OURS = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(-?\d+)-[0-9a-f]{8}\.partial")
+_OF_EARLIER_VERSIONS = re.compile(r".+\.[0-9a-f]{32}\.partial")  # seen by readers, so gone at once
+
+
+def is_partial(path: str) -> bool:
+    """True for the name of a file that is, or was, being written."""
+    return path.endswith(".partial")
+
+
+def create(path: str, data: bytes) -> bool:
+    """Puts a file there if there is none; False where there is one.
+
+    A hard link is made once or not at all, on a local disk and on NFS.
+    """
+    if os.path.exists(path):
+        return False
+    with _partial(path) as partial:
+        _write(partial, data)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+    _synced(os.path.dirname(path))
+    return True
+
+
+def replace(path: str, data: bytes) -> None:
+    """Puts a file there, in place of what there may be."""
+    with _partial(path) as partial:
+        _write(partial, data)
+        os.replace(partial, path)
+    _synced(os.path.dirname(path))
+
+
+def copy(source: str | Path, path: str) -> None:
+    """Like `replace`, with the bytes of another file."""
+    with _partial(path) as partial:
+        shutil.copyfile(source, partial)
+        _synced(partial)
+        os.replace(partial, path)
+    _synced(os.path.dirname(path))
+
+
+def below(folder: str) -> list[str]:
+    """The paths of all files below a folder.
+
+    Raises:
+        OSError: where a folder refuses to be listed; fsspec by itself passes over it.
+    """
+    walk = os.walk(folder, onerror=_raise_unless_gone)
+    return [os.path.join(parent, name) for parent, _, names in walk for name in names]
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # others may remove meanwhile
+        raise error
+
+
+def sweep(folder: str) -> None:
+    """Removes what dead writers left half-written below a folder; of living ones nothing."""
+    for parent, _, names in os.walk(folder):
+        for name in filter(is_partial, names):
+            path = os.path.join(parent, name)
+            try:
+                if _is_left_over(path):
+                    os.unlink(path)
+            except FileNotFoundError:  # its writer, or another sweep, was faster
+                continue
+            except OSError as error:  # in another's folder, say: no reason to end a run
+                logger.warning("%s was left half-written and cannot be removed: %s", path, error)
+
+
+def _is_left_over(path: str) -> bool:
+    name = os.path.basename(path)
+    if (ours := _OURS.fullmatch(name)) is None:
+        return _OF_EARLIER_VERSIONS.fullmatch(name) is not None
+    machine, pid, since = ours.groups()
+    if machine == Process.current().machine:
+        return started(int(pid)) != int(since)
+    return _age_s(path) > QUIET_S
+
+
+def _age_s(path: str) -> float:
+    """Seconds since a file grew, by the clock of the disk that it lies on, which stamps both."""
+    with _partial(path) as probe:
+        Path(probe).touch()
+        return os.stat(probe).st_mtime - os.stat(path).st_mtime
+
+
+@contextmanager
+def _partial(final: str) -> Iterator[str]:
+    """A name beside `final`, on the same disk, that is gone at the end, whatever happens."""
+    folder, name = os.path.split(final)
+    _made(Path(folder))
+    writer = Process.current()
+    by = f"{writer.machine}-{writer.pid}-{writer.started}-{uuid.uuid4().hex[:8]}"
+    partial = os.path.join(folder, f".{name}.{by}.partial")
+    try:
+        yield partial
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _write(path: str, data: bytes) -> None:
+    """Writes, and returns when it is on the disk, and not only in memory.
+
+    A name that were there before what it names would be an empty file after a power cut, for ever.
+    """
+    Path(path).write_bytes(data)
+    _synced(path)
+
+
+def _synced(path: str | Path) -> None:
+    """Returns when a file's bytes, or the names in a folder, are on the disk itself."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _made(folder: Path) -> None:
+    """A folder that is there after a power cut, with those above it."""
+    if folder.is_dir():
+        return
+    _made(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _synced(folder.parent)

@@ -1,0 +1,132 @@
+"""What killed writers leave: no foreign reader sees it, nothing copies it, and it is removed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+
+from cwpo_dist import local_files
+from cwpo_dist.processes import Process
+from cwpo_dist.storage import Store, fingerprint
+
+KILLED = """
+import os, signal, sys
+import pyarrow as pa
+from cwpo_dist.storage import Store
+setattr(os, sys.argv[2], lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+Store(sys.argv[1]).{call}
+"""
+SHARD = "create_table('preferences/part-00001.parquet', pa.table({'pair_id': ['c', 'd']}))"
+OLD = f"part-00001.parquet.{'0a' * 16}.partial"  # as versions before called it
+
+
+def kill_while_writing(folder: Path, step: str, call: str) -> list[Path]:
+    """A process that is killed at a step of a write; what it leaves."""
+    before = set(folder.rglob("*"))
+    command = [sys.executable, "-c", KILLED.replace("{call}", call), str(folder), step]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    left = [path for path in set(folder.rglob("*")) - before if path.is_file()]
+    assert left, "it was at work"
+    return left
+
+
+@pytest.mark.parametrize("step", ["fsync", "link"])
+def test_others_read_committed_rows_alone(tmp_path: Path, step: str) -> None:
+    store = Store(str(tmp_path / "run"))
+    store.create_table("preferences/part-00000.parquet", pa.table({"pair_id": ["a", "b"]}))
+    kill_while_writing(tmp_path / "run", step, SHARD)
+    folder = tmp_path / "run" / "preferences"
+    assert list(pd.read_parquet(folder)["pair_id"]) == ["a", "b"]
+    assert ds.dataset(folder).to_table()["pair_id"].to_pylist() == ["a", "b"]
+    read = datasets.load_dataset(
+        "parquet", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert read["pair_id"] == ["a", "b"]
+    shown = [path for path in folder.iterdir() if path.name[0] not in "._"]  # Spark's rule
+    assert [path.name for path in shown] == ["part-00000.parquet"]
+
+
+def test_what_the_dead_left_goes_and_what_the_living_write_stays(tmp_path: Path) -> None:
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    store, scores = Store(str(tmp_path / "run")), tmp_path / "run" / "scores"
+    dead = kill_while_writing(tmp_path / "run", "link", SHARD)
+    (old := scores / OLD).write_bytes(b"x")
+    here = Process.current()
+    living = scores / f".x.{here.machine}-{here.pid}-{here.started}-00000000.partial"
+    reused = scores / f".x.{here.machine}-{here.pid}-{here.started - 1}-00000000.partial"
+    elsewhere = scores / f".x.{'0' * 8}-{here.pid}-{here.started - 1}-00000000.partial"
+    silent = scores / f".y.{'0' * 8}-1-1-00000000.partial"
+    users = scores / "users.partial"
+    for path in (living, reused, elsewhere, silent, users):
+        path.write_bytes(b"x")
+    written = time.time() - local_files.QUIET_S - 60
+    os.utime(silent, (written, written))
+    assert store.names() == []
+    store.sweep()
+    assert not [path for path in (*dead, old, reused, silent) if path.exists()]
+    assert sorted(path for path in scores.iterdir()) == sorted([living, elsewhere, users])
+
+
+def test_a_clock_that_is_an_hour_off_takes_no_living_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk stamps both files: this machine's clock is not asked."""
+    path = tmp_path / f".x.{'0' * 8}-1-1-00000000.partial"
+    path.write_bytes(b"x")
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    Store(str(tmp_path)).sweep()
+    assert path.exists()
+
+
+def test_nothing_copies_or_counts_what_was_left(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    before = fingerprint(str(model))
+    (model / OLD).write_bytes(b"x")
+    kill_while_writing(model, "link", "create('model.safetensors', b'x')")
+    assert fingerprint(str(model)) == before
+    to = Store(str(tmp_path / "to"))
+    to.upload(model)
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["config.json"]
+
+
+def test_a_write_that_fails_at_its_last_step_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "given").write_bytes(b"x")
+    store = Store(str(tmp_path / "run"))
+    for step in ("link", "replace"):
+        monkeypatch.setattr(os, step, full)
+    for write in (store.create, store.write):
+        with pytest.raises(OSError, match="refused to write"):
+            write("x", b"x")
+    with pytest.raises(OSError, match="refused to write"):
+        store.copy_in(tmp_path / "given", "x")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_what_cannot_be_removed_is_named_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / OLD).write_bytes(b"x")
+
+    def refused(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "unlink", refused)
+    Store(str(tmp_path)).sweep()
+    assert f"{OLD} was left half-written and cannot be removed" in caplog.text
