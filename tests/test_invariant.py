@@ -45,7 +45,7 @@ def made_pairs(number: int) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     while len(found) < number:
-        prompt, answers = f"{text(150)}: ", [f"{len(found)} {k} {text(150)}" for k in range(3)]
+        prompt, answers = f"{text(80)}: ", [f"{len(found)} {k} {text(80)}" for k in range(3)]
         for a, b in itertools.combinations(answers, 2):
             given = {"prompt": prompt, "response_a": a, "response_b": b, "split": "unlabelled"}
             found.append(given | {"pair_id": f"{draw.getrandbits(64):016x}", "source": "made"})
