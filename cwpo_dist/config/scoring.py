@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -102,6 +102,29 @@ class AnnotateConfig(PoolConfig):
         None, description="null: all, but for an annotator of ours not those it was trained on"
     )
     max_reject_fraction: Fraction = 0.05
+    batch_invariant: bool = Field(
+        False,
+        description="a score has the same bits whatever is scored beside it, on one kind of device",
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """As of any section; without the setting that older keys do not know, where it is off."""
+        settings = super().identity()
+        if not self.batch_invariant:
+            del settings["batch_invariant"]
+        return settings
+
+    @model_validator(mode="after")
+    def _one_kind_of_device(self) -> Self:
+        kinds = {(pool.gpus_per_actor > 0, pool.accelerator_type) for pool in self.actor_pools()}
+        if self.batch_invariant and len(kinds) > 1:
+            named = sorted(accelerator or ("a GPU" if gpu else "CPU") for gpu, accelerator in kinds)
+            raise ValueError(
+                f"batch_invariant: pools on {', '.join(named)}; a score has other bits on another "
+                "kind of device, and either may score a pair: give pools of one kind, or leave "
+                "batch_invariant out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_list(self) -> Self:

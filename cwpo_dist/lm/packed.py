@@ -3,6 +3,7 @@
 A stock Hugging Face decoder computes everything but attention token by token, so rows packed into
 one sequence cost it nothing for padding; only attention must know where rows begin and end. It is
 computed row by row by torch's own kernels, or, where it can be, by one kernel for all (varlen.py).
+Where scores must not depend on the batch, it goes by tiles of one answer (fixed_shapes.py).
 
 Shapes: T tokens, R rows, K answers a row, H heads, D width of a head.
 """
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from cwpo_dist.lm import varlen
+from cwpo_dist.lm import fixed_shapes, varlen
 
 NAME = "cwpo_packed"  # of the attention implementation, as transformers knows it
 _HOST = "cwpo_host"  # lengths on the host, on a mask that lies on another device
@@ -65,7 +66,9 @@ def packed_attention(
     found = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if found:
         raise ValueError(f"packed rows know no {', '.join(found)}")
-    if varlen.usable(query, key, value, dropout, by_row):
+    if fixed_shapes.active():
+        output = fixed_shapes.by_tile(query, key, value, lengths_RS.tolist(), scaling)
+    elif varlen.usable(query, key, value, dropout, by_row):
         output = varlen.attend(query, key, value, _segments(attention_mask, lengths_RS), scaling)
     else:
         output = by_row(query, key, value, lengths_RS.tolist(), scaling, dropout)

@@ -7,6 +7,7 @@ whether our heads give what the stock model's own forward gives.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decode, decoder_o
 from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate
 
 logger = logging.getLogger(__name__)
+
+RowLengths = tuple[int, tuple[int, ...]]  # tokens of a row's prompt and of its answers
 
 # Relative error of hidden states that rounding alone explains. A leak is of the order of 1.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -35,15 +38,20 @@ def probe_rows(vocab_size: int, seed: int = 0, longest: int | None = None) -> li
         seed: of the tokens.
         longest: a long row of so many tokens, and a short one, in place of three short ones.
     """
+    lengths = list(_PROBE_LENGTHS)
+    if longest is not None:
+        further, last = lengths[0][1]
+        lengths = [(longest - last, (further, last)), lengths[1]]
+    return drawn_rows(vocab_size, lengths, seed)
+
+
+def drawn_rows(vocab_size: int, lengths: Sequence[RowLengths], seed: int = 0) -> list[Row]:
+    """Rows of random tokens below `vocab_size`, of such prompts and answers."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(length: int) -> list[int]:
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
-    lengths = list(_PROBE_LENGTHS)
-    if longest is not None:
-        further, last = lengths[0][1]
-        lengths = [(longest - last, (further, last)), lengths[1]]
     return [
         Row(draw(prompt), tuple(draw(answer) for answer in answers)) for prompt, answers in lengths
     ]
@@ -142,7 +150,7 @@ def check_scores(module: AnswerScores) -> None:
     """
     core = unwrapped(module.model)
     parameter = next(module.parameters())
-    rows, pad = _scored_rows(core.config.get_text_config())
+    rows, pad = closed_rows(core.config.get_text_config(), _PROBE_LENGTHS[:_SCORED])
     batch = collate(rows, "plain", pad).to(parameter.device)
     padded_S, stock_S = module(batch).flatten(), module.stock(batch).flatten()
     if not bool(stock_S.isfinite().all()):
@@ -162,8 +170,16 @@ def check_scores(module: AnswerScores) -> None:
     )
 
 
-def _scored_rows(config: Any) -> tuple[list[Row], int]:
-    """Probe rows that end in EOS and have no other, nor a pad (some classifiers look for them)."""
+def closed_rows(config: Any, lengths: Sequence[RowLengths]) -> tuple[list[Row], int]:
+    """Random rows that end in EOS and have no other, nor a pad (some classifiers look for them).
+
+    Args:
+        config: of the model's text.
+        lengths: of the rows, without EOS.
+
+    Returns:
+        The rows, and what fills up shorter sequences.
+    """
     ends, pad = config.eos_token_id, config.pad_token_id
     ends = ends if isinstance(ends, list) else [ends]
     words = [token for token in range(int(config.vocab_size)) if token not in (*ends, pad)]
@@ -173,7 +189,7 @@ def _scored_rows(config: Any) -> tuple[list[Row], int]:
             [words[token] for token in row.prompt],
             tuple([*(words[token] for token in a), last] for a in row.answers),
         )
-        for row in probe_rows(len(words))[:_SCORED]
+        for row in drawn_rows(len(words), lengths)
     ]
     return rows, pad if pad is not None and pad >= 0 else 0
 

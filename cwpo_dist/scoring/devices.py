@@ -64,6 +64,14 @@ def use_own_processors() -> None:
         os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(processors)}
 
 
+def fix_workspace() -> None:
+    """Has cuBLAS choose the same kernel for the same product each time, as NVIDIA advises.
+
+    Before the first product on a GPU in the process; elsewhere it does nothing.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def driver() -> str:
     """The NVIDIA driver of this machine, in words."""
     try:

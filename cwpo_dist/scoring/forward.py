@@ -94,8 +94,7 @@ class RowForward:
 
     def __call__(self, rows: Sequence[Row]) -> Forwarded:
         """One number for each answer."""
-        lengths = [planned_length(row, self.layout) for row in rows]
-        (plan,) = plan_micro_batches(lengths, self.max_tokens, 1, self.layout)
+        plan = self._plan([planned_length(row, self.layout) for row in rows])
         apply = self._alone if self.ranks is None else partial(self._together, self.ranks)
         values, padded_tokens = apply([micro for micro in plan if micro], rows)
         counts = {
@@ -105,18 +104,27 @@ class RowForward:
         }
         return Forwarded(values, counts)
 
-    @torch.inference_mode()
+    def _plan(self, lengths: list[int]) -> list[list[int]]:
+        (plan,) = plan_micro_batches(lengths, self.max_tokens, 1, self.layout)
+        return plan
+
     def _alone(self, plan: list[list[int]], rows: Sequence[Row]) -> tuple[list[list[float]], int]:
         outputs, padded_tokens = [], 0
         for micro in plan:
-            batch = self._collated(micro, rows)
-            outputs.append(self.module(batch.to(self.device)).float())
-            padded_tokens += batch.padded_tokens
+            output_PK, tokens = self._batch([rows[i] for i in micro])
+            outputs.append(output_PK)
+            padded_tokens += tokens
         # Read back once: a device computes on while the next batch is laid out.
         found = torch.cat(outputs).cpu().tolist() if outputs else []
         order = [i for micro in plan for i in micro]
         by_row = dict(zip(order, found, strict=True))
         return [by_row[i] for i in range(len(rows))], padded_tokens
+
+    @torch.inference_mode()
+    def _batch(self, rows: list[Row]) -> tuple[Tensor, int]:
+        """What the model says of one batch of rows, fp32 [P, K], and its tokens, pads included."""
+        batch = collate(rows, self.layout, self.pad_id)
+        return self.module(batch.to(self.device)).float(), batch.padded_tokens
 
     def _together(
         self, ranks: Ranks, plan: list[list[int]], rows: Sequence[Row]
@@ -129,13 +137,10 @@ class RowForward:
         for first in range(0, len(plan), ranks.world_size):
             number = first + ranks.rank
             micro = plan[min(number, len(plan) - 1)]
-            batch = self._collated(micro, rows)
+            batch = collate([rows[i] for i in micro], self.layout, self.pad_id)
             output_PK = ranks.forward(batch)
             if number < len(plan):
                 values_RK[micro] = output_PK
                 padded += batch.padded_tokens
         found: list[list[float]] = ranks.total(values_RK).cpu().tolist()
         return found, int(ranks.total(padded))
-
-    def _collated(self, micro: list[int], rows: Sequence[Row]) -> RowBatch:
-        return collate([rows[i] for i in micro], self.layout, self.pad_id)

@@ -35,8 +35,9 @@ from cwpo_dist.pairs.records import (
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.scoring.attempts import Rows, ShardOutput
-from cwpo_dist.scoring.devices import assigned_device
+from cwpo_dist.scoring.devices import assigned_device, fix_workspace
 from cwpo_dist.scoring.forward import Ranks, RowForward
+from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 
@@ -235,6 +236,7 @@ class RewardWorker:
         max_tokens: int,
         *,
         ties: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         """Loads the model.
 
@@ -244,12 +246,19 @@ class RewardWorker:
             annotator: its name in the scores.
             max_tokens: of one forward pass.
             ties: score also pairs whose answers it cannot tell apart.
+            batch_invariant: no answer's bits depend on what is scored beside it.
+
+        Raises:
+            ModelError: for a model that cannot be loaded, read or, where asked, be kept invariant.
         """
         self.pairs, self.model, self.annotator, self.ties = pairs, model, annotator, ties
+        if batch_invariant:
+            fix_workspace()
         reward_model = load_reward_model(model, device=assigned_device())
         self.encoder = encoder_for(model, "reward model", reward_model)
         scores = AnswerScores(reward_model, token_types=self.encoder.token_types)
-        self.forward = RowForward(scores, self.encoder.pad_id, model.max_length, max_tokens)
+        forward = InvariantForward if batch_invariant else RowForward
+        self.forward = forward(scores, self.encoder.pad_id, model.max_length, max_tokens)
 
     def read(self, index: int) -> Rows:
         """The pairs."""

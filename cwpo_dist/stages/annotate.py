@@ -88,12 +88,14 @@ def _job(
     output, pairs = context.place(node), context.pairs(node)
     if retry:
         pairs = replace(pairs, only=partial(_set_aside, output, retry - 1))
-    model, budget = annotator(context, node), context.config.annotate.max_tokens_per_batch
+    model, config = annotator(context, node), context.config.annotate
+    scorer = partial(RewardWorker, batch_invariant=config.batch_invariant)
+    who, budget = _name(context, node), config.max_tokens_per_batch
     return ShardJob(
         name="scores",
         output=output,
         shards=context.shards(node),
-        make_worker=partial(RewardWorker, pairs, model, _name(context, node), budget),
+        make_worker=partial(scorer, pairs, model, who, budget),
         only=only,
         retry=retry,
     )

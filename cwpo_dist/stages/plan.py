@@ -22,6 +22,7 @@ from cwpo_dist.stages.checks import (
     check_trials,
     models,
     pools,
+    reached,
     trainings,
 )
 from cwpo_dist.stages.cluster import named_cluster
@@ -318,10 +319,21 @@ def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     if until_of(config) in {None, "weigh"}:
         yield from own_notes(config, estimate.counted)
     yield from estimate.checked.notes
+    if config.annotate.batch_invariant:
+        yield _invariance(config)
     yield from _short_trainings(config, estimates)
     yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:
         yield "labels are simulated: drawn from a rule, not given by people"
+
+
+def _invariance(config: Config) -> str:
+    if "annotate" not in reached(config, until_of(config)):
+        return "annotate.batch_invariant: on, but nothing here is scored by `annotate`"
+    return (
+        "annotate.batch_invariant: on; a score has the same bits whatever is scored beside it, on "
+        "one kind of device, and on a CPU each actor computes with one thread"
+    )
 
 
 def _size_of_comparison(config: Config, number: int) -> str:
