@@ -52,14 +52,15 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias = self.check_event(yaml.AliasEvent)
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         self._depth += 1
         if self._depth > DEEPEST:
             raise _refusal(f"more than {DEEPEST} levels, one inside the other", mark)
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self._depth -= 1
         if not is_alias:
-            self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in _inside(node))
+            inside = [self._sizes[id(child)] for child in _inside(node)]
+            self._sizes[id(node)] = 1 + sum(inside)
         elif id(node) not in self._sizes:
             raise _refusal("an alias of what it stands in, which has no end", mark)
         if self._sizes[id(node)] > _MOST_VALUES:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cwpo_dist.config import TEMPLATE_DATE, ModelConfig
+from cwpo_dist.lm.foreign import refused_as
 from cwpo_dist.lm.loading import ModelError, model_path
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import ChatTemplate, Fault, Message, TokenError, Tools
@@ -52,11 +53,9 @@ def load_tokenizer(
     """
     name, revision = _name_of(model)
     path = model_path(name)
-    try:
+    with refused_as(lambda why: ModelError(f"model_name_or_path: no tokenizer in {name!r}: {why}")):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model_name_or_path: no tokenizer in {name!r}: {error}") from error
-    eos = tokenizer.eos_token or tokenizer.sep_token
+        eos = tokenizer.eos_token or tokenizer.sep_token
     if eos is None:
         raise ModelError(
             f"model_name_or_path: the tokenizer of {name!r} has neither EOS nor SEP; set eos_token "
