@@ -78,6 +78,7 @@ class Fault(StrEnum):
     """Why a model cannot read a pair: the reasons that stand in `rejects/` and in manifests."""
 
     REFUSED = "refused by the chat template"
+    UNREAD = "refused by the tokenizer"
     LEFT_OUT = "left out by the chat template"
     IDENTICAL = "the same tokens for both answers"
     NO_TOKENS = "no tokens of its own"

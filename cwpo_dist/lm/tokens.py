@@ -166,7 +166,12 @@ class Encoder:
         """
         rendered = [self._rendered(pair) for pair in pairs]
         texts = [text for each in rendered if not isinstance(each, TokenError) for text in each]
-        ids = iter(self._tokens(texts))
+        try:
+            ids = iter(self._tokens(texts))
+        except TokenError as error:
+            if len(pairs) == 1:
+                return [error]
+            return [row for pair in pairs for row in self.encode_all([pair])]
         found: list[Row | TokenError] = []
         for each in rendered:
             if isinstance(each, TokenError):
@@ -315,13 +320,27 @@ def _messages(text: Text, role: str) -> list[Message]:
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of rendered texts, to which the tokenizer adds nothing."""
+    """The ids of rendered texts, to which the tokenizer adds nothing.
+
+    Raises:
+        TokenError: where it fails, as regular expressions of some do on some texts.
+    """
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    with refused_as(unread):
+        encoded: list[list[int]] = tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
     return encoded
+
+
+def unread(why: str) -> TokenError:
+    """The refusal of a text on which the tokenizer fails, and what it said."""
+    return TokenError(
+        f"prompt or answer: the tokenizer fails on the text ({why}); give another model, or its "
+        "files as their author has them",
+        Fault.UNREAD,
+    )
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:
