@@ -35,6 +35,24 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
     """
     if to is None and len(runs) > 1:
         raise ShowError("--to: several runs share a page; name its file")
+    try:
+        return _shown(runs, to)
+    # What is read was left by a run, but whoever hands it on may have changed it: a figure that is
+    # missing, or of another kind, fails wherever a table is made of it.
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+        files = ", ".join(f"{run}/{_figures(run)}" for run in runs)
+        said = f"{type(error).__name__}: {error}"
+        raise ShowError(
+            f"{files}: not as `cwpo` writes it ({said}); run the same configuration again, which "
+            "makes it anew, or copy the directory whole"
+        ) from error
+
+
+def _figures(run: str) -> str:
+    return FIGURES if _compared_only(Store(run)) else "metrics.json"
+
+
+def _shown(runs: Sequence[str], to: str | None) -> str:
     if len(runs) == 1 and _compared_only(Store(runs[0])):
         return _show_comparison(Store(runs[0]), to)
     if len(runs) == 1 and (prepared := _prepared_only(Store(runs[0]))):
