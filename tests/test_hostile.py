@@ -181,7 +181,7 @@ OVERRIDES = {
     "seed=!!int x": "seed: '!!int x'",
     "seed=\0": "seed: ",
     "output_dir=\udcff": "output_dir: ",
-    "output_dir='\\0'": "output_dir: ",
+    'output_dir="\\0"': "output_dir: ",
     "\udcff=1": "key ",
     "output_dir.x=1": "output_dir.x",
     f"prepare.sources.{'9' * 5000}.path=1": "prepare.sources.9",
@@ -206,7 +206,6 @@ ARGUMENTS = [
     (["plan", "--price", "nan", "run.yaml"], "--price"),
     (["plan", "--price", "=", "run.yaml"], "--price"),
     (["plan", "--pairs-per-second", "H100=-1", "run.yaml"], "--pairs-per-second"),
-    (["run", "--until", "nosuch", "run.yaml"], "nosuch"),
     (["check", "--nodes", "some"], "--nodes"),
     (["report"], "RUN"),
     (["report", "nosuch"], "nosuch"),
@@ -238,7 +237,7 @@ def planned(cwpo: Run, folder: Path, path: object, **settings: Any) -> Ended:
     config = {
         "output_dir": str(folder / "out"),
         "arms": ["human"],
-        "prepare": {"sources": [{"path": str(path)}]},
+        "prepare": {"sources": [{"path": str(path)}], "max_reject_fraction": 1.0},
         "policy": model,
         "sft": None,
     }
@@ -333,7 +332,9 @@ def test_a_bad_file_at_the_head_of_a_glob_stops_nothing(cwpo: Run, folder: Path)
     (folder / "in" / "2.jsonl").write_text(GOOD)
     assert planned(cwpo, folder, folder / "in" / "*").code == 0
     (folder / "in" / "2.jsonl").unlink()
-    refused(planned(cwpo, folder, folder / "in" / "*"), "0.jsonl: malformed line", "1.parquet: dam")
+    refused(
+        planned(cwpo, folder, folder / "in" / "*"), "0.jsonl: invalid Unicode", "1.parquet: dam"
+    )
 
 
 # -- models
@@ -440,7 +441,13 @@ MODELS: dict[str, tuple[Change, str]] = {
     "type a list": (js("config.json", model_type=["llama"]), "model_name_or_path"),
     "dtype unknown": (js("config.json", dtype="float7"), "float7"),
     "EOS text": (js("config.json", eos_token_id="x"), "eos_token_id"),
-    "quantised": (js("config.json", quantization_config={"quant_method": "bitsandbytes"}), "model"),
+    "quantised": (
+        js(
+            "config.json",
+            quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+        ),
+        "bitsandbytes",
+    ),
     "adapter": (put("adapter_config.json", b"[]"), "adapter_config.json"),
     "tokenizer {}": (put("tokenizer.json", b"{}"), TOKENIZER),
     "tokenizer []": (put("tokenizer.json", b"[]"), "tokenizer.json: "),
@@ -452,12 +459,12 @@ MODELS: dict[str, tuple[Change, str]] = {
     "class a number": (js("tokenizer_config.json", tokenizer_class=3), TOKENIZER),
     "backtracking": (split_on("(a+)+$|(.*a){25}"), "model_name_or_path"),
     "no template": (template("{% for %}"), "chat_template"),
-    "a template of templates": (template("{% include '/etc/passwd' %}"), "every row"),
+    "a template of templates": (template("{% include '/etc/passwd' %}"), "chat_template"),
 }
 # These need the child's limit to end.
 ENDLESS = {
     "loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "power": "{{ 9**9**9 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
 }
 READ = {
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",

@@ -109,7 +109,9 @@ def _inspected(
         with at_most(_MODEL_S):
             return _sized(field, model, load, sections, encoder)
     except (ModelError, TokenError) as error:
-        return CheckedModel(None, None, (f"{field}.{error}",))
+        unread = isinstance(error, TokenError) and error.fault is Fault.UNREAD
+        whose = f"model_name_or_path: {name!r}: " if unread else ""
+        return CheckedModel(None, None, (f"{field}.{whose}{error}",))
 
 
 def _sized(

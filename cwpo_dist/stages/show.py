@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
             f"{files}: not as `cwpo` writes it ({said}); run the same configuration again, which "
             "makes it anew, or copy the directory whole"
         ) from error
+
+
+def _writable(held: Any) -> Any:
+    """The same without halves of surrogate pairs, which JSON can spell and no page can hold."""
+    return json.loads(json.dumps(held, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _figures(run: str) -> str:
@@ -98,7 +104,7 @@ def _show_prepared(run: str, prepared: dict[str, dict[str, Any]], to: str | None
 
 def _show_comparison(root: Store, to: str | None) -> str:
     """The page of what `cwpo compare` left, made anew."""
-    found = root.read_json(FIGURES)
+    found = _writable(root.read_json(FIGURES))
     print_comparison(found)
     return _written(render_comparison(found), to or f"{root.uri.rstrip('/')}/{PAGE}")
 
@@ -111,7 +117,9 @@ def _written(page: str, place: str) -> str:
 
 def _metrics(run: str) -> dict[str, Any]:
     try:
-        metrics: dict[str, Any] = Store(run).read_json("metrics.json")
+        metrics: Any = _writable(Store(run).read_json("metrics.json"))
+        if not (isinstance(metrics, dict) and isinstance(metrics.get("arms"), dict)):
+            raise TypeError("it has no arms")
         return metrics
     except FileNotFoundError:
         why = "no run ended there; finish it with `cwpo run`"
