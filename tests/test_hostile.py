@@ -232,7 +232,7 @@ def test_names_that_mean_something_elsewhere_are_read(cwpo: Run, folder: Path) -
     within.mkdir()
     files = [within / f"{name}.jsonl" for name in ("a::b", "a[0-9]b", "[x]", "a*?", "{b}")]
     for number, file in enumerate(files):
-        file.write_text(GOOD.replace('"p', f'"{number} p'))
+        file.write_text(GOOD.replace(': "p', f': "{number} p'))
     for given in ([within], files):
         ended = planned(cwpo, folder, *given)
         assert ended.code == 0, ended.said

@@ -1,4 +1,4 @@
-"""Model folders from strangers: each is read, or refused in one message that names what is wrong."""
+"""Model folders from strangers: each is read, or refused in one message that names the culprit."""
 
 from __future__ import annotations
 
