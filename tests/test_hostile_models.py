@@ -112,6 +112,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "layers negative": (js("config.json", num_hidden_layers=-1), "num_hidden_layers"),
     "layers text": (js("config.json", num_hidden_layers="many"), "num_hidden_layers"),
     "layers null": (js("config.json", num_hidden_layers=None), "num_hidden_layers"),
+    "labels 1e5": (js("config.json", id2label=dict.fromkeys(range(10**5), "x")), "id2label"),
     "heads 0": (js("config.json", num_attention_heads=0), "num_attention_heads"),
     "width a fraction": (js("config.json", hidden_size=32.5), "hidden_size"),
     "words 1e12": (js("config.json", vocab_size=10**12), "vocab_size: 1000000000000"),
