@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     credentials.take()  # in a submitted job
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Ray hands on what workers say there; into a file or pipe it would all come at the end.
-        sys.stdout.reconfigure(line_buffering=True)
+        # A name in somebody's files may hold what no terminal can write: it is spelled out.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         app(args=arguments)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:

@@ -27,6 +27,7 @@ _WANTED = {
     "greater_than_equal": "{ge:g} or more",
     "less_than": "a number below {lt:g}",
     "less_than_equal": "at most {le:g}",
+    "finite_number": "a finite number",
     "too_short": "{min_length} or more entries",
     "too_long": "at most {max_length} entries",
 }
@@ -54,6 +55,8 @@ def _line(field: str, faults: Sequence[Any]) -> str:
     fault = faults[0]
     if fault["type"] == "extra_forbidden":
         return f"{field}: unknown key; {_suggestion(fault['loc'])}"
+    if fault["type"] == "invalid_key":
+        return f"{field}: unknown key; keys are names: remove it"
     if fault["type"] == "missing" and _field(fault["loc"][:-1]) != field:
         return f"{field}: missing; add it to the config"
     if fault["type"] == "value_error":
@@ -85,7 +88,10 @@ def _wanted(field: str, fault: Any) -> str:
 
 def _shown(value: Any) -> str:
     """As YAML has it, and not too long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except TypeError:  # a date as a key
+        text = str(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 

@@ -10,6 +10,9 @@ from pydantic import ValidationError
 
 from cwpo_dist.config import Config, ConfigError, Pool
 from cwpo_dist.config_faults import explained
+from cwpo_dist.yaml_text import DEEPEST, parse_yaml, unusable
+
+_MOST_BYTES = 2**20  # of a file; a configuration with everything in it has some 5,000
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -33,31 +36,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
+        text = _text(Path(path))
     except FileNotFoundError:
         raise ConfigError(f"config: no file {str(path)!r}; see jobs/recipes for examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: cannot read {path}: {error}; give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not valid YAML: {error}") from None
+    except (OSError, ValueError) as error:  # no UTF-8, or a name that no file can have
+        raise ConfigError(f"config: cannot read {str(path)!r}: {error}; give a YAML file") from None
+    data = parse_yaml(text, f"config: {str(path)!r}")
     if not isinstance(data, dict):
-        raise ConfigError(f"config: {path} must hold a mapping of sections")
+        raise ConfigError(f"config: {str(path)!r} must hold a mapping of sections")
     return data
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            name, line = key.value, key.start_mark.line + 1
-            if name in lines:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name} stands twice, in lines {lines[name]} and {line}; keep one"
-                )
-            lines[name] = line
-        return super().construct_mapping(node, deep)
+def _text(path: Path) -> str:
+    """What a file says; a named pipe would be waited for, and a device may have no end."""
+    if path.is_fifo() and path.parts[:2] not in (("/", "dev"), ("/", "proc")):  # as `<(…)` is there
+        raise OSError("it is a named pipe")
+    with path.open("rb") as file:
+        read = file.read(_MOST_BYTES + 1)
+    if len(read) > _MOST_BYTES:
+        raise OSError(f"it has more than {_MOST_BYTES:,} bytes")
+    return read.decode("utf-8")
 
 
 def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:
@@ -84,6 +82,8 @@ def parse_config(data: dict[str, Any]) -> Config:
         ConfigError: one line per fault.
     """
     try:
+        if faults := list(unusable(data)):
+            raise ConfigError("\n".join(faults))
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explained(error.errors())) from None
@@ -92,13 +92,11 @@ def parse_config(data: dict[str, Any]) -> Config:
 def _apply(data: dict[str, Any], override: str) -> None:
     """Sets `a.b.c=value` (also `a.0.b=value` for lists) in place."""
     dotted, separator, text = override.partition("=")
-    if not separator:
+    names = dotted.split(".")
+    if not separator or not all(names) or len(names) > DEEPEST:
         raise ConfigError(f"override {override!r}: write key.sub=value, or name a YAML file")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{dotted}: {text!r} is not valid YAML: {error}") from None
-    *parents, last = dotted.split(".")
+    value = parse_yaml(text, f"{dotted}: {text!r}") if text else None
+    *parents, last = names
     target: Any = data
     try:
         for part in parents:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,29 @@ def many_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutting, "JOIN_BYTES", 1)
     monkeypatch.setattr(cutting, "CUT_BYTES", 700)
     monkeypatch.setattr(pieces, "CHUNK_ROWS", 20)
+
+
+@pytest.fixture
+def cwpo(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command in this process: its exit code, and what it said."""
+    from hostile import run_here
+
+    return partial(run_here, capsys)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny policy, to be copied."""
+    from tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("base") / "model", "llama")
+
+
+@pytest.fixture
+def folder(tiny_base: Path, tmp_path: Path) -> Path:
+    """A folder with a model and pairs that can be used."""
+    from hostile import GOOD
+
+    shutil.copytree(tiny_base, tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text(GOOD)
+    return tmp_path

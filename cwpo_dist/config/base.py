@@ -12,7 +12,7 @@ Split = Literal["labelled", "unlabelled", "validation", "test"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]  # as torch and Arrow hold them
 
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -25,7 +25,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused and values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     # Fields that say how or where work is done, not what comes out: they stay out of content keys.
     compute_fields: ClassVar[frozenset[str]] = frozenset()

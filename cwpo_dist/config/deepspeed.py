@@ -169,9 +169,11 @@ def read_section(given: dict[str, Any] | str | None) -> dict[str, Any]:
     if not isinstance(given, str):
         return _tidied(given or {})
     try:
+        if Path(given).exists() and not Path(given).is_file():
+            raise OSError("it is no regular file")
         text = Path(given).read_text(encoding="utf-8-sig")
         section = json.loads(text, object_pairs_hook=_each_once)
-    except (OSError, ValueError) as error:  # of no JSON and no UTF-8 alike
+    except (OSError, ValueError, RecursionError) as error:  # of no JSON and no UTF-8 alike
         raise ConfigError(
             f"deepspeed: cannot read {given!r}: {error}; give a DeepSpeed JSON file, or a section"
         ) from None

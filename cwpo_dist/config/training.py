@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from cwpo_dist.config.base import PositiveFloat, PositiveInt, Section
 from cwpo_dist.config.deepspeed import decides_weights, read_section
 from cwpo_dist.config.models import LoraConfig
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
+_WHOLE: TypeAdapter[int] = TypeAdapter(PositiveInt)
 BUCKET_NUMBERS = 2**24  # that DeepSpeed sends at once: 64 MiB in fp32; its 2 GB stall small devices
 
 
@@ -151,11 +153,18 @@ class TrainingConfig(Section):
                 "per_device_train_batch_size is given with num_workers [min, max], whose batch "
                 "would change with the workers: give global_batch_size instead"
             )
-        workers = int(data.get("num_workers", 1))
-        per_device = int(data["per_device_train_batch_size"])
-        total = per_device * int(data.get("gradient_accumulation_steps") or 1) * workers
         given = data.get("global_batch_size")
-        if given is not None and int(given) != total:
+        each = (
+            data["per_device_train_batch_size"],
+            data.get("gradient_accumulation_steps") or 1,
+            data.get("num_workers", 1),
+        )
+        try:
+            total = math.prod(map(_WHOLE.validate_python, each))
+            whole = total if given is None else _WHOLE.validate_python(given)
+        except ValidationError:
+            return data  # the field that is no number is refused by its own name
+        if whole != total:
             raise ValueError(
                 f"global_batch_size is {given}, but per_device_train_batch_size × "
                 f"gradient_accumulation_steps × num_workers = {total}: give one of the two"

@@ -9,9 +9,12 @@ runs inside, and what is no fault of a model's code (no memory, an interrupt) pa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 FOREIGN_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError,
@@ -21,6 +24,7 @@ FOREIGN_ERRORS: tuple[type[Exception], ...] = (
     LookupError,  # a table of a configuration without the key
     OSError,  # a file that is not there; a hub that is not
     RuntimeError,  # torch's, NotImplementedError among them
+    SafetensorError,  # a file of weights that is none
     StrictDataclassError,  # a configuration that its own class refuses
     TypeError,
     ValueError,  # `too many values to unpack`
@@ -37,6 +41,28 @@ def whole_number(config: Any, name: str) -> int:
         return int(getattr(config, name, None) or 0)
     except FOREIGN_ERRORS:
         return 0
+
+
+@contextmanager
+def refused_as(refusal: Callable[[str], Exception]) -> Iterator[None]:
+    """What a stranger's files raise while libraries read them, as one refusal of ours.
+
+    All is caught: tokenizers raises bare `Exception`, and its panics are not even that. What this
+    package says itself, and a want of memory, passes.
+
+    Args:
+        refusal: from what was said, in one line, the error to raise.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of pyo3, which exports no such name
+        ours = type(error).__module__.startswith("cwpo_dist.")
+        if ours or not (is_panic or isinstance(error, Exception)):
+            raise
+        raise refusal(one_line(error)) from error
 
 
 def one_line(error: BaseException) -> str:

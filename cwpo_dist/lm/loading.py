@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, refused_as
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.switches import keep_given, switch_off
 from cwpo_dist.lm.unfit import unfit
@@ -114,28 +114,20 @@ def skeleton(model: ModelConfig, config: PretrainedConfig, kind: Any) -> PreTrai
     Raises:
         ModelError: when there is no such model.
     """
-    try:
-        with torch.device("meta"):
-            made: PreTrainedModel = kind.from_config(
-                config, attn_implementation=attention_of(model)
-            )
-    except FOREIGN_ERRORS as error:
-        raise unloadable(model, config, kind, error) from error
+    with refused_as(lambda why: unloadable(model, config, kind, why)), torch.device("meta"):
+        made: PreTrainedModel = kind.from_config(config, attn_implementation=attention_of(model))
     return made
 
 
-def unloadable(
-    model: ModelConfig, config: PretrainedConfig, kind: Any, error: Exception
-) -> ModelError:
+def unloadable(model: ModelConfig, config: PretrainedConfig, kind: Any, why: str) -> ModelError:
     """The refusal of a model that transformers did not make, and why in one line.
 
     Args:
         model: that was asked for.
         config: its configuration.
         kind: the auto class that was asked to make it.
-        error: what it raised; of an architecture that it does not have, a list of all others.
+        why: what it raised; of an architecture that it does not have, a list of all others.
     """
-    why = one_line(error)
     names, what = _KINDS[kind]
     if config.model_type not in names:
         why = f"transformers has no {what} of {config.model_type}; give another architecture"
@@ -215,7 +207,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
         ModelError: when it has none, is an adapter, or cannot hold its own pad token.
     """
     name, path = model.model_name_or_path, model_path(model.model_name_or_path)
-    try:
+    with refused_as(lambda why: ModelError(f"model_name_or_path: {name!r}: {why}")):
         adapter = find_adapter_config_file(path, revision=model.revision)
         if adapter is not None:
             raise ModelError(_of_adapter(name, Path(adapter)))
@@ -223,12 +215,9 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
             path, revision=model.revision, trust_remote_code=False
         )
         text = config.get_text_config()
-    except FOREIGN_ERRORS as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"model_name_or_path: {name!r}: {one_line(error)}") from error
-    pad, words = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if pad is not None and words is not None and pad >= words:
+        pad, words = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+        beyond = pad is not None and words is not None and pad >= words
+    if beyond:
         raise ModelError(
             f"model_name_or_path: config.json of {name!r} has pad_token_id {pad}, but vocab_size "
             f"{words}: the model cannot be built; set pad_token_id to a token below {words}"
@@ -270,21 +259,18 @@ def _load(
     if fault := other_weights(model_path(model.model_name_or_path), model.revision):
         raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {fault}")
     loaded: PreTrainedModel
-    try:
-        with _quiet():
-            loaded, report = kind.from_pretrained(
-                model_path(model.model_name_or_path),
-                config=config,
-                revision=model.revision,
-                dtype=dtype_of(model, device),
-                attn_implementation=attention_of(model),
-                trust_remote_code=False,
-                use_safetensors=True,
-                device_map=straight_to(device, new_head=new_head),
-                output_loading_info=True,
-            )
-    except FOREIGN_ERRORS as error:
-        raise unloadable(model, config, kind, error) from error
+    with refused_as(lambda why: unloadable(model, config, kind, why)), _quiet():
+        loaded, report = kind.from_pretrained(
+            model_path(model.model_name_or_path),
+            config=config,
+            revision=model.revision,
+            dtype=dtype_of(model, device),
+            attn_implementation=attention_of(model),
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map=straight_to(device, new_head=new_head),
+            output_loading_info=True,
+        )
     _refuse_missing(model, loaded, report, new_head)
     keep_given(loaded, given)
     return loaded

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.foreign import refused_as
 from cwpo_dist.lm.loading import classifier_skeleton, load_config
 from cwpo_dist.lm.modules import scores_last_token
 from cwpo_dist.lm.rows import Row
@@ -32,6 +33,7 @@ from cwpo_dist.lm.tokens import (
     ids_of,
     load_tokenizer,
     refuse_mixed,
+    unread,
     without_eos,
 )
 
@@ -278,8 +280,9 @@ class PairEncoder(Encoder):
         if not texts:
             return []
         questions, answers = zip(*texts, strict=True)
-        found = self.tokenizer(list(questions), list(answers), verbose=False)
-        return [(ids, _border(found, place)) for place, ids in enumerate(found["input_ids"])]
+        with refused_as(unread):
+            found = self.tokenizer(list(questions), list(answers), verbose=False)
+            return [(ids, _border(found, place)) for place, ids in enumerate(found["input_ids"])]
 
     def _row(self, texts: Sequence[Any], ids: list[Any]) -> Row | TokenError:
         for (question, answer), (_, border) in zip(texts, ids, strict=True):

@@ -36,8 +36,18 @@ PLAIN_TEMPLATE = (
 # Text under 'plain' as a template, for a saved tokenizer: a prompt and its answer as two messages.
 JOINED_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
-# A template is a program of somebody else's: these are what its operations raise.
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+# A template is a program of somebody else's: these are what its operations raise, and those of the
+# Python below it (a macro that calls itself, a text of a terabyte).
+_REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+)
 _DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTR"  # of strftime
 _MARKS = {"user": "Wq7mark1", "assistant": "Wq7mark2", "system": "Wq7mark3"}
 _TELLING = 12  # letters of a text that no template has by chance
@@ -68,6 +78,7 @@ class Fault(StrEnum):
     """Why a model cannot read a pair: the reasons that stand in `rejects/` and in manifests."""
 
     REFUSED = "refused by the chat template"
+    UNREAD = "refused by the tokenizer"
     LEFT_OUT = "left out by the chat template"
     IDENTICAL = "the same tokens for both answers"
     NO_TOKENS = "no tokens of its own"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cwpo_dist.config import TEMPLATE_DATE, ModelConfig
+from cwpo_dist.lm.foreign import refused_as
 from cwpo_dist.lm.loading import ModelError, model_path
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import ChatTemplate, Fault, Message, TokenError, Tools
@@ -52,11 +53,9 @@ def load_tokenizer(
     """
     name, revision = _name_of(model)
     path = model_path(name)
-    try:
+    with refused_as(lambda why: ModelError(f"model_name_or_path: no tokenizer in {name!r}: {why}")):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model_name_or_path: no tokenizer in {name!r}: {error}") from error
-    eos = tokenizer.eos_token or tokenizer.sep_token
+        eos = tokenizer.eos_token or tokenizer.sep_token
     if eos is None:
         raise ModelError(
             f"model_name_or_path: the tokenizer of {name!r} has neither EOS nor SEP; set eos_token "
@@ -167,7 +166,12 @@ class Encoder:
         """
         rendered = [self._rendered(pair) for pair in pairs]
         texts = [text for each in rendered if not isinstance(each, TokenError) for text in each]
-        ids = iter(self._tokens(texts))
+        try:
+            ids = iter(self._tokens(texts))
+        except TokenError as error:
+            if len(pairs) == 1:
+                return [error]
+            return [row for pair in pairs for row in self.encode_all([pair])]
         found: list[Row | TokenError] = []
         for each in rendered:
             if isinstance(each, TokenError):
@@ -316,13 +320,27 @@ def _messages(text: Text, role: str) -> list[Message]:
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of rendered texts, to which the tokenizer adds nothing."""
+    """The ids of rendered texts, to which the tokenizer adds nothing.
+
+    Raises:
+        TokenError: where it fails, as regular expressions of some do on some texts.
+    """
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    with refused_as(unread):
+        encoded: list[list[int]] = tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
     return encoded
+
+
+def unread(why: str) -> TokenError:
+    """The refusal of a text on which the tokenizer fails, and what it said."""
+    return TokenError(
+        f"prompt or answer: the tokenizer fails on the text ({why}); give another model, or its "
+        "files as their author has them",
+        Fault.UNREAD,
+    )
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cwpo_dist.pairs.csv_files import csv_spans
 from cwpo_dist.pairs.json_files import opens_bracket
 from cwpo_dist.pairs.pieces import Piece
-from cwpo_dist.pairs.readers import DELIMITERS, Part, access, compression_of, open_file
+from cwpo_dist.pairs.readers import DELIMITERS, Part, access, compression_of, open_file, opened
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def spans(part: Part) -> list[tuple[int, int, int]]:
 
 def _count_lines(uri: str, start: int, stop: int) -> int:
     at, count = (start - 1, 0) if start else (0, 1)  # a line begins behind the newline before it
-    with fsspec.open(uri, "rb") as file:
+    with opened(uri) as file:
         file.seek(at)
         while data := file.read(min(_READ_BYTES, stop - 1 - at)):
             count += data.count(b"\n")
@@ -142,7 +141,7 @@ def _may_be_array(part: Part) -> bool:
 def _group_spans(part: Part) -> Iterator[tuple[tuple[int, int], int]]:
     """Ranges of row groups with their bytes; none where the footer cannot be read."""
     try:
-        with fsspec.open(part.uri, "rb") as file:
+        with opened(part.uri) as file:
             footer = pq.read_metadata(file)
     except (OSError, pa.ArrowException):  # the task that reads the file says what is wrong with it
         return

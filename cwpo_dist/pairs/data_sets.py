@@ -25,10 +25,13 @@ from cwpo_dist.pairs.readers import BATCH_ROWS, DataSetError, Part
 def _in_our_words() -> Iterator[None]:
     try:
         yield
+    except OSError:
+        raise
     except DatasetsError as error:
-        if isinstance(error, OSError):
-            raise
         raise DataSetError(str(error)) from error
+    # What `datasets` stumbles over in a stranger's metadata, whose form it does not check.
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise DataSetError(f"{type(error).__name__}: {error}") from error
 
 
 def tables(part: Part, wanted: Collection[str] | None) -> Iterator[pa.Table]:

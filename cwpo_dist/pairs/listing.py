@@ -208,7 +208,7 @@ def _no_file(filesystem: Any, path: str, info: Info) -> str | None:
         linked = " behind a link" if is_link else ""
         return f"a folder{linked}; give it as a source of its own"
     if not filesystem.isfile(path):
-        return "a link to nothing" if is_link else "no regular file"
+        return "no regular file" if filesystem.exists(path) else "a link to nothing"
     return _unread_file(path.rpartition("/")[2], info)
 
 

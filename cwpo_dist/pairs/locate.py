@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist.config import ConfigError, Source
@@ -26,7 +25,7 @@ from cwpo_dist.pairs.listing import (
     real_path,
     unknown_suffix,
 )
-from cwpo_dist.pairs.readers import READERS, Part, reader_of
+from cwpo_dist.pairs.readers import READERS, Part, filesystem_of, reader_of
 from cwpo_dist.pairs.split_names import NoSplitError, of_other_splits, pick, split_of
 from cwpo_dist.storage import fingerprint, mark
 from cwpo_dist.storage_faults import MISSING, fault_of, told
@@ -58,7 +57,7 @@ def is_hub_id(path: str) -> bool:
     """True for `owner/name` or `name` that is nothing on disk and names no file of ours."""
     if "://" in path or not _HUB_ID.fullmatch(path) or reader_of(path):
         return False
-    filesystem, root = fsspec.url_to_fs(path)
+    filesystem, root = filesystem_of(path)
     return not filesystem.exists(root)
 
 
@@ -75,7 +74,7 @@ def find(field: str, source: Source) -> Found:
     try:
         if is_hub_id(source.path):
             return _on_the_hub(field, source)
-        filesystem, root = fsspec.url_to_fs(source.path)
+        filesystem, root = filesystem_of(source.path)
         kind = _kind(filesystem, root)
         if kind == "directory":
             return _in_folder(field, source, filesystem, root.rstrip("/"))
@@ -92,8 +91,8 @@ def reads_below(source: Source, place: str) -> bool:
     """Whether a source is a folder, or a glob over folders, in which `place` lies."""
     if is_hub_id(source.path):
         return False
-    filesystem, root = fsspec.url_to_fs(source.path)
-    other, place = fsspec.url_to_fs(place)
+    filesystem, root = filesystem_of(source.path)
+    other, place = filesystem_of(place)
     if filesystem.isdir(root):
         root = f"{root}/{source.data_dir or ''}"
     elif "**" in root:
@@ -259,14 +258,34 @@ def _saved(source: Source, filesystem: Any, root: str) -> Found:
     uri, size = _uri(filesystem, root), sum(filesystem.du(root, total=False).values())
     marks = tuple(fingerprint(uri))
     if not filesystem.exists(f"{root}/dataset_dict.json"):
-        state = json.loads(filesystem.cat_file(f"{root}/state.json"))
+        state = _described(filesystem, f"{root}/state.json")
         of = str(state.get("_split") or "train").partition("[")[0]  # train[:10%]
         pick([of], source.split, source.into)
         return Found((Part(uri, "saved", size=size),), (), marks)
-    splits = json.loads(filesystem.cat_file(f"{root}/dataset_dict.json"))["splits"]
+    splits = _described(filesystem, f"{root}/dataset_dict.json").get("splits")
+    if not (isinstance(splits, list) and splits and all(isinstance(each, str) for each in splits)):
+        raise ValueError(f"dataset_dict.json: splits: {str(splits)[:40]}; it should list names")
     kept = pick(splits, source.split, source.into)
     part = Part(uri, "saved", split=kept, size=size)
     return Found((part,), _other_splits(source, splits, kept), marks)
+
+
+def _described(filesystem: Any, path: str) -> dict[str, Any]:
+    """What a file of `save_to_disk` says of its folder.
+
+    Raises:
+        ValueError: naming the file, where it is no JSON object.
+    """
+    name = path.rpartition("/")[2]
+    if not filesystem.isfile(path):
+        raise ValueError(f"{name} is no regular file")
+    try:
+        held = json.loads(filesystem.cat_file(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{name} holds no JSON object")
+    return held
 
 
 def _other_splits(source: Source, splits: Iterable[str], kept: str) -> tuple[LeftOut, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import lzma
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -218,18 +219,37 @@ def _csv_rows(part: Part) -> Iterator[RawRow]:
             yield RawRow(position, value, text, Reason.MALFORMED if value is None else None)
 
 
+def filesystem_of(path: str) -> tuple[Any, str]:
+    """The filesystem of a path or URI, and the path there.
+
+    What has no `://` is a path as it stands; fsspec would read `::` as one URI inside another.
+    """
+    if "://" in path:
+        found: tuple[Any, str] = fsspec.url_to_fs(path)
+        return found
+    return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
+
+
 def open_file(uri: str) -> IO[bytes]:
     """A file for reading, unpacked where its suffix says so."""
     packed = compression_of(uri)
     by_arrow = _UNPACKED_BY_ARROW.get(packed or "")
-    opened: Any = fsspec.open(uri, "rb", compression=None if by_arrow else "infer").open()
+    filesystem, path = filesystem_of(uri)
+    packing = None if by_arrow else "infer"
+    file: Any = filesystem.open(path, "rb", compression=packing)
     if by_arrow:
-        unpacked: Any = pa.CompressedInputStream(pa.PythonFile(opened, mode="r"), by_arrow)
+        unpacked: Any = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), by_arrow)
         return io.BufferedReader(unpacked, _UNPACKED_BYTES)
     if packed:  # they buffer, and give all that precedes damage
-        return cast(IO[bytes], opened)
+        return cast(IO[bytes], file)
     # Without a buffer of its own a remote file copies a whole block for each line.
-    return io.BufferedReader(opened, BUFFER_BYTES)
+    return io.BufferedReader(file, BUFFER_BYTES)
+
+
+def opened(uri: str) -> Any:
+    """A file for reading, as its bytes are."""
+    filesystem, path = filesystem_of(uri)
+    return filesystem.open(path, "rb")
 
 
 def _data_set_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
@@ -242,7 +262,7 @@ def _data_set_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
 
 def _parquet_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
     """The rows of a Parquet file, group by group: behind a damaged one the next may be whole."""
-    with fsspec.open(part.uri, "rb") as file, closing(pq.ParquetFile(file)) as parquet:
+    with opened(part.uri) as file, closing(pq.ParquetFile(file)) as parquet:
         names = [name for name in parquet.schema_arrow.names if wanted is None or name in wanted]
         start, stop = part.span or (0, parquet.num_row_groups)
         first = 1 + sum(parquet.metadata.row_group(group).num_rows for group in range(start))
@@ -256,7 +276,7 @@ def _parquet_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
 
 def _arrow_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
     """The rows of an Arrow (Feather) file or stream."""
-    with fsspec.open(part.uri, "rb") as file:
+    with opened(part.uri) as file:
         is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
         file.seek(0)
         batches = _batches_of_file(file) if is_file else pa.ipc.open_stream(file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -36,6 +36,8 @@ MAP_LABELS = (
     "is one"
 )
 PEEK_ROWS = 1000
+_BAD_FILES = 100  # at the head of a source, until we give up
+_SAID = 3  # of them
 # One task holds one bucket in memory, some four times its text: as read, as sorted, with its ids.
 BUCKET_BYTES = 32 * 2**20
 # Text is about so much longer than its compressed file.
@@ -172,23 +174,37 @@ def _peek(index: int, source: Source) -> _Peeked:
     field = f"prepare.sources.{index}"
     found = find(field, source)
     try:
-        first = itertools.islice((raw for part in found.parts for raw in read(part)), PEEK_ROWS)
-        raws = list(first)
+        rows, unread = _first_rows(found.parts)
     except SourceError as error:
         raise ConfigError(f"{field}.path: {error}") from error
-    rows = tuple(raw.value for raw in raws if not raw.fault and isinstance(raw.value, Mapping))
     if not rows:
-        why = _why_unreadable(raws)
+        said = "; ".join(f"{file}: {why}" for file, why in itertools.islice(unread.items(), _SAID))
         raise ConfigError(
             f"{field}.path: no row among the first {PEEK_ROWS} of {source.path!r} can be read "
-            f"({why}); check that the file is what its name says"
+            f"({said or 'it is empty'}); check that the file is what its name says"
         )
-    return _Peeked(source, found, FirstRows(field, source.path, rows))
+    return _Peeked(source, found, FirstRows(field, source.path, tuple(rows)))
+
+
+def _first_rows(parts: Iterable[Part]) -> tuple[list[Any], dict[str, str]]:
+    """The first rows that can be read, and of the files without one so far, each with why.
+
+    Of a file that is none inside, whatever its name, the next one tells what rows look like.
+    """
+    rows: list[Any] = []
+    unread: dict[str, str] = {}
+    for part in parts:
+        raws = list(itertools.islice(read(part), PEEK_ROWS - len(rows)))
+        good = [raw.value for raw in raws if not raw.fault and isinstance(raw.value, Mapping)]
+        if raws and not good:
+            unread[str(part)] = _why_unreadable(raws)
+        rows += good
+        if len(rows) >= PEEK_ROWS or len(unread) > _BAD_FILES:
+            break
+    return rows, unread
 
 
 def _why_unreadable(raws: Sequence[RawRow]) -> str:
-    if not raws:
-        return "it is empty"
     if raws[0].fault is Reason.DAMAGED:
         return f"{raws[0].fault}: {raws[0].as_text()}"
     return raws[0].fault or Reason.NOT_MAPPING

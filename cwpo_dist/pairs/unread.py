@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cwpo_dist.pairs.layout import not_null
-from cwpo_dist.pairs.readers import DataSetError, Part, access, out_of_reach
+from cwpo_dist.pairs.readers import DataSetError, Part, access, opened, out_of_reach
 from cwpo_dist.pairs.rejects import printable
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ def _in_saved(part: Part, used: Tree, most_rows: int | None) -> Iterator[Mapping
 
 def _in_parquet(part: Part, used: Tree, most_rows: int | None) -> Iterator[Mapping[str, int]]:
     seen = 0
-    with fsspec.open(part.uri, "rb") as file, pq.ParquetFile(file) as parquet:
+    with opened(part.uri) as file, pq.ParquetFile(file) as parquet:
         start, stop = part.span or (0, parquet.num_row_groups)
         for group in range(start, stop):
             told, untold = _by_footer(parquet, group, used)

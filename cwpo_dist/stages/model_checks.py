@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
+from cwpo_dist.lm.bounded import BoundError, at_most, bounded
 from cwpo_dist.lm.fitting import shortest_cut
-from cwpo_dist.lm.loading import ModelError, load_config
+from cwpo_dist.lm.loading import ModelError, load_config, model_path
+from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.reading import Role, encoder_for
 from cwpo_dist.lm.switches import unused_losses
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Encoder
+from cwpo_dist.lm.tokens import Encoder, ids_of
+from cwpo_dist.lm.weights import bytes_of, folder_fault
 from cwpo_dist.stages.sizes import (
     Loader,
     ModelSize,
@@ -34,6 +38,10 @@ _ROLES: dict[Loader, Role] = {
     reward_model: "reward model",
 }
 _TOKENS_SHOWN = 5
+# Seconds of a processor: the largest tokenizers load in two, but for those to be converted first.
+_TOKENS_S, _CONVERTED_S, _MODEL_S = 10, 120, 300
+# On which regular expressions that try all ways to read a run of letters do not end.
+_LONG_TEXTS = tuple(f"{letter * 64}!" for letter in "a1 A\n.")
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,58 @@ def check_model(
         load: in which of three ways it is loaded.
         sections: those that train it, by name.
     """
+    name = model.model_name_or_path
+    where = f"{field}.model_name_or_path: {name!r}: "
     try:
-        size, encoder = model_size(model, load), encoder_for(model, _ROLES[load])
-        faults = [*_length_faults(field, model, size, encoder)]
-        faults += _token_faults(field, model, encoder)
+        path = Path(model_path(name))
+        if path.is_dir() and (fault := other_weights(str(path), None) or folder_fault(path)):
+            return CheckedModel(None, None, (where + fault,))
+        local = (
+            model.model_copy(update={"model_name_or_path": str(path)}) if path.is_dir() else model
+        )
+        found = bounded(
+            lambda: _inspected(field, local, load, sections),
+            bytes_of(path) if path.is_dir() else 0,
+        )
+        encoder = None if found.size is None else encoder_for(model, _ROLES[load])
     except (ModelError, TokenError) as error:
         return CheckedModel(None, None, (f"{field}.{error}",))
+    except BoundError as error:
+        return CheckedModel(None, None, (f"{where}{error}; give another model",))
+    spelled = [
+        [text.replace(str(path), name) for text in each] for each in (found.faults, found.notes)
+    ]
+    return CheckedModel(found.size, encoder, tuple(spelled[0]), tuple(spelled[1]))
+
+
+def _inspected(
+    field: str, model: ModelConfig, load: Loader, sections: Mapping[str, TrainingConfig]
+) -> CheckedModel:
+    """The same, but for the encoder; runs in a child with bounds, as strangers' code does here."""
+    name = model.model_name_or_path
+    try:
+        with at_most(_TOKENS_S if Path(name, "tokenizer.json").exists() else _CONVERTED_S):
+            encoder = encoder_for(model, _ROLES[load])
+            for text in _LONG_TEXTS:
+                ids_of(encoder.tokenizer, [text])
+        with at_most(_MODEL_S):
+            return _sized(field, model, load, sections, encoder)
+    except (ModelError, TokenError) as error:
+        unread = isinstance(error, TokenError) and error.fault is Fault.UNREAD
+        whose = f"model_name_or_path: {name!r}: " if unread else ""
+        return CheckedModel(None, None, (f"{field}.{whose}{error}",))
+
+
+def _sized(
+    field: str,
+    model: ModelConfig,
+    load: Loader,
+    sections: Mapping[str, TrainingConfig],
+    encoder: Encoder,
+) -> CheckedModel:
+    size = model_size(model, load)
+    faults = [*_length_faults(field, model, size, encoder)]
+    faults += _token_faults(field, model, encoder)
     trained: list[TrainedSize] = []
     notes = [*_notes(field, model, size, encoder)]
     for name, training in sections.items():
@@ -85,7 +139,7 @@ def check_model(
             notes += [f"{name}.lora: {note}" for note in trained[-1].notes]
         except LoraError as error:
             faults.append(f"{name}.{error}")
-    return CheckedModel(replace(size, trained=tuple(trained)), encoder, tuple(faults), tuple(notes))
+    return CheckedModel(replace(size, trained=tuple(trained)), None, tuple(faults), tuple(notes))
 
 
 def _length_faults(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,29 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
     """
     if to is None and len(runs) > 1:
         raise ShowError("--to: several runs share a page; name its file")
+    try:
+        return _shown(runs, to)
+    # What is read was left by a run, but whoever hands it on may have changed it: a figure that is
+    # missing, or of another kind, fails wherever a table is made of it.
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+        files = ", ".join(f"{run}/{_figures(run)}" for run in runs)
+        said = f"{type(error).__name__}: {error}"
+        raise ShowError(
+            f"{files}: not as `cwpo` writes it ({said}); run the same configuration again, which "
+            "makes it anew, or copy the directory whole"
+        ) from error
+
+
+def _writable(held: Any) -> Any:
+    """The same without halves of surrogate pairs, which JSON can spell and no page can hold."""
+    return json.loads(json.dumps(held, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _figures(run: str) -> str:
+    return FIGURES if _compared_only(Store(run)) else "metrics.json"
+
+
+def _shown(runs: Sequence[str], to: str | None) -> str:
     if len(runs) == 1 and _compared_only(Store(runs[0])):
         return _show_comparison(Store(runs[0]), to)
     if len(runs) == 1 and (prepared := _without_report(Store(runs[0]))):
@@ -99,7 +123,7 @@ def _show_prepared(run: str, prepared: dict[str, dict[str, Any]], to: str | None
 
 def _show_comparison(root: Store, to: str | None) -> str:
     """The page of what `cwpo compare` left, made anew."""
-    found = root.read_json(FIGURES)
+    found = _writable(root.read_json(FIGURES))
     print_comparison(found)
     return _written(render_comparison(found), to or f"{root.uri.rstrip('/')}/{PAGE}")
 
@@ -112,7 +136,9 @@ def _written(page: str, place: str) -> str:
 
 def _metrics(run: str) -> dict[str, Any]:
     try:
-        metrics: dict[str, Any] = Store(run).read_json("metrics.json")
+        metrics: Any = _writable(Store(run).read_json("metrics.json"))
+        if not (isinstance(metrics, dict) and isinstance(metrics.get("arms"), dict)):
+            raise TypeError("it has no arms")
         return metrics
     except FileNotFoundError:
         why = "no run ended there; finish it with `cwpo run`"

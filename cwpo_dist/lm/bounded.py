@@ -1,0 +1,110 @@
+"""A function that reads a stranger's model in; what it gives, or why it does not, out of a child.
+
+A regular expression of a tokenizer, a chat template and the code that a configuration asks for can
+run for ever or take all memory, in places that no signal handler of Python interrupts. A child that
+is forked for them can be bounded by the kernel: by the processor time that it uses, which a busy
+machine does not change, and by memory. A fork costs some hundredths of a second, and what was
+imported is there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
+
+from cwpo_dist.lm.foreign import one_line
+
+_Found = TypeVar("_Found")
+_MEMORY = 4 * 2**30  # bytes beyond what the process has and its weights, which are mapped
+_WAITED_S = 900.0  # by the clock: only what waits, for a pipe or a network, takes so long
+_EVER_S = 10**6  # of processor time
+_PAGE = resource.getpagesize()
+
+
+class BoundError(ValueError):
+    """What was called did not end as functions do; the message says how, in one line."""
+
+
+def bounded(call: Callable[[], _Found], mapped: int = 0) -> _Found:
+    """What a function returns, computed in a child with bounds on time and memory.
+
+    Args:
+        call: returns what can be pickled; `at_most` bounds the time of its parts.
+        mapped: bytes of files that it may map, which are no memory.
+
+    Raises:
+        BoundError: for a time or memory beyond the bounds, for a child that died, and for all that
+            `call` raised.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_work, args=(call, theirs, mapped), daemon=True)
+    with warnings.catch_warnings():
+        # Of threads that hold a lock while we fork: the child only reads files and computes.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child.start()
+    theirs.close()
+    try:
+        received: _Found = _received(ours, child)
+        return received
+    finally:
+        child.kill()
+        child.join()
+        ours.close()
+
+
+def _received(pipe: Connection, child: multiprocessing.process.BaseProcess) -> Any:
+    if not pipe.poll(_WAITED_S):
+        raise BoundError(f"it does not end, after {_WAITED_S:.0f} s of waiting")
+    try:
+        result, fault = pipe.recv()
+    except EOFError:
+        child.join()
+        raise BoundError(_death(child.exitcode or 0)) from None
+    if fault is not None:
+        raise BoundError(fault)
+    return result
+
+
+def _death(exitcode: int) -> str:
+    if exitcode == -signal.SIGXCPU:
+        return "it takes too much time"
+    name = signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"
+    return f"the process that read it died ({name})"
+
+
+def _work(call: Callable[[], object], pipe: Connection, mapped: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads stayed behind
+    torch.set_num_threads(1)  # and so did those of OpenMP
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        room = int(file.read().split()[0]) * _PAGE + _MEMORY + 2 * mapped
+    resource.setrlimit(resource.RLIMIT_AS, (room if hard < 0 else min(room, hard), hard))
+    try:
+        pipe.send((call(), None))
+    except MemoryError:
+        pipe.send((None, f"it takes more than {_MEMORY // 2**30} GiB of memory"))
+    # Said to the parent, which refuses: a panic of Rust's is no Exception.
+    except BaseException as error:  # noqa: BLE001
+        pipe.send((None, one_line(error)))
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Kills the child, for it is one, that `bounded` made, when this takes more processor time."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_CPU, (_EVER_S if hard < 0 else hard, hard))

@@ -1,0 +1,124 @@
+"""Text of YAML in, plain data out; bounds hold before anything is built, whoever wrote the text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from cwpo_dist.config import ConfigError
+
+DEEPEST = 32  # levels; a configuration has 6
+_MOST_VALUES = 100_000  # once every alias stands for what it names
+_LARGEST = 2**63  # what torch, NumPy and Arrow can hold
+_SHOWN = 60  # characters of a value
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """What a text of YAML says.
+
+    Args:
+        text: of one document.
+        what: it is, for the message.
+
+    Raises:
+        ConfigError: for what is no YAML, or nests or repeats itself beyond all bounds.
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
+    # PyYAML's constructors fail as Python does on `!!bool x`, `2020-13-01` or a 5000-digit number.
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as e:
+        said = str(e) or type(e).__name__
+        raise ConfigError(f"{what} is not valid YAML: {said}; correct it") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, where YAML would silently keep the last, and YAML bombs."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}  # by the node's identity
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise _refusal(f"more than {DEEPEST} levels, one inside the other", mark)
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        if not is_alias:
+            inside = [self._sizes[id(child)] for child in _inside(node)]
+            self._sizes[id(node)] = 1 + sum(inside)
+        elif id(node) not in self._sizes:
+            raise _refusal("an alias of what it stands in, which has no end", mark)
+        if self._sizes[id(node)] > _MOST_VALUES:
+            raise _refusal(f"more than {_MOST_VALUES:,} values, aliases spelled out", mark)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refusal(
+                    "a list or a mapping as a key, where a name is wanted", key.start_mark
+                )
+            if name in lines:
+                raise _refusal(f"{name} stands twice, in lines {lines[name]} and {line}; keep one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _inside(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
+
+
+def _refusal(what: str, mark: Any = None) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, what, mark)
+
+
+def unusable(value: Any, place: str = "") -> Iterator[str]:
+    """A line for each value, or key, that no field can mean: field, value, remedy."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            name = ascii(key)[1:-1] if isinstance(key, str) else str(key)
+            yield from _of_text(f"{place or 'config'}: key ", key) if isinstance(key, str) else ()
+            yield from unusable(inner, f"{place}.{name}" if place else name)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from unusable(inner, f"{place}.{index}")
+    elif isinstance(value, str):
+        yield from _of_text(f"{place}: ", value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{place}: {value}; give a finite number"
+    elif isinstance(value, int) and abs(value) >= _LARGEST:
+        yield f"{place}: a number of {value.bit_length()} bits; give one of less than 64"
+
+
+def _of_text(start: str, text: str) -> Iterator[str]:
+    shown = ascii(text) if len(text) <= _SHOWN else ascii(text[:_SHOWN])[:-1] + "…'"
+    if "\0" in text:
+        yield f"{start}{shown} holds a NUL, which no path and no name can; remove it"
+    elif any("\ud800" <= letter <= "\udfff" for letter in text):
+        yield f"{start}{shown} cannot be written as UTF-8; rename it, or write it in UTF-8"
+    elif "://" in text:
+        try:
+            urlsplit(text)
+        except ValueError as error:
+            yield f"{start}{shown} is no URI ({error}); correct it"
