@@ -10,6 +10,8 @@ import logging
 import os
 import secrets
 import sys
+import traceback
+from types import TracebackType
 from typing import Annotated, Literal
 
 import typer
@@ -31,6 +33,7 @@ from cwpo_dist.cli_options import (
 )
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import load_config, to_yaml
+from cwpo_dist.redaction import redacted
 
 USER_ERROR = 2
 
@@ -66,6 +69,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; faults of the user end in one message and exit code 2."""
     credentials.take()  # in a submitted job
+    sys.excepthook = _told_without_credentials
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Ray hands on what workers say there; into a file or pipe it would all come at the end.
         sys.stdout.reconfigure(line_buffering=True)
@@ -89,7 +93,15 @@ def user_message(error: BaseException) -> str | None:
     if not any(kind.__module__.startswith("cwpo_dist.") for kind in type(error).__mro__):
         return None
     said = str(getattr(error, "cause", error))  # Ray's wrapper adds the worker's traceback
-    return said.partition("\nFailed to apply UDF ")[0]  # Ray Data adds advice about its own knobs
+    said = said.partition("\nFailed to apply UDF ")[0]  # Ray Data adds advice about its own knobs
+    return redacted(said)
+
+
+def _told_without_credentials(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A fault that is not the user's, with its traceback: a library's message may hold a URL."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
 
 @app.command()
@@ -286,7 +298,7 @@ class _Stderr(logging.Handler):
     """Logs to what is stderr at the moment: while a progress bar is shown, that prints above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"{self.format(record)}\n")
+        sys.stderr.write(f"{redacted(self.format(record))}\n")
 
 
 def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = False) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from cwpo_dist.config import Config, ConfigError, Pool
 from cwpo_dist.config_faults import explained
+from cwpo_dist.redaction import HIDDEN, is_secret_name, redacted
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -39,7 +40,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: cannot read {path}: {error}; give a YAML file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not valid YAML: {error}") from None
+        raise ConfigError(f"config: {path} is not valid YAML: {_at_line(error)}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"config: {path} must hold a mapping of sections")
     return data
@@ -93,11 +94,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
     """Sets `a.b.c=value` (also `a.0.b=value` for lists) in place."""
     dotted, separator, text = override.partition("=")
     if not separator:
-        raise ConfigError(f"override {override!r}: write key.sub=value, or name a YAML file")
+        raise ConfigError(f"override {_shown(override)}: write key.sub=value, or name a YAML file")
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{dotted}: {text!r} is not valid YAML: {error}") from None
+        said = f"{_shown(override)} is not valid YAML: {_at_line(error)}"
+        raise ConfigError(f"{dotted}: {said}") from None
     *parents, last = dotted.split(".")
     target: Any = data
     try:
@@ -108,9 +110,27 @@ def _apply(data: dict[str, Any], override: str) -> None:
         target[int(last) if isinstance(target, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError):
         raise ConfigError(
-            f"override {override!r}: there is no place {dotted!r}; the config has a single value "
-            "or a shorter list on the way"
+            f"override {_shown(override)}: there is no place {dotted!r}; the config has a single "
+            "value or a shorter list on the way"
         ) from None
+
+
+def _shown(override: str) -> str:
+    """An override as a message repeats it, without the secret that may stand in it."""
+    dotted, separator, value = override.partition("=")
+    if separator and is_secret_name(dotted.rpartition(".")[2]):
+        value = HIDDEN
+    return repr(redacted(f"{dotted}{separator}{value}"))
+
+
+def _at_line(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the line itself, in which a secret may stand."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return redacted(str(error))
+    marks = (error.problem_mark, error.context_mark)
+    line = next((f" in line {mark.line + 1}" for mark in marks if mark is not None), "")
+    said = ", ".join(part for part in (error.context, error.problem) if part)
+    return redacted(f"{said}{line}")
 
 
 def _step_into(target: Any, part: str) -> Any:

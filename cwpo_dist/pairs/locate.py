@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
+from aiohttp import ClientError  # what fsspec lets through of http(s), no OSError
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist.config import ConfigError, Source
@@ -82,7 +83,7 @@ def find(field: str, source: Source) -> Found:
         raise ConfigError(f"{field}.split: {source.path!r} {error}") from None
     except ConfigError:
         raise
-    except (OSError, ImportError, ValueError) as error:  # no access, no driver for the protocol
+    except (OSError, ImportError, ValueError, ClientError) as error:  # no access, or no driver
         raise _nothing(field, source, error) from None
 
 

@@ -20,11 +20,13 @@ from typing import IO, Any, Literal, cast
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from aiohttp import ClientError  # what fsspec lets through of http(s), no OSError
 
 from cwpo_dist.pairs.arrow_rows import batch_rows
 from cwpo_dist.pairs.csv_files import HeaderError, csv_rows
 from cwpo_dist.pairs.json_files import json_lines, json_rows
 from cwpo_dist.pairs.rejects import Reason, printable, row_text
+from cwpo_dist.redaction import redacted
 
 Reader = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
 
@@ -58,7 +60,13 @@ _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecod
 
 
 class SourceError(ValueError):
-    """A source that cannot be read; the message names it and the remedy."""
+    """A source that cannot be read; the message names it and the remedy.
+
+    What a server says may repeat a signed URL, to which it led us: it is told, and kept, without.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class DataSetError(ValueError):
@@ -150,7 +158,7 @@ def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
     wanted = None if columns is None else set(columns)
     try:
         yield from _until_damage(_rows(part, wanted), part.first)
-    except (OSError, DataSetError) as error:
+    except (OSError, DataSetError, ClientError) as error:
         raise SourceError(
             f"{part}: cannot be read: {error}. Mend the access to it, then run the same command"
         ) from error
@@ -165,7 +173,7 @@ def _until_damage(rows: Iterator[RawRow], position: int) -> Iterator[RawRow]:
     except (OSError, HeaderError, *_DAMAGE) as error:
         if _out_of_reach(error):
             raise
-        why = f"cannot be read from here on: {type(error).__name__}: {error}"
+        why = redacted(f"cannot be read from here on: {type(error).__name__}: {error}")
         yield RawRow(position, None, why, fault=Reason.DAMAGED)
 
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from cwpo_dist.pairs.layout import not_null
 from cwpo_dist.pairs.readers import DataSetError, Part, SourceError
 from cwpo_dist.pairs.rejects import printable
+from cwpo_dist.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,9 @@ def columnar(part: Part, used: Tree, most_rows: int | None = None) -> Unread:
     except (OSError, pa.ArrowException, DataSetError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise SourceError(f"{part}: cannot be read: {error}; mend the access to it") from error
-        logger.warning("prepare: %s: what nothing reads cannot be counted: %s", part, error)
+        logger.warning(
+            "prepare: %s: what nothing reads cannot be counted: %s", part, redacted(str(error))
+        )
     return Unread({name: count for name, count in counts.items() if count})
 
 
