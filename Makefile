@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo try-cluster test test-long mutants architectures lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long mutants architectures lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -64,6 +64,21 @@ lock: $(TOOLS)/.installed  ## release/*.txt anew from pyproject.toml; UPGRADE=--
 	$(PYTHON) release/divide.py build/all.txt $(TORCH_CPU)
 	$(COMPILE) -c constraints.txt release/build.in -o release/build.txt
 
+# The commit's own time stands in the wheel, so that building it again gives the same bytes.
+BUILD := SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist .
+release: $(STAMP) sbom  ## dist/: the wheel, where it comes from (SLSA provenance), and the SBOM
+	rm -rf build/lib dist/*.whl*
+	$(BUILD)
+	$(BIN)/python release/provenance.py dist 'make release'
+
+sbom: $(STAMP) $(TOOLS)/.installed  ## dist/sbom.json: what is installed in .venv (CycloneDX)
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o dist/sbom.json $(BIN)/python
+
+licenses: $(STAMP) $(TOOLS)/.installed  ## dist/licenses.md: the licence of each installed package
+	mkdir -p dist
+	$(TOOLS)/bin/pip-licenses --python=$(BIN)/python --format=markdown --order=license --output-file=dist/licenses.md
+
 demo: $(STAMP) $(DEMO_MODEL)/config.json  ## the whole recipe with a real small model; a report at the end
 	$(BIN)/cwpo run $(DEMO_CONFIG)
 
@@ -82,12 +97,13 @@ mutants: $(STAMP)  ## does a test notice each of some 140 edits that would turn 
 architectures: $(STAMP)  ## docs/architectures.md: all of transformers' causal models, tiny; a quarter of an hour
 	PYTHONPATH=. $(BIN)/python tests/architectures.py docs/architectures.md
 
-lint: $(STAMP)  ## style, formatting, types, layers
+lint: $(STAMP)  ## style, safety, formatting, types, layers, secrets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --baseline .secrets.baseline
 
 format: $(STAMP)  ## rewrite files to the house style
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 import traceback
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal
 
@@ -265,6 +266,10 @@ def export(
         str | None,
         typer.Option(help="Hub id of the adapter's base, where the policy was given as a folder."),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="An EC private key (PEM); wants the extra [sign]."),
+    ] = None,
 ) -> None:
     """Copy an arm's aligned model: a Hugging Face folder that loads anywhere, with its card.
 
@@ -276,7 +281,36 @@ def export(
     from cwpo_dist.stages.export import export as copy_model
 
     _log_to_terminal()
-    say(f"model: {copy_model(run, arm, to, adapter, annotator, base)}")
+    say(f"model: {copy_model(run, arm, to, adapter, annotator, base, sign)}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Exported; a path or a URI.")],
+    key: Annotated[
+        Path | None,
+        typer.Option(help="The public key (PEM) of who signed it; wants the extra [sign]."),
+    ] = None,
+) -> None:
+    """Check an exported folder: is every file as it was written, and none more?
+
+    Each changed, missing or added file is named, and the exit code is 1. Without --key that finds
+    damage, not malice: who changes files can change digests.json too.
+
+    Example: cwpo verify models/aligned --key release.pub
+    """
+    from cwpo_dist.signing import compare, verify_signature
+    from cwpo_dist.storage import Store
+
+    place = Store(folder)
+    found = compare(place).lines()
+    if key is not None and (why := verify_signature(place, key)) is not None:
+        found.append(f"signature: not that of {key}: {why}")
+    for line in found:
+        say(line)
+    if found:
+        raise typer.Exit(1)
+    say(f"{folder}: all files as they were {'written' if key is None else 'signed'}")
 
 
 for _command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.stop):

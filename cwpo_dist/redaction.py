@@ -32,8 +32,8 @@ _NAMED_BEFORE_AT = "abfs|abfss|adl|az|wasb|wasbs|sftp|ssh|scp|smb|hdfs|webhdfs|h
 _CREDENTIALS = tuple(
     re.compile(pattern)
     for pattern in (
-        # user:password@host: behind a scheme, in a chain of them, or alone. GitHub's URIs are
-        # github://owner:repository@branch.
+        # A user, a colon, a password and @, behind a scheme, in a chain of them, or alone. GitHub's
+        # URIs name owner and repository so.
         r"(?:^|(?<=[\s\"'=(\[,/\\])|(?<=::))(?<!github://)"
         r"[^\s\"'=(\[,:/\\?#]*:(?!:)[^\s\"'/\\?#]+@(?=[\w\[])",
         # scheme://user:pass/word@host: what follows a host's colon is else a port.

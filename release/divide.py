@@ -1,7 +1,7 @@
 """uv's list of all locked packages in; release/{packages,torch,cuda}.txt and constraints.txt out.
 
-PyPI has torch for CUDA alone on Linux, which wants gigabytes of other packages; PyTorch's CPU build
-wants none of them. Both are torch 2.13.0 to pip, so torch and what CUDA wants are lists of their own.
+For Linux PyPI has torch for CUDA alone, which wants gigabytes of other packages; PyTorch's CPU
+build wants none of them. Both are one version to pip: torch is a list, and what CUDA wants another.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ VERSION = re.compile(r"^(\S+==[^\s\\]+(?: ; [^\\]+?)?) \\$", re.MULTILINE)
 
 def divide(locked: str, torch_cpu: str) -> dict[str, str]:
     """The files' content by name."""
-    entries = re.split(r"^(?=\S)", "".join(
-        line for line in locked.splitlines(keepends=True) if not line.startswith("#")
-    ), flags=re.MULTILINE)
+    entries = re.split(
+        r"^(?=\S)",
+        "".join(line for line in locked.splitlines(keepends=True) if not line.startswith("#")),
+        flags=re.MULTILINE,
+    )
     entries = [entry for entry in entries if entry.strip()]
     for_cuda = [entry for entry in entries if FOR_CUDA.match(entry)]
     torch = [entry for entry in entries if entry.startswith("torch==")]
