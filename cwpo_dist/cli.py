@@ -10,6 +10,9 @@ import logging
 import os
 import secrets
 import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Literal
 
 import typer
@@ -31,6 +34,7 @@ from cwpo_dist.cli_options import (
 )
 from cwpo_dist.config import Config
 from cwpo_dist.config_file import load_config, to_yaml
+from cwpo_dist.redaction import redacted
 
 USER_ERROR = 2
 
@@ -66,6 +70,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; faults of the user end in one message and exit code 2."""
     credentials.take()  # in a submitted job
+    sys.excepthook = _told_without_credentials
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Ray hands on what workers say there; into a file or pipe it would all come at the end.
         # A name in somebody's files may hold what no terminal can write: it is spelled out.
@@ -90,7 +95,15 @@ def user_message(error: BaseException) -> str | None:
     if not any(kind.__module__.startswith("cwpo_dist.") for kind in type(error).__mro__):
         return None
     said = str(getattr(error, "cause", error))  # Ray's wrapper adds the worker's traceback
-    return said.partition("\nFailed to apply UDF ")[0]  # Ray Data adds advice about its own knobs
+    said = said.partition("\nFailed to apply UDF ")[0]  # Ray Data adds advice about its own knobs
+    return redacted(said)
+
+
+def _told_without_credentials(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A fault that is not the user's, with its traceback: a library's message may hold a URL."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
 
 @app.command()
@@ -254,6 +267,10 @@ def export(
         str | None,
         typer.Option(help="Hub id of the adapter's base, where the policy was given as a folder."),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="An EC private key (PEM); wants the extra [sign]."),
+    ] = None,
 ) -> None:
     """Copy an arm's aligned model: a Hugging Face folder that loads anywhere, with its card.
 
@@ -265,7 +282,36 @@ def export(
     from cwpo_dist.stages.export import export as copy_model
 
     _log_to_terminal()
-    say(f"model: {copy_model(run, arm, to, adapter, annotator, base)}")
+    say(f"model: {copy_model(run, arm, to, adapter, annotator, base, sign)}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Exported; a path or a URI.")],
+    key: Annotated[
+        Path | None,
+        typer.Option(help="The public key (PEM) of who signed it; wants the extra [sign]."),
+    ] = None,
+) -> None:
+    """Check an exported folder: is every file as it was written, and none more?
+
+    Each changed, missing or added file is named, and the exit code is 1. Without --key that finds
+    damage, not malice: who changes files can change digests.json too.
+
+    Example: cwpo verify models/aligned --key release.pub
+    """
+    from cwpo_dist.signing import compare, verify_signature
+    from cwpo_dist.storage import Store
+
+    place = Store(folder)
+    found = compare(place).lines()
+    if key is not None and (why := verify_signature(place, key)) is not None:
+        found.append(f"signature: not that of {key}: {why}")
+    for line in found:
+        say(line)
+    if found:
+        raise typer.Exit(1)
+    say(f"{folder}: all files as they were {'written' if key is None else 'signed'}")
 
 
 for _command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.stop):
@@ -287,7 +333,7 @@ class _Stderr(logging.Handler):
     """Logs to what is stderr at the moment: while a progress bar is shown, that prints above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"{self.format(record)}\n")
+        sys.stderr.write(f"{redacted(self.format(record))}\n")
 
 
 def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = False) -> None:

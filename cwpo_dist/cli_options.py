@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from cwpo_dist.redaction import redacted
+
 # What each stage does, in its order; `cwpo <stage>` exists for each.
 STAGES = {
     "prepare": "Read the sources, split them, set bad rows aside: pairs and rejects.",
@@ -70,4 +72,4 @@ Trial = Annotated[
 
 def say(text: str) -> None:
     """Prints text as it is, however wide the terminal."""
-    Console(soft_wrap=True).print(escape(text), highlight=False)
+    Console(soft_wrap=True).print(escape(redacted(text)), highlight=False)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from cwpo_dist.config import Config, ConfigError, Pool
 from cwpo_dist.config_faults import explained
+from cwpo_dist.redaction import HIDDEN, is_secret_name, redacted
 from cwpo_dist.yaml_text import DEEPEST, parse_yaml, unusable
 
 _MOST_BYTES = 2**20  # of a file; a configuration with everything in it has some 5,000
@@ -94,8 +95,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     names = dotted.split(".")
     if not separator or not all(names) or len(names) > DEEPEST:
-        raise ConfigError(f"override {override!r}: write key.sub=value, or name a YAML file")
-    value = parse_yaml(text, f"{dotted}: {text!r}") if text else None
+        raise ConfigError(f"override {_shown(override)}: write key.sub=value, or name a YAML file")
+    value = parse_yaml(text, f"{dotted}: {_shown(override)}") if text else None
     *parents, last = names
     target: Any = data
     try:
@@ -106,9 +107,17 @@ def _apply(data: dict[str, Any], override: str) -> None:
         target[int(last) if isinstance(target, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError):
         raise ConfigError(
-            f"override {override!r}: there is no place {dotted!r}; the config has a single value "
-            "or a shorter list on the way"
+            f"override {_shown(override)}: there is no place {dotted!r}; the config has a single "
+            "value or a shorter list on the way"
         ) from None
+
+
+def _shown(override: str) -> str:
+    """An override as a message repeats it, without the secret that may stand in it."""
+    dotted, separator, value = override.partition("=")
+    if separator and is_secret_name(dotted.rpartition(".")[2]):
+        value = HIDDEN
+    return repr(redacted(f"{dotted}{separator}{value}"))
 
 
 def _step_into(target: Any, part: str) -> Any:

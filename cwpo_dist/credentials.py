@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fsspec.config import conf, set_conf_env
+
 # What a job needs to reach models, storage and trackers. Only what is set travels.
 PASSED_ON = (
     "HF_TOKEN",
@@ -32,12 +34,16 @@ PASSED_ON = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_S3_ENDPOINT_URL",
 )
+# fsspec's own: FSSPEC_HTTPS holds what its https filesystem is made with. Its folder stays here.
+_OF_FSSPEC, _LOCAL = "FSSPEC_", "FSSPEC_CONFIG_DIR"
 _FILE = Path(".cwpo-environment.json")
 
 
 def here() -> list[str]:
-    """The names of PASSED_ON that are set in this shell."""
-    return [name for name in PASSED_ON if name in os.environ]
+    """The names of PASSED_ON, and of fsspec's variables, that are set in this shell."""
+    fsspecs = (name for name in sorted(os.environ) if name.startswith(_OF_FSSPEC))
+    found = [name for name in PASSED_ON if name in os.environ]
+    return [*found, *(name for name in fsspecs if name != _LOCAL)]
 
 
 def pack(folder: Path, further: Sequence[str] = ()) -> None:
@@ -51,3 +57,4 @@ def take() -> None:
     """Sets what `pack` wrote, when this process runs in a job's folder; called once in each."""
     if _FILE.is_file():
         os.environ.update(json.loads(_FILE.read_text()))
+        set_conf_env(conf)  # fsspec may have been imported before

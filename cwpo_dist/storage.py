@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist import local_files
+from cwpo_dist.redaction import has_credential, redacted
 from cwpo_dist.storage_faults import DENIED, FULL, MISSING, OTHER, fault_of, told
 
 MANIFEST = "manifest.json"
@@ -36,7 +37,13 @@ _REMOVALS = 100  # tries, where others remove or write in the same folder
 
 
 class StorageError(OSError):
-    """Storage refused a read or write; the message names the place and the remedy."""
+    """Storage refused a read or write; the message names the place and the remedy.
+
+    What a service says may repeat a signed URL: it is told, and kept, without.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class FileMissing(StorageError, FileNotFoundError):
@@ -55,6 +62,11 @@ class Store:
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
+        if has_credential(self.uri):
+            raise StorageError(
+                f"{self.uri}: a credential stands in it; give it by the environment "
+                "(AWS_PROFILE, AWS_ACCESS_KEY_ID with its key, or fsspec's FSSPEC_… variables)"
+            )
         try:
             filesystem, root = fsspec.url_to_fs(self.uri)
         except (ImportError, ValueError) as error:  # s3 and gs come with extras of the same names

@@ -10,6 +10,8 @@ import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cwpo_dist.redaction import redacted
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -134,8 +136,8 @@ def told(error: BaseException) -> str:
     """What an error says, without the address that was asked for: it may hold a signature."""
     status, message = getattr(error, "status", None), getattr(error, "message", None)
     if isinstance(status, int) and isinstance(message, str):
-        return f"{status} {message}"
-    return str(error) or type(error).__name__
+        return redacted(f"{status} {message}")
+    return redacted(str(error)) or type(error).__name__
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

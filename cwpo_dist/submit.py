@@ -27,6 +27,7 @@ from cwpo_dist import credentials
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.deepspeed import read_section
 from cwpo_dist.job_server import SubmitError, job_server
+from cwpo_dist.redaction import redacted
 from cwpo_dist.storage import digest, to_json
 
 PACKAGE = Path(__file__).resolve().parent
@@ -196,7 +197,7 @@ def follow(
                 asyncio.run(log.tail(client, submission_id))
             except (RuntimeError, aiohttp.ClientError) as error:
                 # The connection went, the job did not: read on from where we were.
-                write(f"[connection lost: {error}; connecting again]\n")
+                write(redacted(f"[connection lost: {error}; connecting again]\n"))
             state = _state(client, submission_id)
             if state.is_terminal():
                 return bool(state == JobStatus.SUCCEEDED)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from cwpo_dist.config import ConfigError
+from cwpo_dist.redaction import redacted
 
 DEEPEST = 32  # levels; a configuration has 6
 _MOST_VALUES = 100_000  # once every alias stands for what it names
@@ -38,8 +39,17 @@ def parse_yaml(text: str, what: str) -> Any:
         TypeError,
         ValueError,
     ) as e:
-        said = str(e) or type(e).__name__
-        raise ConfigError(f"{what} is not valid YAML: {said}; correct it") from None
+        raise ConfigError(f"{what} is not valid YAML: {_at_line(e)}; correct it") from None
+
+
+def _at_line(error: Exception) -> str:
+    """What is wrong and where, without the line itself, in which a secret may stand."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return redacted(str(error) or type(error).__name__)
+    marks = (error.problem_mark, error.context_mark)
+    line = next((f" in line {mark.line + 1}" for mark in marks if mark is not None), "")
+    said = ", ".join(part for part in (error.context, error.problem) if part)
+    return redacted(f"{said}{line}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -112,6 +122,7 @@ def unusable(value: Any, place: str = "") -> Iterator[str]:
 
 
 def _of_text(start: str, text: str) -> Iterator[str]:
+    text = redacted(text)
     shown = ascii(text) if len(text) <= _SHOWN else ascii(text[:_SHOWN])[:-1] + "…'"
     if "\0" in text:
         yield f"{start}{shown} holds a NUL, which no path and no name can; remove it"

@@ -214,3 +214,16 @@ def test_the_sbatch_script_agrees_with_the_settings() -> None:
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", SBATCH, re.MULTILINE))
     assert options["signal"].startswith("B:USR1@")  # to the script, which hands it on
     assert "requeue" in options
+
+
+def test_the_locked_packages_are_those_of_the_constraints_each_with_its_hashes() -> None:
+    pinned = set((ROOT / "constraints.txt").read_text().splitlines())
+    locked = set()
+    for name in ("packages", "torch", "cuda", "build", "model", "tools"):
+        text = (ROOT / "release" / f"{name}.txt").read_text()
+        assert "://" not in text
+        assert "--index-url" not in text
+        entries = re.findall(r"^(\w\S*==.*?) \\\n((?:    --hash=sha256:\w{64}.*\n)+)", text, re.M)
+        assert len(entries) == len(re.findall(r"^\w", text, re.M)), name
+        locked |= {entry for entry, _ in entries} if name in ("packages", "torch") else set()
+    assert locked == pinned

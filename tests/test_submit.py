@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 from conftest import ROOT
@@ -257,17 +258,21 @@ def test_credentials_travel_as_a_file_and_only_those_that_are_set(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("MY_SERVICE", "mine")
+    monkeypatch.setenv("FSSPEC_HTTPS", '{"headers": {}}')
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", "/here")
     credentials.pack(tmp_path, ["MY_SERVICE"])
     (file,) = tmp_path.iterdir()
     assert file.stat().st_mode & 0o077 == 0
     monkeypatch.setenv("WANDB_API_KEY", "the cluster's")
-    monkeypatch.delenv("MY_SERVICE")
+    for name in ("MY_SERVICE", "FSSPEC_HTTPS", "FSSPEC_CONFIG_DIR"):
+        monkeypatch.delenv(name)
     credentials.take()  # elsewhere: there is no such file
     assert os.environ["WANDB_API_KEY"] == "the cluster's"
     monkeypatch.chdir(tmp_path)
     credentials.take()
     assert (os.environ["WANDB_API_KEY"], os.environ["MY_SERVICE"]) == (SECRET, "mine")
-    assert "HF_TOKEN" not in os.environ
+    assert fsspec.config.conf["https"] == {"headers": {}}, "also where it was imported before"
+    assert os.environ.keys().isdisjoint({"HF_TOKEN", "FSSPEC_CONFIG_DIR"})
 
 
 def test_the_name_is_a_function_of_place_and_stage() -> None:

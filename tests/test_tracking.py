@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cwpo_dist.config import ConfigError, TrainingConfig
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config import TrainingConfig
 from cwpo_dist.storage import Store
 from cwpo_dist.training import tracking
 from cwpo_dist.training.courier import Courier
@@ -132,18 +131,6 @@ def test_report_to_as_people_write_it() -> None:
     assert TrainingConfig(**given, report_to="none").report_to == []
     with pytest.raises(ValueError, match="tensorboard"):
         TrainingConfig(**given, report_to="comet")
-
-
-def test_credentials_in_a_models_uri_are_refused() -> None:
-    """Trackers are shown the model's name."""
-    config = {
-        "output_dir": "x",
-        "prepare": {"sources": [{"path": "x"}]},
-        "policy": {"model_name_or_path": "s3://key:secret@bucket/model"},
-    }
-    with pytest.raises(ConfigError, match=r"policy\.model_name_or_path: the URI carries cred") as e:
-        parse_config(config)
-    assert "secret" not in str(e.value)
 
 
 def test_a_line_says_what_one_watches() -> None:

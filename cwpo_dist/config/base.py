@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cwpo_dist.redaction import REMEDY, first_credential, redacted
 
 Split = Literal["labelled", "unlabelled", "validation", "test"]
 
@@ -19,18 +21,38 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message names field, value and remedy."""
+    """A configuration that cannot run; the message names field, value and remedy.
+
+    What a library says in it may repeat a signed URL: it is told without.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused and values never change."""
 
+    # What pydantic says of a fault is what it was given: that could be a credential.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
     )
 
     # Fields that say how or where work is done, not what comes out: they stay out of content keys.
     compute_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, given: Any) -> Any:
+        """Before any fault is told: a message would repeat what it was given."""
+        place = first_credential(given)
+        if place is not None:
+            raise ValueError(f"{place}: {REMEDY}")
+        return given
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide a stage's output, ready to be hashed into its key."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cwpo_dist.config.base import ConfigError
+from cwpo_dist.redaction import REMEDY, first_credential
 
 AUTO = "auto"  # left to us
 # What other fields of ours decide: an equal value is taken, another one refused.
@@ -177,6 +178,8 @@ def read_section(given: dict[str, Any] | str | None) -> dict[str, Any]:
         raise ConfigError(
             f"deepspeed: cannot read {given!r}: {error}; give a DeepSpeed JSON file, or a section"
         ) from None
+    if (place := first_credential(section)) is not None:
+        raise ConfigError(f"deepspeed: {given!r}: {place}: {REMEDY}")
     if not isinstance(section, dict):
         raise ConfigError(f"deepspeed: {given!r} holds no JSON object; give a DeepSpeed JSON file")
     return _tidied(section)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -110,21 +109,6 @@ class Config(Section):
         if isinstance(data, dict) and data.get("sft") == "none":
             return {**data, "sft": None}
         return data
-
-    @model_validator(mode="after")
-    def _no_credentials(self) -> Self:
-        """URIs are written into manifests, reports and trackers: secrets must not be in them."""
-        models = {"weak": self.weak, "policy": self.policy}
-        models |= dict(self.annotate.ready()) | {"evaluate.gold_model": self.evaluate.gold_model}
-        named = [("output_dir", self.output_dir)]
-        named += [(f"prepare.sources.{i}.path", s.path) for i, s in enumerate(self.prepare.sources)]
-        named += [(f"{k}.model_name_or_path", m.model_name_or_path) for k, m in models.items() if m]
-        for field, uri in named:
-            if "@" in urlsplit(uri).netloc:
-                raise ValueError(
-                    f"{field}: the URI carries credentials; pass them by environment variables"
-                )
-        return self
 
     @model_validator(mode="after")
     def _ties_are_learned(self) -> Self:

@@ -26,6 +26,7 @@ from cwpo_dist.pairs.arrow_rows import batch_rows
 from cwpo_dist.pairs.csv_files import HeaderError, csv_rows
 from cwpo_dist.pairs.json_files import json_lines, json_rows
 from cwpo_dist.pairs.rejects import Reason, printable, row_text
+from cwpo_dist.redaction import redacted
 from cwpo_dist.storage_faults import fault_of, told
 
 Reader = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
@@ -60,7 +61,13 @@ _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecod
 
 
 class SourceError(ValueError):
-    """A source that cannot be read; the message names it and the remedy."""
+    """A source that cannot be read; the message names it and the remedy.
+
+    What a server says may repeat a signed URL, to which it led us: it is told, and kept, without.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class DataSetError(ValueError):
@@ -183,7 +190,7 @@ def _until_damage(rows: Iterator[RawRow], position: int) -> Iterator[RawRow]:
     except (OSError, HeaderError, *_DAMAGE) as error:
         if out_of_reach(error):
             raise
-        why = f"cannot be read from here on: {type(error).__name__}: {error}"
+        why = redacted(f"cannot be read from here on: {type(error).__name__}: {error}")
         yield RawRow(position, None, why, fault=Reason.DAMAGED)
 
 

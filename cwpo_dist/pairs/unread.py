@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from cwpo_dist.pairs.layout import not_null
 from cwpo_dist.pairs.readers import DataSetError, Part, access, opened, out_of_reach
 from cwpo_dist.pairs.rejects import printable
+from cwpo_dist.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def columnar(part: Part, used: Tree, most_rows: int | None = None) -> Unread:
         except (OSError, pa.ArrowException, DataSetError) as error:
             if out_of_reach(error):
                 raise
-            logger.warning("prepare: %s: what nothing reads cannot be counted: %s", part, error)
+            why = redacted(str(error))
+            logger.warning("prepare: %s: what nothing reads cannot be counted: %s", part, why)
     return Unread({name: count for name, count in counts.items() if count})
 
 

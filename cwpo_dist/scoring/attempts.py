@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.redaction import redacted
 from cwpo_dist.scoring.tickets import BrokenDeviceError, ShardError
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def _reason(error: Exception) -> str:
     """The exception's type and first line, without addresses: the same on every try."""
     first = (str(error).strip().splitlines() or [""])[0]
     text = re.sub(r"0x[0-9a-fA-F]+", "0x…", f"{type(error).__name__}: {first}")
-    return text.removesuffix(": ")[:_LONGEST_REASON]
+    return redacted(text.removesuffix(": "))[:_LONGEST_REASON]
 
 
 def _with_rejects(

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from cwpo_dist.config import Config, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
 from cwpo_dist.report.card import BESIDE, annotator_card, model_card
+from cwpo_dist.signing import check_can_sign, sign, write_digests
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.export import ADAPTER, BASE, MODEL
@@ -40,8 +41,9 @@ def export(
     adapter: bool = False,
     annotator: str | None = None,
     base: str | None = None,
+    private_key: Path | None = None,
 ) -> str:
-    """Copies the aligned model of an arm, and writes its model card (README.md) beside it.
+    """Copies the aligned model of an arm, with its model card (README.md) and digests.json.
 
     Args:
         run: the run directory, a path or a URI.
@@ -50,6 +52,7 @@ def export(
         adapter: the LoRA adapter alone, instead of the model it is merged into.
         annotator: the role of an annotator that `fit` made, to be copied instead of the policy.
         base: what the adapter names as its base, a hub id; None: what the run knows it by.
+        private_key: signs the folder; None: it goes unsigned.
 
     Returns:
         `to`.
@@ -57,6 +60,7 @@ def export(
     Raises:
         ExportError: when the run has no such arm, annotator or adapter, the stage is not finished,
             `to` holds files, or there is no room for it.
+        SigningError: when it cannot be signed.
     """
     target = Store(to)
     target.sweep()  # what an export left that was killed
@@ -66,6 +70,8 @@ def export(
         raise ExportError("--base: names the model below an adapter; give --adapter too")
     if annotator is not None and adapter:
         raise ExportError("--adapter: of the policy alone; an annotator is exported merged")
+    if private_key is not None:
+        check_can_sign(target, private_key)
     root = Store(run)
     chosen = _chosen(root, arm)
     source = _Arm(
@@ -80,6 +86,9 @@ def export(
         else:
             card = _annotator(source, annotator, figures, target)
         target.write("README.md", card.encode())
+        write_digests(target)
+        if private_key is not None:
+            sign(target, private_key)
     return to
 
 

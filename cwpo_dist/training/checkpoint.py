@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from cwpo_dist.redaction import redacted
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import Lease, LeaseHeld, LeaseLost
 from cwpo_dist.training.loop import Engine
@@ -97,7 +98,8 @@ def clear(stage: Store) -> None:
     except LeaseHeld as held:
         logger.info("%s/%s stays for now: %s", stage.uri, FOLDER, held)
     except OSError as error:
-        logger.warning("%s/%s is of no more use, but stays: %s", stage.uri, FOLDER, error)
+        why = redacted(str(error))
+        logger.warning("%s/%s is of no more use, but stays: %s", stage.uri, FOLDER, why)
 
 
 class Saver:

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from cwpo_dist.redaction import redacted
+
 logger = logging.getLogger(__name__)
 
 Stamped = tuple[float, Mapping[str, float]]  # when it was logged, seconds since 1970, and what
@@ -140,4 +142,4 @@ class Courier:
 def _first_line(error: Exception) -> str:
     """A client's message may be a page."""
     lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
+    return redacted(f"{type(error).__name__}: {lines[0]}".removesuffix(": "))[:300]

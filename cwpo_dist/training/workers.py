@@ -33,6 +33,7 @@ from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import identify
+from cwpo_dist.redaction import redacted
 from cwpo_dist.storage import MANIFEST, Store, digest
 from cwpo_dist.training.checkpoint import CommitFailed
 from cwpo_dist.training.frozen import FrozenSpec
@@ -280,7 +281,7 @@ def _worker(loop_config: dict[str, Any]) -> Any:
     except CommitFailed:  # rank 0 says why
         return None
     except ValueError as error:  # perhaps on this rank alone, so the group must end, but once
-        message = f"{type(error).__name__}: {error}"
+        message = redacted(f"{type(error).__name__}: {error}")
         token.store.create_json(_refusal_name(token), {"error": "refused", "message": message})
         raise
 

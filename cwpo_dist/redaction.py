@@ -1,0 +1,132 @@
+"""What a run is told, or what a library says, in; whether a credential stands in it, out.
+
+A configuration is written into manifests, rows and reports, and a library's error may repeat the
+URL that it could not read. So a credential in the one is refused, and in the other hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+HIDDEN = "***"
+REMEDY = (
+    "a credential stands there, and a configuration is written into manifests, rows and reports. "
+    "Take it out and give it by the environment: HF_TOKEN, AWS_PROFILE or AWS_ACCESS_KEY_ID with "
+    "its key, WANDB_API_KEY, for URLs FSSPEC_HTTPS (SECURITY.md shows how)"
+)
+# What makes a name that of a secret, as a word of it or written together with the word before.
+_SECRET_WORDS = re.compile(
+    r"token|secret|pass(word|wd|phrase)?|pwd|sig(nature)?|credentials?|auth(orization)?|bearer|jwt|"
+    r"sas|\w*(token|secret|password|apikey|accesskey|accountkey)"
+)
+# Signed URLs carry their whole signature in parameters of the signer's own.
+_SIGNERS = (["x", "amz"], ["x", "goog"], ["x", "ms"])
+# Also names of partitions and columns: that of a secret in a query or a section, not in a path.
+_AMBIGUOUS = {"key", "sig", "auth", "pass", "sas"}
+# Kinds of places in whose URIs a name before `@` is no password: a container, a user, a revision.
+_NAMED_BEFORE_AT = "abfs|abfss|adl|az|wasb|wasbs|sftp|ssh|scp|smb|hdfs|webhdfs|hf|git"
+
+_CREDENTIALS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        # A user, a colon, a password and @, behind a scheme, in a chain of them, or alone. GitHub's
+        # URIs name owner and repository so.
+        r"(?:^|(?<=[\s\"'=(\[,/\\])|(?<=::))(?<!github://)"
+        r"[^\s\"'=(\[,:/\\?#]*:(?!:)[^\s\"'/\\?#]+@(?=[\w\[])",
+        # scheme://user:pass/word@host: what follows a host's colon is else a port.
+        r"(?<=://)(?<!github://)[^\s\"'/\\?#@:\[\]]+:(?!:|\d*(?:[/\\?#]|$))[^\s\"'@]*@(?=[\w\[])",
+        # scheme://token@host.
+        rf"\b(?P<kept>(?!(?:{_NAMED_BEFORE_AT}|github):)[A-Za-z][\w+.-]*:[/\\]{{2,}})"
+        r"(?!\*\*\*@)[^\s\"'/\\?#@]+@",
+        # Credentials that say what they are.
+        r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[oprsu]_[A-Za-z0-9]{20,}|"
+        r"github_pat_\w{20,}|glpat-[\w-]{16,}|sk-(?:ant-|proj-)?[A-Za-z0-9]{24,}|"
+        r"xox[abps]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)",
+        r"\b(?P<kept>(?:[Bb]earer|[Bb]asic) +)[\w.~+/-]{12,}=*",
+        r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*",
+    )
+)
+_PARAMETER = re.compile(
+    r"(?P<before>^|[?&;#/\s,\"'({])(?P<name>[A-Za-z][\w.-]*)=(?P<value>[^&;#\s\"']+)"
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what goes by this name is a secret: api_key, X-Amz-Signature, sessionToken."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+    words = [word for word in re.split(r"[^a-z0-9]+", apart) if word]
+    if not words:
+        return False
+    keys = words[-1] == "key" or {"access", "key"} <= set(words)
+    return keys or words[:2] in _SIGNERS or any(map(_SECRET_WORDS.fullmatch, words))
+
+
+def has_credential(text: str) -> bool:
+    """Whether a credential stands in a text, be it written with %40 for @."""
+    return any(_hidden(form) != form for form in (text, unquote(text)))
+
+
+def redacted(text: str) -> str:
+    """A text with `***` for each credential in it."""
+    return _hidden(unquote(text)) if has_credential(text) else text
+
+
+def first_credential(value: Any) -> str | None:
+    """The dotted place of a credential in nested sections and lists; None where there is none."""
+    found = (place for place, name, leaf in _leaves(value) if _is_credential(name, leaf))
+    return next(found, None)
+
+
+def _leaves(value: Any) -> Iterator[tuple[str, str, Any]]:
+    """Place, nearest name and value of all that is no section or list, keys of sections too.
+
+    Each object once: YAML's aliases can name one many times over, or in itself.
+    """
+    seen: set[int] = set()
+    left: list[tuple[str, str, Any]] = [("", "", value)]
+    while left:
+        place, name, value = left.pop()
+        if not isinstance(value, Mapping | list | tuple | set):
+            yield place, name, value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            left += reversed(list(_below(place, name, value)))
+
+
+def _below(place: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+    if not isinstance(value, Mapping):
+        yield from ((f"{place}.{k}".lstrip("."), name, each) for k, each in enumerate(value))
+        return
+    for key, each in value.items():
+        below = f"{place}.{redacted(str(key))}".lstrip(".")
+        yield below, "", str(key)
+        yield below, str(key), each
+
+
+def _is_credential(name: str, leaf: Any) -> bool:
+    if isinstance(leaf, str) and has_credential(leaf):
+        return True
+    unsaid = leaf is None or isinstance(leaf, bool) or leaf in ("", "auto")
+    return is_secret_name(name) and not unsaid
+
+
+def _hidden(text: str) -> str:
+    for pattern in _CREDENTIALS:
+        text = pattern.sub(_replaced, text)
+    return _PARAMETER.sub(_parameter, text)
+
+
+def _replaced(found: re.Match[str]) -> str:
+    kept = found.groupdict().get("kept") or ""
+    return f"{kept}{HIDDEN}{'@' if found[0].endswith('@') else ''}"
+
+
+def _parameter(found: re.Match[str]) -> str:
+    asked = found["before"] and found["before"] in "?&;#"
+    name = found["name"]
+    if not is_secret_name(name) or (name.lower() in _AMBIGUOUS and not asked):
+        return found[0]
+    return f"{found['before']}{name}={HIDDEN}"
