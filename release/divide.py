@@ -1,7 +1,7 @@
-"""uv's list of all locked packages in; release/{packages,torch,cuda}.txt and constraints.txt out.
+"""uv's list of all locked packages in; release/{packages,torch*,cuda}.txt and constraints.txt out.
 
 For Linux PyPI has torch for CUDA alone, which wants gigabytes of other packages; PyTorch's CPU
-build wants none of them. Both are one version to pip: torch is a list, and what CUDA wants another.
+build wants none of them. In one list pip would take PyPI's, whose index tells it the hashes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ def divide(locked: str, torch_cpu: str) -> dict[str, str]:
     torch = [entry for entry in entries if entry.startswith("torch==")]
     others = [entry for entry in entries if entry not in for_cuda + torch]
     (first,) = torch
-    name, hashes = first.replace(f"    --hash=sha256:{torch_cpu} \\\n", "").split("\n", 1)
+    version = first.split(" ", 1)[0]
     return {
         "packages.txt": "".join(others),
-        "torch.txt": f"{name}\n    --hash=sha256:{torch_cpu} \\\n{hashes}",
+        "torch.txt": first,
+        "torch-cpu.txt": f"{version}+cpu \\\n    --hash=sha256:{torch_cpu}\n",
         "cuda.txt": "".join(for_cuda),
     }
 

@@ -219,7 +219,7 @@ def test_the_sbatch_script_agrees_with_the_settings() -> None:
 def test_the_locked_packages_are_those_of_the_constraints_each_with_its_hashes() -> None:
     pinned = set((ROOT / "constraints.txt").read_text().splitlines())
     locked = set()
-    for name in ("packages", "torch", "cuda", "build", "model", "tools"):
+    for name in ("packages", "torch", "torch-cpu", "cuda", "build", "model", "tools"):
         text = (ROOT / "release" / f"{name}.txt").read_text()
         assert "://" not in text
         assert "--index-url" not in text
