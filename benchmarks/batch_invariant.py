@@ -17,7 +17,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,7 +45,7 @@ def compared(forwards: Forwards, rows: list[Row], size: int, repeats: int) -> di
     cpu: dict[str, list[float]] = {name: [] for name in names}
     wall: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats):
-        spent, passed = Counter[str](), Counter[str]()
+        spent, passed = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for number, part in enumerate(slices):
             for name in names if (number + repeat) % 2 else names[::-1]:
                 began, started = time.process_time(), time.perf_counter()
@@ -56,7 +55,7 @@ def compared(forwards: Forwards, rows: list[Row], size: int, repeats: int) -> di
         for name in names:
             cpu[name].append(spent[name])
             wall[name].append(passed[name])
-        print(f"  repeat {repeat + 1}: CPU {dict(spent)}, wall {dict(passed)}", flush=True)
+        print(f"  repeat {repeat + 1}: CPU {spent}, wall {passed}", flush=True)
     cpu_ratios, wall_ratios = (
         [with_it / without for without, with_it in zip(*each.values(), strict=True)]
         for each in (cpu, wall)
@@ -99,10 +98,9 @@ def main(
         scratch = Path(folder)
         annotator = annotator_folder(scratch / "annotator", model, layers)
         prepare = partial(measure.prepared, scratch / "pairs", data, pairs, 64)
-        rows = measure.encoded(
-            *measure.with_ray(prepare), encoder_for(annotator, "reward model"), annotator
-        )
-        pad = encoder_for(annotator, "reward model").pad_id
+        store, shards = measure.with_ray(prepare)
+        encoder = encoder_for(annotator, "reward model")
+        rows, pad = measure.encoded(store, shards, encoder, annotator), encoder.pad_id
         modules = [AnswerScores(load_reward_model(annotator)) for _ in range(2)]
     started = time.process_time()
     plain = RowForward(modules[0], pad, annotator.max_length, max_tokens)
