@@ -292,6 +292,7 @@ def test_pools_on_unlike_devices_are_refused() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_local")
 def test_a_run_that_grew_has_the_scores_of_one_that_did_not(tmp_path: Path) -> None:
     """On Ray, with the real `prepare`; other shards, budget and actors in the fresh run."""
