@@ -13,6 +13,7 @@ from cwpo_dist.config_faults import explained
 from cwpo_dist.redaction import HIDDEN, is_secret_name, redacted
 from cwpo_dist.yaml_text import DEEPEST, parse_yaml, unusable
 
+_SHOWN = 100  # characters of an override
 _MOST_BYTES = 2**20  # of a file; a configuration with everything in it has some 5,000
 
 
@@ -96,7 +97,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     names = dotted.split(".")
     if not separator or not all(names) or len(names) > DEEPEST:
         raise ConfigError(f"override {_shown(override)}: write key.sub=value, or name a YAML file")
-    value = parse_yaml(text, f"{dotted}: {_shown(override)}") if text else None
+    value = parse_yaml(text, f"override {_shown(override)}") if text else None
     *parents, last = names
     target: Any = data
     try:
@@ -107,8 +108,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         target[int(last) if isinstance(target, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError):
         raise ConfigError(
-            f"override {_shown(override)}: there is no place {dotted!r}; the config has a single "
-            "value or a shorter list on the way"
+            f"override {_shown(override)}: there is no such place; the config has a single value "
+            "or a shorter list on the way"
         ) from None
 
 
@@ -117,7 +118,8 @@ def _shown(override: str) -> str:
     dotted, separator, value = override.partition("=")
     if separator and is_secret_name(dotted.rpartition(".")[2]):
         value = HIDDEN
-    return repr(redacted(f"{dotted}{separator}{value}"))
+    told = redacted(f"{dotted}{separator}{value}")
+    return repr(told if len(told) <= _SHOWN else f"{told[:_SHOWN]}…")
 
 
 def _step_into(target: Any, part: str) -> Any:

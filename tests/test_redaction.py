@@ -249,7 +249,6 @@ def _rows(path: str) -> list[Any]:
 def test_a_signed_url_that_a_server_leads_to_is_not_repeated(server: str) -> None:
     with pytest.raises((ConfigError, SourceError), match="403") as caught:
         _rows(f"{server}/pairs.jsonl")
-    assert "X-Amz-Signature=***" in str(caught.value)
     assert "5ECRET" not in str(caught.value)
 
 
