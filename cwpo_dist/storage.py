@@ -62,7 +62,7 @@ class Store:
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
-        if has_credential(self.uri):
+        if has_credential(str(self.uri)):
             raise StorageError(
                 f"{self.uri}: a credential stands in it; give it by the environment "
                 "(AWS_PROFILE, AWS_ACCESS_KEY_ID with its key, or fsspec's FSSPEC_… variables)"

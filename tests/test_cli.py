@@ -171,7 +171,7 @@ def test_export_copies_the_aligned_model_and_nothing_else(tmp_path: Path) -> Non
     to = tmp_path / "out"
     assert export(str(tmp_path / "run"), "weak", str(to)) == str(to)
     files = sorted(path.relative_to(to).as_posix() for path in to.rglob("*") if path.is_file())
-    assert files == ["README.md", "config.json", "shards/1.safetensors"]
+    assert files == ["README.md", "config.json", "digests.json", "shards/1.safetensors"]
     assert json.loads((to / "config.json").read_text()) == "weak"
 
 
@@ -182,7 +182,8 @@ def test_export_gives_the_adapter_alone_where_there_is_one(tmp_path: Path) -> No
         export(run, "cw", str(to), adapter=True)
     Store(run).create("align/key-cw/adapter/adapter_config.json", b"{}")
     export(run, "cw", str(to), adapter=True)
-    assert sorted(path.name for path in to.rglob("*")) == ["README.md", "adapter_config.json"]
+    names = ["README.md", "adapter_config.json", "digests.json"]
+    assert sorted(path.name for path in to.rglob("*")) == names
     assert "library_name: peft" in (to / "README.md").read_text()
 
 
@@ -190,7 +191,7 @@ def test_export_reads_and_writes_s3(s3_store: Store) -> None:
     finished_run(s3_store, ["cw"])
     export(s3_store.uri, None, f"{s3_store.uri}-out")
     names = Store(f"{s3_store.uri}-out").names()
-    assert names == ["README.md", "config.json", "shards/1.safetensors"]
+    assert names == ["README.md", "config.json", "digests.json", "shards/1.safetensors"]
 
 
 def test_export_refuses_with_the_choice_there_is(tmp_path: Path) -> None:

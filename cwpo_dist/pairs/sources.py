@@ -178,7 +178,8 @@ def _peek(index: int, source: Source) -> _Peeked:
     except SourceError as error:
         raise ConfigError(f"{field}.path: {error}") from error
     if not rows:
-        said = "; ".join(f"{file}: {why}" for file, why in itertools.islice(unread.items(), _SAID))
+        told = unread.values() if len(unread) == 1 else (f"{f}: {why}" for f, why in unread.items())
+        said = "; ".join(itertools.islice(told, _SAID))
         raise ConfigError(
             f"{field}.path: no row among the first {PEEK_ROWS} of {source.path!r} can be read "
             f"({said or 'it is empty'}); check that the file is what its name says"
