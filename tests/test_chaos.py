@@ -53,6 +53,7 @@ def annotation(folder: Path, run: Path) -> Path:
     return write_config(folder / "run.yaml", config | {"annotate": pool})
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("in_process")
 def test_a_node_dies_under_a_job_and_secrets_stay_secret(
     cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

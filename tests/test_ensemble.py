@@ -232,6 +232,7 @@ def counts_of(config: Config, role: str) -> dict[str, Any]:
     return dict(store.read_json(MANIFEST)["counts"])
 
 
+@pytest.mark.long
 def test_preferences_join_the_members_by_hand(finished: Config) -> None:
     pairs = {row["pair_id"]: row for row in rows_of(finished, "prepare", "pairs")}
     members = [margins_of(finished, f"annotate_{k}") for k in range(2)]
@@ -265,6 +266,7 @@ def test_preferences_join_the_members_by_hand(finished: Config) -> None:
     assert counts["mean_weight"] == pytest.approx(sum(weights) / len(weights), rel=1e-5)
 
 
+@pytest.mark.long
 def test_evaluation_stands_the_members_beside_their_ensemble(finished: Config) -> None:
     metrics = json.loads((Path(finished.output_dir) / "metrics.json").read_text())
     record = metrics["arms"]["ensemble"]["annotator"]
@@ -292,6 +294,7 @@ def test_evaluation_stands_the_members_beside_their_ensemble(finished: Config) -
         assert words in page
 
 
+@pytest.mark.long
 def test_top_share_is_that_of_all_shards_together(finished: Config) -> None:
     config = config_of(Path(finished.output_dir).parent, [0, 1], weigh__top_fraction=0.3)
     run(config, until="weigh")
@@ -304,6 +307,7 @@ def test_top_share_is_that_of_all_shards_together(finished: Config) -> None:
     assert 0 < len(kept) == counts_of(config, "weigh")["selected"] < len(rows)
 
 
+@pytest.mark.long
 def test_a_shard_that_was_weighed_before_is_not_weighed_again(
     finished: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +330,7 @@ def test_a_shard_that_was_weighed_before_is_not_weighed_again(
     assert counts_of(finished, "weigh") == counts
 
 
+@pytest.mark.long
 def test_storage_that_refuses_a_task_of_weigh_is_told_as_it_is(
     finished: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

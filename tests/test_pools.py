@@ -106,6 +106,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_a_fast_pool_takes_more_shards_and_none_waits_behind_the_slow_one(
     fleet: dict[str, Any],
 ) -> None:
@@ -114,12 +115,14 @@ def test_a_fast_pool_takes_more_shards_and_none_waits_behind_the_slow_one(
     assert fleet["throughput"]["tail_s"] < 1.5
 
 
+@pytest.mark.long
 def test_actors_run_where_their_resources_are_and_nowhere_else(fleet: dict[str, Any]) -> None:
     assert fleet["custom"] == ["fast"] * SHARDS
     assert "never: pools.1.labels: no node" in fleet["refused"]
     assert "kind=purple" in fleet["refused"]
 
 
+@pytest.mark.long
 def test_a_lost_nodes_shard_is_done_elsewhere_and_a_node_that_comes_works(
     fleet: dict[str, Any],
 ) -> None:
@@ -127,6 +130,7 @@ def test_a_lost_nodes_shard_is_done_elsewhere_and_a_node_that_comes_works(
     assert 0 < fleet["lost_s"] < 50, "nothing was under way on the lost node, or it waited for it"
 
 
+@pytest.mark.long
 def test_one_pool_does_a_lost_nodes_shard_on_what_is_left(fleet: dict[str, Any]) -> None:
     assert fleet["alone"] == ["fast"] * SHARDS
     assert 0 < fleet["alone_s"] < 50, "nothing was under way on the lost node, or it waited for it"
