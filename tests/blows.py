@@ -179,7 +179,8 @@ def warmed(folder: Path) -> Begun:
 def s3_server() -> Iterator[None]:
     """An S3 server on loopback in a process of its own, with a bucket `blows`."""
     command = [sys.executable, "-c", SERVER]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True)
     assert server.stdout is not None
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}",

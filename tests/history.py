@@ -41,7 +41,8 @@ class Did:
         name: of a file, from the run directory on; of a lease its stage's folder.
         begin: in seconds of the machine's clock.
         end: the same; where it never ended, when its process did.
-        outcome: won, lost, here, missing, done, refused, failed; `cut short` where it never ended.
+        outcome: won, lost, here, missing, done, failed; put, of what is no promise yet; `cut short`
+            where it never ended.
         digest: of the bytes written or read; empty where nobody looked at them.
         seen: the names that a listing gave.
         epoch: of the lease.

@@ -229,8 +229,9 @@ def _record_training(noted: Any) -> None:
             yield folder
 
     def put(self: shards.Shard, folder: Store, name: str) -> None:
-        with noted("write", folder, name):
+        with noted("write", folder, name) as how:
             shard(self, folder, name)
+            how["outcome"] = "put"  # what promises that it stays is its checkpoint's commit
 
     changes: list[tuple[Any, str, Any]] = [
         (Lease, "acquire", classmethod(acquired)),

@@ -15,11 +15,14 @@ from types import SimpleNamespace
 import pytest
 from history import Did, load, violations
 from recorded import Log, synced
+from small_recipe import configured, nodes, write_inputs
 from strikes import cut_power, unsynced
 from test_checkpoint import save
 from tiny import tiny_causal_lm, tiny_tokenizer
 
-from cwpo_dist.storage import Store
+from cwpo_dist.stages import run
+from cwpo_dist.stages.context import Context
+from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training import export
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "blows.py")]
@@ -35,13 +38,13 @@ def strike(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(600)
 def test_a_hundred_blows_leave_what_a_run_without_any_leaves(tmp_path: Path) -> None:
     """Each kind of blow, on a disk and on S3; every operation is explained."""
-    done = strike("--blows", "100", "--lanes", "1", "--seed", "1", "--folder", str(tmp_path / "x"))
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    told = re.search(r"(\d+) blows in (\d+) runs, 0 of them wrong; (\d+) operations", done.stdout)
-    assert told is not None, done.stdout
+    ended = strike("--blows", "100", "--lanes", "1", "--seed", "1", "--folder", str(tmp_path / "x"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
+    told = re.search(r"(\d+) blows in (\d+) runs, 0 of them wrong; (\d+) operations", ended.stdout)
+    assert told is not None, ended.stdout
     assert int(told[1]) >= 100
     assert int(told[3]) > 10_000
-    kinds = set(re.findall(r"^\| ([a-z ]+) \| (\w+) \|", done.stdout, re.MULTILINE))
+    kinds = set(re.findall(r"^\| ([a-z ]+) \| (\w+) \|", ended.stdout, re.MULTILINE))
     assert {kind for kind, place in kinds if place == "disk"} == {
         *("kill", "kill two", "kill one of two", "stop", "power", "full", "refuse", "clock")
     }
@@ -189,6 +192,17 @@ def test_what_a_killed_writer_named_is_settled_before_a_manifest(disk: SimpleNam
     assert len(unsynced(disk.root, disk.log)[0]) == 1
     disk.store.settle()
     assert unsynced(disk.root, disk.log) == ([], [])
+
+
+def test_what_a_slower_driver_left_beside_committed_pairs_goes(tmp_path: Path) -> None:
+    """It was killed while it still wrote there, and the first one had committed."""
+    write_inputs(tmp_path / "inputs")
+    config = configured(tmp_path / "inputs", str(tmp_path / "run"))
+    context, node = Context(config, Store(config.output_dir)), nodes(config)["prepare"]
+    context.place(node).create_json(MANIFEST, {})
+    context.place(node).create("work/buckets/00001.json", b"{}")
+    assert run.done(context, node)
+    assert context.place(node).names() == [MANIFEST]
 
 
 def test_a_power_cut_takes_what_was_not_synced_and_nothing_else(disk: SimpleNamespace) -> None:

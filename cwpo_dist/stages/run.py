@@ -147,11 +147,13 @@ def execute(context: Context, node: Node, resume: bool = False) -> None:
 
 
 def done(context: Context, node: Node) -> bool:
-    """True when the output is committed; checkpoints that were left beside it go."""
+    """True when the output is committed; what a killed driver left beside it goes."""
     if not context.done(node):
         return False
     if node.stage in TRAINING_STAGES:
         clear(context.place(node))
+    if node.stage == "prepare":
+        prepare.clear(context.place(node))
     return True
 
 
