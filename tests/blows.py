@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import small_recipe
 from blow_table import Blow, judged, table
-from blown_run import BlowFailed, Run, Undisturbed
+from blown_run import TTL_S, BlowFailed, Run, Undisturbed
 from plants import PLANTS
 from strikes import HOUR_S, Strike, cut_power
 
@@ -91,6 +91,8 @@ def _stop(run: Run, stopped: Strike) -> None:
     """It stands still while another comes, and then goes on."""
     process = run.start(stopped)
     if os.WIFSTOPPED(run.wait(process, or_stopped=True)):
+        if next(line["struck"] for line in reversed(run.lines()) if "struck" in line) == "align":
+            time.sleep(1.2 * TTL_S)  # else the other is told that it lives, and gives up
         run.wait(run.start(Strike()))
         os.kill(process, signal.SIGCONT)
 
