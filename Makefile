@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock release sbom licenses demo try-cluster test test-long mutants architectures lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long blows mutants architectures lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -91,6 +91,12 @@ test: $(STAMP)  ## all tests but the long ones, in two processes; about a quarte
 
 test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
 	$(BIN)/python -m pytest -m long --timeout=1800
+
+N ?= 1000
+SEED ?= 0
+blows: $(STAMP)  ## N=1000 random blows (SEED=0) to drivers of a small recipe, no cluster; build/blows.md
+	mkdir -p build
+	$(BIN)/python tests/blows.py --blows $(N) --seed $(SEED) --table build/blows.md
 
 mutants: $(STAMP)  ## does a test notice each of some 140 edits that would turn a study round? Half an hour
 	$(BIN)/python tests/mutants.py

@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cwpo_dist.processes import Process, started
@@ -67,6 +67,27 @@ def copy(source: str | Path, path: str) -> None:
     _synced(os.path.dirname(path))
 
 
+def settle(folder: str) -> None:
+    """Returns when all names below a folder are on the disk, and its own: whoever put them there.
+
+    Who was killed right after it made a name had not come to see to that, and who found the name
+    there took it for done.
+    """
+    for parent, _, _ in os.walk(folder):
+        _synced(parent)
+    for parent in Path(folder).absolute().parents:
+        with suppress(OSError):  # not ours to read, or not on a disk: then it was there before us
+            _synced(parent)
+
+
+def sync_files(folder: str | Path) -> None:
+    """Returns when what others' code wrote below a folder is on the disk, bytes and names."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _synced(os.path.join(parent, name))
+        _synced(parent)
+
+
 def below(folder: str) -> list[str]:
     """The paths of all files below a folder.
 
@@ -117,7 +138,7 @@ def _age_s(path: str) -> float:
 def _partial(final: str) -> Iterator[str]:
     """A name beside `final`, on the same disk, that is gone at the end, whatever happens."""
     folder, name = os.path.split(final)
-    _made(Path(folder))
+    make_folder(Path(folder))
     writer = Process.current()
     by = f"{writer.machine}-{writer.pid}-{writer.started}-{uuid.uuid4().hex[:8]}"
     partial = os.path.join(folder, f".{name}.{by}.partial")
@@ -145,10 +166,10 @@ def _synced(path: str | Path) -> None:
         os.close(opened)
 
 
-def _made(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """A folder that is there after a power cut, with those above it."""
     if folder.is_dir():
         return
-    _made(folder.parent)
+    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _synced(folder.parent)

@@ -137,10 +137,9 @@ class Store:
         """All file names below a sub-folder, relative to this folder, sorted; none without it."""
         self.filesystem.invalidate_cache()
         place = self.path(below) if below else self.root
-        find = local_files.below if self.is_local else self.filesystem.find
         try:
             with self._reading(below):
-                found = find(place)
+                found = local_files.below(place) if self.is_local else self._found(place)
         except FileMissing:
             return []
         return sorted(
@@ -148,6 +147,11 @@ class Store:
             for path in found
             if not local_files.is_partial(str(path))
         )
+
+    def _found(self, place: str) -> list[str]:
+        """Files alone: s3fs gives a folder for one into which another begins to write meanwhile."""
+        found = self.filesystem.find(place, detail=True)
+        return [path for path, info in found.items() if info["type"] == "file"]
 
     def read(self, name: str) -> bytes:
         """The content of `name`.
@@ -228,6 +232,12 @@ class Store:
         """Removes what killed writers left half-written here; object storage keeps nothing such."""
         if self.is_local:
             local_files.sweep(self.root)
+
+    def settle(self) -> None:
+        """Returns when no power cut can take a name away that is seen here, whoever wrote it."""
+        if self.is_local:
+            with self._writing(""):
+                local_files.settle(self.root)
 
     def read_json(self, name: str) -> Any:
         """The parsed content of a JSON file.

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from s3fs.core import S3File
+from s3fs.core import S3File, S3FileSystem
 
 from cwpo_dist.storage import (
     MANIFEST,
@@ -74,6 +74,22 @@ def test_another_writers_file_is_seen_although_we_listed_before(store: Store) ->
     Store(store.uri).create("b.txt", b"x")
     assert store.exists("b.txt")
     assert store.names() == ["a.txt", "b.txt"]
+
+
+def test_a_folder_that_comes_while_it_is_listed_is_no_file(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs asks twice where it finds nothing: then another may have begun to write there."""
+    info = S3FileSystem._info
+
+    async def late(self: S3FileSystem, path: str, *given: object, **named: object) -> object:
+        await self._pipe_file(f"{path}/late.txt", b"x")
+        return await info(self, path, *given, **named)
+
+    monkeypatch.setattr(S3FileSystem, "_info", late)
+    for below in ("", "scores"):
+        assert s3_store.names(below) == []
+    assert s3_store.names() == ["late.txt", "scores/late.txt"]
 
 
 def test_of_many_writers_at_once_exactly_one_wins(store: Store) -> None:

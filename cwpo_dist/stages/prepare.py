@@ -81,7 +81,7 @@ def prepare(
             time.sleep(_PAUSE_S)
         if store.exists(MANIFEST):
             counts: dict[str, Any] = store.read_json(MANIFEST)["counts"]
-            _clear(store)
+            clear(store)
             return counts
     raise missing
 
@@ -117,11 +117,12 @@ def _prepare(store: Store, config: PrepareConfig, seed: int, known: list[Any]) -
     _tell_numbers(counts, read)
     _tell_beside(counts)
     _tell_empty(counts, config)
-    _clear(store)
+    clear(store)
     return counts
 
 
-def _clear(store: Store) -> None:
+def clear(store: Store) -> None:
+    """Removes what nobody reads any more; a driver that is still at work there notices."""
     try:
         store.remove("work")
     except StorageError as error:  # no reason to end a run
@@ -147,7 +148,7 @@ def _refuse_changed(
         if (any(mark not in new for mark in old) if more else old != new)
     ]
     if changed:
-        _clear(store)
+        clear(store)
         raise SourceError(
             f"prepare.sources: {', '.join(map(repr, changed))} changed {when}, and nothing is kept "
             "of it; run the same command again when nobody writes there"

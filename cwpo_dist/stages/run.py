@@ -147,11 +147,13 @@ def execute(context: Context, node: Node, resume: bool = False) -> None:
 
 
 def done(context: Context, node: Node) -> bool:
-    """True when the output is committed; checkpoints that were left beside it go."""
+    """True when the output is committed; what a killed driver left beside it goes."""
     if not context.done(node):
         return False
     if node.stage in TRAINING_STAGES:
         clear(context.place(node))
+    if node.stage == "prepare":
+        prepare.clear(context.place(node))
     return True
 
 
@@ -165,6 +167,7 @@ def make(context: Context, node: Node) -> None:
     manifest = _record(node, counts, started)
     manifest["device_hours"] = _device_hours(context.place(node))
     context.place(node).sweep()  # who was killed on the way left it
+    context.place(node).settle()  # what the manifest stands for is on the disk before it
     context.place(node).create_json(MANIFEST, manifest)
     if node.stage in TRAINING_STAGES:
         clear(context.place(node))
@@ -196,6 +199,7 @@ def _retry(context: Context, node: Node) -> Node:
         node = replace(node, retries=node.retries + 1)
         record = _record(node, counts, started)
         record["device_hours"] = _device_hours(context.place(node))
+        context.place(node).settle()
         context.place(node).create_json(retry_manifest(node.retries), record)
         logger.info("%s: retry %d is done", node.path, node.retries)
         for made in readers:

@@ -29,6 +29,7 @@ from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity, digests, identify
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.switches import give_back
+from cwpo_dist.local_files import make_folder, sync_files
 from cwpo_dist.storage import Store, to_json
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import Head, save_adapter
@@ -230,8 +231,9 @@ def _written(store: Store) -> Iterator[Path]:
 @contextmanager
 def _local(store: Store) -> Iterator[Path]:
     if store.is_local:
-        Path(store.root).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(store.root))
         yield Path(store.root)
+        sync_files(store.root)  # transformers' code wrote it, and waits for no disk
         return
     with tempfile.TemporaryDirectory(prefix="cwpo-export-") as folder:
         yield Path(folder)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cwpo_dist.local_files import make_folder
 from cwpo_dist.storage import StorageError, Store
 
 PARAMETERS = "parameters"
@@ -93,7 +94,7 @@ class Shard:
         """
         if folder.is_local:  # in place: nobody reads the folder before its commit
             path = Path(folder.path(name))
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._save(path)
             with path.open("rb") as file:
                 os.fsync(file.fileno())

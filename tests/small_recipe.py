@@ -1,0 +1,179 @@
+"""A run directory in; prepare, tokens, scores, weights and a training there, in this process.
+
+All code is the project's, over a real `Store`. What stands in for a cluster: tasks run one after
+the other, scores come of texts by arithmetic, and the one rank of a training is this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from tiny import save_tiny
+
+from cwpo_dist.config import Config
+from cwpo_dist.config_file import parse_config
+from cwpo_dist.pairs import cutting, pieces, sources
+from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.scoring.attempts import ShardOutput
+from cwpo_dist.scoring.pipeline import ShardJob
+from cwpo_dist.scoring.run import run_here
+from cwpo_dist.scoring.scorers import PairsIn
+from cwpo_dist.stages import annotate, prepare, run
+from cwpo_dist.stages.context import Context
+from cwpo_dist.stages.graph import Node
+from cwpo_dist.storage import Store
+from cwpo_dist.training import workers
+from cwpo_dist.training.lease import LeaseToken
+
+UNREADABLE = "prompt 7 of file 1"  # fails whenever it is scored, and is set aside
+STEPS = 4
+
+
+def write_inputs(folder: Path) -> None:
+    """Two files of pairs, with copies and bad rows among them, and tiny models."""
+    folder.mkdir(parents=True)
+    for number in range(2):
+        rows: list[dict[str, Any]] = [
+            {
+                "prompt": f"prompt {i} of file {number}",
+                "response_a": f"yes {i * 37 % 11}",
+                "response_b": f"no {i * 17 % 7}",
+                "label": "ab"[i % 2],
+            }
+            for i in range(16)
+        ]
+        rows += [rows[3], {"prompt": "no answers"}]
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (folder / f"pairs-{number}.jsonl").write_text("".join(lines))
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    save_tiny(folder / "policy", "llama", **small)
+    save_tiny(folder / "reward", "llama", **small)  # known by its files, never loaded
+
+
+def configured(inputs: Path, output_dir: str) -> Config:
+    """The recipe's configuration."""
+    return parse_config(
+        {
+            "output_dir": output_dir,
+            "arms": ["cw"],
+            "prepare": {
+                "sources": [{"path": str(inputs / f"pairs-{n}.jsonl")} for n in range(2)],
+                "rows_per_shard": 8,
+                "test_fraction": 0.2,
+                "labelled_fraction": 0.2,
+                "max_reject_fraction": 0.2,
+            },
+            "annotate": {
+                "model": {"model_name_or_path": str(inputs / "reward"), "max_length": 128},
+                "max_reject_fraction": 0.2,
+            },
+            "policy": {
+                "model_name_or_path": str(inputs / "policy"),
+                "max_length": 128,
+                "attn_implementation": "eager",
+            },
+            "sft": None,
+            "align": {
+                "loss_type": "simpo",
+                "beta": 2.0,
+                "learning_rate": 0.01,
+                "warmup_steps": 0,
+                "lora": None,
+                "global_batch_size": 4,
+                "max_steps": STEPS,
+                "save_steps": 1,
+                "zero_stage": 0,
+                "report_to": [],
+                "use_gpu": False,
+            },
+        }
+    )
+
+
+class PlainWorker:
+    """Scores a text by its checksum; fails on one prompt."""
+
+    def __init__(self, pairs: PairsIn, name: str) -> None:
+        self.pairs, self.name = pairs, name
+
+    def read(self, index: int) -> list[dict[str, Any]]:
+        return self.pairs.read(index)
+
+    def __call__(self, index: int, rows: Sequence[Mapping[str, Any]]) -> ShardOutput:
+        if any(row["prompt"] == UNREADABLE for row in rows):
+            raise ValueError("unreadable")
+        scores = {
+            name: [zlib.crc32(f"{r['prompt']} {r[name]}".encode()) / 2**31 for r in rows]
+            for name in ("response_a", "response_b")
+        }
+        columns = {
+            "pair_id": [row["pair_id"] for row in rows],
+            "annotator": [self.name] * len(rows),
+            "score_a": scores["response_a"],
+            "score_b": scores["response_b"],
+        }
+        counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0, "over_length": 0}
+        table = pa.table(columns, schema=SCORE_SCHEMA)
+        return ShardOutput(table, REJECT_SCHEMA.empty_table(), counts)
+
+
+def stand_in_for_a_cluster() -> None:
+    """Patches this process, for good: it is a child that ends with its run."""
+
+    def each(task: Callable[[int], None], count: int, num_cpus: float) -> None:
+        for index in range(count):
+            task(index)
+
+    def shards(job: ShardJob, *_: Any) -> dict[str, Any]:
+        return run_here(job)
+
+    def worker(pairs: PairsIn, model: Any, name: str, *_: Any, **__: Any) -> PlainWorker:
+        return PlainWorker(pairs, name)
+
+    def group(spec: Any, token: LeaseToken) -> dict[str, Any]:
+        """One worker group of one rank, as Ray Train would start it."""
+        outcome: dict[str, Any] = workers._worker({"spec": spec, "token": token})
+        return outcome
+
+    changes: list[tuple[Any, str, Any]] = [
+        (prepare, "run_tasks", each),
+        (prepare, "_check_placement", lambda _: None),
+        (annotate, "run_shards", shards),
+        (annotate, "RewardWorker", worker),
+        (workers, "check_placement", lambda _: None),
+        (workers, "_fit", group),
+        (workers, "get_device", lambda: torch.device("cpu")),
+        (run, "device", lambda: "cpu"),
+        (run, "versions", dict),
+        # Small inputs are cut as if they were large.
+        (sources, "BUCKET_BYTES", 1000),
+        (cutting, "JOIN_BYTES", 1),
+        (cutting, "CUT_BYTES", 700),
+        (pieces, "CHUNK_ROWS", 20),
+    ]
+    for module, name, value in changes:
+        assert hasattr(module, name), (module, name)
+        setattr(module, name, value)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def nodes(config: Config) -> dict[str, Node]:
+    """What is made, in order."""
+    return run.nodes_until(config, "cw", "align")
+
+
+def drive(config: Config) -> None:
+    """What `cwpo run` does with one arm, up to `align`."""
+    context = Context(config, Store(config.output_dir))
+    context.root.sweep()
+    for node in nodes(config).values():
+        run.execute(context, node)
