@@ -75,9 +75,9 @@ def settle(folder: str) -> None:
     """
     for parent, _, _ in os.walk(folder):
         _synced(parent)
-    for parent in Path(folder).absolute().parents:
+    for above in Path(folder).absolute().parents:
         with suppress(OSError):  # not ours to read, or not on a disk: then it was there before us
-            _synced(parent)
+            _synced(above)
 
 
 def sync_files(folder: str | Path) -> None:
