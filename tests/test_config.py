@@ -163,9 +163,12 @@ def test_a_configuration_written_whole_is_read_back_the_same(tmp_path: Path) -> 
     ("override", "part"),
     [
         ("seed", "write key.sub=value"),
-        ("fit.learning_rate=[1", "fit.learning_rate: .* is not valid YAML"),
-        ("prepare.sources.7.split=test", r"no place 'prepare\.sources\.7\.split'"),
-        ("output_dir.deeper.still=1", r"no place 'output_dir\.deeper\.still'"),
+        ("fit.learning_rate=[1", "fit.learning_rate=.* is not valid YAML"),
+        (
+            "prepare.sources.7.split=test",
+            r"'prepare\.sources\.7\.split=test': there is no such place",
+        ),
+        ("output_dir.deeper.still=1", r"'output_dir\.deeper\.still=1': there is no such place"),
         ("align.gamma=1", r"align\.gamma: unknown key"),
     ],
 )
