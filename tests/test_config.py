@@ -166,7 +166,7 @@ def test_a_configuration_written_whole_is_read_back_the_same(tmp_path: Path) -> 
         ("fit.learning_rate=[1", "fit.learning_rate=.* is not valid YAML"),
         (
             "prepare.sources.7.split=test",
-            r"'prepare\.sources\.7\.split=test': there is no such place",
+            r"'prepare\.sources\.7\.split=test': there is no",
         ),
         ("output_dir.deeper.still=1", r"'output_dir\.deeper\.still=1': there is no such place"),
         ("align.gamma=1", r"align\.gamma: unknown key"),
