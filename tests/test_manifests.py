@@ -221,8 +221,7 @@ def test_the_locked_packages_are_those_of_the_constraints_each_with_its_hashes()
     locked = set()
     for name in ("packages", "torch", "torch-cpu", "cuda", "build", "model", "tools"):
         text = (ROOT / "release" / f"{name}.txt").read_text()
-        assert "://" not in text
-        assert "--index-url" not in text
+        assert "://" not in text, "where it is fetched from is the machine's to say"
         entries = re.findall(r"^(\w\S*==.*?) \\\n((?:    --hash=sha256:\w{64}.*\n)+)", text, re.M)
         assert len(entries) == len(re.findall(r"^\w", text, re.M)), name
         locked |= {entry for entry, _ in entries} if name in ("packages", "torch") else set()
