@@ -135,7 +135,7 @@ def verify_signature(folder: Store, public_key: Path) -> str | None:
 
 def _local(folder: Store) -> Path:
     try:
-        from model_signing import signing, verifying  # noqa: F401
+        from model_signing import signing, verifying  # noqa: F401 (whether they are there)
     except ImportError:
         raise SigningError(
             "signatures want the extra [sign]: pip install 'cwpo_dist[sign]'"

@@ -223,7 +223,7 @@ def lane(folder: Path, args: argparse.Namespace, number: int, begun: Begun) -> N
         try:
             blows = blown(run, kinds, draw, undisturbed)
             answer = place / "judged.json"
-            result |= forked(lambda r=run, b=blows: judged(r, quiet, b), answer)  # type: ignore[misc]
+            result |= forked(lambda r=run, b=blows: judged(r, quiet, b), answer)  # type: ignore[misc]  # of its defaults
             wrong = result["lost"] + result["doubled"] + result["violations"]
         except BlowFailed as error:
             wrong = [str(error)]

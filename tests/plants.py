@@ -13,12 +13,12 @@ def overwriting_create() -> None:
         self.write(name, data)
         return True
 
-    Store.create = create  # type: ignore[method-assign]
+    Store.create = create  # type: ignore[method-assign]  # planted
 
 
 def never_refused() -> None:
     """A driver that was followed may go on committing."""
-    LeaseToken.check = lambda self: None  # type: ignore[method-assign]
+    LeaseToken.check = lambda self: None  # type: ignore[method-assign]  # planted
 
 
 PLANTS = {"overwriting-create": overwriting_create, "never-refused": never_refused}

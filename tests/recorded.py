@@ -210,7 +210,7 @@ def _record_store(noted: Any, place: Callable[[Store, str], str]) -> None:
 
 
 def _record_training(noted: Any) -> None:
-    acquire, check = Lease.acquire.__func__, LeaseToken.check  # type: ignore[attr-defined]
+    acquire, check = Lease.acquire.__func__, LeaseToken.check  # type: ignore[attr-defined]  # a method's
     written, shard = export._written, shards.Shard.write
 
     def acquired(cls: type[Lease], store: Store, **given: Any) -> Lease:

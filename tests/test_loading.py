@@ -361,3 +361,16 @@ def test_an_index_of_safetensors_names_no_other_files(llama, index, said, tmp_pa
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError, match=said):
         load_policy(config(folder))
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [(torch.OutOfMemoryError("of a GPU"), torch.OutOfMemoryError), (RuntimeError("x"), ModelError)],
+)
+def test_a_want_of_memory_is_no_fault_of_the_model(llama, raised, seen, monkeypatch):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(seen):
+        load_policy(config(llama))

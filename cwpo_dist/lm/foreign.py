@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
@@ -55,9 +56,9 @@ def refused_as(refusal: Callable[[str], Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except BaseException as error:
+    except BaseException as error:  # raised again, as it is or as a refusal
         is_panic = type(error).__name__ == "PanicException"  # of pyo3, which exports no such name
         ours = type(error).__module__.startswith("cwpo_dist.")
         if ours or not (is_panic or isinstance(error, Exception)):

@@ -48,13 +48,14 @@ def folder_fault(folder: Path) -> str | None:
     for name in _JSON:
         if fault := _json_fault(folder / name):
             return f"{name}: {fault}; fetch it again, or correct it"
-    found = 0, 0
+    tensors = numbers = 0
     for file in _files(folder):
         try:
-            found = tuple(map(sum, zip(found, _held(file), strict=True)))  # type: ignore[assignment]
+            held = _held(file)
         except (SafetensorError, OSError, ValueError) as error:
             return f"{file.name}: {one_line(error)}; fetch it again"
-    return _claims(folder / CONFIG_NAME, Weights(*found)) if found[0] else None
+        tensors, numbers = tensors + held.tensors, numbers + held.numbers
+    return _claims(folder / CONFIG_NAME, Weights(tensors, numbers)) if tensors else None
 
 
 def bytes_of(folder: Path) -> int:
@@ -83,13 +84,14 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (folder / name for name in sorted(set(index["weight_map"].values())))
 
 
-def _held(file: Path) -> tuple[int, int]:
-    """Tensors of a file and the numbers in them, from its header."""
+def _held(file: Path) -> Weights:
+    """What one file holds, from its header."""
     with safe_open(file, framework="pt") as weights:
-        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+        names = weights.keys()  # it is no mapping, and cannot be iterated over itself
+        shapes = [weights.get_slice(name).get_shape() for name in names]
         if (weights.metadata() or {}).get("format", "pt") != "pt":
             raise ValueError(f"it is of {weights.metadata()['format']!r}, not of PyTorch")
-    return len(shapes), sum(map(math.prod, shapes))
+    return Weights(len(shapes), sum(map(math.prod, shapes)))
 
 
 def _claims(path: Path, held: Weights) -> str | None:

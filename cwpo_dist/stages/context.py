@@ -15,7 +15,7 @@ from cwpo_dist.pairs.records import (
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn
 from cwpo_dist.stages.graph import Node, teacher_config
-from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.storage import MANIFEST, FileMissing, Store
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Context:
         Raises:
             StorageError: for one that is empty or torn: nobody can say what it stood for.
         """
-        if not self.place(node).exists(MANIFEST):
+        try:
+            self.place(node).read_json(MANIFEST)
+        except FileMissing:
             return False
-        self.place(node).read_json(MANIFEST)
         return True
 
     def counts(self, node: Node) -> dict[str, Any]:

@@ -12,6 +12,7 @@ end, `.stop` asks its workers to end.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -194,7 +195,7 @@ def device_hours(store: Store) -> float:
     for epoch in range(1, _newest(store)[0] + 1):
         groups = [name for name in names if name.startswith(_name(epoch, "workers-"))]
         # Empty ones are of an earlier version: nothing is known of those groups.
-        records = [store.read_json(name) for name in groups if store.read(name)]
+        records = [json.loads(data) for name in groups if (data := store.read(name))]
         ends = [record["since"] for record in records] + [_end(store, epoch)]
         for record, end in zip(records, ends[1:], strict=True):
             held += max(0.0, end - record["since"]) * record["devices"]
