@@ -36,12 +36,12 @@ from safetensors.torch import load_file, save_file
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch, steps_per_epoch
+from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.loading import load_policy, save
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 
 BATCH, BETA, RATE, SEED = 8, 0.1, 5e-6, 0
 MAX_LENGTH = 1024

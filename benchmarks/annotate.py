@@ -39,9 +39,9 @@ from cwpo_dist.config import ModelConfig, PoolConfig
 from cwpo_dist.lm.loading import load_annotator_base, save
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA
-from cwpo_dist.scoring.attempts import Rows, ShardOutput
+from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, commit
-from cwpo_dist.scoring.run import run_shards
+from cwpo_dist.scoring.retries import Rows, ShardOutput
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 

@@ -21,10 +21,11 @@ from ray.data import ActorPoolStrategy
 
 from cwpo_dist.config import Pool, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
-from cwpo_dist.scoring import pool, run
-from cwpo_dist.scoring.attempts import Rows, ShardOutput
+from cwpo_dist.scoring import driver as run
+from cwpo_dist.scoring import pool
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.progress import Report
+from cwpo_dist.scoring.retries import Rows, ShardOutput
 from cwpo_dist.storage import Store
 
 PROCESSES = 4

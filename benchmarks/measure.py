@@ -16,9 +16,9 @@ import psutil
 import torch
 
 from cwpo_dist.config import ModelConfig, PrepareConfig, Source
+from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.fitting import fit_length
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.pairs.stored import pair_rows
 from cwpo_dist.storage import Store
 

@@ -31,8 +31,8 @@ from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.stages.memory import training_memory
-from cwpo_dist.stages.sizes import model_size, policy, trained_size
+from cwpo_dist.planning.memory import training_memory
+from cwpo_dist.runs.sizes import model_size, policy, trained_size
 from cwpo_dist.training import engine
 from cwpo_dist.training.loop import Hooks, Run, train
 from cwpo_dist.training.lora import add_lora

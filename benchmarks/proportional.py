@@ -18,14 +18,14 @@ from typing import Any
 from measure import environment, source
 
 from cwpo_dist.config import Config
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution.run import execute
 from cwpo_dist.lm.batches import global_batch
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.lm.encoder import Encoder, load_tokenizer
+from cwpo_dist.runs.cluster import connect
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node, graph
 from cwpo_dist.stages.align import weighted_pairs
-from cwpo_dist.stages.cluster import connect
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node, graph
-from cwpo_dist.stages.run import execute
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import Preference
 

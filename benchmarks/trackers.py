@@ -32,12 +32,12 @@ import torch.distributed as dist
 import typer
 
 from cwpo_dist.config import AlignConfig, LoraConfig, ModelConfig
-from cwpo_dist.lm.tokens import Encoder
+from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.storage import Store
-from cwpo_dist.training import worker
+from cwpo_dist.training import rank as worker
 from cwpo_dist.training.lease import Lease
+from cwpo_dist.training.rank import TrainSpec, run_rank
 from cwpo_dist.training.tasks import Preference
-from cwpo_dist.training.worker import TrainSpec, run_rank
 
 CASES = ("none", "refuses", "hangs")
 MODEL = "runs/models/SmolLM2-135M-Instruct"

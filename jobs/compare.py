@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/compare.py CONFIG.yaml [OVERRIDES]
 
 import sys
 
-from cwpo_dist.cli import main
+from cwpo_dist.cli.app import main
 
 if __name__ == "__main__":
     main(["compare", *sys.argv[1:]])

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/fit.py CONFIG.yaml [OVERRIDES]
 
 import sys
 
-from cwpo_dist.cli import main
+from cwpo_dist.cli.app import main
 
 if __name__ == "__main__":
     main(["fit", *sys.argv[1:]])

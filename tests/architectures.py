@@ -29,17 +29,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
+from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import ModelError, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Layout, Row, collate
-from cwpo_dist.lm.tokens import load_tokenizer
-from cwpo_dist.stages.model_checks import check_model
-from cwpo_dist.stages.sizes import policy
+from cwpo_dist.runs.model_checks import check_model
+from cwpo_dist.runs.sizes import policy
 from cwpo_dist.storage import Store
-from cwpo_dist.training import export
+from cwpo_dist.training import saving as export
 from cwpo_dist.training.loop import Hooks, Run, TorchEngine, train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.merge_check import MergeMismatch

@@ -20,8 +20,8 @@ from recorded import Log, record
 from strikes import Strike, Striker, shift_clock
 
 from cwpo_dist.storage import StorageError
-from cwpo_dist.training.export import NoRoom
 from cwpo_dist.training.lease import Lease, LeaseHeld, LeaseLost
+from cwpo_dist.training.saving import NoRoom
 
 TTL_S = 1.0  # a driver that is stopped counts as dead after so long
 DEADLINE_S = 120.0

@@ -21,8 +21,8 @@ import zero_cases
 from ray.cluster_utils import Cluster
 from zero_cases import Case
 
-from cwpo_dist.training import workers
-from cwpo_dist.training.worker import TrainSpec
+from cwpo_dist.training import group as workers
+from cwpo_dist.training.rank import TrainSpec
 
 CASE = Case("elastic", 3, steps=60)
 PATIENCE_S = 200

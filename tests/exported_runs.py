@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from cwpo_dist.config import LoraConfig, ModelConfig
+from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.loading import load_policy
-from cwpo_dist.lm.tokens import load_tokenizer
-from cwpo_dist.stages.context import trained
+from cwpo_dist.runs.context import trained
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training import export
+from cwpo_dist.training import saving as export
 from cwpo_dist.training.lora import add_lora
 
 How = Literal["full", "lora"]

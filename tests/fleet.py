@@ -21,9 +21,9 @@ from ray.cluster_utils import Cluster
 
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
-from cwpo_dist.scoring.attempts import Rows, ShardOutput
+from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.run import run_shards
+from cwpo_dist.scoring.retries import Rows, ShardOutput
 from cwpo_dist.storage import Store
 
 SHARDS = 14

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cwpo_dist import cli
+from cwpo_dist.cli import app as cli
 
 LIMIT_S = 120  # far beyond what any command here takes: what has not ended then hangs
 PAIRS = [{"prompt": f"p{i}", "chosen": "aa", "rejected": "b"} for i in range(50)]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import zero_cases
 from torch import Tensor
 
-from cwpo_dist.lm.tokens import Encoder
+from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.training.process_group import told_to_stop
 from cwpo_dist.training.tasks import Preference, Task, TaskError
 

@@ -20,7 +20,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist.storage import FileMissing, Store
-from cwpo_dist.training import export, shards
+from cwpo_dist.training import saving as export
+from cwpo_dist.training import shards
 from cwpo_dist.training.lease import Lease, LeaseToken
 
 Act = Callable[[str], None]  # is told the kind of step: what it raises, the step raises

@@ -19,9 +19,9 @@ from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import ModelConfig, PoolConfig
 from cwpo_dist.pairs.records import pair_schema
-from cwpo_dist.scoring.attempts import Rows, ShardOutput, ShardWorker
+from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.run import run_shards
+from cwpo_dist.scoring.retries import Rows, ShardOutput, ShardWorker
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 

@@ -19,18 +19,19 @@ import torch.distributed as dist
 from tiny import save_tiny
 
 from cwpo_dist.config import Config
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution import run
 from cwpo_dist.pairs import cutting, pieces, sources
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA
-from cwpo_dist.scoring.attempts import ShardOutput
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.run import run_here
+from cwpo_dist.scoring.retries import ShardOutput
 from cwpo_dist.scoring.scorers import PairsIn
-from cwpo_dist.stages import annotate, prepare, run
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node
+from cwpo_dist.stages import annotate, prepare
 from cwpo_dist.storage import Store
-from cwpo_dist.training import workers
+from cwpo_dist.training import group as workers
 from cwpo_dist.training.lease import LeaseToken
 
 UNREADABLE = "prompt 7 of file 1"  # fails whenever it is scored, and is set aside

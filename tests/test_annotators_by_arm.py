@@ -12,15 +12,16 @@ import pyarrow as pa
 from small_run import small_config
 from test_report import _annotator, _curve, sample_metrics
 
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.evaluation.annotators import HeldOut, annotator_figures
 from cwpo_dist.report.outputs import keys_table
 from cwpo_dist.report.page import render
 from cwpo_dist.report.summary import annotator_table, ensemble_table
+from cwpo_dist.results import collect as report
+from cwpo_dist.results import sample as explorer
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages import explorer, report
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import MANIFEST, Store
 
 

@@ -15,8 +15,8 @@ from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA, pair_schema
-from cwpo_dist.scoring.attempts import TRIES, Rows, ShardOutput, attempt
 from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.scoring.retries import TRIES, Rows, ShardOutput, attempt
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.scoring.tickets import ShardError
 from cwpo_dist.storage import StorageError, Store

@@ -20,10 +20,10 @@ from strikes import cut_power, unsynced
 from test_checkpoint import save
 from tiny import tiny_causal_lm, tiny_tokenizer
 
-from cwpo_dist.stages import run
-from cwpo_dist.stages.context import Context
+from cwpo_dist.execution import run
+from cwpo_dist.runs.context import Context
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training import export
+from cwpo_dist.training import saving as export
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "blows.py")]
 MODEL = "align/key/model/config.json"

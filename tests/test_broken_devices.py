@@ -13,9 +13,9 @@ import pytest
 
 from cwpo_dist.config import PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
-from cwpo_dist.scoring.attempts import Rows, ShardOutput
+from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.run import run_shards
+from cwpo_dist.scoring.retries import Rows, ShardOutput
 from cwpo_dist.scoring.tickets import ShardError, Shards
 from cwpo_dist.storage import Store
 

@@ -14,7 +14,7 @@ from conftest import NO_BROWSER
 from test_comparison_page import difference, sample_comparison
 from test_report import sample_metrics, sample_pairs
 
-from cwpo_dist.report.comparison import render_comparison
+from cwpo_dist.report.comparison_page import render_comparison
 from cwpo_dist.report.page import render
 
 HOSTILE = (

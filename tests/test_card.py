@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
 from cwpo_dist.report.card import annotator_card, model_card
 

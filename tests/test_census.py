@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cwpo_dist.config import PrepareConfig
-from cwpo_dist.pairs import census as module
-from cwpo_dist.pairs.census import census
+from cwpo_dist.pairs import estimate as module
+from cwpo_dist.pairs.estimate import census
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 

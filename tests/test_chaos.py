@@ -17,13 +17,13 @@ from chaos import LocalCluster, nodes
 from small_run import small_config, write_config
 from tiny import save_tiny
 
-from cwpo_dist.config_file import load_config
-from cwpo_dist.scoring.attempts import attempt
+from cwpo_dist.config.load import load_config
+from cwpo_dist.execution import run as stages
+from cwpo_dist.execution.run import nodes_until
+from cwpo_dist.runs.context import Context
 from cwpo_dist.scoring.pipeline import commit, part
+from cwpo_dist.scoring.retries import attempt
 from cwpo_dist.stages import annotate
-from cwpo_dist.stages import run as stages
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.run import nodes_until
 from cwpo_dist.storage import Store
 
 SECRETS = {

@@ -10,10 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cwpo_dist import cli
-from cwpo_dist.check import command, device, models, ranks
+from cwpo_dist.check import command, device, ranks
+from cwpo_dist.check import tiny_models as models
 from cwpo_dist.check.command import CheckError, Place, chosen
 from cwpo_dist.check.finding import Finding, found
+from cwpo_dist.cli import app as cli
 from cwpo_dist.lm import packed
 from cwpo_dist.training import loop
 

@@ -12,10 +12,10 @@ from threading import Thread
 import pytest
 import ray
 
-from cwpo_dist.scoring.placement import Machine, described
-from cwpo_dist.stages import cluster, training_checks
-from cwpo_dist.stages.checks import available
-from cwpo_dist.stages.cluster import ClusterError, connect, refuse_unreachable
+from cwpo_dist.placement import Machine, described
+from cwpo_dist.runs import cluster, training_checks
+from cwpo_dist.runs.checks import available
+from cwpo_dist.runs.cluster import ClusterError, connect, refuse_unreachable
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,14 @@ import pytest
 from tiny import save_tiny
 
 from cwpo_dist.config import Config
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution import comparison
+from cwpo_dist.execution.side_by_side import Job
 from cwpo_dist.report.cells import Table
-from cwpo_dist.report.comparison import FIGURES
+from cwpo_dist.report.comparison_page import FIGURES
+from cwpo_dist.report.outcomes import verdicts
 from cwpo_dist.report.trial_tables import tables
-from cwpo_dist.report.verdicts import verdicts
-from cwpo_dist.stages import comparison
 from cwpo_dist.stages.evaluate import ANSWERS, ITEM_SCHEMA, ITEMS, JUDGED_SCHEMA
-from cwpo_dist.stages.side_by_side import Job
 from cwpo_dist.storage import MANIFEST, Store
 
 BEST = {"human": 1e-3, "cw": 1e-4, "weak": 1e-4}  # of the rates, on validation

@@ -16,23 +16,23 @@ import pytest
 from small_run import small_config
 
 from cwpo_dist.config import Config, ConfigError, EvaluateConfig
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.evaluation.answers import answer_figures, length_controlled, won
 from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired, student
+from cwpo_dist.execution import comparison
+from cwpo_dist.execution.comparison import compare
 from cwpo_dist.pairs.buckets import Shards, turned_labels
-from cwpo_dist.report.comparison import (
+from cwpo_dist.placement import Machine
+from cwpo_dist.planning.fleet import Fleet
+from cwpo_dist.planning.plan import plan
+from cwpo_dist.report.comparison_page import (
     FIGURES,
 )
-from cwpo_dist.scoring.placement import Machine
-from cwpo_dist.stages import comparison
-from cwpo_dist.stages.checks import check_trials
-from cwpo_dist.stages.comparison import compare
-from cwpo_dist.stages.context import Context, ScoresIn, read_log_probs
-from cwpo_dist.stages.fleet_costs import Fleet
-from cwpo_dist.stages.graph import graph, members
-from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.room import need, share
-from cwpo_dist.stages.trials import baseline, names, planned, trials, tuning
+from cwpo_dist.runs.checks import check_trials
+from cwpo_dist.runs.context import Context, ScoresIn, read_log_probs
+from cwpo_dist.runs.graph import graph, members
+from cwpo_dist.runs.sharing import need, share
+from cwpo_dist.runs.trials import baseline, names, planned, trials, tuning
 from cwpo_dist.storage import Store
 
 DEMO = Path(__file__).parents[1] / "cwpo_dist" / "demo" / "demo.yaml"
@@ -328,12 +328,12 @@ def test_a_plan_counts_runs_side_by_side_as_they_will_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rate = SimpleNamespace(seconds=lambda cost: 60.0)
-    monkeypatch.setattr("cwpo_dist.stages.plan.Rates", lambda machines: rate)
+    monkeypatch.setattr("cwpo_dist.planning.plan.Rates", lambda machines: rate)
     made = config(tmp_path, {"seeds": [0, 1]}, arms=["weak", "cw"])
     worker = made.align.cpus_per_worker * made.align.max_workers
 
     def minutes(cpus: float) -> float:
-        monkeypatch.setattr("cwpo_dist.stages.checks.available", lambda: [Machine(cpus, 0.0)])
+        monkeypatch.setattr("cwpo_dist.runs.checks.available", lambda: [Machine(cpus, 0.0)])
         (align,) = [stage for stage in plan(made).stages if stage.stage == "align"]
         return align.seconds / 60
 

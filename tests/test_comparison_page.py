@@ -12,9 +12,9 @@ from rich.console import Console
 from cwpo_dist.config import ARMS
 from cwpo_dist.report.arms import in_words, is_weighted
 from cwpo_dist.report.cells import written
-from cwpo_dist.report.comparison import print_comparison, render_comparison
+from cwpo_dist.report.comparison_page import print_comparison, render_comparison
+from cwpo_dist.report.outcomes import _rivals, verdicts
 from cwpo_dist.report.trial_tables import tables
-from cwpo_dist.report.verdicts import _rivals, verdicts
 
 
 def difference(mean: float, half: float) -> dict[str, Any]:

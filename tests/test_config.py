@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwpo_dist.config import ARMS, Config, ConfigError, PrepareConfig
-from cwpo_dist.config_file import load_config, parse_config, to_yaml
+from cwpo_dist.config.load import load_config, parse_config, to_yaml
 
 SMALL: dict[str, Any] = {"output_dir": "runs/x", "prepare": {"sources": [{"path": "pairs.jsonl"}]}}
 

@@ -11,8 +11,9 @@ from world import HIGHER, LABELS, OTHER, World, answer, margin, reference
 
 from cwpo_dist.evaluation.accuracy import gra
 from cwpo_dist.pairs.records import ANSWER_SCHEMA
+from cwpo_dist.results import sample as explorer
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages import evaluate, explorer
+from cwpo_dist.stages import evaluate
 
 
 def test_evaluate_counts_a_rise_of_peoples_choice_as_right(tmp_path) -> None:

@@ -26,21 +26,21 @@ from transformers import (
     GenerationConfig,
 )
 
-from cwpo_dist import cli
+from cwpo_dist.cli import app as cli
 from cwpo_dist.config import Config
-from cwpo_dist.config_file import load_config
+from cwpo_dist.config.load import load_config
+from cwpo_dist.execution import run as stages
+from cwpo_dist.execution.comparison import compare
+from cwpo_dist.execution.run import run
 from cwpo_dist.pairs.records import Prompt
-from cwpo_dist.report.comparison import FIGURES, PAGE, render_comparison
+from cwpo_dist.report.comparison_page import FIGURES, PAGE, render_comparison
+from cwpo_dist.results.export import export
+from cwpo_dist.results.show import show
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.divergence import kl_divergence
+from cwpo_dist.runs.graph import Node, graph
 from cwpo_dist.scoring.scorers import read_tokens
-from cwpo_dist.stages import run as stages
-from cwpo_dist.stages.comparison import compare
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.divergence import kl_divergence
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
-from cwpo_dist.stages.export import export
-from cwpo_dist.stages.graph import Node, graph
-from cwpo_dist.stages.run import run
-from cwpo_dist.stages.show import show
 from cwpo_dist.storage import MANIFEST, Store
 
 DEMO = DEMO_PAIRS.with_name("demo.yaml")

@@ -13,15 +13,15 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 
-from cwpo_dist.cli import user_message
+from cwpo_dist.cli.app import user_message
 from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.evaluation.calibration import fit_scale, fit_temperature
+from cwpo_dist.execution.run import nodes_until, run
+from cwpo_dist.runs import annotations
+from cwpo_dist.runs.checks import weighing_faults
+from cwpo_dist.runs.graph import graph
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages import annotations
-from cwpo_dist.stages.checks import weighing_faults
-from cwpo_dist.stages.graph import graph
-from cwpo_dist.stages.run import nodes_until, run
 from cwpo_dist.stages.weigh import Shards
 from cwpo_dist.storage import MANIFEST, StorageError, Store
 

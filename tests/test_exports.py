@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cwpo_dist.config import LoraConfig, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
-from cwpo_dist.stages.export import ExportError, _alone, export
+from cwpo_dist.results.export import ExportError, _alone, export
 from cwpo_dist.storage import Store
 
 FORMS = ("full", "merged", "adapter")

@@ -11,15 +11,15 @@ from small_run import small_config
 from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import Config, ConfigError, Pool
-from cwpo_dist.config_file import parse_config
-from cwpo_dist.pairs.census import Census
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import SCORE_SCHEMA
-from cwpo_dist.stages.checks import Checked
-from cwpo_dist.stages.costs import START_S, Cost, Estimate, Lengths
-from cwpo_dist.stages.fleet_costs import Fleet, fleet_notes, hours_lines, seconds, trial_rate
-from cwpo_dist.stages.graph import annotator_nodes, prepare_node
-from cwpo_dist.stages.plan import Plan, StagePlan, plan
-from cwpo_dist.stages.plan_table import print_plan
+from cwpo_dist.planning.costs import START_S, Cost, Estimate, Lengths
+from cwpo_dist.planning.fleet import Fleet, fleet_notes, hours_lines, seconds, trial_rate
+from cwpo_dist.planning.plan import Plan, StagePlan, plan
+from cwpo_dist.planning.plan_table import print_plan
+from cwpo_dist.runs.checks import Checked
+from cwpo_dist.runs.graph import annotator_nodes, prepare_node
 from cwpo_dist.storage import Store, parquet_bytes
 
 DEVICES = 2.0

@@ -12,7 +12,7 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cwpo_dist.config import ConfigError
-from cwpo_dist.evaluation.gold import GoldError, load_function
+from cwpo_dist.evaluation.gold_function import GoldError, load_function
 from cwpo_dist.lm.generation import GumbelNoise, generate
 
 TEXTS = ["Hello there", "Why?", "A somewhat longer prompt, with more tokens", "ok", "the end"]

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError, ModelConfig
-from cwpo_dist.config_file import parse_config
-from cwpo_dist.stages.graph import Node, graph, retry_manifest
-from cwpo_dist.stages.run import nodes_until
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution.run import nodes_until
+from cwpo_dist.runs.graph import Node, graph, retry_manifest
 from cwpo_dist.storage import Store
 
 

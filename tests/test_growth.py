@@ -13,13 +13,13 @@ from small_run import small_config
 from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import Config
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution.run import nodes_until, run
 from cwpo_dist.pairs.records import SCORE_SCHEMA
-from cwpo_dist.scoring.earlier import EarlierScores, ScoreFile, ranged_files
+from cwpo_dist.planning.plan import plan
+from cwpo_dist.runs.context import Context
+from cwpo_dist.scoring.growth import EarlierScores, ScoreFile, ranged_files
 from cwpo_dist.stages.annotate import earlier_scores
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.run import nodes_until, run
 from cwpo_dist.storage import MANIFEST, Store
 
 Scores = dict[str, dict[str, Any]]

@@ -14,11 +14,11 @@ import pytest
 from hostile import Run, planned, refused
 from tiny import tiny_tokenizer
 
-from cwpo_dist import cli
+from cwpo_dist.cli import app as cli
+from cwpo_dist.lm.encoder import Asked, Encoder
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Asked, Encoder
-from cwpo_dist.stages import model_checks
+from cwpo_dist.runs import model_checks
 
 Change = Callable[[Path], object]
 

@@ -18,18 +18,18 @@ from tiny import tiny_classifier, tiny_tokenizer, word_tokenizer
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from cwpo_dist.config import ConfigError, ModelConfig
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.lm import fixed_shapes
 from cwpo_dist.lm.fixed_shapes import BLOCK, TILE, FixedShapes, UnfitError, by_tile
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.packed import by_row
 from cwpo_dist.pairs.records import pair_schema
-from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.planning.plan import plan
+from cwpo_dist.scoring.growth import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
-from cwpo_dist.stages.plan import plan
 from cwpo_dist.storage import Store, parquet_bytes
 
 Pairs = Sequence[dict[str, Any]]

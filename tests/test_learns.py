@@ -15,7 +15,7 @@ from prepared import write
 from tiny import save_tiny
 
 from cwpo_dist.config import Config
-from cwpo_dist.stages.run import run
+from cwpo_dist.execution.run import run
 
 ARMS = ["human", "weak", "cw", "soft", "ws_dpo"]
 ANNOTATED = {"weak", "cw", "soft", "ws_dpo"}  # the last one by its weak teacher's implicit reward

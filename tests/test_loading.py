@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm import loading
+from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.loading import (
     ModelError,
@@ -25,7 +26,6 @@ from cwpo_dist.lm.loading import (
     load_reward_model,
     save,
 )
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 
 IDS = torch.arange(3, 23)[None]
 

@@ -16,14 +16,11 @@ from world import HIGHER, LABELS, World, answer, margin
 
 from cwpo_dist.evaluation.annotators import HeldOut
 from cwpo_dist.pairs.records import ANSWER_SCHEMA, REFERENCE_SCHEMA, Prompt
+from cwpo_dist.results import sample as explorer
+from cwpo_dist.runs import divergence
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import read_tokens
-from cwpo_dist.stages import (
-    divergence,
-    evaluate,
-    explorer,
-    generate,
-)
+from cwpo_dist.stages import evaluate, generate
 
 OTHER = {"a": "b", "b": "a"}
 SIGN = {"a": 1, "b": -1}

@@ -16,13 +16,13 @@ from cwpo_dist.lm.modules import decode, unwrapped
 from cwpo_dist.lm.recompute import let_recompute, recompute
 from cwpo_dist.lm.rows import collate
 from cwpo_dist.lm.stock import probe_rows
-from cwpo_dist.stages.memory import (
+from cwpo_dist.planning.memory import (
     activations,
     by_zero_stage,
     generating_memory,
     training_memory,
 )
-from cwpo_dist.stages.sizes import ModelSize, TrainedSize, _cached
+from cwpo_dist.runs.sizes import ModelSize, TrainedSize, _cached
 from cwpo_dist.training.lora import add_lora
 
 LORA = LoraConfig(r=8)

@@ -17,13 +17,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import LoraConfig, ModelConfig
+from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
-from cwpo_dist.lm.tokens import load_tokenizer
 from cwpo_dist.storage import Store
-from cwpo_dist.training import export, merge, merge_check
-from cwpo_dist.training.export import NoRoom
+from cwpo_dist.training import merge, merge_check
+from cwpo_dist.training import saving as export
 from cwpo_dist.training.lora import Head, LoraError, add_lora
 from cwpo_dist.training.merge_check import MergeMismatch
+from cwpo_dist.training.saving import NoRoom
 
 Q = "model.layers.1.self_attn.q_proj"
 

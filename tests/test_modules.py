@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm import packed
+from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.lm.loading import ModelError, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import Row, collate
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 
 EOS, PAD = 1, 2
 SDPA_LAYOUTS = ("shared", "plain")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cwpo_dist.stages import notices
+from cwpo_dist.runs import notices
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from prepared import add_up, config, pairs, row, write
 
 from cwpo_dist.config import ConfigError
-from cwpo_dist.pairs.census import census
+from cwpo_dist.pairs.estimate import census
 from cwpo_dist.pairs.numbers import Numbers, agreed, kinds, number_fields, own_numbers
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.stages.prepare import prepare

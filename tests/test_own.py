@@ -17,16 +17,17 @@ from prepared import row, write
 from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.config_file import load_config, parse_config, to_yaml
+from cwpo_dist.config.load import load_config, parse_config, to_yaml
 from cwpo_dist.pairs.records import SCORE_SCHEMA, pair_id
+from cwpo_dist.planning.plan import plan
+from cwpo_dist.results.show import show
+from cwpo_dist.runs import annotations
+from cwpo_dist.runs.checks import check
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import graph, needs_annotator, weighing_nodes
+from cwpo_dist.runs.own_numbers import OwnNumbersError
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages import annotations, prepare, weigh
-from cwpo_dist.stages.checks import check
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import graph, needs_annotator, weighing_nodes
-from cwpo_dist.stages.own import OwnNumbersError
-from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.show import show
+from cwpo_dist.stages import prepare, weigh
 from cwpo_dist.storage import MANIFEST, Store
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -242,7 +243,7 @@ def test_beside_an_annotator_own_numbers_are_one_more_of_an_ensemble(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """m̄ = (m₁ + m₂)/2 and s = |m₁ − m₂|/2, by hand; for a confidence m = ±2·atanh C."""
-    monkeypatch.setattr("cwpo_dist.stages.graph.model_fingerprint", lambda model: "none")
+    monkeypatch.setattr("cwpo_dist.runs.graph.model_fingerprint", lambda model: "none")
     draw = np.random.default_rng(3)
     rows, own = [], {}
     for i in range(200):
@@ -279,7 +280,7 @@ def test_beside_an_annotator_own_numbers_are_one_more_of_an_ensemble(
 def test_only_own_scores_are_judged_by_labels_that_they_do_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cwpo_dist.stages.graph.model_fingerprint", lambda model: "none")
+    monkeypatch.setattr("cwpo_dist.runs.graph.model_fingerprint", lambda model: "none")
     rows = numbered(60, confidence=0.5)
     config = given(write(tmp_path / "x.jsonl", rows), "cw", {"from": "both"})
     config = parse_config(config.model_dump(mode="json") | {"annotate": {"model": MODEL}})

@@ -13,10 +13,10 @@ from small_run import small_config
 from transformers import AutoModelForSequenceClassification
 
 from cwpo_dist.config import Config
-from cwpo_dist.config_file import parse_config
-from cwpo_dist.stages.export import ExportError, export
-from cwpo_dist.stages.graph import graph
-from cwpo_dist.stages.run import run
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution.run import run
+from cwpo_dist.results.export import ExportError, export
+from cwpo_dist.runs.graph import graph
 from cwpo_dist.storage import MANIFEST, Store
 
 ARMS = ["own", "cw"]

@@ -16,18 +16,18 @@ from tiny import CHAT_TEMPLATE, tiny_classifier, tiny_config, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from cwpo_dist.config import ConfigError
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution import run as running
+from cwpo_dist.execution.run import run
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.templates import TokenError
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import RejectsError
-from cwpo_dist.scoring.attempts import ShardError
+from cwpo_dist.planning.plan import plan
+from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.run import run_here
+from cwpo_dist.scoring.retries import ShardError
 from cwpo_dist.stages import annotate
-from cwpo_dist.stages import run as running
-from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.run import run
 
 # What a user is shown in a line; anything else is a fault of ours.
 REFUSALS = (ConfigError, ModelError, TokenError, SourceError, RejectsError, ShardError)

@@ -14,14 +14,14 @@ from tiny_kinds import make
 from transformers import AutoConfig
 
 from cwpo_dist.config import ConfigError, ModelConfig
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.lm.foreign import one_line
 from cwpo_dist.lm.loading import ModelError, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
-from cwpo_dist.stages.checks import check
-from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.plan_table import print_plan
+from cwpo_dist.planning.plan import plan
+from cwpo_dist.planning.plan_table import print_plan
+from cwpo_dist.runs.checks import check
 
 # No arm needs an annotator: the policy alone is looked at.
 HUMAN: dict[str, Any] = {"arms": ["human"], "sft__gradient_checkpointing": True}

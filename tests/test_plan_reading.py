@@ -12,15 +12,15 @@ import torch
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_classifier, tiny_tokenizer, word_tokenizer
 
 from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution.run import STAGES, nodes_until
 from cwpo_dist.lm.loading import save
 from cwpo_dist.pairs.rejects import RejectsError
-from cwpo_dist.scoring.run import run_here
+from cwpo_dist.planning.plan import plan
+from cwpo_dist.runs.checks import check
+from cwpo_dist.runs.context import Context
+from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.stages import annotate
-from cwpo_dist.stages.checks import check
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.plan import plan
-from cwpo_dist.stages.run import STAGES, nodes_until
 from cwpo_dist.storage import MANIFEST, Store
 
 NO_SYSTEM = (

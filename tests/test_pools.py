@@ -18,8 +18,8 @@ import pytest
 from fleet import SHARDS
 
 from cwpo_dist.config import ConfigError, Pool, PoolConfig
-from cwpo_dist.config_file import parse_config
-from cwpo_dist.scoring.placement import Machine, pool_faults
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.placement import Machine, pool_faults
 from cwpo_dist.scoring.progress import Progress, Report
 from cwpo_dist.storage import Store
 

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 from world import World
 
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.lm.encoder import Encoder, load_tokenizer
+from cwpo_dist.runs.graph import graph
 from cwpo_dist.stages import weigh
-from cwpo_dist.stages.graph import graph
 
 SIDES = ("chosen", "rejected")
 

@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.encoder import Asked
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.loading import load_annotator_base, save
 from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.reading import PairEncoder, RenderingEncoder, encoder_for
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import TokenError
-from cwpo_dist.lm.tokens import Asked
 from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cwpo_dist.config import Config, LoraConfig, Source
-from cwpo_dist.config_file import load_config
+from cwpo_dist.config.load import load_config
 from cwpo_dist.objectives import objective
-from cwpo_dist.stages.trials import baseline, names, section, trials
+from cwpo_dist.runs.trials import baseline, names, section, trials
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
 DATA = ("hh-harmless", "hh-helpful", "tldr", "ultrafeedback")

@@ -14,10 +14,10 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import ValidationError
 
-from cwpo_dist import cli
+from cwpo_dist.cli import app as cli
 from cwpo_dist.config import Config, ConfigError, ModelConfig, Section, Source
 from cwpo_dist.config.deepspeed import read_section
-from cwpo_dist.config_file import load_config, parse_config
+from cwpo_dist.config.load import load_config, parse_config
 from cwpo_dist.pairs.locate import find
 from cwpo_dist.pairs.readers import SourceError, read
 from cwpo_dist.redaction import first_credential, has_credential, is_secret_name, redacted

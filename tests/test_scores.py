@@ -22,10 +22,10 @@ from transformers import AutoModelForSequenceClassification
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm import packed
+from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.loading import ModelError, load_annotator_base, save
 from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.rows import collate
-from cwpo_dist.lm.tokens import load_tokenizer
 
 
 @pytest.mark.parametrize("arch", [*SHARING, "bloom"])

@@ -17,10 +17,10 @@ import pytest
 
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
-from cwpo_dist.scoring.attempts import Rows, ShardOutput
-from cwpo_dist.scoring.held import held_hours
+from cwpo_dist.scoring.device_time import held_hours
+from cwpo_dist.scoring.driver import run_here, run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, commit, total_counts
-from cwpo_dist.scoring.run import run_here, run_shards
+from cwpo_dist.scoring.retries import Rows, ShardOutput
 from cwpo_dist.storage import Store
 
 NO_REJECTS = REJECT_SCHEMA.empty_table()

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from scoring_driver import POOL, ROWS, SHARDS, held, make_job, write_inputs
 
-from cwpo_dist.cli import user_message
+from cwpo_dist.cli.app import user_message
+from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import committed_rejects, total_counts
-from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.storage import StorageError, Store
 
 PATIENCE_S = 120

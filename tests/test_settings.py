@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from tiny import save_tiny
 
 from cwpo_dist.config import ARMS, Config, PoolConfig
-from cwpo_dist.config_file import parse_config
-from cwpo_dist.stages.graph import Node, graph, watched_split, weigh_settings
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.runs.graph import Node, graph, watched_split, weigh_settings
 
 CONFIDENT = {"labels": "annotator", "weight_function": "confidence"}
 # What the README says of each arm, and what of it is not as it is for `weak`.

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from prepared import Rows, pairs, write
 
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.pairs.records import unit_hash
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import prepare_node
 from cwpo_dist.stages import prepare
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import prepare_node
 from cwpo_dist.storage import MANIFEST, Store
 
 SEED = 3

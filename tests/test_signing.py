@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from exported_runs import finish, tiny_policy
 
-from cwpo_dist import cli
+from cwpo_dist.cli import app as cli
+from cwpo_dist.results.export import export
 from cwpo_dist.signing import DIGESTS, SIGNATURE, SigningError, compare, sign, write_digests
-from cwpo_dist.stages.export import export
 from cwpo_dist.storage import Store
 
 

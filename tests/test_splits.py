@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.pairs import keep
+from cwpo_dist.pairs import kept_columns as keep
 from cwpo_dist.pairs.parsing import Layout, ParsedPair
 from cwpo_dist.pairs.pieces import Piece, work_row
 from cwpo_dist.pairs.records import pair_id

@@ -14,11 +14,11 @@ from test_kills import finish, kill_when
 from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.config_file import load_config, parse_config
+from cwpo_dist.config.load import load_config, parse_config
+from cwpo_dist.execution.run import nodes_until, run
 from cwpo_dist.pairs.rejects import RejectsError
+from cwpo_dist.runs.graph import graph
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages.graph import graph
-from cwpo_dist.stages.run import nodes_until, run
 from cwpo_dist.storage import MANIFEST, Store
 
 

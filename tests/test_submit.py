@@ -21,11 +21,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from cwpo_dist import cli, credentials, job_server
-from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.config_file import parse_config
-from cwpo_dist.job_server import other_cluster
-from cwpo_dist.submit import (
+from cwpo_dist import credentials
+from cwpo_dist.cli import app as cli
+from cwpo_dist.cli import job_server
+from cwpo_dist.cli.job_server import other_cluster
+from cwpo_dist.cli.submit import (
     Settings,
     SubmitError,
     Submitted,
@@ -37,6 +37,8 @@ from cwpo_dist.submit import (
     stop,
     submit,
 )
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config.load import parse_config
 
 RAY = str(Path(sys.executable).with_name("ray"))
 IMAGE = "registry.example.com/team/cwpo_dist:0.1.0"
@@ -148,7 +150,7 @@ def test_a_running_job_is_attached_to_and_stopped(head: str, tmp_path: Path) -> 
     slow = tmp_path / "slow-python"
     python = f'exec {sys.executable} "$@"'
     waits = 'echo "$*"; sleep 120'
-    slow.write_text(f'#!/bin/sh\ncase "$*" in *cwpo_dist.cli*) {waits};; *) {python};; esac\n')
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *cwpo_dist.cli.app*) {waits};; *) {python};; esac\n')
     slow.chmod(0o755)
     settings = Settings(python=str(slow), options=("--retry-rejects",))
     first = submit(config, "annotate", head, settings)

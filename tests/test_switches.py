@@ -22,7 +22,7 @@ from cwpo_dist.lm.recompute import let_recompute, recompute, start_training
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.switches import unused_losses
 from cwpo_dist.storage import Store
-from cwpo_dist.training import export
+from cwpo_dist.training import saving as export
 from cwpo_dist.training.lora import add_lora
 
 ROWS = [Row([5, 6, 7], ([8, 9, 1], [10, 1])), Row([11] * 9, ([12, 1], [13] * 5))]

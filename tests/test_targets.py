@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from cwpo_dist.config import LoraConfig, ModelConfig
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.loading import load_policy
-from cwpo_dist.stages.sizes import policy, trained_size
-from cwpo_dist.training.export import gather_weights, trainable_names
+from cwpo_dist.runs.sizes import policy, trained_size
 from cwpo_dist.training.lora import adapter_notes, add_lora, lora_layers, save_adapter
+from cwpo_dist.training.saving import gather_weights, trainable_names
 from cwpo_dist.training.targets import LoraError
 
 MIXTURES = ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "qwen3_next", "gpt_oss", "llama4_text"]

@@ -15,10 +15,10 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from cwpo_dist.config import TEMPLATE_DATE, ModelConfig
+from cwpo_dist.lm.encoder import Asked, Encoder, TokenError, load_tokenizer
 from cwpo_dist.lm.fitting import encode_pairs, fit_length
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault
-from cwpo_dist.lm.tokens import Asked, Encoder, TokenError, load_tokenizer
 
 BOS, EOS = 0, 1
 quick = settings(max_examples=80)

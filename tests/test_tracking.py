@@ -14,7 +14,7 @@ from cwpo_dist.config import TrainingConfig
 from cwpo_dist.storage import Store
 from cwpo_dist.training import tracking
 from cwpo_dist.training.courier import Courier
-from cwpo_dist.training.worker import _progress
+from cwpo_dist.training.rank import _progress
 
 RECORD = {"step": 1, "loss": 0.5, "rewards/accuracies": 0.25, "eval_loss": 0.75}
 

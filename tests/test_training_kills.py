@@ -28,9 +28,9 @@ from torch import Tensor
 from zero_cases import Case
 
 from cwpo_dist.lm.loading import load_policy
-from cwpo_dist.training import workers
+from cwpo_dist.training import group as workers
 from cwpo_dist.training.loop import Hooks, Preempted, train
-from cwpo_dist.training.worker import TrainSpec
+from cwpo_dist.training.rank import TrainSpec
 
 pytestmark = pytest.mark.long
 FULL = Case("full", 3, optim="adamw", steps=12)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from prepared import config, write
 
-from cwpo_dist.pairs.census import census
+from cwpo_dist.pairs.estimate import census
 from cwpo_dist.pairs.readers import Part
 from cwpo_dist.pairs.unread import MOST_NAMES, OTHERS, Unread, columnar, tree
 from cwpo_dist.stages.prepare import prepare

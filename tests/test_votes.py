@@ -14,13 +14,13 @@ from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cwpo_dist.config import ConfigError, ModelConfig, PrepareConfig
-from cwpo_dist.config_file import parse_config
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.rows import collate
-from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.objectives import bradley_terry
-from cwpo_dist.pairs.census import census
-from cwpo_dist.stages.checks import check
+from cwpo_dist.pairs.estimate import census
+from cwpo_dist.runs.checks import check
 from cwpo_dist.stages.fit import LabelledPairs
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store

@@ -11,10 +11,8 @@ import pyarrow as pa
 import pytest
 from world import HIGHER, World, margin
 
-from cwpo_dist.stages import (
-    annotations,
-    weigh,
-)
+from cwpo_dist.runs import annotations
+from cwpo_dist.stages import weigh
 from cwpo_dist.weighting import Scale
 
 SIGN = {"a": 1, "b": -1}

@@ -31,16 +31,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ConfigError, ModelConfig
+from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model
 from cwpo_dist.lm.templates import PLAIN_TEMPLATE
-from cwpo_dist.lm.tokens import load_tokenizer
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training import checkpoint, workers
-from cwpo_dist.training.export import NoRoom
+from cwpo_dist.training import checkpoint
+from cwpo_dist.training import group as workers
 from cwpo_dist.training.lease import Lease, LeaseHeld
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, train
 from cwpo_dist.training.merge import MergeError, merge_adapter
-from cwpo_dist.training.worker import TrainSpec
+from cwpo_dist.training.rank import TrainSpec
+from cwpo_dist.training.saving import NoRoom
 
 
 def exported(name: str, part: str = "model") -> Path:
@@ -193,7 +194,7 @@ def test_more_than_plain_lora_is_refused(tmp_path: Path) -> None:
 
 HANGING = """
 import sys, time
-from cwpo_dist.training.worker import Watchdog
+from cwpo_dist.training.rank import Watchdog
 dog = Watchdog(0.5)
 dog.beat()
 time.sleep(0.3)
@@ -316,8 +317,8 @@ def test_checkpoints_by_the_clock(alone: TrainSpec) -> None:
 
 
 def test_the_drivers_word_stops_workers(alone: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cwpo_dist.training.worker.ASK_DRIVER_S", 0.0)
-    monkeypatch.setattr("cwpo_dist.training.worker.told_to_stop", workers.threading.Event())
+    monkeypatch.setattr("cwpo_dist.training.rank.ASK_DRIVER_S", 0.0)
+    monkeypatch.setattr("cwpo_dist.training.rank.told_to_stop", workers.threading.Event())
     with Lease.acquire(alone.store) as lease, workers._stop_on_signal(lease.token):
         os.kill(os.getpid(), signal.SIGTERM)  # to the driver
         outcome = workers._worker({"spec": alone, "token": lease.token})
@@ -346,10 +347,10 @@ def test_trackers_follow_a_run_over_its_restart(
     config = alone.config.model_copy(update=changes)
     held_out = partial(zero_cases.load_task, "none")
     spec = replace(alone, config=config, make_held_out=held_out)
-    monkeypatch.setattr("cwpo_dist.training.worker.ASK_DRIVER_S", 0.0)
+    monkeypatch.setattr("cwpo_dist.training.rank.ASK_DRIVER_S", 0.0)
     for stops in (True, False):
         stop = workers.threading.Event()
-        monkeypatch.setattr("cwpo_dist.training.worker.told_to_stop", stop)
+        monkeypatch.setattr("cwpo_dist.training.rank.told_to_stop", stop)
         with Lease.acquire(spec.store) as lease:
             if stops:
                 stop.set()

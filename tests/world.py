@@ -16,12 +16,12 @@ import pyarrow as pa
 from tiny import save_tiny
 
 from cwpo_dist.config import Config
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
+from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA, pair_schema
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node, graph
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import tokens
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node, graph
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training.tasks import Task
 

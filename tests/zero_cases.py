@@ -13,19 +13,19 @@ from torch import nn
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch
+from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Layout, Row
-from cwpo_dist.lm.tokens import Encoder, load_tokenizer
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
 from cwpo_dist.storage import Store
 from cwpo_dist.training import held_out
 from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine
 from cwpo_dist.training.lora import add_lora
+from cwpo_dist.training.rank import TrainSpec
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
-from cwpo_dist.training.worker import TrainSpec
 
 N_ROWS, BATCH = 22, 8
 BUDGETS = (10_000, 130, 61)  # one micro-batch, some, many: up to one row each

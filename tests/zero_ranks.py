@@ -50,13 +50,13 @@ from zero_cases import (
 
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, pair_schema
-from cwpo_dist.scoring.attempts import ShardOutput
 from cwpo_dist.scoring.pipeline import commit, part
-from cwpo_dist.scoring.together import Together
+from cwpo_dist.scoring.retries import ShardOutput
+from cwpo_dist.scoring.sharded import Together
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Engine, Hooks, gradients, train
-from cwpo_dist.training.worker import run_rank
+from cwpo_dist.training.rank import run_rank
 
 TIME_LIMIT_S = {"short": 540, "long": 1500}  # a tenth of it on an idle machine
 
@@ -189,7 +189,8 @@ def resumed(case: Case, folder: Path, written_by: int, of: str = "") -> None:
 
 def stage(name: str, folder: Path) -> None:
     """A whole stage, as a Ray worker does it, but for Ray; its model in several files."""
-    from cwpo_dist.training import export, worker
+    from cwpo_dist.training import rank as worker
+    from cwpo_dist.training import saving as export
 
     export.MAX_SHARD_SIZE = "20KB"
     worker.ASK_RAY_S = math.inf  # there is none to ask, however slow the machine is

@@ -21,8 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 from cwpo_dist.check.device import check_device
 from cwpo_dist.check.finding import Finding, found
 from cwpo_dist.check.ranks import Rank
+from cwpo_dist.runs.cluster import connect
 from cwpo_dist.scoring.devices import hide_other_gpus
-from cwpo_dist.stages.cluster import connect
 from cwpo_dist.storage import Store
 from cwpo_dist.waiting import tell_waiting
 

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from cwpo_dist import __version__
-from cwpo_dist.check import models
+from cwpo_dist.check import tiny_models as models
 from cwpo_dist.check.finding import Finding, Outcome, found
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm import varlen
@@ -28,11 +28,11 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.packed import by_row
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Row, collate
+from cwpo_dist.planning.costs import measured_rate, timed
 from cwpo_dist.scoring.devices import assigned_device, driver
 from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import AnswerWorker
-from cwpo_dist.stages.costs import measured_rate, timed
 from cwpo_dist.storage import Store
 from cwpo_dist.training.loop import Run, TorchEngine, gradients
 from cwpo_dist.training.meter import peak_flops

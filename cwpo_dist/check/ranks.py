@@ -17,13 +17,13 @@ import ray
 import torch
 import torch.distributed as dist
 
-from cwpo_dist.check import models
+from cwpo_dist.check import tiny_models as models
 from cwpo_dist.check.finding import Finding, Outcome, found
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.planning.costs import timed
 from cwpo_dist.scoring.devices import assigned_device, hide_other_gpus
-from cwpo_dist.stages.costs import timed
 from cwpo_dist.storage import Store
 from cwpo_dist.training.loop import Engine, Run, TorchEngine, gradients
 

@@ -1,9 +1,9 @@
 """What a run is told: one typed, frozen section a stage, each field with its default."""
 
 from cwpo_dist.config.base import ConfigError, Fraction, PositiveFloat, PositiveInt, Section, Split
+from cwpo_dist.config.config import ARMS, TRAINING, Arm, CompareConfig, Config, Grid, WeighConfig
 from cwpo_dist.config.data import LabelColumn, PrepareConfig, Source
 from cwpo_dist.config.models import TEMPLATE_DATE, LoraConfig, ModelConfig
-from cwpo_dist.config.run import ARMS, TRAINING, Arm, CompareConfig, Config, Grid, WeighConfig
 from cwpo_dist.config.scoring import (
     AnnotateConfig,
     EvaluateConfig,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.encoder import Asked, Encoder
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Asked, Encoder
 
 _AT_ONCE = 1024  # pairs whose rendered texts are held together
 

@@ -20,12 +20,7 @@ from typing import Any, Literal
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.lm.foreign import refused_as
-from cwpo_dist.lm.loading import classifier_skeleton, load_config
-from cwpo_dist.lm.modules import scores_last_token
-from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.templates import ChatTemplate, Fault, TokenError, Tools, words_of
-from cwpo_dist.lm.tokens import (
+from cwpo_dist.lm.encoder import (
     Asked,
     Encoder,
     Text,
@@ -36,6 +31,11 @@ from cwpo_dist.lm.tokens import (
     unread,
     without_eos,
 )
+from cwpo_dist.lm.foreign import refused_as
+from cwpo_dist.lm.loading import classifier_skeleton, load_config
+from cwpo_dist.lm.modules import scores_last_token
+from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.templates import ChatTemplate, Fault, TokenError, Tools, words_of
 
 Role = Literal["policy", "annotator", "reward model"]
 

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
-from cwpo_dist.pairs import keep, numbers
+from cwpo_dist.pairs import kept_columns as keep
+from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.records import TEXTS, Kind, pair_schema, unit_hash
 from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
 from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, VOTES, leaks, merge, split_of

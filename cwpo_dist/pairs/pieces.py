@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cwpo_dist.pairs import keep
+from cwpo_dist.pairs import kept_columns as keep
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import extra_keys
 from cwpo_dist.pairs.parsing import ParsedPair, parse

@@ -21,7 +21,7 @@ from cwpo_dist.report.cells import (
     without_empty,
     written,
 )
-from cwpo_dist.report.verdicts import excludes_zero
+from cwpo_dist.report.outcomes import excludes_zero
 
 Found = Mapping[str, Any]
 MOST_IN_MATRIX = 12  # trials: a wider table is read by nobody

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cwpo_dist.scoring.attempts import ShardOutput, ShardWorker
+from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
 from cwpo_dist.storage import Store, parquet_bytes
 
 # Parquet metadata of a commit file: what the shard read and wrote, and the file of its rejects.

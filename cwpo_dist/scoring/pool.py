@@ -36,10 +36,10 @@ from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cwpo_dist.config import Pool
-from cwpo_dist.scoring.attempts import SUSPICIOUS, ShardWorker, attempt
 from cwpo_dist.scoring.devices import hide_other_gpus, use_own_processors
 from cwpo_dist.scoring.pipeline import ShardJob, commit, part
 from cwpo_dist.scoring.progress import Report
+from cwpo_dist.scoring.retries import SUSPICIOUS, ShardWorker, attempt
 from cwpo_dist.scoring.tickets import SPARE, BrokenDeviceError, Shards
 from cwpo_dist.waiting import told_while_waiting
 

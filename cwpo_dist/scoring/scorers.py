@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.encoder import Asked, Encoder, fill_id, load_tokenizer
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_config, load_policy, load_reward_model
@@ -21,7 +22,6 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Asked, Encoder, fill_id, load_tokenizer
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,
@@ -34,11 +34,11 @@ from cwpo_dist.pairs.records import (
 )
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.pairs.stored import pair_rows
-from cwpo_dist.scoring.attempts import Rows, ShardOutput
 from cwpo_dist.scoring.devices import assigned_device, fix_workspace
 from cwpo_dist.scoring.forward import Ranks, RowForward
 from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.scoring.retries import Rows, ShardOutput
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)

@@ -7,19 +7,19 @@ from functools import cached_property
 from typing import Any
 
 from cwpo_dist.config import AlignConfig
+from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.records import preference_schema, read_records
+from cwpo_dist.runs.context import Context, policy_of, read_log_probs
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.held_out_pairs import WatchedPairs, watched_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens
-from cwpo_dist.stages.context import Context, policy_of, read_log_probs
-from cwpo_dist.stages.graph import Node
-from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
 from cwpo_dist.storage import Store
+from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import Normalization, Preference, Sampling
-from cwpo_dist.training.workers import TrainSpec, train
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:

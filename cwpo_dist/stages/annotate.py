@@ -11,7 +11,10 @@ from functools import partial
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.scoring.earlier import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.runs.context import Context, score_files, trained
+from cwpo_dist.runs.graph import FORMAT_OF, Node, ready_model
+from cwpo_dist.scoring.driver import run_shards
+from cwpo_dist.scoring.growth import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
     ShardJob,
     committed_counts,
@@ -19,10 +22,7 @@ from cwpo_dist.scoring.pipeline import (
     part,
     total_counts,
 )
-from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import RewardWorker, lasts, refuse_none, refuse_past
-from cwpo_dist.stages.context import Context, score_files, trained
-from cwpo_dist.stages.graph import FORMAT_OF, Node, ready_model
 from cwpo_dist.storage import Store, digest
 
 logger = logging.getLogger(__name__)

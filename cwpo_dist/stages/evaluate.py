@@ -12,17 +12,17 @@ from cwpo_dist.config import ConfigError, ModelConfig, PoolConfig
 from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.answers import answer_figures
-from cwpo_dist.evaluation.gold import load_function
+from cwpo_dist.evaluation.gold_function import load_function
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Prompt, content_hash, read_pairs, read_records
 from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.runs.annotations import held_out, names, raw
+from cwpo_dist.runs.context import Context, read_answers, read_log_probs
+from cwpo_dist.runs.divergence import Answered, kl_divergence, write_pairs
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
-from cwpo_dist.stages.annotations import held_out, names, raw
-from cwpo_dist.stages.context import Context, read_answers, read_log_probs
-from cwpo_dist.stages.divergence import Answered, kl_divergence, write_pairs
-from cwpo_dist.stages.graph import Node
 from cwpo_dist.storage import Store
 
 Pair = dict[str, Any]

@@ -9,20 +9,20 @@ from typing import Any
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.evaluation.calibration import people_share
+from cwpo_dist.lm.encoder import Asked, Encoder
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.tokens import Asked, Encoder
 from cwpo_dist.pairs.records import TEXTS, read_pairs
 from cwpo_dist.pairs.splits import VOTES
 from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.held_out_pairs import WatchedPairs, watched_pairs
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node
-from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
 from cwpo_dist.storage import Store
+from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import BradleyTerry, TaskError
-from cwpo_dist.training.workers import TrainSpec, train
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 
 from cwpo_dist.config import PoolConfig
 from cwpo_dist.pairs.records import PROMPT_SCHEMA
+from cwpo_dist.runs.context import Context, policy_of
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, read_tokens
-from cwpo_dist.stages.context import Context, policy_of
-from cwpo_dist.stages.graph import Node
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 from cwpo_dist.pairs.records import SCORE_SCHEMA
+from cwpo_dist.runs.context import Context, read_log_probs
+from cwpo_dist.runs.graph import Node
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.stages.context import Context, read_log_probs
-from cwpo_dist.stages.graph import Node
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
-from cwpo_dist.pairs import buckets, cutting, keep, numbers
+from cwpo_dist.pairs import buckets, cutting, numbers
+from cwpo_dist.pairs import kept_columns as keep
 from cwpo_dist.pairs.buckets import BucketSummary, Shards, Work
 from cwpo_dist.pairs.listing import LeftOut
 from cwpo_dist.pairs.pieces import (
@@ -29,9 +30,9 @@ from cwpo_dist.pairs.rejects import Tally, refuse_past
 from cwpo_dist.pairs.sources import MAP_LABELS, Plan, plan, source_fingerprints
 from cwpo_dist.pairs.splits import SPLITS, SplitRule
 from cwpo_dist.pairs.unread import Unread
-from cwpo_dist.scoring.tasks import run_tasks
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.scoring.ray_tasks import run_tasks
 from cwpo_dist.storage import MANIFEST, FileMissing, StorageError, Store, to_json
 
 logger = logging.getLogger(__name__)

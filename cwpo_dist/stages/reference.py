@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from cwpo_dist.runs.context import Context, policy_of
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, total_counts
-from cwpo_dist.scoring.run import run_shards
 from cwpo_dist.scoring.scorers import ReferenceWorker
-from cwpo_dist.scoring.together import Together
-from cwpo_dist.stages.context import Context, policy_of
-from cwpo_dist.stages.graph import Node
-from cwpo_dist.training.workers import FrozenSpec, apply_frozen
+from cwpo_dist.scoring.sharded import Together
+from cwpo_dist.training.group import FrozenSpec, apply_frozen
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.tokens import Encoder
 from cwpo_dist.pairs.labels import DECIDES, LabelSource, decide
+from cwpo_dist.runs.annotations import Annotated, annotated, label_source
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.held_out_pairs import WatchedPairs, watched_pairs
 from cwpo_dist.scoring.scorers import read_tokens
-from cwpo_dist.stages.annotations import Annotated, annotated, label_source
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node
-from cwpo_dist.stages.watched import WatchedPairs, watched_pairs
 from cwpo_dist.storage import Store
+from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import Sft
-from cwpo_dist.training.workers import TrainSpec, train
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from cwpo_dist.config import PoolConfig
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.scoring.driver import run_here, run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.run import run_here, run_shards
 from cwpo_dist.scoring.scorers import TokenWorker, refuse_none, refuse_past
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node
 
 FEW_PAIRS = 2000  # a second or two; an actor takes longer to start
 

@@ -24,8 +24,7 @@ from cwpo_dist.pairs.labels import DECIDES, Decision, LabelSource, Opinion, deci
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import TEXTS, Kind, kind_of, preference_schema, read_pairs
 from cwpo_dist.pairs.stored import pair_rows, preference_table
-from cwpo_dist.scoring.pipeline import counted, part, read_counts
-from cwpo_dist.stages.annotations import (
+from cwpo_dist.runs.annotations import (
     TASK_CPUS,
     Annotated,
     annotated,
@@ -34,9 +33,10 @@ from cwpo_dist.stages.annotations import (
     label_source,
     own_kind,
 )
-from cwpo_dist.stages.context import Context
-from cwpo_dist.stages.graph import Node
-from cwpo_dist.stages.own import OwnNumbersError, void_fault
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.own_numbers import OwnNumbersError, void_fault
+from cwpo_dist.scoring.pipeline import counted, part, read_counts
 from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.weighting import Selection, confidence, last_of_top, margin_of, sigmoid, weights
 

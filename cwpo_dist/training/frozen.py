@@ -24,7 +24,7 @@ from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Preempted
 from cwpo_dist.training.process_group import told_to_stop
-from cwpo_dist.training.worker import Watchdog
+from cwpo_dist.training.rank import Watchdog
 
 
 @dataclass(frozen=True)

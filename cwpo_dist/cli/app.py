@@ -1,0 +1,361 @@
+"""The command line: `cwpo run CONFIG.yaml`, one command a stage, plan, export, submit.
+
+What is heavy to import (torch, ray) is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import secrets
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from cwpo_dist import __version__, credentials
+from cwpo_dist.cli import jobs as cli_jobs
+from cwpo_dist.cli.options import (
+    STAGES,
+    ConfigPath,
+    Overrides,
+    PairsPerSecond,
+    Price,
+    Resume,
+    RetryRejects,
+    Show,
+    Trial,
+    say,
+)
+from cwpo_dist.config import Config
+from cwpo_dist.config.load import load_config, to_yaml
+from cwpo_dist.redaction import redacted
+
+USER_ERROR = 2
+
+
+app = typer.Typer(
+    name="cwpo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Confidence-weighted preference optimisation over Ray and DeepSpeed.\n\n"
+    "Start with `cwpo plan CONFIG.yaml`, which checks a run and says what it costs, "
+    "then `cwpo run CONFIG.yaml`. A command that was cut off goes on where it was when "
+    "you give it again.",
+)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cwpo_dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None: ...
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; faults of the user end in one message and exit code 2."""
+    credentials.take()  # in a submitted job
+    sys.excepthook = _told_without_credentials
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Ray hands on what workers say there; into a file or pipe it would all come at the end.
+        # A name in somebody's files may hold what no terminal can write: it is spelled out.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        app(args=arguments)
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        Console(stderr=True).print(
+            f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
+        )
+        sys.exit(USER_ERROR)
+
+
+def user_message(error: BaseException) -> str | None:
+    """The message of an error that this package raised, here or in a Ray worker; else None.
+
+    Errors of the package's own classes are written for the user; a traceback would only hide them.
+    """
+    if not any(kind.__module__.startswith("cwpo_dist.") for kind in type(error).__mro__):
+        return None
+    said = str(getattr(error, "cause", error))  # Ray's wrapper adds the worker's traceback
+    said = said.partition("\nFailed to apply UDF ")[0]  # Ray Data adds advice about its own knobs
+    return redacted(said)
+
+
+def _told_without_credentials(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A fault that is not the user's, with its traceback: a library's message may hold a URL."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    resume: Resume = False,
+) -> None:
+    """Do all that is not done yet, arm by arm, and write the report.
+
+    Example: cwpo run run.yaml 'arms=[human,weak,cw]' align.beta=0.1 output_dir=s3://bucket/run
+    """
+    _run(load_config(config, overrides), until, resume)
+
+
+def _add_stage(stage: str, does: str) -> None:
+    def command(config: ConfigPath, overrides: Overrides = None, resume: Resume = False) -> None:
+        _run(load_config(config, overrides), stage, resume)
+
+    command.__doc__ = (
+        f"{does}\n\nWhat it needs and is not done yet is done first, and said.\n\n"
+        f"Example: cwpo {stage} run.yaml"
+    )
+    app.command(stage)(command)
+
+
+for _stage, _does in STAGES.items():
+    if _stage != "annotate":
+        _add_stage(_stage, _does)
+
+
+@app.command()
+def annotate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    retry_rejects: RetryRejects = False,
+) -> None:
+    """Score every pair with the annotator or any one-label reward model.
+
+    What it needs and is not done yet is done first, and said. --retry-rejects scores again what a
+    finished pass set aside for a failure or a score that is not finite, and nothing else.
+
+    Example: cwpo annotate run.yaml annotate.model.model_name_or_path=models/reward
+    """
+    _run(load_config(config, overrides), "annotate", resume, retry_rejects)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories or URIs.")],
+    to: Annotated[
+        str | None, typer.Option(help="Where the page goes; needed for more than one run.")
+    ] = None,
+) -> None:
+    """Show the figures of finished runs and write their page; several runs share one.
+
+    The directory of a comparison, alone, has its own page written anew. A run that ended before its
+    report shows what became of its rows.
+
+    Example: cwpo report runs/seed0 runs/seed1 runs/seed2 --to seeds.html
+    """
+    from cwpo_dist.results.show import show
+
+    say(f"report: {show(runs, to)}")
+
+
+@app.command()
+def compare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run all trials of the `compare` section, with every seed, and say what they are worth.
+
+    The section has seeds, learning_rates, a baseline, and grids of arms, losses,
+    labelled_fractions and flipped_labels. What trials share is made once, independent ones run side
+    by side where the cluster has room, and the same command resumes. It leaves comparison.html and
+    comparison.json in output_dir. `cwpo plan` says what it will cost.
+
+    Example: cwpo compare run.yaml compare.yaml 'compare.seeds=[0,1]'
+    """
+    _guard_own_ray()
+    from cwpo_dist.execution.comparison import compare as compare_trials
+
+    _log_to_terminal()
+    say(f"comparison: {compare_trials(load_config(config, overrides))}")
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    show: Show = 0,
+    price: Price = None,
+    pairs_per_second: PairsPerSecond = None,
+    trial: Trial = None,
+) -> None:
+    """Check columns, models, placement and batches, and say what the run will cost.
+
+    Nothing is started and nothing stays written: on a cluster, each node tries output_dir out.
+
+    Example: cwpo plan run.yaml --show 3 --trial s3://bucket/sample --price 2.50
+    """
+    from cwpo_dist.planning.fleet import Fleet
+    from cwpo_dist.planning.plan import plan as make_plan
+    from cwpo_dist.planning.plan_table import print_plan
+
+    fleet = Fleet.known(price or (), pairs_per_second or (), trial)
+    print_plan(make_plan(load_config(config, overrides), show, fleet))
+
+
+@app.command()
+def check(
+    nodes: Annotated[
+        Literal["one", "all"],
+        typer.Option(help="One device and a second rank, or all devices of all nodes."),
+    ] = "one",
+    quick: Annotated[bool, typer.Option("--quick", help="No figures of speed.")] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="What all nodes see, for a checkpoint; of one node its disk.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="The file of all figures.")] = "check.json",
+) -> None:
+    """Check this machine, or the cluster of RAY_ADDRESS: is what it computes right, and how fast?
+
+    Devices, drivers and kernels are not seen by tests made elsewhere. Small models of random
+    weights are computed on each device and by several ranks, beside plain torch on the CPU: packed
+    rows, the optimizer, generation, exchange between ranks, ZeRO 0 to 3, a resumed training. It
+    takes some minutes and needs no download. The exit code is 1 where something is wrong.
+
+    Example: cwpo check --nodes all --storage s3://bucket/scratch
+    """
+    _guard_own_ray()
+    from cwpo_dist.check.command import check as check_cluster
+
+    _log_to_terminal()
+    if not check_cluster(nodes, to, quick=quick, storage=storage):
+        raise typer.Exit(1)
+
+
+@app.command("config")
+def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show the whole configuration as YAML: files and overrides merged, defaults filled in.
+
+    Example: cwpo config run.yaml fit.num_train_epochs=2 > whole.yaml
+    """
+    typer.echo(to_yaml(load_config(config, overrides)), nl=False)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory or URI.")],
+    to: Annotated[str, typer.Option(help="An empty or new folder, or a URI.")],
+    arm: Annotated[str | None, typer.Option(help="Needed when the run has several arms.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The LoRA adapter alone, not merged.")
+    ] = False,
+    annotator: Annotated[
+        str | None,
+        typer.Option(help="`fit`: the annotator instead; of an ensemble `fit_0`, `fit_1`, …"),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Hub id of the adapter's base, where the policy was given as a folder."),
+    ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="An EC private key (PEM); wants the extra [sign]."),
+    ] = None,
+) -> None:
+    """Copy an arm's aligned model: a Hugging Face folder that loads anywhere, with its card.
+
+    An adapter after SFT with LoRA does what both adapters did, on the policy as it was given;
+    after SFT of all weights its base comes with it.
+
+    Example: cwpo export runs/demo --arm cw --to models/aligned
+    """
+    from cwpo_dist.results.export import export as copy_model
+
+    _log_to_terminal()
+    say(f"model: {copy_model(run, arm, to, adapter, annotator, base, sign)}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Exported; a path or a URI.")],
+    key: Annotated[
+        Path | None,
+        typer.Option(help="The public key (PEM) of who signed it; wants the extra [sign]."),
+    ] = None,
+) -> None:
+    """Check an exported folder: is every file as it was written, and none more?
+
+    Each changed, missing or added file is named, and the exit code is 1. Without --key that finds
+    damage, not malice: who changes files can change digests.json too.
+
+    Example: cwpo verify models/aligned --key release.pub
+    """
+    from cwpo_dist.signing import compare, verify_signature
+    from cwpo_dist.storage import Store
+
+    place = Store(folder)
+    found = compare(place).lines()
+    if key is not None and (why := verify_signature(place, key)) is not None:
+        found.append(f"signature: not that of {key}: {why}")
+    for line in found:
+        say(line)
+    if found:
+        raise typer.Exit(1)
+    say(f"{folder}: all files as they were {'written' if key is None else 'signed'}")
+
+
+for _command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.stop):
+    app.command()(_command)
+
+
+def _guard_own_ray() -> None:
+    """A token for the Ray that this process starts; must be set before ray is imported.
+
+    Ray would otherwise write one into HOME, and every later `ray start` of this user would ask
+    for it.
+    """
+    names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if not any(os.environ.get(name) for name in names):
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+class _Stderr(logging.Handler):
+    """Logs to what is stderr at the moment: while a progress bar is shown, that prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{redacted(self.format(record))}\n")
+
+
+def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = False) -> None:
+    _guard_own_ray()
+    from cwpo_dist.execution import run as stages
+    from cwpo_dist.runs.checks import check
+
+    _log_to_terminal()
+    check(config, until)  # before any worker starts
+    if retry_rejects:
+        place = stages.retry_rejects(config)
+    else:
+        place = stages.run(config, until=until, resume=resume)
+    say(f"{'report' if until is None else 'run directory'}: {place}")
+
+
+def _log_to_terminal() -> None:
+    handlers = [_Stderr()]
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+    logging.getLogger("cwpo_dist").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

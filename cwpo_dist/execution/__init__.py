@@ -1,0 +1,1 @@
+"""Does a run: its stages in order, one after another or side by side."""

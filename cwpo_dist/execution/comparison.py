@@ -1,0 +1,274 @@
+"""A configuration with a `compare` section in; all its trials run, their figures and pages out.
+
+What runs share, by its key, is made once; the same command resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired
+from cwpo_dist.execution.side_by_side import Job, make_all
+from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
+from cwpo_dist.report.page import render
+from cwpo_dist.results import collect as report
+from cwpo_dist.results.sample import sample
+from cwpo_dist.runs.checks import check_trials
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node, graph
+from cwpo_dist.runs.nodes import versions
+from cwpo_dist.runs.trials import Trial, baseline, names, section, trials, tuned, tuning
+from cwpo_dist.stages.evaluate import ANSWERS, BASELINES, ITEMS
+from cwpo_dist.storage import MANIFEST, Store
+
+logger = logging.getLogger(__name__)
+
+Rates = Mapping[Trial, float]
+SINGLE = "single-runs-{}.html"
+
+
+def compare(config: Config) -> str:
+    """Runs every trial with every seed, and writes `comparison.json`, `.html` and single runs.
+
+    Returns:
+        The place of the page.
+
+    Raises:
+        ConfigError: for everything that would stop it later, before any worker starts.
+    """
+    chosen = trials(config)
+    check_trials(config, chosen)
+    rates, tuned_by = _rates(config, chosen)
+    runs = {
+        (trial, seed): trial.configured(config, seed, rates[trial])
+        for trial in chosen
+        for seed in section(config).seeds
+    }
+    make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
+    root = Store(config.output_dir)
+    found = collect(config, runs, tuned_by) | {"single_runs": _single_runs(config, runs)}
+    root.write(FIGURES, json.dumps(found, indent=1).encode())  # trials keep their order
+    root.write(PAGE, render_comparison(found).encode())
+    print_comparison(found)
+    return root.child(PAGE).uri
+
+
+def _jobs(config: Config, arm: str) -> Iterator[Job]:
+    for node in graph(config, arm).values():
+        yield Job(config, node)
+
+
+def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, Any]]:
+    """Each trial's rate, and by name how good those tried were and on how many pairs.
+
+    The rule is one for all: the highest share of held-out `validation` labels that the implicit
+    reward agrees with, with the first seed; of equal ones the smallest rate.
+    """
+    given = section(config).learning_rates or [config.align.learning_rate]
+    if not tuned(config):
+        return dict.fromkeys(chosen, given[0]), {"tried": {}, "validation_pairs": {}}
+    runs = {(t, rate): tuning(config, t, rate) for t in chosen for rate in sorted(given)}
+    make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
+    tried: dict[Trial, dict[float, float]] = {trial: {} for trial in chosen}
+    pairs = {}
+    for (trial, rate), run in runs.items():
+        agreement = _measured(run, trial.arm)["policy"]["agreement"]
+        if agreement["accuracy"] is None:
+            raise ConfigError("compare.learning_rates: validation has no labelled pair that fits")
+        tried[trial][rate], pairs[trial] = agreement["accuracy"], agreement["n"]
+    rates = {trial: max(found, key=lambda rate: found[rate]) for trial, found in tried.items()}
+    told = names(chosen)
+    for trial, rate in rates.items():
+        logger.info("compare: %s takes learning rate %g", told[trial], rate)
+    return rates, {
+        "tried": {
+            told[trial]: {f"{rate:g}": value for rate, value in found.items()}
+            for trial, found in tried.items()
+        },
+        "validation_pairs": {told[trial]: count for trial, count in pairs.items()},
+    }
+
+
+def _evaluated(config: Config, arm: str) -> tuple[Store, Mapping[str, Node]]:
+    nodes = graph(config, arm)
+    return Context(config, Store(config.output_dir)).place(nodes["evaluate"]), nodes
+
+
+def _measured(config: Config, arm: str) -> dict[str, Any]:
+    metrics: dict[str, Any] = _evaluated(config, arm)[0].read_json("metrics.json")
+    return metrics
+
+
+def collect(
+    config: Config, runs: Mapping[tuple[Trial, int], Config], tuned_by: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Every figure: means over seeds; differences of any two, paired by seed and item."""
+    told = names([*dict.fromkeys(trial for trial, _ in runs)])
+    items = {name: _items(runs, trial) for trial, name in told.items()}
+    entries = {}
+    for trial, name in told.items():
+        single = [run for (other, _), run in runs.items() if other == trial]
+        entries[name] = {
+            "arm": trial.arm,
+            "loss": trial.loss,
+            "labelled_fraction": trial.labelled,
+            "flipped_labels": trial.flipped,
+            "learning_rate": single[0].align.learning_rate,
+            "test_pairs": sum(len(of.names) for of in items[name]["accuracy"].values()),
+            "figures": {k: over_seeds([*v.values()]).as_dict() for k, v in items[name].items()},
+            "against": {
+                other: {
+                    k: paired(v, items[other][k]).as_dict()
+                    for k, v in items[name].items()
+                    if k in items[other]
+                }
+                for other in items
+                if other != name
+            },
+            **_by_seed(trial, single),
+        }
+    return {
+        "run": {
+            "output_dir": config.output_dir,
+            "simulated_labels": config.simulated_labels,
+            "versions": dict(versions()),
+            "device": ", ".join(sorted(_devices(runs))),
+            "made": datetime.now(UTC).date().isoformat(),
+        },
+        "seeds": section(config).seeds,
+        "baseline": baseline(config, list(told)),
+        **tuned_by,
+        "trials": entries,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _devices(runs: Mapping[tuple[Trial, int], Config]) -> set[str]:
+    """Where the policies were trained: known without a cluster, when nothing is left to do."""
+    aligned = ((run, graph(run, trial.arm)["align"]) for (trial, _), run in runs.items())
+    return {
+        Context(run, Store(run.output_dir)).place(node).read_json(MANIFEST)["device"]
+        for run, node in aligned
+    }
+
+
+def _single_runs(config: Config, runs: Mapping[tuple[Trial, int], Config]) -> dict[str, list[str]]:
+    """Writes reports of the first seed's runs, side by side where they have their pairs in common.
+
+    Returns:
+        The name of each, and the trials in it.
+    """
+    told, seed = names([*dict.fromkeys(trial for trial, _ in runs)]), section(config).seeds[0]
+    by_pairs: dict[str, dict[Trial, Config]] = {}
+    for (trial, of), run in runs.items():
+        if of == seed:
+            by_pairs.setdefault(graph(run, trial.arm)["prepare"].path, {})[trial] = run
+    written = {}
+    for number, beside in enumerate(by_pairs.values(), 1):
+        context = Context(next(iter(beside.values())), Store(config.output_dir))
+        graphs = {told[trial]: graph(run, trial.arm) for trial, run in beside.items()}
+        metrics = report.collect(context, graphs) | {"config": config.model_dump(mode="json")}
+        name = SINGLE.format(number)
+        context.root.write(name, render(metrics, sample(context, graphs), PAGE).encode())
+        written[name] = list(graphs)
+    return written
+
+
+def _items(runs: Mapping[tuple[Trial, int], Config], trial: Trial) -> dict[str, dict[int, Items]]:
+    """Figure → seed → its items."""
+    found: dict[str, dict[int, Items]] = {}
+    for (other, seed), run in runs.items():
+        if other == trial:
+            for figure, items in _figures(_evaluated(run, trial.arm)[0]):
+                found.setdefault(figure, {})[seed] = items
+    return found
+
+
+def _figures(store: Store) -> Iterator[tuple[str, Items]]:
+    """What is known item by item: a tie counts a half, but in GRA, where it counts as a loss."""
+    rows = store.read_table(ITEMS).to_pylist()
+    accuracy = _of(rows, [(1 + np.sign(row["margin"])) / 2 for row in rows])
+    yield "accuracy", accuracy
+    yield "length_balanced", length_balanced(accuracy, np.array([row["longer_by"] for row in rows]))
+    if not store.exists(ANSWERS):
+        return
+    answers = store.read_table(ANSWERS).to_pylist()
+    for name in BASELINES:
+        rows = [row for row in answers if row["against"] == name]
+        if name == "common":
+            yield "length", _of(rows, [row["length"] for row in rows])
+        if rows and rows[0]["gold"] is not None:
+            won = [float(row["gold"] > row["baseline_gold"]) for row in rows]
+            yield f"gra_{name}", _of(rows, won)
+            ties = [float(row["gold"] == row["baseline_gold"]) for row in rows]
+            yield f"ties_{name}", _of(rows, ties)
+
+
+def _of(rows: list[dict[str, Any]], values: list[float]) -> Items:
+    return Items(
+        [row["pair_id"] for row in rows],
+        [row["prompt"] for row in rows],
+        np.array(values, dtype=np.float64),
+    )
+
+
+def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
+    """Figures that have no items: one number a seed, and their mean with Student's interval."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        store, nodes = _evaluated(run, trial.arm)
+        context = Context(run, Store(run.output_dir))
+        metrics = store.read_json("metrics.json")
+        numbers = _single(context, nodes, metrics)
+        if run.arm(trial.arm).labels != "human":
+            numbers |= _annotator(metrics["annotator"])
+        for name, value in numbers.items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return {"by_seed": {name: _seeds(values) for name, values in found.items()}}
+
+
+def _single(
+    context: Context, nodes: Mapping[str, Node], metrics: dict[str, Any]
+) -> dict[str, float | None]:
+    manifests = {role: report.committed(context, node) for role, node in nodes.items()}
+    answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"]["counts"]
+    # Of an arm on human labels the annotator says only which pairs are compared: it costs nothing.
+    spared = () if nodes["weigh"].settings["labels"] == "annotator" else ("fit", "annotate")
+    own = {role: made for role, made in manifests.items() if nodes[role].stage not in spared}
+    return {
+        "mean_weight": context.counts(nodes["weigh"])["mean_weight"],
+        "pairs": float(aligned["rows"]),
+        "steps": float(aligned["steps"]),
+        "sft_loss": manifests["sft"]["counts"]["last"]["loss"] if "sft" in nodes else None,
+        "device_hours": sum(report.device_hours(nodes, own).values()),
+        "kl": kl["mean"] if kl else None,
+        **{f"length_controlled_{k}": v["length_controlled"] for k, v in answers.items()},
+    }
+
+
+def _annotator(found: dict[str, Any] | None) -> dict[str, float | None]:
+    """How good the labels of an arm are, and what their confidence is worth."""
+    if found is None:
+        return {}
+    quarters = [quarter["accuracy"] for quarter in found["by_quarter"]]
+    return {
+        "labels_right": found["agreement"]["accuracy"],
+        "least_confident": quarters[0] if quarters else None,
+        "most_confident": quarters[-1] if quarters else None,
+        "calibration_error": found["expected_calibration_error"],
+        "mean_confidence": found["mean_confidence"],
+        "margin_length": found["margin_length"]["pearson"],
+    }
+
+
+def _seeds(values: list[float]) -> dict[str, Any]:
+    items = [Items(["all"], [k], np.array([value])) for k, value in enumerate(values)]
+    return over_seeds(items).as_dict()

@@ -1,0 +1,288 @@
+"""A configuration in; every stage that is not done yet is done, arm by arm, in order.
+
+The only place that knows the order of the stages and commits their outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.results import collect as report
+from cwpo_dist.runs.cluster import connect
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import (
+    TRAINING_STAGES,
+    Node,
+    annotator_nodes,
+    graph,
+    needs_annotator,
+    prepare_node,
+    retry_manifest,
+    weighing_nodes,
+)
+from cwpo_dist.runs.nodes import versions
+from cwpo_dist.scoring.device_time import held_hours
+from cwpo_dist.stages import (
+    align,
+    annotate,
+    evaluate,
+    fit,
+    generate,
+    implicit,
+    prepare,
+    reference,
+    sft,
+    tokens,
+    weigh,
+)
+from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.training.checkpoint import clear
+from cwpo_dist.training.lease import device_hours
+
+logger = logging.getLogger(__name__)
+
+STAGES: dict[str, Callable[[Context, Node], dict[str, Any]]] = {
+    "prepare": prepare.run,
+    "fit": fit.run,
+    "annotate": annotate.run,
+    "implicit": implicit.run,
+    "tokens": tokens.run,
+    "weigh": weigh.run,
+    "sft": sft.run,
+    "reference": reference.run,
+    "align": align.run,
+    "generate": generate.run,
+    "evaluate": evaluate.run,
+}
+STARTED = "started.json"  # written first: tells a half-finished output from none
+
+
+def run(config: Config, until: str | None = None, resume: bool = False) -> str:
+    """Does all that is not done, for every arm, and writes the report.
+
+    Args:
+        config: the run.
+        until: stop after this stage; None: go on to the report.
+        resume: refuse to start a stage afresh when inputs or settings changed half-way.
+
+    Returns:
+        The URI of the report, or of the run directory when `until` stopped before it.
+    """
+    context = Context(config, Store(config.output_dir))
+    context.root.sweep()
+    graphs = {arm: nodes_until(config, arm, until) for arm in config.arms}
+    if not all(context.done(node) for nodes in graphs.values() for node in nodes.values()):
+        connect()
+    for arm, nodes in graphs.items():
+        for node in nodes.values():
+            execute(context, node, resume)
+        if until is None:
+            logger.info("arm %s: all stages done", arm)
+    if until is not None:
+        return config.output_dir
+    return report.run(context, graphs)
+
+
+def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
+    """The nodes that `until` needs, itself included; all of the arm's for None.
+
+    `prepare`, `fit`, `annotate` and `weigh` are products of their own: they need no policy, and
+    annotating needs no arm either.
+
+    Raises:
+        ConfigError: when the arm has no such stage.
+    """
+    if until == "prepare":
+        return {"prepare": prepare_node(config)}
+    if until in {"fit", "annotate"}:
+        prepared = prepare_node(config)
+        made = {"prepare": prepared} | annotator_nodes(config, prepared)
+    elif until == "weigh":
+        made = weighing_nodes(config, arm)
+    else:
+        made = graph(config, arm)
+    if until is None:
+        return made
+    # Several annotators have roles of their own: annotate_0, annotate_1, …
+    wanted = [node for role, node in made.items() if role == until or role.startswith(f"{until}_")]
+    if not wanted:
+        raise ConfigError(_no_stage(config, arm, until))
+    needed = {node.path for node in _ancestors(wanted)}
+    return {role: node for role, node in made.items() if node.path in needed}
+
+
+def _no_stage(config: Config, arm: str, stage: str) -> str:
+    if stage == "fit" and config.annotate.ready():
+        field = config.annotate.ready()[0][0]
+        return f"{field}: given, so there is nothing to fit; remove it to train `weak`"
+    why = "" if needs_annotator(config) else " (no arm reads the annotator's labels)"
+    return f"{stage}: arm {arm!r} has no such stage{why}"
+
+
+def _ancestors(nodes: Iterable[Node]) -> Iterable[Node]:
+    for node in nodes:
+        yield node
+        yield from _ancestors(node.inputs.values())
+
+
+def execute(context: Context, node: Node, resume: bool = False) -> None:
+    """Runs one stage unless its output is committed; its manifest is written last.
+
+    Raises:
+        ConfigError: with `resume`, when the stage was half finished under another key.
+    """
+    if done(context, node):
+        logger.info("%s: done before", node.path)
+        return
+    _tell_changed(context, node, resume)
+    make(context, node)
+
+
+def done(context: Context, node: Node) -> bool:
+    """True when the output is committed; what a killed driver left beside it goes."""
+    if not context.done(node):
+        return False
+    if node.stage in TRAINING_STAGES:
+        clear(context.place(node))
+    if node.stage == "prepare":
+        prepare.clear(context.place(node))
+    return True
+
+
+def make(context: Context, node: Node) -> None:
+    """Runs one stage and commits its output."""
+    context.place(node).create_json(STARTED, _identity(node))
+    logger.info("%s: starting", node.path)
+    started = time.time()
+    context = context.of(node)
+    counts = STAGES[node.stage](context, node)
+    manifest = _record(node, counts, started)
+    manifest["device_hours"] = _device_hours(context.place(node))
+    context.place(node).sweep()  # who was killed on the way left it
+    context.place(node).settle()  # what the manifest stands for is on the disk before it
+    context.place(node).create_json(MANIFEST, manifest)
+    if node.stage in TRAINING_STAGES:
+        clear(context.place(node))
+    logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
+
+
+def retry_rejects(config: Config) -> str:
+    """Annotates what is left to annotate, or scores again what was set aside for a failure.
+
+    Returns:
+        The URI of the run directory.
+    """
+    context = Context(config, Store(config.output_dir))
+    nodes = nodes_until(config, config.arms[0], "annotate").values()
+    connect()
+    for node in nodes:
+        if node.stage == "annotate":
+            node = _retry(context, node)
+        execute(context, node)
+    return config.output_dir
+
+
+def _retry(context: Context, node: Node) -> Node:
+    """Retries the rejects of one annotator, commits that, and says what was made before it."""
+    readers = list(_made_from(context, node))
+    started = time.time()
+    counts = annotate.retry(context, node)
+    if counts is not None:
+        node = replace(node, retries=node.retries + 1)
+        record = _record(node, counts, started)
+        record["device_hours"] = _device_hours(context.place(node))
+        context.place(node).settle()
+        context.place(node).create_json(retry_manifest(node.retries), record)
+        logger.info("%s: retry %d is done", node.path, node.retries)
+        for made in readers:
+            logger.warning(
+                "%s was made of the scores before this retry: it stays, and the next `cwpo run` "
+                "makes another beside it",
+                made.path,
+            )
+    return node
+
+
+def _made_from(context: Context, node: Node) -> Iterable[Node]:
+    """The committed outputs of this configuration that read a node."""
+    arms = context.config.arms if context.config.policy is not None else []
+    nodes = {n.path: n for arm in arms for n in graph(context.config, arm).values()}
+    for made in nodes.values():
+        reads = node.path in {given.path for given in _ancestors(made.inputs.values())}
+        if reads and context.done(made):
+            yield made
+
+
+def _record(node: Node, counts: dict[str, Any], started: float) -> dict[str, Any]:
+    """What a manifest holds."""
+    return _identity(node) | {
+        "counts": counts,
+        "seconds": round(time.time() - started, 3),
+        "versions": versions(),
+        "device": device(),
+    }
+
+
+def _device_hours(output: Store) -> float:
+    """GPU-hours, or CPU-hours where no GPU was used, of all commands that worked on the output."""
+    return float(f"{device_hours(output) + held_hours(output):.6g}")
+
+
+def _identity(node: Node) -> dict[str, Any]:
+    return {
+        "stage": node.stage,
+        "key": node.key,
+        "settings": node.settings,
+        "inputs": {name: f"{given.stage}/{given.content}" for name, given in node.inputs.items()},
+    }
+
+
+def _tell_changed(context: Context, node: Node, resume: bool) -> None:
+    """Says so when a half-finished output of this role and stage was made from something else."""
+    if context.place(node).exists(STARTED):
+        logger.info("%s: resuming", node.path)
+        return
+    for key, started in _unfinished(context.root.child(node.stage)):
+        changed = _changed(started, _identity(node))
+        message = (
+            f"{node.stage}: {', '.join(changed)} changed since the unfinished {node.stage}/{key}; "
+            f"this config makes {node.path}"
+        )
+        if resume:
+            raise ConfigError(
+                f"{message}. --resume refuses to start afresh: restore what changed, or run "
+                "without --resume"
+            )
+        logger.warning("%s: a fresh stage", message)
+
+
+def _unfinished(stage: Store) -> list[tuple[str, dict[str, Any]]]:
+    """The outputs of a stage that were started and never committed."""
+    names = set(stage.names())
+    keys = {name.split("/")[0] for name in names if name.endswith(f"/{STARTED}")}
+    half = [key for key in sorted(keys) if f"{key}/{MANIFEST}" not in names]
+    return [(key, stage.read_json(f"{key}/{STARTED}")) for key in half]
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted names of the settings and inputs that differ."""
+    return [
+        f"{part}.{name}"
+        for part in ("settings", "inputs")
+        for name in sorted(old[part].keys() | new[part].keys())
+        if old[part].get(name) != new[part].get(name)
+    ]
+
+
+def device() -> str:
+    """The kinds of accelerator in the cluster, or the CPU's architecture."""
+    kinds = {name for name in ray.cluster_resources() if name.startswith("accelerator_type:")}
+    return ", ".join(sorted(kinds)) or f"cpu {platform.machine()}"

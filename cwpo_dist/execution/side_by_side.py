@@ -1,0 +1,100 @@
+"""Stage outputs of many runs in; each made once, independent ones side by side where there is room.
+
+Where two would fit on the cluster at once, each stage is driven from a Ray task of its own; else
+one after the other from this process. A stage that fails, or a signal, ends the driver and with it
+all its tasks: the next start resumes each from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from cwpo_dist.config import Config
+from cwpo_dist.execution.run import done, make
+from cwpo_dist.runs.cluster import connect
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.sharing import Room, fit_two, fits, need, plus
+from cwpo_dist.storage import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage output and the run that it belongs to."""
+
+    config: Config
+    node: Node
+
+    @property
+    def context(self) -> Context:
+        """The run."""
+        return Context(self.config, Store(self.config.output_dir))
+
+
+def make_all(jobs: Sequence[Job]) -> None:
+    """Makes every output that is not there yet.
+
+    Args:
+        jobs: each after those that it reads; an output that several runs share may stand in all.
+    """
+    for output_dir in {job.config.output_dir for job in jobs}:
+        Store(output_dir).sweep()
+    first = {job.node.path: job for job in reversed(jobs)}
+    todo = [path for path in dict.fromkeys(job.node.path for job in jobs) if not _done(first[path])]
+    if not todo:
+        return
+    connect()
+    logger.info("compare: %d stage outputs to make", len(todo))
+    room = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
+    waiting = [first[path] for path in todo]
+    if not fit_two([(job.config, job.node) for job in waiting], room):
+        for made, job in enumerate(waiting, 1):
+            make(job.context, job.node)
+            _tell(job, made, len(waiting))
+        return
+    _side_by_side(waiting, room)
+
+
+def _done(job: Job) -> bool:
+    return done(job.context, job.node)
+
+
+def _need(job: Job, room: Room) -> Room:
+    return need(job.config, job.node, room)
+
+
+def _side_by_side(waiting: list[Job], room: Room) -> None:
+    to_come, number = {job.node.path for job in waiting}, len(waiting)
+    running: dict[Any, Job] = {}
+    while waiting or running:
+        for job in list(waiting):
+            used = plus(*(_need(other, room) for other in running.values()))
+            reads = {given.path for given in job.node.inputs.values()}
+            finds_room = fits(plus(used, _need(job, room)), room) or not running
+            if not reads & to_come and finds_room:
+                waiting.remove(job)
+                running[_apart.options(name=job.node.path).remote(job)] = job
+        (ended,), _ = ray.wait(list(running), num_returns=1)
+        ray.get(ended)
+        job = running.pop(ended)
+        to_come.discard(job.node.path)
+        _tell(job, number - len(to_come), number)
+
+
+def _tell(job: Job, made: int, number: int) -> None:
+    logger.info("compare: %s made, %d of %d", job.node.path, made, number)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _apart(job: Job) -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("cwpo_dist").setLevel(logging.INFO)
+    connect()
+    make(job.context, job.node)

@@ -1,0 +1,318 @@
+"""A stage output's cost and what is known of the devices in; devices, seconds and bytes out.
+
+Where `costs.py` asks this machine, this asks the cluster: how many devices work at a stage, how
+long they take at a rate that was measured on one of them, and what the stage leaves in storage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import pyarrow as pa
+
+from cwpo_dist.config import Config, ConfigError, PoolConfig, TrainingConfig
+from cwpo_dist.pairs.parsing import ParsedPair
+from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.pairs.stored import packed
+from cwpo_dist.planning.costs import START_S, Cost, Estimate, gpus
+from cwpo_dist.runs.graph import TRAINING_STAGES, Node, ready_model, teacher_config
+from cwpo_dist.runs.sizes import ModelSize
+from cwpo_dist.storage import MANIFEST, Store, parquet_bytes
+
+ROWS = 4096  # of the made-up tables whose size tells that of a row
+TOKEN_BYTES = 4
+CHECKPOINT_BYTES = 12  # a trained parameter: its fp32 value and AdamW's two moments
+SHARD_S = (15.0, 600.0)  # shorter shards cost the driver, longer ones are lost with a device
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What is known of the devices, by their kind as `devices` names it; "": of all others.
+
+    Attributes:
+        prices: of an hour of one, in any currency.
+        rates: pairs a second that one annotates.
+    """
+
+    prices: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def known(
+        cls, prices: Sequence[str] = (), rates: Sequence[str] = (), trial: str | None = None
+    ) -> Fleet:
+        """From what the user says; a rate counts more than a trial.
+
+        Args:
+            prices: each a number, or KIND=NUMBER.
+            rates: likewise.
+            trial: a run directory that tells the rate of all devices.
+
+        Raises:
+            ConfigError: for a price or rate that is none, or a trial that has none.
+        """
+        told = _by_kind(rates, "--pairs-per-second")
+        if not all(told.values()):
+            raise ConfigError("--pairs-per-second: 0; give a rate above 0")
+        if not told and trial is not None:
+            told = {"": trial_rate(trial)}
+        return cls(_by_kind(prices, "--price"), told)
+
+
+def _by_kind(texts: Sequence[str], option: str) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        kind, _, number = text.rpartition("=")
+        try:
+            found[kind] = float(number)
+        except ValueError:
+            found[kind] = math.nan
+        if not 0 <= found[kind] < math.inf:
+            raise ConfigError(
+                f"{option}: {text!r}; give a number of 0 or more, or one for a kind of device, "
+                "such as H100=4.50"
+            )
+    return found
+
+
+def _of(kind: str, known: Mapping[str, float], option: str) -> float:
+    """What is known of a kind of device.
+
+    Raises:
+        ConfigError: when other kinds are named, and this one is not.
+    """
+    if kind not in known and "" not in known:
+        raise ConfigError(f"{option}: none for {kind}, which takes part; add {option} {kind}=…")
+    return known.get(kind, known.get("", 0.0))
+
+
+def trial_rate(run: str) -> float:
+    """Pairs a second that one device annotated in an earlier run, its idle time counted.
+
+    Args:
+        run: a run directory in which `annotate` has ended, of a sample of the same pairs, say.
+
+    Raises:
+        ConfigError: where no manifest there holds a measured rate.
+    """
+    store = Store(run).child("annotate")
+    names = [name for name in store.names() if name.endswith(f"/{MANIFEST}")]
+    manifests = [store.read_json(name) for name in names]
+    measured = [
+        manifest["counts"]["throughput"]["device_hours_per_million_pairs"]
+        for manifest in manifests
+        if manifest["counts"].get("throughput", {}).get("device_hours_per_million_pairs")
+    ]
+    if not measured:
+        raise ConfigError(
+            f"--trial: {run!r} holds no finished `annotate` that scored a pair; run `cwpo "
+            "annotate` on a sample there first (prepare.sources.0.limit), or give "
+            "--pairs-per-second"
+        )
+    return 1e6 / (3600.0 * float(min(measured)))
+
+
+def devices(config: Config, node: Node, estimate: Estimate) -> dict[str, float]:
+    """How many devices of each kind work at a stage side by side; none: it asks for none.
+
+    A kind is a pool's accelerator_type, else GPU, or CPU where it has no GPU.
+    """
+    pools = {
+        "annotate": config.annotate,
+        "reference": config.reference,
+        "generate": config.evaluate,
+    }
+    if node.stage in pools:
+        return _pool_devices(pools[node.stage])
+    training = _training(config, node)
+    return {} if training is None else _training_devices(training, estimate)
+
+
+def _pool_devices(config: PoolConfig) -> dict[str, float]:
+    """As `annotate` counts device-hours when it runs."""
+    found: dict[str, float] = {}
+    for pool in config.actor_pools():
+        kind = (pool.accelerator_type or "GPU") if pool.gpus_per_actor else "CPU"
+        number = pool.max_actors * (pool.gpus_per_actor or pool.cpus_per_actor)
+        found[kind] = found.get(kind, 0.0) + number
+    return found
+
+
+def _training_devices(training: TrainingConfig, estimate: Estimate) -> dict[str, float]:
+    on_gpu = training.use_gpu is not False and gpus(estimate.checked.machines) > 0
+    each = 1.0 if on_gpu else training.cpus_per_worker
+    return {"GPU" if on_gpu else "CPU": training.max_workers * each}
+
+
+def seconds(
+    config: Config, node: Node, estimate: Estimate, cost: Cost, fleet: Fleet
+) -> float | None:
+    """About how long the stage takes at the measured rates; None where none was measured."""
+    if node.stage != "annotate" or not fleet.rates:
+        return None
+    new = cost.tokens / max(estimate.lengths[_annotator(config, node)].shared, 1.0)
+    numbers = _pool_devices(config.annotate)
+    rate = sum(n * _of(kind, fleet.rates, "--pairs-per-second") for kind, n in numbers.items())
+    return START_S["score"] + new / rate
+
+
+def _annotator(config: Config, node: Node) -> str:
+    """The field that names the model."""
+    return "weak" if "fit" in node.inputs else ready_model(config, node)[0]
+
+
+def stored(config: Config, node: Node, estimate: Estimate) -> int:
+    """About how many bytes the stage leaves behind, rejects apart."""
+    pairs = sum(estimate.counted.splits.values())
+    text, row = _pair_bytes(estimate.counted.sample), _row_bytes()
+    if node.stage == "prepare":
+        return round(pairs * text)
+    if node.stage == "annotate":
+        scored = estimate.counted.pairs(*config.annotate.scored_splits())
+        return round(scored * estimate.lengths[_annotator(config, node)].fits * row["annotate"])
+    if node.stage == "tokens":
+        return round(pairs * estimate.lengths[node.of].shared * TOKEN_BYTES)
+    if node.stage == "reference":
+        return round(estimate.counted.pairs(*node.settings["splits"]) * row["reference"])
+    if node.stage == "weigh":
+        return round(estimate.counted.pairs(*node.settings["splits"]) * text)
+    if node.stage not in TRAINING_STAGES:
+        return 0
+    return (2 if gpus(estimate.checked.machines) else 4) * _size_of(node, estimate).parameters
+
+
+def checkpoints(config: Config, node: Node, estimate: Estimate) -> int:
+    """About how many bytes of checkpoints lie beside a training until it is done."""
+    training = _training(config, node)
+    if training is None:
+        return 0
+    # One more than are kept: the next is whole before the oldest goes.
+    number = training.save_total_limit + 1
+    return number * CHECKPOINT_BYTES * _size_of(node, estimate).of(training).parameters
+
+
+def _training(config: Config, node: Node) -> TrainingConfig | None:
+    """The section of a training stage; the weak model as a policy has the annotator's schedule."""
+    seen = config if node.of == "policy" else teacher_config(config)
+    return {"fit": seen.fit, "sft": seen.sft, "align": seen.align}.get(node.stage)
+
+
+def _size_of(node: Node, estimate: Estimate) -> ModelSize:
+    return estimate.checked.sizes["weak" if node.stage == "fit" else node.of]
+
+
+def _pair_bytes(sample: tuple[ParsedPair, ...]) -> float:
+    """Of one pair in Parquet, by writing the sampled ones."""
+    if not sample:
+        return 0.0
+    rows = [
+        {
+            "pair_id": identity,
+            "prompt": packed(pair.prompt),
+            "a": packed(pair.first),
+            "b": packed(pair.second),
+        }
+        for identity, pair in zip(_ids(len(sample)), sample, strict=True)
+    ]
+    return _bytes(pa.Table.from_pylist(rows)) / len(rows)
+
+
+def _row_bytes() -> dict[str, float]:
+    """Of one score and of one pair of log-probs, by writing made-up ones."""
+    draw, ids = Random(0), _ids(ROWS)
+    values = [draw.gauss(0, 3) for _ in range(ROWS)]
+    lengths = [draw.randrange(300) for _ in range(ROWS)]
+    scores = [ids, ["annotator"] * ROWS, values, values[::-1]]
+    logps = [ids, values, values[::-1], lengths, lengths[::-1]]
+    made = {"annotate": (scores, SCORE_SCHEMA), "reference": (logps, REFERENCE_SCHEMA)}
+    return {
+        name: _bytes(pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema)) / ROWS
+        for name, (columns, schema) in made.items()
+    }
+
+
+def _bytes(table: pa.Table) -> int:
+    return len(parquet_bytes(table))
+
+
+def _ids(number: int) -> list[str]:
+    draw = Random(1)
+    return [f"{draw.getrandbits(128):032x}" for _ in range(number)]
+
+
+def fleet_notes(config: Config, fleet: Fleet) -> Iterator[str]:
+    """Where a shard is far from a minute's work of a device, or unlike devices are taken as one."""
+    if not fleet.rates:
+        return
+    kinds = list(_pool_devices(config.annotate))
+    if len(kinds) > 1 and not fleet.rates.keys() & set(kinds):
+        each = " ".join(f"--pairs-per-second {kind}=…" for kind in kinds)
+        yield f"annotate.pools: {' and '.join(kinds)} are counted at one rate; better: {each}"
+    rows = config.prepare.rows_per_shard
+    for rate in dict.fromkeys(_of(kind, fleet.rates, "--pairs-per-second") for kind in kinds):
+        took = rows / rate
+        if not SHARD_S[0] <= took <= SHARD_S[1]:
+            why = "a load on a large fleet's driver" if took < SHARD_S[0] else "lost with a device"
+            yield (
+                f"prepare.rows_per_shard: {rows:,} pairs are {took:,.1f} s of a device, {why}; "
+                f"{max(1, round(60 * rate)):,} would be a minute"
+            )
+
+
+def hours_lines(
+    stages: Sequence[tuple[str, Mapping[str, float] | None]], fleet: Fleet
+) -> Iterator[str]:
+    """Device-hours by stage, by kind of device and in all, and their money where it is known.
+
+    Args:
+        stages: each output's stage and its hours by kind; None: not known.
+        fleet: tells the prices.
+    """
+    by_stage: dict[str, list[float]] = {}
+    by_kind: dict[str, float] = {}
+    for name, hours in stages:
+        if hours is not None:
+            by_stage.setdefault(name, []).append(sum(hours.values()))
+            by_kind |= {kind: by_kind.get(kind, 0.0) + number for kind, number in hours.items()}
+    if by_stage:
+        each = ", ".join(
+            f"{name} {sum(found):,.3g}" + (f" ({len(found)} outputs)" if len(found) > 1 else "")
+            for name, found in by_stage.items()
+        )
+        kinds = ", ".join(f"{kind} {hours:,.3g}" for kind, hours in by_kind.items())
+        yield (
+            f"device-hours: {each}; in all {sum(by_kind.values()):,.3g}"
+            f"{f' ({kinds})' if len(by_kind) > 1 else ''}{_money(by_kind, fleet.prices)}"
+        )
+    unknown = dict.fromkeys(name for name, hours in stages if hours is None)
+    if unknown:
+        names = ", ".join(unknown)
+        yield f"device-hours of {names} are not known here: plan where their devices are"
+
+
+def _money(hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
+    if not prices:
+        return ""
+    total = sum(number * _of(kind, prices, "--price") for kind, number in hours.items())
+    told = ", ".join(f"{kind} {price:g}".strip() for kind, price in prices.items())
+    return f", {total:,.2f} at {told} an hour"
+
+
+def storage_line(stored: Sequence[tuple[str, int]], checkpoints: int) -> str:
+    """Bytes by stage and in all, and what a training needs besides until it is done."""
+    each = ", ".join(f"{name} {_size(number)}" for name, number in stored if number)
+    line = f"storage: about {_size(sum(number for _, number in stored))}: {each}"
+    if checkpoints:
+        line += f"; up to {_size(checkpoints)} of checkpoints beside each training"
+    return line
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:,.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"

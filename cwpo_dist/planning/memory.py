@@ -1,0 +1,116 @@
+"""A model's sizes and a training's settings in; the bytes that one worker holds, part by part, out.
+
+What Python and its libraries take is not counted. `benchmarks/memory.py` measures what a worker
+takes beside what is said here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from cwpo_dist.config import TrainingConfig
+from cwpo_dist.config.training import BUCKET_NUMBERS
+from cwpo_dist.lm.vocabulary import KEPT_NUMBERS
+from cwpo_dist.runs.sizes import ModelSize
+
+# Of ZeRO-3, by default: so many numbers of gathered weights stay until they are used again.
+LIVE_NUMBERS = 10**9
+# On the host glibc holds on to what is freed between two live blocks: about half of the activations
+# once more, as measured. CUDA's allocator is taken to use all of it again (not measured).
+RETAINED = 1.5
+FEWEST = {False: 0, True: 1}  # the lowest ZeRO stage, by whether it is on GPUs, in bf16
+ROW_BYTES = 36  # a token: 8 of the list that holds its id, 28 of the int itself
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker.
+
+    Attributes:
+        weights: of the model, whole under ZeRO 0 to 2; a shard, and those gathered, under ZeRO 3.
+        gradients: of what is trained, and a bucket of them on its way.
+        optimizer: AdamW's moments, and the fp32 copy of the weights that ZeRO keeps.
+        activations: of a full micro-batch; None: not known, and 0 in the total.
+        update: the gradients once more, as ZeRO flattens them for a step, when no activations are
+            held.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    update: int
+
+    @property
+    def total(self) -> int:
+        """At the peak; at least so much where activations are not known."""
+        held = self.weights + self.gradients + self.optimizer
+        return held + max(self.activations or 0, self.update)
+
+    def parts(self) -> dict[str, int | None]:
+        """Those that a reader knows, by name."""
+        return {name: held for name, held in asdict(self).items() if name != "update"}
+
+
+def training_memory(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> Memory:
+    """What one worker of a training stage holds at its peak, about.
+
+    Args:
+        training: its settings.
+        size: of its model.
+        on_gpu: in bf16 there, whose gradients are summed in fp32, else in fp32.
+    """
+    number = 2 if on_gpu else 4
+    trained, workers = size.of(training), training.min_workers
+    zero = max(training.zero_stage, FEWEST[on_gpu])
+    changed = trained.parameters
+    weights = size.parameters + (changed if training.lora is not None else 0)
+    held = weights / workers + min(size.parameters, LIVE_NUMBERS) if zero >= 3 else weights
+    shard = changed / (workers if zero >= 1 else 1)
+    bucket = min(BUCKET_NUMBERS, changed) if zero >= 1 else 0
+    held_for_backward = activations(training, size, on_gpu=on_gpu)
+    retained = 1.0 if on_gpu else RETAINED
+    return Memory(
+        weights=round(number * held),
+        gradients=round(4 * changed / (workers if zero >= 2 else 1) + number * bucket),
+        optimizer=round(4 * shard * (3 if zero >= 1 else 2)),
+        activations=None if held_for_backward is None else round(held_for_backward * retained),
+        update=round(4 * shard) if zero >= 1 else 0,
+    )
+
+
+def activations(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> float | None:
+    """Bytes that a full micro-batch keeps for its backward pass; None: not known."""
+    trained, layers, number = size.of(training), max(1, size.layers), 2 if on_gpu else 4
+    if trained.kept is None:
+        return None
+    kept = trained.kept.half_bytes if on_gpu else number * trained.kept.numbers
+    copied = float(number * trained.copied)
+    if training.gradient_checkpointing:
+        kept, copied = kept / layers + number * layers * size.width, copied / layers
+    tokens = training.max_tokens_per_micro_batch
+    return tokens * kept + copied + 4 * min(KEPT_NUMBERS, tokens * size.words)  # logits are fp32
+
+
+def by_zero_stage(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> dict[int, Memory]:
+    """The same under each ZeRO stage that there is: 0 cannot sum gradients of bf16 in fp32."""
+    return {
+        stage: training_memory(
+            training.model_copy(update={"zero_stage": stage}), size, on_gpu=on_gpu
+        )
+        for stage in range(FEWEST[on_gpu], 4)
+    }
+
+
+def generating_memory(size: ModelSize, prompts: int, tokens: int, *, on_gpu: bool) -> int:
+    """Bytes of a policy that answers so many prompts at once, of so many tokens with the answer.
+
+    The weights, keys and values of all tokens, and one row of logits a prompt.
+    """
+    number = 2 if on_gpu else 4
+    return number * (size.parameters + prompts * tokens * size.cached) + 4 * prompts * size.words
+
+
+def rows_memory(tokens: float) -> int:
+    """Bytes on the host of the token ids of a training's rows, which each worker holds."""
+    return round(ROW_BYTES * tokens)

@@ -1,0 +1,374 @@
+"""A configuration in; what each stage will do and about what it costs out, before a worker starts.
+
+Counts come from reading the sources for a few seconds, times from a matrix product on this
+machine. Both are rough, and say so; the checks are not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.pairs.estimate import Census, census
+from cwpo_dist.pairs.rejects import Tally
+from cwpo_dist.pairs.sources import MAP_LABELS
+from cwpo_dist.pairs.unread import Unread
+from cwpo_dist.placement import Machine, gpus_taken
+from cwpo_dist.planning import fleet as fleet_costs
+from cwpo_dist.planning.costs import Estimate, Rates, gpus, total_steps
+from cwpo_dist.planning.fleet import Fleet
+from cwpo_dist.planning.plan_faults import run_faults, until_of
+from cwpo_dist.planning.sampled import (
+    ShownRow,
+    read_sample,
+    reading_notes,
+    shown_row,
+    unrendered,
+)
+from cwpo_dist.runs.checks import (
+    check,
+    check_trials,
+    models,
+    pools,
+    reached,
+    trainings,
+)
+from cwpo_dist.runs.cluster import named_cluster
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.graph import (
+    Node,
+    annotator_nodes,
+    graph,
+    needs_annotator,
+    prepare_node,
+    weighing_nodes,
+)
+from cwpo_dist.runs.own_checks import own_notes
+from cwpo_dist.runs.sharing import fit_two, need, share
+from cwpo_dist.runs.trials import planned, section, trials, tuned
+from cwpo_dist.storage import Store
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage output.
+
+    Attributes:
+        stage: its name, with its role where a stage has several.
+        arms: the arms that share it.
+        done: it is committed already.
+        work: what it does, in words.
+        tokens: that go through a model; 0 where none does.
+        seconds: about; None where this machine cannot tell.
+        memory: bytes of one worker or actor: weights, gradients, optimizer, activations; about.
+        at_least: a part of that memory is unknown.
+        details: of that memory, a line each.
+        device_hours: by kind of device, all held to the end; None: the time is not known.
+        stored: bytes that it leaves behind; about.
+        checkpoints: bytes beside it until it is done, 0 where it is; about.
+    """
+
+    stage: str
+    arms: tuple[str, ...]
+    done: bool
+    work: str
+    tokens: int = 0
+    seconds: float | None = None
+    memory: int | None = None
+    at_least: bool = False
+    details: tuple[str, ...] = ()
+    device_hours: Mapping[str, float] | None = field(default_factory=dict)
+    stored: int = 0
+    checkpoints: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...]
+    rows: tuple[ShownRow, ...]
+    fleet: Fleet
+
+    @property
+    def where(self) -> str:
+        """What the times hold for."""
+        if self.fleet.rates:
+            return "annotation at the rate that was given"
+        return "on this machine alone" if named_cluster() is None else "on one node of the cluster"
+
+    def fleet_lines(self) -> Iterator[str]:
+        """Device-hours of what is left to do, what they cost, and all that storage will hold."""
+        left = [stage for stage in self.stages if not stage.done]
+        hours = [(stage.stage, stage.device_hours) for stage in left if stage.device_hours != {}]
+        yield from fleet_costs.hours_lines(hours, self.fleet)
+        if any(stage.stored for stage in self.stages):
+            stored = [(stage.stage, stage.stored) for stage in self.stages]
+            most = max(stage.checkpoints for stage in self.stages)
+            yield fleet_costs.storage_line(stored, most)
+
+
+def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
+    """Checks a run and estimates what it costs; starts and writes nothing.
+
+    Args:
+        config: the run.
+        show: how many sampled pairs to show as each model sees them.
+        fleet: what is known of the devices.
+
+    Raises:
+        ConfigError: for everything that would stop the run later; one line a fault.
+    """
+    fleet, until = fleet or Fleet(), until_of(config)
+    found = trials(config) if config.compare else []
+    runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
+    checked = check_trials(config, found) if found else check(config, until)
+    named = {name: model for run in runs for name, model, _ in models(run, until)}
+    censuses = _censuses(runs)
+    sample = next(iter(censuses.values())).sample
+    read = {
+        name: read_sample(model, checked.encoders[name], sample) for name, model in named.items()
+    }
+    lengths = {name: each.lengths for name, each in read.items()}
+    estimates = [Estimate(run, censuses[_split(run)], checked, lengths) for run in runs]
+    faults = dict.fromkeys(fault for each in estimates for fault in run_faults(each, read))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    rows = tuple(
+        shown_row(name, model, checked.encoders[name], pair)
+        for pair in sample[:show]
+        for name, model in named.items()
+    )
+    stages = (
+        _trial_stages(config, estimates, fleet) if found else _stages(config, estimates[0], fleet)
+    )
+    return Plan(
+        tuple(stages),
+        tuple(
+            [
+                *reading_notes(named, checked.encoders, read),
+                *_notes(config, estimates),
+                *unrendered(checked.encoders, sample),
+                *fleet_costs.fleet_notes(config, fleet),
+            ]
+        ),
+        rows,
+        fleet,
+    )
+
+
+def _censuses(runs: Sequence[Config]) -> dict[str, Census]:
+    """The sources counted, once for each way in which the runs split them."""
+    ways = {_split(run): run for run in runs}
+    return {way: _as_made(run, census(run.prepare, run.seed)) for way, run in ways.items()}
+
+
+def _as_made(run: Config, counted: Census) -> Census:
+    """With the run's own counts, where `prepare` is done."""
+    context, node = Context(run, Store(run.output_dir)), prepare_node(run)
+    if not context.done(node):
+        return counted
+    made = context.counts(node)
+    return replace(
+        counted,
+        splits=made["splits"],
+        labelled=made["labelled"],
+        merged=made["merged_duplicates"],
+        ties=made["ties"],
+        rejects=sum(made["rejects"].values()),
+        tally=Tally(Counter(made["rejects"])),
+        unread=tuple(Unread(**made["not_read"].get(name, {})) for name, _ in counted.sources),
+        exact=True,
+    )
+
+
+def _split(run: Config) -> str:
+    """What tells one way of splitting from another; every seed counts as the first."""
+    return run.prepare.model_dump_json()
+
+
+def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StagePlan]:
+    """Each stage output once, in order, with the arms that share it."""
+    found: dict[str, tuple[str, Node, list[str]]] = {}
+    for arm, nodes in _graphs(config).items():
+        for role, node in nodes.items():
+            found.setdefault(node.path, (role, node, []))[2].extend([arm] if arm else [])
+    rates = Rates(estimate.checked.machines)
+    for role, node, arms in found.values():
+        name = node.stage if role == node.stage else f"{node.stage} ({role})"
+        yield _output(name, tuple(arms), node, estimate, rates, fleet)
+
+
+def _output(
+    name: str, arms: tuple[str, ...], node: Node, estimate: Estimate, rates: Rates, fleet: Fleet
+) -> StagePlan:
+    """What one stage output takes, with the cluster to itself."""
+    config, cost = estimate.config, estimate.of(node)
+    done = Context(config, Store(config.output_dir)).done(node)
+    measured = fleet_costs.seconds(config, node, estimate, cost, fleet)
+    seconds = 0.0 if done else measured or rates.seconds(cost)
+    used = fleet_costs.devices(config, node, estimate)
+    hours = {kind: (seconds or 0.0) * number / 3600 for kind, number in used.items()}
+    return StagePlan(
+        name,
+        arms,
+        done,
+        cost.work,
+        cost.tokens,
+        seconds,
+        cost.memory,
+        cost.at_least,
+        cost.details,
+        None if used and seconds is None else hours,
+        fleet_costs.stored(config, node, estimate),
+        0 if done else fleet_costs.checkpoints(config, node, estimate),
+    )
+
+
+def _trial_stages(
+    config: Config, estimates: Sequence[Estimate], fleet: Fleet
+) -> Iterator[StagePlan]:
+    """All outputs of a comparison, each once, added up by stage; every seed as the first.
+
+    Where runs go side by side, an output takes of the time no more than its share of the cluster.
+    """
+    found: dict[str, tuple[str, Node, Config]] = {}
+    for run, arm in planned(config):
+        for node in graph(run, arm).values():
+            name = node.stage if node.of == "policy" else f"{node.stage} (weak)"
+            found.setdefault(node.path, (name, node, run))
+    by_split = {_split(each.config): each for each in estimates}
+    machines = estimates[0].checked.machines
+    shares = _shares([(run, node) for _, node, run in found.values()], machines)
+    rates, sums = Rates(machines), dict[str, list[StagePlan]]()
+    for name, node, run in found.values():
+        estimate = replace(by_split[_split(run)], config=run)
+        each = _output(name, (), node, estimate, rates, fleet)
+        if each.seconds is not None:
+            each = replace(each, seconds=each.seconds * shares[node.path])
+        sums.setdefault(name, []).append(each)
+    for name, stages in sums.items():
+        yield _summed(name, stages)
+
+
+def _summed(name: str, stages: Sequence[StagePlan]) -> StagePlan:
+    """Outputs of one kind as one line; the memory is that of the largest."""
+    times = [stage.seconds for stage in stages if stage.seconds is not None]
+    hours: Counter[str] = Counter()
+    for stage in stages:
+        hours.update(stage.device_hours or {})
+    made = sum(stage.done for stage in stages)
+    known = len(times) == len(stages)
+    return StagePlan(
+        name,
+        ("all trials",),
+        made == len(stages),
+        f"{len(stages)} outputs" + (f", {made} of them done" if made else ""),
+        sum(stage.tokens for stage in stages),
+        sum(times) if known else None,
+        max((stage.memory for stage in stages if stage.memory is not None), default=None),
+        any(stage.at_least for stage in stages),
+        device_hours=hours if known else None,
+        stored=sum(stage.stored for stage in stages),
+        checkpoints=max(stage.checkpoints for stage in stages),
+    )
+
+
+def _shares(
+    outputs: Sequence[tuple[Config, Node]], machines: Sequence[Machine]
+) -> dict[str, float]:
+    """Of the cluster, what each output takes while it is made; all of it where no two fit."""
+    there = {"CPU": sum(machine.cpus for machine in machines), "GPU": gpus(machines)}
+    if not fit_two(outputs, there):
+        return dict.fromkeys((node.path for _, node in outputs), 1.0)
+    return {node.path: share(need(run, node, there), there) for run, node in outputs}
+
+
+def _graphs(config: Config) -> dict[str, dict[str, Node]]:
+    if config.policy is not None:
+        return {arm: graph(config, arm) for arm in config.arms}
+    if not needs_annotator(config):
+        return {arm: weighing_nodes(config, arm) for arm in config.arms}
+    prepared = prepare_node(config)
+    nodes = {"prepare": prepared}
+    if until_of(config) == "annotate":
+        nodes |= annotator_nodes(config, prepared)
+    return {"": nodes}  # of no arm yet
+
+
+def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
+    """What a reader should know that is no fault."""
+    estimate = estimates[0]
+    yield from (f"prepare: {remark}" for remark in estimate.counted.remarks)
+    if config.compare:
+        yield _size_of_comparison(config, len(estimates))
+    if not estimate.counted.exact:
+        yield "counts are estimates: the sources are too large to read in a few seconds"
+    yield from estimate.counted.sentences()
+    if not any(estimate.counted.labelled.values()) and not estimate.counted.own:
+        yield f"no pair has a label, or a number of its own to weigh it by; {MAP_LABELS}"
+    if until_of(config) == "prepare":
+        yield "no model is given: planned up to `prepare`"
+    elif config.policy is None and needs_annotator(config):
+        yield "no policy is given: planned up to `annotate`; `weigh` can follow"
+    elif config.policy is None:
+        yield "no policy is given: planned up to `weigh`"
+    if until_of(config) in {None, "weigh"}:
+        yield from own_notes(config, estimate.counted)
+    yield from estimate.checked.notes
+    if config.annotate.batch_invariant:
+        yield _invariance(config)
+    yield from _short_trainings(config, estimates)
+    yield from _idle_gpus(config, estimate.checked.machines)
+    if config.simulated_labels:
+        yield "labels are simulated: drawn from a rule, not given by people"
+
+
+def _invariance(config: Config) -> str:
+    if "annotate" not in reached(config, until_of(config)):
+        return "annotate.batch_invariant: on, but nothing here is scored by `annotate`"
+    return (
+        "annotate.batch_invariant: on; a score has the same bits whatever is scored beside it, on "
+        "one kind of device, and on a CPU each actor computes with one thread"
+    )
+
+
+def _size_of_comparison(config: Config, number: int) -> str:
+    seeds, rates = section(config).seeds, section(config).learning_rates
+    chosen = f"; before, each at {len(rates)} learning rates with seed {seeds[0]}"
+    spread = "; one seed says nothing of the spread between seeds" if len(seeds) == 1 else ""
+    times = "; times count outputs side by side where two fit on the cluster"
+    return f"{number} trials × {len(seeds)} seeds{chosen if tuned(config) else ''}{spread}{times}"
+
+
+def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
+    """Schedules that end before they have warmed up, in the arm with the fewest steps."""
+    sections = {name: section for name, section, _ in trainings(config, until_of(config))}
+    fewest: dict[str, tuple[int, str]] = {}
+    for estimate in estimates:
+        for arm, nodes in _graphs(estimate.config).items():
+            for node in (n for n in nodes.values() if n.stage in sections and n.of == "policy"):
+                steps = total_steps(sections[node.stage], estimate.trained_on(node))
+                fewest[node.stage] = min((steps, arm), fewest.get(node.stage, (steps, arm)))
+    for name, (steps, arm) in fewest.items():
+        warmup = sections[name].warmup_steps
+        if warmup >= steps:
+            yield (
+                f"{name}.warmup_steps: {warmup} of about {steps} steps (arm {arm!r}), so the "
+                "learning rate never reaches its peak"
+            )
+
+
+def _idle_gpus(config: Config, machines: Sequence[Machine]) -> Iterator[str]:
+    """Scoring stages that leave GPUs of the cluster without work."""
+    there = gpus(machines)
+    for name, pool in pools(config, until_of(config)):
+        taken = gpus_taken(pool, machines)
+        if taken < there and (name != "evaluate" or config.evaluate.num_prompts):
+            yield (
+                f"{name}: its actors take {taken:g} of {there:g} GPUs; {name}.gpus_per_actor and "
+                "num_actors say how many there may be"
+            )

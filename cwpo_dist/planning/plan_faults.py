@@ -1,0 +1,111 @@
+"""What a run would find in its sources, and what models make of it, in; its end foreseen, out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.pairs.pieces import damage_fault
+from cwpo_dist.pairs.sources import MAP_LABELS
+from cwpo_dist.planning.costs import Estimate
+from cwpo_dist.planning.sampled import SampleRead
+from cwpo_dist.runs.checks import calibrated_arms, models, trainings
+from cwpo_dist.runs.graph import needs_annotator
+from cwpo_dist.runs.own_checks import own_counts_faults
+
+
+def until_of(config: Config) -> str | None:
+    """Without a policy, labelling is the whole of the run; without any model, preparing."""
+    if config.policy is not None:
+        return None
+    if needs_annotator(config):
+        return "annotate" if config.weak or config.annotate.ready() else "prepare"
+    return "weigh"
+
+
+def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
+    """Stages that would find no pair, or too many rows that are none."""
+    config, counted = estimate.config, estimate.counted
+    most = config.prepare.max_reject_fraction
+    if counted.exact and counted.rejects > most * counted.rows:
+        yield (
+            f"prepare.max_reject_fraction: {counted.rejects:,} of {counted.rows:,} rows are set "
+            f"aside: more than {most:g} of them. Mend them (`cwpo prepare` "
+            "writes each with its reason to rejects/), or raise it. Most frequent:\n"
+            + "\n".join(counted.tally.lines())
+        )
+    if fault := damage_fault(counted.damaged, counted.files, most):
+        yield fault
+    for name, model, _ in models(config, until_of(config)):
+        yield from _unread(config, counted, name, model, read[name])
+    names = {name for name, *_ in trainings(config, until_of(config))}
+    if "fit" in names and not counted.pairs("labelled"):
+        yield (
+            f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
+            f"pair to fit an annotator on; {_labels_remedy(counted)}, or give annotate.model"
+        )
+    yield from _without_pairs(config, counted)
+    if until_of(config) in {None, "weigh"}:
+        yield from own_counts_faults(config, counted)
+    fitted_on = config.weigh.calibration_split
+    if config.policy is not None and calibrated_arms(config) and not counted.pairs(fitted_on):
+        yield (
+            f"weigh.calibration_split: no pair is in {fitted_on!r}, where the temperature of arm "
+            f"{calibrated_arms(config)[0]!r} is fitted; raise prepare.{fitted_on}_fraction"
+        )
+    if config.policy is not None and not counted.pairs(config.evaluate.split):
+        yield (
+            f"evaluate.split: no pair is in {config.evaluate.split!r}; raise prepare."
+            f"{config.evaluate.split}_fraction, or give a source with into: {config.evaluate.split}"
+        )
+
+
+def _unread(
+    config: Config, counted: Census, name: str, model: ModelConfig, read: SampleRead
+) -> Iterator[str]:
+    """A model that cannot read more pairs than its stage may set aside, or that none fits."""
+    is_gold = name == "evaluate.gold_model"
+    field, fraction = "prepare.max_reject_fraction", config.prepare.max_reject_fraction
+    if name.startswith("annotate."):
+        field, fraction = "annotate.max_reject_fraction", config.annotate.max_reject_fraction
+    if is_gold:  # which reads other answers, and may leave some out
+        fraction = 1.0 if read.refused < read.number else 0.0
+    whole = counted.exact and read.number >= sum(counted.splits.values()) and name != "weak"
+    none = read.refused == read.number > 0  # which no fraction allows: nothing would be left
+    if none or read.exceeds(fraction, whole):
+        raising = f"mend the pairs, or raise {field} ({fraction:g})"
+        more = raising if fraction < 1 else "or mend the pairs"
+        yield (
+            f"{name}.chat_template: {model.model_name_or_path!r} with {model.chat_template!r} "
+            f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
+            f"another template or model, {more}"
+        )
+    elif read.too_long and not read.lengths.fits and not is_gold:
+        yield (
+            f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
+            f"set {name}.over_length=truncate"
+        )
+
+
+def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
+    """Arms that would train a policy on nothing."""
+    arms = config.arms[:1] if config.compare else config.arms  # the trial's own arm stands first
+    for arm in arms if config.policy is not None else []:
+        preset = config.arm(arm)
+        of_people = preset.labels == "human"
+        count = counted.labelled_pairs if of_people else counted.pairs
+        if not count(*preset.splits):
+            splits = " and ".join(preset.splits)
+            remedy = _labels_remedy(counted) if of_people else "give a share that does"
+            yield (
+                f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves arm "
+                f"{arm!r} no pair of the {splits} part to train on; {remedy}"
+            )
+
+
+def _labels_remedy(counted: Census) -> str:
+    """What gives a part labels: another share, unless no pair has any."""
+    if not counted.labelled_pairs("labelled", "unlabelled"):
+        return f"no training pair has a label: {MAP_LABELS}"
+    return "give a share that does"

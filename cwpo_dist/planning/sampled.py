@@ -1,0 +1,196 @@
+"""Sampled pairs in; what a model makes of them, in numbers and as it reads them, out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean
+
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.encoder import Asked, Encoder
+from cwpo_dist.lm.fitting import encode_pairs
+from cwpo_dist.lm.reading import PairEncoder
+from cwpo_dist.lm.rows import Row, collate
+from cwpo_dist.lm.templates import Fault, TokenError
+from cwpo_dist.pairs.messages import extra_keys
+from cwpo_dist.pairs.parsing import ParsedPair
+from cwpo_dist.planning.costs import Lengths
+
+_SPREAD = 3.0  # standard errors by which a sample must exceed a share to say that all pairs do
+
+
+@dataclass(frozen=True)
+class SampleRead:
+    """What one model makes of the sampled pairs.
+
+    Attributes:
+        lengths: of the pairs that fit.
+        number: how many were sampled.
+        too_long: how many it could read, but for their length.
+        unread: how many it cannot read, by reason.
+        examples: what was said of the first of each reason.
+        left_out: pairs in which its template leaves out all text of a role's message, by role.
+    """
+
+    lengths: Lengths
+    number: int
+    too_long: int
+    unread: Mapping[Fault, int]
+    examples: Mapping[Fault, str]
+    left_out: Mapping[str, int]
+
+    @property
+    def refused(self) -> int:
+        """How many it cannot read."""
+        return sum(self.unread.values())
+
+    def exceeds(self, fraction: float, whole: bool) -> bool:
+        """Whether more than a share of all pairs cannot be read, as far as a sample can tell.
+
+        Args:
+            fraction: the share that may be.
+            whole: the sample is all there is.
+        """
+        if not self.refused or self.refused == self.number:
+            return self.refused > fraction * self.number
+        doubt = 0.0 if whole else _SPREAD * sqrt(fraction * (1 - fraction) / self.number)
+        return self.refused / self.number > fraction + doubt
+
+    def reasons(self) -> str:
+        """In words, the most frequent first, each with what was said of its first pair."""
+        ordered = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
+        return "; ".join(f"{n} × {fault} ({self.examples[fault]})" for fault, n in ordered)
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A pair as a model sees it: decoded tokens, and what its mask lets through."""
+
+    model: str
+    prompt: str
+    answers: tuple[str, ...]
+    mask: tuple[str, ...]
+
+
+def read_sample(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPair]) -> SampleRead:
+    """Reads the sampled pairs as the stages will."""
+    found = encode_pairs(encoder, model, [_given(pair) for pair in sample])
+    fitting = [row for row in found if isinstance(row, Row)]
+    errors = [row for row in found if isinstance(row, TokenError) and row.fault is not None]
+    unread = Counter(error.fault for error in errors if error.fault is not None)
+    too_long = unread.pop(Fault.OVER_LENGTH, 0)
+    examples = {error.fault: str(error) for error in reversed(errors) if error.fault is not None}
+    left_out = Counter(
+        role
+        for pair, row in zip(sample, found, strict=True)
+        if isinstance(row, Row)
+        for role in encoder.left_out(pair.prompt, pair.first)
+    )
+    lengths = _lengths(fitting, len(sample))
+    return SampleRead(lengths, len(sample), too_long, unread, examples, left_out)
+
+
+def _lengths(rows: Sequence[Row], number: int) -> Lengths:
+    if not rows:
+        return Lengths(0.0, 0.0, 0.0, 0.0)
+    return Lengths(
+        len(rows) / number,
+        fmean(row.n_tokens for row in rows),
+        fmean(row.n_longest for row in rows),
+        fmean(row.n_tokens - len(row.prompt) for row in rows),
+    )
+
+
+def unrendered(encoders: Mapping[str, Encoder], sample: Sequence[ParsedPair]) -> Iterator[str]:
+    """What the pairs hold that a model's chat template does not mention, for people."""
+    for name, encoder in encoders.items():
+        template, counts = str(encoder.tokenizer.chat_template), Counter[str]()
+        for pair in sample:
+            held = extra_keys((pair.prompt, pair.first, pair.second))
+            held |= set() if pair.tools is None else {"tools"}
+            counts.update(key for key in held if key not in template)
+        if counts:
+            listed = ", ".join(f"{key} (in {n} of {len(sample)})" for key, n in counts.items())
+            yield (
+                f"{name}: its chat template does not read what sampled pairs hold: {listed}; "
+                "the model will not see it"
+            )
+
+
+def reading_notes(
+    models: Mapping[str, ModelConfig],
+    encoders: Mapping[str, Encoder],
+    read: Mapping[str, SampleRead],
+) -> Iterator[str]:
+    """Which token each model is read at, on which date, and what of the pairs it does not see.
+
+    Args:
+        models: by the field that names each.
+        encoders: by the same fields.
+        read: by the same fields, what each makes of the sampled pairs.
+    """
+    for name, model in models.items():
+        encoder, found = encoders[name], read[name]
+        yield f"{name} {encoder.reads()}"
+        if encoder.template.prints_date:
+            yield (
+                f"{name}: its chat template prints the date; it is {model.template_date:%d %b %Y} "
+                f"every day ({name}.template_date)"
+            )
+        if found.refused:
+            yield f"{name}: {found.refused} of {found.number} sampled pairs are set aside: " + (
+                found.reasons()
+            )
+        if found.too_long and name != "evaluate.gold_model":
+            share = found.too_long / found.number
+            yield f"{name}: {share:.0%} of the sampled pairs are too long and left out"
+        for role, number in sorted(found.left_out.items()):
+            yield (
+                f"{name}: its chat template writes nothing of messages of role {role!r} in "
+                f"{number} of {found.number} sampled pairs"
+            )
+
+
+def shown_row(field: str, model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> ShownRow:
+    """One pair as a shared row; what the mask lets through is read off the real mask."""
+    (row,) = encode_pairs(encoder, model, [_given(pair)])
+    if isinstance(row, TokenError):
+        return ShownRow(field, "", (), (f"nothing: the pair is set aside: {row.fault}: {row}",))
+    decode = encoder.tokenizer.decode
+    lines = _whole(row) if isinstance(encoder, PairEncoder) else _masked(row)
+    return ShownRow(
+        field, str(decode(row.prompt)), tuple(str(decode(a)) for a in row.answers), tuple(lines)
+    )
+
+
+def _masked(row: Row) -> list[str]:
+    """What the last token of each answer sees."""
+    batch = collate([row], "shared", 0)
+    positions, allowed = batch.position_ids[0], batch.attention_mask[0, 0]
+    lines = [f"prompt: {len(row.prompt)} tokens at positions 0–{len(row.prompt) - 1}"]
+    start = len(row.prompt)
+    for name, answer in zip("ab", row.answers, strict=False):
+        span = slice(start, start + len(answer))
+        seen = int(allowed[span.stop - 1].sum())
+        first, last = int(positions[span.start]), int(positions[span.stop - 1])
+        lines.append(
+            f"{name}: {len(answer)} tokens at positions {first}–{last}; its last token sees {seen} "
+            f"of {batch.input_ids.shape[1]}"
+        )
+        start = span.stop
+    return lines
+
+
+def _whole(row: Row) -> list[str]:
+    """Each answer with the question, a sequence of its own."""
+    return [
+        f"{name}: {len(row.prompt)} tokens of the question and {len(answer)} of the answer, read "
+        "as one sequence"
+        for name, answer in zip("ab", row.answers, strict=False)
+    ]
+
+
+def _given(pair: ParsedPair) -> Asked:
+    return Asked(pair.prompt, (pair.first, pair.second), pair.tools)

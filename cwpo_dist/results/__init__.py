@@ -1,0 +1,1 @@
+"""What a run left, for people: figures, pages, samples, exported models."""

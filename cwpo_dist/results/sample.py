@@ -1,0 +1,158 @@
+"""Finished stage outputs of a run in; a sample of its pairs with their scores and answers out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cwpo_dist.pairs.messages import message_text
+from cwpo_dist.pairs.records import TEXTS, Text, read_pairs
+from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.report.cells import together
+from cwpo_dist.report.explorer import MOST_PAIRS, shortened
+from cwpo_dist.runs.context import Context, ScoresIn, annotator_name, read_answers
+from cwpo_dist.runs.graph import Node, members
+from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.weighting import Scale, join
+
+Graphs = Mapping[str, Mapping[str, Node]]
+COLUMNS = ["pair_id", *TEXTS, "label", "split"]
+# Of a model's answers: before preference optimisation, and after.
+ANSWERS = {"before": "answers_sft", "after": "answers_aligned"}
+
+
+def sample(context: Context, graphs: Graphs) -> dict[str, Any]:
+    """Pairs as they come (ids are hashes, so any are a sample), those with answers first.
+
+    The labels of unlabelled pairs are shown only where an arm may have read them.
+    """
+    reader = _Reader.of(context, graphs)
+    prepare = next(iter(graphs.values()))["prepare"]
+    store = context.place(prepare)
+    answered: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for index in range(int(context.counts(prepare)["shards"])):
+        table = read_pairs(store, part("pairs", index), COLUMNS)
+        for pair in reader.pairs(index, pair_rows(table)):
+            (answered if pair["answers"] else others).append(pair)
+        if len(answered) + len(others) >= MOST_PAIRS:
+            break
+    return {
+        "total": int(context.counts(prepare)["pairs"]),
+        "annotators": reader.names,
+        "arms": list(graphs),
+        "pairs": [*answered, *others][:MOST_PAIRS],
+    }
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What is known of pairs beside themselves.
+
+    Attributes:
+        names: of the annotators.
+        scores: what each gave.
+        joint: those of them whose mean is the margin, the annotators of the first arm with any.
+        answers: arm → before or after → pair id → the model's answer.
+        uncovered: whether labels of unlabelled pairs were read by any arm.
+    """
+
+    names: list[str]
+    scores: list[ScoresIn]
+    joint: list[int]
+    answers: dict[str, dict[str, dict[str, str]]]
+    uncovered: bool
+
+    @classmethod
+    def of(cls, context: Context, graphs: Graphs) -> _Reader:
+        annotators = {
+            node.path: node for nodes in graphs.values() for node in members(nodes["evaluate"])
+        }
+        first = next((m for n in graphs.values() if (m := members(n["evaluate"]))), [])
+        joint = {node.path for node in first}
+        return cls(
+            joint=[k for k, path in enumerate(annotators) if path in joint],
+            names=_names(context, graphs, annotators),
+            scores=[ScoresIn(context.place(n), n.retries) for n in annotators.values()],
+            answers={arm: _answers(context, nodes) for arm, nodes in graphs.items()},
+            uncovered=any(_reads_hidden(nodes["weigh"]) for nodes in graphs.values()),
+        )
+
+    def pairs(self, index: int, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The pairs of a shard about which there is something to show."""
+        found = [each.read(index) for each in self.scores]
+        for row in rows:
+            pair_id = row["pair_id"]
+            scores = [each.get(pair_id) for each in found]
+            margins = [None if s is None else s[0] - s[1] for s in scores]
+            label = row["label"] if self.uncovered or row["split"] != "unlabelled" else None
+            if label is None and not any(m is not None for m in margins):
+                continue
+            yield {
+                "id": pair_id,
+                "split": row["split"],
+                "prompt": shortened(transcript(row["prompt"])),
+                "a": shortened(transcript(row["response_a"])),
+                "b": shortened(transcript(row["response_b"])),
+                "label": label,
+                "margins": margins,
+                "margin": _joint([margins[k] for k in self.joint]),
+                "answers": {
+                    arm: {when: shortened(texts[pair_id]) for when, texts in told.items()}
+                    for arm, told in self.answers.items()
+                    if told and all(pair_id in texts for texts in told.values())
+                },
+            }
+
+
+def _reads_hidden(weigh: Node) -> bool:
+    """Whether an arm reads labels of the unlabelled part: people's, or with its own numbers."""
+    return weigh.settings["labels"] != "annotator" and "unlabelled" in weigh.settings["splits"]
+
+
+def _names(context: Context, graphs: Graphs, annotators: Mapping[str, Node]) -> list[str]:
+    """Of each annotator: the arms that learn from it, or for those of one ensemble their own."""
+    arms = {
+        path: tuple(
+            arm
+            for arm, nodes in graphs.items()
+            if nodes["weigh"].settings["labels"] == "annotator"
+            and path in [node.path for node in members(nodes["weigh"])]
+        )
+        for path in annotators
+    }
+    sharing = Counter(arms.values())
+    return [
+        annotator_name(context, node)
+        if sharing[arms[path]] > 1
+        else f"annotator of {together(arms[path])}"
+        for path, node in annotators.items()
+    ]
+
+
+def _joint(margins: list[float | None]) -> float | None:
+    """The annotators' mean margin a − b, or None where too few scored."""
+    if not margins:
+        return None
+    row_NK = np.array([[np.nan if m is None else m for m in margins]], dtype=np.float64)
+    value = float(join(row_NK, Scale.raw(len(margins))).margin[0])
+    return None if np.isnan(value) else value
+
+
+def _answers(context: Context, nodes: Mapping[str, Node]) -> dict[str, dict[str, str]]:
+    if "answers_aligned" not in nodes:
+        return {}
+    return {when: read_answers(context, nodes[role]) for when, role in ANSWERS.items()}
+
+
+def transcript(text: Text) -> str:
+    """A prompt or answer as people read it; messages with their roles, if there are several."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return message_text(text[0])
+    return "\n\n".join(f"[{message['role']}]\n{message_text(message)}" for message in text)

@@ -1,0 +1,257 @@
+"""pairs and their annotators' scores in; joined opinions, shard by shard, and held-out rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from cwpo_dist.evaluation.annotators import HeldOut
+from cwpo_dist.evaluation.calibration import fit_scale, people_share
+from cwpo_dist.evaluation.shares import Floats
+from cwpo_dist.pairs.labels import LabelSource, Opinion
+from cwpo_dist.pairs.messages import plain_text
+from cwpo_dist.pairs.numbers import Own
+from cwpo_dist.pairs.records import content_hash, read_pairs
+from cwpo_dist.pairs.splits import VOTES
+from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.runs.context import Context, ScoresIn, annotator_name
+from cwpo_dist.runs.graph import Node, members
+from cwpo_dist.runs.own_numbers import chosen
+from cwpo_dist.storage import Store
+from cwpo_dist.weighting import Scale, join, margin_of
+
+TASK_CPUS = 0.5  # of a task that reads one shard: beside whatever else a node does
+# So many shards the driver reads itself: for seconds of work, Ray's tasks take longer to start.
+FEW_SHARDS = 64
+OWN = "the data's own"  # among the names of annotators
+
+
+@dataclass(frozen=True)
+class OwnIn:
+    """What the data have of their own, read like an annotator's scores.
+
+    Attributes:
+        pairs: the output folder of `prepare`.
+        kind: two scores; or a confidence, whose side is the label's.
+    """
+
+    pairs: Store
+    kind: Literal["scores", "confidence"]
+
+    def read(self, index: int) -> dict[str, tuple[float, float]]:
+        """(score_a, score_b) of one shard by pair id; of a confidence its margin, and 0."""
+        columns = ["pair_id", "label", "confidence", "score_a", "score_b"]
+        rows = read_pairs(self.pairs, part("pairs", index), columns).to_pylist()
+        if self.kind == "scores":
+            scored = [row for row in rows if row["score_a"] is not None]
+            return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in scored}
+        sure = [row for row in rows if None not in (row["confidence"], row["label"])]
+        margins = margin_of(np.array([row["confidence"] for row in sure], dtype=np.float64))
+        signs = [1.0 if row["label"] == "a" else -1.0 for row in sure]
+        return {
+            row["pair_id"]: (sign * margin, 0.0)
+            for row, sign, margin in zip(sure, signs, margins.tolist(), strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Pairs with the scores of their annotators; cheap to send to a worker.
+
+    Attributes:
+        pairs: the output folder of `prepare`.
+        shards: how many pair files it has.
+        scores: what each annotator gave, and the data's own where they count as one; none in a
+            run without annotator.
+        scale: what their margins are divided by.
+    """
+
+    pairs: Store
+    shards: int
+    scores: tuple[ScoresIn | OwnIn, ...]
+    scale: Scale
+
+    def rows(self, index: int, columns: list[str]) -> list[dict[str, Any]]:
+        """Columns of one shard's pairs."""
+        return pair_rows(read_pairs(self.pairs, part("pairs", index), columns))
+
+    def margins(self, index: int) -> tuple[list[str], Floats]:
+        """The pairs of a shard that any annotator scored, and margins a − b, NaN where none is."""
+        found = [
+            {pair_id: score_a - score_b for pair_id, (score_a, score_b) in each.read(index).items()}
+            for each in self.scores
+        ]
+        ids = list(dict.fromkeys(pair_id for each in found for pair_id in each))
+        columns = [[each.get(pair_id, np.nan) for pair_id in ids] for each in found]
+        return ids, np.array(columns, dtype=np.float64).T.reshape(len(ids), len(found))
+
+    def opinions(self, index: int) -> tuple[dict[str, Opinion] | None, set[str]]:
+        """What the annotators say of each pair of a shard, and the pairs that too few scored.
+
+        In a run without annotator there are no opinions: None.
+        """
+        if not self.scores:
+            return None, set()
+        ids, margins_NK = self.margins(index)
+        joined = join(margins_NK, self.scale)
+        several = len(self.scores) > 1
+        known = np.isfinite(joined.margin)
+        opinions = {
+            ids[i]: Opinion(
+                margin=float(joined.margin[i]),
+                disagreement=float(joined.disagreement[i]) if several else None,
+                dissent=float(joined.dissent[i]),
+                scored=int(joined.scored[i]),
+            )
+            for i in np.flatnonzero(known)
+        }
+        return opinions, {ids[i] for i in np.flatnonzero(~known)}
+
+
+def raw(context: Context, node: Node, *, judged: bool = False) -> Annotated:
+    """What a node reads, with margins as they are.
+
+    Args:
+        context: the run.
+        node: `weigh`, or one that reads it or what it reads.
+        judged: leave out what takes its side from the labels that it would be judged by.
+    """
+    pairs = context.place(node.inputs["prepare"])
+    scores: list[ScoresIn | OwnIn] = [
+        ScoresIn(context.place(member), member.retries) for member in members(node)
+    ]
+    own = own_kind(context, node)
+    if own == "scores" or (own == "confidence" and _beside(node) and not judged):
+        scores.append(OwnIn(pairs, own))
+    return Annotated(pairs, context.shards(node), tuple(scores), Scale.raw(len(scores)))
+
+
+def own_kind(context: Context, node: Node) -> Own | None:
+    """Which of the data's own numbers act in what a node reads; None: none of them.
+
+    Raises:
+        OwnNumbersError: where the data lack them, or have several and none is named.
+    """
+    settings = _weighed(node)
+    if "own" not in settings:
+        return None
+    there: dict[Own, int] = context.counts(node.inputs["prepare"])["numbers"]
+    return chosen(settings["column"], there)
+
+
+def label_source(context: Context, node: Node) -> LabelSource:
+    """Who decides the pairs of a `weigh` or `sft` node; of two scores the higher one does."""
+    labels: LabelSource = node.settings["labels"]
+    own = own_kind(context, node)
+    if own is None or _beside(node):
+        return labels
+    return "annotator" if own == "scores" else own
+
+
+def names(context: Context, node: Node, given: Annotated) -> list[str]:
+    """Of the annotators that were read, in their order."""
+    found = [annotator_name(context, member) for member in members(node)]
+    return found + [OWN] * (len(given.scores) - len(found))
+
+
+def _weighed(node: Node) -> dict[str, Any]:
+    """The settings of the weighting that a node makes, or that what it measures was made with."""
+    return node.inputs["weigh"].settings if "weigh" in node.inputs else node.settings
+
+
+def _beside(node: Node) -> bool:
+    return bool(_weighed(node).get("own") == "beside")
+
+
+def annotated(context: Context, node: Node) -> Annotated:
+    """What a node reads, its margins divided by what the node's settings say.
+
+    Raises:
+        CalibrationError: for fitted temperatures, where the labels allow none.
+    """
+    found, temperature = raw(context, node), node.settings.get("temperature")
+    if temperature is None or not found.scores:
+        return found
+    if temperature != "fitted":
+        return replace(found, scale=Scale.raw(len(found.scores), temperature))
+    held = held_out(found, node.settings["calibration_split"])
+    of = [member.path for member in members(node)]
+    of += [OWN] * (len(found.scores) - len(of))
+    fitted = fit_scale(held.margins_NK, held.people, held.prompts, of)
+    return replace(found, scale=fitted.scale)
+
+
+def held_out(given: Annotated, split: str) -> HeldOut:
+    """The labelled and scored pairs of a split, in the order of their ids."""
+    names = [f"margin_{k}" for k in range(len(given.scores))]
+    schema = pa.schema(
+        [
+            *(("pair_id", pa.string()), ("label", pa.string()), ("prompt", pa.string())),
+            *((name, pa.float64()) for name in ("people", "length_a", "length_b", *names)),
+        ]
+    )
+    table = gather(partial(_held_out, given, split, schema), given.shards, schema)
+    table = table.sort_by("pair_id")
+    numbers = {field.name: table[field.name].to_numpy() for field in schema}
+    return HeldOut(
+        margins_NK=np.stack([numbers[name] for name in names], axis=1),
+        labels=table["label"].to_pylist(),
+        people=numbers["people"],
+        length_a=numbers["length_a"],
+        length_b=numbers["length_b"],
+        prompts=table["prompt"].to_pylist(),
+    )
+
+
+def _held_out(given: Annotated, split: str, schema: pa.Schema, index: int) -> pa.Table:
+    ids, margins_NK = given.margins(index)
+    place = {pair_id: i for i, pair_id in enumerate(ids)}
+    columns = ["pair_id", "prompt", "response_a", "response_b"]
+    columns += ["label", *VOTES, "split"]
+    pairs = [
+        pair
+        for pair in given.rows(index, columns)
+        if pair["split"] == split and pair["label"] is not None and pair["pair_id"] in place
+    ]
+    found_NK = margins_NK[[place[pair["pair_id"]] for pair in pairs]]
+    values = {
+        "pair_id": [pair["pair_id"] for pair in pairs],
+        "label": [pair["label"] for pair in pairs],
+        "prompt": [content_hash(pair["prompt"]) for pair in pairs],
+        "people": [people_share(p["label"], *(p[name] for name in VOTES)) for p in pairs],
+        "length_a": [len(plain_text(pair["response_a"])) for pair in pairs],
+        "length_b": [len(plain_text(pair["response_b"])) for pair in pairs],
+        **{f"margin_{k}": found_NK[:, k] for k in range(len(given.scores))},
+    }
+    return pa.table(values, schema=schema)
+
+
+def gather(task: Callable[[int], pa.Table], shards: int, schema: pa.Schema) -> pa.Table:
+    """The tables that task(0) … task(shards - 1) return, as one, in any order of their rows.
+
+    Each is a Ray task of its own, unless they are few.
+    """
+    if are_few(shards):
+        return pa.concat_tables([schema.empty_table(), *map(task, range(shards))])
+    numbers = ray.data.from_items([{"shard": i} for i in range(shards)], override_num_blocks=shards)
+    tables = numbers.map_batches(
+        partial(_of_shard, task), batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS
+    )
+    found: Iterable[pa.Table] = tables.iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in found if t.num_rows)])
+
+
+def are_few(shards: int) -> bool:
+    """Whether the driver does without Ray's tasks."""
+    return shards <= FEW_SHARDS
+
+
+def _of_shard(task: Callable[[int], pa.Table], batch: pa.Table) -> pa.Table:
+    return task(batch["shard"][0].as_py())

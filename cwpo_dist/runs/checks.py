@@ -1,0 +1,302 @@
+"""A configuration in; everything that would stop it later, said now, and the sizes of its models.
+
+No worker is started and no weight is read. Faults are collected and raised together; those of the
+cluster's nodes come first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from cwpo_dist.autoscaling import grows
+from cwpo_dist.config import (
+    Arm,
+    Config,
+    ConfigError,
+    ModelConfig,
+    PoolConfig,
+    TrainingConfig,
+)
+from cwpo_dist.evaluation.gold_function import load_function
+from cwpo_dist.lm.encoder import Encoder
+from cwpo_dist.objectives import objective
+from cwpo_dist.pairs.locate import reads_below
+from cwpo_dist.pairs.sources import plan as plan_sources
+from cwpo_dist.placement import Machine, alive_machines, pool_faults
+from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
+from cwpo_dist.runs.graph import needs_annotator, watched_split, weigh_settings
+from cwpo_dist.runs.model_checks import check_model
+from cwpo_dist.runs.nodes import node_faults
+from cwpo_dist.runs.own_checks import own_faults
+from cwpo_dist.runs.sizes import Loader, ModelSize, annotator, policy, reward_model
+from cwpo_dist.runs.training_checks import elsewhere, placement_faults, setting_faults
+from cwpo_dist.runs.trials import Trial, baseline, by_loss
+from cwpo_dist.storage import StorageError, Store
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a configuration without faults has.
+
+    Attributes:
+        sizes: by the field that names a model (`weak`, `policy`, `annotate.model`, …).
+        machines: this machine, or the nodes of the cluster that we are in.
+        encoders: what turns pairs into each model's tokens, by the same fields.
+        notes: what to know of the models that is no fault.
+    """
+
+    sizes: dict[str, ModelSize]
+    machines: tuple[Machine, ...]
+    encoders: dict[str, Encoder]
+    notes: tuple[str, ...] = ()
+
+
+def check(config: Config, until: str | None = None) -> Checked:
+    """Refuses what cannot run.
+
+    Args:
+        config: the run.
+        until: the stage that it stops after; None: all.
+
+    Raises:
+        ConfigError: one line a fault: field, value, remedy.
+    """
+    machines = tuple(available())
+    if ray.is_initialized() and (unfit := node_faults(config.output_dir)):
+        raise ConfigError("\n".join(unfit))  # whatever else is wrong may follow from these
+    sizes: dict[str, ModelSize] = {}
+    encoders: dict[str, Encoder] = {}
+    notes: list[str] = []
+    try:
+        Store(config.output_dir).check()
+    except StorageError as error:
+        raise ConfigError(f"output_dir: {error}") from error
+    stages = reached(config, until)
+    faults = [*_source_faults(config, stages), *_missing_models(config, until)]
+    faults += _gold_faults(config)
+    faults += objective_faults(config) if "align" in stages else []
+    faults += weighing_faults(config) if "weigh" in stages else []
+    for field, model, load in models(config, until):
+        found = check_model(field, model, load, _trainings_of(config, until, field, load))
+        faults += found.faults
+        notes += found.notes
+        if found.size is not None and found.encoder is not None:
+            sizes[field], encoders[field] = found.size, found.encoder
+    for name, training, trained in trainings(config, until):
+        faults += setting_faults(name, training, trained, machines)
+    faults += [] if grows() else _placement_faults(config, until, machines)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return Checked(sizes, machines, encoders, tuple(dict.fromkeys(notes)))
+
+
+def _trainings_of(
+    config: Config, until: str | None, field: str, load: Loader
+) -> dict[str, TrainingConfig]:
+    """The sections that train the model of a field; the weak one as a policy trains as `fit`."""
+    if load is reward_model:
+        return {}
+    if field == "weak":
+        return {"fit": config.fit}
+    return {name: each for name, each, _ in trainings(config, until) if name != "fit"}
+
+
+def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
+    """Refuses a comparison in which a trial could not run.
+
+    Raises:
+        ConfigError: one line a fault: field, value, remedy.
+    """
+    baseline(config, found)
+    checked = [check(run) for run in by_loss(config, found)]
+    sizes = {name: size for each in checked for name, size in each.sizes.items()}
+    encoders = {name: encoder for each in checked for name, encoder in each.encoders.items()}
+    notes = dict.fromkeys(note for each in checked for note in each.notes)
+    return Checked(sizes, checked[0].machines, encoders, tuple(notes))
+
+
+def _placement_faults(
+    config: Config, until: str | None, machines: tuple[Machine, ...]
+) -> Iterator[str]:
+    """Workers and actors that these machines could never hold."""
+    for name, training, _ in trainings(config, until):
+        yield from placement_faults(name, training, machines)
+    for name, pool in pools(config, until):
+        yield from (f"{fault}{elsewhere()}" for fault in pool_faults(f"{name}.", pool, machines))
+
+
+def available() -> list[Machine]:
+    """The cluster that RAY_ADDRESS names, else what a local Ray would take from this machine.
+
+    Raises:
+        ClusterError: where there is no such cluster, or Ray could not start here.
+    """
+    if not ray.is_initialized():
+        if named_cluster() is None:
+            refuse_unreachable(None)
+            return [Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))]
+        connect()
+    return alive_machines()
+
+
+def models(config: Config, until: str | None = None) -> Iterator[tuple[str, ModelConfig, Loader]]:
+    """Every model that is read up to a stage, with the field that names it."""
+    stages = reached(config, until)
+    teacher = config.weak if implicit_arms(config) else None
+    named: list[tuple[str, str, ModelConfig | None, Loader]] = [
+        ("implicit", "weak", teacher, policy),
+        ("fit", "weak", config.weak, annotator),
+        *(("annotate", field, model, reward_model) for field, model in config.annotate.ready()),
+        ("align", "policy", config.policy, policy),
+        ("evaluate", "evaluate.gold_model", config.evaluate.gold_model, reward_model),
+    ]
+    for stage, field, model, load in named:
+        if stage in stages and model is not None:
+            yield field, model, load
+
+
+def implicit_arms(config: Config) -> list[str]:
+    """The arms whose labels are the implicit rewards of the weak model, trained as a policy."""
+    return [arm for arm in config.arms if config.arm(arm).annotator == "implicit"]
+
+
+def trainings(
+    config: Config, until: str | None = None
+) -> Iterator[tuple[str, TrainingConfig, ModelConfig | None]]:
+    """The training sections that are used up to a stage, and the models that they train."""
+    sections = {
+        "fit": (config.fit, config.weak),
+        "sft": (config.sft, config.policy),
+        "align": (config.align, config.policy),
+    }
+    stages = reached(config, until)
+    for name, (section, model) in sections.items():
+        if name in stages and section is not None:
+            yield name, section, model
+
+
+def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolConfig]]:
+    """The actor pools that are used up to a stage."""
+    sections = {
+        "annotate": config.annotate,
+        "reference": config.reference,
+        "evaluate": config.evaluate,
+    }
+    stages = reached(config, until)
+    if config.reference.sharded:  # by the workers of `align`
+        stages -= {"reference"}
+    yield from ((name, section) for name, section in sections.items() if name in stages)
+
+
+def reached(config: Config, until: str | None) -> set[str]:
+    """The stages with settings of their own up to `until`; `implicit`: the weak one as policy."""
+    labelling = {"annotate"} if config.annotate.ready() else {"fit", "annotate"}
+    if until == "prepare":
+        return set()
+    if until in labelling:
+        return {"fit"} if until == "fit" else labelling
+    wanted = labelling if needs_annotator(config) else set()
+    wanted |= {"implicit", "reference", "weigh"} if implicit_arms(config) else {"weigh"}
+    policy = {"sft", "reference", "align", "evaluate"}  # `aligned` is `reference` of another model
+    return wanted if until == "weigh" else wanted | policy
+
+
+def _source_faults(config: Config, stages: set[str]) -> Iterator[str]:
+    """Sources that cannot be read, or lack the columns that a stage needs."""
+    try:
+        planned = plan_sources(config.prepare)
+    except ConfigError as error:
+        yield str(error)
+        return
+    yield from own_faults(config, planned) if "weigh" in stages else ()
+    voted = any("votes_a" in piece.layout.columns for piece in planned.pieces)
+    if "fit" in stages and config.fit.labels == "votes" and not voted:
+        yield (
+            "fit.labels: 'votes', but no source has votes_a and votes_b; say which they are under "
+            "prepare.sources.N.columns, or give hard"
+        )
+    for index, source in enumerate(config.prepare.sources):
+        if reads_below(source, config.output_dir):
+            yield (
+                f"output_dir: {config.output_dir!r} lies in prepare.sources.{index} "
+                f"({source.path!r}), which would read what the run leaves there as data; name "
+                "another"
+            )
+
+
+def _gold_faults(config: Config) -> Iterator[str]:
+    if config.evaluate.gold_function is not None:
+        try:
+            load_function(config.evaluate.gold_function)
+        except ValueError as error:
+            yield str(error)
+
+
+def objective_faults(config: Config) -> Iterator[str]:
+    """A loss that there is not, settings that it would ignore, or an arm that it cannot serve."""
+    found = []
+    for arm in config.arms:
+        try:
+            objective(config.align, soft_labels=config.arm(arm).soft_labels)
+        except ConfigError as error:
+            found.append(str(error))
+    yield from dict.fromkeys(found)  # most faults are every arm's
+
+
+def weighing_faults(config: Config) -> Iterator[str]:
+    """Arms whose weights need labels or annotators that the run will not have."""
+    annotators = len(config.annotate.ready() or config.fit.seeds or [config.seed])
+    if "ensemble" in config.arms and not _are_several(config.arm("ensemble"), annotators):
+        yield (
+            "arms: 'ensemble' weighs by what several annotators differ by, but there is one; give "
+            "fit.seeds, annotate.models, or weigh.from: both"
+        )
+    fitted = calibrated_arms(config)
+    if not fitted:
+        return
+    what, split = f"weigh.temperature: fitted (arm {fitted[0]!r})", config.weigh.calibration_split
+    ours = not config.annotate.ready() or set(fitted) & set(implicit_arms(config))
+    if split == "labelled" and ours:
+        yield (
+            "weigh.calibration_split: 'labelled' holds what the annotator is trained on; give "
+            "'validation'"
+        )
+    if split == "validation" and watched_split(config) != "validation":
+        yield (
+            f"prepare.validation_fraction: 0, but {what} needs human labels there; raise it, or "
+            "give a source with into: validation"
+        )
+    if split not in config.annotate.scored_splits():
+        yield f"annotate.splits: lacks {split!r}, where {what} needs scores; add it"
+
+
+def _are_several(arm: Arm, annotators: int) -> bool:
+    """Whether an arm joins the opinions of more than one, the data's own scores among them."""
+    return arm.labels != "own" and annotators + arm.with_own > 1
+
+
+def calibrated_arms(config: Config) -> list[str]:
+    """The arms whose margins are divided by a fitted temperature."""
+    return [
+        a for a in config.arms if weigh_settings(config, config.arm(a))["temperature"] == "fitted"
+    ]
+
+
+def _missing_models(config: Config, until: str | None) -> Iterator[str]:
+    """Models that a stage needs and the config lacks."""
+    stages = reached(config, until)
+    if "fit" in stages and config.weak is None:
+        yield (
+            "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
+            "annotate.model for a ready one-label reward model"
+        )
+    implicit = implicit_arms(config) if "implicit" in stages else []
+    if implicit and config.weak is None:
+        yield f"weak: arm {implicit[0]!r} trains it by SFT and DPO; give weak.model_name_or_path"
+    if "align" in stages and config.policy is None:
+        yield f"policy: arm {config.arms[0]!r} aligns a policy; give policy.model_name_or_path"

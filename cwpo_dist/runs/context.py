@@ -1,0 +1,157 @@
+"""What every stage is handed: the run directory, the configuration, and where its inputs lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.pairs.records import (
+    ANSWER_SCHEMA,
+    REFERENCE_SCHEMA,
+    SCORE_SCHEMA,
+    read_records,
+)
+from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.scoring.scorers import PairsIn
+from cwpo_dist.runs.graph import Node, teacher_config
+from cwpo_dist.storage import MANIFEST, FileMissing, Store
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run.
+
+    Attributes:
+        config: the whole configuration.
+        root: the run directory (`output_dir`).
+    """
+
+    config: Config
+    root: Store
+
+    def of(self, node: Node) -> Context:
+        """The run as the node sees it: where it is about the weak model, that is the policy."""
+        return self if node.of == "policy" else replace(self, config=teacher_config(self.config))
+
+    def place(self, node: Node) -> Store:
+        """The folder of a stage output."""
+        return self.root.child(node.stage, node.key)
+
+    def done(self, node: Node) -> bool:
+        """True when the output is committed: its manifest is there.
+
+        Raises:
+            StorageError: for one that is empty or torn: nobody can say what it stood for.
+        """
+        try:
+            self.place(node).read_json(MANIFEST)
+        except FileMissing:
+            return False
+        return True
+
+    def counts(self, node: Node) -> dict[str, Any]:
+        """The counts in a committed output's manifest."""
+        counts: dict[str, Any] = self.place(node).read_json(MANIFEST)["counts"]
+        return counts
+
+    def pairs(self, node: Node) -> PairsIn:
+        """The pairs that `prepare` made for this node, restricted to the node's splits."""
+        splits = node.settings.get("splits")
+        return PairsIn(self.place(_prepare(node)), tuple(splits) if splits else None)
+
+    def prepared(self, node: Node) -> Store:
+        """The folder of pairs that this node descends from."""
+        return self.place(_prepare(node))
+
+    def shards(self, node: Node) -> int:
+        """How many pair files `prepare` made for this node."""
+        return int(self.counts(_prepare(node))["shards"])
+
+
+def _prepare(node: Node) -> Node:
+    """The one `prepare` output that everything in an arm descends from."""
+    while node.stage != "prepare":
+        node = node.inputs.get("prepare") or next(iter(node.inputs.values()))
+    return node
+
+
+def trained(model: ModelConfig, stage: Store) -> ModelConfig:
+    """The model that a training stage wrote, read like `model` was: same lengths, same template."""
+    template = model.chat_template if model.chat_template == "plain" else "tokenizer"
+    changes = {
+        "model_name_or_path": stage.child("model").uri,
+        "revision": None,
+        "num_hidden_layers": None,
+        "chat_template": template,
+    }
+    return model.model_copy(update=changes)
+
+
+def policy_of(context: Context, node: Node) -> ModelConfig:
+    """The policy as a node sees it: as given, or as its `model` input trained it."""
+    policy = context.config.policy
+    assert policy is not None, "graph() makes no policy node without a policy"
+    if "model" not in node.inputs:
+        return policy
+    return trained(policy, context.place(node.inputs["model"]))
+
+
+def annotator_name(context: Context, node: Node) -> str:
+    """An annotator in words: its seed, or its model."""
+    if "fit" in node.inputs:
+        return f"seed {node.inputs['fit'].settings['seed']}"
+    return str(context.counts(node)["annotator"])
+
+
+@dataclass(frozen=True)
+class ScoresIn:
+    """What one annotator gave.
+
+    Attributes:
+        store: its output folder of `annotate`.
+        retries: how many retries of its rejects count.
+    """
+
+    store: Store
+    retries: int
+
+    def read(self, index: int) -> dict[str, tuple[float, float]]:
+        """(score_a, score_b) of one shard by pair id."""
+        columns = ["pair_id", "score_a", "score_b"]
+        names = score_files(self.store, index, self.retries)
+        tables = [read_records(self.store, name, SCORE_SCHEMA, columns) for name in names]
+        rows = [row for table in tables for row in table.to_pylist()]
+        return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
+
+
+def score_files(store: Store, index: int, retries: int) -> list[str]:
+    """The files with one shard's scores: the first, and one of each retry that it was part of."""
+    again = [part("scores", index, number) for number in range(1, retries + 1)]
+    return [part("scores", index), *(name for name in again if store.exists(name))]
+
+
+def read_log_probs(
+    store: Store, index: int, *, per_token: bool = False
+) -> dict[str, tuple[float, float]]:
+    """(logp_a, logp_b) of one shard by pair id, from an output folder of `reference`.
+
+    Args:
+        store: the folder.
+        index: of the shard.
+        per_token: each divided by its answer's tokens.
+    """
+    rows = read_records(store, part("reference", index), REFERENCE_SCHEMA).to_pylist()
+    if per_token:
+        rows = [
+            row | {"logp_a": row["logp_a"] / row["n_a"], "logp_b": row["logp_b"] / row["n_b"]}
+            for row in rows
+        ]
+    return {row["pair_id"]: (row["logp_a"], row["logp_b"]) for row in rows}
+
+
+def read_answers(context: Context, node: Node) -> dict[str, str]:
+    """A model's answers by the id of the pair whose prompt it was given."""
+    store = context.place(node)
+    tables = [read_records(store, name, ANSWER_SCHEMA) for name in store.names("answers")]
+    return {row["pair_id"]: row["answer"] for table in tables for row in table.to_pylist()}
