@@ -21,8 +21,7 @@ from ray.data import ActorPoolStrategy
 
 from cwpo_dist.config import Pool, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
-from cwpo_dist.scoring import driver as run
-from cwpo_dist.scoring import pool
+from cwpo_dist.scoring import driver, pool
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.retries import Rows, ShardOutput
@@ -138,10 +137,10 @@ def drive(
     job = ShardJob("scores", Store(str(folder)), shards, partial(FakeDevice, service_s))
     with (
         patch.object(pool, "_strategy", partial(many_devices, devices, tickets)),
-        patch.object(run, "run_pools", watched),
+        patch.object(driver, "run_pools", watched),
         suppress(_EnoughError),
     ):
-        run.run_shards(job, PoolConfig(num_actors=PROCESSES, cpus_per_actor=0.1))
+        driver.run_shards(job, PoolConfig(num_actors=PROCESSES, cpus_per_actor=0.1))
     return watched
 
 

@@ -34,7 +34,7 @@ import typer
 from cwpo_dist.config import AlignConfig, LoraConfig, ModelConfig
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.storage import Store
-from cwpo_dist.training import rank as worker
+from cwpo_dist.training import rank
 from cwpo_dist.training.lease import Lease
 from cwpo_dist.training.rank import TrainSpec, run_rank
 from cwpo_dist.training.tasks import Preference
@@ -68,7 +68,7 @@ def pairs(encoder: Encoder) -> Preference:
 @app.command()
 def one(case: str, steps: int, layers: int, model: str, folder: str) -> None:
     """One run; prints its seconds."""
-    worker.ASK_RAY_S = float("inf")  # there is none to ask
+    rank.ASK_RAY_S = float("inf")  # there is none to ask
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     meet = f"file://{folder}/group"
     dist.init_process_group("gloo", init_method=meet, rank=0, world_size=1)

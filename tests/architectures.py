@@ -39,7 +39,7 @@ from cwpo_dist.lm.rows import Layout, Row, collate
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.sizes import policy
 from cwpo_dist.storage import Store
-from cwpo_dist.training import saving as export
+from cwpo_dist.training import saving
 from cwpo_dist.training.loop import Hooks, Run, TorchEngine, train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.merge_check import MergeMismatch
@@ -196,10 +196,10 @@ def _trained(
         raise AssertionError("three steps of each moved nothing")
     tokenizer, store = load_tokenizer(model), Store(str(folder))
     if lora is None:
-        export.export_full(Alone(), loaded, tokenizer, store)
+        saving.export_full(Alone(), loaded, tokenizer, store)
     else:
-        trained = export.gather_weights(Alone(), adapted, export.trainable_names(adapted))
-        export.export_lora(adapted, trained, tokenizer, store, model, "logps", 0)
+        trained = saving.gather_weights(Alone(), adapted, saving.trainable_names(adapted))
+        saving.export_lora(adapted, trained, tokenizer, store, model, "logps", 0)
     with torch.no_grad():
         return _largest(plain(stock(folder / "model"), given), wanted)
 

@@ -21,7 +21,7 @@ import zero_cases
 from ray.cluster_utils import Cluster
 from zero_cases import Case
 
-from cwpo_dist.training import group as workers
+from cwpo_dist.training import group
 from cwpo_dist.training.rank import TrainSpec
 
 CASE = Case("elastic", 3, steps=60)
@@ -50,11 +50,11 @@ def wait_for(running: Any, steps: Callable[[], int]) -> None:
 
 def shrink_and_grow(cluster: Cluster, folder: Path) -> None:
     """Ray starts nodes in the main thread only, so the training has the other one."""
-    workers.RESIZE_CHECK_S = 5.0
+    group.RESIZE_CHECK_S = 5.0
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     spec = make_spec(folder, num_workers=(1, 2), cpus_per_worker=1.0)
     with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(workers.train, spec)
+        running = thread.submit(group.train, spec)
         try:
             wait_for(running, steps_of(folder, 2))
             few = steps_of(folder, 1)
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     if "alone" in sys.argv:
         ray.init(num_cpus=2, include_dashboard=False)
-        workers.train(make_spec(place, cpus_per_worker=0.5))
+        group.train(make_spec(place, cpus_per_worker=0.5))
         sys.exit()
     quick = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})

@@ -23,7 +23,7 @@ from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.runs.context import trained
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training import saving as export
+from cwpo_dist.training import saving
 from cwpo_dist.training.lora import add_lora
 
 How = Literal["full", "lora"]
@@ -124,9 +124,9 @@ def _train(
                 parameter.add_(noise.to(parameter.dtype))
     wanted = log_probs(model)
     if lora is None:
-        export.export_full(Alone(), model, tokenizer, place)
+        saving.export_full(Alone(), model, tokenizer, place)
     else:
-        names = export.trainable_names(model)
-        weights = export.gather_weights(Alone(), model, names)
-        export.export_lora(model, weights, tokenizer, place, start, "logps", seed, known)
+        names = saving.trainable_names(model)
+        weights = saving.gather_weights(Alone(), model, names)
+        saving.export_lora(model, weights, tokenizer, place, start, "logps", seed, known)
     return wanted

@@ -20,8 +20,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist.storage import FileMissing, Store
-from cwpo_dist.training import saving as export
-from cwpo_dist.training import shards
+from cwpo_dist.training import saving, shards
 from cwpo_dist.training.lease import Lease, LeaseToken
 
 Act = Callable[[str], None]  # is told the kind of step: what it raises, the step raises
@@ -76,7 +75,7 @@ class Steps:
             (os, "mkdir", "write"),
             (Path, "write_bytes", "write"),
             (shards, "save_file", "write"),
-            (export, "save_file", "write"),
+            (saving, "save_file", "write"),
             (LocalFileSystem, "cat_file", "read"),
             (LocalFileSystem, "info", "read"),
             (LocalFileSystem, "_open", "read"),
@@ -212,7 +211,7 @@ def _record_store(noted: Any, place: Callable[[Store, str], str]) -> None:
 
 def _record_training(noted: Any) -> None:
     acquire, check = Lease.acquire.__func__, LeaseToken.check  # type: ignore[attr-defined]  # a method's
-    written, shard = export._written, shards.Shard.write
+    written, shard = saving._written, shards.Shard.write
 
     def acquired(cls: type[Lease], store: Store, **given: Any) -> Lease:
         with noted("acquire", store, "") as how:
@@ -237,7 +236,7 @@ def _record_training(noted: Any) -> None:
     changes: list[tuple[Any, str, Any]] = [
         (Lease, "acquire", classmethod(acquired)),
         (LeaseToken, "check", checked),
-        (export, "_written", exported),
+        (saving, "_written", exported),
         (shards.Shard, "write", put),
     ]
     for owner, name, value in changes:

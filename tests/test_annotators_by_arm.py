@@ -17,8 +17,7 @@ from cwpo_dist.evaluation.annotators import HeldOut, annotator_figures
 from cwpo_dist.report.outputs import keys_table
 from cwpo_dist.report.page import render
 from cwpo_dist.report.summary import annotator_table, ensemble_table
-from cwpo_dist.results import collect as report
-from cwpo_dist.results import sample as explorer
+from cwpo_dist.results import collect, sample
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node
 from cwpo_dist.scoring.pipeline import part
@@ -58,13 +57,13 @@ def test_each_annotator_is_shown_once_by_the_arms_that_learn_from_it(tmp_path: P
         "cw_calibrated": weighed(context, ours, [0.1, 0.4], temperature="fitted"),
     }
     graphs = {arm: {"prepare": prepare, "weigh": weigh} for arm, weigh in weighs.items()}
-    assert report._confidences(context, graphs) == [
+    assert collect._confidences(context, graphs) == [
         {"arms": ["ws_dpo"], "values": [0.9]},
         {"arms": ["top30", "cw"], "values": [0.2, 0.8]},
         {"arms": ["cw_calibrated"], "values": [0.1, 0.4]},
     ]
     nodes = {node.path: node for node in (fitted, implicit)}
-    assert explorer._names(context, graphs, nodes) == [
+    assert sample._names(context, graphs, nodes) == [
         "annotator of top30, cw, cw_calibrated",
         "annotator of ws_dpo",
     ]
@@ -72,7 +71,7 @@ def test_each_annotator_is_shown_once_by_the_arms_that_learn_from_it(tmp_path: P
     both = {"prepare": prepare, "a": fitted, "b": other}
     graphs = {"ensemble": {"prepare": prepare, "weigh": weighed(context, both, [0.3])}}
     nodes = {node.path: node for node in (fitted, other)}
-    assert explorer._names(context, graphs, nodes) == ["seed 5", "seed 6"], "its members"
+    assert sample._names(context, graphs, nodes) == ["seed 5", "seed 6"], "its members"
 
 
 def test_ensemble_stands_beside_its_members() -> None:

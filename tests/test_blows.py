@@ -23,7 +23,7 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 from cwpo_dist.execution import run
 from cwpo_dist.runs.context import Context
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training import saving as export
+from cwpo_dist.training import saving
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "blows.py")]
 MODEL = "align/key/model/config.json"
@@ -180,7 +180,7 @@ def test_a_committed_checkpoint_survives_a_power_cut(disk: SimpleNamespace) -> N
 def test_an_exported_model_is_on_the_disk_when_the_export_ends(disk: SimpleNamespace) -> None:
     """Its manifest is written next, and would stand for nothing after a power cut."""
     alone = SimpleNamespace(rank=0, gathered=lambda _: nullcontext())
-    export.export_full(alone, tiny_causal_lm("llama"), tiny_tokenizer(), disk.store)
+    saving.export_full(alone, tiny_causal_lm("llama"), tiny_tokenizer(), disk.store)
     assert (disk.root / "model" / "model.safetensors").exists()
     assert unsynced(disk.root, disk.log) == ([], [])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cwpo_dist.config import PrepareConfig
-from cwpo_dist.pairs import estimate as module
+from cwpo_dist.pairs import estimate
 from cwpo_dist.pairs.estimate import census
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -68,13 +68,13 @@ def test_no_file_behind_a_limit_is_opened(tmp_path: Path, monkeypatch: pytest.Mo
         row = {"prompt": f"p{k}", "chosen": "yes", "rejected": "no"}
         (tmp_path / f"{k}.jsonl").write_text(2 * (json.dumps(row) + "\n"))
     opened: list[str] = []
-    read = module.read
+    read = estimate.read
 
     def noted(part: Any, columns: Any) -> Any:
         opened.append(Path(part.uri).name)
         yield from read(part, columns)
 
-    monkeypatch.setattr(module, "read", noted)
+    monkeypatch.setattr(estimate, "read", noted)
     source = {"path": str(tmp_path), "limit": 3}
     found = census(PrepareConfig.model_validate({"sources": [source]}), 0)
     assert opened == ["0.jsonl", "1.jsonl"]
@@ -97,7 +97,7 @@ def test_where_time_runs_out_the_rest_is_reckoned_but_no_row_behind_a_limit(
         sources.append({"path": str(path), "limit": limit})
     given = PrepareConfig.model_validate({"sources": sources, "test_fraction": 0})
     now = iter([0.0, *([1.0] * 65), *([99.0] * 9)])  # 20 rows of the third source are read
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: next(now)))
     found = census(given, 0, seconds=9)
     assert not found.exact
     assert sum(found.splits.values()) == 40 + 5 + 80

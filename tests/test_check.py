@@ -10,8 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cwpo_dist.check import command, device, ranks
-from cwpo_dist.check import tiny_models as models
+from cwpo_dist.check import command, device, ranks, tiny_models
 from cwpo_dist.check.command import CheckError, Place, chosen
 from cwpo_dist.check.finding import Finding, found
 from cwpo_dist.cli import app as cli
@@ -171,8 +170,9 @@ def test_what_is_wrong_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_the_models_folder_loads_as_people_load_one(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    models.save(tmp_path)
+    tiny_models.save(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "Why? é\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == models.VOCABULARY
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert read.config.vocab_size == tiny_models.VOCABULARY

@@ -16,7 +16,7 @@ from world import HIGHER, LABELS, World, answer, margin
 
 from cwpo_dist.evaluation.annotators import HeldOut
 from cwpo_dist.pairs.records import ANSWER_SCHEMA, REFERENCE_SCHEMA, Prompt
-from cwpo_dist.results import sample as explorer
+from cwpo_dist.results import sample
 from cwpo_dist.runs import divergence
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import read_tokens
@@ -201,7 +201,7 @@ def test_the_explorer_shows_what_a_policy_said_before_and_after(tmp_path: Path) 
     world = World(tmp_path, ["cw"], evaluate={"num_prompts": 2})
     world.score()
     lay_answers(world, ANSWERS)
-    found = {pair["id"]: pair for pair in explorer.sample(world.context, world.graphs)["pairs"]}
+    found = {pair["id"]: pair for pair in sample.sample(world.context, world.graphs)["pairs"]}
     assert found["test-1"]["answers"] == {"cw": {"before": "z", "after": "zzzzz"}}
     assert found["test-2"]["answers"] == {}
 
@@ -210,7 +210,7 @@ def test_the_labelled_part_alone_uncovers_no_label_of_the_other(tmp_path: Path) 
     """`labelled_only` trains on people's labels, but has read none of an unlabelled pair."""
     world = World(tmp_path, ["cw", "labelled_only"])
     world.score()
-    found = {pair["id"]: pair for pair in explorer.sample(world.context, world.graphs)["pairs"]}
+    found = {pair["id"]: pair for pair in sample.sample(world.context, world.graphs)["pairs"]}
     for pair_id, pair in found.items():
         split, k = pair_id.split("-")
         assert pair["label"] == (None if split == "unlabelled" else LABELS[int(k)])

@@ -20,8 +20,7 @@ from cwpo_dist.config import LoraConfig, ModelConfig
 from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.storage import Store
-from cwpo_dist.training import merge, merge_check
-from cwpo_dist.training import saving as export
+from cwpo_dist.training import merge, merge_check, saving
 from cwpo_dist.training.lora import Head, LoraError, add_lora
 from cwpo_dist.training.merge_check import MergeMismatch
 from cwpo_dist.training.saving import NoRoom
@@ -67,8 +66,8 @@ def exported(
                 torch.randn(parameter.shape, generator=generator).to(parameter) * noise
             )
     stage = Store(str(folder / "stage"))
-    weights = export.gather_weights(Alone(), model, export.trainable_names(model))
-    export.export_lora(model, weights, tokenizer, stage, base, head, 0)
+    weights = saving.gather_weights(Alone(), model, saving.trainable_names(model))
+    saving.export_lora(model, weights, tokenizer, stage, base, head, 0)
     return model, stage
 
 
@@ -175,7 +174,7 @@ def test_an_annotators_head_is_compared_too(
             patch.setattr(type(model), "to", scaled)
             in_memory(model, *given)
 
-    monkeypatch.setattr(export, "merge_in_memory", wrong)
+    monkeypatch.setattr(saving, "merge_in_memory", wrong)
     with pytest.raises(MergeMismatch, match=r"score\.weight is off by 5"):
         exported(tmp_path / "wrong", ["q_proj"], head="scores")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.pairs import kept_columns as keep
+from cwpo_dist.pairs import kept_columns
 from cwpo_dist.pairs.parsing import Layout, ParsedPair
 from cwpo_dist.pairs.pieces import Piece, work_row
 from cwpo_dist.pairs.records import pair_id
@@ -187,9 +187,10 @@ def test_leaks_are_the_prompts_on_several_sides(found: list[tuple[str, int]]) ->
     ],
 )
 def test_a_kept_column_has_the_type_that_changes_no_value(values: list[Any], kind: str) -> None:
-    types = [each for value in values if (each := keep.value_type(value)) is not None]
-    assert keep.settle(types) == kind
-    schema = keep.kept_schema({"x": kind})
-    table = pa.Table.from_pylist([{"x": keep.spell(value, kind)} for value in values], schema)
+    types = [each for value in values if (each := kept_columns.value_type(value)) is not None]
+    assert kept_columns.settle(types) == kind
+    schema = kept_columns.kept_schema({"x": kind})
+    rows = [{"x": kept_columns.spell(value, kind)} for value in values]
+    table = pa.Table.from_pylist(rows, schema)
     if kind != "json":
         assert table["x"].to_pylist() == values

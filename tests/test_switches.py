@@ -22,7 +22,7 @@ from cwpo_dist.lm.recompute import let_recompute, recompute, start_training
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.switches import unused_losses
 from cwpo_dist.storage import Store
-from cwpo_dist.training import saving as export
+from cwpo_dist.training import saving
 from cwpo_dist.training.lora import add_lora
 
 ROWS = [Row([5, 6, 7], ([8, 9, 1], [10, 1])), Row([11] * 9, ([12, 1], [13] * 5))]
@@ -73,11 +73,11 @@ def test_a_trained_folder_is_configured_as_its_base_was(tmp_path: Path) -> None:
         model.config.use_cache = False  # as a worker does
         store = Store(str(tmp_path / f"out{lora is None}"))
         if lora is None:
-            export.export_full(Alone(), model, tiny_tokenizer(), store)
+            saving.export_full(Alone(), model, tiny_tokenizer(), store)
         else:
             adapted = add_lora(model, lora, "logps", 0)
-            weights = export.gather_weights(Alone(), adapted, export.trainable_names(adapted))
-            export.export_lora(adapted, weights, tiny_tokenizer(), store, given, "logps", 0)
+            weights = saving.gather_weights(Alone(), adapted, saving.trainable_names(adapted))
+            saving.export_lora(adapted, weights, tiny_tokenizer(), store, given, "logps", 0)
         found = AutoConfig.from_pretrained(store.path("model")).to_dict()
         for name in [*LOUD, "use_cache"]:
             assert found[name] == wanted[name], (name, lora)

@@ -28,7 +28,7 @@ from torch import Tensor
 from zero_cases import Case
 
 from cwpo_dist.lm.loading import load_policy
-from cwpo_dist.training import group as workers
+from cwpo_dist.training import group
 from cwpo_dist.training.loop import Hooks, Preempted, train
 from cwpo_dist.training.rank import TrainSpec
 
@@ -46,7 +46,7 @@ def undisturbed(folder: Path, case: Case) -> dict[str, Tensor]:
     """By as many workers: AdamW makes much of how sums are split where a gradient is near 0."""
     tiny.save_tiny(folder / "model", "llama")
     spec = zero_cases.make_spec(case, folder, cpus_per_worker=0.5)
-    workers.train(spec)
+    group.train(spec)
     return exported(spec)
 
 
@@ -78,7 +78,7 @@ def test_ranks_killed_stopped_and_frozen(ray_local: Any, tmp_path: Path, seed: i
     spec = replace(spec, make_task=partial(ray_task.preferences, mishaps=mishaps))
     for _ in kinds:
         try:
-            workers.train(spec)
+            group.train(spec)
             break
         except Preempted:
             continue

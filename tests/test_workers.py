@@ -35,8 +35,7 @@ from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model
 from cwpo_dist.lm.templates import PLAIN_TEMPLATE
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training import checkpoint
-from cwpo_dist.training import group as workers
+from cwpo_dist.training import checkpoint, group
 from cwpo_dist.training.lease import Lease, LeaseHeld
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, train
 from cwpo_dist.training.merge import MergeError, merge_adapter
@@ -232,7 +231,7 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def alone(group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
     """A stage that `_worker` can run in this process."""
     tiny.save_tiny(tmp_path / "model", "llama")
-    monkeypatch.setattr(workers, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(group, "get_device", lambda: torch.device("cpu"))
     return zero_cases.make_spec("align-lora", tmp_path, num_workers=1)
 
 
@@ -246,20 +245,20 @@ def test_bad_data_end_the_group_once(alone: TrainSpec) -> None:
     with Lease.acquire(spec.store) as lease:
         config = {"spec": spec, "token": lease.token}
         with pytest.raises(ValueError, match="no pairs"):
-            workers._worker(config)
-        outcome = workers._worker(config)
+            group._worker(config)
+        outcome = group._worker(config)
     assert outcome["message"] == "TaskError: no pairs to train on: the test wants it so"
     with Lease.acquire(spec.store) as lease:  # a new driver tries anew
-        assert workers._refusal(lease.token) is None
+        assert group._refusal(lease.token) is None
 
 
 def test_what_another_driver_has_finished_is_left_alone(
     alone: TrainSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may commit after this one has looked, and before this one has the lease."""
-    monkeypatch.setattr(workers, "check_placement", lambda _: None)
+    monkeypatch.setattr(group, "check_placement", lambda _: None)
     alone.store.create_json(MANIFEST, {"counts": {"steps": 6}})
-    summary = workers.train(alone)
+    summary = group.train(alone)
     assert summary["steps"] == 6
     assert not alone.store.names("checkpoints")
     with Lease.acquire(alone.store):
@@ -279,8 +278,8 @@ def test_a_full_disk_ends_the_export_once(
         with Lease.acquire(alone.store) as lease:
             config = {"spec": alone, "token": lease.token}
             with pytest.raises(NoRoom):
-                workers._worker(config)
-            message = workers._worker(config)["message"]
+                group._worker(config)
+            message = group._worker(config)["message"]
     assert re.match(
         r"NoRoom: output_dir: no room left in \S*/model .*os error 28.* same command", message
     )
@@ -289,16 +288,14 @@ def test_a_full_disk_ends_the_export_once(
     assert found is not None
     assert found.step == 6
     with Lease.acquire(alone.store) as lease:
-        outcome = workers._worker({"spec": alone, "token": lease.token})
+        outcome = group._worker({"spec": alone, "token": lease.token})
     assert outcome["summary"]["steps"] == 6
     assert load_policy(as_model(Path(alone.store.path("model"))))
 
 
 def test_non_finite_loss_needs_no_retry(alone: TrainSpec) -> None:
     with Lease.acquire(alone.store) as lease:
-        outcome = workers._worker(
-            {"spec": with_task(alone, ray_task.poisoned), "token": lease.token}
-        )
+        outcome = group._worker({"spec": with_task(alone, ray_task.poisoned), "token": lease.token})
     assert outcome["error"] == NonFiniteLoss.__name__
     assert "step 4" in outcome["message"]
     found = checkpoint.newest(alone.store)
@@ -311,17 +308,17 @@ def test_checkpoints_by_the_clock(alone: TrainSpec) -> None:
     changes = {"save_steps": 1000, "save_minutes": 1e-6, "save_total_limit": 10}
     spec = replace(alone, config=alone.config.model_copy(update=changes))
     with Lease.acquire(spec.store) as lease:
-        workers._worker({"spec": spec, "token": lease.token})
+        group._worker({"spec": spec, "token": lease.token})
     steps = {name.split("/")[1][:11] for name in spec.store.names("checkpoints")}
     assert {"step-000001", "step-000006"} < steps
 
 
 def test_the_drivers_word_stops_workers(alone: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cwpo_dist.training.rank.ASK_DRIVER_S", 0.0)
-    monkeypatch.setattr("cwpo_dist.training.rank.told_to_stop", workers.threading.Event())
-    with Lease.acquire(alone.store) as lease, workers._stop_on_signal(lease.token):
+    monkeypatch.setattr("cwpo_dist.training.rank.told_to_stop", group.threading.Event())
+    with Lease.acquire(alone.store) as lease, group._stop_on_signal(lease.token):
         os.kill(os.getpid(), signal.SIGTERM)  # to the driver
-        outcome = workers._worker({"spec": alone, "token": lease.token})
+        outcome = group._worker({"spec": alone, "token": lease.token})
     assert outcome["error"] == Preempted.__name__
     found = checkpoint.newest(alone.store)
     assert found is not None
@@ -349,12 +346,12 @@ def test_trackers_follow_a_run_over_its_restart(
     spec = replace(alone, config=config, make_held_out=held_out)
     monkeypatch.setattr("cwpo_dist.training.rank.ASK_DRIVER_S", 0.0)
     for stops in (True, False):
-        stop = workers.threading.Event()
+        stop = group.threading.Event()
         monkeypatch.setattr("cwpo_dist.training.rank.told_to_stop", stop)
         with Lease.acquire(spec.store) as lease:
             if stops:
                 stop.set()
-            outcome = workers._worker({"spec": spec, "token": lease.token})
+            outcome = group._worker({"spec": spec, "token": lease.token})
         assert ("error" in outcome) == stops
     records = [json.loads(line) for line in spec.store.read("metrics.jsonl").splitlines()]
     assert [record["step"] for record in records] == list(range(1, 7))
@@ -388,10 +385,10 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
     watched = spec.config.model_copy(update={"eval_steps": 3})
     spec = replace(spec, config=watched, make_held_out=partial(zero_cases.load_task, "none"))
     with Lease.acquire(spec.store), pytest.raises(LeaseHeld):
-        workers.train(spec)
+        group.train(spec)
     with pytest.raises(Preempted, match="checkpoint at step 2 of 6"):
-        workers.train(spec)
-    summary = workers.train(spec)
+        group.train(spec)
+    summary = group.train(spec)
     assert (summary["steps"], summary["rows"]) == (6, zero_cases.N_ROWS)
     assert {path.name for path in tmp_path.glob("SIG*")} == {"SIGTERM-1-1", "SIGKILL-0-3"}
     records = [json.loads(line) for line in spec.store.read("metrics.jsonl").splitlines()]
@@ -409,5 +406,5 @@ def test_what_can_never_be_placed_is_refused(ray_local: Any, tmp_path: Path) -> 
     tiny.save_tiny(tmp_path / "model", "llama")
     spec = zero_cases.make_spec("align", tmp_path, num_workers=3, cpus_per_worker=2.0)
     with pytest.raises(ConfigError, match=r"num_workers: 3 workers .* room for 2"):
-        workers.train(spec)
+        group.train(spec)
     assert not Store(str(tmp_path)).names("stages")

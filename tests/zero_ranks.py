@@ -190,9 +190,9 @@ def resumed(case: Case, folder: Path, written_by: int, of: str = "") -> None:
 def stage(name: str, folder: Path) -> None:
     """A whole stage, as a Ray worker does it, but for Ray; its model in several files."""
     from cwpo_dist.training import rank as worker
-    from cwpo_dist.training import saving as export
+    from cwpo_dist.training import saving
 
-    export.MAX_SHARD_SIZE = "20KB"
+    saving.MAX_SHARD_SIZE = "20KB"
     worker.ASK_RAY_S = math.inf  # there is none to ask, however slow the machine is
     spec = make_spec(name, folder)
     run_rank(spec, LeaseToken(spec.store, 0), torch.device("cpu"))

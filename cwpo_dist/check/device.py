@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from cwpo_dist import __version__
-from cwpo_dist.check import tiny_models as models
+from cwpo_dist.check import tiny_models
 from cwpo_dist.check.finding import Finding, Outcome, found
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm import varlen
@@ -97,13 +97,13 @@ def versions(device: torch.device) -> Outcome:
 def packed_rows(device: torch.device, dtype: torch.dtype) -> Outcome:
     """Log-probs and gradients of packed rows, beside stock plain rows in the same precision."""
     given = [
-        *models.rows(3, (200, 300), (40, 150)),
-        *models.rows(3, (1, 20), (1, 30), seed=1),
-        *models.rows(1, (129, 129), (127, 128), seed=2),
+        *tiny_models.rows(3, (200, 300), (40, 150)),
+        *tiny_models.rows(3, (1, 20), (1, 30), seed=1),
+        *tiny_models.rows(1, (129, 129), (127, 128), seed=2),
     ]
-    model = models.policy(dtype, device)
+    model = tiny_models.policy(dtype, device)
     rounded = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
-    stock = models.policy(torch.float32, CPU)
+    stock = tiny_models.policy(torch.float32, CPU)
     stock.load_state_dict(rounded)
     with torch.no_grad():
         wanted, plain = stock_logps(stock, given), stock_logps(model, given).cpu()
@@ -163,8 +163,8 @@ def _gradient(model: nn.Module, logps: Tensor) -> Tensor:
 def optimizer_step(device: torch.device) -> Outcome:
     """Two updates by the engine's AdamW, and by torch's plain one on the CPU, from one gradient."""
     config = TrainingConfig(learning_rate=_LEARNING_RATE, max_grad_norm=1e9)
-    engine = TorchEngine(AnswerLogProbs(models.policy(torch.float32, device)), config, device)
-    stock = models.policy(torch.float32, CPU)
+    engine = TorchEngine(AnswerLogProbs(tiny_models.policy(torch.float32, device)), config, device)
+    stock = tiny_models.policy(torch.float32, CPU)
     plain = torch.optim.AdamW(stock.parameters(), _LEARNING_RATE, weight_decay=0.0, foreach=False)
     generator = torch.Generator().manual_seed(0)
     mine: list[nn.Parameter] = [p for p in engine.module.parameters() if p.requires_grad]
@@ -184,7 +184,7 @@ def generation(device: torch.device) -> Outcome:
     """Four answers by `generate`'s own worker, whose policy must lie on this device."""
     prompts = ["Why?", "How does it work?", "a", "One, two, three"]
     with tempfile.TemporaryDirectory(prefix="cwpo-check-") as folder:
-        models.save(Path(folder, "policy"))
+        tiny_models.save(Path(folder, "policy"))
         store = Store(folder)
         asked = [
             {"pair_id": str(number), "tokens": [3 + byte % 200 for byte in prompt.encode()]}
@@ -202,9 +202,9 @@ def generation(device: torch.device) -> Outcome:
 
 def same_bits(device: torch.device, dtype: torch.dtype) -> Outcome:
     """Log-probs and gradients of the same packed rows, computed twice."""
-    module = AnswerLogProbs(models.policy(dtype, device))
+    module = AnswerLogProbs(tiny_models.policy(dtype, device))
     layout = choose_layout(module, longest=512).layout
-    batch = collate(models.rows(4, (50, 150), (20, 80)), layout, 2).to(device)
+    batch = collate(tiny_models.rows(4, (50, 150), (20, 80)), layout, 2).to(device)
     logps = [module.token_logps(batch) for _ in range(2)]
     gradient = [_gradient(module, each) for each in logps]
     same = [torch.equal(*logps), torch.equal(*gradient)]
@@ -226,9 +226,9 @@ def products(device: torch.device) -> Outcome:
 def annotate_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
     """Scores of pairs, as `annotate` makes them, but for tokenising."""
     large = device.type == "cuda"
-    module = AnswerScores(models.classifier(dtype, device, large=large))
+    module = AnswerScores(tiny_models.classifier(dtype, device, large=large))
     forward = RowForward(module, 2, 1024, _TOKENS[large])
-    given = models.rows(_PAIRS[large], (60, 300), (40, 250))
+    given = tiny_models.rows(_PAIRS[large], (60, 300), (40, 250))
     forward(given[:8])
     seconds = timed(device, lambda: forward(given))
     return _rate(device, given, forward.flops.forward(given), seconds)
@@ -237,15 +237,15 @@ def annotate_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
 def align_rate(device: torch.device, dtype: torch.dtype) -> Outcome:
     """Forward and backward passes over pairs, as `align` makes them on one device, all weights."""
     large = device.type == "cuda"
-    module = AnswerLogProbs(models.policy(dtype, device, large=large))
+    module = AnswerLogProbs(tiny_models.policy(dtype, device, large=large))
     layout = choose_layout(module, longest=1024).layout
-    given = models.rows(_PAIRS[large] // 4, (60, 300), (40, 250))
+    given = tiny_models.rows(_PAIRS[large] // 4, (60, 300), (40, 250))
     config = TrainingConfig(
         learning_rate=1e-9,
         global_batch_size=len(given),
         max_tokens_per_micro_batch=_TOKENS[large],
     )
-    task = models.preferences(given)
+    task = tiny_models.preferences(given)
     engine = TorchEngine(module, config, device)
     run = Run(config, 0, layout, 2)
     gradients(task, engine, run, 0, list(range(4)))

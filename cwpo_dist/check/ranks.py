@@ -17,7 +17,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from cwpo_dist.check import tiny_models as models
+from cwpo_dist.check import tiny_models
 from cwpo_dist.check.finding import Finding, Outcome, found
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.modules import AnswerLogProbs
@@ -149,20 +149,20 @@ def sharded(stage: Stage, dtype: torch.dtype, device: torch.device) -> Any:
     from cwpo_dist.training import engine  # not above: it imports deepspeed
 
     config = _config(stage)
-    module = AnswerLogProbs(models.policy(dtype, device))
+    module = AnswerLogProbs(tiny_models.policy(dtype, device))
     return engine.DeepSpeedEngine(module, config, engine.deepspeed_config(config, dtype))
 
 
 def alone(device: torch.device) -> TorchEngine:
     """The same model in single precision, in this process."""
-    module = AnswerLogProbs(models.policy(torch.float32, device))
+    module = AnswerLogProbs(tiny_models.policy(torch.float32, device))
     return TorchEngine(module, _config(0), device)
 
 
 def trained(engine: Engine, first: int = 0, end: int = STEPS) -> list[float]:
     """The loss of each step of a training, from one step on."""
-    given = models.rows(_PAIRS, (20, 60), (10, 50))
-    task = models.preferences(given)
+    given = tiny_models.rows(_PAIRS, (20, 60), (10, 50))
+    task = tiny_models.preferences(given)
     module: Any = engine.module
     layout = choose_layout(module, longest=128).layout
     run = Run(_config(0), 0, layout, 2)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cwpo_dist import __version__, credentials
-from cwpo_dist.cli import jobs as cli_jobs
+from cwpo_dist.cli import jobs
 from cwpo_dist.cli.options import (
     STAGES,
     ConfigPath,
@@ -315,7 +315,7 @@ def verify(
     say(f"{folder}: all files as they were {'written' if key is None else 'signed'}")
 
 
-for _command in (cli_jobs.submit, cli_jobs.status, cli_jobs.logs, cli_jobs.stop):
+for _command in (jobs.submit, jobs.status, jobs.logs, jobs.stop):
     app.command()(_command)
 
 
@@ -355,7 +355,3 @@ def _log_to_terminal() -> None:
     handlers = [_Stderr()]
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     logging.getLogger("cwpo_dist").setLevel(logging.INFO)
-
-
-if __name__ == "__main__":
-    main()

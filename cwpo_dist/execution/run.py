@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.results import collect as report
+from cwpo_dist.results import collect
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import (
@@ -88,7 +88,7 @@ def run(config: Config, until: str | None = None, resume: bool = False) -> str:
             logger.info("arm %s: all stages done", arm)
     if until is not None:
         return config.output_dir
-    return report.run(context, graphs)
+    return collect.run(context, graphs)
 
 
 def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
-from cwpo_dist.pairs import kept_columns as keep
-from cwpo_dist.pairs import numbers
+from cwpo_dist.pairs import kept_columns, numbers
 from cwpo_dist.pairs.records import TEXTS, Kind, pair_schema, unit_hash
 from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
 from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, VOTES, leaks, merge, split_of
@@ -257,10 +256,10 @@ def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
     if shards.kept:
         values = [json.loads(kept) for kept in rows["kept"].to_pylist()]
         for name, kind in shards.kept.items():
-            columns[name] = [keep.spell(value.get(name), kind) for value in values]
+            columns[name] = [kept_columns.spell(value.get(name), kind) for value in values]
     if shards.flipped:
         columns["label"] = turned_labels(columns, shards)
-    schema = pair_schema(shards.kind, keep.kept_schema(shards.kept))
+    schema = pair_schema(shards.kind, kept_columns.kept_schema(shards.kept))
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 

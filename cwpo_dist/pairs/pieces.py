@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cwpo_dist.pairs import kept_columns as keep
+from cwpo_dist.pairs import kept_columns
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import extra_keys
 from cwpo_dist.pairs.parsing import ParsedPair, parse
@@ -205,7 +205,7 @@ class _Notes:
         if pair.tools is not None:
             self._message_keys.add("tools")
         for column, value in pair.kept.items():
-            kind = keep.value_type(value)
+            kind = kept_columns.value_type(value)
             if kind is not None:
                 self._kept_types[column].add(kind)
 

@@ -13,8 +13,7 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
-from cwpo_dist.pairs import buckets, cutting, numbers
-from cwpo_dist.pairs import kept_columns as keep
+from cwpo_dist.pairs import buckets, cutting, kept_columns, numbers
 from cwpo_dist.pairs.buckets import BucketSummary, Shards, Work
 from cwpo_dist.pairs.listing import LeftOut
 from cwpo_dist.pairs.pieces import (
@@ -248,7 +247,7 @@ def _kept_types(read: Iterable[PieceSummary], config: PrepareConfig) -> dict[str
     for piece in read:
         for name, types in piece.kept_types.items():
             seen[name].update(types)
-    return {name: keep.settle(types) for name, types in seen.items()}
+    return {name: kept_columns.settle(types) for name, types in seen.items()}
 
 
 def _counts(

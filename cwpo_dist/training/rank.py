@@ -198,18 +198,18 @@ class _Rank:
 
     def export(self) -> None:
         """`model/`, and `adapter/` of a LoRA run; the other ranks only help to gather."""
-        from cwpo_dist.training import saving as export
+        from cwpo_dist.training import saving
 
         self.watchdog.end()  # merging a large base takes as long as it takes
         spec, tokenizer = self.spec, self.encoder.tokenizer
         if self.rank == 0:
             self.token.check()
         if spec.config.lora is None:
-            export.export_full(self.engine, self.model, tokenizer, spec.store)
+            saving.export_full(self.engine, self.model, tokenizer, spec.store)
             return
-        adapter = export.gather_weights(self.engine, self.model, export.trainable_names(self.model))
+        adapter = saving.gather_weights(self.engine, self.model, saving.trainable_names(self.model))
         if self.rank == 0:
-            export.export_lora(
+            saving.export_lora(
                 self.model,
                 adapter,
                 tokenizer,
