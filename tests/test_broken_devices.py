@@ -92,6 +92,7 @@ def test_a_shard_that_breaks_every_device_ends_the_run(tmp_path: Path) -> None:
     assert len([name for name in traces(tmp_path, "tried") if name.startswith("tried-4-")]) <= 4
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_local")
 def test_where_every_device_is_broken_the_run_ends(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"broke 2 times .*no other is left.*reset or replace it"):

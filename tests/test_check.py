@@ -24,6 +24,7 @@ TOGETHER = {"exchange", "resume", *(f"ZeRO {stage}, fp32" for stage in range(4))
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.long
 def test_this_machine_is_right(tmp_path: Path) -> None:
     to = tmp_path / "check.json"
     outcome = CliRunner().invoke(cli.app, ["check", "--to", str(to)])

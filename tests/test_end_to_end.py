@@ -265,6 +265,7 @@ def test_step_zero_of_dpo_is_ln2_times_the_mean_weight_of_its_batch(finished: Co
         assert first["loss"] == pytest.approx(math.log(2) * weight, rel=1e-4), arm
 
 
+@pytest.mark.long
 def test_soft_labels_and_a_loss_without_a_reference_run_to_the_end(finished: Config) -> None:
     """Beside the first run, whose stages it shares up to `weigh`."""
     align = finished.align.model_copy(update={"loss_type": "simpo"})

@@ -92,6 +92,7 @@ def test_a_killed_actor_loses_and_doubles_nothing(tmp_path: Path) -> None:
         assert disturbed.output.read(name) == undisturbed.output.read(name)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_local")
 def test_device_hours_are_those_of_all_drivers(tmp_path: Path) -> None:
     """Two, each with a part, and a third that stops after its first shard."""

@@ -110,6 +110,7 @@ def test_a_driver_and_its_actor_killed_while_a_second_driver_works(
     assert_undisturbed(quiet, "two")
 
 
+@pytest.mark.long
 def test_a_writer_that_fails_half_way_ends_the_run_and_the_next_one_mends_it(quiet: Path) -> None:
     broken = make_job(quiet, "full", seconds=0.0, full_at=3)
     with pytest.raises(StorageError) as raised:
