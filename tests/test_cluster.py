@@ -114,3 +114,15 @@ def test_a_cluster_is_never_called_this_machine(monkeypatch: pytest.MonkeyPatch)
     assert "instead of this machine" in training_checks.elsewhere()
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert training_checks.elsewhere() == ""
+
+
+def test_a_node_that_comes_up_too_slowly_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises that as a plain Exception."""
+
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(ClusterError, match=r"does not start on this machine: .* timed out"):
+        connect()

@@ -20,10 +20,10 @@ from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import content_hash, read_pairs
 from cwpo_dist.pairs.splits import VOTES
 from cwpo_dist.pairs.stored import pair_rows
-from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.runs.context import Context, ScoresIn, annotator_name
 from cwpo_dist.runs.graph import Node, members
 from cwpo_dist.runs.own_numbers import chosen
+from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.weighting import Scale, join, margin_of
 

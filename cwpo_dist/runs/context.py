@@ -12,9 +12,9 @@ from cwpo_dist.pairs.records import (
     SCORE_SCHEMA,
     read_records,
 )
+from cwpo_dist.runs.graph import Node, teacher_config
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn
-from cwpo_dist.runs.graph import Node, teacher_config
 from cwpo_dist.storage import MANIFEST, FileMissing, Store
 
 

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cwpo_dist.lm.encoder import Asked
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.encoder import Asked
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, Prompt, pair_schema
 from cwpo_dist.pairs.stored import pair_table
-from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.driver import run_shards
-from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
 from cwpo_dist.runs.context import Context, policy_of, read_answers, read_log_probs
 from cwpo_dist.runs.graph import Node
+from cwpo_dist.scoring.driver import run_shards
+from cwpo_dist.scoring.pipeline import ShardJob, part
+from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
 from cwpo_dist.storage import Store
 
 # Pair id, prompt, answer of the baseline, answer of the aligned model.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from cwpo_dist.config import Split, TrainingConfig
 from cwpo_dist.pairs.records import read_pairs
-from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node, watched_split
+from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import TaskError
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.bounded import BoundError, at_most, bounded
+from cwpo_dist.lm.encoder import Encoder, ids_of
 from cwpo_dist.lm.fitting import shortest_cut
 from cwpo_dist.lm.loading import ModelError, load_config, model_path
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.reading import Role, encoder_for
 from cwpo_dist.lm.switches import unused_losses
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.lm.encoder import Encoder, ids_of
 from cwpo_dist.lm.weights import bytes_of, folder_fault
 from cwpo_dist.runs.sizes import (
     Loader,

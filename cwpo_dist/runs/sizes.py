@@ -18,6 +18,7 @@ from transformers import (
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.activations import Kept, kept_of_token
+from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.flops import head_width, matmul_weights
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
 from cwpo_dist.lm.loading import (
@@ -32,7 +33,6 @@ from cwpo_dist.lm.loading import (
 )
 from cwpo_dist.lm.modules import decoder_of
 from cwpo_dist.lm.rope import turning_length
-from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.training.lora import adapter_notes, add_lora, leave_experts, refuse_unreadable
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
