@@ -161,7 +161,7 @@ PLACES = {
     "prepare.sources.0.path=jupyter://x": "prepare.sources.0.path: nothing to read at 'jupyter://x'",
     "prepare.sources.0.path=generic://x": "prepare.sources.0.path: nothing to read at 'generic://x'",
     "prepare.sources.0.path=hdfs://127.0.0.1:1/x": "prepare.sources.0.path: ",
-    "policy.model_name_or_path=file:///nosuch": "policy.model_name_or_path: cannot read",
+    "policy.model_name_or_path=file:///nosuch": "no folder 'file:///nosuch'",
     f"policy.model_name_or_path={'a' * 5000}": "policy.model_name_or_path: no folder",
     "policy.model_name_or_path=.": "policy.model_name_or_path: no tokenizer in '.'",
 }

@@ -190,12 +190,13 @@ def model_path(name: str) -> str:
     Raises:
         ModelError: for a path without a folder, or a URI that cannot be read.
     """
+    place = name
     if "://" in name:
         try:
-            return str(Store(name).staged())
+            place = str(Store(name).staged())
         except StorageError as error:
             raise ModelError(f"model_name_or_path: {error}") from error
-    path = Path(name).expanduser()
+    path = Path(place).expanduser()
     if os.path.isdir(path):  # of pathlib's a name that is too long raises
         return str(path)
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
