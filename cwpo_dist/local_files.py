@@ -1,12 +1,13 @@
 """Bytes in, a file on a disk or NFS out: it is there whole or not at all, also after a power cut.
 
-What is being written has a name that begins with a dot and ends in `.partial`: pandas, pyarrow's
-data sets, `datasets` and Spark pass over it. Its name says who writes, so that what a killed writer
-left is known as that, and removed.
+What is being written, a file or a whole folder, has a name that begins with a dot and ends in
+`.partial`: pandas, pyarrow's data sets, `datasets` and Spark pass over it. Its name says who
+writes, so that what a killed writer left is known as that, and removed.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -29,8 +30,12 @@ _OF_EARLIER_VERSIONS = re.compile(r".+\.[0-9a-f]{32}\.partial")  # seen by reade
 
 
 def is_partial(path: str) -> bool:
-    """True for the name of a file that is, or was, being written."""
-    return path.endswith(".partial")
+    """True for a file that is, or was, being written, or lies in a folder that is.
+
+    Args:
+        path: below the folder that is asked about.
+    """
+    return any(part.endswith(".partial") for part in path.split("/"))
 
 
 def create(path: str, data: bytes) -> bool:
@@ -45,7 +50,9 @@ def create(path: str, data: bytes) -> bool:
         try:
             os.link(partial, path)
         except FileExistsError:
-            return False
+            # Where NFS lost the reply and asked again, the name that is there is ours.
+            if os.stat(partial).st_nlink == 1:
+                return False
     _synced(os.path.dirname(path))
     return True
 
@@ -65,6 +72,39 @@ def copy(source: str | Path, path: str) -> None:
         _synced(partial)
         os.replace(partial, path)
     _synced(os.path.dirname(path))
+
+
+@contextmanager
+def whole_folder(folder: str) -> Iterator[Path]:
+    """A new folder for others' code to write in, which then gets its name in one step.
+
+    Where one like it has the name, the first stays: two that do the same work write the same, and
+    the second may be one that was stopped, and followed, long ago.
+    """
+    with _partial(folder) as partial:
+        os.mkdir(partial)
+        yield Path(partial)
+        sync_files(partial)
+        while not _renamed(partial, folder) and _sizes(partial) != _sizes(folder):
+            # An earlier version was killed as it wrote in place.
+            with _partial(folder) as torn, suppress(FileNotFoundError):
+                os.replace(folder, torn)
+    _synced(os.path.dirname(folder))
+
+
+def _renamed(folder: str, name: str) -> bool:
+    """Whether a folder got the name; not where a folder with files has it."""
+    try:
+        os.replace(folder, name)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    return {os.path.relpath(path, folder): os.path.getsize(path) for path in below(folder)}
 
 
 def settle(folder: str) -> None:
@@ -105,12 +145,12 @@ def _raise_unless_gone(error: OSError) -> None:
 
 def sweep(folder: str) -> None:
     """Removes what dead writers left half-written below a folder; of living ones nothing."""
-    for parent, _, names in os.walk(folder):
-        for name in filter(is_partial, names):
+    for parent, folders, names in os.walk(folder):
+        for name in filter(is_partial, (*folders, *names)):
             path = os.path.join(parent, name)
             try:
                 if _is_left_over(path):
-                    os.unlink(path)
+                    _remove(path)
             except FileNotFoundError:  # its writer, or another sweep, was faster
                 continue
             except OSError as error:  # in another's folder, say: no reason to end a run
@@ -128,10 +168,11 @@ def _is_left_over(path: str) -> bool:
 
 
 def _age_s(path: str) -> float:
-    """Seconds since a file grew, by the clock of the disk that it lies on, which stamps both."""
+    """Seconds since it grew, by the clock of the disk that it lies on, which stamps both."""
     with _partial(path) as probe:
         Path(probe).touch()
-        return os.stat(probe).st_mtime - os.stat(path).st_mtime
+        latest = max(os.stat(each).st_mtime for each in (path, *below(path)))
+        return os.stat(probe).st_mtime - latest
 
 
 @contextmanager
@@ -145,7 +186,15 @@ def _partial(final: str) -> Iterator[str]:
     try:
         yield partial
     finally:
-        Path(partial).unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: str) -> None:
+    """Removes a file, or a folder and all in it; nothing happens where there is none."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 def _write(path: str, data: bytes) -> None:

@@ -19,8 +19,8 @@ REMEDY = (
 )
 # What makes a name that of a secret, as a word of it or written together with the word before.
 _SECRET_WORDS = re.compile(
-    r"token|secret|pass(word|wd|phrase)?|pwd|sig(nature)?|credentials?|auth(orization)?|bearer|jwt|"
-    r"sas|\w*(token|secret|password|apikey|accesskey|accountkey)"
+    r"token|secret|pass(word|wd|phrase)?|pwd?|sig(nature)?|credentials?|auth(orization)?|bearer|jwt|"
+    r"otp|hmac|cookie|sas|\w*(token|secret|password|apikey|accesskey|accountkey|sessionid)"
 )
 # Signed URLs carry their whole signature in parameters of the signer's own.
 _SIGNERS = (["x", "amz"], ["x", "goog"], ["x", "ms"])
@@ -42,15 +42,19 @@ _CREDENTIALS = tuple(
         rf"\b(?P<kept>(?!(?:{_NAMED_BEFORE_AT}|github):)[A-Za-z][\w+.-]*:[/\\]{{2,}})"
         r"(?!\*\*\*@)[^\s\"'/\\?#@]+@",
         # Credentials that say what they are.
-        r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[oprsu]_[A-Za-z0-9]{20,}|"
-        r"github_pat_\w{20,}|glpat-[\w-]{16,}|sk-(?:ant-|proj-)?[A-Za-z0-9]{24,}|"
+        r"\b(?:(?:hf|api_org|r8|gsk|npm|[sr]k_live|dop_v1|gh[oprsu])_[A-Za-z0-9]{20,}|"
+        r"(?:AKIA|ASIA)[A-Z0-9]{16}|github_pat_\w{20,}|(?:glpat|nvapi)-[\w-]{16,}|"
+        r"sk-(?:(?:ant|proj|svcacct|admin|or)-[\w-]{20,}|[A-Za-z0-9]{24,})|pypi-[\w-]{40,}|"
+        r"dapi[0-9a-f]{32}|ya29\.[\w-]{20,}|SG\.[\w-]{16,}\.[\w-]{16,}|"
         r"xox[abps]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)",
         r"\b(?P<kept>(?:[Bb]earer|[Bb]asic) +)[\w.~+/-]{12,}=*",
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*",
     )
 )
+# name=value; or, as a mapping is shown, 'name': 'value'.
 _PARAMETER = re.compile(
-    r"(?P<before>^|[?&;#/\s,\"'({])(?P<name>[A-Za-z][\w.-]*)=(?P<value>[^&;#\s\"']+)"
+    r"(?P<before>^|[?&;#/\s,\"'({-])(?P<name>[A-Za-z][\w.-]*)(?P<is>=[\"']?|[\"']\s*:\s*[\"'])"
+    r"(?P<value>[^&;#\s\"']+)"
 )
 
 
@@ -65,13 +69,21 @@ def is_secret_name(name: str) -> bool:
 
 
 def has_credential(text: str) -> bool:
-    """Whether a credential stands in a text, be it written with %40 for @."""
-    return any(_hidden(form) != form for form in (text, unquote(text)))
+    """Whether a credential stands in a text, be it written with %40, or %2540, for @."""
+    return any(_hidden(form) != form for form in _forms(text))
 
 
 def redacted(text: str) -> str:
     """A text with `***` for each credential in it."""
-    return _hidden(unquote(text)) if has_credential(text) else text
+    return _hidden(_forms(text)[-1]) if has_credential(text) else text
+
+
+def _forms(text: str) -> list[str]:
+    """The text as it is, and as it reads with less and less of it quoted."""
+    forms = [text]
+    while (plain := unquote(forms[-1])) != forms[-1]:
+        forms.append(plain)
+    return forms
 
 
 def first_credential(value: Any) -> str | None:
@@ -129,4 +141,4 @@ def _parameter(found: re.Match[str]) -> str:
     name = found["name"]
     if not is_secret_name(name) or (name.lower() in _AMBIGUOUS and not asked):
         return found[0]
-    return f"{found['before']}{name}={HIDDEN}"
+    return f"{found['before']}{name}{found['is']}{HIDDEN}"

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from cwpo_dist.storage import Store
 
 DIGESTS, SIGNATURE = "digests.json", "model.sig"
+NO_FILE = "no regular file"  # what stands for its digest: a link leads elsewhere, a pipe never ends
 _BLOCK = 2**22
 
 
@@ -38,16 +41,18 @@ class Difference:
 
 def write_digests(folder: Store) -> None:
     """Writes `digests.json`, of all other files of the folder."""
-    found = _digests(folder)
+    folder.create_json(DIGESTS, _statement(folder.root.rsplit("/", 1)[-1], _digests(folder)))
+
+
+def _statement(folder: str, found: Mapping[str, str]) -> dict[str, Any]:
+    """What says that a folder of that name has files of these digests."""
     root = hashlib.sha256(b"".join(bytes.fromhex(found[name]) for name in sorted(found)))
     resources = [
         {"name": name, "algorithm": "sha256", "digest": found[name]} for name in sorted(found)
     ]
-    statement = {
+    return {
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [
-            {"name": folder.root.rsplit("/", 1)[-1], "digest": {"sha256": root.hexdigest()}}
-        ],
+        "subject": [{"name": folder, "digest": {"sha256": root.hexdigest()}}],
         "predicateType": "https://model_signing/signature/v1.0",
         "predicate": {
             "serialization": {
@@ -59,7 +64,6 @@ def write_digests(folder: Store) -> None:
             "resources": resources,
         },
     }
-    folder.create_json(DIGESTS, statement)
 
 
 def compare(folder: Store) -> Difference:
@@ -150,23 +154,38 @@ def _wanted(folder: Store) -> dict[str, str]:
     statement: Any = folder.read_json(DIGESTS)
     try:
         resources: list[Mapping[str, str]] = statement["predicate"]["resources"]
-        return {each["name"]: each["digest"] for each in resources}
-    except (KeyError, TypeError) as error:
+        wanted = {each["name"]: each["digest"] for each in resources}
+        whole = statement == _statement(statement["subject"][0]["name"], wanted)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:  # a file twice, say: readers would not agree on which counts
         raise SigningError(
-            f"{folder.path(DIGESTS)!r} is no list of digests ({error!r} is missing); "
-            "export the model again"
-        ) from None
+            f"{folder.path(DIGESTS)!r} is no list of digests as `cwpo export` writes it; export "
+            "the model again"
+        )
+    return wanted
 
 
 def _digests(folder: Store) -> dict[str, str]:
-    """SHA-256 by name of each file, whatever its name, but for the digests and their signature."""
+    """SHA-256 by name of all that a folder holds, but for the digests and their signature."""
     folder.filesystem.invalidate_cache()
     start = len(folder.root) + 1
-    names = sorted(str(path)[start:] for path in folder.filesystem.find(folder.root))
-    return {name: _sha256(folder, name) for name in names if name not in (DIGESTS, SIGNATURE)}
+    found = _entries(folder.root) if folder.is_local else folder.filesystem.find(folder.root)
+    digests = {name: _sha256(folder, name) for name in sorted(str(path)[start:] for path in found)}
+    beside = [name for name in (DIGESTS, SIGNATURE) if digests.get(name) not in (None, NO_FILE)]
+    return {name: digest for name, digest in digests.items() if name not in beside}
+
+
+def _entries(root: str) -> Iterator[str]:
+    """Files, links, pipes and whatever else is there that is no folder."""
+    for parent, folders, names in os.walk(root):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        yield from (os.path.join(parent, name) for name in (*links, *names))
 
 
 def _sha256(folder: Store, name: str) -> str:
+    if folder.is_local and not stat.S_ISREG(os.lstat(folder.path(name)).st_mode):
+        return NO_FILE
     digest = hashlib.sha256()
     with folder.filesystem.open(folder.path(name), "rb") as file:
         while block := file.read(_BLOCK):

@@ -69,10 +69,10 @@ class Store:
             )
         try:
             filesystem, root = fsspec.url_to_fs(self.uri)
-        except (ImportError, ValueError) as error:  # s3 and gs come with extras of the same names
+        except Exception as error:  # some read or ask as they are made; s3 and gs come with extras
             raise StorageError(
-                f"{self.uri}: {error}. Use a path or a URI of a known kind; s3:// wants the extra "
-                "[s3], gs:// the extra [gcs]"
+                f"{self.uri}: {told(error)}. Use a path or a URI of a known kind; s3:// wants the "
+                "extra [s3], gs:// the extra [gcs]"
             ) from error
         return filesystem, root.rstrip("/")
 
@@ -110,8 +110,9 @@ class Store:
         """
         if self.is_local:
             there = Path(self.root)
-            while not there.exists():
-                there = there.parent
+            with self._writing(""):
+                while not there.exists():
+                    there = there.parent
             if not (there.is_dir() and os.access(there, os.W_OK)):
                 raise StorageError(f"{self.uri}: nothing can be written in {there}; name another")
             return
@@ -142,11 +143,8 @@ class Store:
                 found = local_files.below(place) if self.is_local else self._found(place)
         except FileMissing:
             return []
-        return sorted(
-            str(path)[len(self.root) + 1 :]
-            for path in found
-            if not local_files.is_partial(str(path))
-        )
+        names = (str(path)[len(self.root) + 1 :] for path in found)
+        return sorted(name for name in names if not local_files.is_partial(name))
 
     def _found(self, place: str) -> list[str]:
         """Files alone: s3fs gives a folder for one into which another begins to write meanwhile."""
@@ -186,7 +184,8 @@ class Store:
         """Writes `name` unless it exists, in one step.
 
         Returns:
-            True when this call created the file, False when another had.
+            True when this call created the file, False when another had; of two who give the same
+            bytes, both may be told that it was they.
 
         Raises:
             StorageError: when storage refuses the write (full, forbidden).
@@ -197,7 +196,9 @@ class Store:
             try:
                 self.filesystem.pipe_file(self.path(name), data, mode="create")  # conditional
             except FileExistsError:
-                return False
+                # Where the service's reply was lost and its client asked again, it is ours.
+                self.filesystem.invalidate_cache()
+                return bool(self.filesystem.cat_file(self.path(name)) == data)
             return True
 
     def write(self, name: str, data: bytes) -> None:
@@ -249,7 +250,7 @@ class Store:
         data = self.read(name)
         try:
             return json.loads(data)
-        except ValueError as error:  # of other bytes than UTF-8, too
+        except (ValueError, RecursionError) as error:  # of other bytes than UTF-8, too
             raise StorageError(
                 f"{self.path(name)!r} is {'torn' if data else 'empty'}, as after a power cut or a "
                 "broken copy; remove it, then run the same command again: what it stood for is "
@@ -279,8 +280,9 @@ class Store:
     def upload(self, folder: Path) -> None:
         """Copies every file of a local folder into this one."""
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and not local_files.is_partial(path.name):
-                self.copy_in(path, path.relative_to(folder).as_posix())
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and not local_files.is_partial(name):
+                self.copy_in(path, name)
 
     def copy_in(self, path: Path, name: str) -> None:
         """Copies one local file to `name`, replacing it in one step."""
@@ -302,7 +304,8 @@ class Store:
             return Path(self.root)
         cache = Path(tempfile.gettempdir()) / f"cwpo-stage-{os.getuid()}"
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        target = cache / digest([self.uri, fingerprint(self.uri)])
+        with self._reading():
+            target = cache / digest([self.uri, fingerprint(self.uri)])
         with target.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one copies, others wait; a kill frees it
             if not target.exists():
@@ -405,7 +408,8 @@ def fingerprint(uri: str) -> list[list[Any]]:
         FileNotFoundError: where there is none.
     """
     filesystem, root = fsspec.url_to_fs(uri)
-    found = [path for path in filesystem.find(root) if not local_files.is_partial(str(path))]
+    start = len(root.rstrip("/"))
+    found = [path for path in filesystem.find(root) if not local_files.is_partial(path[start:])]
     if not found:
         raise FileNotFoundError(f"no file at {uri!r}")
     return [mark(path, filesystem.info(path)) for path in sorted(found)]

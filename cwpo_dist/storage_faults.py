@@ -100,6 +100,8 @@ OTHER = Fault(
     "your credentials (environment variables) and the network",
 )
 
+_LONGEST = 500  # characters of what an error said; a missing driver lists where it looked
+
 # Expired credentials are refused like forbidden ones: what is more exact is asked first.
 FAULTS = (UNKNOWN_USER, DENIED, THROTTLED, UNREACHABLE, FULL, MISSING)
 
@@ -133,11 +135,11 @@ def is_full(error: BaseException) -> bool:
 
 
 def told(error: BaseException) -> str:
-    """What an error says, without the address that was asked for: it may hold a signature."""
+    """What an error says, in brief, without the address asked for: it may hold a signature."""
     status, message = getattr(error, "status", None), getattr(error, "message", None)
-    if isinstance(status, int) and isinstance(message, str):
-        return redacted(f"{status} {message}")
-    return redacted(str(error)) or type(error).__name__
+    asked = isinstance(status, int) and isinstance(message, str)
+    said = redacted(f"{status} {message}" if asked else str(error)) or type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

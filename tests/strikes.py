@@ -135,16 +135,16 @@ def unsynced(root: Path, log: Path) -> tuple[list[Path], list[Path]]:
         log: of what was synced.
     """
     of_bytes: set[tuple[int, ...]] = set()
-    of_names: set[tuple[str, str, int]] = set()
+    of_names: set[tuple[int, str, int]] = set()  # of a folder that may have another name by now
     for line in log.read_text().splitlines():
         given = json.loads(line)
         if "mark" in given:
             of_bytes.add(tuple(given["mark"]))
-            of_names |= {(given["path"], n, inode) for n, inode in given["names"].items()}
+            of_names |= {(given["mark"][0], n, inode) for n, inode in given["names"].items()}
     names, torn = [], []
     for path in root.rglob("*"):
         found = path.stat()
-        if (str(path.parent), path.name, found.st_ino) not in of_names:
+        if (path.parent.stat().st_ino, path.name, found.st_ino) not in of_names:
             names.append(path)
         mark = (found.st_ino, found.st_size, found.st_mtime_ns)
         if path.is_file() and found.st_size and mark not in of_bytes:

@@ -16,6 +16,8 @@ import pytest
 from hostile import GOOD, Run, planned, refused
 from test_comparison_page import sample_comparison
 
+from cwpo_dist.cli.app import USER_ERROR
+
 OK = "output_dir: o\nprepare: {sources: [{path: x}]}\n"
 DEEP = "[" * 5000
 
@@ -57,6 +59,17 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "decay .nan": (OK + "align: {weight_decay: .nan}\n", "align.weight_decay: nan"),
     "DeepSpeed .nan": (OK + "fit: {deepspeed: {a: .nan}}\n", "fit.deepspeed.a: nan"),
     "resources inf": (OK + "fit: {resources_per_worker: {a: inf}}\n", "resources_per_worker"),
+    "beta a truth": (OK + "align: {beta: yes}\n", "align.beta: give a number (got true)"),
+    "seed a truth": (OK + "seed: true\n", "seed: give a number (got true)"),
+    "epochs 1e308": (OK + "fit: {num_train_epochs: 1.0e+308}\n", "fit.num_train_epochs: "),
+    "resources negative": (
+        OK + "fit: {resources_per_worker: {CPU: -1}}\n",
+        "fit.resources_per_worker.CPU: -1",
+    ),
+    "no output": (OK.replace("output_dir: o", "output_dir: ''"), 'output_dir: ""; give a name'),
+    "no path": (OK.replace("path: x", "path: ''"), 'prepare.sources.0.path: ""; give a name'),
+    "no model": (OK + "policy: {model_name_or_path: ''}\n", "policy.model_name_or_path: "),
+    "5000 unknown keys": (OK + "".join(f"k{i}: 1\n" for i in range(5000)), "4970 more"),
     "batch a list": (OK + "fit: {per_device_train_batch_size: [1]}\n", "train_batch_size: [1]"),
     "batch a map": (OK + "fit: {per_device_train_batch_size: {a: 1}}\n", "train_batch_size: "),
     "batch .inf": (OK + "fit: {per_device_train_batch_size: .inf}\n", "train_batch_size: inf"),
@@ -140,6 +153,28 @@ def test_an_override_is_refused_by_name(cwpo: Run, tmp_path: Path, override: str
     path = tmp_path / "run.yaml"
     path.write_text(OK)
     refused(cwpo("config", path, override), OVERRIDES[override])
+
+
+PLACES = {
+    "output_dir=zip://a::/nosuch.zip": "output_dir: zip://a::/nosuch.zip",
+    f"output_dir=/tmp/{'a' * 300}": "output_dir: ",
+    "prepare.sources.0.path=jupyter://x": "prepare.sources.0.path: nothing to read at 'jupyter://x'",
+    "prepare.sources.0.path=generic://x": "prepare.sources.0.path: nothing to read at 'generic://x'",
+    "prepare.sources.0.path=hdfs://127.0.0.1:1/x": "prepare.sources.0.path: ",
+    "policy.model_name_or_path=file:///nosuch": "no folder 'file:///nosuch'",
+    f"policy.model_name_or_path={'a' * 5000}": "policy.model_name_or_path: no folder",
+    "policy.model_name_or_path=.": "policy.model_name_or_path: no tokenizer in '.'",
+}
+
+
+@pytest.mark.parametrize("override", PLACES, ids=lambda each: each[:50])
+def test_a_place_is_refused_by_name(cwpo: Run, folder: Path, override: str) -> None:
+    """Filesystems differ in what they raise, and in when."""
+    assert planned(cwpo, folder, folder / "nosuch").code == USER_ERROR  # which writes run.yaml
+    given = [f"prepare.sources.0.path={folder / 'pairs.jsonl'}", override]
+    ended = cwpo("plan", folder / "run.yaml", *given)
+    refused(ended, PLACES[override])
+    assert len(ended.said) < 6000
 
 
 ARGUMENTS = [

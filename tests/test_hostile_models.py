@@ -75,6 +75,16 @@ def template(text: str) -> Change:
     return put("chat_template.jinja", text.encode())
 
 
+def index(data: bytes) -> Change:
+    """An index in place of the weights."""
+    return lambda m: [(m / "model.safetensors").unlink(), (m / INDEX).write_bytes(data)]
+
+
+def _index_of(file: str) -> bytes:
+    return json.dumps({"metadata": {"total_size": 1}, "weight_map": {"a": file}}).encode()
+
+
+INDEX = "model.safetensors.index.json"
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors: ", "config.json: ", "no tokenizer in "
 MODELS: dict[str, tuple[Change, str]] = {
     "weights empty": (put("model.safetensors", b""), WEIGHTS),
@@ -90,20 +100,16 @@ MODELS: dict[str, tuple[Change, str]] = {
     "dtype": (tensor(dtype="EVIL"), WEIGHTS),
     "overlap": (header(lambda head, first: head | {"x": head[first]}), WEIGHTS),
     "another framework": (header(lambda h, _: h | {"__metadata__": {"format": "tf"}}), WEIGHTS),
-    "index no JSON": (
-        lambda m: [
-            (m / "model.safetensors").unlink(),
-            put("model.safetensors.index.json", b"[")(m),
-        ],
-        "model.safetensors.index.json",
+    "index no JSON": (index(b"["), "model.safetensors.index.json"),
+    "index of nothing": (index(_index_of("b.safetensors")), "b.safetensors"),
+    "index deep": (index(b"[" * 10**5), "model.safetensors.index.json is no index"),
+    "index without metadata": (index(b'{"weight_map": {}}'), "no index of weights"),
+    "index a pipe": (
+        lambda m: [index(b"")(m), os.remove(m / INDEX), os.mkfifo(m / INDEX)],
+        "model.safetensors.index.json is no regular file",
     ),
-    "index of nothing": (
-        lambda m: [
-            (m / "model.safetensors").unlink(),
-            put("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}')(m),
-        ],
-        "b.safetensors",
-    ),
+    "index outside": (index(_index_of("../model/b.safetensors")), "outside its folder"),
+    "index absolute": (index(_index_of("/b.safetensors")), "outside its folder"),
     "config a list": (put("config.json", b"[]"), CONFIG),
     "config empty": (put("config.json", b""), CONFIG),
     "config deep": (put("config.json", b'{"a":' * 10**5), CONFIG),
@@ -113,6 +119,8 @@ MODELS: dict[str, tuple[Change, str]] = {
     "layers text": (js("config.json", num_hidden_layers="many"), "num_hidden_layers"),
     "layers null": (js("config.json", num_hidden_layers=None), "num_hidden_layers"),
     "labels 1e5": (js("config.json", id2label=dict.fromkeys(range(10**5), "x")), "id2label"),
+    "number of labels 1e12": (js("config.json", num_labels=10**12), "num_labels"),
+    "head width 1e9": (js("config.json", head_dim=10**9), "head_dim: 1000000000"),
     "heads 0": (js("config.json", num_attention_heads=0), "num_attention_heads"),
     "width a fraction": (js("config.json", hidden_size=32.5), "hidden_size"),
     "words 1e12": (js("config.json", vocab_size=10**12), "vocab_size: 1000000000000"),

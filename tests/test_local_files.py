@@ -77,6 +77,56 @@ def test_what_the_dead_left_goes_and_what_the_living_write_stays(tmp_path: Path)
     assert sorted(path for path in scores.iterdir()) == sorted([living, elsewhere, users])
 
 
+def test_a_folder_gets_its_name_whole_and_the_first_stays(tmp_path: Path) -> None:
+    """Of an export that was stopped for long the successor's is there when it goes on."""
+    store = Store(str(tmp_path / "run"))
+    place = f"{store.root}/model"
+    with local_files.whole_folder(place) as late:
+        (late / "weights").write_bytes(b"late")
+        assert store.names() == []
+        with local_files.whole_folder(place) as first:
+            (first / "weights").write_bytes(b"1st!")
+            store.sweep()
+    assert store.names() == ["model/weights"]
+    assert store.read("model/weights") == b"1st!"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
+
+
+def test_a_folder_that_was_written_in_place_and_is_torn_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"to")
+    with local_files.whole_folder(str(tmp_path / "model")) as folder:
+        (folder / "weights").write_bytes(b"whole")
+    assert (tmp_path / "model" / "weights").read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), local_files.whole_folder(f"{tmp_path}/model") as folder:
+        folder.write_bytes(b"x")
+    assert not list(tmp_path.iterdir())
+    dead = tmp_path / f".model.{Process.current().machine}-1-1-00000000.partial"
+    dead.mkdir()
+    (dead / "weights").write_bytes(b"x")
+    Store(str(tmp_path)).sweep()
+    assert not dead.exists()
+
+
+def test_a_link_whose_reply_nfs_lost_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def again(source: str, path: str) -> None:
+        link(source, path)
+        link(source, path)
+
+    monkeypatch.setattr(os, "link", again)
+    store = Store(str(tmp_path))
+    assert store.create("x", b"1")
+    assert not store.create("x", b"1")
+
+
 def test_a_clock_that_is_an_hour_off_takes_no_living_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,14 @@ https://user:5ECRET%40host/x
 https://h/x?url=https%3A%2F%2Fuser%3A5ECRET%40host
 models/hf_5ECRETabcdefghijklmnopqrstuv
 Bearer 5ECRETabcdefghij
+https://user%253A5ECRET%2540host/x%2520
+{'anon': False, 'secret': '5ECRET'}
+{"aws_secret_access_key": "5ECRET"}
+S3FileSystem(key='AKI', token='5ECRET')
+--token=5ECRET
+Cookie=5ECRET
+sk-ant-api03-5ECRETab_cd-efghijklmnop
+nvapi-5ECRETabcdefghijklmnop
 """.strip().splitlines()
 HARMLESS = r"""
 s3://bucket/a:b/c

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -56,11 +59,57 @@ def test_each_changed_missing_and_added_file_is_named(
     ]
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"predicate": {"resources": 5}}'])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[]", b"[" * 10**5, b'{"predicate": {"resources": 5}}']
+)
 def test_without_digests_nothing_is_verified(folder: Path, content: bytes | None) -> None:
     (folder / DIGESTS).unlink()
     if content is not None:
         (folder / DIGESTS).write_bytes(content)
+    assert verify(folder) == cli.USER_ERROR
+
+
+@pytest.mark.parametrize("name", ["config.json", "added", DIGESTS, SIGNATURE])
+@pytest.mark.parametrize("kind", ["link", "loop", "folder", "pipe"])
+def test_what_is_no_regular_file_is_named_and_not_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    """A link to the same bytes may lead to others tomorrow; a pipe would be waited for."""
+    target, place = tmp_path / "elsewhere", folder / name
+    if kind == "folder":
+        target.mkdir()
+    else:
+        target.write_bytes(place.read_bytes() if place.exists() else b"")
+    place.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(place if kind == "loop" else target)
+    assert verify(folder) in (1, cli.USER_ERROR)
+    assert name in "".join(capsys.readouterr())
+
+
+def _twice(statement: dict[str, Any]) -> None:
+    resources = statement["predicate"]["resources"]
+    resources.append(resources[0] | {"digest": "0" * 64})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _twice,
+        lambda statement: statement["subject"][0]["digest"].update(sha256="0" * 64),
+        lambda statement: statement["predicate"]["resources"][0].update(algorithm="md5"),
+        lambda statement: statement["predicate"]["resources"][0].update(digest="no hexadecimals"),
+        lambda statement: statement["predicate"]["resources"][0].update(name=["a"]),
+    ],
+)
+def test_digests_that_export_did_not_write_are_refused(
+    folder: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    statement = json.loads((folder / DIGESTS).read_text())
+    change(statement)
+    (folder / DIGESTS).write_text(json.dumps(statement))
     assert verify(folder) == cli.USER_ERROR
 
 

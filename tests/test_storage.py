@@ -27,6 +27,7 @@ from cwpo_dist.storage import (
     parquet_bytes,
     to_json,
 )
+from cwpo_dist.training.lease import Lease, LeaseHeld
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -98,6 +99,25 @@ def test_of_many_writers_at_once_exactly_one_wins(store: Store) -> None:
         won = list(pool.map(lambda data: Store(store.uri).create("commit", data), payloads))
     assert won.count(True) == 1
     assert store.read("commit") == payloads[won.index(True)]
+
+
+def test_a_file_whose_reply_was_lost_is_ours(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client asks again, and then its own file is in the way."""
+    put = S3FileSystem._pipe_file
+
+    async def again(self: S3FileSystem, path: str, *given: object, **named: object) -> object:
+        await put(self, path, *given, **named)
+        return await put(self, path, *given, **named)
+
+    monkeypatch.setattr(S3FileSystem, "_pipe_file", again)
+    with Lease.acquire(s3_store) as lease:
+        assert lease.token.epoch == 1
+        assert s3_store.create("commit", b"mine")
+        assert not s3_store.create("commit", b"another's")
+        with pytest.raises(LeaseHeld):
+            Lease.acquire(s3_store)
 
 
 def _create_many(uri: str, mark: bytes, barrier: object, results: object) -> None:

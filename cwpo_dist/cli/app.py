@@ -306,7 +306,7 @@ def verify(
 
     place = Store(folder)
     found = compare(place).lines()
-    if key is not None and (why := verify_signature(place, key)) is not None:
+    if not found and key is not None and (why := verify_signature(place, key)) is not None:
         found.append(f"signature: not that of {key}: {why}")
     for line in found:
         say(line)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cwpo_dist.redaction import REMEDY, first_credential, redacted
 
@@ -20,6 +28,12 @@ PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]  # as torch and Arrow hold t
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
+Epochs = Annotated[float, Field(gt=0.0, le=1e6)]
+
+
+Place = Annotated[str, Field(min_length=1)]  # a path, URI or id: "" would be where we are
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names field, value and remedy.
 
@@ -28,6 +42,16 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a field may be of: those of a union, and what `Annotated` is about."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return {kind for each in get_args(annotation) for kind in _kinds(each)}
+    return {origin or annotation}
 
 
 class Section(BaseModel):
@@ -52,6 +76,15 @@ class Section(BaseModel):
         place = first_credential(given)
         if place is not None:
             raise ValueError(f"{place}: {REMEDY}")
+        return given
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, given: Any, field: ValidationInfo) -> Any:
+        """`beta: yes` would be 1.0."""
+        kinds = _kinds(cls.model_fields[str(field.field_name)].annotation)
+        if isinstance(given, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("give a number")
         return given
 
     def identity(self) -> dict[str, Any]:

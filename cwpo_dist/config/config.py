@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from cwpo_dist.config.base import Fraction, PositiveFloat, Section, Split
+from cwpo_dist.config.base import Fraction, Place, PositiveFloat, Section, Split
 from cwpo_dist.config.data import PrepareConfig
 from cwpo_dist.config.models import ModelConfig
 from cwpo_dist.config.scoring import AnnotateConfig, EvaluateConfig, ReferenceConfig
@@ -84,7 +84,7 @@ class CompareConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    output_dir: str
+    output_dir: Place
     seed: int = 0
     arms: list[str] = Field(default_factory=lambda: ["cw"], min_length=1)
     simulated_labels: bool = Field(False, description="labels come from a rule; shown everywhere")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from cwpo_dist.config.base import Fraction, PositiveFloat, PositiveInt, Section
+from cwpo_dist.config.base import Fraction, Place, PositiveFloat, PositiveInt, Section
 
 LabelValue = bool | int | float | str
 
@@ -40,7 +40,7 @@ _MAP = {"from", "a", "b", "tie", "none"}
 class Source(Section):
     """One source of pairs: files, a folder, or a hub id; README.md says which files are read."""
 
-    path: str = Field(description="file, glob, folder, URI, or a Hugging Face hub id")
+    path: Place = Field(description="file, glob, folder, URI, or a Hugging Face hub id")
     name: str | None = Field(None, description="subset of a data set")
     data_dir: str | None = Field(None, description="folder inside a data set (harmless-base)")
     split: str | None = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ _WANTED = {
     "list_type": "a list, such as [a, b]",
     "tuple_type": "a list of two, [min, max]",
     "missing": "one more entry",
+    "string_too_short": "a name",
     "string_type": "text, in quotes where it looks like something else",
     "dict_type": "`key: value` lines below it",
     "literal_error": "{expected}",
@@ -34,14 +36,17 @@ _WANTED = {
 # How pydantic names the kinds that a field may be of, at the end of a fault's place.
 _KIND = re.compile(r"constrained-\w+|(tuple|list|dict|literal)\[.*\]|int|float|str|bool")
 _LONGEST_VALUE = 60  # letters
+_MOST_LINES = 30
 
 
 def explained(faults: Sequence[Any]) -> str:
-    """One line a field, in the order in which fields stand in the configuration."""
+    """One line a field, the first ones, in the order of the fields of the configuration."""
     fields: dict[str, list[Any]] = {}
     for fault in faults:
         fields.setdefault(_field(fault["loc"]), []).append(fault)
-    return "\n".join(_line(field, found) for field, found in fields.items())
+    lines = [_line(field, found) for field, found in itertools.islice(fields.items(), _MOST_LINES)]
+    more = len(fields) - len(lines)
+    return "\n".join([*lines, *([f"… and {more} more; correct these first"] if more else [])])
 
 
 def _field(loc: Sequence[str | int]) -> str:

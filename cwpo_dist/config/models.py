@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cwpo_dist.config.base import Fraction, PositiveInt, Section
+from cwpo_dist.config.base import Fraction, Place, PositiveInt, Section
 
 # What Llama 3.1's template prints where nobody tells it the date.
 TEMPLATE_DATE = date(2024, 7, 26)
@@ -16,7 +16,7 @@ TEMPLATE_DATE = date(2024, 7, 26)
 class ModelConfig(Section):
     """A causal language model and how text becomes its tokens."""
 
-    model_name_or_path: str
+    model_name_or_path: Place
     revision: str | None = None
     num_hidden_layers: PositiveInt | None = Field(None, description="keep the first N layers")
     attn_implementation: Literal["auto", "sdpa", "eager"] = Field(

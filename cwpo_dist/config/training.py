@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from cwpo_dist.config.base import PositiveFloat, PositiveInt, Section
+from cwpo_dist.config.base import Epochs, PositiveFloat, PositiveInt, Section
 from cwpo_dist.config.deepspeed import decides_weights, read_section
 from cwpo_dist.config.models import LoraConfig
 
@@ -44,7 +44,7 @@ class TrainingConfig(Section):
     )
 
     learning_rate: PositiveFloat
-    num_train_epochs: PositiveFloat = 1.0
+    num_train_epochs: Epochs = 1.0
     max_steps: int = Field(-1, description="stop after this many steps; -1: by epochs")
     global_batch_size: PositiveInt = Field(64, description="pairs a step, over all workers")
     per_device_train_batch_size: PositiveInt | None = Field(
@@ -73,7 +73,7 @@ class TrainingConfig(Section):
     )
     use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has GPUs")
     cpus_per_worker: PositiveFloat = 1.0
-    resources_per_worker: dict[str, float] = Field(default_factory=dict)
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     save_steps: PositiveInt = 100
     save_minutes: PositiveFloat | None = Field(
         None, description="a checkpoint also when the last one is so old"
@@ -179,7 +179,7 @@ class FitConfig(TrainingConfig):
     compute_fields: ClassVar[frozenset[str]] = TrainingConfig.compute_fields | {"seeds"}
 
     learning_rate: PositiveFloat = 1e-5
-    num_train_epochs: PositiveFloat = 5.0
+    num_train_epochs: Epochs = 5.0
     global_batch_size: PositiveInt = 32
     labels: Literal["hard", "votes"] = Field(
         "hard",
@@ -202,7 +202,7 @@ class SftConfig(TrainingConfig):
     """Supervised fine-tuning of the policy on the chosen answers (paper table 8)."""
 
     learning_rate: PositiveFloat = 1e-5
-    num_train_epochs: PositiveFloat = 3.0
+    num_train_epochs: Epochs = 3.0
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     lora: LoraConfig | None = LoraConfig()
@@ -212,7 +212,7 @@ class AlignConfig(TrainingConfig):
     """Confidence-weighted preference optimisation (paper eq. 7–11, table 9)."""
 
     learning_rate: PositiveFloat = 5e-6
-    num_train_epochs: PositiveFloat = 5.0
+    num_train_epochs: Epochs = 5.0
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     lora: LoraConfig | None = LoraConfig()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,12 +36,13 @@ from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, refused_as
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.switches import keep_given, switch_off
 from cwpo_dist.lm.unfit import unfit
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
 
 # What decides a model's behaviour; other files of its folder may change freely.
 _NAMES_SHOWN = 5
+_LONGEST_ID = 96  # letters, on the hub
 _KINDS: dict[Any, tuple[Collection[str], str]] = {
     AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal language model"),
     AutoModelForSequenceClassification: (
@@ -186,14 +188,19 @@ def model_path(name: str) -> str:
     """What `from_pretrained` takes: a local folder (a store's URI is staged), or a hub id.
 
     Raises:
-        ModelError: for a path without a folder.
+        ModelError: for a path without a folder, or a URI that cannot be read.
     """
+    place = name
     if "://" in name:
-        return str(Store(name).staged())
-    path = Path(name).expanduser()
-    if path.is_dir():
+        try:
+            place = str(Store(name).staged())
+        except StorageError as error:
+            raise ModelError(f"model_name_or_path: {error}") from error
+    path = Path(place).expanduser()
+    if os.path.isdir(path):  # of pathlib's a name that is too long raises
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path or len(name) > _LONGEST_ID:
         raise ModelError(
             f"model_name_or_path: no folder {name!r}; give a Hugging Face folder, a URI or a hub id"
         )

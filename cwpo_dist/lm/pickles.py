@@ -7,7 +7,7 @@ torch.load, which may run code.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -26,11 +26,20 @@ def other_weights(path: str, revision: str | None) -> str | None:
     index = _index(path, revision)
     if index is None:  # one file, whose name says what it is
         return None
+    if not index.is_file():
+        return f"{SAFE_WEIGHTS_INDEX_NAME} is no regular file; fetch it again"
     try:
-        files = {str(file) for file in json.loads(index.read_bytes())["weight_map"].values()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        held = json.loads(index.read_bytes())
+        files = {str(file) for file in held["weight_map"].values()}
+        held["metadata"]  # transformers reads it, without a word where there is none
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return (
             f"{SAFE_WEIGHTS_INDEX_NAME} is no index of weights ({one_line(error)}); fetch it again"
+        )
+    elsewhere = sorted(file for file in files if {"/", ".."} & set(PurePosixPath(file).parts))
+    if elsewhere:
+        return (
+            f"{SAFE_WEIGHTS_INDEX_NAME} names {elsewhere[0]!r}, outside its folder; fetch it again"
         )
     others = sorted(file for file in files if not file.endswith(".safetensors"))
     if not others:

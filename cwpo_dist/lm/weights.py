@@ -24,7 +24,7 @@ _SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "ada
 _JSON = (*_SMALL, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _MOST_LABELS = 10_000  # transformers copies them with every configuration, for seconds
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-_WORDS = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size")
+_WORDS = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "head_dim")
 _WHOLE = (*_LAYERS, *_WORDS, "num_attention_heads", "max_position_embeddings")
 
 
@@ -97,9 +97,10 @@ def _held(file: Path) -> Weights:
 def _claims(path: Path, held: Weights) -> str | None:
     """What a configuration says that its weights belie."""
     config = json.loads(path.read_bytes()) if path.is_file() else {}
-    labels = config.get("id2label")
-    if isinstance(labels, dict) and len(labels) > _MOST_LABELS:
-        return f"config.json: id2label: {len(labels):,} labels; a reward model has one: remove it"
+    labels, count = config.get("id2label"), config.get("num_labels")
+    for name, many in ("id2label", len(labels or ())), ("num_labels", count):
+        if isinstance(many, int) and many > _MOST_LABELS:
+            return f"config.json: {name}: {many:,} labels; a reward model has one: remove it"
     text = config.get("text_config")
     for each in (config, text if isinstance(text, dict) else {}):
         for name, value in _numbers(each):

@@ -232,7 +232,10 @@ def filesystem_of(path: str) -> tuple[Any, str]:
     What has no `://` is a path as it stands; fsspec would read `::` as one URI inside another.
     """
     if "://" in path:
-        found: tuple[Any, str] = fsspec.url_to_fs(path)
+        try:
+            found: tuple[Any, str] = fsspec.url_to_fs(path)
+        except TypeError as error:  # of a kind that wants to be told more than a URI
+            raise ValueError(str(error)) from error
         return found
     return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
 

@@ -75,7 +75,7 @@ def check_model(
     name = model.model_name_or_path
     where = f"{field}.model_name_or_path: {name!r}: "
     try:
-        path = Path(model_path(name))
+        path = Path(model_path(name)).absolute()  # `.` stands in every sentence
         if path.is_dir() and (fault := other_weights(str(path), None) or folder_fault(path)):
             return CheckedModel(None, None, (where + fault,))
         local = (

@@ -29,12 +29,12 @@ from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity, digests, identify
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.switches import give_back
-from cwpo_dist.local_files import make_folder, sync_files
+from cwpo_dist.local_files import whole_folder
 from cwpo_dist.storage import Store, to_json
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import Head, save_adapter
 from cwpo_dist.training.merge import INDEX, MergeError, base_folder, merge_adapter, merge_in_memory
-from cwpo_dist.training.merge_check import MergeMismatch, check_merged, check_whole
+from cwpo_dist.training.merge_check import check_merged, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -213,13 +213,9 @@ def _written(store: Store) -> Iterator[Path]:
     try:
         with _local(store) as folder:
             yield folder
-    except MergeMismatch:
-        store.remove()
-        raise
     except Exception as error:  # tokenizers, in Rust, raise nothing narrower
         if not is_full(error):
             raise
-        store.remove()
         raise NoRoom(
             f"{field}: no room left in {place} for the trained model "
             f"({error.__cause__ or error}); free some"
@@ -231,9 +227,8 @@ def _written(store: Store) -> Iterator[Path]:
 @contextmanager
 def _local(store: Store) -> Iterator[Path]:
     if store.is_local:
-        make_folder(Path(store.root))
-        yield Path(store.root)
-        sync_files(store.root)  # transformers' code wrote it, and waits for no disk
+        with whole_folder(store.root) as written:
+            yield written
         return
     with tempfile.TemporaryDirectory(prefix="cwpo-export-") as folder:
         yield Path(folder)
