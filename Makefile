@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock release sbom licenses demo try-cluster test test-long blows mutants architectures lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest blows mutants architectures lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -92,6 +92,19 @@ test: $(STAMP)  ## all tests but the long ones, in two processes; about a quarte
 test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
 	$(BIN)/python -m pytest -m long --timeout=1800
 
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/test_imports.py tests/test_config.py tests/test_readers.py tests/test_loop.py tests/test_learns.py
+
+$(LOWEST)/.installed: pyproject.toml $(TOOLS)/.installed
+	$(TOOLS)/bin/uv venv --quiet --clear --python $(PYTHON) $(LOWEST)
+	$(TOOLS)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
+	@touch $@
+
+# What DeepSpeed compiles lies apart: it belongs to this torch.
+test-lowest: $(LOWEST)/.installed  ## some tests with the lowest versions that pyproject.toml allows; 8 GB
+	PATH="$(abspath $(LOWEST))/bin:$$PATH" TORCH_EXTENSIONS_DIR=$(abspath $(LOWEST))/extensions \
+	  $(LOWEST)/bin/python -m pytest -m "not long" $(LOWEST_TESTS)
+
 N ?= 1000
 SEED ?= 0
 blows: $(STAMP)  ## N=1000 random blows (SEED=0) to drivers of a small recipe, no cluster; build/blows.md
@@ -117,4 +130,4 @@ format: $(STAMP)  ## rewrite files to the house style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches, keep runs/
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -12,13 +12,17 @@ import pyarrow as pa
 import pytest
 import torch
 from tiny import tiny_classifier, tiny_tokenizer
+from world import World
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA, pair_schema
+from cwpo_dist.scoring import scorers
+from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.retries import TRIES, Rows, ShardOutput, attempt
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.scoring.tickets import ShardError
+from cwpo_dist.stages import generate
 from cwpo_dist.storage import StorageError, Store
 
 N = 37
@@ -133,3 +137,25 @@ def test_a_token_that_the_model_does_not_have_costs_its_row_alone(tmp_path: Path
         assert reason.startswith("tokens beyond the embeddings: prompt or answer: token '<new>'")
     rows = [row for row in rows if row["pair_id"] not in {"04", "17"}]
     assert output.rows.equals(scored("good").rows), "byte for byte that of a shard without them"
+
+
+def test_a_prompt_that_cannot_be_answered_is_named_by_the_file_it_was_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, ["cw"], evaluate={"num_prompts": 3, "generation_batch_size": 2})
+    world.tokenise()
+    node, asked = world.node("answers_base"), "prompt test 2: "
+
+    def answer(policy: Any, tokenizer: Any, prompts: list[list[int]], **_: Any) -> list[str]:
+        if any(asked in tokenizer.decode(prompt) for prompt in prompts):
+            raise IndexError("a token that the model does not have")
+        return ["answer"] * len(prompts)
+
+    monkeypatch.setattr(scorers, "generate", answer)
+    monkeypatch.setattr(generate, "run_shards", lambda job, pool: run_here(job))
+    generate.run(world.context.of(node), node)
+    output = world.place("answers_base")
+    (name,) = output.names("rejects")
+    (reject,) = output.read_table(name).to_pylist()
+    prompt = output.read_table(reject["source"]).to_pylist()[reject["position"]]
+    assert prompt["pair_id"] == reject["row"] == "test-2"

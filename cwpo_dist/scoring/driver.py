@@ -11,7 +11,7 @@ from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.placement import alive_machines, pool_faults
 from cwpo_dist.scoring.device_time import Held
-from cwpo_dist.scoring.pipeline import ShardJob, commit, part, total_counts
+from cwpo_dist.scoring.pipeline import ShardJob, commit, total_counts
 from cwpo_dist.scoring.pool import run_pools
 from cwpo_dist.scoring.progress import Progress
 from cwpo_dist.scoring.retries import attempt
@@ -82,5 +82,5 @@ def run_here(job: ShardJob) -> dict[str, Any]:
     if missing:
         worker = job.make_worker()
         for index in missing:
-            commit(job, index, attempt(worker, index, part("pairs", index)))
+            commit(job, index, attempt(worker, index, job.source(index)))
     return dict(total_counts(job))

@@ -36,6 +36,7 @@ class ShardJob:
         make_worker: builds the worker inside an actor; must be picklable.
         only: the shards that it is about; None: all.
         retry: 0, or which retry of the rejects this is: its files stand beside the first ones.
+        reads: the folder of its input files (`pairs`, `prompts`), which rejects name.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ShardJob:
     make_worker: Callable[[], ShardWorker]
     only: Sequence[int] | None = None
     retry: int = 0
+    reads: str = "pairs"
 
     @property
     def indices(self) -> Sequence[int]:
@@ -53,6 +55,10 @@ class ShardJob:
     def file(self, index: int) -> str:
         """The commit file of a shard."""
         return part(self.name, index, self.retry)
+
+    def source(self, index: int) -> str:
+        """The input file of a shard."""
+        return part(self.reads, index)
 
     def missing(self) -> list[int]:
         """The shards that have no committed output yet."""

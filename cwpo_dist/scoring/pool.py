@@ -37,7 +37,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cwpo_dist.config import Pool
 from cwpo_dist.scoring.devices import hide_other_gpus, use_own_processors
-from cwpo_dist.scoring.pipeline import ShardJob, commit, part
+from cwpo_dist.scoring.pipeline import ShardJob, commit
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.retries import SUSPICIOUS, ShardWorker, attempt
 from cwpo_dist.scoring.tickets import SPARE, BrokenDeviceError, Shards
@@ -109,7 +109,7 @@ class _ShardActor:
         worker, started, counts = self.worker, time.monotonic(), {}
         if not self.job.output.exists(self.job.file(index)):
             suspicious = math.inf if self.job.retry else SUSPICIOUS  # these all failed before
-            output = attempt(worker, index, part("pairs", index), suspicious)
+            output = attempt(worker, index, self.job.source(index), suspicious)
             if commit(self.job, index, output):
                 counts = dict(output.counts)
         now = time.monotonic()

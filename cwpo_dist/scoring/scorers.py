@@ -365,4 +365,4 @@ class AnswerWorker:
             schema=ANSWER_SCHEMA,
         )
         counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0}
-        return ShardOutput(table, _Rejects(index).table(), counts)
+        return ShardOutput(table, REJECT_SCHEMA.empty_table(), counts)

@@ -32,6 +32,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         output=output,
         shards=len(batches),
         make_worker=partial(AnswerWorker, output, policy_of(context, node), sampling),
+        reads="prompts",
     )
     pool = PoolConfig.model_validate(
         context.config.evaluate.model_dump(include=set(PoolConfig.model_fields))
