@@ -7,6 +7,7 @@ is split into micro-batches.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.rows import Layout
 
 _UNIT = 2**32  # of a weight of 1, in whole numbers: Σ stays below 2⁶³ for two thousand million rows
@@ -24,6 +26,22 @@ def steps_per_epoch(n: int, batch: int) -> int:
     if n < 1 or batch < 1:
         raise ValueError(f"{n} rows in batches of {batch}: both must be at least 1")
     return -(-n // batch)
+
+
+def total_steps(config: TrainingConfig, epoch_rows: int) -> int:
+    """Optimizer steps of a training: `max_steps`, or those of `num_train_epochs`, rounded up.
+
+    As transformers' Trainer counts them, but that 1.1 epochs of 10 steps are 11, and not 12 for the
+    float just above 11.
+
+    Args:
+        config: of the stage.
+        epoch_rows: that an epoch goes through; 0 in a plan that finds none.
+    """
+    if config.max_steps > 0:
+        return config.max_steps
+    per_epoch = -(-epoch_rows // config.global_batch_size)
+    return math.ceil(round(config.num_train_epochs * per_epoch, 9))
 
 
 @dataclass(frozen=True, eq=False)  # compared, and cached, as the object that it is

@@ -184,14 +184,14 @@ def closed_rows(config: Any, lengths: Sequence[RowLengths]) -> tuple[list[Row], 
     ends = ends if isinstance(ends, list) else [ends]
     words = [token for token in range(int(config.vocab_size)) if token not in (*ends, pad)]
     last = next((end for end in ends if end is not None and end != pad), words[-1])
-    rows = [
-        Row(
-            [words[token] for token in row.prompt],
-            tuple([*(words[token] for token in a), last] for a in row.answers),
-        )
-        for row in drawn_rows(len(words), lengths)
-    ]
-    return rows, pad if pad is not None and pad >= 0 else 0
+    drawn = drawn_rows(len(words), lengths)
+    return [_closed(row, words, last) for row in drawn], max(0, -1 if pad is None else pad)
+
+
+def _closed(row: Row, words: Sequence[int], last: int) -> Row:
+    """A row whose tokens are places in `words`, as those words, and a last one."""
+    answers = ([*(words[token] for token in answer), last] for answer in row.answers)
+    return Row([words[token] for token in row.prompt], tuple(answers))
 
 
 def vocabulary(model: nn.Module) -> int:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -29,7 +28,10 @@ class StoppableTorchConfig(TorchConfig):
         return _Backend
 
 
-class _Backend(_TorchBackend):
+_TorchBackend: Any = TorchConfig().backend_cls  # its class has no public name
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]  # of a type that only Ray knows
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         """Handlers can be set in a process's main thread alone; training runs in another."""
         super().on_training_start(worker_group, backend_config)
