@@ -100,6 +100,9 @@ def chosen(nodes: Sequence[Mapping[str, Any]], which: Nodes) -> tuple[list[Place
     """The devices to check one by one, and those of the ranks that work together.
 
     Where the cluster has GPUs, they are checked; else a CPU of each node.
+
+    Raises:
+        CheckError: for a cluster without a node that has a CPU.
     """
     alive = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     gpus = list(chain.from_iterable(map(_gpus_of, alive)))

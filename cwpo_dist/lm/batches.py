@@ -22,7 +22,11 @@ _UNIT = 2**32  # of a weight of 1, in whole numbers: Σ stays below 2⁶³ for t
 
 
 def steps_per_epoch(n: int, batch: int) -> int:
-    """Global batches in an epoch; the last may be short."""
+    """Global batches in an epoch; the last may be short.
+
+    Raises:
+        ValueError: for no rows, or batches of none.
+    """
     if n < 1 or batch < 1:
         raise ValueError(f"{n} rows in batches of {batch}: both must be at least 1")
     return -(-n // batch)
@@ -100,7 +104,15 @@ def systematic(shares: NDArray[np.int64], drawn: int, offset: int) -> NDArray[np
 
     Whole numbers alone, so that no row is drawn by rounding: over all offsets from 0 to Σ shares
     a row is drawn exactly shares × drawn times, at most once by each where no share is above
-    Σ shares / drawn.
+    Σ shares / drawn (systematic sampling, Madow 1949).
+
+    Args:
+        shares: [N] whole numbers, not negative.
+        drawn: how many rows are drawn.
+        offset: from 0 to below Σ shares.
+
+    Returns:
+        int64 [drawn].
     """
     ends = np.cumsum(shares)
     whole, rest = divmod(int(ends[-1]), drawn)
@@ -114,7 +126,7 @@ def global_batch(n: int | Order, batch: int, seed: int, step: int) -> tuple[int,
 
     Args:
         n: rows of the data set, or the order of its epochs.
-        batch: rows a step over all workers.
+        batch: rows a step over all ranks.
         seed: of the run.
         step: counted from 0 over all epochs.
 

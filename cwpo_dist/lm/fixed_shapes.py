@@ -93,6 +93,7 @@ class FixedShapes(TorchDispatchMode):
             return product(rows_TI, weight_IO)
         if self._proved is not None:
             self._prove(product, rows_TI, weight_IO)
+        # Kernels take another way, and so other sums, for other strides and other addresses.
         rows_TI = rows_TI.contiguous()
         if rows_TI.data_ptr() % _ALIGNED:
             rows_TI = rows_TI.clone()

@@ -113,6 +113,11 @@ def classifier_skeleton(model: ModelConfig) -> PreTrainedModel:
 def skeleton(model: ModelConfig, config: PretrainedConfig, kind: Any) -> PreTrainedModel:
     """What a configuration stands for as one kind of model, without memory or weights.
 
+    Args:
+        model: its name, for messages, and its attention.
+        config: what is built.
+        kind: an auto class of transformers.
+
     Raises:
         ModelError: when there is no such model.
     """

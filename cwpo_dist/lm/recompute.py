@@ -21,8 +21,11 @@ def let_recompute(model: nn.Module) -> None:
     """
     core = unwrapped(model)
     enable = getattr(core, "activation_checkpointing_enable", None)  # its name since 5.23
+    # Reentrant, it would want inputs that require gradients: beneath LoRA the embeddings have none.
     (enable or core.gradient_checkpointing_enable)({"use_reentrant": False})
     layers = getattr(decoder_of(core), "layers", None)
+    # Its activations are needed at once, so to drop them saves nothing. And it has hooks that know
+    # one micro-batch (last_layer.py): called again, it would read another one's tokens.
     if isinstance(layers, nn.ModuleList) and isinstance(layers[-1], GradientCheckpointingLayer):
         never_recompute(layers[-1])
     recompute(model, on=False)

@@ -46,7 +46,13 @@ def probe_rows(vocab_size: int, seed: int = 0, longest: int | None = None) -> li
 
 
 def drawn_rows(vocab_size: int, lengths: Sequence[RowLengths], seed: int = 0) -> list[Row]:
-    """Rows of random tokens below `vocab_size`, of such prompts and answers."""
+    """Rows of random tokens below `vocab_size`, the same ones for the same seed.
+
+    Args:
+        vocab_size: of the model.
+        lengths: tokens of each row's prompt and of its answers.
+        seed: of the draw.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(length: int) -> list[int]:
@@ -63,7 +69,11 @@ def apart(rows: list[Row]) -> list[Row]:
 
 
 def states(module: AnswerLogProbs | AnswerScores, rows: list[Row], layout: Layout) -> Tensor:
-    """What the module reads: states of tokens that predict, or of answers' ends."""
+    """What the module reads: states of tokens that predict, or of answers' ends.
+
+    Returns:
+        fp32 [N, H], N answer tokens in the order of the rows; or [R × K, H] for scores.
+    """
     batch = collate(rows, layout, 0).to(next(module.parameters()).device)
     hidden = decode(decoder_of(unwrapped(module.model)), batch).flatten(0, 1).float()
     return hidden[batch.source if isinstance(module, AnswerLogProbs) else batch.last]

@@ -1,7 +1,7 @@
 """A causal language model, with or without memory, in; why its answers have no log-probs here, out.
 
 What stands in a configuration or in the shape of a model is told before a weight is read, so that
-plan says what a worker would find out on a probe (probe.py), which is the judge of all others.
+plan says what would be found on a probe (probe.py), which is the judge of all others.
 """
 
 from __future__ import annotations

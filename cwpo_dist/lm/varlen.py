@@ -171,7 +171,16 @@ def _proved(
 def differences(
     device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, by_row: ByRow
 ) -> tuple[float, float]:
-    """Largest relative error of a token's output, and of a gradient, on rows of random numbers."""
+    """Largest relative error of a token's output, and of a gradient, on rows of random numbers.
+
+    Args:
+        device: to be judged.
+        dtype: of query, key and value.
+        heads: of queries.
+        key_heads: of keys and values, which `heads` is a multiple of.
+        width: of a head.
+        by_row: what counts as right.
+    """
     tokens = sum(map(sum, _PROBED))
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, count, tokens, width) for count in (heads, key_heads, key_heads, heads)]

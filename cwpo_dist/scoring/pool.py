@@ -46,7 +46,10 @@ END_S = 3.0  # how long a pool may take to wind up when nothing is left to do
 
 
 class _ShardActor:
-    """Ray Data's view of a worker: a ticket in, the report of its shard out."""
+    """An actor of a pool, as Ray Data sees it: a ticket in, the report of its shard out.
+
+    Its process holds one shard worker, which knows neither tickets nor pools.
+    """
 
     def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[Any]) -> None:
         hide_other_gpus()
@@ -98,6 +101,8 @@ class _ShardActor:
         ray.get(told)
         logger.warning("%s; another process does it (device %s)", error, self.device)
         sys.stderr.flush()
+        # A broken CUDA context lasts as long as its process, and nothing shorter ends it; Ray makes
+        # another actor and runs the ticket again.
         os._exit(BROKEN)
 
     def _do(self, index: int) -> Report:
@@ -125,6 +130,14 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
 
     It ends early when what is left lies with actors that were on lost nodes: the caller comes again
     with what is still missing, and other actors do it.
+
+    Args:
+        job: the stage's sharded work.
+        missing: the shards to do.
+        pools: who does them, all at the same time.
+
+    Raises:
+        ShardError: when a shard cannot be done.
     """
     settings = DataContext.get_current()
     settings.execution_no_progress_timeout_s = -1  # nodes may be long in coming

@@ -1,7 +1,7 @@
 """A training section and a precision in; DeepSpeed's settings out, or each reason why not.
 
 What a section may say is DeepSpeed's own knowledge: its configuration is built from the section,
-which remembers what it was asked for. `plan` calls this just as workers do.
+which remembers what it was asked for. `plan` calls this just as ranks do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A frozen policy that all ranks of a group apply together (ZeRO-3), as it exceeds one device.
 
 Each forward pass gathers the model layer by layer, so every rank runs the same number of them, and
-what the work decides, rank 0 decides for all.
+what the work decides, rank 0 decides for all: a rank that ran one pass less would leave the others
+waiting in a gather for ever.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class FrozenSpec:
 
     def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, Any]:
         """One rank's part; the process group is there already.
+
+        Args:
+            token: of this group.
+            device: this rank's.
+            watchdog: told of every forward pass.
 
         Raises:
             Preempted: on all ranks alike, once they were told to stop.

@@ -56,7 +56,7 @@ Spec = TrainSpec | FrozenSpec
 
 logger = logging.getLogger(__name__)
 
-# How long Ray waits for room for a worker group. Its 60 s are few where nodes are still to come.
+# How long Ray waits for room for a group. Its 60 s are few where nodes are still to come.
 # With `num_workers: [min, max]` it then looks again for how many there is room: what it asked for
 # may have counted in a node that was lost.
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 600, 30
@@ -65,11 +65,11 @@ RESIZE_CHECK_S = 60.0  # how often Ray looks whether more of `num_workers: [min,
 
 
 class TrainingFailed(RuntimeError):
-    """Workers failed more often than `max_failures` allows, or Ray did; a rerun resumes."""
+    """Ranks failed more often than `max_failures` allows, or Ray did; a rerun resumes."""
 
 
 class TrainingRefused(ValueError):
-    """Data, model or settings that cannot be trained with; the message is the worker's."""
+    """Data, model or settings that cannot be trained with; the message is a rank's."""
 
 
 def train(spec: TrainSpec) -> dict[str, Any]:
@@ -81,12 +81,12 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         Numbers of the run: steps, rows, layout, the last log record, seconds of this command.
 
     Raises:
-        ConfigError: when the cluster has no room for the workers.
+        ConfigError: when the cluster has no room for the ranks.
         LeaseHeld: while another driver trains this stage.
         Preempted: after SIGTERM or SIGUSR1; the same command resumes.
         NonFiniteLoss: naming step and pairs; the last good checkpoint stays.
         TrainingRefused: for data, a model or settings that cannot be trained with.
-        TrainingFailed: when workers failed too often.
+        TrainingFailed: when ranks failed too often.
     """
     started = time.monotonic()
     # Another node may hold a copy of the model with other times of modification.
@@ -139,7 +139,7 @@ def _run(spec: Spec) -> dict[str, Any]:
 
 
 def check_placement(config: TrainingConfig) -> None:
-    """Returns when the cluster, as it is now, can hold all workers (or the fewest) at once.
+    """Returns when the cluster, as it is now, can hold all ranks (or the fewest) at once.
 
     Raises:
         ConfigError: naming what lacks; a KubeRay cluster that grows on demand is not refused.
@@ -161,7 +161,7 @@ def _uses_gpu(config: TrainingConfig) -> bool:
 
 
 def _resources(config: TrainingConfig) -> dict[str, float]:
-    """What one worker reserves."""
+    """What one rank reserves."""
     gpu = {"GPU": 1.0} if _uses_gpu(config) else {}
     wanted = {"CPU": config.cpus_per_worker, **gpu, **config.resources_per_worker}
     return {name: amount for name, amount in wanted.items() if amount > 0}
@@ -191,7 +191,7 @@ def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
 
 
 def _quiet() -> dict[str, Any]:
-    """Ray Train's level of logging, where it has one: that workers start is no news."""
+    """Ray Train's level of logging, where it has one: that ranks start is no news."""
     level = getattr(ray.train, "LoggingConfig", None)  # older Rays have none
     return {} if level is None else {"logging_config": level("WARNING")}
 
@@ -234,7 +234,7 @@ def _start_timeout(config: TrainingConfig) -> Iterator[None]:
 
 @contextmanager
 def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
-    """SIGTERM or SIGUSR1 to the driver asks the workers to checkpoint and end."""
+    """SIGTERM or SIGUSR1 to the driver asks the ranks to checkpoint and end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

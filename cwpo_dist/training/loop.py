@@ -128,6 +128,13 @@ class Hooks:
 def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 0) -> None:
     """Trains from `start_step` to the end; a checkpoint every `save_steps` and at the end.
 
+    Args:
+        task: rows and their loss.
+        engine: of all ranks, restored to `start_step`.
+        run: what is told beside these.
+        hooks: of this rank.
+        start_step: how many steps are done.
+
     Raises:
         NonFiniteLoss: naming step and pairs; no update was made with it.
         Preempted: when a rank was told to stop; a checkpoint has been made.
@@ -197,6 +204,15 @@ def gradients(
 ) -> StepResult:
     """Forward and backward over one global batch: leaves its gradient in the engine.
 
+    Args:
+        task: rows and their loss.
+        engine: of all ranks.
+        run: layout, budget, seed.
+        step: from 0; with the seed and the rank it decides dropout.
+        indices: rows of the global batch, the same on all ranks.
+        hooks: asked whether this rank wants all to stop or to poll; None: it never does.
+        meter: told when each part ends; None: nothing is measured.
+
     Raises:
         NonFiniteLoss: on all ranks alike.
     """
@@ -258,7 +274,14 @@ class MicroBatch:
 
 
 def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a global batch: as many as every other rank has."""
+    """This rank's micro-batches of a global batch: as many as every other rank has.
+
+    Args:
+        task: whose rows they are.
+        engine: says which rank this is, of how many.
+        run: layout, pad, and the budget of tokens of one micro-batch.
+        indices: rows of the global batch.
+    """
     rows = [task.rows[i] for i in indices]
     lengths = [planned_length(row, run.layout) for row in rows]
     budget = run.config.max_tokens_per_micro_batch
@@ -278,7 +301,17 @@ def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> I
 
 
 def finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> float:
-    """Σ weight·ℓ of the global batch, not yet divided."""
+    """Σ weight·ℓ of the global batch, not yet divided.
+
+    Args:
+        task: whose losses they are.
+        step: from 0, for the message.
+        indices: rows of the global batch.
+        outputs_PK: theirs, [P, K].
+
+    Raises:
+        NonFiniteLoss: naming step and pairs, on all ranks alike, as all know all outputs.
+    """
     loss_P = task.losses(outputs_PK, indices)
     finite_P = torch.isfinite(loss_P) & torch.isfinite(outputs_PK).all(dim=1)
     if not bool(finite_P.all()):

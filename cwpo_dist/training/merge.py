@@ -121,7 +121,14 @@ def merge_adapter(
 
 
 def merge_in_memory(model: PreTrainedModel, adapter: Path, out: Path, dtype: torch.dtype) -> None:
-    """As `merge_adapter`, for any adapter that peft can merge, on a model loaded whole."""
+    """As `merge_adapter`, for any adapter that peft can merge, on a model loaded whole.
+
+    Args:
+        model: the base, which is changed.
+        adapter: its folder.
+        out: a folder that is there.
+        dtype: of what is written.
+    """
     stems = {stem for stem, _, _ in adapted_layers(load_file(adapter / ADAPTER_WEIGHTS))}
     if parted(model, {f"{stem}.weight" for stem in stems}):
         untie(model)  # else peft would add to the weight of both

@@ -1,7 +1,7 @@
-"""A worker group that Ray Train has started in; its process group, and handlers of signals, out.
+"""The process group of all ranks, as Ray Train sets it up, and handlers of signals in each of them.
 
-Ray Train's controller imports this file too, before it starts any worker: what else a worker needs
-is imported by the workers alone.
+Ray Train's controller imports this file too, before it starts any rank: what else a rank needs is
+imported by the ranks alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ told_to_stop = threading.Event()  # set by signal handlers, and by the driver's 
 
 @dataclass
 class StoppableTorchConfig(TorchConfig):
-    """Ray's process group set-up, and signal handlers in each worker."""
+    """Ray's process group set-up, and signal handlers in each rank."""
 
     @property
     def backend_cls(self) -> type[Any]:

@@ -55,7 +55,13 @@ class Gatherer(Protocol):
 
 
 def gather_weights(engine: Gatherer, model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """Parameters and buffers by name, on the CPU of rank 0; empty on the others. A collective."""
+    """Parameters and buffers by name, on the CPU of rank 0; empty on the others. A collective.
+
+    Args:
+        engine: which gathers them, one at a time.
+        model: its own weights may be shards.
+        names: of those that are wanted.
+    """
     whole = {}
     for name, tensor in _saved(model).items():
         if name not in names:
