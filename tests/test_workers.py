@@ -232,6 +232,8 @@ def alone(group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A stage that `run_rank` can run in this process."""
     tiny.save_tiny(tmp_path / "model", "llama")
     monkeypatch.setattr(rank, "get_device", lambda: torch.device("cpu"))
+    # There is no Ray to ask, however slow the machine is.
+    monkeypatch.setattr("cwpo_dist.training.rank_hooks.ASK_RAY_S", float("inf"))
     return zero_cases.make_spec("align-lora", tmp_path, num_workers=1)
 
 
