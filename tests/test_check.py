@@ -159,6 +159,7 @@ def test_what_is_wrong_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(command, "connect", lambda: None)
     monkeypatch.setattr(command, "chosen", lambda *_: ([place], [place]))
     monkeypatch.setattr(command.ray, "nodes", list)
+    monkeypatch.setattr(command, "tell_waiting", lambda *_: False)  # there is no Ray to ask
     wrong = Finding("optimizer", False, "AdamW off by 1")
     monkeypatch.setattr(command, "_of_devices", lambda *_: iter([("here, CPU 0", [wrong])]))
     monkeypatch.setattr(command, "_of_group", lambda *_: [])
