@@ -79,9 +79,10 @@ def policy(spec: dict[str, Any]) -> Any:
 def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     """The reference pass, then the loop in DeepSpeed's engine: what `align` does in one worker."""
     from cwpo_dist.scoring.forward import RowForward
-    from cwpo_dist.training import engine as deepspeed_engine
-    from cwpo_dist.training.loop import Hooks, Run, TorchEngine, gradients, train
+    from cwpo_dist.training import deepspeed_engine
+    from cwpo_dist.training.loop import Hooks, Run, gradients, train
     from cwpo_dist.training.tasks import Preference
+    from cwpo_dist.training.torch_engine import TorchEngine
 
     config, model = training_config(spec), policy(spec)
     let_recompute(model)

@@ -69,7 +69,7 @@ def rank(model: str, stage: int, number: int, ranks: int, meeting: str) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=number, world_size=ranks)
-    from cwpo_dist.training import engine
+    from cwpo_dist.training import deepspeed_engine as engine
 
     training = TrainingConfig(learning_rate=1e-5, zero_stage=stage)
     settings = engine.deepspeed_config(training, torch.float32)

@@ -33,7 +33,7 @@ from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.planning.memory import training_memory
 from cwpo_dist.runs.sizes import model_size, policy, trained_size
-from cwpo_dist.training import engine
+from cwpo_dist.training import deepspeed_engine as engine
 from cwpo_dist.training.loop import Hooks, Run, train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.tasks import Preference

@@ -2,10 +2,10 @@
 
 Usage: python benchmarks/trackers.py compare [--repeats 5] [--help]
 
-Each run is a process of its own: one rank of `align` as a worker runs it (`run_rank`, without Ray),
-from its first line to the exported model, on the demo's pairs and the first layers of SmolLM2. With
-MLflow, its server refuses connections, or takes them and never answers. The runs of a round follow
-each other, the first one another in each; ratios are to the round's run without a tracker.
+Each run is a process of its own: one rank of `align` without Ray (`TrainSpec.run`), from its first
+line to the exported model, on the demo's pairs and the first layers of SmolLM2. With MLflow, its
+server refuses connections, or takes them and never answers. The runs of a round follow each other,
+the first one another in each; ratios are to the round's run without a tracker.
 
 The last line is one JSON object with all figures.
 """
@@ -34,10 +34,11 @@ import typer
 from cwpo_dist.config import AlignConfig, LoraConfig, ModelConfig
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.storage import Store
-from cwpo_dist.training import rank
+from cwpo_dist.training import rank_hooks
 from cwpo_dist.training.lease import Lease
-from cwpo_dist.training.rank import TrainSpec, run_rank
+from cwpo_dist.training.rank import rank_process
 from cwpo_dist.training.tasks import Preference
+from cwpo_dist.training.train_rank import TrainSpec
 
 CASES = ("none", "refuses", "hangs")
 MODEL = "runs/models/SmolLM2-135M-Instruct"
@@ -68,7 +69,8 @@ def pairs(encoder: Encoder) -> Preference:
 @app.command()
 def one(case: str, steps: int, layers: int, model: str, folder: str) -> None:
     """One run; prints its seconds."""
-    rank.ASK_RAY_S = float("inf")  # there is none to ask
+    rank_hooks.ASK_RAY_S = float("inf")  # there is none to ask
+    device = torch.device("cpu")
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     meet = f"file://{folder}/group"
     dist.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
@@ -86,7 +88,8 @@ def one(case: str, steps: int, layers: int, model: str, folder: str) -> None:
     with Lease.acquire(store) as lease, server(case) as address:
         os.environ["MLFLOW_TRACKING_URI"] = address
         started = time.perf_counter()
-        run_rank(spec, lease.token, torch.device("cpu"))
+        with rank_process(config, device) as watchdog:
+            spec.run(lease.token, device, watchdog)
         seconds = time.perf_counter() - started
     typer.echo(json.dumps({"seconds": seconds}))
     sys.stdout.flush()

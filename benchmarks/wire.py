@@ -172,7 +172,7 @@ def sent() -> int:
 
 def run_case(case: Case, folder: Path) -> dict[str, Any]:
     """Bytes that this rank sends a step, mean of some; and what theory says."""
-    from cwpo_dist.training import engine
+    from cwpo_dist.training import deepspeed_engine as engine
 
     config = settings(case)
     ds_config = engine.deepspeed_config(config, torch.float32)

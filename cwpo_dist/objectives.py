@@ -209,6 +209,18 @@ def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objecti
             "sigmoid, rDPO is robust)"
         )
     found = OBJECTIVES[name]
+    _refuse_unread(align, found)
+    if soft_labels:
+        _refuse_soft(align, found)
+    given = align.label_smoothing
+    epsilon = found.label_smoothing or 0.0 if given is None else given
+    gamma = LossSettings.simpo_gamma if align.simpo_gamma is None else align.simpo_gamma
+    return found, LossSettings(align.beta, epsilon, gamma)
+
+
+def _refuse_unread(align: AlignConfig, found: Objective) -> None:
+    """Settings that the objective would ignore."""
+    name = align.loss_type
     if align.label_smoothing is not None and found.label_smoothing is None:
         raise ConfigError(
             f"align.label_smoothing: {align.label_smoothing} is not read by loss_type {name!r}; "
@@ -219,20 +231,20 @@ def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objecti
             f"align.simpo_gamma: {align.simpo_gamma} is not read by loss_type {name!r}; remove it, "
             "or take simpo"
         )
-    if soft_labels and not found.soft_labels:
+
+
+def _refuse_soft(align: AlignConfig, found: Objective) -> None:
+    """What does not go with the probabilities of an annotator in place of hard labels."""
+    if not found.soft_labels:
         raise ConfigError(
-            f"align.loss_type: {name!r} takes no soft labels, which arm 'soft' trains on; take "
-            f"{_those_with('soft_labels')}"
+            f"align.loss_type: {align.loss_type!r} takes no soft labels, which arm 'soft' trains "
+            f"on; take {_those_with('soft_labels')}"
         )
-    if soft_labels and align.label_smoothing is not None:
+    if align.label_smoothing is not None:
         raise ConfigError(
             f"align.label_smoothing: {align.label_smoothing} beside arm 'soft', whose ε is one "
             "minus the annotator's probability, pair by pair; remove one of them"
         )
-    given = align.label_smoothing
-    epsilon = found.label_smoothing or 0.0 if given is None else given
-    gamma = LossSettings.simpo_gamma if align.simpo_gamma is None else align.simpo_gamma
-    return found, LossSettings(align.beta, epsilon, gamma)
 
 
 def _those_with(attribute: str) -> str:

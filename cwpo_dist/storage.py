@@ -7,14 +7,11 @@ alike. A file either exists whole or not at all, and of two writers of one name 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist import local_files
 from cwpo_dist.redaction import has_credential, redacted
-from cwpo_dist.storage_faults import DENIED, FULL, MISSING, OTHER, fault_of, told
+from cwpo_dist.storage_faults import MISSING, fault_of, told, unanswered, unread, unwritten
 
 MANIFEST = "manifest.json"
 # A smaller file comes whole in one request: footer and columns apart would be three, one by one.
@@ -119,17 +116,13 @@ class Store:
         try:
             self.filesystem.exists(self.root)
         except Exception as error:  # each service raises kinds of its own; raised again as ours
-            if (fault := fault_of(error)) is not None:
-                why = f"{fault.what} ({told(error)}); {fault.remedy}"
-            else:
-                why = f"{type(error).__name__}: {error}. Check its name, {OTHER.remedy}"
-            raise StorageError(f"{self.uri}: {why}") from error
+            raise StorageError(f"{self.uri}: {unanswered(error)}") from error
 
     def exists(self, name: str) -> bool:
         """True when the file `name` is there, whole."""
         self.filesystem.invalidate_cache()
         try:  # fsspec's own `isfile` takes every refusal and outage for "no"
-            with self._reading(name):
+            with self.reading(name):
                 return bool(self.filesystem.info(self.path(name))["type"] == "file")
         except FileMissing:
             return False
@@ -139,7 +132,7 @@ class Store:
         self.filesystem.invalidate_cache()
         place = self.path(below) if below else self.root
         try:
-            with self._reading(below):
+            with self.reading(below):
                 found = local_files.below(place) if self.is_local else self._found(place)
         except FileMissing:
             return []
@@ -158,18 +151,13 @@ class Store:
             FileMissing: where there is none.
             StorageError: when storage refuses the read.
         """
-        with self._reading(name):
+        with self.reading(name):
             return bytes(self.filesystem.cat_file(self.path(name)))
 
     @contextmanager
     def opened(self, name: str, **how: Any) -> Iterator[IO[bytes]]:
-        """`name` for reading a piece of it at a time; raises as `read`, also while it is read.
-
-        Args:
-            name: of the file.
-            how: fsspec's own settings, as `cache_type`.
-        """
-        with self._reading(name):
+        """`name`, to read a piece at a time, with fsspec settings; raises as `read`, then too."""
+        with self.reading(name):
             self.filesystem.invalidate_cache()  # another one may have written it since we listed
             with self.filesystem.open(self.path(name), "rb", **how) as file:
                 yield file
@@ -277,13 +265,6 @@ class Store:
         """Like `create`, for a table as Parquet; the same table gives the same bytes."""
         return self.create(name, parquet_bytes(table))
 
-    def upload(self, folder: Path) -> None:
-        """Copies every file of a local folder into this one."""
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.is_file() and not local_files.is_partial(name):
-                self.copy_in(path, name)
-
     def copy_in(self, path: Path, name: str) -> None:
         """Copies one local file to `name`, replacing it in one step."""
         with self._writing(name):
@@ -295,69 +276,32 @@ class Store:
     def fetch(self, name: str, path: Path) -> None:
         """Copies `name` to a local path."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._reading(name):
+        with self.reading(name):
             self.filesystem.get_file(self.path(name), str(path))
 
-    def staged(self) -> Path:
-        """This folder as a local one, downloaded once a node, and version, when it is remote."""
-        if self.is_local:
-            return Path(self.root)
-        cache = Path(tempfile.gettempdir()) / f"cwpo-stage-{os.getuid()}"
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._reading():
-            target = cache / digest([self.uri, fingerprint(self.uri)])
-        with target.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one copies, others wait; a kill frees it
-            if not target.exists():
-                self._download(target)
-        return target
-
-    def _download(self, target: Path) -> None:
-        """Copies all files; the folder gets its name when it is whole."""
-        partial = target.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of one who was killed half-way
-        for name in self.names():
-            self.fetch(name, partial / name)
-        partial.rename(target)
-
     @contextmanager
-    def _reading(self, name: str = "") -> Iterator[None]:
+    def reading(self, name: str = "") -> Iterator[None]:
         """What storage has against a read, whatever its client raises, is said as ours."""
-        place = self.path(name) if name else self.uri
         try:
             yield
         except StorageError:
             raise
         except Exception as error:  # each service raises kinds of its own; others' go on
-            fault = fault_of(error)
-            if fault is None and not isinstance(error, OSError):
+            if (why := unread(self.path(name) if name else self.uri, error)) is None:
                 raise
-            known = fault or OTHER
-            kind = FileMissing if fault is MISSING else StorageError
-            raise kind(
-                f"cannot read {place!r}: {known.what} ({told(error)}); {known.remedy}, then run "
-                "the same command again"
-            ) from error
+            raise _kind_of(error)(why) from error
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
+        """The same of a write."""
         try:
             yield
         except StorageError:
             raise
         except Exception as error:  # as above
-            fault = fault_of(error)
-            if fault is None and not isinstance(error, OSError):
+            if (why := unwritten(self.path(name), error, on_disk=self.is_local)) is None:
                 raise
-            plain = self.is_local and fault in {None, DENIED, FULL}
-            known = fault or OTHER
-            what = "" if plain else f"{known.what}: "
-            remedy = "free space or fix permissions" if plain else known.remedy
-            kind = FileMissing if fault is MISSING else StorageError
-            raise kind(
-                f"storage refused to write {self.path(name)!r}: {what}{told(error)}. What was "
-                f"committed stays readable; {remedy}, then run the same command again"
-            ) from error
+            raise _kind_of(error)(why) from error
 
     @contextmanager
     def _whole(self, name: str) -> Iterator[None]:
@@ -376,6 +320,10 @@ class Store:
                 f"broken copy; remove it and, if there is one, the {MANIFEST} of its stage, then "
                 f"run the same command again: what is missing is made anew ({error})"
             ) from error
+
+
+def _kind_of(error: Exception) -> type[StorageError]:
+    return FileMissing if fault_of(error) is MISSING else StorageError
 
 
 def to_json(value: Any) -> bytes:
@@ -399,23 +347,3 @@ def parquet_bytes(table: pa.Table) -> bytes:
         if table.num_rows:
             writer.write_table(table)
     return buffer.getvalue()
-
-
-def fingerprint(uri: str) -> list[list[Any]]:
-    """What identifies a file or folder without reading it: [name, size, etag or mtime] a file.
-
-    Raises:
-        FileNotFoundError: where there is none.
-    """
-    filesystem, root = fsspec.url_to_fs(uri)
-    start = len(root.rstrip("/"))
-    found = [path for path in filesystem.find(root) if not local_files.is_partial(path[start:])]
-    if not found:
-        raise FileNotFoundError(f"no file at {uri!r}")
-    return [mark(path, filesystem.info(path)) for path in sorted(found)]
-
-
-def mark(path: str, info: Mapping[str, Any]) -> list[Any]:
-    """[name, size, etag or mtime] of one file, from what its filesystem says of it."""
-    stamp = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
-    return [str(path), info.get("size"), str(stamp)]

@@ -31,6 +31,16 @@ class Fault:
     kinds: str = ""
     numbers: frozenset[int] = frozenset()
 
+    def has(self, code: str) -> bool:
+        """Whether a service's code, or an HTTP status, is one of it."""
+        return code in self.codes.split()
+
+    def fits(self, error: BaseException) -> bool:
+        """Whether an error's class, or its number, is one of it."""
+        names = {kind.__name__ for kind in type(error).__mro__}
+        numbered = isinstance(error, OSError) and error.errno in self.numbers
+        return numbered or not names.isdisjoint(self.kinds.split())
+
 
 UNKNOWN_USER = Fault(
     "it does not know who asks: the credentials are missing, wrong or expired",
@@ -112,17 +122,45 @@ def fault_of(error: BaseException) -> Fault | None:
     A service's code says most, and an error's cause more than what its client made of it.
     """
     chain = list(_chain(error))
-    for code in (code for each in chain for code in _codes(each)):
-        for fault in FAULTS:
-            if code in fault.codes.split():
-                return fault
-    for each in reversed(chain):
-        for fault in FAULTS:
-            if {kind.__name__ for kind in type(each).__mro__} & set(fault.kinds.split()):
-                return fault
-            if isinstance(each, OSError) and each.errno in fault.numbers:
-                return fault
-    return None
+    by_code = (f for each in chain for code in _codes(each) for f in FAULTS if f.has(code))
+    by_kind = (f for each in reversed(chain) for f in FAULTS if f.fits(each))
+    return next(by_code, None) or next(by_kind, None)
+
+
+def unread(place: str, error: Exception) -> str | None:
+    """Why a place cannot be read, and the remedy; None where storage is not at fault."""
+    fault = _fault_or_other(error)
+    if fault is None:
+        return None
+    why = f"{fault.what} ({told(error)}); {fault.remedy}"
+    return f"cannot read {place!r}: {why}, then run the same command again"
+
+
+def unwritten(place: str, error: Exception, *, on_disk: bool) -> str | None:
+    """Why a place cannot be written, and the remedy; None where storage is not at fault."""
+    fault = _fault_or_other(error)
+    if fault is None:
+        return None
+    plain = on_disk and fault in {OTHER, DENIED, FULL}  # the system says it well
+    what = "" if plain else f"{fault.what}: "
+    remedy = "free space or fix permissions" if plain else fault.remedy
+    return (
+        f"storage refused to write {place!r}: {what}{told(error)}. What was committed stays "
+        f"readable; {remedy}, then run the same command again"
+    )
+
+
+def unanswered(error: Exception) -> str:
+    """Why a folder cannot be asked for, and the remedy, whoever is at fault."""
+    fault = fault_of(error)
+    if fault is None:
+        return f"{type(error).__name__}: {error}. Check its name, {OTHER.remedy}"
+    return f"{fault.what} ({told(error)}); {fault.remedy}"
+
+
+def _fault_or_other(error: Exception) -> Fault | None:
+    """Any error of the operating system is one of storage here; of others those that are known."""
+    return fault_of(error) or (OTHER if isinstance(error, OSError) else None)
 
 
 def is_full(error: BaseException) -> bool:

@@ -79,7 +79,13 @@ ENSEMBLE_FUNCTIONS: dict[str, Callable[[Floats, Floats], Floats]] = {
 
 
 def weights(name: str, margin: Floats, disagreement: Floats) -> Floats:
-    """The weight of each pair by the function of that name."""
+    """The weight of each pair by the function of that name.
+
+    Args:
+        name: a key of `WEIGHT_FUNCTIONS` or `ENSEMBLE_FUNCTIONS`.
+        margin: [N], over its temperature.
+        disagreement: [N], in the margin's unit; 0 for one annotator.
+    """
     if name in ENSEMBLE_FUNCTIONS:
         return ENSEMBLE_FUNCTIONS[name](margin, disagreement)
     return WEIGHT_FUNCTIONS[name](margin)
@@ -191,6 +197,11 @@ def last_of_top(
     The share is ⌈top_fraction · N⌉ of all pairs given (so a small set never becomes empty), and
     ties in confidence go to the smaller `pair_id`: the choice is the same in whatever order the
     pairs stand.
+
+    Args:
+        confidences: [N], from 0 to 1.
+        pair_ids: [N].
+        top_fraction: from 0 to 1.
     """
     count = top_count(len(confidences), top_fraction)
     if count == 0:

@@ -40,10 +40,11 @@ from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.sizes import policy
 from cwpo_dist.storage import Store
 from cwpo_dist.training import saving
-from cwpo_dist.training.loop import Hooks, Run, TorchEngine, train
+from cwpo_dist.training.loop import Hooks, Run, train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.merge_check import MergeMismatch
 from cwpo_dist.training.tasks import Preference, Sft, Task
+from cwpo_dist.training.torch_engine import TorchEngine
 
 LONGEST = 64
 STEPS = 3

@@ -41,7 +41,7 @@ from blown_run import TTL_S, BlowFailed, Run, Undisturbed
 from plants import PLANTS
 from strikes import HOUR_S, Strike, cut_power
 
-from cwpo_dist.training import engine  # noqa: F401 (DeepSpeed, so that no fork has to import it)
+from cwpo_dist.training import deepspeed_engine as engine  # noqa: F401 (DeepSpeed, so that no fork has to import it)
 
 KINDS = ("kill", "kill two", "kill one of two", "stop", "power", "full", "refuse", "clock")
 ON_S3 = ("kill", "kill one of two", "stop", "refuse")  # the others are about a disk, or this host

@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from zero_cases import Case
 
 from cwpo_dist.training import group
-from cwpo_dist.training.rank import TrainSpec
+from cwpo_dist.training.train_rank import TrainSpec
 
 CASE = Case("elastic", 3, steps=60)
 PATIENCE_S = 200

@@ -11,8 +11,9 @@ import zero_cases
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import collate
-from cwpo_dist.training.loop import Hooks, Run, TorchEngine
+from cwpo_dist.training.loop import Hooks, Run
 from cwpo_dist.training.tasks import Preference
+from cwpo_dist.training.torch_engine import TorchEngine
 
 ROWS = zero_cases.make_rows()
 IDS = [f"pair{i}" for i in range(len(ROWS))]

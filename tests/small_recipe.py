@@ -10,7 +10,10 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +34,7 @@ from cwpo_dist.scoring.retries import ShardOutput
 from cwpo_dist.scoring.scorers import PairsIn
 from cwpo_dist.stages import annotate, prepare
 from cwpo_dist.storage import Store
-from cwpo_dist.training import group as workers
+from cwpo_dist.training import group, rank
 from cwpo_dist.training.lease import LeaseToken
 
 UNREADABLE = "prompt 7 of file 1"  # fails whenever it is scored, and is set aside
@@ -139,19 +142,29 @@ def stand_in_for_a_cluster() -> None:
     def worker(pairs: PairsIn, model: Any, name: str, *_: Any, **__: Any) -> PlainWorker:
         return PlainWorker(pairs, name)
 
-    def group(spec: Any, token: LeaseToken) -> dict[str, Any]:
-        """One worker group of one rank, as Ray Train would start it."""
-        outcome: dict[str, Any] = workers._worker({"spec": spec, "token": token})
-        return outcome
+    class OneRank:
+        """In Ray Train's place: a group of one rank, in this process."""
+
+        def __init__(self, spec: Any, token: LeaseToken) -> None:
+            self.run = partial(rank.run_rank, spec, token)
+
+        def fit(self) -> Any:
+            return SimpleNamespace(return_value=self.run())
+
+    def here(*_: Any) -> Any:
+        return nullcontext()
 
     changes: list[tuple[Any, str, Any]] = [
         (prepare, "run_tasks", each),
         (prepare, "_check_placement", lambda _: None),
         (annotate, "run_shards", shards),
         (annotate, "RewardWorker", worker),
-        (workers, "check_placement", lambda _: None),
-        (workers, "_fit", group),
-        (workers, "get_device", lambda: torch.device("cpu")),
+        (group, "check_placement", lambda _: None),
+        (group, "_trainer", OneRank),
+        (group, "_start_timeout", here),
+        (group, "_stop_on_signal", here),
+        (group, "_told_while_waiting", here),
+        (rank, "get_device", lambda: torch.device("cpu")),
         (run, "device", lambda: "cpu"),
         (run, "versions", dict),
         # Small inputs are cut as if they were large.

@@ -15,7 +15,7 @@ from cwpo_dist.check.command import CheckError, Place, chosen
 from cwpo_dist.check.finding import Finding, found
 from cwpo_dist.cli import app as cli
 from cwpo_dist.lm import packed
-from cwpo_dist.training import loop
+from cwpo_dist.training.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
 PARTS = {"versions", "packed rows", "optimizer", "generation", "same bits twice"}
@@ -60,7 +60,7 @@ def test_a_kernel_that_sees_too_much_is_wrong(monkeypatch: pytest.MonkeyPatch) -
 def test_an_optimizer_that_forgets_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.optimizer_step(CPU)[0] is True
 
-    class Forgets(loop.TorchEngine):
+    class Forgets(TorchEngine):
         def step(self, learning_rate: float) -> float:
             for state in self.optimizer.state.values():
                 state["exp_avg"].zero_()
@@ -85,7 +85,7 @@ def test_noise_between_two_passes_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 def test_ranks_that_train_otherwise_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine whose steps are half as long."""
 
-    class Closing(loop.TorchEngine):
+    class Closing(TorchEngine):
         def close(self) -> None: ...
 
     def other(*_: Any) -> Any:
@@ -97,7 +97,7 @@ def test_ranks_that_train_otherwise_are_wrong(monkeypatch: pytest.MonkeyPatch) -
     assert ranks._zero(2, torch.float32, CPU)()[0] is True
 
     def slower(self: Any, learning_rate: float) -> float:
-        return loop.TorchEngine.step(self, 0.5 * learning_rate)
+        return TorchEngine.step(self, 0.5 * learning_rate)
 
     monkeypatch.setattr(Closing, "step", slower, raising=False)
     right, _, figures = ranks._zero(2, torch.float32, CPU)()
@@ -159,6 +159,7 @@ def test_what_is_wrong_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(command, "connect", lambda: None)
     monkeypatch.setattr(command, "chosen", lambda *_: ([place], [place]))
     monkeypatch.setattr(command.ray, "nodes", list)
+    monkeypatch.setattr(command, "tell_waiting", lambda *_: False)  # there is no Ray to ask
     wrong = Finding("optimizer", False, "AdamW off by 1")
     monkeypatch.setattr(command, "_of_devices", lambda *_: iter([("here, CPU 0", [wrong])]))
     monkeypatch.setattr(command, "_of_group", lambda *_: [])

@@ -21,7 +21,7 @@ from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training import checkpoint, shards
 from cwpo_dist.training.checkpoint import Checkpoint, CheckpointError, RunIdentity, Saver
 from cwpo_dist.training.lease import Lease, LeaseLost
-from cwpo_dist.training.loop import TorchEngine
+from cwpo_dist.training.torch_engine import TorchEngine
 
 IDENTITY = RunIdentity("key", 0, "base")
 CONFIG = TrainingConfig(learning_rate=0.1)

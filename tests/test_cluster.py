@@ -78,7 +78,7 @@ def test_addresses_of_other_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(*_: object) -> str:
         raise ConnectionError("Could not find any running Ray instance")
 
-    monkeypatch.setattr(cluster, "get_ray_address_from_environment", nothing)
+    monkeypatch.setattr(cluster, "head_of_this_machine", nothing)
     assert "at auto (Could not find any running Ray" in refusal("auto")
 
 

@@ -15,7 +15,7 @@ import torch
 from tiny import save_tiny
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.lm.loading import dtype_of
+from cwpo_dist.lm.load_settings import dtype_of
 from cwpo_dist.scoring import scorers
 from cwpo_dist.scoring.devices import use_own_processors
 from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, ReferenceWorker, RewardWorker

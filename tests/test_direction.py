@@ -22,8 +22,8 @@ from cwpo_dist.config import PrepareConfig
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import align, fit, implicit, prepare, sft, weigh
 from cwpo_dist.storage import Store
-from cwpo_dist.training.rank import TrainSpec
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Task
+from cwpo_dist.training.train_rank import TrainSpec
 
 
 def people(split: str) -> dict[str, tuple[str, str]]:

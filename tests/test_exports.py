@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cwpo_dist.config import LoraConfig, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
 from cwpo_dist.results.export import ExportError, _alone, export
+from cwpo_dist.staging import upload
 from cwpo_dist.storage import Store
 
 FORMS = ("full", "merged", "adapter")
@@ -72,7 +73,7 @@ def test_exports_load_elsewhere(
     root = Store(str(here / "run"))
     if place == "s3":
         root = request.getfixturevalue("s3_store")
-        root.child("policy").upload(here / "policy")
+        upload(here / "policy", root.child("policy"))
         policy = policy.model_copy(update={"model_name_or_path": root.child("policy").uri})
     run = finish(root, policy, sft, "full" if form == "full" else "lora")
     target = Store(f"{root.uri}-export")

@@ -15,9 +15,10 @@ from tiny_kinds import make
 from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.lm import loading
+from cwpo_dist.lm import load_settings, loading
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.lm.fingerprints import model_fingerprint
+from cwpo_dist.lm.load_settings import straight_to
 from cwpo_dist.lm.loading import (
     ModelError,
     classifier_skeleton,
@@ -328,13 +329,13 @@ def test_saved_folder_is_safetensors_with_its_template(llama, tmp_path):
 
 def test_weights_are_read_to_where_they_are_wanted(llama, monkeypatch):
     cuda = torch.device("cuda", 3)
-    assert loading.straight_to("cpu", new_head=False) is None
-    assert loading.straight_to("meta", new_head=True) == {"": torch.device("meta")}
-    assert loading.straight_to(cuda, new_head=False) == {"": cuda}
-    assert loading.straight_to(cuda, new_head=True) is None, "drawn on the CPU, as everywhere"
+    assert straight_to("cpu", new_head=False) is None
+    assert straight_to("meta", new_head=True) == {"": torch.device("meta")}
+    assert straight_to(cuda, new_head=False) == {"": cuda}
+    assert straight_to(cuda, new_head=True) is None, "drawn on the CPU, as everywhere"
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: True)
-        assert loading.straight_to(cuda, new_head=False) is None, "in shards"
+        patch.setattr(load_settings, "is_deepspeed_zero3_enabled", lambda: True)
+        assert straight_to(cuda, new_head=False) is None, "in shards"
     usual = load_policy(config(llama)).state_dict()
     monkeypatch.setattr(loading, "straight_to", lambda *_, **__: {"": torch.device("cpu")})
     straight = load_policy(config(llama))

@@ -16,8 +16,10 @@ import pyarrow.dataset as ds
 import pytest
 
 from cwpo_dist import local_files
+from cwpo_dist.file_marks import fingerprint
 from cwpo_dist.processes import Process
-from cwpo_dist.storage import Store, fingerprint
+from cwpo_dist.staging import upload
+from cwpo_dist.storage import Store
 
 KILLED = """
 import os, signal, sys
@@ -147,7 +149,7 @@ def test_nothing_copies_or_counts_what_was_left(tmp_path: Path) -> None:
     kill_while_writing(model, "link", "create('model.safetensors', b'x')")
     assert fingerprint(str(model)) == before
     to = Store(str(tmp_path / "to"))
-    to.upload(model)
+    upload(model, to)
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["config.json"]
 
 

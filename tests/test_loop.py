@@ -17,7 +17,7 @@ from plain_loop import IDS, ROWS, WEIGHTS, Record, make_config, make_engine, mak
 from torch import Tensor, nn
 
 from cwpo_dist.config import LoraConfig
-from cwpo_dist.lm.batches import global_batch
+from cwpo_dist.lm.batches import global_batch, total_steps
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.training import loop
@@ -27,15 +27,13 @@ from cwpo_dist.training.loop import (
     NonFiniteLoss,
     Preempted,
     Run,
-    TorchEngine,
-    fresh_state,
     gradients,
-    total_steps,
     train,
 )
 from cwpo_dist.training.lora import add_lora
-from cwpo_dist.training.optim import STATE_KEYS, learning_rates, make_optimizer
+from cwpo_dist.training.optim import STATE_KEYS, fresh_state, learning_rates, make_optimizer
 from cwpo_dist.training.tasks import Preference, Sft, Task, TaskError
+from cwpo_dist.training.torch_engine import TorchEngine
 
 
 def first(task: Task, engine: TorchEngine, run: Run, indices: list[int]) -> float:
@@ -165,6 +163,8 @@ def test_total_steps() -> None:
     assert total_steps(make_config(max_steps=7), 100) == 7
     epochs = {"max_steps": -1, "num_train_epochs": 2.5, "global_batch_size": 8}
     assert total_steps(make_config(**epochs), 20) == 8  # 2.5 × 3, rounded up
+    assert total_steps(make_config(**epochs | {"num_train_epochs": 0.5}), 4) == 1
+    assert total_steps(make_config(**epochs | {"num_train_epochs": 1.1}), 80) == 11  # not 12
 
 
 def test_loss_falls_at_a_rate_that_shows_it() -> None:

@@ -16,10 +16,11 @@ from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import collate
 from cwpo_dist.training import held_out
-from cwpo_dist.training.loop import TorchEngine, train
+from cwpo_dist.training.loop import train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.meter import PARTS
 from cwpo_dist.training.tasks import BradleyTerry, Preference, TaskError
+from cwpo_dist.training.torch_engine import TorchEngine
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", "orpo"])

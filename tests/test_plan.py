@@ -15,7 +15,7 @@ from tiny import save_tiny
 
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
-from cwpo_dist.planning.costs import total_steps
+from cwpo_dist.lm.batches import total_steps
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.planning.plan_table import print_plan
 from cwpo_dist.runs import checks

@@ -21,6 +21,7 @@ from cwpo_dist.config import ConfigError, Pool, PoolConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.placement import Machine, pool_faults
 from cwpo_dist.scoring.progress import Progress, Report
+from cwpo_dist.staging import staged
 from cwpo_dist.storage import Store
 
 PLAIN = Machine(8.0, 0.0, {"CPU": 8.0}, {"zone": "a"})
@@ -152,7 +153,7 @@ def test_actors_that_start_at_once_copy_a_remote_model_once(
 
     monkeypatch.setattr(store.filesystem, "get_file", slow)
     with ThreadPoolExecutor(4) as actors:
-        places = list(actors.map(lambda _: store.staged(), range(4)))
+        places = list(actors.map(lambda _: staged(store), range(4)))
     assert len(set(places)) == 1
     assert len(copied) == 2, "each file once"
     assert (places[0] / "weights.bin").read_bytes() == b"weights.bin"
@@ -161,7 +162,7 @@ def test_actors_that_start_at_once_copy_a_remote_model_once(
     half.mkdir()
     (half / "weights.bin").write_bytes(b"weig")
     (half / "stale.json").touch()
-    assert sorted(path.name for path in store.staged().iterdir()) == ["config.json", "weights.bin"]
+    assert sorted(path.name for path in staged(store).iterdir()) == ["config.json", "weights.bin"]
     assert (places[0] / "weights.bin").read_bytes() == b"weights.bin"
 
 

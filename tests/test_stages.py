@@ -19,6 +19,7 @@ from cwpo_dist.execution.run import nodes_until, run
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.runs.graph import graph
 from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.staging import upload
 from cwpo_dist.storage import MANIFEST, Store
 
 
@@ -135,7 +136,7 @@ def test_prepare_to_weigh_on_object_storage_with_a_killed_and_resumed_training(
     """The weak model lies there as well; both workers train on the node's one copy of it."""
     changes = small_config(tmp_path / "in", s3_store.uri, fit__num_train_epochs=12)
     model = s3_store.child("weak-model")
-    model.upload(tmp_path / "in" / "model")
+    upload(tmp_path / "in" / "model", model)
     changes["weak"]["model_name_or_path"] = model.uri
     changes["fit"]["num_workers"] = 2
     path = write_config(tmp_path / "s3.yaml", changes)

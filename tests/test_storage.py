@@ -18,12 +18,13 @@ import pyarrow as pa
 import pytest
 from s3fs.core import S3File, S3FileSystem
 
+from cwpo_dist.file_marks import fingerprint
+from cwpo_dist.staging import staged, upload
 from cwpo_dist.storage import (
     MANIFEST,
     StorageError,
     Store,
     digest,
-    fingerprint,
     parquet_bytes,
     to_json,
 )
@@ -197,10 +198,10 @@ def test_a_folder_is_uploaded_and_staged_whole(store: Store, tmp_path: Path) -> 
     (folder / "adapter").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "adapter" / "weights.bin").write_bytes(b"\0" * 100)
-    store.child("model").upload(folder)
-    staged = store.child("model").staged()
-    assert (staged / "config.json").read_text() == "{}"
-    assert (staged / "adapter" / "weights.bin").read_bytes() == b"\0" * 100
+    upload(folder, store.child("model"))
+    copy = staged(store.child("model"))
+    assert (copy / "config.json").read_text() == "{}"
+    assert (copy / "adapter" / "weights.bin").read_bytes() == b"\0" * 100
 
 
 def test_a_store_travels_to_another_process(store: Store) -> None:

@@ -12,7 +12,8 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cwpo_dist.lm.encoder import Asked, Encoder, common_prefix, load_tokenizer, without_eos
+from cwpo_dist.lm.encoder import Asked, Encoder, load_tokenizer
+from cwpo_dist.lm.ids import common_prefix, without_eos
 from cwpo_dist.lm.reading import RenderingEncoder
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import ChatTemplate, Fault, TokenError

@@ -14,7 +14,7 @@ from cwpo_dist.config import TrainingConfig
 from cwpo_dist.storage import Store
 from cwpo_dist.training import tracking
 from cwpo_dist.training.courier import Courier
-from cwpo_dist.training.rank import _progress
+from cwpo_dist.training.metrics_log import progress
 
 RECORD = {"step": 1, "loss": 0.5, "rewards/accuracies": 0.25, "eval_loss": 0.75}
 
@@ -136,7 +136,7 @@ def test_report_to_as_people_write_it() -> None:
 def test_a_line_says_what_one_watches() -> None:
     record = RECORD | {"step": 5, "total_steps": 20, "grad_norm": 1.0, "learning_rate": 1e-5}
     record |= {"pairs_per_step": 8, "pairs_per_second": 2.0, "tokens_per_second": 1234.5}
-    line = _progress(record | {"eval_rewards/accuracies": 0.625})
+    line = progress(record | {"eval_rewards/accuracies": 0.625})
     assert line.startswith(
         "[=====               ] step 5/20  loss 0.5000  accuracy 25%  held out 62%"
     )

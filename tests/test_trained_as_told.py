@@ -14,8 +14,8 @@ from cwpo_dist.stages import (
     sft,
     weigh,
 )
-from cwpo_dist.training.rank import TrainSpec
 from cwpo_dist.training.tasks import Preference
+from cwpo_dist.training.train_rank import TrainSpec
 
 
 def logp(text: str) -> float:

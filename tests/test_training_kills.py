@@ -30,7 +30,7 @@ from zero_cases import Case
 from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.training import group
 from cwpo_dist.training.loop import Hooks, Preempted, train
-from cwpo_dist.training.rank import TrainSpec
+from cwpo_dist.training.train_rank import TrainSpec
 
 pytestmark = pytest.mark.long
 FULL = Case("full", 3, optim="adamw", steps=12)

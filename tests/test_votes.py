@@ -24,8 +24,9 @@ from cwpo_dist.runs.checks import check
 from cwpo_dist.stages.fit import LabelledPairs
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
-from cwpo_dist.training.loop import Run, TorchEngine, train
+from cwpo_dist.training.loop import Run, train
 from cwpo_dist.training.tasks import BradleyTerry, TaskError
+from cwpo_dist.training.torch_engine import TorchEngine
 
 
 def test_the_loss_of_shares_is_the_cross_entropy_gradient_included() -> None:

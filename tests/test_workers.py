@@ -35,12 +35,12 @@ from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model
 from cwpo_dist.lm.templates import PLAIN_TEMPLATE
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training import checkpoint, group
+from cwpo_dist.training import checkpoint, group, rank
 from cwpo_dist.training.lease import Lease, LeaseHeld
 from cwpo_dist.training.loop import Hooks, NonFiniteLoss, Preempted, train
 from cwpo_dist.training.merge import MergeError, merge_adapter
-from cwpo_dist.training.rank import TrainSpec
 from cwpo_dist.training.saving import NoRoom
+from cwpo_dist.training.train_rank import TrainSpec
 
 
 def exported(name: str, part: str = "model") -> Path:
@@ -229,9 +229,11 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def alone(group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
-    """A stage that `_worker` can run in this process."""
+    """A stage that `run_rank` can run in this process."""
     tiny.save_tiny(tmp_path / "model", "llama")
-    monkeypatch.setattr(group, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(rank, "get_device", lambda: torch.device("cpu"))
+    # There is no Ray to ask, however slow the machine is.
+    monkeypatch.setattr("cwpo_dist.training.rank_hooks.ASK_RAY_S", float("inf"))
     return zero_cases.make_spec("align-lora", tmp_path, num_workers=1)
 
 
@@ -243,13 +245,12 @@ def test_bad_data_end_the_group_once(alone: TrainSpec) -> None:
     """The next group, which Ray starts unasked, ends at once and says why."""
     spec = with_task(alone, ray_task.nothing)
     with Lease.acquire(spec.store) as lease:
-        config = {"spec": spec, "token": lease.token}
         with pytest.raises(ValueError, match="no pairs"):
-            group._worker(config)
-        outcome = group._worker(config)
+            rank.run_rank(spec, lease.token)
+        outcome = rank.run_rank(spec, lease.token)
     assert outcome["message"] == "TaskError: no pairs to train on: the test wants it so"
     with Lease.acquire(spec.store) as lease:  # a new driver tries anew
-        assert group._refusal(lease.token) is None
+        assert rank.refusal(lease.token) is None
 
 
 def test_what_another_driver_has_finished_is_left_alone(
@@ -276,10 +277,9 @@ def test_a_full_disk_ends_the_export_once(
     with monkeypatch.context() as patch:
         patch.setattr("cwpo_dist.training.merge.save_file", full)
         with Lease.acquire(alone.store) as lease:
-            config = {"spec": alone, "token": lease.token}
             with pytest.raises(NoRoom):
-                group._worker(config)
-            message = group._worker(config)["message"]
+                rank.run_rank(alone, lease.token)
+            message = rank.run_rank(alone, lease.token)["message"]
     assert re.match(
         r"NoRoom: output_dir: no room left in \S*/model .*os error 28.* same command", message
     )
@@ -288,14 +288,14 @@ def test_a_full_disk_ends_the_export_once(
     assert found is not None
     assert found.step == 6
     with Lease.acquire(alone.store) as lease:
-        outcome = group._worker({"spec": alone, "token": lease.token})
+        outcome = rank.run_rank(alone, lease.token)
     assert outcome["summary"]["steps"] == 6
     assert load_policy(as_model(Path(alone.store.path("model"))))
 
 
 def test_non_finite_loss_needs_no_retry(alone: TrainSpec) -> None:
     with Lease.acquire(alone.store) as lease:
-        outcome = group._worker({"spec": with_task(alone, ray_task.poisoned), "token": lease.token})
+        outcome = rank.run_rank(with_task(alone, ray_task.poisoned), lease.token)
     assert outcome["error"] == NonFiniteLoss.__name__
     assert "step 4" in outcome["message"]
     found = checkpoint.newest(alone.store)
@@ -308,17 +308,17 @@ def test_checkpoints_by_the_clock(alone: TrainSpec) -> None:
     changes = {"save_steps": 1000, "save_minutes": 1e-6, "save_total_limit": 10}
     spec = replace(alone, config=alone.config.model_copy(update=changes))
     with Lease.acquire(spec.store) as lease:
-        group._worker({"spec": spec, "token": lease.token})
+        rank.run_rank(spec, lease.token)
     steps = {name.split("/")[1][:11] for name in spec.store.names("checkpoints")}
     assert {"step-000001", "step-000006"} < steps
 
 
 def test_the_drivers_word_stops_workers(alone: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cwpo_dist.training.rank.ASK_DRIVER_S", 0.0)
-    monkeypatch.setattr("cwpo_dist.training.rank.told_to_stop", group.threading.Event())
+    monkeypatch.setattr("cwpo_dist.training.rank_hooks.ASK_DRIVER_S", 0.0)
+    monkeypatch.setattr("cwpo_dist.training.rank_hooks.told_to_stop", group.threading.Event())
     with Lease.acquire(alone.store) as lease, group._stop_on_signal(lease.token):
         os.kill(os.getpid(), signal.SIGTERM)  # to the driver
-        outcome = group._worker({"spec": alone, "token": lease.token})
+        outcome = rank.run_rank(alone, lease.token)
     assert outcome["error"] == Preempted.__name__
     found = checkpoint.newest(alone.store)
     assert found is not None
@@ -344,14 +344,14 @@ def test_trackers_follow_a_run_over_its_restart(
     config = alone.config.model_copy(update=changes)
     held_out = partial(zero_cases.load_task, "none")
     spec = replace(alone, config=config, make_held_out=held_out)
-    monkeypatch.setattr("cwpo_dist.training.rank.ASK_DRIVER_S", 0.0)
+    monkeypatch.setattr("cwpo_dist.training.rank_hooks.ASK_DRIVER_S", 0.0)
     for stops in (True, False):
         stop = group.threading.Event()
-        monkeypatch.setattr("cwpo_dist.training.rank.told_to_stop", stop)
+        monkeypatch.setattr("cwpo_dist.training.rank_hooks.told_to_stop", stop)
         with Lease.acquire(spec.store) as lease:
             if stops:
                 stop.set()
-            outcome = group._worker({"spec": spec, "token": lease.token})
+            outcome = rank.run_rank(spec, lease.token)
         assert ("error" in outcome) == stops
     records = [json.loads(line) for line in spec.store.read("metrics.jsonl").splitlines()]
     assert [record["step"] for record in records] == list(range(1, 7))

@@ -138,7 +138,7 @@ def make_config(section: dict | str | None, **changes: object) -> TrainingConfig
 
 
 def test_deepspeed_section() -> None:
-    from cwpo_dist.training.engine import deepspeed_config
+    from cwpo_dist.training.deepspeed_engine import deepspeed_config
 
     hf_json = {
         "bf16": {"enabled": "auto"},
@@ -159,7 +159,7 @@ def test_deepspeed_section() -> None:
 
 
 def test_bfloat16_is_never_summed_in_bfloat16() -> None:
-    from cwpo_dist.training.engine import deepspeed_config, zero_stage
+    from cwpo_dist.training.deepspeed_engine import deepspeed_config, zero_stage
 
     assert zero_stage(deepspeed_config(make_config(None, zero_stage=0), torch.bfloat16)) == 1
     assert zero_stage(deepspeed_config(make_config(None, zero_stage=0), torch.float32)) == 0
@@ -181,7 +181,7 @@ def test_bfloat16_is_never_summed_in_bfloat16() -> None:
     ],
 )
 def test_deepspeed_section_refused(section: dict | str, name: str) -> None:
-    from cwpo_dist.training.engine import deepspeed_config
+    from cwpo_dist.training.deepspeed_engine import deepspeed_config
 
     with pytest.raises(ConfigError, match=name):
         deepspeed_config(make_config(section), torch.float32)

@@ -22,10 +22,11 @@ from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
 from cwpo_dist.storage import Store
 from cwpo_dist.training import held_out
-from cwpo_dist.training.loop import Engine, Hooks, Run, TorchEngine
+from cwpo_dist.training.loop import Engine, Hooks, Run
 from cwpo_dist.training.lora import add_lora
-from cwpo_dist.training.rank import TrainSpec
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
+from cwpo_dist.training.torch_engine import TorchEngine
+from cwpo_dist.training.train_rank import TrainSpec
 
 N_ROWS, BATCH = 22, 8
 BUDGETS = (10_000, 130, 61)  # one micro-batch, some, many: up to one row each

@@ -56,13 +56,14 @@ from cwpo_dist.scoring.sharded import Together
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Engine, Hooks, gradients, train
-from cwpo_dist.training.rank import run_rank
+from cwpo_dist.training.rank import rank_process
 
+CPU = torch.device("cpu")
 TIME_LIMIT_S = {"short": 540, "long": 1500}  # a tenth of it on an idle machine
 
 
 def deepspeed_engine(case: Case, folder: Path) -> Any:
-    from cwpo_dist.training import engine
+    from cwpo_dist.training import deepspeed_engine as engine
 
     dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
     settings = engine.deepspeed_config(case.config(), dtype)
@@ -112,7 +113,7 @@ def exactness(case: Case, folder: Path) -> None:
     engine, task = deepspeed_engine(case, folder), make_task(case.task)
     if case.task != "fit":
         engine.module.head.chunk_size = 7  # many chunks, one gather
-    layout = choose_layout(engine.module, longest=64).layout  # as a worker does, engine first
+    layout = choose_layout(engine.module, longest=64).layout  # as a rank does, engine first
     empty = sum(p.numel() == 0 for p in engine.module.parameters())
     results = {"packed": torch.tensor([layout == "packed"]), "sharded": torch.tensor([empty])}
     for budget in budgets(case, engine.world_size):
@@ -189,13 +190,13 @@ def resumed(case: Case, folder: Path, written_by: int, of: str = "") -> None:
 
 def stage(name: str, folder: Path) -> None:
     """A whole stage, as a Ray worker does it, but for Ray; its model in several files."""
-    from cwpo_dist.training import rank as worker
-    from cwpo_dist.training import saving
+    from cwpo_dist.training import rank_hooks, saving
 
     saving.MAX_SHARD_SIZE = "20KB"
-    worker.ASK_RAY_S = math.inf  # there is none to ask, however slow the machine is
+    rank_hooks.ASK_RAY_S = math.inf  # there is none to ask, however slow the machine is
     spec = make_spec(name, folder)
-    run_rank(spec, LeaseToken(spec.store, 0), torch.device("cpu"))
+    with rank_process(spec.config, CPU) as watchdog:
+        spec.run(LeaseToken(spec.store, 0), CPU, watchdog)
 
 
 def write_reference_inputs(folder: Path) -> None:
@@ -227,7 +228,8 @@ def reference(folder: Path) -> None:
     worker: Any = job.make_worker
     config = Case("reference", 3).config()
     spec = FrozenSpec("reference", job.output, config, worker.args[2], Together(job, worker))
-    spec.run(LeaseToken(job.output, 0), torch.device("cpu"))
+    with rank_process(config, CPU) as watchdog:
+        spec.run(LeaseToken(job.output, 0), CPU, watchdog)
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,12 +85,11 @@ def check(nodes: Nodes, to: str, *, quick: bool, storage: str | None) -> bool:
     n_nodes = len({place.node for place in group})
     name = f"{len(group)} ranks on {f'{n_nodes} nodes' if n_nodes > 1 else 'one node'}"
     console.print(_table(name, together))
-    every = [*(each for findings in found_there.values() for each in findings), *together]
-    right = not any(each.right is False for each in every)
+    right = not any(each.right is False for each in chain(together, *found_there.values()))
     record = {
         "right": right,
-        "devices": {name: [asdict(each) for each in of] for name, of in found_there.items()},
-        "together": {"ranks": len(group), "findings": [asdict(each) for each in together]},
+        "devices": {name: list(map(asdict, findings)) for name, findings in found_there.items()},
+        "together": {"ranks": len(group), "findings": list(map(asdict, together))},
     }
     Path(to).write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"{'all right' if right else 'something is WRONG'}; {to} has the figures")
@@ -100,24 +100,33 @@ def chosen(nodes: Sequence[Mapping[str, Any]], which: Nodes) -> tuple[list[Place
     """The devices to check one by one, and those of the ranks that work together.
 
     Where the cluster has GPUs, they are checked; else a CPU of each node.
+
+    Raises:
+        CheckError: for a cluster without a node that has a CPU.
     """
     alive = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    gpus = [
-        Place(node["NodeID"], node["NodeManagerAddress"], gpu=True)
-        for node in alive
-        for _ in range(int(node["Resources"].get("GPU", 0)))
-    ]
-    cpus = [Place(node["NodeID"], node["NodeManagerAddress"], gpu=False) for node in alive]
-    places = gpus or cpus
+    gpus = list(chain.from_iterable(map(_gpus_of, alive)))
+    places = gpus or [_place(node, gpu=False) for node in alive]
     if not places:
         raise CheckError("check: the cluster has no node with a CPU; start one (cluster/README.md)")
-    group = list(places)
-    if not gpus:  # of processors, a node lends a second one to a rank
-        spare = [p for p, node in zip(cpus, alive, strict=True) if node["Resources"]["CPU"] >= 2]
-        group += spare[: max(0, _FEWEST_RANKS - len(group))]
+    group = places if gpus else _with_second_ranks(places, alive)
     if which == "one":
         return places[:1], group[:_FEWEST_RANKS]
     return places, group
+
+
+def _with_second_ranks(cpus: list[Place], nodes: Sequence[Mapping[str, Any]]) -> list[Place]:
+    """Processors for enough ranks to exchange something: a node lends a second one."""
+    spare = [_place(node, gpu=False) for node in nodes if node["Resources"]["CPU"] >= 2]
+    return cpus + spare[: max(0, _FEWEST_RANKS - len(cpus))]
+
+
+def _gpus_of(node: Mapping[str, Any]) -> list[Place]:
+    return [_place(node, gpu=True)] * int(node["Resources"].get("GPU", 0))
+
+
+def _place(node: Mapping[str, Any], *, gpu: bool) -> Place:
+    return Place(node["NodeID"], node["NodeManagerAddress"], gpu)
 
 
 def _of_devices(places: Sequence[Place], quick: bool) -> Iterator[tuple[str, list[Finding]]]:

@@ -24,6 +24,7 @@ from cwpo_dist.check.finding import Finding, Outcome, found
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm import varlen
 from cwpo_dist.lm.flops import useful_flops
+from cwpo_dist.lm.load_settings import native_dtype
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.packed import by_row
 from cwpo_dist.lm.probe import choose_layout
@@ -34,8 +35,9 @@ from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import AnswerWorker
 from cwpo_dist.storage import Store
-from cwpo_dist.training.loop import Run, TorchEngine, gradients
+from cwpo_dist.training.loop import Run, gradients
 from cwpo_dist.training.meter import peak_flops
+from cwpo_dist.training.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
 # Nats a token by which packed rows may miss fp32, beyond twice what stock plain rows do.
@@ -54,7 +56,7 @@ def check_device(*, quick: bool) -> list[Finding]:
         quick: leave out the figures.
     """
     device = assigned_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = native_dtype(device)
     parts: dict[str, Callable[[], Outcome]] = {
         "versions": lambda: versions(device),
         "packed rows": lambda: packed_rows(device, dtype),

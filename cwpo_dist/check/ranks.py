@@ -20,12 +20,14 @@ import torch.distributed as dist
 from cwpo_dist.check import tiny_models
 from cwpo_dist.check.finding import Finding, Outcome, found
 from cwpo_dist.config import TrainingConfig
+from cwpo_dist.lm.load_settings import native_dtype
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.planning.costs import timed
 from cwpo_dist.scoring.devices import assigned_device, hide_other_gpus
 from cwpo_dist.storage import Store
-from cwpo_dist.training.loop import Engine, Run, TorchEngine, gradients
+from cwpo_dist.training.loop import Engine, Run, gradients
+from cwpo_dist.training.torch_engine import TorchEngine
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -68,9 +70,8 @@ class Rank:
         dist.init_process_group(
             backend, init_method=meet, rank=rank, world_size=world, timeout=_TIMEOUT
         )
-        half = [torch.bfloat16] if device.type == "cuda" else []
         parts: dict[str, Callable[[], Outcome]] = {"exchange": lambda: exchange(device)}
-        for dtype in [torch.float32, *half]:
+        for dtype in dict.fromkeys([torch.float32, native_dtype(device)]):
             parts |= {
                 f"ZeRO {stage}, {_name(dtype)}": _zero(stage, dtype, device)
                 for stage in _stages(dtype)
@@ -123,7 +124,7 @@ def resume(device: torch.device, shared: str | None) -> Outcome:
     from cwpo_dist.training import checkpoint
 
     identity = checkpoint.RunIdentity("check", 0, "base")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = native_dtype(device)
     store = Store(shared)
     engine = sharded(2, dtype, device)
     trained(engine, 0, 2)
@@ -146,7 +147,7 @@ def resume(device: torch.device, shared: str | None) -> Outcome:
 
 def sharded(stage: Stage, dtype: torch.dtype, device: torch.device) -> Any:
     """A fresh model under DeepSpeed."""
-    from cwpo_dist.training import engine  # not above: it imports deepspeed
+    from cwpo_dist.training import deepspeed_engine as engine  # not above: it imports deepspeed
 
     config = _config(stage)
     module = AnswerLogProbs(tiny_models.policy(dtype, device))

@@ -30,6 +30,7 @@ from cwpo_dist.evaluation.shares import (
     mean,
     wilson,
 )
+from cwpo_dist.weighting import confidence
 
 
 @dataclass(frozen=True)
@@ -135,25 +136,25 @@ def annotator_accuracy(
     check_lengths(human, margin=margins, length_a=lengths_a, length_b=lengths_b, people=chosen)
 
     longer = lengths_a - lengths_b
-    confidence = np.tanh(np.abs(margins) / 2)
+    sure = confidence(np.abs(margins))
     known = (human != 0) & (margins != 0)
     decided, told, grouped = margins[known], chosen[known], groups[known]
     right = (np.sign(decided) == human[known]).astype(np.float64)
     raw = calibration(decided, told, grouped)
     return AnnotatorAccuracy(
         agreement=agreement(margins, human, groups),
-        by_quarter=quarters(confidence[known], right, grouped),
+        by_quarter=quarters(sure[known], right, grouped),
         reliability=raw.reliability,
         expected_calibration_error=raw.expected_calibration_error,
         mean_probability=raw.mean_probability,
         calibrated=None
         if temperature is None
         else calibration(decided / temperature, told, grouped),
-        mean_confidence=mean(confidence),
+        mean_confidence=mean(sure),
         length_baseline=agreement(longer, human, groups),
         margin_length=correlation(margins, longer),
         margin_by_length=margin_by_length(margins, longer),
-        confidence_length=correlation(confidence, np.abs(longer)),
+        confidence_length=correlation(sure, np.abs(longer)),
     )
 
 

@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS
 from cwpo_dist.lm.modules import decoder_of, unwrapped
+from cwpo_dist.lm.transformers_internals import attention_in_use, experts_in_use
 
 _NAME = "cwpo_counted"  # of the attention, as transformers knows it
 TOKENS = 16  # few, as stock attention without memory keeps a square of them
@@ -45,10 +46,10 @@ def kept_of_token(model: nn.Module) -> Kept:
     """
     core = unwrapped(model)
     # Of grouped experts torch has no such product without memory in fp32.
-    grouped = getattr(core.config, "_experts_implementation", None) == "grouped_mm"
+    grouped = experts_in_use(core) == "grouped_mm"
     numbers = None if grouped else _kept(core)[0]
     model.to(torch.bfloat16)
-    if core.config._attn_implementation == "sdpa":
+    if attention_in_use(core) == "sdpa":
         core.set_attn_implementation(_NAME)
     in_half, half_bytes = _kept(core)
     return Kept(in_half if numbers is None else numbers, half_bytes)
@@ -91,14 +92,15 @@ def _kept(core: Any) -> tuple[float, float]:
 
 
 def _kept_under(core: Any, mask: Tensor | None) -> tuple[float, float]:
-    own = {p.untyped_storage()._cdata for p in core.parameters()}
+    # torch gives one Python object a storage for as long as the storage lives, so ids tell apart.
+    own = {id(p.untyped_storage()) for p in core.parameters()}
     kept: dict[int, tuple[Any, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if id(storage) not in own:
             # Alive, so that no other takes its place.
-            kept[storage._cdata] = storage, tensor.element_size()
+            kept[id(storage)] = storage, tensor.element_size()
         return tensor
 
     some = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")

@@ -7,6 +7,7 @@ is split into micro-batches.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,16 +15,37 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.rows import Layout
 
 _UNIT = 2**32  # of a weight of 1, in whole numbers: Σ stays below 2⁶³ for two thousand million rows
 
 
 def steps_per_epoch(n: int, batch: int) -> int:
-    """Global batches in an epoch; the last may be short."""
+    """Global batches in an epoch; the last may be short.
+
+    Raises:
+        ValueError: for no rows, or batches of none.
+    """
     if n < 1 or batch < 1:
         raise ValueError(f"{n} rows in batches of {batch}: both must be at least 1")
     return -(-n // batch)
+
+
+def total_steps(config: TrainingConfig, epoch_rows: int) -> int:
+    """Optimizer steps of a training: `max_steps`, or those of `num_train_epochs`, rounded up.
+
+    As transformers' Trainer counts them, but that 1.1 epochs of 10 steps are 11, and not 12 for the
+    float just above 11.
+
+    Args:
+        config: of the stage.
+        epoch_rows: that an epoch goes through; 0 in a plan that finds none.
+    """
+    if config.max_steps > 0:
+        return config.max_steps
+    per_epoch = -(-epoch_rows // config.global_batch_size)
+    return math.ceil(round(config.num_train_epochs * per_epoch, 9))
 
 
 @dataclass(frozen=True, eq=False)  # compared, and cached, as the object that it is
@@ -82,7 +104,15 @@ def systematic(shares: NDArray[np.int64], drawn: int, offset: int) -> NDArray[np
 
     Whole numbers alone, so that no row is drawn by rounding: over all offsets from 0 to Σ shares
     a row is drawn exactly shares × drawn times, at most once by each where no share is above
-    Σ shares / drawn.
+    Σ shares / drawn (systematic sampling, Madow 1949).
+
+    Args:
+        shares: [N] whole numbers, not negative.
+        drawn: how many rows are drawn.
+        offset: from 0 to below Σ shares.
+
+    Returns:
+        int64 [drawn].
     """
     ends = np.cumsum(shares)
     whole, rest = divmod(int(ends[-1]), drawn)
@@ -96,7 +126,7 @@ def global_batch(n: int | Order, batch: int, seed: int, step: int) -> tuple[int,
 
     Args:
         n: rows of the data set, or the order of its epochs.
-        batch: rows a step over all workers.
+        batch: rows a step over all ranks.
         seed: of the run.
         step: counted from 0 over all epochs.
 

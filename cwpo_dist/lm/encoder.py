@@ -7,7 +7,7 @@ still agree, so that the tokens are those a stock model would see, and no border
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cwpo_dist.config import TEMPLATE_DATE, ModelConfig
 from cwpo_dist.lm.foreign import refused_as
+from cwpo_dist.lm.ids import common_prefix, ids_of, without_eos
 from cwpo_dist.lm.loading import ModelError, model_path
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import ChatTemplate, Fault, Message, TokenError, Tools
@@ -172,13 +173,13 @@ class Encoder:
             if len(pairs) == 1:
                 return [error]
             return [row for pair in pairs for row in self.encode_all([pair])]
-        found: list[Row | TokenError] = []
-        for each in rendered:
-            if isinstance(each, TokenError):
-                found.append(each)
-            else:
-                found.append(self._row(each, [next(ids) for _ in each]))
-        return [self._within(row) for row in found]
+        return [self._row_of(each, ids) for each in rendered]
+
+    def _row_of(self, texts: list[str] | TokenError, ids: Iterator[list[int]]) -> Row | TokenError:
+        """The row of a pair, of whose texts the next ids are."""
+        if isinstance(texts, TokenError):
+            return texts
+        return self._within(self._row(texts, [next(ids) for _ in texts]))
 
     def left_out(self, prompt: Text, answer: Text, tools: Tools = None) -> set[str]:
         """The roles of a readable conversation with a message of which the template writes nothing.
@@ -267,13 +268,6 @@ class Encoder:
         return [self.bos_id, *ids]
 
 
-def without_eos(text: str, eos: str) -> str:
-    """Drops EOS, and what a template writes after it, from the end."""
-    while (stripped := text.rstrip()).endswith(eos):
-        text = stripped.removesuffix(eos)
-    return text
-
-
 def fill_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
     """What fills a batch behind the ends of rows, where no token sees it.
 
@@ -317,37 +311,3 @@ def refuse_mixed(prompt: Text, answer: Text | None) -> None:
 def _messages(text: Text, role: str) -> list[Message]:
     """Messages as they are, with every key; text becomes one of them."""
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
-
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of rendered texts, to which the tokenizer adds nothing.
-
-    Raises:
-        TokenError: where it fails, as regular expressions of some do on some texts.
-    """
-    if not texts:
-        return []
-    with refused_as(unread):
-        encoded: list[list[int]] = tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-    return encoded
-
-
-def unread(why: str) -> TokenError:
-    """The refusal of a text on which the tokenizer fails, and what it said."""
-    return TokenError(
-        f"prompt or answer: the tokenizer fails on the text ({why}); give another model, or its "
-        "files as their author has them",
-        Fault.UNREAD,
-    )
-
-
-def common_prefix(sequences: Sequence[list[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length

@@ -8,8 +8,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.file_marks import fingerprint
+from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.loading import ModelError, model_path
-from cwpo_dist.storage import Store, fingerprint
+from cwpo_dist.storage import Store
 
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
@@ -22,8 +24,8 @@ def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
         id and the commit that its revision stands for.
     """
     name = model.model_name_or_path
-    path = model_path(name) if "://" not in name else name
-    if "://" not in path and not Path(path).is_dir():
+    path = name if "://" in name else model_path(name)
+    if is_hub_id(path):
         return [[name, _commit(model)]]
     root = Store(path).root
     return [

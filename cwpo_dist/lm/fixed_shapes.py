@@ -93,6 +93,7 @@ class FixedShapes(TorchDispatchMode):
             return product(rows_TI, weight_IO)
         if self._proved is not None:
             self._prove(product, rows_TI, weight_IO)
+        # Kernels take another way, and so other sums, for other strides and other addresses.
         rows_TI = rows_TI.contiguous()
         if rows_TI.data_ptr() % _ALIGNED:
             rows_TI = rows_TI.clone()
@@ -130,7 +131,7 @@ def _refuse_unknown(func: Any, args: tuple[Any, ...]) -> None:
     """Stops at a product that is neither of blocks nor of tiles."""
     if func.namespace not in {"aten", "prim"}:
         raise UnfitError(f"{func.name()} is no operation of torch's own")
-    name = func._schema.name.partition("::")[2]
+    name = func.name().partition("::")[2].partition(".")[0]  # without its overload
     if not _PRODUCT.search(name):
         return
     if name == "bmm" and args[0].shape[2] == 1:  # rotary angles: position × frequency

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from cwpo_dist.lm.foreign import whole_number
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decoder_of, unwrapped
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.sharded import whole_shape
 
 # What configurations call the experts of a token.
 _EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
@@ -81,12 +83,12 @@ def matmul_weights(module: nn.Module, config: Any) -> int:
     weights = 0.0
     for part in module.modules():
         if isinstance(part, nn.Linear | Conv1D):
-            weights += _numel(part.weight)
+            weights += prod(whole_shape(part.weight))
         elif not isinstance(part, _CONVOLUTIONS):
             for fused in part.parameters(recurse=False):  # [experts, …]
-                shape = _shape(fused)
+                shape = whole_shape(fused)
                 if len(shape) == 3:
-                    weights += _numel(fused) * min(1.0, (chosen or shape[0]) / shape[0])
+                    weights += prod(shape) * min(1.0, (chosen or shape[0]) / shape[0])
     return round(weights)
 
 
@@ -101,11 +103,3 @@ def head_width(config: Any) -> int:
 def _attention_width(config: Any) -> int:
     heads = whole_number(config, "num_attention_heads")
     return heads * head_width(config) * whole_number(config, "num_hidden_layers")
-
-
-def _shape(weight: Any) -> tuple[int, ...]:
-    return tuple(getattr(weight, "ds_shape", weight.shape))
-
-
-def _numel(weight: Any) -> int:
-    return int(getattr(weight, "ds_numel", weight.numel()))

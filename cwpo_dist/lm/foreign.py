@@ -66,6 +66,18 @@ def refused_as(refusal: Callable[[str], Exception]) -> Iterator[None]:
         raise refusal(one_line(error)) from error
 
 
+def model_fault(error: Exception) -> str:
+    """What others' code said when it failed, in one line.
+
+    Raises:
+        OutOfMemoryError: the error itself, if it is one: what the device lacks is no fault of the
+            code, though torch makes it a RuntimeError like any other.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return one_line(error)
+
+
 def one_line(error: BaseException) -> str:
     """What an error said, on one line and not too long; its class where it said nothing."""
     said = " ".join(str(error).split())

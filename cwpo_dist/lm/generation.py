@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from cwpo_dist.config import ConfigError
-from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.rope import turn_alone, turning_length
 
@@ -219,11 +219,9 @@ def _continued(
                 generation_config=settings,
                 logits_processor=processors,
             )
-    except torch.OutOfMemoryError:
-        raise
     except FOREIGN_ERRORS as error:
         raise ModelError(
-            f"model: {type(model).__name__} cannot write answers ({one_line(error)}); set "
+            f"model: {type(model).__name__} cannot write answers ({model_fault(error)}); set "
             "evaluate.num_prompts to 0, or give another model"
         ) from error
     return output_BT[:, longest:]

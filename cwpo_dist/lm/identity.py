@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.hub_names import is_hub_id
 
 # A model in the hub's own cache on this machine: …/models--owner--name/snapshots/COMMIT
 _CACHED = re.compile(r".*/models--(?:([^/]+)--)?([^/]+)/snapshots/([0-9a-f]{40})/?")
-FILES = (".jsonl", ".gz", ".parquet", ".csv", ".json")  # of pairs: no hub id ends so
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def hub_id(name: str) -> str | None:
-    """The name, where it can be a hub's `owner/name` and is no path."""
-    is_path = "://" in name or name.startswith((".", "/", "~")) or name.count("/") != 1
-    is_path = is_path or "*" in name or name.endswith(FILES) or Path(name).exists()
-    return None if is_path else name
+    """The name, where it is a hub's `owner/name`.
+
+    One without an owner is as likely the name of a folder that this machine cannot see.
+    """
+    return name if "/" in name and is_hub_id(name) else None
 
 
 def public_name(name: str) -> str:

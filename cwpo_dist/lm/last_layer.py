@@ -19,6 +19,8 @@ from cwpo_dist.lm.packed import packed_lengths
 
 Reads = Literal["answers", "ends"]
 
+# Parts that give each token's output from that token alone. Not among them: the projections of keys
+# and values, which tokens that are read still attend to.
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
 
 
@@ -37,7 +39,7 @@ def read_only(decoder: nn.Module, reads: Reads) -> None:
         return
     last = layers[-1]
     known: _LastLayer | None = getattr(last, "_cwpo_last_layer", None)
-    if known is None:
+    if known is None:  # hooks stand once, however often a module is made around the model
         object.__setattr__(last, "_cwpo_last_layer", _LastLayer(last, reads))
     else:
         known.reads = reads
@@ -66,6 +68,11 @@ def read_tokens(lengths_RS: Tensor, reads: Reads) -> Tensor:
 class _LastLayer:
     """Hooks on a layer, which learn from its mask what is read, and on its parts.
 
+    Hooks, and no layer of ours: the code of each architecture stays its own, and what an adapter
+    puts around a projection is inside the hook. A part is given M tokens and its output is laid out
+    as T again, so that the layer's own sums (residuals, attention's queries by position) see the
+    shapes that they expect. Where nobody reads, 0 is added to a state, and no gradient comes back.
+
     The layer must not be computed again (recompute.py leaves it out): transformers would do so
     without its hooks, and what was read could be another micro-batch's by then.
     """
@@ -74,6 +81,7 @@ class _LastLayer:
         self.reads = reads
         self._read_M: Tensor | None = None
         layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+        # Also after an error (a probe that runs out of memory): the next rows are others.
         layer.register_forward_hook(self._after_layer, always_call=True)
         for name in _TOKENWISE:
             part = _submodule(layer, name)

@@ -32,17 +32,18 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, refused_as
+from cwpo_dist.lm.load_settings import attention_of, dtype_of, straight_to
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.switches import keep_given, switch_off
 from cwpo_dist.lm.unfit import unfit
+from cwpo_dist.staging import staged
 from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
 
-# What decides a model's behaviour; other files of its folder may change freely.
 _NAMES_SHOWN = 5
-_LONGEST_ID = 96  # letters, on the hub
 _KINDS: dict[Any, tuple[Collection[str], str]] = {
     AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal language model"),
     AutoModelForSequenceClassification: (
@@ -112,6 +113,11 @@ def classifier_skeleton(model: ModelConfig) -> PreTrainedModel:
 
 def skeleton(model: ModelConfig, config: PretrainedConfig, kind: Any) -> PreTrainedModel:
     """What a configuration stands for as one kind of model, without memory or weights.
+
+    Args:
+        model: its name, for messages, and its attention.
+        config: what is built.
+        kind: an auto class of transformers.
 
     Raises:
         ModelError: when there is no such model.
@@ -193,14 +199,13 @@ def model_path(name: str) -> str:
     place = name
     if "://" in name:
         try:
-            place = str(Store(name).staged())
+            place = str(staged(Store(name)))
         except StorageError as error:
             raise ModelError(f"model_name_or_path: {error}") from error
     path = Path(place).expanduser()
     if os.path.isdir(path):  # of pathlib's a name that is too long raises
         return str(path)
-    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if is_path or len(name) > _LONGEST_ID:
+    if not is_hub_id(name):
         raise ModelError(
             f"model_name_or_path: no folder {name!r}; give a Hugging Face folder, a URI or a hub id"
         )
@@ -283,24 +288,6 @@ def _load(
     return loaded
 
 
-def straight_to(device: torch.device | str, *, new_head: bool) -> dict[str, torch.device] | None:
-    """Where weights are read to, for transformers; None: to the CPU, or where ZeRO-3 says.
-
-    To a GPU at once, as the processes of a node would hold a copy each on the host. On 'meta' none
-    is read: sizes and missing tensors are known all the same. A new head is drawn on the CPU, so
-    that it is the same on every device.
-    """
-    kind = torch.device(device).type
-    if kind == "cpu" or (kind != "meta" and (new_head or is_deepspeed_zero3_enabled())):
-        return None
-    return {"": torch.device(device)}
-
-
-def attention_of(model: ModelConfig) -> str | None:
-    """What transformers is told; None: it chooses."""
-    return None if model.attn_implementation == "auto" else model.attn_implementation
-
-
 def keep_layers(config: PretrainedConfig, model: ModelConfig) -> None:
     """Cuts the configuration to its first N layers; later layers' tensors are then not read.
 
@@ -359,13 +346,6 @@ def _refuse_missing(
             f"model_name_or_path: {model.model_name_or_path!r} lacks the tensors {shown}{more} of "
             f"{type(loaded).__name__}; give a complete checkpoint of that kind"
         )
-
-
-def dtype_of(model: ModelConfig, device: torch.device | str) -> torch.dtype:
-    """The precision that a model gets on a device."""
-    if model.torch_dtype != "auto":
-        return torch.bfloat16 if model.torch_dtype == "bfloat16" else torch.float32
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def _placed(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:

@@ -78,6 +78,10 @@ def packed_attention(
 def packed_mask(lengths: Tensor, device: torch.device) -> Tensor:
     """What a decoder takes as the mask of packed rows.
 
+    A mask is all that stock decoders hand from their input to the attention of every layer, and
+    transformers takes one of four dimensions for finished and leaves it as it is. So the lengths
+    travel in its shape and place, and attention that is not ours would fail on it, not misread it.
+
     Args:
         lengths: int64 [1, 1, R, 1 + K] on the host, tokens of each row's prompt and of its answers.
         device: of the decoder.
@@ -116,7 +120,19 @@ def by_row(
     scaling: float | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of one row after the other, [1, H, T, D]."""
+    """Attention of one row after the other, each by one of torch's own fused kernels.
+
+    Args:
+        query: [1, H, T, D].
+        key: [1, H or fewer, T, D].
+        value: as `key`.
+        lengths_RS: tokens of each row's prompt and of its answers.
+        scaling: of the scores; None: D^(−½).
+        dropout: probability.
+
+    Returns:
+        [1, H, T, D].
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.foreign import one_line
 
 
@@ -51,7 +52,7 @@ def other_weights(path: str, revision: str | None) -> str | None:
 
 
 def _index(path: str, revision: str | None) -> Path | None:
-    if Path(path).is_dir():
+    if not is_hub_id(path):
         file = Path(path, SAFE_WEIGHTS_INDEX_NAME)
         return file if file.exists() else None
     try:

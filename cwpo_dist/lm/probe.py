@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, unwrapped
 from cwpo_dist.lm.packed import NAME
@@ -37,6 +37,7 @@ from cwpo_dist.lm.stock import (
     states,
     vocabulary,
 )
+from cwpo_dist.lm.transformers_internals import attention_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -75,21 +76,20 @@ def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> Lay
     Raises:
         ModelError: when the module's log-probs or scores are not the stock model's.
     """
-    config = unwrapped(module.model).config
-    name = f"{config.name_or_path or config.model_type} ({config._attn_implementation})"
+    core = unwrapped(module.model)
+    named = core.config.name_or_path or core.config.model_type
+    name = f"{named} ({attention_in_use(core)})"
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
             choice = _choose(module, longest)
-    except torch.OutOfMemoryError:
-        raise
     except FOREIGN_ERRORS as error:
         if isinstance(error, ModelError):
             raise
-        kind = type(unwrapped(module.model)).__name__
+        kind, why = type(core).__name__, model_fault(error)
         raise ModelError(
-            f"model: {kind} cannot read rows of text alone ({one_line(error)}); give another model"
+            f"model: {kind} cannot read rows of text alone ({why}); give another model"
         ) from error
     finally:
         for part, mode in modes:
@@ -111,34 +111,41 @@ def _choose(module: AnswerLogProbs | AnswerScores, longest: int) -> LayoutChoice
     beyond = _revealing_length(unwrapped(module.model).config.get_text_config(), longest)
     if beyond is not None:
         cases.append(_case(module, beyond))
-    refusals = [reason] if reason else []
     if reason is None:
-        given = unwrapped(module.model).config._attn_implementation
-        tried: list[tuple[Layout, str]] = [("packed", NAME)] if given in {"sdpa", NAME} else []
-        for layout, attention in [*tried, ("shared", given)]:
-            choice = _try(module, layout, attention, cases)
-            if choice.layout == layout:
-                return choice
-            refusals.append(choice.reason)
+        choice = _best(module, cases)
+        if choice.layout != "plain":
+            return choice
+        reason = choice.reason
     difference = _difference(module, "plain", cases)
     if not difference <= TOLERANCE[next(module.parameters()).dtype]:  # also for NaN
         raise ModelError(
             f"model: what {type(unwrapped(module.model)).__name__} says of a row depends on the "
             f"rows beside it (off by {difference:.1e}): it does not heed pads; give another model"
         )
-    return LayoutChoice("plain", refusals[-1], difference)
+    return LayoutChoice("plain", reason, difference)
+
+
+def _best(module: AnswerLogProbs | AnswerScores, cases: list[_Case]) -> LayoutChoice:
+    """Packed rows where they equal plain ones, else shared, else plain and the last reason."""
+    given = attention_in_use(unwrapped(module.model))
+    if given in {"sdpa", NAME}:
+        choice = _try(module, "packed", NAME, cases)
+        if choice.layout == "packed":
+            return choice
+    return _try(module, "shared", given, cases)
 
 
 def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str | None:
     """Why shared rows cannot work, where the model's configuration already says so."""
-    config = unwrapped(module.model).config
+    core = unwrapped(module.model)
+    config, attention = core.config, attention_in_use(core)
     text = config.get_text_config()
     if isinstance(module, AnswerScores) and not module.reads_last_token:
         return f"{config.model_type} reads a sequence as a whole"
     if config.model_type in _ALIBI or getattr(text, "alibi", False):
         return f"{config.model_type} takes distances from the row (ALiBi), not from position ids"
-    if str(config._attn_implementation).startswith("flash"):
-        return f"{config._attn_implementation} takes resetting positions for packed sequences"
+    if attention.startswith("flash"):
+        return f"{attention} takes resetting positions for packed sequences"
     window = getattr(text, "sliding_window", None)
     if window and window < longest:  # 0 (Qwen2-MoE) is none
         return f"its sliding window of {window} is shorter than rows of {longest} tokens"
@@ -187,7 +194,7 @@ def _try(
 ) -> LayoutChoice:
     """The layout when its hidden states are those of answers alone, else plain, and why."""
     core = unwrapped(module.model)
-    given = core.config._attn_implementation
+    given = attention_in_use(core)
     try:
         if given != attention:
             core.set_attn_implementation(attention)
@@ -197,10 +204,8 @@ def _try(
             reason = f"{layout} rows equal plain ones on a probe (largest error {difference:.1e})"
             return LayoutChoice(layout, reason, difference)
         reason = f"{layout} rows miss plain ones by {difference:.1e}, more than {tolerance:.0e}"
-    except torch.OutOfMemoryError:
-        raise
     except FOREIGN_ERRORS as error:
-        difference, reason = None, f"it refuses {layout} rows: {one_line(error)}"
+        difference, reason = None, f"it refuses {layout} rows: {model_fault(error)}"
     if given != attention:
         core.set_attn_implementation(given)
     return LayoutChoice("plain", reason, difference)

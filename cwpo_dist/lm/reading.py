@@ -24,14 +24,11 @@ from cwpo_dist.lm.encoder import (
     Asked,
     Encoder,
     Text,
-    common_prefix,
-    ids_of,
     load_tokenizer,
     refuse_mixed,
-    unread,
-    without_eos,
 )
 from cwpo_dist.lm.foreign import refused_as
+from cwpo_dist.lm.ids import common_prefix, ids_of, unread, without_eos
 from cwpo_dist.lm.loading import classifier_skeleton, load_config
 from cwpo_dist.lm.modules import scores_last_token
 from cwpo_dist.lm.rows import Row

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cwpo_dist.lm.modules import decoder_of, unwrapped
+from cwpo_dist.lm.transformers_internals import may_recompute, never_recompute
 
 
 def let_recompute(model: nn.Module) -> None:
@@ -20,11 +21,13 @@ def let_recompute(model: nn.Module) -> None:
     """
     core = unwrapped(model)
     enable = getattr(core, "activation_checkpointing_enable", None)  # its name since 5.23
+    # Reentrant, it would want inputs that require gradients: beneath LoRA the embeddings have none.
     (enable or core.gradient_checkpointing_enable)({"use_reentrant": False})
     layers = getattr(decoder_of(core), "layers", None)
+    # Its activations are needed at once, so to drop them saves nothing. And it has hooks that know
+    # one micro-batch (last_layer.py): called again, it would read another one's tokens.
     if isinstance(layers, nn.ModuleList) and isinstance(layers[-1], GradientCheckpointingLayer):
-        del layers[-1]._gradient_checkpointing_func
-        layers[-1].gradient_checkpointing = False
+        never_recompute(layers[-1])
     recompute(model, on=False)
 
 
@@ -39,12 +42,12 @@ def start_training(module: nn.Module) -> None:
     module.eval()
     module.training = True  # the wrapper, which engines look at
     for name, part in module.named_modules():
-        if ".lora_dropout." in name or hasattr(part, "_gradient_checkpointing_func"):
+        if ".lora_dropout." in name or may_recompute(part):
             part.training = True  # it alone, not what is inside
 
 
 def recompute(module: nn.Module, *, on: bool) -> None:
     """Whether the next forward passes keep little, in the layers of a model made ready for it."""
     for layer in module.modules():
-        if hasattr(layer, "_gradient_checkpointing_func"):
+        if may_recompute(layer):
             layer.gradient_checkpointing = on  # type: ignore[assignment]  # a plain attribute

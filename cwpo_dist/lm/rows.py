@@ -131,16 +131,23 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         position_ids=_padded([sequence.positions for sequence in sequences], length, 0),
         attention_mask=_attention_mask(rows, layout, sequences, length),
         token_type_ids=_token_types(layout, sequences, length),
-        source=torch.tensor([index for before, span in spans for index in (before, *span[:-1])]),
-        target=torch.tensor([token for row in rows for answer in row.answers for token in answer]),
-        answer=torch.tensor([a for a, (_, span) in enumerate(spans) for _ in span]),
-        last=torch.tensor([span[-1] for _, span in spans]),
+        **_read_tokens(rows, spans),
         layout=layout,
         n_rows=len(rows),
         n_answers=len(rows[0].answers),
         useful_tokens=sum(len(sequence.tokens) for sequence in sequences),
         padded_tokens=len(sequences) * length,
     )
+
+
+def _read_tokens(rows: Sequence[Row], spans: Sequence[tuple[int, range]]) -> dict[str, Tensor]:
+    """Which states are read, what they should predict, and whose they are (see `RowBatch`)."""
+    return {
+        "source": torch.tensor([i for before, span in spans for i in (before, *span[:-1])]),
+        "target": torch.tensor([token for row in rows for a in row.answers for token in a]),
+        "answer": torch.tensor([a for a, (_, span) in enumerate(spans) for _ in span]),
+        "last": torch.tensor([span[-1] for _, span in spans]),
+    }
 
 
 def mask_allows(query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Tensor) -> Tensor:

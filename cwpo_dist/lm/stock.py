@@ -46,7 +46,13 @@ def probe_rows(vocab_size: int, seed: int = 0, longest: int | None = None) -> li
 
 
 def drawn_rows(vocab_size: int, lengths: Sequence[RowLengths], seed: int = 0) -> list[Row]:
-    """Rows of random tokens below `vocab_size`, of such prompts and answers."""
+    """Rows of random tokens below `vocab_size`, the same ones for the same seed.
+
+    Args:
+        vocab_size: of the model.
+        lengths: tokens of each row's prompt and of its answers.
+        seed: of the draw.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(length: int) -> list[int]:
@@ -63,7 +69,11 @@ def apart(rows: list[Row]) -> list[Row]:
 
 
 def states(module: AnswerLogProbs | AnswerScores, rows: list[Row], layout: Layout) -> Tensor:
-    """What the module reads: states of tokens that predict, or of answers' ends."""
+    """What the module reads: states of tokens that predict, or of answers' ends.
+
+    Returns:
+        fp32 [N, H], N answer tokens in the order of the rows; or [R × K, H] for scores.
+    """
     batch = collate(rows, layout, 0).to(next(module.parameters()).device)
     hidden = decode(decoder_of(unwrapped(module.model)), batch).flatten(0, 1).float()
     return hidden[batch.source if isinstance(module, AnswerLogProbs) else batch.last]
@@ -184,14 +194,14 @@ def closed_rows(config: Any, lengths: Sequence[RowLengths]) -> tuple[list[Row], 
     ends = ends if isinstance(ends, list) else [ends]
     words = [token for token in range(int(config.vocab_size)) if token not in (*ends, pad)]
     last = next((end for end in ends if end is not None and end != pad), words[-1])
-    rows = [
-        Row(
-            [words[token] for token in row.prompt],
-            tuple([*(words[token] for token in a), last] for a in row.answers),
-        )
-        for row in drawn_rows(len(words), lengths)
-    ]
-    return rows, pad if pad is not None and pad >= 0 else 0
+    drawn = drawn_rows(len(words), lengths)
+    return [_closed(row, words, last) for row in drawn], max(0, -1 if pad is None else pad)
+
+
+def _closed(row: Row, words: Sequence[int], last: int) -> Row:
+    """A row whose tokens are places in `words`, as those words, and a last one."""
+    answers = ([*(words[token] for token in answer), last] for answer in row.answers)
+    return Row([words[token] for token in row.prompt], tuple(answers))
 
 
 def vocabulary(model: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """A causal language model, with or without memory, in; why its answers have no log-probs here, out.
 
 What stands in a configuration or in the shape of a model is told before a weight is read, so that
-plan says what a worker would find out on a probe (probe.py), which is the judge of all others.
+plan says what would be found on a probe (probe.py), which is the judge of all others.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ def unfit(model: Any) -> str | None:
     config = model.config
     if config.model_type in _KINDS:
         return f"{config.model_type} {_KINDS[config.model_type]}"
-    flags = [part.is_causal for part in model.modules() if hasattr(part, "is_causal")]
-    # Some configurations have the field, and no layer that asks for it.
-    told = any(getattr(part, "is_decoder", None) is False for part in model.modules())
-    if (told and not any(flags)) or getattr(config, "causal", None) is False:
+    if _is_encoder(model):
         return f"{config.model_type} is an encoder: it reads the tokens that it should predict"
     head = model.get_output_embeddings()
     if head is None:
@@ -37,3 +34,11 @@ def unfit(model: Any) -> str | None:
     if not any(part is head for part in model.children()):
         return f"{config.model_type} has layers of its own between its decoder and its output layer"
     return None
+
+
+def _is_encoder(model: Any) -> bool:
+    """Whether its tokens see those that they should predict."""
+    flags = [part.is_causal for part in model.modules() if hasattr(part, "is_causal")]
+    # Some configurations have the field, and no layer that asks for it.
+    told = any(getattr(part, "is_decoder", None) is False for part in model.modules())
+    return (told and not any(flags)) or getattr(model.config, "causal", None) is False

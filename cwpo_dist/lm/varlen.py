@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
 
 logger = logging.getLogger(__name__)
 
@@ -153,10 +153,8 @@ def _proved(
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST:
             raise NotImplementedError("it needs a device of compute capability 8.0 or more")
         found = differences(device, dtype, heads, key_heads, width, by_row)
-    except torch.OutOfMemoryError:
-        raise
     except FOREIGN_ERRORS as error:
-        reason = f"it fails ({one_line(error)})"
+        reason = f"it fails ({model_fault(error)})"
     else:
         fits = all(one <= most for one, most in zip(found, _TOLERANCE[dtype], strict=True))
         if fits:
@@ -173,7 +171,16 @@ def _proved(
 def differences(
     device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, by_row: ByRow
 ) -> tuple[float, float]:
-    """Largest relative error of a token's output, and of a gradient, on rows of random numbers."""
+    """Largest relative error of a token's output, and of a gradient, on rows of random numbers.
+
+    Args:
+        device: to be judged.
+        dtype: of query, key and value.
+        heads: of queries.
+        key_heads: of keys and values, which `heads` is a multiple of.
+        width: of a head.
+        by_row: what counts as right.
+    """
     tokens = sum(map(sum, _PROBED))
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, count, tokens, width) for count in (heads, key_heads, key_heads, heads)]

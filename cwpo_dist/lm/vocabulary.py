@@ -105,9 +105,10 @@ class _VocabularyLogProbs(torch.autograd.Function):
             if grad_weight_VH is not None:
                 block_vH = grad_weight_VH[start : start + len(weight_vH)]
                 scaled_NH = (hidden_NH * factor_N1).to(weight_VH.dtype)
+                # With beta 0 what lies in fresh memory is not read, even where it is NaN.
                 block_vH.addmm_(exponentials_Nv.T, scaled_NH, beta=0 if fresh else 1)
             start += len(weight_vH)
-        if grad_weight_VH is not None:
+        if grad_weight_VH is not None:  # targets, whose e is 0 above; one word may be several
             grad_weight_VH.index_add_(0, target_N, (hidden_NH * grad_N1).to(weight_VH.dtype))
         return (
             grad_hidden_NH.to(hidden_NH.dtype),
@@ -119,7 +120,13 @@ class _VocabularyLogProbs(torch.autograd.Function):
 
 
 def _weight_gradient(weight_VH: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
-    """Where the weight's gradient goes, and whether that memory holds nothing yet."""
+    """Where the weight's gradient goes, and whether that memory holds nothing yet.
+
+    In place it is the parameter's own `grad`. Autograd would be handed a matrix as large as the
+    embeddings in every micro-step, only to add it to `grad` and drop it. ZeRO-1 to -3 learn of a
+    gradient by hooks, which then see nothing, so it is asked for only where there are none
+    (`accumulate_in_place`).
+    """
     if not ctx.needs_input_grad[1]:
         return None, True
     if not ctx.in_place:

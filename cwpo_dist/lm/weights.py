@@ -102,18 +102,23 @@ def _claims(path: Path, held: Weights) -> str | None:
         if isinstance(many, int) and many > _MOST_LABELS:
             return f"config.json: {name}: {many:,} labels; a reward model has one: remove it"
     text = config.get("text_config")
-    for each in (config, text if isinstance(text, dict) else {}):
-        for name, value in _numbers(each):
-            if value is None:
-                return f"config.json: {name}: {each[name]!r}; give a whole number above 0"
-            limit, what = held.numbers, "numbers"
-            if name in _LAYERS:
-                limit, what = held.tensors, "tensors"
-            if name in (*_LAYERS, *_WORDS) and value > limit:
-                return (
-                    f"config.json: {name}: {value}, but its weights have {limit} {what} in all; "
-                    "fetch both again"
-                )
+    of_text = _belied(text, held) if isinstance(text, dict) else None
+    return _belied(config, held) or of_text
+
+
+def _belied(config: Mapping[str, Any], held: Weights) -> str | None:
+    """The first size that is none, or that takes more than the weights have."""
+    for name, value in _numbers(config):
+        if value is None:
+            return f"config.json: {name}: {config[name]!r}; give a whole number above 0"
+        limit, what = held.numbers, "numbers"
+        if name in _LAYERS:  # each of which has a tensor at least
+            limit, what = held.tensors, "tensors"
+        if name in (*_LAYERS, *_WORDS) and value > limit:
+            return (
+                f"config.json: {name}: {value}, but its weights have {limit} {what} in all; "
+                "fetch both again"
+            )
     return None
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist.config import ConfigError, Source
+from cwpo_dist.file_marks import fingerprint, mark
+from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.pairs.listing import (
     Info,
     LeftOut,
@@ -27,10 +29,8 @@ from cwpo_dist.pairs.listing import (
 )
 from cwpo_dist.pairs.readers import READERS, Part, filesystem_of, reader_of
 from cwpo_dist.pairs.split_names import NoSplitError, of_other_splits, pick, split_of
-from cwpo_dist.storage import fingerprint, mark
 from cwpo_dist.storage_faults import MISSING, fault_of, told
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAVED = ("state.json", "dataset_dict.json")
 _CARD = "README.md"
 _FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
@@ -51,14 +51,6 @@ class Found:
     left_out: tuple[LeftOut, ...] = ()
     marks: tuple[list[Any], ...] = ()
     note: str | None = None
-
-
-def is_hub_id(path: str) -> bool:
-    """True for `owner/name` or `name` that is nothing on disk and names no file of ours."""
-    if "://" in path or not _HUB_ID.fullmatch(path) or reader_of(path):
-        return False
-    filesystem, root = filesystem_of(path)
-    return not filesystem.exists(root)
 
 
 def find(field: str, source: Source) -> Found:

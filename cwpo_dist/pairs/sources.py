@@ -15,12 +15,13 @@ from functools import cache
 from typing import Any
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
+from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.pairs import columns, refusals
 from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.formats import format_of, is_transcript, written_in
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.listing import LeftOut, left_out_lines
-from cwpo_dist.pairs.locate import Found, find, is_hub_id
+from cwpo_dist.pairs.locate import Found, find
 from cwpo_dist.pairs.numbers import RECORD
 from cwpo_dist.pairs.parsing import parse
 from cwpo_dist.pairs.pieces import Piece

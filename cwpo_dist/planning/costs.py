@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from cwpo_dist.config import Config, PoolConfig, TrainingConfig
+from cwpo_dist.lm.batches import total_steps
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import pair_id
 from cwpo_dist.placement import Machine
@@ -279,13 +280,6 @@ class Estimate:
 def _flops(size: ModelSize, lengths: Lengths) -> float:
     """Of one forward pass, a token: only answer tokens reach the output layer."""
     return 2.0 * (size.matmul + size.head * lengths.answers / lengths.shared)
-
-
-def total_steps(training: TrainingConfig, pairs: int) -> int:
-    """Optimizer steps of a training stage."""
-    if training.max_steps > 0:
-        return training.max_steps
-    return round(-(-pairs // training.global_batch_size) * training.num_train_epochs)
 
 
 class Rates:

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.lm.batches import total_steps
 from cwpo_dist.pairs.estimate import Census, census
 from cwpo_dist.pairs.rejects import Tally
 from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.pairs.unread import Unread
 from cwpo_dist.placement import Machine, gpus_taken
 from cwpo_dist.planning import fleet as fleet_costs
-from cwpo_dist.planning.costs import Estimate, Rates, gpus, total_steps
+from cwpo_dist.planning.costs import Estimate, Rates, gpus
 from cwpo_dist.planning.fleet import Fleet
 from cwpo_dist.planning.plan_faults import run_faults, until_of
 from cwpo_dist.planning.sampled import (

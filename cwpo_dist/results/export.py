@@ -21,6 +21,7 @@ from cwpo_dist.config import Config, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
 from cwpo_dist.report.card import BESIDE, annotator_card, model_card
 from cwpo_dist.signing import check_can_sign, sign, write_digests
+from cwpo_dist.staging import upload
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import ADAPTER_CONFIG
@@ -201,7 +202,7 @@ def _copy_adapter(source: _Arm, target: Store, base: str | None) -> tuple[Identi
         names = {"base_model_name_or_path": known.reference, "revision": known.revision}
         settings = json.loads((folder / ADAPTER_CONFIG).read_text()) | names
         (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))
-        target.upload(folder)
+        upload(folder, target)
     if shipped is not None:
         logger.info("the adapter comes with its base, in %s/: %s", BESIDE, why)
         _copy(shipped.child(MODEL), target.child(BESIDE))

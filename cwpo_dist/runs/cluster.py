@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import grpc
 import ray
-from ray._private.services import get_ray_address_from_environment
 
+from cwpo_dist.ray_internals import head_of_this_machine
 from cwpo_dist.runs.notices import leave_out, only_our_progress
 
 ANSWER_S = 5.0  # for a head that is there; Ray itself would wait for many minutes
@@ -90,7 +90,7 @@ def _no_head(address: str) -> str:
     """Why nothing can be joined there; empty: something answers as Ray's head does."""
     try:
         if address == "auto":
-            address = get_ray_address_from_environment(address, None)
+            address = head_of_this_machine()
         there = urlsplit(address if "://" in address else f"//{address}")
         if there.hostname is None or there.port is None:
             return "it is no HOST:PORT"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.bounded import BoundError, at_most, bounded
-from cwpo_dist.lm.encoder import Encoder, ids_of
+from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.fitting import shortest_cut
+from cwpo_dist.lm.ids import ids_of
 from cwpo_dist.lm.loading import ModelError, load_config, model_path
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.reading import Role, encoder_for

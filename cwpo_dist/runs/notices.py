@@ -13,7 +13,8 @@ from typing import Any
 
 import ray
 import ray.data
-from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_lines
+
+from cwpo_dist.ray_internals import PROGRESS_LOGGER, worker_lines
 
 # Of actors that Ray Data and Ray Train make for themselves: their arguments are owned by the driver
 # or the controller, without which the actors would not live on either, so the advice is void.
@@ -28,7 +29,7 @@ def only_our_progress() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
+    logging.getLogger(PROGRESS_LOGGER).setLevel(logging.ERROR)  # "bars disabled"
 
 
 def leave_out() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import file_exists
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
+from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.activations import Kept, kept_of_token
 from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.flops import head_width, matmul_weights
@@ -185,13 +185,7 @@ def _learned_positions(module: PreTrainedModel) -> int | None:
 
 
 def _skeleton(model: ModelConfig, load: Loader) -> PreTrainedModel:
-    return load(model) if _is_here(model.model_name_or_path) else _from_hub(model, load)
-
-
-def _is_here(name: str) -> bool:
-    """True unless it can only be a hub id."""
-    is_path = "://" in name or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return is_path or Path(name).is_dir()
+    return _from_hub(model, load) if is_hub_id(model.model_name_or_path) else load(model)
 
 
 def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:

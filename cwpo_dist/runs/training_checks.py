@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import GetTimeoutError
 
 from cwpo_dist.config import ConfigError, ModelConfig, Tracker, TrainingConfig
-from cwpo_dist.lm.loading import dtype_of
+from cwpo_dist.lm.load_settings import dtype_of
 from cwpo_dist.placement import Machine, described
 from cwpo_dist.runs.cluster import named_cluster
 from cwpo_dist.training.tracking import missing

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cwpo_dist.lm.fixed_shapes import BLOCK, FixedShapes, same_bits
-from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerScores, unwrapped
 from cwpo_dist.lm.rows import Layout, Row, collate
@@ -66,10 +66,8 @@ class InvariantForward(RowForward):
         """Whether packed rows of fixed shapes are proved; says once what was chosen, and why."""
         try:
             reason = self._obstacle()
-        except torch.OutOfMemoryError:
-            raise
         except FOREIGN_ERRORS as error:
-            reason = one_line(error)
+            reason = model_fault(error)
         if reason is None:
             logger.info("%s: %s, packed rows by fixed shapes", FIELD, self._name)
             return True

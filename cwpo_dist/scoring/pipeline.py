@@ -76,6 +76,14 @@ def commit(job: ShardJob, index: int, output: ShardOutput) -> bool:
 
     The file of rejects is named after its content, and the commit names it: an attempt that set
     aside other rows and died before its commit leaves a file that no commit names.
+
+    Args:
+        job: whose shard it is.
+        index: of the shard.
+        output: what its worker gave.
+
+    Raises:
+        StorageError: when storage refuses the write.
     """
     rows = counted(output.rows, output.counts)
     if output.rejects.num_rows:

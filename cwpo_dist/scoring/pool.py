@@ -26,16 +26,11 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
-from ray.data._internal.execution.streaming_executor import StreamingExecutor
-from ray.data._internal.logical.interfaces import LogicalPlan
-from ray.data._internal.logical.operators import FromBlocks
-from ray.data._internal.stats import DatasetStats
-from ray.data.block import BlockMetadataWithSchema
-from ray.data.dataset import MaterializedDataset
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cwpo_dist.config import Pool
+from cwpo_dist.ray_internals import end_pipelines, one_block_each
 from cwpo_dist.scoring.devices import hide_other_gpus, use_own_processors
 from cwpo_dist.scoring.pipeline import ShardJob, commit
 from cwpo_dist.scoring.progress import Report
@@ -51,7 +46,10 @@ END_S = 3.0  # how long a pool may take to wind up when nothing is left to do
 
 
 class _ShardActor:
-    """Ray Data's view of a worker: a ticket in, the report of its shard out."""
+    """An actor of a pool, as Ray Data sees it: a ticket in, the report of its shard out.
+
+    Its process holds one shard worker, which knows neither tickets nor pools.
+    """
 
     def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[Any]) -> None:
         hide_other_gpus()
@@ -103,6 +101,8 @@ class _ShardActor:
         ray.get(told)
         logger.warning("%s; another process does it (device %s)", error, self.device)
         sys.stderr.flush()
+        # A broken CUDA context lasts as long as its process, and nothing shorter ends it; Ray makes
+        # another actor and runs the ticket again.
         os._exit(BROKEN)
 
     def _do(self, index: int) -> Report:
@@ -130,6 +130,14 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
 
     It ends early when what is left lies with actors that were on lost nodes: the caller comes again
     with what is still missing, and other actors do it.
+
+    Args:
+        job: the stage's sharded work.
+        missing: the shards to do.
+        pools: who does them, all at the same time.
+
+    Raises:
+        ShardError: when a shard cannot be done.
     """
     settings = DataContext.get_current()
     settings.execution_no_progress_timeout_s = -1  # nodes may be long in coming
@@ -174,17 +182,13 @@ def _told_while_waiting(
 def _end(streams: Sequence[threading.Thread], before: set[threading.Thread]) -> None:
     """Waits for the pools to wind up, and ends those that do not.
 
-    Their actors wait for nodes that are lost, or are busy with what another pool has done. Ray Data
-    is told to end by its consumer, which here waits for a row that may never come; its executor is
-    the thread that can be told instead.
+    Their actors wait for nodes that are lost, or are busy with what another pool has done.
     """
     deadline = time.monotonic() + END_S
     for stream in streams:
         stream.join(max(0.0, deadline - time.monotonic()))
     if any(stream.is_alive() for stream in streams):
-        for thread in set(threading.enumerate()) - before:
-            if isinstance(thread, StreamingExecutor):
-                thread.shutdown(force=True)
+        end_pipelines(set(threading.enumerate()) - before)
     for stream in streams:
         stream.join(END_S)
 
@@ -242,17 +246,12 @@ def _stream(
 
 
 def _tickets(number: int) -> ray.data.Dataset:
-    """One block a ticket, as Ray Data hands out blocks; they are all the same one.
+    """One block a ticket, as Ray Data hands out blocks; nobody reads what is in them.
 
-    Ray Data's own ways to make a dataset store every block apart, one after the other, while all
-    devices of a fleet wait.
+    Ray Data must not know shards: it would tie each to an actor before that one is free, and a
+    pool could take none from another. What it hands out is only the right to ask for a shard.
     """
-    block = pa.table({"ticket": [True]})
-    about = BlockMetadataWithSchema.from_block(block)
-    context = DataContext.get_current().copy()
-    stored: Any = ray.put(block)
-    plan = LogicalPlan(FromBlocks([stored] * number, [about] * number), context)
-    return MaterializedDataset(plan, context, DatasetStats(metadata={}, parent=None))
+    return one_block_each(pa.table({"ticket": [True]}), number)
 
 
 def _strategy(pool: Pool, tickets: int) -> ActorPoolStrategy:

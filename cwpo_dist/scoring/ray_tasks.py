@@ -1,6 +1,6 @@
 """A function of a number in; a Ray task for each number, and errors fit for the user, out.
 
-A worker that is sent such a task imports this file and what the task itself needs, which is why no
+A process that is sent such a task imports this file and what the task itself needs, which is why no
 stage and no model is imported here: torch and transformers would take longer than most tasks.
 """
 
@@ -22,6 +22,11 @@ _FOR_USERS: dict[str, type[Exception]] = {
 
 def run_tasks(task: Callable[[int], None], count: int, num_cpus: float) -> None:
     """Runs task(0) … task(count - 1) on the cluster, each as a Ray task of its own.
+
+    Args:
+        task: must be picklable.
+        count: how many numbers there are.
+        num_cpus: that each task reserves.
 
     Raises:
         StorageError: when storage refuses a read or write; FileMissing among them.

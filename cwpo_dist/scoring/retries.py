@@ -45,7 +45,7 @@ class ShardOutput:
 
 
 class ShardWorker(Protocol):
-    """Lives in an actor: expensive state in its constructor, one shard a call."""
+    """Does the work of a shard: expensive state in its constructor, one shard a call."""
 
     def read(self, index: int) -> Rows:
         """The rows of input shard `index`, each with `pair_id` and its `position` in the file."""

@@ -27,7 +27,11 @@ class BrokenDeviceError(ShardError):
 
 
 class Shards:
-    """Which shard each ticket stands for; lives in an actor beside the driver."""
+    """Which shard each ticket stands for; lives in an actor beside the driver.
+
+    A shard is chosen when an actor begins a ticket, not when Ray Data hands it out: that is ahead
+    of time, and the shard would wait behind a long one while other actors idle.
+    """
 
     def __init__(self, name: str, shards: Sequence[int]) -> None:
         self.name = name
@@ -45,10 +49,21 @@ class Shards:
         Where nothing waits any more, a pool gets what another one has had for longest: the first
         commit wins, and no pool idles behind a slower or a lost one. A device that broke twice gets
         none: it is told to ask again, until others have done them all.
+
+        Args:
+            pool: its number.
+            ticket: id of Ray's task.
+            node: of the actor.
+            device: of the actor; other processes on it have the same.
+
+        Raises:
+            ShardError: when the shard takes actors down with it.
         """
         self.node_of[device] = node
         if self.breaks.setdefault(device, 0) >= MOST_BREAKS:
             return "later" if self.waiting or self.under_way else None
+        # A ticket is the id of Ray's task. Of a lost actor's task Ray makes another try under the
+        # same id, which must find the same shard: its first try may be about to commit it.
         if (pool, ticket) not in self.given:
             index = self._waiting_for(device)
             if index is None:
@@ -61,6 +76,7 @@ class Shards:
         if index not in self.under_way:
             return None
         self.under_way[index][pool] = node
+        # Node by node: that a node was lost, with all its actors, is no fault of a shard.
         self.begun[pool, ticket, node] += 1
         if self.begun[pool, ticket, node] > MOST_DEATHS:
             raise ShardError(
@@ -71,6 +87,12 @@ class Shards:
 
     def broke(self, pool: int, ticket: str, device: str, why: str) -> None:
         """A device broke over the ticket's shard, which waits for another one now.
+
+        Args:
+            pool: its number.
+            ticket: id of Ray's task, which Ray will run again.
+            device: that broke.
+            why: in words.
 
         Raises:
             ShardError: when it broke others before, or when no device is left.
@@ -105,6 +127,7 @@ class Shards:
         return index
 
     def _of_another(self, pool: int) -> int | None:
+        """The shard that another pool has had for longest, as the oldest stands first."""
         return next((i for i, holders in self.under_way.items() if pool not in holders), None)
 
     def has_begun(self) -> bool:

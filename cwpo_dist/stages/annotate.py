@@ -22,7 +22,8 @@ from cwpo_dist.scoring.pipeline import (
     part,
     total_counts,
 )
-from cwpo_dist.scoring.scorers import RewardWorker, lasts, refuse_none, refuse_past
+from cwpo_dist.scoring.scorers import RewardWorker
+from cwpo_dist.scoring.set_aside import lasts, refuse_none, refuse_past
 from cwpo_dist.storage import Store, digest
 
 logger = logging.getLogger(__name__)

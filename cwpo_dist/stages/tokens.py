@@ -10,7 +10,8 @@ from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node
 from cwpo_dist.scoring.driver import run_here, run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.scorers import TokenWorker, refuse_none, refuse_past
+from cwpo_dist.scoring.scorers import TokenWorker
+from cwpo_dist.scoring.set_aside import refuse_none, refuse_past
 
 FEW_PAIRS = 2000  # a second or two; an actor takes longer to start
 

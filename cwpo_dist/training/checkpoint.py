@@ -124,7 +124,7 @@ class Saver:
             stage: the stage's folder.
             engine: whose state is saved.
             identity: of the run.
-            attempt: letters and digits, the same on all ranks, another for each worker group.
+            attempt: letters and digits, the same on all ranks, another for each group.
             keep: older committed checkpoints beyond so many are removed, and whatever other
                 attempts left unfinished.
             fence: called right before a commit; raises where this process may no longer commit.
@@ -218,6 +218,11 @@ class _Upload:
 
 def load(checkpoint: Checkpoint, engine: Engine, identity: RunIdentity) -> None:
     """Restores an engine; called on all ranks, each of which reads what it keeps.
+
+    Args:
+        checkpoint: of any world size and ZeRO stage.
+        engine: whose parameters and states are overwritten.
+        identity: of the run that goes on.
 
     Raises:
         CheckpointError: when the checkpoint belongs to another run, or lacks numbers.

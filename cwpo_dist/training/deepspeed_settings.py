@@ -1,7 +1,7 @@
 """A training section and a precision in; DeepSpeed's settings out, or each reason why not.
 
 What a section may say is DeepSpeed's own knowledge: its configuration is built from the section,
-which remembers what it was asked for. `plan` calls this just as workers do.
+which remembers what it was asked for. `plan` calls this just as ranks do.
 """
 
 from __future__ import annotations
@@ -165,13 +165,7 @@ def _refusals_of(name: str, value: Any) -> Iterator[str]:
     try:
         DeepSpeedConfig(watched)
     except ValidationError as error:
-        for fault in error.errors():
-            loc = tuple(map(str, fault["loc"]))
-            path = loc if loc[:1] == (name,) else (name, *loc)
-            if fault["type"] == "extra_forbidden":
-                yield _unknown(path, fault["input"], _model_names())
-            else:
-                yield _says(path, fault["input"] if loc else value, fault["msg"])
+        yield from (_as_told(name, value, fault) for fault in error.errors())
     # Its own kind, and what other shapes than it expects end in.
     except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError) as error:
         if not off:
@@ -180,6 +174,15 @@ def _refusals_of(name: str, value: Any) -> Iterator[str]:
         for path, inner in watched.unknown():
             if path not in _NO_MORE and (path[0] not in _READ_WHOLE or len(path) == 1):
                 yield _unknown(path, inner, watched.names() | _model_names())
+
+
+def _as_told(name: str, value: Any, fault: Mapping[str, Any]) -> str:
+    """One fault of a section's part as pydantic found it, in DeepSpeed's models."""
+    loc = tuple(map(str, fault["loc"]))
+    path = loc if loc[:1] == (name,) else (name, *loc)
+    if fault["type"] == "extra_forbidden":
+        return _unknown(path, fault["input"], _model_names())
+    return _says(path, fault["input"] if loc else value, fault["msg"])
 
 
 def _refusals_together(merged: dict[str, Any], half: bool) -> Iterator[str]:
@@ -237,21 +240,29 @@ def unused(config: TrainingConfig, dtype: torch.dtype) -> str:
         config: whose section `deepspeed_config` takes.
         dtype: of the model's weights.
     """
-    section = said(config.deepspeed_section())
     found: dict[str, list[str]] = {}  # by the reason
-    for name, why in UNUSED.items():
-        if not is_off(section.get(name)):
-            found.setdefault(why, []).append(name)
-    for name in BATCH[1:]:
-        if name in section:
-            found.setdefault("max_tokens_per_micro_batch decides", []).append(name)
+    section = said(config.deepspeed_section())
+    for name, why in (*_idle(section), *_decided_elsewhere(section, config, dtype)):
+        found.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in found.items())
+
+
+def _idle(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each field that never has an effect here, and why."""
+    yield from ((name, why) for name, why in UNUSED.items() if not is_off(section.get(name)))
+    batch = (name for name in BATCH[1:] if name in section)
+    yield from ((name, "max_tokens_per_micro_batch decides") for name in batch)
     for name in PRECISIONS:
         idle = sorted(LOSS_SCALING & (section.get(name) or {}).keys())
-        found.setdefault("nothing is float16 here", []).extend(f"{name}.{part}" for part in idle)
+        yield from ((f"{name}.{part}", "nothing is float16 here") for part in idle)
+
+
+def _decided_elsewhere(
+    section: Mapping[str, Any], config: TrainingConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, str]]:
+    """Each field that says another thing than the setting that decides, and which that is."""
     kind = (section.get("scheduler") or {}).get("type")
     if kind is not None and SCHEDULES[kind] != config.lr_scheduler_type:
-        why = f"lr_scheduler_type decides, {config.lr_scheduler_type!r}"
-        found[why] = [f"scheduler.type {kind!r}"]
+        yield f"scheduler.type {kind!r}", f"lr_scheduler_type decides, {config.lr_scheduler_type!r}"
     if dtype == torch.bfloat16 and bf16_of(section).get("enabled") is False:
-        found["torch_dtype decides, bfloat16"] = ["bf16.enabled False"]
-    return "; ".join(f"{', '.join(names)} ({why})" for why, names in found.items() if names)
+        yield "bf16.enabled False", "torch_dtype decides, bfloat16"

@@ -1,13 +1,12 @@
-"""A frozen model and work for it in; forward passes that all workers share (ZeRO-3) out.
+"""A frozen policy that all ranks of a group apply together (ZeRO-3), as it exceeds one device.
 
-For a policy that exceeds one device. Each forward pass gathers the model layer by layer, so every
-rank runs the same number of them, and what the work decides, rank 0 decides for all.
+Each forward pass gathers the model layer by layer, so every rank runs the same number of them, and
+what the work decides, rank 0 decides for all: a rank that ran one pass less would leave the others
+waiting in a gather for ever.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
-from cwpo_dist.lm.loading import dtype_of, load_policy
+from cwpo_dist.lm.load_settings import dtype_of
+from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.storage import Store
@@ -29,12 +29,12 @@ from cwpo_dist.training.rank import Watchdog
 
 @dataclass(frozen=True)
 class FrozenSpec:
-    """What a worker group does with a frozen policy; picklable.
+    """What a group of ranks does with a frozen policy; picklable.
 
     Attributes:
         name: of the stage, for progress lines.
         store: the stage's folder, where all nodes can reach it.
-        config: of the workers; its ZeRO stage counts as 3.
+        config: of the ranks; its ZeRO stage counts as 3.
         model: the policy.
         work: called once on each rank.
     """
@@ -45,19 +45,18 @@ class FrozenSpec:
     model: ModelConfig
     work: Callable[[Frozen], None]
 
-    def run(self, token: LeaseToken, device: torch.device) -> dict[str, Any]:
-        """One rank's part; the process group is there already."""
-        watchdog = Watchdog(self.config.step_timeout_s)
-        watchdog.beat()
-        torch.set_num_threads(max(1, int(self.config.cpus_per_worker)))
-        if device.type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
-        if dist.get_rank() > 0:
-            logging.getLogger("cwpo_dist").setLevel(logging.WARNING)  # rank 0 speaks for all
-        try:
-            self.work(Frozen(self, token, device, watchdog))
-        finally:
-            watchdog.end()
+    def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, Any]:
+        """One rank's part; the process group is there already.
+
+        Args:
+            token: of this group.
+            device: this rank's.
+            watchdog: told of every forward pass.
+
+        Raises:
+            Preempted: on all ranks alike, once they were told to stop.
+        """
+        self.work(Frozen(self, token, device, watchdog))
         return {}
 
 
@@ -74,7 +73,7 @@ class Frozen:
     def __init__(
         self, spec: FrozenSpec, token: LeaseToken, device: torch.device, watchdog: Watchdog
     ) -> None:
-        from cwpo_dist.training import engine  # not above: it imports deepspeed
+        from cwpo_dist.training import deepspeed_engine as engine  # not above: it imports deepspeed
 
         self._name, self._token, self._watchdog = spec.name, token, watchdog
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

@@ -1,6 +1,9 @@
-"""A training stage's settings in, its trained model in the store out: Ray Train around the loop.
+"""The driver's side of a training: it has Ray Train start a group of ranks, again where one fails.
 
-The driver holds the stage's lease and starts a worker group. When a worker, node or network fails,
+The way to the loop: `train` here, `run_rank` (rank.py) in each process that Ray Train starts,
+`TrainSpec.run` (train_rank.py), `train` (loop.py).
+
+The driver holds the stage's lease meanwhile. When a rank, node or network fails,
 Ray starts the group again, up to `max_failures` times, and it resumes from the newest committed
 checkpoint; with `num_workers: [min, max]` also with fewer workers, or with more when there is room
 again. Our own checkpoints are the truth: `ray.train.report` is not called, as it is a barrier, and
@@ -14,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,25 +25,21 @@ from typing import Any
 
 import ray
 import ray.train
-import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
 
 from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import identify
-from cwpo_dist.redaction import redacted
 from cwpo_dist.storage import MANIFEST, Store, digest
-from cwpo_dist.training.checkpoint import CommitFailed
 from cwpo_dist.training.frozen import FrozenSpec
-from cwpo_dist.training.lease import Lease, LeaseLost, LeaseToken
-from cwpo_dist.training.loop import NonFiniteLoss, Preempted
+from cwpo_dist.training.lease import Lease, LeaseToken
 from cwpo_dist.training.process_group import STOP_SIGNALS, StoppableTorchConfig
-from cwpo_dist.training.rank import TrainSpec
+from cwpo_dist.training.rank import ENDS, refusal, run_rank
+from cwpo_dist.training.train_rank import TrainSpec
 from cwpo_dist.waiting import all_placed, told_while_waiting
 
 __all__ = [
@@ -57,7 +56,7 @@ Spec = TrainSpec | FrozenSpec
 
 logger = logging.getLogger(__name__)
 
-# How long Ray waits for room for a worker group. Its 60 s are few where nodes are still to come.
+# How long Ray waits for room for a group. Its 60 s are few where nodes are still to come.
 # With `num_workers: [min, max]` it then looks again for how many there is room: what it asked for
 # may have counted in a node that was lost.
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 600, 30
@@ -66,11 +65,11 @@ RESIZE_CHECK_S = 60.0  # how often Ray looks whether more of `num_workers: [min,
 
 
 class TrainingFailed(RuntimeError):
-    """Workers failed more often than `max_failures` allows, or Ray did; a rerun resumes."""
+    """Ranks failed more often than `max_failures` allows, or Ray did; a rerun resumes."""
 
 
 class TrainingRefused(ValueError):
-    """Data, model or settings that cannot be trained with; the message is the worker's."""
+    """Data, model or settings that cannot be trained with; the message is a rank's."""
 
 
 def train(spec: TrainSpec) -> dict[str, Any]:
@@ -82,12 +81,12 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         Numbers of the run: steps, rows, layout, the last log record, seconds of this command.
 
     Raises:
-        ConfigError: when the cluster has no room for the workers.
+        ConfigError: when the cluster has no room for the ranks.
         LeaseHeld: while another driver trains this stage.
         Preempted: after SIGTERM or SIGUSR1; the same command resumes.
         NonFiniteLoss: naming step and pairs; the last good checkpoint stays.
         TrainingRefused: for data, a model or settings that cannot be trained with.
-        TrainingFailed: when workers failed too often.
+        TrainingFailed: when ranks failed too often.
     """
     started = time.monotonic()
     # Another node may hold a copy of the model with other times of modification.
@@ -98,7 +97,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
 
 
 def apply_frozen(spec: FrozenSpec) -> None:
-    """Runs a worker group around a frozen policy until its work is done.
+    """Runs a group of ranks around a frozen policy until its work is done.
 
     Raises:
         ConfigError, LeaseHeld, Preempted, TrainingRefused, TrainingFailed: as `train`.
@@ -107,18 +106,32 @@ def apply_frozen(spec: FrozenSpec) -> None:
 
 
 def _run(spec: Spec) -> dict[str, Any]:
-    """What rank 0 returned; local files are read and paths made absolute before."""
+    """Has Ray run groups of ranks until one ends well; what its rank 0 returned."""
     config = spec.config.model_copy(update={"deepspeed": spec.config.deepspeed_section()})
-    store = Store(spec.store.root) if spec.store.is_local else spec.store
+    store = Store(spec.store.root) if spec.store.is_local else spec.store  # of no working folder
     spec = replace(spec, config=config, store=store)
     check_placement(config)
     with Lease.acquire(store) as lease:
+        token = lease.token
         if store.exists(MANIFEST):  # another driver has finished it since we looked
             counts: dict[str, Any] = store.read_json(MANIFEST)["counts"]
             return counts
-        if lease.token.epoch > 1:
-            logger.info("%s: lease number %d", store.uri, lease.token.epoch)
-        outcome = _fit(spec, lease.token)
+        if token.epoch > 1:
+            logger.info("%s: lease number %d", store.uri, token.epoch)
+        try:
+            with _start_timeout(config), _stop_on_signal(token), _told_while_waiting(spec, token):
+                trained: Any = _trainer(spec, token).fit()  # Any: as of an older Ray's class
+                outcome = trained.return_value
+        except (TrainingFailedError, RayError) as error:  # RayError: the controller itself died
+            outcome = refusal(token)
+            if outcome is None:
+                raise TrainingFailed(
+                    f"{spec.name}: the workers, or Ray Train's controller, failed for good "
+                    f"(max_failures = {config.max_failures}); what was committed stays, and the "
+                    f"same command resumes.\n{error}"
+                ) from error
+        finally:
+            store.child("ray").remove()
     if "error" in outcome:
         raise _KINDS.get(outcome["error"], TrainingRefused)(outcome["message"])
     summary: dict[str, Any] = outcome["summary"]
@@ -126,7 +139,7 @@ def _run(spec: Spec) -> dict[str, Any]:
 
 
 def check_placement(config: TrainingConfig) -> None:
-    """Returns when the cluster, as it is now, can hold all workers (or the fewest) at once.
+    """Returns when the cluster, as it is now, can hold all ranks (or the fewest) at once.
 
     Raises:
         ConfigError: naming what lacks; a KubeRay cluster that grows on demand is not refused.
@@ -148,45 +161,20 @@ def _uses_gpu(config: TrainingConfig) -> bool:
 
 
 def _resources(config: TrainingConfig) -> dict[str, float]:
-    """What one worker reserves."""
+    """What one rank reserves."""
     gpu = {"GPU": 1.0} if _uses_gpu(config) else {}
     wanted = {"CPU": config.cpus_per_worker, **gpu, **config.resources_per_worker}
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
-def _devices(config: TrainingConfig) -> float:
-    """GPUs that the worker group holds, or CPUs where it uses none."""
-    on_gpu = get_device().type == "cuda"
-    return dist.get_world_size() * (1.0 if on_gpu else config.cpus_per_worker)
-
-
-def _fit(spec: Spec, token: LeaseToken) -> dict[str, Any]:
-    """Runs worker groups until one ends well; what its rank 0 returned."""
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
-    try:
-        with _start_timeout(spec.config), _stop_on_signal(token), _told_while_waiting(spec, token):
-            result: Any = _trainer(spec, token).fit()
-    except (TrainingFailedError, RayError) as error:  # RayError: the controller itself died
-        refusal = _refusal(token)
-        if refusal is None:
-            raise TrainingFailed(
-                f"{spec.name}: the workers, or Ray Train's controller, failed for good "
-                f"(max_failures = {spec.config.max_failures}); what was committed stays, and the "
-                f"same command resumes.\n{error}"
-            ) from error
-        return refusal
-    finally:
-        spec.store.child("ray").remove()
-    outcome: dict[str, Any] = result.return_value
-    return outcome
-
-
 def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
     config, use_gpu = spec.config, _uses_gpu(spec.config)
+    # Not as `train_loop_config`: the controller would import all that it names.
+    each_rank: Callable[[], Any] = partial(run_rank, spec, token)
     scratch = spec.store.child("ray")  # Ray Train wants a folder, if only for a marker file
     return TorchTrainer(
-        # Not as `train_loop_config`: the controller would import all that it names.
-        partial(_worker, {"spec": spec, "token": token}),
+        each_rank,
         torch_config=StoppableTorchConfig(
             backend="nccl" if use_gpu else "gloo",
             timeout_s=int(config.step_timeout_s) + 60,  # the watchdog comes first, with stacks
@@ -203,7 +191,7 @@ def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
 
 
 def _quiet() -> dict[str, Any]:
-    """Ray Train's level of logging, where it has one: that workers start is no news."""
+    """Ray Train's level of logging, where it has one: that ranks start is no news."""
     level = getattr(ray.train, "LoggingConfig", None)  # older Rays have none
     return {} if level is None else {"logging_config": level("WARNING")}
 
@@ -246,7 +234,7 @@ def _start_timeout(config: TrainingConfig) -> Iterator[None]:
 
 @contextmanager
 def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
-    """SIGTERM or SIGUSR1 to the driver asks the workers to checkpoint and end."""
+    """SIGTERM or SIGUSR1 to the driver asks the ranks to checkpoint and end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -263,39 +251,4 @@ def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _worker(loop_config: dict[str, Any]) -> Any:
-    """One rank; rank 0 returns {summary}, or {error, message} where no retry would help."""
-    # Ray Train shows what any library tells of itself; we show what is ours.
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("cwpo_dist").setLevel(logging.INFO)
-    spec, token = loop_config["spec"], loop_config["token"]
-    refusal = _refusal(token)
-    if refusal is not None:  # the group before could not even begin
-        return refusal
-    try:
-        if dist.get_rank() == 0:  # commits, and shuts out groups that are still alive elsewhere
-            token = token.for_new_group(_devices(spec.config))
-        return {"summary": spec.run(token, get_device())}
-    except (NonFiniteLoss, Preempted, LeaseLost) as error:  # on all ranks alike
-        return {"error": type(error).__name__, "message": str(error)}
-    except CommitFailed:  # rank 0 says why
-        return None
-    except ValueError as error:  # perhaps on this rank alone, so the group must end, but once
-        message = redacted(f"{type(error).__name__}: {error}")
-        token.store.create_json(_refusal_name(token), {"error": "refused", "message": message})
-        raise
-
-
-_KINDS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (NonFiniteLoss, Preempted, LeaseLost)
-}
-
-
-def _refusal_name(token: LeaseToken) -> str:
-    return f"lease/{token.epoch:06d}.refused"
-
-
-def _refusal(token: LeaseToken) -> dict[str, Any] | None:
-    """What an earlier group of this driver could not train with, if that is why it ended."""
-    name = _refusal_name(token)
-    return token.store.read_json(name) if token.store.exists(name) else None
+_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in ENDS}

@@ -4,10 +4,10 @@
 sign of life, renewed by a thread. Whether a holder elsewhere lives is seen by whether its sign
 changes, for the clocks of two machines may differ by any amount. A dead holder is followed by epoch
 4; from then on whatever epoch 3 still does is refused by `LeaseToken.check`, which every commit
-asks first. Within an epoch, each start of the worker group takes a number in the same way
+asks first. Within an epoch, each start of a group of ranks takes a number in the same way
 (`lease/000003.workers-0002`), so that a group cut off from its driver is shut out by the next one;
 the file says since when it holds how many devices. `.released` holds the time of a holder's orderly
-end, `.stop` asks its workers to end.
+end, `.stop` asks its ranks to end.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Holder(Process):
 
 @dataclass(frozen=True)
 class LeaseToken:
-    """What a worker needs to ask whether it may still commit; cheap to pickle.
+    """What a rank needs to ask whether it may still commit; cheap to pickle.
 
     Attributes:
         store: the stage's folder.
         epoch: the number of the holder.
-        group: the number of the worker group within the epoch; 0 before any.
+        group: the number of the group of ranks within the epoch; 0 before any.
     """
 
     store: Store
@@ -71,7 +71,7 @@ class LeaseToken:
     group: int = 0
 
     def for_new_group(self, devices: float) -> LeaseToken:
-        """The token of a worker group that starts now; it shuts out all groups before.
+        """The token of a group that starts now; it shuts out all groups before.
 
         Args:
             devices: that the group holds, for `device_hours`.
@@ -103,16 +103,16 @@ class LeaseToken:
         )
 
     def has_group(self) -> bool:
-        """True once workers have started under this lease."""
+        """True once ranks have started under this lease."""
         epoch, group = _newest(self.store)
         return epoch > self.epoch or group > 0
 
     def ask_to_stop(self) -> None:
-        """Tells the workers, wherever they are, to checkpoint and end."""
+        """Tells the ranks, wherever they are, to checkpoint and end."""
         self.store.write(_name(self.epoch, "stop"), b"")
 
     def asked_to_stop(self) -> bool:
-        """True once the driver wants the workers to checkpoint and end."""
+        """True once the driver wants the ranks to checkpoint and end."""
         return self.store.exists(_name(self.epoch, "stop"))
 
 
@@ -120,7 +120,7 @@ class Lease:
     """The right to write in a stage's folder, renewed in the background; a context manager.
 
     Attributes:
-        token: what workers are given.
+        token: what ranks are given.
     """
 
     def __init__(self, token: LeaseToken, ttl_s: float) -> None:
@@ -186,10 +186,10 @@ class Lease:
 
 
 def device_hours(store: Store) -> float:
-    """Device-hours of all worker groups of a stage, killed ones too.
+    """Device-hours of all groups of ranks of a stage, killed ones too.
 
     A group counts until the next one starts, or its driver ends or gives its last sign of life. An
-    estimate: its start is by the clock of its first worker's node, its end by its driver's.
+    estimate: its start is by the clock of its rank 0's node, its end by its driver's.
     """
     names, held = store.names(FOLDER), 0.0
     for epoch in range(1, _newest(store)[0] + 1):
@@ -258,7 +258,7 @@ def _last_beat(store: Store, epoch: int, holder: Holder) -> float:
 
 
 def _newest(store: Store) -> tuple[int, int]:
-    """The latest epoch and its latest worker group; 0 where there is none."""
+    """The latest epoch and its latest group; 0 where there is none."""
     names = [Path(name).name for name in store.names(FOLDER)]
     epoch = max((int(name[:6]) for name in names if name.endswith(".json")), default=0)
     groups = [name for name in names if name.startswith(f"{epoch:06d}.workers-")]

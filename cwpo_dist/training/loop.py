@@ -18,18 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from cwpo_dist.config import TrainingConfig
-from cwpo_dist.lm.batches import global_batch, plan_micro_batches, steps_per_epoch
+from cwpo_dist.lm.batches import global_batch, plan_micro_batches, steps_per_epoch, total_steps
 from cwpo_dist.lm.flops import UsefulFlops
-from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.recompute import recompute
 from cwpo_dist.lm.rows import Layout, RowBatch, collate, planned_length
 from cwpo_dist.training.meter import Meter
-from cwpo_dist.training.optim import (
-    STATE_KEYS,
-    learning_rates,
-    make_optimizer,
-    set_learning_rate,
-)
+from cwpo_dist.training.optim import learning_rates
 from cwpo_dist.training.shards import Share
 from cwpo_dist.training.tasks import Indices, Task
 
@@ -101,10 +95,6 @@ class Run:
     pad_id: int
     flops: UsefulFlops | None = None
 
-    def total_steps(self, epoch_rows: int) -> int:
-        """Optimizer steps of the whole run."""
-        return total_steps(self.config, epoch_rows)
-
 
 class Hooks:
     """What surrounds the loop; the base class does nothing."""
@@ -135,22 +125,21 @@ class Hooks:
         """Makes a checkpoint after `step` steps; called on all ranks."""
 
 
-def total_steps(config: TrainingConfig, epoch_rows: int) -> int:
-    """Optimizer steps of a run: `max_steps`, or `num_train_epochs` of so many rows."""
-    if config.max_steps > 0:
-        return config.max_steps
-    per_epoch = steps_per_epoch(epoch_rows, config.global_batch_size)
-    return math.ceil(config.num_train_epochs * per_epoch)
-
-
 def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 0) -> None:
     """Trains from `start_step` to the end; a checkpoint every `save_steps` and at the end.
+
+    Args:
+        task: rows and their loss.
+        engine: of all ranks, restored to `start_step`.
+        run: what is told beside these.
+        hooks: of this rank.
+        start_step: how many steps are done.
 
     Raises:
         NonFiniteLoss: naming step and pairs; no update was made with it.
         Preempted: when a rank was told to stop; a checkpoint has been made.
     """
-    total = run.total_steps(task.order.drawn)
+    total = total_steps(run.config, task.order.drawn)
     rate = learning_rates(run.config, total)
     meter = Meter(engine.device, engine.world_size, run.flops, run.config.lora is not None)
     for step in range(start_step, total):
@@ -215,6 +204,15 @@ def gradients(
 ) -> StepResult:
     """Forward and backward over one global batch: leaves its gradient in the engine.
 
+    Args:
+        task: rows and their loss.
+        engine: of all ranks.
+        run: layout, budget, seed.
+        step: from 0; with the seed and the rank it decides dropout.
+        indices: rows of the global batch, the same on all ranks.
+        hooks: asked whether this rank wants all to stop or to poll; None: it never does.
+        meter: told when each part ends; None: nothing is measured.
+
     Raises:
         NonFiniteLoss: on all ranks alike.
     """
@@ -276,7 +274,14 @@ class MicroBatch:
 
 
 def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a global batch: as many as every other rank has."""
+    """This rank's micro-batches of a global batch: as many as every other rank has.
+
+    Args:
+        task: whose rows they are.
+        engine: says which rank this is, of how many.
+        run: layout, pad, and the budget of tokens of one micro-batch.
+        indices: rows of the global batch.
+    """
     rows = [task.rows[i] for i in indices]
     lengths = [planned_length(row, run.layout) for row in rows]
     budget = run.config.max_tokens_per_micro_batch
@@ -296,7 +301,17 @@ def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> I
 
 
 def finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> float:
-    """Σ weight·ℓ of the global batch, not yet divided."""
+    """Σ weight·ℓ of the global batch, not yet divided.
+
+    Args:
+        task: whose losses they are.
+        step: from 0, for the message.
+        indices: rows of the global batch.
+        outputs_PK: theirs, [P, K].
+
+    Raises:
+        NonFiniteLoss: naming step and pairs, on all ranks alike, as all know all outputs.
+    """
     loss_P = task.losses(outputs_PK, indices)
     finite_P = torch.isfinite(loss_P) & torch.isfinite(outputs_PK).all(dim=1)
     if not bool(finite_P.all()):
@@ -332,71 +347,3 @@ def _names(task: Task, indices: Indices, most: int = 8) -> str:
 def _dropout_seed(seed: int, step: int, rank: int, micro_step: int) -> int:
     state = np.random.SeedSequence([seed, step, rank, micro_step]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))  # torch takes 63 bits
-
-
-class TorchEngine:
-    """Plain torch in one process: the oracle of tests, and a bench without DeepSpeed."""
-
-    rank = 0
-    world_size = 1
-    replicated = True
-
-    def __init__(
-        self, module: nn.Module, config: TrainingConfig, device: torch.device | str = "cpu"
-    ) -> None:
-        self.device = torch.device(device)
-        self.module = module.to(self.device)
-        accumulate_in_place(self.module)
-        self.optimizer = make_optimizer(module, config)
-        self.state_keys = STATE_KEYS[config.optim]
-        self._max_grad_norm = config.max_grad_norm
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                self.optimizer.state[parameter] = fresh_state(parameter, self.state_keys)
-
-    def forward(self, batch: RowBatch) -> Tensor:
-        """Outputs [P, K]."""
-        output_PK: Tensor = self.module(batch)
-        return output_PK
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the loss's gradient."""
-        loss.backward()
-
-    def step(self, learning_rate: float) -> float:
-        """Clips, updates, forgets gradients; returns the gradient norm before clipping."""
-        set_learning_rate(self.optimizer, learning_rate)
-        trainable = [p for p in self.module.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trainable, self._max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
-
-    def total(self, numbers: Tensor) -> Tensor:
-        """The numbers themselves: there is one rank."""
-        return numbers
-
-    def shares(self, key: str | None) -> Iterator[Share]:
-        """All of each trainable parameter, or of its optimizer state."""
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                held: dict[str | None, Tensor] = {None: parameter.detach()}
-                yield Share(name, 0, (held | self.optimizer.state[parameter])[key].view(-1))
-
-    def publish(self) -> None:
-        """Nothing to do: the module computes with the very parameters."""
-
-    def start_at(self, step: int) -> None:
-        """Tells the optimizer that its state has seen `step` updates."""
-        for state in self.optimizer.state.values():
-            if state:
-                state["step"].fill_(step)
-
-
-def fresh_state(like: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """Optimizer state of zeros, in torch's form, of a tensor that has seen no update."""
-    if not keys:
-        return {}
-    # On the parameter's device: on CUDA, fused AdamW reads the step through a pointer there.
-    step = torch.zeros((), dtype=torch.float32, device=like.device)
-    return {"step": step, **{key: torch.zeros_like(like) for key in keys}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cwpo_dist.config import LoraConfig
-from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.modules import unwrapped
 from cwpo_dist.training.targets import LoraError, left_out, targets, unknown_target
@@ -71,7 +71,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
         except FOREIGN_ERRORS as error:
             raise LoraError(
                 f"lora.target_modules: {lora.target_modules!r}: peft cannot adapt "
-                f"{type(model).__name__}: {one_line(error)}; name other modules, or train it whole "
+                f"{type(model).__name__}: {model_fault(error)}; name others, or train it whole "
                 "(lora: null)"
             ) from error
     assert isinstance(adapted, PeftModel)
@@ -129,14 +129,18 @@ def refuse_unreadable(model: PeftModel, lora: LoraConfig) -> None:
     lost = [name.partition(".lora_")[0] for name in found.missing_keys if ".lora_" in name]
     if not lost:
         return
-    leaves = dict.fromkeys(name.rpartition(".")[2] for name in lost)
     layers = [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    rest = dict.fromkeys(n.rpartition(".")[2] for n in layers if n not in lost)
+    leaves, rest = _leaves(lost), _leaves(name for name in layers if name not in lost)
     raise LoraError(
         f"lora.target_modules: {lora.target_modules!r}: peft would lose the adapters of "
         f"{', '.join(leaves)} when it reads them again; give names without these, of "
         f"{', '.join(name for name in rest if name not in leaves)}"
     )
+
+
+def _leaves(names: Iterable[str]) -> dict[str, None]:
+    """The last parts of names, each once, in their order."""
+    return dict.fromkeys(name.rpartition(".")[2] for name in names)
 
 
 def leave_experts(model: nn.Module) -> int:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.loading import load_policy, model_path
 from cwpo_dist.lm.switches import give_back
 from cwpo_dist.training.lora import (
@@ -74,7 +75,7 @@ class Update:
 def base_folder(model: ModelConfig) -> Path:
     """The local folder of a model's configuration and weights, downloaded if it is a hub id."""
     path = model_path(model.model_name_or_path)
-    if Path(path).is_dir():
+    if not is_hub_id(path):
         return Path(path)
     patterns = ["*.json", "*.safetensors"]
     return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
@@ -120,7 +121,14 @@ def merge_adapter(
 
 
 def merge_in_memory(model: PreTrainedModel, adapter: Path, out: Path, dtype: torch.dtype) -> None:
-    """As `merge_adapter`, for any adapter that peft can merge, on a model loaded whole."""
+    """As `merge_adapter`, for any adapter that peft can merge, on a model loaded whole.
+
+    Args:
+        model: the base, which is changed.
+        adapter: its folder.
+        out: a folder that is there.
+        dtype: of what is written.
+    """
     stems = {stem for stem, _, _ in adapted_layers(load_file(adapter / ADAPTER_WEIGHTS))}
     if parted(model, {f"{stem}.weight" for stem in stems}):
         untie(model)  # else peft would add to the weight of both

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_scheduler
 
 from cwpo_dist.config import TrainingConfig
+from cwpo_dist.lm.sharded import whole_shape
 
 # The state of each optimizer that a checkpoint holds, by torch's names.
 STATE_KEYS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
@@ -21,8 +22,8 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     As in `transformers.Trainer`, vectors (biases and norms) are not decayed.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if _dimensions(p) > 1]
-    others = [p for p in trainable if _dimensions(p) <= 1]
+    decayed = [p for p in trainable if len(whole_shape(p)) > 1]
+    others = [p for p in trainable if len(whole_shape(p)) <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -56,6 +57,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def _dimensions(parameter: nn.Parameter) -> int:
-    """Under ZeRO-3 a parameter is an empty vector that remembers its shape as `ds_shape`."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def fresh_state(like: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """Optimizer state of zeros, in torch's form, of a tensor that has seen no update."""
+    if not keys:
+        return {}
+    # On the parameter's device: on CUDA, fused AdamW reads the step through a pointer there.
+    step = torch.zeros((), dtype=torch.float32, device=like.device)
+    return {"step": step, **{key: torch.zeros_like(like) for key in keys}}

@@ -1,7 +1,7 @@
-"""A worker group that Ray Train has started in; its process group, and handlers of signals, out.
+"""The process group of all ranks, as Ray Train sets it up, and handlers of signals in each of them.
 
-Ray Train's controller imports this file too, before it starts any worker: what else a worker needs
-is imported by the workers alone.
+Ray Train's controller imports this file too, before it starts any rank: what else a rank needs is
+imported by the ranks alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -21,7 +20,7 @@ told_to_stop = threading.Event()  # set by signal handlers, and by the driver's 
 
 @dataclass
 class StoppableTorchConfig(TorchConfig):
-    """Ray's process group set-up, and signal handlers in each worker."""
+    """Ray's process group set-up, and signal handlers in each rank."""
 
     @property
     def backend_cls(self) -> type[Any]:
@@ -29,7 +28,10 @@ class StoppableTorchConfig(TorchConfig):
         return _Backend
 
 
-class _Backend(_TorchBackend):
+_TorchBackend: Any = TorchConfig().backend_cls  # its class has no public name
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]  # of a type that only Ray knows
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         """Handlers can be set in a process's main thread alone; training runs in another."""
         super().on_training_start(worker_group, backend_config)

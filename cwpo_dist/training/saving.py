@@ -28,8 +28,10 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity, digests, identify
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
+from cwpo_dist.lm.sharded import whole_shape
 from cwpo_dist.lm.switches import give_back
 from cwpo_dist.local_files import whole_folder
+from cwpo_dist.staging import staged, upload
 from cwpo_dist.storage import Store, to_json
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import Head, save_adapter
@@ -53,7 +55,13 @@ class Gatherer(Protocol):
 
 
 def gather_weights(engine: Gatherer, model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """Parameters and buffers by name, on the CPU of rank 0; empty on the others. A collective."""
+    """Parameters and buffers by name, on the CPU of rank 0; empty on the others. A collective.
+
+    Args:
+        engine: which gathers them, one at a time.
+        model: its own weights may be shards.
+        names: of those that are wanted.
+    """
     whole = {}
     for name, tensor in _saved(model).items():
         if name not in names:
@@ -124,9 +132,8 @@ def _saved(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _empty(tensor: Tensor) -> Tensor:
-    """Its shape without its data; under ZeRO-3 a parameter remembers it as `ds_shape`."""
-    shape = getattr(tensor, "ds_shape", tensor.shape)
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+    """Its shape without its data."""
+    return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 def export_lora(
@@ -164,7 +171,7 @@ def export_lora(
         tokenizer.save_pretrained(folder)
         stage.write(BASE, to_json(asdict(known)))
     with _written(stage.child(MODEL)) as out:
-        _merge(base, tokenizer, head, seed, stage.child(ADAPTER).staged(), out, dtype)
+        _merge(base, tokenizer, head, seed, staged(stage.child(ADAPTER)), out, dtype)
         tokenizer.save_pretrained(out)
 
 
@@ -232,4 +239,4 @@ def _local(store: Store) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="cwpo-export-") as folder:
         yield Path(folder)
-        store.upload(Path(folder))
+        upload(Path(folder), store)

@@ -1,12 +1,15 @@
 """Two LoRA adapters in, the second trained on the first one's merged model; one of both out.
 
-Ranks add up: s₁B₁A₁ + s₂B₂A₂ = [s₁B₁ s₂B₂]·[A₁; A₂], so the adapter of both is exact.
+Ranks add up: s₁B₁A₁ + s₂B₂A₂ = [s₁B₁ s₂B₂]·[A₁; A₂], so the adapter of both is exact. Programs that
+read adapters take one, and know of no order in which several would have to be applied: after an SFT
+stage with LoRA, the policy's own adapter would be wrong on the base alone.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,14 +37,35 @@ def stack_adapters(first: Path, second: Path, out: Path) -> None:
     Raises:
         StackError: for adapters that are more than plain LoRA of layers.
     """
-    settings = [json.loads((folder / ADAPTER_CONFIG).read_text()) for folder in (first, second)]
-    for folder, each in zip((first, second), settings, strict=True):
-        special = [name for name in SPECIAL if each.get(name)]
-        if special or isinstance(each["target_modules"], str):
-            raise StackError(f"{folder.name}: {', '.join(special) or 'a pattern'} set")
-    weights = [load_file(folder / ADAPTER_WEIGHTS) for folder in (first, second)]
-    ranks = [int(each["r"]) for each in settings]
-    scales = [each["lora_alpha"] / each["r"] for each in settings]
+    below, above = _settings(first), _settings(second)
+    stacked = _stacked(
+        [load_file(folder / ADAPTER_WEIGHTS) for folder in (first, second)],
+        ranks=[int(below["r"]), int(above["r"])],
+        scales=[each["lora_alpha"] / each["r"] for each in (below, above)],
+    )
+    rank = int(below["r"]) + int(above["r"])
+    both = above | {
+        "r": rank,
+        "lora_alpha": rank,  # a scale of 1: each one's own is in its B
+        "target_modules": sorted({*below["target_modules"], *above["target_modules"]}),
+    }
+    save_file(stacked, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (out / ADAPTER_CONFIG).write_text(json.dumps(both, indent=2, sort_keys=True))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """An adapter's configuration, if ranks of such a one can be added up."""
+    settings: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+    special = [name for name in SPECIAL if settings.get(name)]
+    if special or isinstance(settings["target_modules"], str):
+        raise StackError(f"{folder.name}: {', '.join(special) or 'a pattern'} set")
+    return settings
+
+
+def _stacked(
+    weights: list[dict[str, Tensor]], ranks: list[int], scales: list[float]
+) -> dict[str, Tensor]:
+    """A of both, one below the other, and their scaled B side by side, layer by layer."""
     stacked: dict[str, Tensor] = {}
     for _, a, b in sorted({layer for each in weights for layer in adapted_layers(each)}):
         downs = [each.get(a) for each in weights]
@@ -50,11 +74,7 @@ def stack_adapters(first: Path, second: Path, out: Path) -> None:
         stacked[b] = torch.cat(_filled(ups, ranks, dim=1), dim=1)
     if stacked.keys() != weights[0].keys() | weights[1].keys():
         raise StackError("an adapter holds more than LoRA of linear layers and embeddings")
-    targets = {name for each in settings for name in each["target_modules"]}
-    both = settings[1] | {"r": sum(ranks), "lora_alpha": sum(ranks)}
-    both |= {"target_modules": sorted(targets)}
-    save_file(stacked, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (out / ADAPTER_CONFIG).write_text(json.dumps(both, indent=2, sort_keys=True))
+    return stacked
 
 
 def _filled(parts: list[Tensor | None], ranks: list[int], dim: int) -> list[Tensor]:

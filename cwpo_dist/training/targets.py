@@ -10,13 +10,13 @@ as peft gives them when it reads an adapter of separate ones.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from cwpo_dist.config import LoraConfig
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS
 from cwpo_dist.lm.modules import decoder_of
+from cwpo_dist.lm.sharded import whole_shape
 
 _ROUTERS = frozenset({"gate", "router"})
 _PAST_ADAPTERS = ("out_proj", "dt_proj")  # of a mixer with a state matrix
@@ -66,25 +67,31 @@ def targets(model: Any, lora: LoraConfig) -> Targets:
     Raises:
         LoraError: for a name that nothing in the model has, or a model without linear layers.
     """
-    decoder = _text_decoder(model)
-    prefix = next(name for name, part in model.named_modules() if part is decoder)
-    fused = sorted(set(_fused(decoder)))
+    fused = sorted(set(_fused(_text_decoder(model))))
     if lora.target_modules == "all-linear":
-        names = [f"{prefix}.{name}".lstrip(".") for name in _linear(decoder)]
-        if not names and not fused:
-            raise LoraError(
-                f"lora.target_modules: 'all-linear', but {type(model).__name__} has no linear "
-                "layer; train it whole (lora: null)"
-            )
-        return _with_ranks(lora, names, fused)
+        return _all_linear(model, lora, fused)
+    parameters = _among(lora.target_modules, fused)
+    modules = [target for target in lora.target_modules if target not in parameters]
     every = [name for name, _ in model.named_modules()]
-    parameters = [t for t in lora.target_modules if any(_ends(name, t) for name in fused)]
-    modules = [t for t in lora.target_modules if t not in parameters]
-    once = [t for t in modules if not any(_ends(name, t) for name in every)]
+    there = _among(modules, every)
+    once = [target for target in modules if target not in there]
     for target in once:
         if target not in _once_separate(model):
             raise unknown_target(model, target)
     return replace(_with_ranks(lora, modules, parameters), once=once)
+
+
+def _all_linear(model: Any, lora: LoraConfig, fused: list[str]) -> Targets:
+    """Every linear layer of the decoder, and its fused experts."""
+    decoder = _text_decoder(model)
+    prefix = next(name for name, part in model.named_modules() if part is decoder)
+    names = [f"{prefix}.{name}".lstrip(".") for name in _linear(decoder)]
+    if not names and not fused:
+        raise LoraError(
+            f"lora.target_modules: 'all-linear', but {type(model).__name__} has no linear "
+            "layer; train it whole (lora: null)"
+        )
+    return _with_ranks(lora, names, fused)
 
 
 def unknown_target(model: Any, target: str) -> LoraError:
@@ -149,21 +156,16 @@ def _is_linear(layer: Any) -> bool:
         return True
     if not isinstance(layer, nn.Linear):
         return False
-    bare = copy.copy(layer)
-    bare._parameters = {
-        name: p if p is None else nn.Parameter(torch.empty(_shape(p), device="meta"))
-        for name, p in layer._parameters.items()
+    bare = {
+        name: torch.empty(whole_shape(p), device="meta")
+        for name, p in layer.named_parameters(recurse=False)
     }
     try:
-        output: Any = type(layer).forward(bare, torch.empty(2, layer.in_features, device="meta"))
+        some = torch.empty(2, layer.in_features, device="meta")
+        output: Any = functional_call(layer, bare, (some,))
     except FOREIGN_ERRORS:
         return False
     return getattr(output, "shape", None) == (2, layer.out_features)
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    """Also of one that ZeRO-3 has sharded."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _fused(decoder: nn.Module) -> Iterator[str]:
@@ -172,7 +174,7 @@ def _fused(decoder: nn.Module) -> Iterator[str]:
         leaf = name.rpartition(".")[2]
         if leaf == "experts" or "Experts" in type(module).__name__:
             for own, parameter in module.named_parameters(recurse=False):
-                if len(_shape(parameter)) == 3:
+                if len(whole_shape(parameter)) == 3:
                     yield f"{leaf}.{own}"
 
 
@@ -184,6 +186,10 @@ def _once_separate(model: Any) -> frozenset[str]:
     return frozenset(pattern.rpartition(".")[2] for pattern in patterns)
 
 
-def _ends(name: str, target: str) -> bool:
-    """How peft matches."""
-    return name == target or name.endswith(f".{target}")
+def _among(targets: Iterable[str], names: list[str]) -> list[str]:
+    """Those of the targets that are one of the names, or the end of one, as peft matches."""
+    return [
+        target
+        for target in targets
+        if any(name == target or name.endswith(f".{target}") for name in names)
+    ]

@@ -33,7 +33,7 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """An objective over a data set that every worker holds in memory.
+    """An objective over a data set that every rank holds in memory.
 
     Attributes:
         rows: tokens; the chosen answer first.

@@ -26,8 +26,7 @@ from cwpo_dist.config.training import BUCKET_NUMBERS
 from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.training.deepspeed_settings import deepspeed_config, frozen_config, zero_stage
-from cwpo_dist.training.loop import fresh_state
-from cwpo_dist.training.optim import STATE_KEYS, make_optimizer, set_learning_rate
+from cwpo_dist.training.optim import STATE_KEYS, fresh_state, make_optimizer, set_learning_rate
 from cwpo_dist.training.shards import Share
 
 __all__ = [

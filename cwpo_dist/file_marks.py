@@ -1,0 +1,30 @@
+"""What files are known by without reading them: a rerun sees by it that an input has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+
+from cwpo_dist import local_files
+
+
+def fingerprint(uri: str) -> list[list[Any]]:
+    """What identifies a file or folder without reading it: [name, size, etag or mtime] a file.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    filesystem, root = fsspec.url_to_fs(uri)
+    start = len(root.rstrip("/"))
+    found = [path for path in filesystem.find(root) if not local_files.is_partial(path[start:])]
+    if not found:
+        raise FileNotFoundError(f"no file at {uri!r}")
+    return [mark(path, filesystem.info(path)) for path in sorted(found)]
+
+
+def mark(path: str, info: Mapping[str, Any]) -> list[Any]:
+    """[name, size, etag or mtime] of one file, from what its filesystem says of it."""
+    stamp = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
+    return [str(path), info.get("size"), str(stamp)]

@@ -1,0 +1,10 @@
+"""The shape of a parameter, also where ZeRO-3 keeps it empty and spreads it over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of the whole: DeepSpeed leaves a sharded parameter empty, and notes it down."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
