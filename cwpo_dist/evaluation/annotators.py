@@ -19,7 +19,8 @@ from cwpo_dist.evaluation.calibration import (
     fit_scale,
     fit_temperature,
 )
-from cwpo_dist.evaluation.shares import Floats, agreement, group_numbers, human_sign
+from cwpo_dist.evaluation.shares import Floats, agreement, group_numbers
+from cwpo_dist.pairs.chosen import Label, signs
 from cwpo_dist.weighting import Joined, Scale, join
 
 SAME_SPLIT = "temperatures are fitted on the same split as figures are measured on"
@@ -39,7 +40,7 @@ class HeldOut:
     """
 
     margins_NK: Floats
-    labels: Sequence[str]
+    labels: Sequence[Label]
     people: Floats
     length_a: Floats
     length_b: Floats
@@ -139,7 +140,7 @@ def _ensemble(held: HeldOut, joined: Joined) -> dict[str, Any]:
     known = np.isfinite(joined.margin)
     margin, dissent = joined.margin[known], joined.dissent[known]
     pairs = held.only(known)
-    human, groups = human_sign(pairs.labels), group_numbers(pairs.prompts, len(margin))
+    human, groups = signs(pairs.labels), group_numbers(pairs.prompts, len(margin))
     parts = {"unanimous": dissent == 0, "contested": dissent > 0}
     found: dict[str, Any] = {
         name: agreement(margin[part], human[part], groups[part]).as_dict()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from cwpo_dist.config import Split
 from cwpo_dist.pairs.records import unit_hash
 from cwpo_dist.pairs.rejects import Reason
+from cwpo_dist.pairs.stored import Told
 
 Side = Literal["train", "validation", "test"]
-VOTES = ("votes_a", "votes_b", "votes_tie")
 
 # A prompt on two sides stays on the later one of this tuple: what is measured on is never shrunk
 # in favour of what is trained on.
@@ -79,24 +79,25 @@ def is_swapped(seed: int, pair_id: str) -> bool:
     return unit_hash(seed, "order", pair_id) < 0.5
 
 
-def merge(copies: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Exact duplicates of one pair as one row: votes add up, labels (or ties) must agree.
+def merge(copies: Sequence[Told]) -> tuple[Told, bool]:
+    """What copies of one pair say together: votes add up, labels (or ties) must agree.
 
     Args:
-        copies: rows with one pair_id, at least one; the first gives source and kept columns.
+        copies: of one pair, at least one; the first gives its numbers.
 
     Returns:
-        The pair, and whether its copies had conflicting labels (then its label is null).
+        What they say, and whether they had conflicting labels (then the label is None).
     """
-    labels = {row["label"] or ("tie" if row["tie"] else None) for row in copies} - {None}
+    labels = {told.label or ("tie" if told.tie else None) for told in copies} - {None}
     conflict = len(labels) > 1
     label = None if conflict or not labels else labels.pop()
-    merged = {
-        **copies[0],
-        "label": None if label == "tie" else label,
-        "tie": label == "tie",
-        **{name: _total(row[name] for row in copies) for name in VOTES},
-    }
+    merged = copies[0]._replace(
+        label=None if label == "tie" else label,
+        tie=label == "tie",
+        votes_a=_total(told.votes_a for told in copies),
+        votes_b=_total(told.votes_b for told in copies),
+        votes_tie=_total(told.votes_tie for told in copies),
+    )
     return merged, conflict
 
 

@@ -175,7 +175,7 @@ def _set_aside(output: Store, retries: int, index: int) -> frozenset[str]:
     """The ids of a shard's pairs that have no score after so many retries, and might have."""
     last = score_files(output, index, retries)[-1]
     rejects = committed_rejects(output, last)
-    return frozenset(row["row"] for row in rejects if not lasts(row["reason"]))
+    return frozenset(each.row for each in rejects if not lasts(each.reason))
 
 
 def _retried_counts(context: Context, node: Node) -> Counter[str]:
