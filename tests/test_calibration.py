@@ -219,7 +219,7 @@ def test_why_there_is_no_temperature_is_said() -> None:
     same = annotator_figures(held, None, ["x", "y"], by_member=False)
     assert same["temperature"] is same["calibrated"] is None
     assert "same split" in same["no_temperature"]
-    none = held.only(np.zeros(40, dtype=bool))
+    none = held.select(np.zeros(40, dtype=bool))
     empty = annotator_figures(held, none, ["x", "y"], by_member=True)
     assert empty["no_temperature"] == (
         "x: no pair has both a human label and a score; raise prepare.validation_fraction"

@@ -46,16 +46,16 @@ class HeldOut:
     length_b: Floats
     prompts: Sequence[str]
 
-    def only(self, known: NDArray[np.bool_]) -> HeldOut:
-        """The pairs that a mask keeps."""
-        kept = np.flatnonzero(known).tolist()
+    def select(self, mask: NDArray[np.bool_]) -> HeldOut:
+        """The pairs where a mask is true."""
+        selected = np.flatnonzero(mask).tolist()
         return HeldOut(
-            self.margins_NK[kept],
-            [self.labels[i] for i in kept],
-            self.people[kept],
-            self.length_a[kept],
-            self.length_b[kept],
-            [self.prompts[i] for i in kept],
+            self.margins_NK[selected],
+            [self.labels[i] for i in selected],
+            self.people[selected],
+            self.length_a[selected],
+            self.length_b[selected],
+            [self.prompts[i] for i in selected],
         )
 
 
@@ -107,7 +107,7 @@ def _single(calibration: HeldOut | None, k: int) -> tuple[Temperature | None, st
     if calibration is None:
         return None, SAME_SPLIT
     margin = calibration.margins_NK[:, k]
-    known = calibration.only(np.isfinite(margin))
+    known = calibration.select(np.isfinite(margin))
     try:
         return fit_temperature(known.margins_NK[:, k], known.people, known.prompts), None
     except CalibrationError as error:
@@ -119,7 +119,7 @@ def _figures(
 ) -> dict[str, Any]:
     """Figures of one margin a pair, on the pairs that have it."""
     known = np.isfinite(margin)
-    pairs = held.only(known)
+    pairs = held.select(known)
     found = annotator_accuracy(
         margin[known],
         pairs.labels,
@@ -139,7 +139,7 @@ def _ensemble(held: HeldOut, joined: Joined) -> dict[str, Any]:
     """Accuracy where all annotators agree and where they do not."""
     known = np.isfinite(joined.margin)
     margin, dissent = joined.margin[known], joined.dissent[known]
-    pairs = held.only(known)
+    pairs = held.select(known)
     human, groups = signs(pairs.labels), group_numbers(pairs.prompts, len(margin))
     parts = {"unanimous": dissent == 0, "contested": dissent > 0}
     found: dict[str, Any] = {

@@ -110,7 +110,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         config: the sources and the split settings.
         seed: of the split.
         seconds: stop reading after so long.
-        sample: how many pairs to keep.
+        sample: how many pairs to draw.
 
     Raises:
         ConfigError: for sources or columns that are missing.
@@ -118,7 +118,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     rule = SplitRule(
         seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
     )
-    found, tally, kept = _Counts(), Tally(), list[ParsedPair]()
+    found, tally, sampled = _Counts(), Tally(), list[ParsedPair]()
     damaged: dict[str, str] = {}
     draw = random.Random(seed)
     planned = plan(config)
@@ -140,7 +140,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
             continue
         unread[k].note_keys(parsed.unread)
         if found.add(*drawn(parsed, piece, rule), parsed.numbers):
-            _keep(kept, parsed, draw, len(found.copies), sample)
+            _sample(sampled, parsed, draw, len(found.copies), sample)
     found.gather(tally, learn_ties=config.ties == "labelled")
     for k, piece in enumerate(pieces):
         for part in piece.parts if columns_of(piece) else ():
@@ -155,7 +155,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         scaled(found.labelled),
         round(tally.reasons.total() * reading.scale),
         reading.complete,
-        tuple(kept),
+        tuple(sampled),
         own={own: scaled(found.own[own]) for own in numbers.COLUMNS if own in there},
         void=scaled(found.void),
         unlike=round(found.unlike * reading.scale),
@@ -268,11 +268,11 @@ class _Reading:
             yield from piece.parts
 
 
-def _keep(
-    kept: list[ParsedPair], pair: ParsedPair, draw: random.Random, seen: int, most: int
+def _sample(
+    sampled: list[ParsedPair], pair: ParsedPair, draw: random.Random, seen: int, most: int
 ) -> None:
-    """Reservoir sampling: after any number of pairs, each was kept with the same chance."""
-    if len(kept) < most:
-        kept.append(pair)
+    """Reservoir sampling: after any number of pairs, each was drawn with the same chance."""
+    if len(sampled) < most:
+        sampled.append(pair)
     elif (place := draw.randrange(seen)) < most:
-        kept[place] = pair
+        sampled[place] = pair

@@ -51,8 +51,8 @@ class HeldOutPairs:
             found.setdefault(index, {})[pair_id] = label
         if not found:
             raise TaskError(
-                f"eval_steps: no pair of split {self.split!r} has a human label to watch; set it "
-                "to null, or raise prepare.validation_fraction"
+                f"eval_steps: no pair of split {self.split!r} has a human label to follow training "
+                "by; set it to null, or raise prepare.validation_fraction"
             )
         return found
 

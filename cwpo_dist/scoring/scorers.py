@@ -61,17 +61,17 @@ class PairsIn:
     Attributes:
         store: the output folder of `prepare` (or any folder with `pairs/part-*.parquet`).
         splits: rows of these splits only; None: all.
-        only: given a shard, the ids of its pairs to which it is restricted; None: all.
+        selected: given a shard, the ids of those of its pairs that are read; None: all.
     """
 
     store: Store
     splits: tuple[str, ...] | None = None
-    only: Callable[[int], Container[str]] | None = None
+    selected: Callable[[int], Container[str]] | None = None
 
     def read(self, index: int) -> list[Input[Pair]]:
         """The rows of one shard, in file order."""
         pairs = read_pairs(self.store, part("pairs", index))
-        names = None if self.only is None else self.only(index)
+        names = None if self.selected is None else self.selected(index)
         return [
             Input(pair.pair_id, position, pair)
             for position, pair in enumerate(pairs)

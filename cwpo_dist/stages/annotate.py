@@ -87,7 +87,7 @@ def _job(
     """The scoring of all pairs, or of those that the retries before `retry` left aside."""
     output, pairs = context.place(node), context.pairs(node)
     if retry:
-        pairs = replace(pairs, only=partial(_set_aside, output, retry - 1))
+        pairs = replace(pairs, selected=partial(_set_aside, output, retry - 1))
     model, config = annotator(context, node), context.config.annotate
     scorer = partial(RewardWorker, batch_invariant=config.batch_invariant)
     who, budget = _name(context, node), config.max_tokens_per_batch

@@ -109,7 +109,7 @@ class Shards:
         decisions = self._decided(index)
         numbers = self._numbers(decisions)
         sure = zip(decisions, numbers.confidence.tolist(), strict=True)
-        selected = numbers.weight[[selection.keeps(value, pair_id) for pair_id, value in sure]]
+        selected = numbers.weight[[selection.selects(value, pair_id) for pair_id, value in sure]]
         row = {"shard": [index], "weight": [math.fsum(selected)], "pairs": [len(selected)]}
         return pa.table(row, schema=WEIGHTS)
 
@@ -173,7 +173,7 @@ class Shards:
             if pair.pair_id not in decisions:
                 continue
             decision, number = decisions[pair.pair_id], numbers[pair.pair_id]
-            if not selection.keeps(number.confidence, pair.pair_id):
+            if not selection.selects(number.confidence, pair.pair_id):
                 continue
             chosen, rejected = chosen_first(decision.label, *pair.answers)
             yield Preference(
