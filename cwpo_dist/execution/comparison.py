@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired
 from cwpo_dist.execution.side_by_side import Job, make_all
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.records import read_rows
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
@@ -36,7 +37,7 @@ from cwpo_dist.stages.evaluate import (
     JudgedAnswer,
     MeasuredPair,
 )
-from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def _devices(runs: Mapping[tuple[Trial, int], Config]) -> set[str]:
     """Where the policies were trained: known without a cluster, when nothing is left to do."""
     aligned = ((run, graph(run, trial.arm)["align"]) for (trial, _), run in runs.items())
     return {
-        Context(run, Store(run.output_dir)).place(node).read_json(MANIFEST)["device"]
+        Manifest.read(Context(run, Store(run.output_dir)).place(node)).device
         for run, node in aligned
     }
 
@@ -250,7 +251,7 @@ def _single(
     context: Context, nodes: Mapping[str, Node], metrics: dict[str, Any]
 ) -> dict[str, float | None]:
     manifests = {role: report.committed(context, node) for role, node in nodes.items()}
-    answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"]["counts"]
+    answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"].counts
     # Of an arm on human labels the annotator says only which pairs are compared: it costs nothing.
     spared = () if nodes["weigh"].settings["labels"] == "annotator" else ("fit", "annotate")
     own = {role: made for role, made in manifests.items() if nodes[role].stage not in spared}
@@ -258,7 +259,7 @@ def _single(
         "mean_weight": context.counts(nodes["weigh"])["mean_weight"],
         "pairs": float(aligned["rows"]),
         "steps": float(aligned["steps"]),
-        "sft_loss": manifests["sft"]["counts"]["last"]["loss"] if "sft" in nodes else None,
+        "sft_loss": manifests["sft"].counts["last"]["loss"] if "sft" in nodes else None,
         "device_hours": sum(report.device_hours(nodes, own).values()),
         "kl": kl["mean"] if kl else None,
         **{f"length_controlled_{k}": v["length_controlled"] for k, v in answers.items()},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,
@@ -55,10 +57,9 @@ class Context:
             return False
         return True
 
-    def counts(self, node: Node) -> dict[str, Any]:
+    def counts(self, node: Node) -> Mapping[str, Any]:
         """The counts in a committed output's manifest."""
-        counts: dict[str, Any] = self.place(node).read_json(MANIFEST)["counts"]
-        return counts
+        return Manifest.read(self.place(node)).counts
 
     def pairs(self, node: Node) -> PairsIn:
         """The pairs that `prepare` made for this node, restricted to the node's splits."""
