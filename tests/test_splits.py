@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from cwpo_dist.pairs import kept_columns
 from cwpo_dist.pairs.chosen import chosen_first
-from cwpo_dist.pairs.parsing import Layout, ParsedPair
-from cwpo_dist.pairs.pieces import Piece, drawn
+from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import pair_id
 from cwpo_dist.pairs.splits import (
     SIDE_SCHEMA,
     SIDES,
     SplitRule,
+    drawn,
     is_swapped,
     leaks,
     merge,
@@ -27,7 +27,6 @@ from cwpo_dist.pairs.stored import Told
 
 N = 4000
 RULE = SplitRule(seed=3, labelled=0.3, validation=0.1, test=0.2)
-PIECE = Piece("here", (), Layout({}, "text", "text"))
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=5)
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXTS})
@@ -36,7 +35,7 @@ MESSAGES = st.lists(
 
 def row_of(prompt: str, first: str, second: str, label: Any = "first", seed: int = 3) -> Any:
     rule = SplitRule(seed, RULE.labelled, RULE.validation, RULE.test)
-    return drawn(ParsedPair(prompt, first, second, label, 4, 1), PIECE, rule)
+    return drawn(ParsedPair(prompt, first, second, label, 4, 1), rule, "here", None)
 
 
 @given(prompt=TEXTS | MESSAGES, first=TEXTS | MESSAGES, second=TEXTS | MESSAGES)
@@ -56,7 +55,7 @@ def test_two_orders_of_a_pair_give_one_row_with_its_label_and_votes(
         return
     one = row_of(prompt, first, second, "first", seed)
     rule = SplitRule(seed, RULE.labelled, RULE.validation, RULE.test)
-    other = drawn(ParsedPair(prompt, second, first, "second", 1, 4), PIECE, rule)
+    other = drawn(ParsedPair(prompt, second, first, "second", 1, 4), rule, "here", None)
     assert one == other
     pair, _ = one
     assert pair.chosen == first

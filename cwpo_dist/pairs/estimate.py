@@ -18,11 +18,11 @@ from itertools import chain
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.parsing import ParsedPair, parse
-from cwpo_dist.pairs.pieces import Drawn, Piece, columns_of, drawn
+from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import LEAKED, SIDES, SplitRule, merge, split_of
+from cwpo_dist.pairs.splits import LEAKED, SIDES, Drawn, SplitRule, drawn, merge, split_of
 from cwpo_dist.pairs.stored import Pair, Told
 from cwpo_dist.pairs.unread import Unread, columnar, tree
 
@@ -139,7 +139,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
             tally.add(bad.reason, bad.found)
             continue
         unread[k].note_keys(parsed.unread)
-        if found.add(*drawn(parsed, piece, rule), parsed.numbers):
+        if found.add(*drawn(parsed, rule, piece.source, piece.into), parsed.numbers):
             _sample(sampled, parsed, draw, len(found.copies), sample)
     found.gather(tally, learn_ties=config.ties == "labelled")
     for k, piece in enumerate(pieces):

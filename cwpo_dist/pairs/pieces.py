@@ -19,19 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cwpo_dist.pairs import kept_columns
-from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import extra_keys
 from cwpo_dist.pairs.parsing import ParsedPair, parse
 from cwpo_dist.pairs.readers import Part, RawRow, read
-from cwpo_dist.pairs.records import Kind, Reject, canonical, content_hash, pair_id, table_of
+from cwpo_dist.pairs.records import Kind, Reject, table_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, write_rejects
-from cwpo_dist.pairs.splits import SIDE_SCHEMA, SIDES, Side, SplitRule, is_swapped
+from cwpo_dist.pairs.splits import SIDE_SCHEMA, Side, SplitRule, drawn
 from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table
 from cwpo_dist.pairs.unread import Unread, columnar, tree
 from cwpo_dist.storage import Store
 
-_LABELS: dict[str | None, Label] = {"first": "a", "second": "b"}  # before a pair is swapped
 ROWS = "work/rows"
 SUMMARIES = "work/pieces"
 COUNT = "work/count.json"  # how many pieces there are
@@ -170,7 +168,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
             files.reject(Reject(bad.reason, bad.found, str(part), raw.position, raw.as_text()))
             continue
         notes.add(parsed, part, raw)
-        pair, place = drawn(parsed, piece, rule)
+        pair, place = drawn(parsed, rule, piece.source, piece.into)
         bucket = int(pair.pair_id[:8], 16) * n_buckets >> 32
         kept = json.dumps(dict(parsed.kept), ensure_ascii=False)
         files.add(pair, _Filed(bucket, index, number, str(part), raw.position, *place, kept))
@@ -246,49 +244,6 @@ def _parsed(raw: RawRow, layout: Layout) -> ParsedPair:
     if raw.fault is not None:
         raise BadRow(raw.fault)
     return parse(raw.value, layout)
-
-
-class Drawn(NamedTuple):
-    """Where a pair lies by its content and the seed, its copies and leaks apart.
-
-    Attributes:
-        prompt_hash: of its prompt, which lies on one side alone.
-        side: its number in SIDES.
-        in_labelled_part: whether it is labelled if it is for training and has a label.
-    """
-
-    prompt_hash: str
-    side: int
-    in_labelled_part: bool
-
-
-def drawn(parsed: ParsedPair, piece: Piece, rule: SplitRule) -> tuple[Pair, Drawn]:
-    """A pair in the order and on the side that its content and the seed decide."""
-    given, own = parsed, parsed.numbers
-    pair = Pair(
-        pair_id(given.prompt, given.first, given.second, given.tools),
-        given.prompt,
-        given.first,
-        given.second,
-        given.tools,
-        _LABELS.get(given.label),
-        given.label == "tie",
-        given.votes_first,
-        given.votes_second,
-        given.votes_tie,
-        own.weight,
-        own.confidence,
-        own.score_first,
-        own.score_second,
-        source=piece.source,
-    )
-    sorts_first = canonical(given.first) < canonical(given.second)
-    if sorts_first == is_swapped(rule.seed, pair.pair_id):
-        pair = pair.swap()
-    prompt_hash = content_hash(pair.prompt)
-    key = prompt_hash if given.group is None else given.group
-    side = SIDES.index(rule.side(key, piece.into))
-    return pair, Drawn(prompt_hash, side, rule.is_labelled(key))
 
 
 class _Filed(NamedTuple):

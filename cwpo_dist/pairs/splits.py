@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
-from cwpo_dist.pairs.records import unit_hash
+from cwpo_dist.pairs.chosen import Label
+from cwpo_dist.pairs.parsing import ParsedPair
+from cwpo_dist.pairs.records import canonical, content_hash, pair_id, unit_hash
 from cwpo_dist.pairs.rejects import Reason
-from cwpo_dist.pairs.stored import Told
+from cwpo_dist.pairs.stored import Pair, Told
 
 Side = Literal["train", "validation", "test"]
 
@@ -77,6 +79,61 @@ def is_swapped(seed: int, pair_id: str) -> bool:
     copies of a pair agree on it whichever answer was chosen in each.
     """
     return unit_hash(seed, "order", pair_id) < 0.5
+
+
+_LABELS: dict[str | None, Label] = {"first": "a", "second": "b"}  # before a pair is swapped
+
+
+class Drawn(NamedTuple):
+    """Where a pair lies by its content and the seed, its copies and leaks apart.
+
+    Attributes:
+        prompt_hash: of its prompt, which lies on one side alone.
+        side: its number in SIDES.
+        in_labelled_part: whether it is labelled if it is for training and has a label.
+    """
+
+    prompt_hash: str
+    side: int
+    in_labelled_part: bool
+
+
+def drawn(
+    parsed: ParsedPair, rule: SplitRule, source: str, into: Side | None
+) -> tuple[Pair, Drawn]:
+    """A pair in the order and on the side that its content and the seed decide.
+
+    Args:
+        parsed: as its source has it.
+        rule: the seed and the shares of the sides.
+        source: where it comes from.
+        into: the side to which all of its source goes; None: by hash.
+    """
+    given, own = parsed, parsed.numbers
+    pair = Pair(
+        pair_id(given.prompt, given.first, given.second, given.tools),
+        given.prompt,
+        given.first,
+        given.second,
+        given.tools,
+        _LABELS.get(given.label),
+        given.label == "tie",
+        given.votes_first,
+        given.votes_second,
+        given.votes_tie,
+        own.weight,
+        own.confidence,
+        own.score_first,
+        own.score_second,
+        source=source,
+    )
+    sorts_first = canonical(given.first) < canonical(given.second)
+    if sorts_first == is_swapped(rule.seed, pair.pair_id):
+        pair = pair.swap()
+    prompt_hash = content_hash(pair.prompt)
+    key = prompt_hash if given.group is None else given.group
+    side = SIDES.index(rule.side(key, into))
+    return pair, Drawn(prompt_hash, side, rule.is_labelled(key))
 
 
 def merge(copies: Sequence[Told]) -> tuple[Told, bool]:
