@@ -98,18 +98,16 @@ class Drawn(NamedTuple):
     in_labelled_part: bool
 
 
-def drawn(
-    parsed: ParsedPair, rule: SplitRule, source: str, into: Side | None
-) -> tuple[Pair, Drawn]:
+def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) -> tuple[Pair, Drawn]:
     """A pair in the order and on the side that its content and the seed decide.
 
     Args:
-        parsed: as its source has it.
+        given: as its source has it.
         rule: the seed and the shares of the sides.
         source: where it comes from.
         into: the side to which all of its source goes; None: by hash.
     """
-    given, own = parsed, parsed.numbers
+    own = given.numbers
     pair = Pair(
         pair_id(given.prompt, given.first, given.second, given.tools),
         given.prompt,
