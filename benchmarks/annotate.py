@@ -30,7 +30,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided b
 
 import measure
 import numpy as np
-import pyarrow as pa
 import torch
 import typer
 from forward import Scorer, forward_part, peers
@@ -38,10 +37,11 @@ from forward import Scorer, forward_part, peers
 from cwpo_dist.config import ModelConfig, PoolConfig
 from cwpo_dist.lm.loading import load_annotator_base, save
 from cwpo_dist.lm.reading import encoder_for
-from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA, Score, table_of
+from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table, read_pairs
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, commit
-from cwpo_dist.scoring.retries import Rows, ShardOutput
+from cwpo_dist.scoring.retries import Input, ShardOutput
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 
@@ -68,13 +68,13 @@ class Clocked:
         torch.set_num_threads(1)
         self.worker, self.notes = make_worker(), notes / f"{os.getpid()}.jsonl"
 
-    def read(self, index: int) -> Rows:
+    def read(self, index: int) -> Sequence[Input[Any]]:
         """The worker's rows; a shard's clock starts here."""
         self.started = time.time()
-        rows: Rows = self.worker.read(index)
+        rows: Sequence[Input[Any]] = self.worker.read(index)
         return rows
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[Any]]) -> ShardOutput:
         """The worker's output, timed by the wall clock that all processes share."""
         output: ShardOutput = self.worker(index, rows)
         with self.notes.open("a") as file:
@@ -157,25 +157,16 @@ class LengthWorker:
         """Reads from the folder `pairs`."""
         self.pairs = pairs
 
-    def read(self, index: int) -> Rows:
-        """Rows of ids and answers."""
-        columns = ["pair_id", "response_a", "response_b"]
-        table = self.pairs.read_table(f"pairs/part-{index:05d}.parquet", columns)
-        rows: Rows = table.to_pylist()
-        return rows
+    def read(self, index: int) -> list[Input[Pair]]:
+        """The pairs."""
+        pairs = read_pairs(self.pairs, f"pairs/part-{index:05d}.parquet")
+        return [Input(pair.pair_id, position, pair) for position, pair in enumerate(pairs)]
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[Pair]]) -> ShardOutput:
         """The lengths of both answers of each pair."""
-        table = pa.Table.from_pylist(list(rows))
-        lengths = [
-            pa.compute.utf8_length(table[name]).cast(pa.float64())
-            for name in ("response_a", "response_b")
-        ]
-        names = pa.array(["length"] * table.num_rows)
-        rows = pa.table([table["pair_id"], names, *lengths], schema=SCORE_SCHEMA)
-        nothing = REJECT_SCHEMA.empty_table()
+        scores = [Score(row.pair_id, "length", *map(len, row.given.answers)) for row in rows]
         counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0}
-        return ShardOutput(rows, nothing, counts)
+        return ShardOutput(table_of(scores, SCORE_SCHEMA), REJECT_SCHEMA.empty_table(), counts)
 
 
 def synthetic_pairs(store: Store, rows: int) -> int:
@@ -206,8 +197,9 @@ def synthetic_pairs(store: Store, rows: int) -> int:
         count = min(ROWS_PER_SHARD, rows - shard * ROWS_PER_SHARD)
         text = [[" ".join(line) for line in generator.choice(words, (count, 12))] for _ in range(3)]
         ids = [f"{shard:08x}{row:08x}" for row in range(count)]
-        columns = {"pair_id": ids, "prompt": text[0], "response_a": text[1], "response_b": text[2]}
-        store.create_table(f"pairs/part-{shard:05d}.parquet", pa.table(columns))
+        made = [Pair(*texts) for texts in zip(ids, *text, strict=True)]
+        table = pair_table(made, pair_schema("text"))
+        store.create_table(f"pairs/part-{shard:05d}.parquet", table)
     return shards
 
 

@@ -24,7 +24,7 @@ from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring import driver, pool
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.progress import Report
-from cwpo_dist.scoring.retries import Rows, ShardOutput
+from cwpo_dist.scoring.retries import Input, ShardOutput
 from cwpo_dist.storage import Store
 
 PROCESSES = 4
@@ -40,11 +40,11 @@ class FakeDevice:
         """One object serves all devices of a process: it holds nothing."""
         self.service_s = service_s
 
-    def read(self, index: int) -> Rows:
+    def read(self, index: int) -> list[Input[None]]:
         """A row, as input is no part of the control path."""
-        return [{"pair_id": str(index), "position": 0}]
+        return [Input(str(index), 0, None)]
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[None]]) -> ShardOutput:
         """Waits."""
         time.sleep(self.service_s * (0.5 + index * GOLDEN % 1))
         return done()

@@ -19,7 +19,7 @@ from cwpo_dist.config import ModelConfig, PrepareConfig, Source
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.fitting import fit_length
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.pairs.stored import read_pairs
 from cwpo_dist.storage import Store
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "trl")
@@ -103,9 +103,8 @@ def encoded(store: Store, shards: int, encoder: Encoder, model: ModelConfig) -> 
     """The token rows of all pairs that fit, in the order of the shards."""
     rows = []
     for index in range(shards):
-        for pair in pair_rows(store.read_table(f"pairs/part-{index:05d}.parquet")):
-            answers = (pair["response_a"], pair["response_b"])
-            row = encoder.encode(pair["prompt"], answers, pair["tools"])
+        for pair in read_pairs(store, f"pairs/part-{index:05d}.parquet"):
+            row = encoder.encode(pair.prompt, pair.answers, pair.tools)
             fitting = fit_length(row, model.max_length, "drop", bos_id=encoder.bos_id)
             if fitting is not None:
                 rows.append(fitting)

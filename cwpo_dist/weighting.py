@@ -169,17 +169,17 @@ def join(margins_NK: Floats, scale: Scale) -> Joined:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which pairs stay; it decides on each pair alone, so that shards need not know each other.
+    """Which pairs are selected: each is decided alone, so shards need not know each other.
 
     Attributes:
-        last: confidence and id of the last pair of the top share; None keeps all.
-        min_confidence: keep confidences at or above it; None keeps all.
+        last: confidence and id of the last pair of the top share; None selects all.
+        min_confidence: select confidences at or above it; None selects all.
     """
 
     last: tuple[float, str] | None = None
     min_confidence: float | None = None
 
-    def keeps(self, confidence: float, pair_id: str) -> bool:
+    def selects(self, confidence: float, pair_id: str) -> bool:
         """Whether both limits hold."""
         if self.min_confidence is not None and confidence < self.min_confidence:
             return False

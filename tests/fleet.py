@@ -23,7 +23,7 @@ from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.retries import Rows, ShardOutput
+from cwpo_dist.scoring.retries import Input, ShardOutput
 from cwpo_dist.storage import Store
 
 SHARDS = 14
@@ -36,10 +36,10 @@ class Where:
     seconds: dict[str, float]
     marks: Path
 
-    def read(self, index: int) -> Rows:
-        return [{"pair_id": str(index), "position": 0}]
+    def read(self, index: int) -> list[Input[None]]:
+        return [Input(str(index), 0, None)]
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: list[Input[None]]) -> ShardOutput:
         node = ray.get_runtime_context().get_node_labels()["kind"]
         (self.marks / f"{index}-{node}").touch()
         time.sleep(self.seconds[node])

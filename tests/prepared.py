@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA, check
-from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.pairs.stored import pairs_of
 from cwpo_dist.storage import Store
 
 Rows = list[dict[str, Any]]
@@ -34,7 +37,13 @@ def files(store: Store) -> dict[str, bytes]:
 
 def pairs(store: Store) -> Rows:
     names = [name for name in store.names() if name.startswith("pairs/")]
-    return [row for name in names for row in pair_rows(store.read_table(name))]
+    return [row for name in names for row in _rows(store.read_table(name))]
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """With the columns that were kept, and each message with its own keys alone."""
+    for row, pair in zip(table.to_pylist(), pairs_of(table), strict=True):
+        yield row | pair._asdict()
 
 
 def rejects(store: Store) -> Rows:

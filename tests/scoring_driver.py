@@ -18,11 +18,11 @@ import ray
 from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import ModelConfig, PoolConfig
-from cwpo_dist.pairs.records import pair_schema
+from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.retries import Rows, ShardOutput, ShardWorker
-from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
+from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
+from cwpo_dist.scoring.scorers import Pairs, PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 
 SHARDS = 16
@@ -42,7 +42,7 @@ class Marked(RewardWorker):
         super().__init__(*args)
         self.marks, self.driver, self.seconds, self.full_at = marks, driver, seconds, full_at
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Pairs) -> ShardOutput:
         (self.marks / f"{index}-{os.getpid()}-{self.driver}").touch()
         while held(self.marks).exists():
             time.sleep(0.05)
@@ -85,7 +85,7 @@ def make_job(folder: Path, output: str, seconds: float = 0.3, full_at: int = -1)
     return ShardJob("scores", Store(str(folder / output)), SHARDS, worker)
 
 
-def _worker(*args: Any) -> ShardWorker:
+def _worker(*args: Any) -> ShardWorker[Any]:
     return Marked(*args)
 
 

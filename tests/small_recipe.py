@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from tiny import save_tiny
@@ -25,13 +24,13 @@ from cwpo_dist.config import Config
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import run
 from cwpo_dist.pairs import cutting, pieces, sources
-from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA, Score, table_of
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.retries import ShardOutput
-from cwpo_dist.scoring.scorers import PairsIn
+from cwpo_dist.scoring.scorers import Pairs, PairsIn
 from cwpo_dist.stages import annotate, prepare
 from cwpo_dist.storage import Store
 from cwpo_dist.training import group, rank
@@ -108,24 +107,25 @@ class PlainWorker:
     def __init__(self, pairs: PairsIn, name: str) -> None:
         self.pairs, self.name = pairs, name
 
-    def read(self, index: int) -> list[dict[str, Any]]:
+    def read(self, index: int) -> Pairs:
         return self.pairs.read(index)
 
-    def __call__(self, index: int, rows: Sequence[Mapping[str, Any]]) -> ShardOutput:
-        if any(row["prompt"] == UNREADABLE for row in rows):
+    def __call__(self, index: int, rows: Pairs) -> ShardOutput:
+        if any(row.given.prompt == UNREADABLE for row in rows):
             raise ValueError("unreadable")
-        scores = {
-            name: [zlib.crc32(f"{r['prompt']} {r[name]}".encode()) / 2**31 for r in rows]
-            for name in ("response_a", "response_b")
-        }
-        columns = {
-            "pair_id": [row["pair_id"] for row in rows],
-            "annotator": [self.name] * len(rows),
-            "score_a": scores["response_a"],
-            "score_b": scores["response_b"],
-        }
+        scores = [
+            Score(
+                row.pair_id,
+                self.name,
+                *(
+                    zlib.crc32(f"{row.given.prompt} {answer}".encode()) / 2**31
+                    for answer in row.given.answers
+                ),
+            )
+            for row in rows
+        ]
         counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0, "over_length": 0}
-        table = pa.table(columns, schema=SCORE_SCHEMA)
+        table = table_of(scores, SCORE_SCHEMA)
         return ShardOutput(table, REJECT_SCHEMA.empty_table(), counts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cwpo_dist.pairs.records import REJECT_SCHEMA, pair_schema
 from cwpo_dist.scoring import scorers
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.retries import TRIES, Rows, ShardOutput, attempt
+from cwpo_dist.scoring.retries import TRIES, Input, ShardOutput, attempt
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.scoring.tickets import ShardError
 from cwpo_dist.stages import generate
@@ -38,14 +38,14 @@ class Doubling:
     never_together: frozenset[int] = frozenset()
     calls: int = 0
 
-    def read(self, index: int) -> Rows:
-        return [{"pair_id": str(i), "position": 100 + i, "number": i} for i in range(N)]
+    def read(self, index: int) -> list[Input[int]]:
+        return [Input(str(i), 100 + i, i) for i in range(N)]
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[int]]) -> ShardOutput:
         self.calls += 1
         if self.calls <= self.bad_calls:
             raise RuntimeError("the network blinked")
-        numbers = [row["number"] for row in rows]
+        numbers = [row.given for row in rows]
         for number in numbers:
             if number in self.bad:
                 raise self.bad[number]

@@ -15,7 +15,7 @@ from cwpo_dist.config import PoolConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.retries import Rows, ShardOutput
+from cwpo_dist.scoring.retries import Input, ShardOutput
 from cwpo_dist.scoring.tickets import ShardError, Shards
 from cwpo_dist.storage import Store
 
@@ -37,10 +37,10 @@ class Breaking:
     def __post_init__(self) -> None:
         (self.trace / f"process-{os.getpid()}").touch()
 
-    def read(self, index: int) -> Rows:
-        return [{"pair_id": f"{index}-{i}", "position": i} for i in range(3)]
+    def read(self, index: int) -> list[Input[None]]:
+        return [Input(f"{index}-{i}", i, None) for i in range(3)]
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: list[Input[None]]) -> ShardOutput:
         time.sleep(0.3)
         (self.trace / f"tried-{index}-{time.monotonic_ns()}").touch()
         if self.how == "once" and self._first():

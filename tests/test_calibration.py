@@ -19,6 +19,7 @@ from cwpo_dist.evaluation.calibration import (
     people_share,
 )
 from cwpo_dist.evaluation.shares import Floats
+from cwpo_dist.pairs.stored import Told
 
 
 def _sigmoid(x: Any) -> Any:
@@ -77,12 +78,15 @@ def test_votes_are_shares_and_a_grid_finds_the_same_temperature() -> None:
 
 
 def test_share_of_people() -> None:
-    assert people_share("a", None, None) == 1.0
-    assert people_share("b", 0, 0) == 0.0
-    assert people_share("a", 3, 1) == 0.75
-    assert people_share("a", 3, 1, 4) == 5 / 8, "who voted for neither is half for each"
-    assert people_share("b", 0, 1, 0) == 0.0
-    assert people_share(None, None, None) is None
+    def share(label: Any, a: int | None, b: int | None, tie: int | None = None) -> float | None:
+        return people_share(Told(label, False, a, b, tie, None, None, None, None))
+
+    assert share("a", None, None) == 1.0
+    assert share("b", 0, 0) == 0.0
+    assert share("a", 3, 1) == 0.75
+    assert share("a", 3, 1, 4) == 5 / 8, "who voted for neither is half for each"
+    assert share("b", 0, 1, 0) == 0.0
+    assert share(None, None, None) is None
 
 
 def test_interval_holds_the_truth_also_where_prompts_repeat() -> None:
@@ -215,7 +219,7 @@ def test_why_there_is_no_temperature_is_said() -> None:
     same = annotator_figures(held, None, ["x", "y"], by_member=False)
     assert same["temperature"] is same["calibrated"] is None
     assert "same split" in same["no_temperature"]
-    none = held.only(np.zeros(40, dtype=bool))
+    none = held.select(np.zeros(40, dtype=bool))
     empty = annotator_figures(held, none, ["x", "y"], by_member=True)
     assert empty["no_temperature"] == (
         "x: no pair has both a human label and a score; raise prepare.validation_fraction"

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.card import annotator_card, model_card
 
 AGREEMENT = {"accuracy": 0.6, "low": 0.5, "high": 0.7, "n": 80}
@@ -103,7 +104,7 @@ def test_an_annotators_card_gives_what_length_alone_would_have_said() -> None:
         "margin_length": {"pearson": 0.31},
         "expected_calibration_error": 0.042,
     }
-    training = {"counts": {"rows": 700}, "settings": {"seed": 4}, "versions": {"torch": "2"}}
+    training = Manifest(counts={"rows": 700}, settings={"seed": 4}, versions={"torch": "2"})
     text = annotator_card(config, {"fit_1": "89ab"}, figures, training)
     found = ModelCard(text)
     assert (found.data.base_model, found.data.pipeline_tag) == (

@@ -14,8 +14,9 @@ from prepared import config, pairs, said, write
 from cwpo_dist.pairs import columns
 from cwpo_dist.pairs.layout import FIELDS
 from cwpo_dist.pairs.messages import CALLS, ROLES
-from cwpo_dist.pairs.records import MESSAGE_KEYS, pair_schema
+from cwpo_dist.pairs.records import MESSAGE_KEYS
 from cwpo_dist.pairs.rejects import REMEDIES
+from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 

@@ -108,12 +108,13 @@ def test_each_prompt_has_the_answer_that_was_sampled_for_it(tmp_path: Path) -> N
 
 def test_a_retry_is_of_the_pairs_that_it_is_told(tmp_path: Path) -> None:
     world = World(tmp_path, ["human"])
-    only = PairsIn(world.place("prepare"), None, only=lambda index: {"test-1", "labelled-0"})
-    assert [[row["pair_id"] for row in only.read(k)] for k in range(2)] == [
+    selected = {"test-1", "labelled-0"}
+    read = PairsIn(world.place("prepare"), None, selected=lambda index: selected)
+    assert [[row.pair_id for row in read.read(k)] for k in range(2)] == [
         ["labelled-0"],
         ["test-1"],
     ]
-    assert [row["position"] for row in only.read(1)] == [4]
+    assert [row.position for row in read.read(1)] == [4]
 
 
 def test_scores_are_one_annotators_by_weights_settings_and_sides(tmp_path: Path) -> None:

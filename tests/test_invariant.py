@@ -24,7 +24,7 @@ from cwpo_dist.lm.fixed_shapes import BLOCK, TILE, FixedShapes, UnfitError, by_t
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.packed import by_row
-from cwpo_dist.pairs.records import pair_schema
+from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.scoring.growth import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.invariant import InvariantForward

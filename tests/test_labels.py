@@ -1,14 +1,15 @@
 """Who decides: human labels are read for human arms alone, ties and missing scores are apart."""
 
 from cwpo_dist.pairs.labels import Decision, Opinion, decide
+from cwpo_dist.pairs.stored import Judgement
 
 PAIRS = [
-    {"pair_id": "p", "label": "b", "split": "unlabelled"},
-    {"pair_id": "q", "label": None, "split": "unlabelled"},
-    {"pair_id": "r", "label": "a", "split": "labelled"},
-    {"pair_id": "s", "label": "a", "split": "test"},
-    {"pair_id": "t", "label": "b", "split": "unlabelled"},
-    {"pair_id": "v", "label": None, "split": "unlabelled"},
+    Judgement("p", "b", "unlabelled"),
+    Judgement("q", None, "unlabelled"),
+    Judgement("r", "a", "labelled"),
+    Judgement("s", "a", "test"),
+    Judgement("t", "b", "unlabelled"),
+    Judgement("v", None, "unlabelled"),
 ]
 OPINIONS = {"p": Opinion(1.5), "q": Opinion(0.0), "s": Opinion(-1.0), "v": Opinion(-2.0, 0.5)}
 
@@ -20,7 +21,7 @@ def test_annotator_decides_by_score_and_never_reads_a_human_label() -> None:
         "q": Decision("a", 0.0),
         "v": Decision("b", 2.0, 0.5),
     }
-    flipped = [pair | {"label": "a" if pair["label"] == "b" else "b"} for pair in PAIRS]
+    flipped = [pair._replace(label="a" if pair.label == "b" else "b") for pair in PAIRS]
     assert decide(flipped, OPINIONS, "annotator", ["unlabelled"]) == decided
 
 

@@ -14,6 +14,7 @@ from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.estimate import census
 from cwpo_dist.pairs.numbers import Numbers, agreed, kinds, number_fields, own_numbers
 from cwpo_dist.pairs.sources import plan
+from cwpo_dist.pairs.stored import Pair
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 
@@ -77,12 +78,12 @@ def test_kinds_by_columns() -> None:
 
 
 def test_copies_agree_or_count_as_without() -> None:
-    none = dict.fromkeys(("weight", "confidence", "score_a", "score_b"))
-    one, same = none | {"weight": 0.5}, none | {"weight": 0.5, "score_a": 1.0, "score_b": 0.0}
+    none = Pair("x", "", "", "").told
+    one, same = none._replace(weight=0.5), none._replace(weight=0.5, score_a=1.0, score_b=0.0)
     assert agreed([none, none]) == (none, False)
     assert agreed([one, none, same]) == (same, False)
-    other = none | {"weight": 0.25, "score_a": 1.0, "score_b": 0.0}
-    assert agreed([same, other]) == (none | {"score_a": 1.0, "score_b": 0.0}, True)
+    other = same._replace(weight=0.25)
+    assert agreed([same, other]) == (same._replace(weight=None), True)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -19,7 +19,7 @@ from prepared import Rows, add_up, config, files, pairs, rejects, row, write
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs import pieces, sources
 from cwpo_dist.pairs.readers import SourceError
-from cwpo_dist.pairs.records import pair_schema
+from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 

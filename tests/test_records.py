@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from cwpo_dist.pairs.records import SCORE_SCHEMA, RecordError, read_pairs, read_records
-from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.pairs.chosen import chosen_first, signs
+from cwpo_dist.pairs.records import (
+    ANSWER_SCHEMA,
+    PROMPT_SCHEMA,
+    REFERENCE_SCHEMA,
+    REJECT_SCHEMA,
+    SCORE_SCHEMA,
+    TOKEN_SCHEMA,
+    LogProbs,
+    PairTokens,
+    PromptTokens,
+    RecordError,
+    Reject,
+    SampledAnswer,
+    Score,
+    read_records,
+    read_rows,
+    table_of,
+)
+from cwpo_dist.pairs.stored import (
+    Choice,
+    Judgement,
+    Pair,
+    Preference,
+    Told,
+    pair_schema,
+    pair_table,
+    preference_schema,
+    read_judgements,
+    read_pairs,
+)
+from cwpo_dist.stages.evaluate import ITEM_SCHEMA, JUDGED_SCHEMA, JudgedAnswer, MeasuredPair
 from cwpo_dist.storage import Store
 
 SCORE = {"pair_id": ["p"], "annotator": ["x"], "score_a": [1.0], "score_b": [2.0]}
@@ -39,11 +70,74 @@ def test_other_tables_are_refused_by_name(tmp_path: Path, change: dict, named: s
 
 def test_pairs_are_text_or_messages(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    messages = [[{"role": "user", "content": "Hi"}]]
-    for name, prompt in (("text", ["Hi"]), ("messages", messages)):
-        store.create_table(f"{name}.parquet", pa.table({"pair_id": ["p"], "prompt": prompt}))
-        table = read_pairs(store, f"{name}.parquet", ["pair_id", "prompt"])
-        assert [row["prompt"] for row in pair_rows(table)] == prompt
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    for kind, text in (("text", "Hi"), ("conversational", messages)):
+        pair = Pair("p", text, text, text, label="a", split="test")
+        store.create_table(f"{kind}.parquet", pair_table([pair], pair_schema(kind)))
+        assert read_pairs(store, f"{kind}.parquet") == [pair]
+        assert read_judgements(store, f"{kind}.parquet") == [Judgement("p", "a", "test")]
     store.create_table("numbers.parquet", pa.table({"pair_id": ["p"], "prompt": [None]}))
     with pytest.raises(RecordError, match="split"):
-        read_pairs(store, "numbers.parquet", ["pair_id", "split"])
+        read_pairs(store, "numbers.parquet")
+
+
+@pytest.mark.parametrize(
+    ("record", "schema"),
+    [
+        (Score, SCORE_SCHEMA),
+        (LogProbs, REFERENCE_SCHEMA),
+        (PairTokens, TOKEN_SCHEMA),
+        (PromptTokens, PROMPT_SCHEMA),
+        (SampledAnswer, ANSWER_SCHEMA),
+        (Reject, REJECT_SCHEMA),
+        (Pair, pair_schema("text")),
+        (Preference, preference_schema("text", tools=True)),
+        (MeasuredPair, ITEM_SCHEMA),
+        (JudgedAnswer, JUDGED_SCHEMA),
+    ],
+)
+def test_a_record_has_the_columns_of_its_schema_in_their_order(record: Any, schema: Any) -> None:
+    assert list(record._fields) == schema.names
+
+
+def test_parts_of_a_pair_are_read_from_its_own_columns() -> None:
+    told = [name for name in Pair._fields if name in Told._fields]
+    assert list(Told._fields) == told
+    assert Pair(*range(16)).told == Told(*range(5, 14))  # type: ignore[arg-type]  # to be told apart
+    assert set(Judgement._fields) <= set(Pair._fields)
+    assert set(Choice._fields) <= set(Preference._fields)
+
+
+def test_records_come_back_as_they_went(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    scores = [Score("p", "x", 1.0, 2.0), Score("q", "x", 0.5, 0.25)]
+    store.create_table("some.parquet", table_of(scores, SCORE_SCHEMA))
+    store.create_table("none.parquet", table_of([], SCORE_SCHEMA))
+    assert read_rows(store, "some.parquet", Score, SCORE_SCHEMA) == scores
+    assert read_rows(store, "none.parquet", Score, SCORE_SCHEMA) == []
+
+
+def test_a_swapped_pair_is_the_same_pair() -> None:
+    pair = Pair("p", "?", "yes", "no", None, "a", False, 3, 1, 2, 0.5, 0.25, 1.5, -1.5, "test", "x")
+    swapped = pair.swap()
+    assert swapped[2:4] == ("no", "yes")
+    assert (swapped.chosen, swapped.rejected) == (pair.chosen, pair.rejected) == ("yes", "no")
+    assert swapped.told == Told("b", False, 1, 3, 2, 0.5, 0.25, -1.5, 1.5)
+    assert swapped.swap() == pair
+    unlabelled = pair._replace(label=None)
+    assert unlabelled.swap().label is None
+    with pytest.raises(AssertionError):
+        _ = unlabelled.chosen
+
+
+def test_the_chosen_comes_first_and_counts_up() -> None:
+    assert [chosen_first(label, 1, 2) for label in ("a", "b", None)] == [(1, 2), (2, 1), (1, 2)]
+    assert signs(["a", "b", None]).tolist() == [1.0, -1.0, 0.0]
+    with pytest.raises(ValueError, match="'c' is unknown"):
+        signs(["c"])  # type: ignore[list-item]  # what a file may hold
+
+
+def test_log_probs_are_sums_or_means_of_tokens() -> None:
+    found = LogProbs("p", -6.0, -8.0, 3, 2)
+    assert found.sums == (-6.0, -8.0)
+    assert found.means == (-2.0, -4.0)

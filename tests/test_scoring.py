@@ -20,7 +20,7 @@ from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring.device_time import held_hours
 from cwpo_dist.scoring.driver import run_here, run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, commit, total_counts
-from cwpo_dist.scoring.retries import Rows, ShardOutput
+from cwpo_dist.scoring.retries import Input, ShardOutput
 from cwpo_dist.storage import Store
 
 NO_REJECTS = REJECT_SCHEMA.empty_table()
@@ -34,10 +34,10 @@ class Squares:
     killed_at: int = -1
     pause: float = 0.0
 
-    def read(self, index: int) -> Rows:
-        return [{"pair_id": f"{index}-{i}", "position": i} for i in range(3)]
+    def read(self, index: int) -> list[Input[None]]:
+        return [Input(f"{index}-{i}", i, None) for i in range(3)]
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: list[Input[None]]) -> ShardOutput:
         mark = self.trace / f"{index}-{time.monotonic_ns()}"
         mark.touch()
         time.sleep(self.pause)

@@ -10,22 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwpo_dist.pairs import kept_columns
-from cwpo_dist.pairs.parsing import Layout, ParsedPair
-from cwpo_dist.pairs.pieces import Piece, work_row
+from cwpo_dist.pairs.chosen import chosen_first
+from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import pair_id
 from cwpo_dist.pairs.splits import (
     SIDE_SCHEMA,
     SIDES,
     SplitRule,
+    drawn,
     is_swapped,
     leaks,
     merge,
     split_of,
 )
+from cwpo_dist.pairs.stored import Told
 
 N = 4000
 RULE = SplitRule(seed=3, labelled=0.3, validation=0.1, test=0.2)
-PIECE = Piece("here", (), Layout({}, "text", "text"))
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=5)
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXTS})
@@ -34,7 +35,7 @@ MESSAGES = st.lists(
 
 def row_of(prompt: str, first: str, second: str, label: Any = "first", seed: int = 3) -> Any:
     rule = SplitRule(seed, RULE.labelled, RULE.validation, RULE.test)
-    return work_row(ParsedPair(prompt, first, second, label, 4, 1), PIECE, rule)
+    return drawn(ParsedPair(prompt, first, second, label, 4, 1), rule, "here", None)
 
 
 @given(prompt=TEXTS | MESSAGES, first=TEXTS | MESSAGES, second=TEXTS | MESSAGES)
@@ -54,18 +55,19 @@ def test_two_orders_of_a_pair_give_one_row_with_its_label_and_votes(
         return
     one = row_of(prompt, first, second, "first", seed)
     rule = SplitRule(seed, RULE.labelled, RULE.validation, RULE.test)
-    other = work_row(ParsedPair(prompt, second, first, "second", 1, 4), PIECE, rule)
+    other = drawn(ParsedPair(prompt, second, first, "second", 1, 4), rule, "here", None)
     assert one == other
-    assert one[f"response_{one['label']}"] == first
-    assert one[f"votes_{one['label']}"] == 4
+    pair, _ = one
+    assert pair.chosen == first
+    assert chosen_first(pair.label, pair.votes_a, pair.votes_b) == (4, 1)
 
 
 def test_position_leaks_no_label() -> None:
     # The chosen answer sorts first in all of them: an order by content alone would tell.
     rows = [row_of(f"p{i}", "answer a", "answer b") for i in range(N)]
-    share = sum(row["label"] == "a" for row in rows) / N
+    share = sum(pair.label == "a" for pair, _ in rows) / N
     assert abs(share - 0.5) < 4 * 0.5 / N**0.5
-    by_split = [row["label"] == "a" for row in rows if row["side"] == SIDES.index("test")]
+    by_split = [pair.label == "a" for pair, place in rows if place.side == SIDES.index("test")]
     assert abs(sum(by_split) / len(by_split) - 0.5) < 4 * 0.5 / len(by_split) ** 0.5
 
 
@@ -126,13 +128,8 @@ def test_a_training_pair_without_a_label_is_unlabelled(
 
 
 def copy(label: str | None, votes_a: int | None = None, votes_b: int | None = None) -> Any:
-    votes = {"votes_a": votes_a, "votes_b": votes_b, "votes_tie": None}
-    return {
-        "pair_id": "x",
-        "label": None if label == "tie" else label,
-        "tie": label == "tie",
-        **votes,
-    }
+    people: Any = None if label == "tie" else label
+    return Told(people, label == "tie", votes_a, votes_b, None, None, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +150,9 @@ def test_duplicates_add_their_votes_and_must_agree(
     copies: Any, label: str | None, votes: Any, conflict: bool
 ) -> None:
     merged, conflicting = merge(copies)
-    assert ("tie" if merged["tie"] else merged["label"]) == label
-    assert not merged["tie"] or merged["label"] is None
-    assert (merged["votes_a"], merged["votes_b"]) == votes
+    assert ("tie" if merged.tie else merged.label) == label
+    assert not merged.tie or merged.label is None
+    assert (merged.votes_a, merged.votes_b) == votes
     assert conflicting is conflict
 
 

@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.pairs.records import (
-    MESSAGES,
-    TEXT_KEYS,
-    pair_id,
+from cwpo_dist.pairs.records import MESSAGES, TEXT_KEYS, pair_id
+from cwpo_dist.pairs.stored import (
+    Pair,
+    Preference,
     pair_schema,
+    pair_table,
+    pairs_of,
     preference_schema,
+    preference_table,
 )
-from cwpo_dist.pairs.stored import pair_rows, pair_table, preference_table
 
 TEXT = st.text(max_size=8)
 JSON = st.recursive(
@@ -42,12 +44,10 @@ TOOLS = st.none() | st.lists(st.dictionaries(TEXT, JSON), min_size=1, max_size=2
 def test_pairs_come_back_as_they_were(prompt: Any, tools: Any, answer: Any) -> None:
     kind: Any = "text" if isinstance(prompt, str) else "conversational"
     answers = [answer.draw(TEXT if kind == "text" else TALK) for _ in "ab"]
-    row = {"prompt": prompt, "response_a": answers[0], "response_b": answers[1], "tools": tools}
-    table = pair_table([row], pair_schema(kind))
-    (back,) = pair_rows(table)
-    assert {name: back[name] for name in row} == row
-    assert pair_rows(table.select(["pair_id", "prompt"])) == [{"pair_id": None, "prompt": prompt}]
-    assert pair_id(*row.values()) == pair_id(*(back[name] for name in row))
+    pair = Pair(pair_id(prompt, *answers, tools), prompt, *answers, tools)
+    (back,) = pairs_of(pair_table([pair], pair_schema(kind)))
+    assert back == pair
+    assert pair_id(back.prompt, *back.answers, back.tools) == pair.pair_id
 
 
 def test_a_pairs_identity_is_all_of_its_content() -> None:
@@ -69,7 +69,7 @@ CALL = {"type": "function", "function": {"name": "stops", "arguments": {"near": 
 ASKED = [{"role": "user", "content": "Which tram?", "name": "Ada"}]
 CALLED = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
 GUESSED = [{"role": "assistant", "content": "The 9."}]
-ROW = {"pair_id": "x", "prompt": ASKED, "chosen": CALLED, "rejected": GUESSED, "weight": 0.5}
+ROW = Preference("x", ASKED, CALLED, GUESSED, None, "a", None, None, None, None, weight=0.5)
 TOOL = [{"type": "function", "function": {"name": "stops", "parameters": {"b": 1, "a": {}}}}]
 
 
@@ -83,8 +83,8 @@ def loaded(tmp_path: Path, rows: list[Any], **more: bool) -> list[dict[str, Any]
 
 
 def test_other_programs_get_the_objects_that_our_templates_were_given(tmp_path: Path) -> None:
-    plain = ROW | {"prompt": [ASKED[0] | {}], "chosen": GUESSED}
-    first, second = loaded(tmp_path, [ROW | {"tools": TOOL}, plain], keys=True, tools=True)
+    plain = ROW._replace(prompt=[ASKED[0] | {}], chosen=GUESSED)
+    first, second = loaded(tmp_path, [ROW._replace(tools=TOOL), plain], keys=True, tools=True)
     assert (first["prompt"], first["chosen"], first["rejected"]) == (ASKED, CALLED, GUESSED)
     assert (first["tools"], second["tools"]) == (TOOL, None)
     assert list(first["tools"][0]["function"]["parameters"]) == ["b", "a"]
@@ -93,7 +93,7 @@ def test_other_programs_get_the_objects_that_our_templates_were_given(tmp_path: 
 
 def test_plain_messages_are_structures_that_any_reader_knows(tmp_path: Path) -> None:
     plain = [{"role": "user", "content": "Which tram?"}]
-    row = ROW | {"prompt": plain, "chosen": GUESSED, "rejected": GUESSED}
+    row = ROW._replace(prompt=plain, chosen=GUESSED, rejected=GUESSED)
     (found,) = loaded(tmp_path, [row])
     assert found["prompt"] == plain
     assert "tools" not in found

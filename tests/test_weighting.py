@@ -80,7 +80,7 @@ def select(
     ids = pa.chunked_array([pa.array(pair_ids, pa.string())])
     last = None if top is None else last_of_top(np.array(confidences), ids, top)
     selection = Selection(last, least)
-    return [selection.keeps(c, i) for c, i in zip(confidences, pair_ids, strict=True)]
+    return [selection.selects(c, i) for c, i in zip(confidences, pair_ids, strict=True)]
 
 
 @given(pairs, st.integers(0, 1000), st.randoms())

@@ -17,7 +17,8 @@ from tiny import save_tiny
 
 from cwpo_dist.config import Config
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
-from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA, pair_schema
+from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node, graph
 from cwpo_dist.scoring.pipeline import part

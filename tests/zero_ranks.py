@@ -49,7 +49,8 @@ from zero_cases import (
 )
 
 from cwpo_dist.lm.probe import choose_layout
-from cwpo_dist.pairs.records import REFERENCE_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA, pair_schema
+from cwpo_dist.pairs.records import REFERENCE_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA
+from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.scoring.pipeline import commit, part
 from cwpo_dist.scoring.retries import ShardOutput
 from cwpo_dist.scoring.sharded import Together

@@ -26,10 +26,10 @@ from cwpo_dist.evaluation.shares import (
     check_lengths,
     column,
     group_numbers,
-    human_sign,
     mean,
     wilson,
 )
+from cwpo_dist.pairs.chosen import Label, signs
 from cwpo_dist.weighting import confidence
 
 
@@ -106,7 +106,7 @@ class GoldAccuracy(AsDict):
 
 def annotator_accuracy(
     margin: ArrayLike,
-    labels: Sequence[str | None],
+    labels: Sequence[Label | None],
     length_a: ArrayLike,
     length_b: ArrayLike,
     prompts: Sequence[Hashable] | None = None,
@@ -130,7 +130,7 @@ def annotator_accuracy(
     """
     margins = column("margin", margin)
     lengths_a, lengths_b = column("length_a", length_a), column("length_b", length_b)
-    human = human_sign(labels)
+    human = signs(labels)
     chosen = (human + 1) / 2 if people is None else column("people", people)
     groups = group_numbers(prompts, len(human))
     check_lengths(human, margin=margins, length_a=lengths_a, length_b=lengths_b, people=chosen)
@@ -163,7 +163,7 @@ def policy_accuracy(
     logp_b: ArrayLike,
     ref_logp_a: ArrayLike,
     ref_logp_b: ArrayLike,
-    labels: Sequence[str | None],
+    labels: Sequence[Label | None],
     beta: float,
     prompts: Sequence[Hashable] | None = None,
 ) -> PolicyAccuracy:
@@ -184,7 +184,7 @@ def policy_accuracy(
     """
     policy_a, policy_b = column("logp_a", logp_a), column("logp_b", logp_b)
     reference_a, reference_b = column("ref_logp_a", ref_logp_a), column("ref_logp_b", ref_logp_b)
-    human = human_sign(labels)
+    human = signs(labels)
     check_lengths(
         human, logp_a=policy_a, logp_b=policy_b, ref_logp_a=reference_a, ref_logp_b=reference_b
     )

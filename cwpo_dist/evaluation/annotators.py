@@ -19,7 +19,8 @@ from cwpo_dist.evaluation.calibration import (
     fit_scale,
     fit_temperature,
 )
-from cwpo_dist.evaluation.shares import Floats, agreement, group_numbers, human_sign
+from cwpo_dist.evaluation.shares import Floats, agreement, group_numbers
+from cwpo_dist.pairs.chosen import Label, signs
 from cwpo_dist.weighting import Joined, Scale, join
 
 SAME_SPLIT = "temperatures are fitted on the same split as figures are measured on"
@@ -39,22 +40,22 @@ class HeldOut:
     """
 
     margins_NK: Floats
-    labels: Sequence[str]
+    labels: Sequence[Label]
     people: Floats
     length_a: Floats
     length_b: Floats
     prompts: Sequence[str]
 
-    def only(self, known: NDArray[np.bool_]) -> HeldOut:
-        """The pairs that a mask keeps."""
-        kept = np.flatnonzero(known).tolist()
+    def select(self, mask: NDArray[np.bool_]) -> HeldOut:
+        """The pairs where a mask is true."""
+        selected = np.flatnonzero(mask).tolist()
         return HeldOut(
-            self.margins_NK[kept],
-            [self.labels[i] for i in kept],
-            self.people[kept],
-            self.length_a[kept],
-            self.length_b[kept],
-            [self.prompts[i] for i in kept],
+            self.margins_NK[selected],
+            [self.labels[i] for i in selected],
+            self.people[selected],
+            self.length_a[selected],
+            self.length_b[selected],
+            [self.prompts[i] for i in selected],
         )
 
 
@@ -106,7 +107,7 @@ def _single(calibration: HeldOut | None, k: int) -> tuple[Temperature | None, st
     if calibration is None:
         return None, SAME_SPLIT
     margin = calibration.margins_NK[:, k]
-    known = calibration.only(np.isfinite(margin))
+    known = calibration.select(np.isfinite(margin))
     try:
         return fit_temperature(known.margins_NK[:, k], known.people, known.prompts), None
     except CalibrationError as error:
@@ -118,7 +119,7 @@ def _figures(
 ) -> dict[str, Any]:
     """Figures of one margin a pair, on the pairs that have it."""
     known = np.isfinite(margin)
-    pairs = held.only(known)
+    pairs = held.select(known)
     found = annotator_accuracy(
         margin[known],
         pairs.labels,
@@ -138,8 +139,8 @@ def _ensemble(held: HeldOut, joined: Joined) -> dict[str, Any]:
     """Accuracy where all annotators agree and where they do not."""
     known = np.isfinite(joined.margin)
     margin, dissent = joined.margin[known], joined.dissent[known]
-    pairs = held.only(known)
-    human, groups = human_sign(pairs.labels), group_numbers(pairs.prompts, len(margin))
+    pairs = held.select(known)
+    human, groups = signs(pairs.labels), group_numbers(pairs.prompts, len(margin))
     parts = {"unanimous": dissent == 0, "contested": dissent > 0}
     found: dict[str, Any] = {
         name: agreement(margin[part], human[part], groups[part]).as_dict()

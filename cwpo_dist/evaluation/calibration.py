@@ -28,6 +28,8 @@ from cwpo_dist.evaluation.shares import (
     group_of,
     mean,
 )
+from cwpo_dist.pairs.chosen import chosen_first
+from cwpo_dist.pairs.stored import Told
 from cwpo_dist.weighting import Scale, join, sigmoid
 
 RELIABILITY_BINS = 10
@@ -100,17 +102,15 @@ class Calibration(AsDict):
     mean_probability: float | None
 
 
-def people_share(
-    label: str | None, votes_a: int | None, votes_b: int | None, votes_tie: int | None = None
-) -> float | None:
+def people_share(told: Told) -> float | None:
     """The share of people that chose answer a: of the votes, else of the one who labelled.
 
     Who voted for neither counts half for each.
     """
-    a, b, tie = (votes or 0 for votes in (votes_a, votes_b, votes_tie))
+    a, b, tie = (votes or 0 for votes in (told.votes_a, told.votes_b, told.votes_tie))
     if a + b + tie:
         return (a + tie / 2) / (a + b + tie)
-    return None if label is None else float(label == "a")
+    return None if told.label is None else chosen_first(told.label, 1.0, 0.0)[0]
 
 
 def fit_temperature(

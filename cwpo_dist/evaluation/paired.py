@@ -61,12 +61,12 @@ class Mean(AsDict):
 
 def over_seeds(found: Sequence[Items]) -> Mean:
     """The mean of a figure."""
-    kept = [items for items in found if len(items.values)]
-    if not kept:
+    filled = [items for items in found if len(items.values)]
+    if not filled:
         return Mean(0, 0, None, None, None, None)
-    means = np.array([items.values.mean() for items in kept])
-    n, count = len(kept), sum(len(items.values) for items in kept)
-    bounds = [_of_seeds(means), _of_items(kept)]
+    means = np.array([items.values.mean() for items in filled])
+    n, count = len(filled), sum(len(items.values) for items in filled)
+    bounds = [_of_seeds(means), _of_items(filled)]
     half, smallest = max(bounds, key=lambda bound: bound[0])
     middle, values = float(means.mean()), tuple(means.tolist())
     if not half:
@@ -101,14 +101,14 @@ def length_balanced(items: Items, longer_by: Floats) -> Items:
     Returns:
         No items where one side has none.
     """
-    kept = np.flatnonzero(longer_by)
-    values, longer = items.values[kept], longer_by[kept] > 0
+    selected = np.flatnonzero(longer_by)
+    values, longer = items.values[selected], longer_by[selected] > 0
     if longer.all() or not longer.any():
         return Items([], [], np.array([]))
     means = values[longer].mean(), values[~longer].mean()
-    alike = len(kept) / (2 * np.where(longer, longer.sum(), (~longer).sum()))
+    alike = len(selected) / (2 * np.where(longer, longer.sum(), (~longer).sum()))
     influence = alike * (values - np.where(longer, *means))
-    places = kept.tolist()
+    places = selected.tolist()
     names, prompts = [items.names[k] for k in places], [items.prompts[k] for k in places]
     return Items(names, prompts, sum(means) / 2 + influence)
 

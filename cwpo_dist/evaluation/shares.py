@@ -164,15 +164,6 @@ def mean(values: Floats) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def human_sign(labels: Sequence[str | None]) -> Floats:
-    """1 for label a, −1 for b, 0 for none."""
-    signs = {"a": 1.0, "b": -1.0, None: 0.0}
-    for label in labels:
-        if label not in signs:
-            raise ValueError(f"label: {label!r} is unknown; use 'a', 'b' or null")
-    return np.array([signs[label] for label in labels], dtype=np.float64)
-
-
 def group_numbers(prompts: Sequence[Hashable] | None, n: int) -> Groups:
     """A number for each distinct prompt; every pair its own where prompts is None."""
     if prompts is None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired
 from cwpo_dist.execution.side_by_side import Job, make_all
+from cwpo_dist.manifest import Manifest
+from cwpo_dist.pairs.records import read_rows
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
 from cwpo_dist.results import collect as report
@@ -25,8 +28,16 @@ from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node, graph
 from cwpo_dist.runs.nodes import versions
 from cwpo_dist.runs.trials import Trial, baseline, names, section, trials, tuned, tuning
-from cwpo_dist.stages.evaluate import ANSWERS, BASELINES, ITEMS
-from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.stages.evaluate import (
+    ANSWERS,
+    BASELINES,
+    ITEM_SCHEMA,
+    ITEMS,
+    JUDGED_SCHEMA,
+    JudgedAnswer,
+    MeasuredPair,
+)
+from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +165,7 @@ def _devices(runs: Mapping[tuple[Trial, int], Config]) -> set[str]:
     """Where the policies were trained: known without a cluster, when nothing is left to do."""
     aligned = ((run, graph(run, trial.arm)["align"]) for (trial, _), run in runs.items())
     return {
-        Context(run, Store(run.output_dir)).place(node).read_json(MANIFEST)["device"]
+        Manifest.read(Context(run, Store(run.output_dir)).place(node)).device
         for run, node in aligned
     }
 
@@ -193,28 +204,29 @@ def _items(runs: Mapping[tuple[Trial, int], Config], trial: Trial) -> dict[str, 
 
 def _figures(store: Store) -> Iterator[tuple[str, Items]]:
     """What is known item by item: a tie counts a half, but in GRA, where it counts as a loss."""
-    rows = store.read_table(ITEMS).to_pylist()
-    accuracy = _of(rows, [(1 + np.sign(row["margin"])) / 2 for row in rows])
+    pairs = read_rows(store, ITEMS, MeasuredPair, ITEM_SCHEMA)
+    accuracy = _of(pairs, [(1 + np.sign(pair.margin)) / 2 for pair in pairs])
     yield "accuracy", accuracy
-    yield "length_balanced", length_balanced(accuracy, np.array([row["longer_by"] for row in rows]))
+    longer_by = np.array([pair.longer_by for pair in pairs])
+    yield "length_balanced", length_balanced(accuracy, longer_by)
     if not store.exists(ANSWERS):
         return
-    answers = store.read_table(ANSWERS).to_pylist()
+    answers = read_rows(store, ANSWERS, JudgedAnswer, JUDGED_SCHEMA)
     for name in BASELINES:
-        rows = [row for row in answers if row["against"] == name]
+        rows = [answer for answer in answers if answer.against == name]
         if name == "common":
-            yield "length", _of(rows, [row["length"] for row in rows])
-        if rows and rows[0]["gold"] is not None:
-            won = [float(row["gold"] > row["baseline_gold"]) for row in rows]
-            yield f"gra_{name}", _of(rows, won)
-            ties = [float(row["gold"] == row["baseline_gold"]) for row in rows]
-            yield f"ties_{name}", _of(rows, ties)
+            yield "length", _of(rows, [row.length for row in rows])
+        if rows and rows[0].gold is not None:
+            ours = np.array([row.gold for row in rows], dtype=np.float64)
+            theirs = np.array([row.baseline_gold for row in rows], dtype=np.float64)
+            yield f"gra_{name}", _of(rows, ours > theirs)
+            yield f"ties_{name}", _of(rows, ours == theirs)
 
 
-def _of(rows: list[dict[str, Any]], values: list[float]) -> Items:
+def _of(rows: Sequence[MeasuredPair] | Sequence[JudgedAnswer], values: ArrayLike) -> Items:
     return Items(
-        [row["pair_id"] for row in rows],
-        [row["prompt"] for row in rows],
+        [row.pair_id for row in rows],
+        [row.prompt for row in rows],
         np.array(values, dtype=np.float64),
     )
 
@@ -239,7 +251,7 @@ def _single(
     context: Context, nodes: Mapping[str, Node], metrics: dict[str, Any]
 ) -> dict[str, float | None]:
     manifests = {role: report.committed(context, node) for role, node in nodes.items()}
-    answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"]["counts"]
+    answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"].counts
     # Of an arm on human labels the annotator says only which pairs are compared: it costs nothing.
     spared = () if nodes["weigh"].settings["labels"] == "annotator" else ("fit", "annotate")
     own = {role: made for role, made in manifests.items() if nodes[role].stage not in spared}
@@ -247,7 +259,7 @@ def _single(
         "mean_weight": context.counts(nodes["weigh"])["mean_weight"],
         "pairs": float(aligned["rows"]),
         "steps": float(aligned["steps"]),
-        "sft_loss": manifests["sft"]["counts"]["last"]["loss"] if "sft" in nodes else None,
+        "sft_loss": manifests["sft"].counts["last"]["loss"] if "sft" in nodes else None,
         "device_hours": sum(report.device_hours(nodes, own).values()),
         "kl": kl["mean"] if kl else None,
         **{f"length_controlled_{k}": v["length_controlled"] for k, v in answers.items()},

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.results import collect
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context
@@ -164,14 +165,13 @@ def make(context: Context, node: Node) -> None:
     started = time.time()
     context = context.of(node)
     counts = STAGES[node.stage](context, node)
-    manifest = _record(node, counts, started)
-    manifest["device_hours"] = _device_hours(context.place(node))
+    manifest = _record(context, node, counts, started)
     context.place(node).sweep()  # who was killed on the way left it
     context.place(node).settle()  # what the manifest stands for is on the disk before it
-    context.place(node).create_json(MANIFEST, manifest)
+    manifest.write(context.place(node))
     if node.stage in TRAINING_STAGES:
         clear(context.place(node))
-    logger.info("%s: done in %.0f s", node.path, manifest["seconds"])
+    logger.info("%s: done in %.0f s", node.path, manifest.seconds)
 
 
 def retry_rejects(config: Config) -> str:
@@ -197,10 +197,9 @@ def _retry(context: Context, node: Node) -> Node:
     counts = annotate.retry(context, node)
     if counts is not None:
         node = replace(node, retries=node.retries + 1)
-        record = _record(node, counts, started)
-        record["device_hours"] = _device_hours(context.place(node))
+        record = _record(context, node, counts, started)
         context.place(node).settle()
-        context.place(node).create_json(retry_manifest(node.retries), record)
+        record.write(context.place(node), retry_manifest(node.retries))
         logger.info("%s: retry %d is done", node.path, node.retries)
         for made in readers:
             logger.warning(
@@ -221,14 +220,15 @@ def _made_from(context: Context, node: Node) -> Iterable[Node]:
             yield made
 
 
-def _record(node: Node, counts: dict[str, Any], started: float) -> dict[str, Any]:
-    """What a manifest holds."""
-    return _identity(node) | {
-        "counts": counts,
-        "seconds": round(time.time() - started, 3),
-        "versions": versions(),
-        "device": device(),
-    }
+def _record(context: Context, node: Node, counts: dict[str, Any], started: float) -> Manifest:
+    return Manifest(
+        **_identity(node),
+        counts=counts,
+        seconds=round(time.time() - started, 3),
+        versions=versions(),
+        device=device(),
+        device_hours=_device_hours(context.place(node)),
+    )
 
 
 def _device_hours(output: Store) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs import kept_columns, numbers
-from cwpo_dist.pairs.records import TEXTS, Kind, pair_schema, unit_hash
-from cwpo_dist.pairs.rejects import Reject, row_text, write_rejects
-from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, VOTES, leaks, merge, split_of
-from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.pairs.chosen import OTHER
+from cwpo_dist.pairs.records import Kind, Reject, rows_of, table_of, unit_hash
+from cwpo_dist.pairs.rejects import row_text, write_rejects
+from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, leaks, merge, split_of
+from cwpo_dist.pairs.stored import Told, pair_schema, pairs_of
 from cwpo_dist.storage import Store
 
 LEAKS = "work/leaks"
@@ -32,8 +33,6 @@ COUNTS = "work/counts"
 SUMMARIES = "work/buckets"
 
 TRAINING = ("labelled", "unlabelled")
-_VOTED = ["label", "tie", *VOTES]
-_DIFFER = [*_VOTED, *numbers.RECORD]  # what copies of one pair may differ in
 _DECIDES = ("side", "in_labelled_part", "label", "tie")  # … a split
 
 
@@ -136,7 +135,7 @@ def write_bucket(work: Work, bucket: int, shards: Shards) -> None:
         return
     rows = _bucket_rows(work, bucket)
     staying, leaking = _without_leaks(rows, _kept_on(work, rows["prompt_hash"]))
-    rejects = [_reject(row) for row in pair_rows(leaking)]
+    rejects = list(_rejects(leaking))
     write_rejects(store, f"part-leak-{bucket:05d}.parquet", rejects)
     pairs, conflicts, differing = _merge_copies(staying)
     table = _as_pairs(pairs, shards)
@@ -184,14 +183,17 @@ def _kept_on(work: Work, prompts: pa.ChunkedArray) -> dict[str, int]:
     names = (_named(LEAKS, part, "parquet") for part in range(work.leaks))
     tables = map(work.store.read_table, names)
     found = (table.filter(pc.is_in(table["prompt_hash"], value_set=prompts)) for table in tables)
-    rows = (row for table in found for row in table.to_pylist())
-    return {row["prompt_hash"]: row["side"] for row in rows}
+    sides: dict[str, int] = {}
+    for table in found:
+        columns = (table[name].to_pylist() for name in SIDE_SCHEMA.names)
+        sides.update(zip(*columns, strict=True))
+    return sides
 
 
 def _without_leaks(rows: pa.Table, kept_on: Mapping[str, int]) -> tuple[pa.Table, pa.Table]:
     """The rows that stay; and those whose prompt stays on another side, with the `reason`."""
     if not kept_on:
-        return rows, rows.slice(0, 0)
+        return rows, rows.slice(0, 0).append_column("reason", pa.array([], pa.string()))
     columns = (rows[name].to_pylist() for name in SIDE_SCHEMA.names)
     sides = ((kept_on.get(prompt, side), side) for prompt, side in zip(*columns, strict=True))
     given = [None if keeps == side else str(LEAKED[SIDES[keeps]]) for keeps, side in sides]
@@ -200,19 +202,24 @@ def _without_leaks(rows: pa.Table, kept_on: Mapping[str, int]) -> tuple[pa.Table
     return rows.filter(pc.is_null(reasons)), leaking
 
 
-def _reject(row: Mapping[str, Any]) -> Reject:
-    shown = ("pair_id", *TEXTS, "tools", *_VOTED)
-    own = {name: row[name] for name in numbers.RECORD if row[name] is not None}
-    text = row_text({name: row[name] for name in shown} | own)
-    return Reject(row["reason"], row["origin"], row["position"], text)
+def _rejects(leaking: pa.Table) -> Iterator[Reject]:
+    """The rows that leak, each with its pair as its text; numbers of its own where it has some."""
+    places = (leaking[name].to_pylist() for name in ("reason", "origin", "position"))
+    for pair, reason, origin, position in zip(pairs_of(leaking), *places, strict=True):
+        shown = {
+            name: value
+            for name, value in pair._asdict().items()
+            if name not in ("split", "source", *numbers.RECORD)
+            or (name in numbers.RECORD and value is not None)
+        }
+        yield Reject(reason, None, origin, position, row_text(shown))
 
 
 def _with_numbers(pairs: pa.Table) -> dict[numbers.Own, int]:
     """How many pairs can be weighed by each kind of their own numbers."""
-    rows = pairs.select(["label", *numbers.RECORD])
-    if all(rows[name].null_count == len(rows) for name in numbers.RECORD):  # as most data are
+    if all(pairs[name].null_count == len(pairs) for name in numbers.RECORD):  # as most data are
         return {}
-    return dict(Counter(own for row in rows.to_pylist() for own in numbers.usable(row)))
+    return dict(Counter(own for told in rows_of(Told, pairs) for own in numbers.usable(told)))
 
 
 def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
@@ -228,17 +235,16 @@ def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
     if len(starts) == len(ids):
         return rows, 0, 0
     ends = np.append(starts[1:], len(ids))
-    pairs, all_copies = rows.take(starts), rows.select(_DIFFER)
-    values = pairs.select(_DIFFER).to_pylist()
+    pairs, all_copies = rows.take(starts), rows.select(Told._fields)
+    values = rows_of(Told, pairs)
     conflicts = differing = 0
     for place in np.flatnonzero(ends - starts > 1):
-        copies = all_copies.slice(starts[place], ends[place] - starts[place]).to_pylist()
-        voted, conflict = merge(copies)
+        copies = rows_of(Told, all_copies.slice(starts[place], ends[place] - starts[place]))
         agreed, differ = numbers.agreed(copies)
-        values[place] = voted | agreed
+        values[place], conflict = merge([agreed, *copies[1:]])
         conflicts, differing = conflicts + conflict, differing + differ
-    merged = pa.Table.from_pylist(values, schema=all_copies.schema)
-    for name in _DIFFER:
+    merged = table_of(values, all_copies.schema)
+    for name in Told._fields:
         pairs = pairs.set_column(pairs.schema.get_field_index(name), name, merged[name])
     return pairs, conflicts, differing
 
@@ -265,11 +271,10 @@ def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
 
 def turned_labels(columns: Mapping[str, Any], shards: Shards) -> pa.Array:
     """Labels of training pairs, a share of them turned round; held-out ones stay true."""
-    other = {"a": "b", "b": "a", None: None}
     rows = zip(*(columns[name].to_pylist() for name in ("pair_id", "split", "label")), strict=True)
     return pa.array(
         [
-            other[label] if split in TRAINING and _is_turned(shards, pair_id) else label
+            OTHER[label] if label and split in TRAINING and _is_turned(shards, pair_id) else label
             for pair_id, split, label in rows
         ],
         pa.string(),

@@ -14,19 +14,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.parsing import ParsedPair, parse
-from cwpo_dist.pairs.pieces import Piece, columns_of, work_row
+from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import LEAKED, SIDES, VOTES, SplitRule, merge, split_of
+from cwpo_dist.pairs.splits import LEAKED, SIDES, Drawn, SplitRule, drawn, merge, split_of
+from cwpo_dist.pairs.stored import Pair, Told
 from cwpo_dist.pairs.unread import Unread, columnar, tree
 
-_COUNTED = ("prompt_hash", "side", "in_labelled_part", "label", "tie", *VOTES)
 LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
 
 
@@ -111,7 +110,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         config: the sources and the split settings.
         seed: of the split.
         seconds: stop reading after so long.
-        sample: how many pairs to keep.
+        sample: how many pairs to draw.
 
     Raises:
         ConfigError: for sources or columns that are missing.
@@ -119,7 +118,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     rule = SplitRule(
         seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
     )
-    found, tally, kept = _Counts(), Tally(), list[ParsedPair]()
+    found, tally, sampled = _Counts(), Tally(), list[ParsedPair]()
     damaged: dict[str, str] = {}
     draw = random.Random(seed)
     planned = plan(config)
@@ -135,13 +134,13 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         try:
             if raw.fault is not None:
                 raise BadRow(raw.fault)
-            pair = parse(raw.value, piece.layout)
+            parsed = parse(raw.value, piece.layout)
         except BadRow as bad:
             tally.add(bad.reason, bad.found)
             continue
-        unread[k].note_keys(pair.unread)
-        if found.add(work_row(pair, piece, rule), pair.numbers):
-            _keep(kept, pair, draw, len(found.copies), sample)
+        unread[k].note_keys(parsed.unread)
+        if found.add(*drawn(parsed, rule, piece.source, piece.into), parsed.numbers):
+            _sample(sampled, parsed, draw, len(found.copies), sample)
     found.gather(tally, learn_ties=config.ties == "labelled")
     for k, piece in enumerate(pieces):
         for part in piece.parts if columns_of(piece) else ():
@@ -156,7 +155,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         scaled(found.labelled),
         round(tally.reasons.total() * reading.scale),
         reading.complete,
-        tuple(kept),
+        tuple(sampled),
         own={own: scaled(found.own[own]) for own in numbers.COLUMNS if own in there},
         void=scaled(found.void),
         unlike=round(found.unlike * reading.scale),
@@ -176,7 +175,7 @@ class _Counts:
     """What was read: rows, without their texts; and, when all are there, pairs by split."""
 
     def __init__(self) -> None:
-        self.copies: dict[str, list[dict[str, Any]]] = {}  # by pair id
+        self.copies: dict[str, list[tuple[Told, Drawn]]] = {}  # by pair id
         self.pairs: Counter[str] = Counter()
         self.labelled: Counter[str] = Counter()
         self.own: dict[numbers.Own, Counter[str]] = {own: Counter() for own in numbers.COLUMNS}
@@ -184,41 +183,40 @@ class _Counts:
         self.most_weight = 0.0
         self.ties = self.merged = self.unlike = 0
 
-    def add(self, row: Mapping[str, Any], own: numbers.Numbers) -> bool:
+    def add(self, pair: Pair, place: Drawn, own: numbers.Numbers) -> bool:
         """Whether it is the first of its pair."""
         self.void.update(own.void)
         self.most_weight = max(self.most_weight, own.weight or 0.0)
-        copies = self.copies.setdefault(row["pair_id"], [])
-        copies.append({name: row.get(name) for name in (*_COUNTED, *numbers.RECORD)})
+        copies = self.copies.setdefault(pair.pair_id, [])
+        copies.append((pair.told, place))
         return len(copies) == 1
 
     def gather(self, tally: Tally, *, learn_ties: bool) -> None:
         """Sets aside prompts of two sides, merges copies and splits, as `buckets` does."""
         sides: dict[str, int] = {}
-        for row in chain.from_iterable(self.copies.values()):
-            sides[row["prompt_hash"]] = max(row["side"], sides.get(row["prompt_hash"], 0))
+        for _, place in chain.from_iterable(self.copies.values()):
+            sides[place.prompt_hash] = max(place.side, sides.get(place.prompt_hash, 0))
         for copies in self.copies.values():
-            side = sides[copies[0]["prompt_hash"]]  # a pair has one prompt
-            rows = [row for row in copies if row["side"] == side]
-            for _ in range(len(copies) - len(rows)):
+            side = sides[copies[0][1].prompt_hash]  # a pair has one prompt
+            staying = [(told, place) for told, place in copies if place.side == side]
+            for _ in range(len(copies) - len(staying)):
                 tally.add(LEAKED[SIDES[side]])
-            if rows:
-                pair = rows[0]
-                if len(rows) > 1:
-                    own, unlike = numbers.agreed(rows)
-                    pair = merge(rows)[0] | own
-                    self.unlike += unlike
-                self._count(pair, learn_ties=learn_ties)
-                self.merged += len(rows) - 1
+            if staying:
+                all_told = [told for told, _ in staying]
+                agreed, unlike = numbers.agreed(all_told)
+                merged, _ = merge([agreed, *all_told[1:]])
+                self.unlike += unlike
+                self._count(merged, staying[0][1], learn_ties=learn_ties)
+                self.merged += len(staying) - 1
 
-    def _count(self, pair: Mapping[str, Any], *, learn_ties: bool) -> None:
-        tie, label = pair["tie"], pair["label"]
-        side, drawn = SIDES[pair["side"]], pair["in_labelled_part"]
-        split = split_of(side, drawn, label, learned_tie=learn_ties and tie)
+    def _count(self, told: Told, place: Drawn, *, learn_ties: bool) -> None:
+        tie = bool(told.tie)
+        side, labelled = SIDES[place.side], place.in_labelled_part
+        split = split_of(side, labelled, told.label, learned_tie=learn_ties and tie)
         self.pairs[split] += 1
-        self.labelled[split] += label is not None
+        self.labelled[split] += told.label is not None
         self.ties += tie
-        for kind in numbers.usable(pair):
+        for kind in numbers.usable(told):
             self.own[kind][split] += 1
 
 
@@ -270,11 +268,11 @@ class _Reading:
             yield from piece.parts
 
 
-def _keep(
-    kept: list[ParsedPair], pair: ParsedPair, draw: random.Random, seen: int, most: int
+def _sample(
+    sampled: list[ParsedPair], pair: ParsedPair, draw: random.Random, seen: int, most: int
 ) -> None:
-    """Reservoir sampling: after any number of pairs, each was kept with the same chance."""
-    if len(kept) < most:
-        kept.append(pair)
+    """Reservoir sampling: after any number of pairs, each was drawn with the same chance."""
+    if len(sampled) < most:
+        sampled.append(pair)
     elif (place := draw.randrange(seen)) < most:
-        kept[place] = pair
+        sampled[place] = pair

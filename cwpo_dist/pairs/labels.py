@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from cwpo_dist.pairs.chosen import Label
+from cwpo_dist.pairs.stored import Judgement, Pair
 
 # The data's own scores are an annotator's; a weight or confidence of theirs is about their label.
 LabelSource = Literal["human", "annotator", "weight", "confidence"]
-DECIDES = ("pair_id", "label", "split", "weight", "confidence")  # what `decide` reads of a pair
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,20 @@ class Decision:
     """The chosen answer of a pair.
 
     Attributes:
-        label: `a` or `b`.
+        label: which one it is.
         margin: r⁺ − r⁻ ≥ 0 of the annotator; None where the label decided.
         disagreement: of several annotators; None for one, and where the label decided.
         given: the data's own weight or confidence, where that counts.
     """
 
-    label: str
+    label: Label
     margin: float | None
     disagreement: float | None = None
     given: float | None = None
 
 
 def decide(
-    pairs: Iterable[Mapping[str, Any]],
+    pairs: Iterable[Judgement | Pair],
     opinions: Mapping[str, Opinion] | None,
     labels: LabelSource,
     splits: Collection[str],
@@ -54,7 +56,7 @@ def decide(
     """The decisions for one shard, by pair id, in the order of the pairs.
 
     Args:
-        pairs: records with the columns of `DECIDES`.
+        pairs: of the shard, with or without their texts.
         opinions: by pair id; None in a run without annotator. Where a run has one, pairs that it
             could not read are left out for human labels too, so that all arms train on the same
             pairs; labelled rows, which it trained on, need no score.
@@ -64,30 +66,30 @@ def decide(
     """
     decisions = {}
     for pair in pairs:
-        if pair["split"] not in splits:
+        if pair.split not in splits:
             continue
-        opinion = None if opinions is None else opinions.get(pair["pair_id"])
-        if opinions is not None and opinion is None and pair["split"] != "labelled":
+        opinion = None if opinions is None else opinions.get(pair.pair_id)
+        if opinions is not None and opinion is None and pair.split != "labelled":
             continue
         decision = _annotator(opinion) if labels == "annotator" else _labelled(pair, labels)
         if decision is not None:
-            decisions[pair["pair_id"]] = decision
+            decisions[pair.pair_id] = decision
     return decisions
 
 
-def _labelled(pair: Mapping[str, Any], labels: LabelSource) -> Decision | None:
+def _labelled(pair: Judgement | Pair, labels: LabelSource) -> Decision | None:
     """By the label; with a number of the data's own where that is what counts."""
-    if pair["label"] is None:
+    if pair.label is None:
         return None
     if labels == "human":
-        return Decision(pair["label"], None)
-    number = pair[labels]
-    return None if number is None else Decision(pair["label"], None, given=number)
+        return Decision(pair.label, None)
+    number = pair.weight if labels == "weight" else pair.confidence
+    return None if number is None else Decision(pair.label, None, given=number)
 
 
 def _annotator(opinion: Opinion | None) -> Decision | None:
     """The higher score wins (eq. 6); a tie goes to `a`, whose place is random, with margin 0."""
     if opinion is None:
         return None
-    label = "a" if opinion.margin >= 0 else "b"
+    label: Label = "a" if opinion.margin >= 0 else "b"
     return Decision(label, abs(opinion.margin), opinion.disagreement)

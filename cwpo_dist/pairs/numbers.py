@@ -7,10 +7,12 @@ out: it is void, null in the record, and counted by its field and what is wrong 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
+
+from cwpo_dist.pairs.stored import Told
 
 Own = Literal["weight", "confidence", "scores"]
 
@@ -111,25 +113,30 @@ def kinds(fields: Iterable[str]) -> Iterator[Own]:
             yield own
 
 
-def usable(pair: Mapping[str, Any]) -> Iterator[Own]:
-    """What a pair of the record can be weighed by: a weight or confidence is about its label."""
-    for own, names in COLUMNS.items():
-        if pair[names[0]] is not None and (own == "scores" or pair["label"] is not None):
-            yield own
+def usable(told: Told) -> Iterator[Own]:
+    """What a pair can be weighed by: a weight or confidence is about its label."""
+    if told.weight is not None and told.label is not None:
+        yield "weight"
+    if told.confidence is not None and told.label is not None:
+        yield "confidence"
+    if told.score_a is not None:
+        yield "scores"
 
 
-def agreed(copies: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
+def agreed(copies: Sequence[Told]) -> tuple[Told, bool]:
     """The numbers of one pair from its copies: those that any has, where none has others.
 
     Returns:
-        The columns of the record, and whether copies had different numbers (then they are null).
+        The first copy with these, and whether copies had different ones (then they are None).
     """
-    merged: dict[str, Any] = {}
-    conflict = False
-    for names in COLUMNS.values():
-        given = {tuple(copy[name] for name in names) for copy in copies}
-        given.discard((None,) * len(names))
-        conflict = conflict or len(given) > 1
-        only = given.pop() if len(given) == 1 else (None,) * len(names)
-        merged |= zip(names, only, strict=True)
-    return merged, conflict
+    weights = {told.weight for told in copies} - {None}
+    confidences = {told.confidence for told in copies} - {None}
+    scores = {(told.score_a, told.score_b) for told in copies} - {(None, None)}
+    score_a, score_b = scores.pop() if len(scores) == 1 else (None, None)
+    merged = copies[0]._replace(
+        weight=weights.pop() if len(weights) == 1 else None,
+        confidence=confidences.pop() if len(confidences) == 1 else None,
+        score_a=score_a,
+        score_b=score_b,
+    )
+    return merged, bool(weights or confidences or scores)

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,10 +23,10 @@ from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import extra_keys
 from cwpo_dist.pairs.parsing import ParsedPair, parse
 from cwpo_dist.pairs.readers import Part, RawRow, read
-from cwpo_dist.pairs.records import TEXTS, Kind, canonical, content_hash, pair_id, pair_schema
-from cwpo_dist.pairs.rejects import BadRow, Reason, Reject, Tally, write_rejects
-from cwpo_dist.pairs.splits import SIDE_SCHEMA, SIDES, Side, SplitRule, is_swapped
-from cwpo_dist.pairs.stored import pair_table
+from cwpo_dist.pairs.records import Kind, Reject, table_of
+from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, write_rejects
+from cwpo_dist.pairs.splits import SIDE_SCHEMA, Side, SplitRule, drawn
+from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table
 from cwpo_dist.pairs.unread import Unread, columnar, tree
 from cwpo_dist.storage import Store
 
@@ -40,7 +40,7 @@ CHUNK_CHARS = 32 * 2**20
 # Rows as Python objects take several times the memory of their text.
 _ROWS_AS_PYTHON = 2048
 
-_BEFORE_PAIRS = pa.schema(
+_BESIDE_PAIRS = pa.schema(
     [
         ("bucket", pa.int32()),
         ("piece", pa.int32()),
@@ -163,15 +163,15 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
         if raw.fault is Reason.DAMAGED:
             summary.damaged[str(part)] = raw.as_text()
         try:
-            pair = _parsed(raw, piece.layout)
+            parsed = _parsed(raw, piece.layout)
         except BadRow as bad:
-            files.reject(Reject(bad.reason, str(part), raw.position, raw.as_text(), bad.found))
+            files.reject(Reject(bad.reason, bad.found, str(part), raw.position, raw.as_text()))
             continue
-        notes.add(pair, part, raw)
-        row = work_row(pair, piece, rule)
-        bucket = int(row["pair_id"][:8], 16) * n_buckets >> 32
-        place = {"number": number, "origin": str(part), "position": raw.position}
-        files.add({**row, **place, "bucket": bucket, "piece": index})
+        notes.add(parsed, part, raw)
+        pair, place = drawn(parsed, rule, piece.source, piece.into)
+        bucket = int(pair.pair_id[:8], 16) * n_buckets >> 32
+        kept = json.dumps(dict(parsed.kept), ensure_ascii=False)
+        files.add(pair, _Filed(bucket, index, number, str(part), raw.position, *place, kept))
     files.flush()
     for part in piece.parts if columns_of(piece) else ():
         notes.unread.add(columnar(part, notes.used))
@@ -246,34 +246,18 @@ def _parsed(raw: RawRow, layout: Layout) -> ParsedPair:
     return parse(raw.value, layout)
 
 
-def work_row(pair: ParsedPair, piece: Piece, rule: SplitRule) -> dict[str, Any]:
-    """A pair in the order and on the side that its content and the seed decide."""
-    identity = pair_id(pair.prompt, pair.first, pair.second, pair.tools)
-    prompt_hash = content_hash(pair.prompt)
-    sorts_first = canonical(pair.first) < canonical(pair.second)
-    first, second = ("a", "b") if sorts_first != is_swapped(rule.seed, identity) else ("b", "a")
-    key = prompt_hash if pair.group is None else pair.group
-    return {
-        "pair_id": identity,
-        "prompt": pair.prompt,
-        f"response_{first}": pair.first,
-        f"response_{second}": pair.second,
-        "tools": pair.tools,
-        "label": {"first": first, "second": second}.get(pair.label or ""),
-        "tie": pair.label == "tie",
-        f"votes_{first}": pair.votes_first,
-        f"votes_{second}": pair.votes_second,
-        "votes_tie": pair.votes_tie,
-        "weight": pair.numbers.weight,
-        "confidence": pair.numbers.confidence,
-        f"score_{first}": pair.numbers.score_first,
-        f"score_{second}": pair.numbers.score_second,
-        "source": piece.source,
-        "prompt_hash": prompt_hash,
-        "side": SIDES.index(rule.side(key, piece.into)),
-        "in_labelled_part": rule.is_labelled(key),
-        "kept": json.dumps(dict(pair.kept), ensure_ascii=False),
-    }
+class _Filed(NamedTuple):
+    """What stands beside a pair in a piece's files: the columns of _BESIDE_PAIRS."""
+
+    bucket: int
+    piece: int
+    number: int
+    origin: str
+    position: int
+    prompt_hash: str
+    side: int
+    in_labelled_part: bool
+    kept: str
 
 
 class _PieceFiles:
@@ -282,8 +266,9 @@ class _PieceFiles:
     def __init__(self, store: Store, index: int, kind: Kind) -> None:
         self._store = store
         self._index = index
-        self._schema = _work_schema(kind)
-        self._rows: list[dict[str, Any]] = []
+        self._schema = pair_schema(kind)
+        self._pairs: list[Pair] = []
+        self._filed: list[_Filed] = []
         self._tables: list[pa.Table] = []
         self._rejects: list[Reject] = []
         self._chars = 0
@@ -292,11 +277,12 @@ class _PieceFiles:
         self.written: list[str] = []
         self.tally = Tally()
 
-    def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        if len(self._rows) == _ROWS_AS_PYTHON:
+    def add(self, pair: Pair, filed: _Filed) -> None:
+        self._pairs.append(pair)
+        self._filed.append(filed)
+        if len(self._pairs) == _ROWS_AS_PYTHON:
             self._pack()
-        self._grow(sum(len(str(row[name])) for name in (*TEXTS, "tools")))
+        self._grow(sum(len(str(value)) for value in (pair.prompt, *pair.answers, pair.tools)))
 
     def reject(self, reject: Reject) -> None:
         self.tally.add(reject.reason, reject.found)
@@ -310,8 +296,12 @@ class _PieceFiles:
             self.flush()
 
     def _pack(self) -> None:
-        self._tables.append(pair_table(self._rows, self._schema))
-        self._rows = []
+        table = pair_table(self._pairs, self._schema)
+        beside = table_of(self._filed, _BESIDE_PAIRS)
+        for name in _BESIDE_PAIRS.names:
+            table = table.append_column(_BESIDE_PAIRS.field(name), beside[name])
+        self._tables.append(table)
+        self._pairs, self._filed = [], []
 
     def flush(self) -> None:
         name = f"{self._index:05d}-{self._chunk:05d}.parquet"
@@ -323,11 +313,6 @@ class _PieceFiles:
         write_rejects(self._store, f"part-read-{name}", self._rejects)
         self._tables, self._rejects, self._chars, self._count = [], [], 0, 0
         self._chunk += 1
-
-
-def _work_schema(kind: Kind) -> pa.Schema:
-    pair = [column for column in pair_schema(kind) if column.name != "split"]
-    return pa.schema([*pair, *_BEFORE_PAIRS])
 
 
 def _by_bucket(table: pa.Table) -> bytes:

@@ -1,11 +1,15 @@
-"""The records that stages exchange: one Arrow schema each, and a check of a table against it."""
+"""The records that stages exchange: a typed row and an Arrow schema each, checked when read.
+
+A stage names fields that a type checker knows, and never looks into a row by a string. Pairs and
+preferences, whose messages need packing, stand in `stored`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -27,7 +31,14 @@ MESSAGE_KEYS = (*TEXT_KEYS, "tool_calls", "tool_responses", "end_turn")
 MESSAGES = pa.list_(
     pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
 )
-TEXTS = ("prompt", "response_a", "response_b")
+
+
+class Prompt(NamedTuple):
+    """A prompt, and the tools that its template is given with it."""
+
+    text: Text
+    tools: Tools | None = None
+
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -37,6 +48,17 @@ SCORE_SCHEMA = pa.schema(
         ("score_b", pa.float32()),
     ]
 )
+
+
+class Score(NamedTuple):
+    """What an annotator gave the two answers of a pair."""
+
+    pair_id: str
+    annotator: str
+    score_a: float
+    score_b: float
+
+
 REFERENCE_SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -46,6 +68,28 @@ REFERENCE_SCHEMA = pa.schema(
         ("n_b", pa.int32()),
     ]
 )
+
+
+class LogProbs(NamedTuple):
+    """Of the two answers of a pair: summed log-probs under a model, in nats, and their tokens."""
+
+    pair_id: str
+    logp_a: float
+    logp_b: float
+    n_a: int
+    n_b: int
+
+    @property
+    def sums(self) -> tuple[float, float]:
+        """(a, b), in nats."""
+        return self.logp_a, self.logp_b
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """(a, b), in nats a token."""
+        return self.logp_a / self.n_a, self.logp_b / self.n_b
+
+
 TOKEN_SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -54,8 +98,37 @@ TOKEN_SCHEMA = pa.schema(
         ("answer_b", pa.list_(pa.int32())),
     ]
 )
+
+
+class PairTokens(NamedTuple):
+    """Token ids of a pair."""
+
+    pair_id: str
+    prompt: list[int]
+    answer_a: list[int]
+    answer_b: list[int]
+
+
 PROMPT_SCHEMA = pa.schema([("pair_id", pa.string()), ("tokens", pa.list_(pa.int32()))])
+
+
+class PromptTokens(NamedTuple):
+    """Token ids of a prompt that a model is to answer, with the id of a pair that it is of."""
+
+    pair_id: str
+    tokens: list[int]
+
+
 ANSWER_SCHEMA = pa.schema([("pair_id", pa.string()), ("answer", pa.string())])
+
+
+class SampledAnswer(NamedTuple):
+    """What a model answered to the prompt of a pair."""
+
+    pair_id: str
+    answer: str
+
+
 REJECT_SCHEMA = pa.schema(
     [
         ("reason", pa.string()),
@@ -67,94 +140,31 @@ REJECT_SCHEMA = pa.schema(
 )
 
 
+class Reject(NamedTuple):
+    """A row that was set aside.
+
+    Attributes:
+        reason: why.
+        found: what stood there; None where the reason says it all.
+        source: the file that it came from.
+        position: which row of the file: of a source from 1, of a file of ours from 0.
+        row: its text, or its pair id.
+    """
+
+    reason: str
+    found: str | None
+    source: str
+    position: int
+    row: str
+
+
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
+R = TypeVar("R", bound=NamedTuple)
 
 
 class RecordError(ValueError):
     """A table does not follow its schema; the message names the column and the remedy."""
-
-
-class Prompt(NamedTuple):
-    """A prompt, and the tools that its template is given with it."""
-
-    text: Text
-    tools: Tools | None = None
-
-
-def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
-    """The pair record, with the user's `keep_columns` at its end.
-
-    `tools` is JSON, null where there are none. `tie` says that people found the answers equal:
-    `label` is then null. `votes_tie` are the votes for neither. `weight`, `confidence` and the
-    scores are the data's own: null where they have none.
-    """
-    text = pa.string() if kind == "text" else MESSAGES
-    return pa.schema(
-        [
-            ("pair_id", pa.string()),
-            ("prompt", text),
-            ("response_a", text),
-            ("response_b", text),
-            ("tools", pa.string()),
-            ("label", pa.string()),
-            ("tie", pa.bool_()),
-            ("votes_a", pa.int32()),
-            ("votes_b", pa.int32()),
-            ("votes_tie", pa.int32()),
-            ("weight", pa.float64()),
-            ("confidence", pa.float64()),
-            ("score_a", pa.float64()),
-            ("score_b", pa.float64()),
-            ("split", pa.string()),
-            ("source", pa.string()),
-            *(keep or []),
-        ]
-    )
-
-
-def preference_schema(kind: Kind, *, keys: bool = False, tools: bool = False) -> pa.Schema:
-    """The preference record: TRL's names and format, with margin, confidence and weight.
-
-    `label` says which answer of the pair was chosen (`a`, `b`); `probability` is the annotator's
-    that the chosen one is better. It, margin and confidence (C) are null where a human chose, or
-    where the data's own weight says how much; disagreement also where there is one annotator alone.
-
-    `weight` is what multiplies the pair's loss: Σ weight·loss over a batch, divided by its pairs.
-    Of arms that are normalised by the data set's mean it is divided by that already; of those
-    normalised by batch, and of those that draw pairs in proportion, it is the weight before that.
-
-    Messages are objects of role and content. Where any message of the run has more (`tool_calls`,
-    `reasoning_content`, …), all of them are Arrow's JSON: `datasets` gives each as the object that
-    the models' templates were given, with its own keys alone, other readers as JSON text; so are
-    `tools`, as a list of tools, in a column that is there where any pair has some.
-
-    Args:
-        kind: text or conversational.
-        keys: whether any message has more than role and content.
-        tools: whether any pair has tools.
-    """
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    text = pa.string() if kind == "text" else pa.list_(pa.json_() if keys else message)
-    return pa.schema(
-        [
-            ("pair_id", pa.string()),
-            ("prompt", text),
-            ("chosen", text),
-            ("rejected", text),
-            *([("tools", pa.json_())] if tools else []),
-            ("label", pa.string()),
-            ("margin", pa.float32()),
-            ("disagreement", pa.float32()),
-            ("probability", pa.float32()),
-            ("confidence", pa.float32()),
-            ("weight", pa.float64()),  # the data's own stay what they are, to the bit
-        ]
-    )
-
-
-def kind_of(table: pa.Table) -> Kind:
-    """Whether a table's prompts are text or conversations."""
-    return "text" if pa.types.is_string(table.schema.field("prompt").type) else "conversational"
 
 
 def pair_id(prompt: Any, first: Any, second: Any, tools: Any = None) -> str:
@@ -208,25 +218,36 @@ def read_records(
         RecordError: for a file that does not follow its schema.
     """
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    return check(_read(store, name, wanted.names), wanted, store.path(name))
+    return check(read_columns(store, name, wanted.names), wanted, store.path(name))
 
 
-def read_pairs(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of a file of pairs, checked; prompt and answers are of the kind that they are.
+def rows_of(record: type[R], table: pa.Table) -> list[R]:
+    """A table's rows as records: its columns that are called as their fields are."""
+    columns = [table[name].to_pylist() for name in record._fields]
+    return list(map(record._make, zip(*columns, strict=True)))
 
-    `stored.pair_rows` gives its rows.
+
+def table_of(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    """Records as a table; their fields are the columns of its schema, in their order."""
+    columns = {name: [row[k] for row in rows] for k, name in enumerate(schema.names)}
+    return pa.table(columns, schema=schema)
+
+
+def read_rows(store: Store, name: str, record: type[R], schema: pa.Schema) -> list[R]:
+    """A file's rows as records.
+
+    Raises:
+        RecordError: for a file that does not follow its schema.
     """
-    table = _read(store, name, columns)
-    text = [column for column in TEXTS if column in columns]
-    messages = bool(text) and all(
-        pa.types.is_list(field.type) for field in table.schema if field.name in text
-    )
-    schema = pair_schema("conversational" if messages else "text")
-    wanted = pa.schema([schema.field(column) for column in columns])
-    return check(table, wanted, store.path(name))
+    return rows_of(record, read_records(store, name, schema, record._fields))
 
 
-def _read(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
+def read_columns(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a file, whatever their types.
+
+    Raises:
+        RecordError: for a column that is missing.
+    """
     try:
         return store.read_table(name, list(columns))
     except pa.ArrowInvalid as error:  # a column that is missing, or no Parquet at all

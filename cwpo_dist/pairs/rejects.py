@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import pyarrow as pa
-
-from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.pairs.records import REJECT_SCHEMA, Reject, table_of
 from cwpo_dist.storage import Store
 
 
@@ -125,20 +123,6 @@ class RejectsError(ValueError):
     """More rows were set aside than `max_reject_fraction` allows."""
 
 
-@dataclass(frozen=True)
-class Reject:
-    """One row of REJECT_SCHEMA: why, from which file, which row of it (from 1), and its text.
-
-    `found` is what stood there, null where the reason says it all.
-    """
-
-    reason: str
-    source: str
-    position: int
-    row: str
-    found: str | None = None
-
-
 def row_text(value: Any) -> str:
     """A raw row as text that any file can hold: JSON in ASCII, other types by their `str`."""
     try:
@@ -155,8 +139,7 @@ def printable(text: str) -> str:
 def write_rejects(store: Store, name: str, rejects: Sequence[Reject]) -> None:
     """Writes `rejects/<name>` put-if-absent; nothing where there are none."""
     if rejects:
-        rows = [asdict(reject) for reject in rejects]
-        store.create_table(f"rejects/{name}", pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
+        store.create_table(f"rejects/{name}", table_of(rejects, REJECT_SCHEMA))
 
 
 @dataclass

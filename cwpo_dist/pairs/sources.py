@@ -26,8 +26,9 @@ from cwpo_dist.pairs.numbers import RECORD
 from cwpo_dist.pairs.parsing import parse
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compression_of, read
-from cwpo_dist.pairs.records import Kind, pair_schema
+from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
+from cwpo_dist.pairs.stored import pair_schema
 
 logger = logging.getLogger(__name__)
 

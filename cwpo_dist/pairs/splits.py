@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
-from cwpo_dist.pairs.records import unit_hash
+from cwpo_dist.pairs.chosen import Label
+from cwpo_dist.pairs.parsing import ParsedPair
+from cwpo_dist.pairs.records import canonical, content_hash, pair_id, unit_hash
 from cwpo_dist.pairs.rejects import Reason
+from cwpo_dist.pairs.stored import Pair, Told
 
 Side = Literal["train", "validation", "test"]
-VOTES = ("votes_a", "votes_b", "votes_tie")
 
 # A prompt on two sides stays on the later one of this tuple: what is measured on is never shrunk
 # in favour of what is trained on.
@@ -79,24 +81,78 @@ def is_swapped(seed: int, pair_id: str) -> bool:
     return unit_hash(seed, "order", pair_id) < 0.5
 
 
-def merge(copies: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Exact duplicates of one pair as one row: votes add up, labels (or ties) must agree.
+_LABELS: dict[str | None, Label] = {"first": "a", "second": "b"}  # before a pair is swapped
+
+
+class Drawn(NamedTuple):
+    """Where a pair lies by its content and the seed, its copies and leaks apart.
+
+    Attributes:
+        prompt_hash: of its prompt, which lies on one side alone.
+        side: its number in SIDES.
+        in_labelled_part: whether it is labelled if it is for training and has a label.
+    """
+
+    prompt_hash: str
+    side: int
+    in_labelled_part: bool
+
+
+def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) -> tuple[Pair, Drawn]:
+    """A pair in the order and on the side that its content and the seed decide.
 
     Args:
-        copies: rows with one pair_id, at least one; the first gives source and kept columns.
+        given: as its source has it.
+        rule: the seed and the shares of the sides.
+        source: where it comes from.
+        into: the side to which all of its source goes; None: by hash.
+    """
+    own = given.numbers
+    pair = Pair(
+        pair_id(given.prompt, given.first, given.second, given.tools),
+        given.prompt,
+        given.first,
+        given.second,
+        given.tools,
+        _LABELS.get(given.label),
+        given.label == "tie",
+        given.votes_first,
+        given.votes_second,
+        given.votes_tie,
+        own.weight,
+        own.confidence,
+        own.score_first,
+        own.score_second,
+        source=source,
+    )
+    sorts_first = canonical(given.first) < canonical(given.second)
+    if sorts_first == is_swapped(rule.seed, pair.pair_id):
+        pair = pair.swap()
+    prompt_hash = content_hash(pair.prompt)
+    key = prompt_hash if given.group is None else given.group
+    side = SIDES.index(rule.side(key, into))
+    return pair, Drawn(prompt_hash, side, rule.is_labelled(key))
+
+
+def merge(copies: Sequence[Told]) -> tuple[Told, bool]:
+    """What copies of one pair say together: votes add up, labels (or ties) must agree.
+
+    Args:
+        copies: of one pair, at least one; the first gives its numbers.
 
     Returns:
-        The pair, and whether its copies had conflicting labels (then its label is null).
+        What they say, and whether they had conflicting labels (then the label is None).
     """
-    labels = {row["label"] or ("tie" if row["tie"] else None) for row in copies} - {None}
+    labels = {told.label or ("tie" if told.tie else None) for told in copies} - {None}
     conflict = len(labels) > 1
     label = None if conflict or not labels else labels.pop()
-    merged = {
-        **copies[0],
-        "label": None if label == "tie" else label,
-        "tie": label == "tie",
-        **{name: _total(row[name] for row in copies) for name in VOTES},
-    }
+    merged = copies[0]._replace(
+        label=None if label == "tie" else label,
+        tie=label == "tie",
+        votes_a=_total(told.votes_a for told in copies),
+        votes_b=_total(told.votes_b for told in copies),
+        votes_tie=_total(told.votes_tie for told in copies),
+    )
     return merged, conflict
 
 

@@ -1,4 +1,4 @@
-"""Pairs and preferences with plain messages in, Arrow tables of their schemas out, and back.
+"""Pairs and preferences: their records, their Arrow schemas, and the way from one to the other.
 
 A plain message is a dict of its own keys alone. Arrow has the same fields in every row: of pairs,
 what stands beside role and content lies together in `extra`, as JSON. Preferences, which other
@@ -8,31 +8,191 @@ programs read, have role and content alone, or whole messages as JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from cwpo_dist.pairs.records import TEXTS, Text
+from cwpo_dist.config import Split
+from cwpo_dist.pairs.chosen import OTHER, Label, chosen_first
+from cwpo_dist.pairs.records import (
+    MESSAGES,
+    Kind,
+    Text,
+    Tools,
+    check,
+    read_columns,
+    read_rows,
+    table_of,
+)
+from cwpo_dist.storage import Store
 
+TEXTS = ("prompt", "response_a", "response_b")
 _ALWAYS = ("role", "content")
 
 
-def pair_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Pairs as their schema has them; `pair_rows` turns it round."""
-    return pa.Table.from_pylist([_packed(row) for row in rows], schema=schema)
+def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
+    """The columns of a `Pair`, with the user's `keep_columns` at their end; `tools` is JSON."""
+    text = pa.string() if kind == "text" else MESSAGES
+    return pa.schema(
+        [
+            ("pair_id", pa.string()),
+            ("prompt", text),
+            ("response_a", text),
+            ("response_b", text),
+            ("tools", pa.string()),
+            ("label", pa.string()),
+            ("tie", pa.bool_()),
+            ("votes_a", pa.int32()),
+            ("votes_b", pa.int32()),
+            ("votes_tie", pa.int32()),
+            ("weight", pa.float64()),
+            ("confidence", pa.float64()),
+            ("score_a", pa.float64()),
+            ("score_b", pa.float64()),
+            ("split", pa.string()),
+            ("source", pa.string()),
+            *(keep or []),
+        ]
+    )
 
 
-def pair_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a table of pairs, or of some of its columns."""
-    rows: list[dict[str, Any]] = table.to_pylist()
-    texts = [name for name in TEXTS if name in table.schema.names]
-    for row in rows:
-        for name in texts:
-            _unpack(row[name])
-        if row.get("tools") is not None:
-            row["tools"] = json.loads(row["tools"])
-    return rows
+class Pair(NamedTuple):
+    """Two answers to one prompt, and what people and the data say of them; None: nothing.
+
+    Attributes:
+        pair_id: the content's hash.
+        prompt: text or messages, as the answers are.
+        response_a: one answer; which one it is says nothing.
+        response_b: the other.
+        tools: what the conversation could call.
+        label: the answer that people chose.
+        tie: whether people found them equal; `label` is then None.
+        votes_a: how many people chose response_a.
+        votes_b: how many chose the other.
+        votes_tie: how many chose neither.
+        weight: the data's own, that multiplies the pair's loss.
+        confidence: the data's own C of the label.
+        score_a: the data's own score of response_a.
+        score_b: of the other.
+        split: the part of the data to which it belongs.
+        source: the source that it came from, as the configuration spells it.
+    """
+
+    pair_id: str
+    prompt: Text
+    response_a: Text
+    response_b: Text
+    tools: Tools | None = None
+    label: Label | None = None
+    tie: bool | None = None
+    votes_a: int | None = None
+    votes_b: int | None = None
+    votes_tie: int | None = None
+    weight: float | None = None
+    confidence: float | None = None
+    score_a: float | None = None
+    score_b: float | None = None
+    split: Split | None = None
+    source: str | None = None
+
+    @property
+    def answers(self) -> tuple[Text, Text]:
+        """(a, b)."""
+        return self.response_a, self.response_b
+
+    @property
+    def chosen(self) -> Text:
+        """The answer that the label names."""
+        assert self.label is not None, self.pair_id
+        return chosen_first(self.label, *self.answers)[0]
+
+    @property
+    def rejected(self) -> Text:
+        """The other one."""
+        assert self.label is not None, self.pair_id
+        return chosen_first(self.label, *self.answers)[1]
+
+    @property
+    def told(self) -> Told:
+        """What people and the data say of it."""
+        return Told(*self[5:14])
+
+    def swap(self) -> Pair:
+        """The same pair with its answers the other way round, and all that belongs to each."""
+        return self._replace(
+            response_a=self.response_b,
+            response_b=self.response_a,
+            label=None if self.label is None else OTHER[self.label],
+            votes_a=self.votes_b,
+            votes_b=self.votes_a,
+            score_a=self.score_b,
+            score_b=self.score_a,
+        )
+
+
+class Told(NamedTuple):
+    """What of a `Pair` people and the data say: all in which copies of one pair may differ."""
+
+    label: Label | None
+    tie: bool | None
+    votes_a: int | None
+    votes_b: int | None
+    votes_tie: int | None
+    weight: float | None
+    confidence: float | None
+    score_a: float | None
+    score_b: float | None
+
+
+class Judgement(NamedTuple):
+    """What of a `Pair` decides which answer is the chosen one: it is read without the texts."""
+
+    pair_id: str
+    label: Label | None = None
+    split: Split | None = None
+    weight: float | None = None
+    confidence: float | None = None
+
+
+def read_pairs(store: Store, name: str) -> list[Pair]:
+    """The pairs of a file.
+
+    Raises:
+        RecordError: for a file that does not follow its schema.
+    """
+    table = read_columns(store, name, Pair._fields)
+    messages = all(pa.types.is_list(table.schema.field(column).type) for column in TEXTS)
+    schema = pair_schema("conversational" if messages else "text")
+    return pairs_of(check(table, schema, store.path(name)))
+
+
+def read_judgements(store: Store, name: str) -> list[Judgement]:
+    """What decides, of the pairs of a file.
+
+    Raises:
+        RecordError: for a file that does not follow its schema.
+    """
+    return read_rows(store, name, Judgement, pair_schema("text"))
+
+
+def pairs_of(table: pa.Table) -> list[Pair]:
+    """The pairs of a table; `pair_table` turns it round."""
+    columns = [table[name].to_pylist() for name in Pair._fields]
+    for texts in columns[1:4]:
+        for text in texts:
+            _unpack(text)
+    columns[4] = [None if tools is None else json.loads(tools) for tools in columns[4]]
+    return list(map(Pair._make, zip(*columns, strict=True)))
+
+
+def pair_table(pairs: Iterable[Pair], schema: pa.Schema) -> pa.Table:
+    """Pairs as a schema of theirs has them."""
+    rows = [
+        (pair.pair_id, *map(packed, (pair.prompt, *pair.answers)), _json(pair.tools), *pair[5:])
+        for pair in pairs
+    ]
+    return table_of(rows, schema)
 
 
 def packed(text: Text | None) -> Any:
@@ -49,25 +209,114 @@ def packed(text: Text | None) -> Any:
     ]
 
 
-def preference_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Preferences as their schema has them."""
-    plain = pa.schema([pa.field(field.name, _without_json(field.type)) for field in schema])
-    made = [
-        {field.name: _spelled(row.get(field.name), field.type) for field in schema} for row in rows
-    ]
-    return pa.Table.from_pylist(made, schema=plain).cast(schema)
-
-
-def _packed(row: Mapping[str, Any]) -> dict[str, Any]:
-    texts = {name: packed(row[name]) for name in TEXTS if name in row}
-    return {**row, **texts, "tools": _json(row.get("tools"))}
-
-
 def _unpack(text: Any) -> None:
     for message in text if isinstance(text, list) else ():
         extra = message.pop("extra")
         if extra is not None:
             message.update(json.loads(extra))
+
+
+def preference_schema(kind: Kind, *, keys: bool = False, tools: bool = False) -> pa.Schema:
+    """The columns of a `Preference`: TRL's names and format, with margin, confidence and weight.
+
+    Messages are objects of role and content. Where any message of the run has more (`tool_calls`,
+    `reasoning_content`, …), all of them are Arrow's JSON: `datasets` gives each as the object that
+    the models' templates were given, with its own keys alone, other readers as JSON text; so are
+    `tools`, as a list of tools, in a column that is there where any pair has some.
+
+    Args:
+        kind: text or conversational.
+        keys: whether any message has more than role and content.
+        tools: whether any pair has tools.
+    """
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    text = pa.string() if kind == "text" else pa.list_(pa.json_() if keys else message)
+    return pa.schema(
+        [
+            ("pair_id", pa.string()),
+            ("prompt", text),
+            ("chosen", text),
+            ("rejected", text),
+            *([("tools", pa.json_())] if tools else []),
+            ("label", pa.string()),
+            ("margin", pa.float32()),
+            ("disagreement", pa.float32()),
+            ("probability", pa.float32()),
+            ("confidence", pa.float32()),
+            ("weight", pa.float64()),  # the data's own stay what they are, to the bit
+        ]
+    )
+
+
+class Preference(NamedTuple):
+    """A pair that was decided: what a policy is aligned on.
+
+    Attributes:
+        pair_id: of the pair.
+        prompt: text or messages, as the answers are.
+        chosen: the better answer.
+        rejected: the other.
+        tools: what the conversation could call.
+        label: which answer of the pair was chosen.
+        margin: the annotator's r⁺ − r⁻; like probability and confidence None where a human chose,
+            or where the data's own weight says how much.
+        disagreement: of several annotators.
+        probability: the annotator's that the chosen one is better.
+        confidence: C.
+        weight: what multiplies the pair's loss: Σ weight·loss over a batch, divided by its pairs.
+            Of arms that are normalised by the data set's mean it is divided by that already; of
+            those normalised by batch, and of those that draw pairs in proportion, it is the weight
+            before that.
+    """
+
+    pair_id: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    tools: Tools | None
+    label: Label
+    margin: float | None
+    disagreement: float | None
+    probability: float | None
+    confidence: float | None
+    weight: float
+
+    def as_messages(self) -> Preference:
+        """Of a text: as every other trainer renders it by the policy's template, too."""
+        return self._replace(
+            prompt=[{"role": "user", "content": self.prompt}],
+            chosen=[{"role": "assistant", "content": self.chosen}],
+            rejected=[{"role": "assistant", "content": self.rejected}],
+        )
+
+
+class Choice(NamedTuple):
+    """What of a `Preference` training reads: its texts are tokens elsewhere."""
+
+    pair_id: str
+    label: Label
+    weight: float
+    probability: float | None = None
+
+
+def read_choices(store: Store, name: str) -> list[Choice]:
+    """Those of a file of preferences.
+
+    Raises:
+        RecordError: for a file that does not follow its schema.
+    """
+    return read_rows(store, name, Choice, preference_schema("text"))
+
+
+def preference_table(rows: Iterable[Preference], schema: pa.Schema) -> pa.Table:
+    """Preferences as their schema has them."""
+    plain = pa.schema([pa.field(field.name, _without_json(field.type)) for field in schema])
+    places = [Preference._fields.index(name) for name in schema.names]
+    columns = {
+        field.name: [_spelled(row[place], field.type) for row in rows]
+        for field, place in zip(schema, places, strict=True)
+    }
+    return pa.table(columns, schema=plain).cast(schema)
 
 
 def _without_json(kind: pa.DataType) -> pa.DataType:

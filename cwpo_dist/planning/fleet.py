@@ -14,6 +14,7 @@ from random import Random
 import pyarrow as pa
 
 from cwpo_dist.config import Config, ConfigError, PoolConfig, TrainingConfig
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.pairs.stored import packed
@@ -100,12 +101,9 @@ def trial_rate(run: str) -> float:
     """
     store = Store(run).child("annotate")
     names = [name for name in store.names() if name.endswith(f"/{MANIFEST}")]
-    manifests = [store.read_json(name) for name in names]
-    measured = [
-        manifest["counts"]["throughput"]["device_hours_per_million_pairs"]
-        for manifest in manifests
-        if manifest["counts"].get("throughput", {}).get("device_hours_per_million_pairs")
-    ]
+    throughputs = [Manifest.read(store, name).counts.get("throughput", {}) for name in names]
+    rates = [throughput.get("device_hours_per_million_pairs") for throughput in throughputs]
+    measured = [rate for rate in rates if rate]
     if not measured:
         raise ConfigError(
             f"--trial: {run!r} holds no finished `annotate` that scored a pair; run `cwpo "

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from cwpo_dist.config import Config, ModelConfig, TrainingConfig
 from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.cells import at
 
 Figures = Mapping[str, Any]
@@ -76,7 +77,7 @@ def model_card(
 
 
 def annotator_card(
-    config: Config, keys: Mapping[str, str], figures: Figures, training: Figures
+    config: Config, keys: Mapping[str, str], figures: Figures, training: Manifest
 ) -> str:
     """README.md of an exported annotator: what it learned from, and what its scores are worth.
 
@@ -84,7 +85,7 @@ def annotator_card(
         config: as it was resolved for an arm.
         keys: role → content key of the stage outputs that it was made of.
         figures: of this annotator on held-out pairs; empty where it was not measured alone.
-        training: of its manifest: settings, counts, versions.
+        training: the manifest of its training.
     """
     weak, fit = config.weak, config.fit
     assert weak is not None, "an annotator that `fit` made has a model"
@@ -100,7 +101,7 @@ def annotator_card(
     made = [
         ("base model", _model(weak)),
         ("data", ", ".join(public_name(path) for path in _data(config))),
-        ("learned from", f"{learned}, of {at(training, 'counts', 'rows')} pairs"),
+        ("learned from", f"{learned}, of {training.counts['rows']} pairs"),
     ]
     recipe = [
         ("loss", "Bradley–Terry"),
@@ -108,7 +109,7 @@ def annotator_card(
         ("length", _length(fit)),
         ("global batch", f"{fit.global_batch_size} pairs"),
         ("parameters", _parameters(fit)),
-        ("seed", str(at(training, "settings", "seed"))),
+        ("seed", str(training.settings["seed"])),
     ]
     lines = [
         f"---\n{front.to_yaml()}\n---\n",
@@ -120,7 +121,7 @@ def annotator_card(
         *_table("Recipe", recipe),
         *_table(f"On split `{config.evaluate.split}`", _worth(figures)),
         *_table("Stage outputs", ((role, f"`{key}`") for role, key in keys.items())),
-        *_table("Versions", (at(training, "versions") or {}).items()),
+        *_table("Versions", training.versions.items()),
     ]
     return "\n".join(lines)
 

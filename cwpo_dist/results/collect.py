@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.page import render
 from cwpo_dist.report.table import print_summary
@@ -15,7 +16,7 @@ from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import TRAINING_STAGES, Node, members, retry_manifest
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.storage import MANIFEST, to_json
+from cwpo_dist.storage import to_json
 
 MOST_CONFIDENCES = 5000  # of the histogram: a sample, so that the page stays small
 
@@ -42,16 +43,16 @@ def collect(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> dict[
     """Everything that the table and the page show; what has not run is null."""
     config = context.config
     prepare = next(iter(graphs.values()))["prepare"]
-    manifest = context.place(prepare).read_json(MANIFEST)
+    manifest = Manifest.read(context.place(prepare))
     return {
         "run": {
             "output_dir": config.output_dir,
             "seed": config.seed,
             "simulated_labels": config.simulated_labels,
-            "versions": manifest["versions"],
-            "device": manifest["device"],
+            "versions": manifest.versions,
+            "device": manifest.device,
         },
-        "prepare": manifest["counts"],
+        "prepare": manifest.counts,
         "arms": {arm: _arm(context, nodes) for arm, nodes in graphs.items()},
         "confidences": _confidences(context, graphs),
         "config": config.model_dump(mode="json"),
@@ -63,7 +64,7 @@ def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
     manifests = {role: committed(context, node) for role, node in nodes.items()}
     evaluation: dict[str, Any] = context.place(nodes["evaluate"]).read_json("metrics.json")
     return evaluation | {
-        "pairs": manifests["align"]["counts"]["rows"],  # of those selected, what fits the policy
+        "pairs": manifests["align"].counts["rows"],  # of those selected, what fits the policy
         "mean_weight": weigh["mean_weight"],
         "weigh": weigh,
         "keys": {role: node.key for role, node in nodes.items()},
@@ -73,34 +74,32 @@ def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
             if node.stage in TRAINING_STAGES
         },
         "weights": _weights(context, nodes["weigh"]),
-        "seconds": {role: manifest["seconds"] for role, manifest in manifests.items()},
+        "seconds": {role: manifest.seconds for role, manifest in manifests.items()},
         "device_hours": device_hours(nodes, manifests),
         "tokens": {
-            role: manifest["counts"]["tokens"]
+            role: manifest.counts["tokens"]
             for role, manifest in manifests.items()
-            if "tokens" in manifest["counts"]
+            if "tokens" in manifest.counts
         },
     }
 
 
-def committed(context: Context, node: Node) -> dict[str, Any]:
+def committed(context: Context, node: Node) -> Manifest:
     """The manifest of an output; its device-hours with those of retries of its rejects."""
     place = context.place(node)
-    first: dict[str, Any] = place.read_json(MANIFEST)
+    first = Manifest.read(place)
     if node.retries == 0:
         return first
-    hours = place.read_json(retry_manifest(node.retries)).get("device_hours")
-    return first if hours is None else first | {"device_hours": hours}
+    hours = Manifest.read(place, retry_manifest(node.retries)).device_hours
+    return first if hours is None else first.model_copy(update={"device_hours": hours})
 
 
-def device_hours(
-    nodes: Mapping[str, Node], manifests: Mapping[str, Mapping[str, Any]]
-) -> dict[str, float]:
+def device_hours(nodes: Mapping[str, Node], manifests: Mapping[str, Manifest]) -> dict[str, float]:
     """Device-hours by role, an output in two roles once; what was made without models has none."""
     hours = {
-        nodes[role].path: (role, manifest["device_hours"])
+        nodes[role].path: (role, manifest.device_hours)
         for role, manifest in manifests.items()
-        if manifest.get("device_hours")
+        if manifest.device_hours
     }
     return dict(hours.values())
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from cwpo_dist.config import Config, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.card import BESIDE, annotator_card, model_card
 from cwpo_dist.signing import check_can_sign, sign, write_digests
 from cwpo_dist.staging import upload
@@ -136,8 +137,7 @@ class _Arm:
         first = self.sft or self.align
         if first.exists(BASE):
             return Identity(**first.read_json(BASE))
-        settings = first.read_json(MANIFEST).get("settings", {})
-        return identify(self.policy, settings.get("model_now"))
+        return identify(self.policy, Manifest.read(first).settings.get("model_now"))
 
 
 def _policy(
@@ -153,7 +153,7 @@ def _policy(
         source.config,
         arm,
         source.keys,
-        figures | {"versions": source.align.read_json(MANIFEST).get("versions", {})},
+        figures | {"versions": Manifest.read(source.align).versions},
         source.base,
         below,
         shipped=shipped is not None,
@@ -168,16 +168,16 @@ def _annotator(source: _Arm, role: str, figures: dict[str, Any], target: Store) 
         raise ExportError(f"--annotator: the arm has no {role!r} made by `fit`; {known}")
     fit = source.finished(role, "fit")
     _copy(fit.child(MODEL), target)
-    made, read = fit.read_json(MANIFEST), {name: source.keys[name] for name in ("prepare", role)}
+    made, read = Manifest.read(fit), {name: source.keys[name] for name in ("prepare", role)}
     return annotator_card(source.config, read, _alone(figures["annotator"], made), made)
 
 
-def _alone(figures: dict[str, Any] | None, made: dict[str, Any]) -> dict[str, Any]:
+def _alone(figures: dict[str, Any] | None, made: Manifest) -> dict[str, Any]:
     """Of an ensemble's figures those of the one annotator, which goes by its seed."""
     members = (figures or {}).get("members")
     if members is None:
         return figures or {}
-    name = f"seed {made['settings']['seed']}"
+    name = f"seed {made.settings['seed']}"
     return next((member for member in members if member["name"] == name), {})
 
 

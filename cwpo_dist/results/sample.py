@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from cwpo_dist.config import Split
+from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.messages import message_text
-from cwpo_dist.pairs.records import TEXTS, Text, read_pairs
-from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.pairs.records import Text
+from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.report.cells import together
 from cwpo_dist.report.explorer import MOST_PAIRS, shortened
 from cwpo_dist.runs.context import Context, ScoresIn, annotator_name, read_answers
@@ -20,7 +22,6 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.weighting import Scale, join
 
 Graphs = Mapping[str, Mapping[str, Node]]
-COLUMNS = ["pair_id", *TEXTS, "label", "split"]
 # Of a model's answers: before preference optimisation, and after.
 ANSWERS = {"before": "answers_sft", "after": "answers_aligned"}
 
@@ -36,9 +37,8 @@ def sample(context: Context, graphs: Graphs) -> dict[str, Any]:
     answered: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for index in range(int(context.counts(prepare)["shards"])):
-        table = read_pairs(store, part("pairs", index), COLUMNS)
-        for pair in reader.pairs(index, pair_rows(table)):
-            (answered if pair["answers"] else others).append(pair)
+        for pair in reader.pairs(index, read_pairs(store, part("pairs", index))):
+            (answered if pair.answers else others).append(asdict(pair))
         if len(answered) + len(others) >= MOST_PAIRS:
             break
     return {
@@ -47,6 +47,21 @@ def sample(context: Context, graphs: Graphs) -> dict[str, Any]:
         "arms": list(graphs),
         "pairs": [*answered, *others][:MOST_PAIRS],
     }
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A pair as the explorer shows it: what is known of it, and what models answered."""
+
+    id: str
+    split: Split | None
+    prompt: str
+    a: str
+    b: str
+    label: Label | None
+    margins: list[float | None]
+    margin: float | None
+    answers: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -82,31 +97,30 @@ class _Reader:
             uncovered=any(_reads_hidden(nodes["weigh"]) for nodes in graphs.values()),
         )
 
-    def pairs(self, index: int, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def pairs(self, index: int, pairs: list[Pair]) -> Iterator[_Shown]:
         """The pairs of a shard about which there is something to show."""
         found = [each.read(index) for each in self.scores]
-        for row in rows:
-            pair_id = row["pair_id"]
-            scores = [each.get(pair_id) for each in found]
-            margins = [None if s is None else s[0] - s[1] for s in scores]
-            label = row["label"] if self.uncovered or row["split"] != "unlabelled" else None
+        for pair in pairs:
+            name = pair.pair_id
+            margins = [each.get(name) for each in found]
+            label = pair.label if self.uncovered or pair.split != "unlabelled" else None
             if label is None and not any(m is not None for m in margins):
                 continue
-            yield {
-                "id": pair_id,
-                "split": row["split"],
-                "prompt": shortened(transcript(row["prompt"])),
-                "a": shortened(transcript(row["response_a"])),
-                "b": shortened(transcript(row["response_b"])),
-                "label": label,
-                "margins": margins,
-                "margin": _joint([margins[k] for k in self.joint]),
-                "answers": {
-                    arm: {when: shortened(texts[pair_id]) for when, texts in told.items()}
+            yield _Shown(
+                id=name,
+                split=pair.split,
+                prompt=shortened(transcript(pair.prompt)),
+                a=shortened(transcript(pair.response_a)),
+                b=shortened(transcript(pair.response_b)),
+                label=label,
+                margins=margins,
+                margin=_joint([margins[k] for k in self.joint]),
+                answers={
+                    arm: {when: shortened(texts[name]) for when, texts in told.items()}
                     for arm, told in self.answers.items()
-                    if told and all(pair_id in texts for texts in told.values())
+                    if told and all(name in texts for texts in told.values())
                 },
-            }
+            )
 
 
 def _reads_hidden(weigh: Node) -> bool:

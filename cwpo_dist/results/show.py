@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.outputs import data_tables
@@ -82,35 +83,35 @@ def _compared_only(root: Store) -> bool:
     return root.exists(FIGURES) and not root.exists("metrics.json")
 
 
-def _without_report(root: Store) -> dict[str, dict[str, Any]]:
+def _without_report(root: Store) -> dict[str, Manifest]:
     """The manifests of what `prepare` made, by its key, of a run that has no report yet."""
     if root.exists("metrics.json") or root.exists(FIGURES):
         return {}
     return _manifests(root, "prepare")
 
 
-def _manifests(root: Store, stage: str) -> dict[str, dict[str, Any]]:
+def _manifests(root: Store, stage: str) -> dict[str, Manifest]:
     """Those of a stage's committed outputs, by their keys."""
     made = [name for name in root.names(stage) if name.endswith(f"/{MANIFEST}")]
-    return {name.split("/")[1]: root.read_json(name) for name in made}
+    return {name.split("/")[1]: Manifest.read(root, name) for name in made}
 
 
-def _show_prepared(run: str, prepared: dict[str, dict[str, Any]], to: str | None) -> str:
+def _show_prepared(run: str, prepared: dict[str, Manifest], to: str | None) -> str:
     """What became of the rows, and of the pairs that were weighed.
 
     Where sources or settings changed between, each `prepare` has a column; each `weigh` has a row,
     named by the folder that holds its preferences.
     """
-    counts = {key: manifest["counts"] for key, manifest in prepared.items()}
+    counts = {key: manifest.counts for key, manifest in prepared.items()}
     (first, *others) = prepared.values()
     weighed = {
-        f"weigh/{key}": {"weigh": manifest["counts"]}
+        f"weigh/{key}": {"weigh": manifest.counts}
         for key, manifest in _manifests(Store(run), "weigh").items()
     }
     metrics: dict[str, Any] = {
-        "run": {"output_dir": run} | {name: first[name] for name in ("versions", "device")},
+        "run": {"output_dir": run} | {"versions": first.versions, "device": first.device},
         "arms": weighed,
-        **({"prepared": counts} if others else {"prepare": first["counts"]}),
+        **({"prepared": counts} if others else {"prepare": first.counts}),
     }
     weights = [weights_table(metrics)] if weighed else []
     for table in [*data_tables(metrics), *weights]:

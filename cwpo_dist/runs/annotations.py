@@ -9,18 +9,19 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from cwpo_dist.evaluation.annotators import HeldOut
 from cwpo_dist.evaluation.calibration import fit_scale, people_share
 from cwpo_dist.evaluation.shares import Floats
+from cwpo_dist.pairs.chosen import signs
 from cwpo_dist.pairs.labels import LabelSource, Opinion
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.numbers import Own
-from cwpo_dist.pairs.records import content_hash, read_pairs
-from cwpo_dist.pairs.splits import VOTES
-from cwpo_dist.pairs.stored import pair_rows
-from cwpo_dist.runs.context import Context, ScoresIn, annotator_name
+from cwpo_dist.pairs.records import content_hash, read_records
+from cwpo_dist.pairs.stored import Judgement, Pair, pair_schema, read_judgements, read_pairs
+from cwpo_dist.runs.context import Context, Margins, ScoresIn, annotator_name
 from cwpo_dist.runs.graph import Node, members
 from cwpo_dist.runs.own_numbers import chosen
 from cwpo_dist.scoring.pipeline import part
@@ -31,6 +32,7 @@ TASK_CPUS = 0.5  # of a task that reads one shard: beside whatever else a node d
 # So many shards the driver reads itself: for seconds of work, Ray's tasks take longer to start.
 FEW_SHARDS = 64
 OWN = "the data's own"  # among the names of annotators
+_OWN = ("pair_id", "label", "confidence", "score_a", "score_b")
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,16 @@ class OwnIn:
     pairs: Store
     kind: Literal["scores", "confidence"]
 
-    def read(self, index: int) -> dict[str, tuple[float, float]]:
-        """(score_a, score_b) of one shard by pair id; of a confidence its margin, and 0."""
-        columns = ["pair_id", "label", "confidence", "score_a", "score_b"]
-        rows = read_pairs(self.pairs, part("pairs", index), columns).to_pylist()
+    def read(self, index: int) -> Margins:
+        """Of the pairs of one shard that have any; of a confidence, its margin."""
+        table = read_records(self.pairs, part("pairs", index), pair_schema("text"), _OWN)
         if self.kind == "scores":
-            scored = [row for row in rows if row["score_a"] is not None]
-            return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in scored}
-        sure = [row for row in rows if None not in (row["confidence"], row["label"])]
-        margins = margin_of(np.array([row["confidence"] for row in sure], dtype=np.float64))
-        signs = [1.0 if row["label"] == "a" else -1.0 for row in sure]
-        return {
-            row["pair_id"]: (sign * margin, 0.0)
-            for row, sign, margin in zip(sure, signs, margins.tolist(), strict=True)
-        }
+            table = table.filter(pc.is_valid(table["score_a"]))
+            margin = table["score_a"].to_numpy() - table["score_b"].to_numpy()
+        else:
+            table = table.filter(pc.and_(*map(pc.is_valid, (table["confidence"], table["label"]))))
+            margin = signs(table["label"].to_pylist()) * margin_of(table["confidence"].to_numpy())
+        return dict(zip(table["pair_id"].to_pylist(), margin.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,17 @@ class Annotated:
     scores: tuple[ScoresIn | OwnIn, ...]
     scale: Scale
 
-    def rows(self, index: int, columns: list[str]) -> list[dict[str, Any]]:
-        """Columns of one shard's pairs."""
-        return pair_rows(read_pairs(self.pairs, part("pairs", index), columns))
+    def read(self, index: int) -> list[Pair]:
+        """The pairs of one shard."""
+        return read_pairs(self.pairs, part("pairs", index))
+
+    def judgements(self, index: int) -> list[Judgement]:
+        """What of them decides, without their texts."""
+        return read_judgements(self.pairs, part("pairs", index))
 
     def margins(self, index: int) -> tuple[list[str], Floats]:
         """The pairs of a shard that any annotator scored, and margins a − b, NaN where none is."""
-        found = [
-            {pair_id: score_a - score_b for pair_id, (score_a, score_b) in each.read(index).items()}
-            for each in self.scores
-        ]
+        found = [each.read(index) for each in self.scores]
         ids = list(dict.fromkeys(pair_id for each in found for pair_id in each))
         columns = [[each.get(pair_id, np.nan) for pair_id in ids] for each in found]
         return ids, np.array(columns, dtype=np.float64).T.reshape(len(ids), len(found))
@@ -213,21 +212,19 @@ def held_out(given: Annotated, split: str) -> HeldOut:
 def _held_out(given: Annotated, split: str, schema: pa.Schema, index: int) -> pa.Table:
     ids, margins_NK = given.margins(index)
     place = {pair_id: i for i, pair_id in enumerate(ids)}
-    columns = ["pair_id", "prompt", "response_a", "response_b"]
-    columns += ["label", *VOTES, "split"]
     pairs = [
         pair
-        for pair in given.rows(index, columns)
-        if pair["split"] == split and pair["label"] is not None and pair["pair_id"] in place
+        for pair in given.read(index)
+        if pair.split == split and pair.label is not None and pair.pair_id in place
     ]
-    found_NK = margins_NK[[place[pair["pair_id"]] for pair in pairs]]
+    found_NK = margins_NK[[place[pair.pair_id] for pair in pairs]]
     values = {
-        "pair_id": [pair["pair_id"] for pair in pairs],
-        "label": [pair["label"] for pair in pairs],
-        "prompt": [content_hash(pair["prompt"]) for pair in pairs],
-        "people": [people_share(p["label"], *(p[name] for name in VOTES)) for p in pairs],
-        "length_a": [len(plain_text(pair["response_a"])) for pair in pairs],
-        "length_b": [len(plain_text(pair["response_b"])) for pair in pairs],
+        "pair_id": [pair.pair_id for pair in pairs],
+        "label": [pair.label for pair in pairs],
+        "prompt": [content_hash(pair.prompt) for pair in pairs],
+        "people": [people_share(pair.told) for pair in pairs],
+        "length_a": [len(plain_text(pair.response_a)) for pair in pairs],
+        "length_b": [len(plain_text(pair.response_b)) for pair in pairs],
         **{f"margin_{k}": found_NK[:, k] for k in range(len(given.scores))},
     }
     return pa.table(values, schema=schema)

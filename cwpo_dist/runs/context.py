@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     REFERENCE_SCHEMA,
     SCORE_SCHEMA,
-    read_records,
+    LogProbs,
+    SampledAnswer,
+    Score,
+    read_rows,
 )
 from cwpo_dist.runs.graph import Node, teacher_config
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn
 from cwpo_dist.storage import MANIFEST, FileMissing, Store
+
+Margins = dict[str, float]  # by pair id: score difference a − b
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,9 @@ class Context:
             return False
         return True
 
-    def counts(self, node: Node) -> dict[str, Any]:
+    def counts(self, node: Node) -> Mapping[str, Any]:
         """The counts in a committed output's manifest."""
-        counts: dict[str, Any] = self.place(node).read_json(MANIFEST)["counts"]
-        return counts
+        return Manifest.read(self.place(node)).counts
 
     def pairs(self, node: Node) -> PairsIn:
         """The pairs that `prepare` made for this node, restricted to the node's splits."""
@@ -116,13 +122,13 @@ class ScoresIn:
     store: Store
     retries: int
 
-    def read(self, index: int) -> dict[str, tuple[float, float]]:
-        """(score_a, score_b) of one shard by pair id."""
-        columns = ["pair_id", "score_a", "score_b"]
+    def read(self, index: int) -> Margins:
+        """Of the pairs of one shard that it scored."""
         names = score_files(self.store, index, self.retries)
-        tables = [read_records(self.store, name, SCORE_SCHEMA, columns) for name in names]
-        rows = [row for table in tables for row in table.to_pylist()]
-        return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
+        scores = [
+            score for name in names for score in read_rows(self.store, name, Score, SCORE_SCHEMA)
+        ]
+        return {score.pair_id: score.score_a - score.score_b for score in scores}
 
 
 def score_files(store: Store, index: int, retries: int) -> list[str]:
@@ -131,27 +137,15 @@ def score_files(store: Store, index: int, retries: int) -> list[str]:
     return [part("scores", index), *(name for name in again if store.exists(name))]
 
 
-def read_log_probs(
-    store: Store, index: int, *, per_token: bool = False
-) -> dict[str, tuple[float, float]]:
-    """(logp_a, logp_b) of one shard by pair id, from an output folder of `reference`.
-
-    Args:
-        store: the folder.
-        index: of the shard.
-        per_token: each divided by its answer's tokens.
-    """
-    rows = read_records(store, part("reference", index), REFERENCE_SCHEMA).to_pylist()
-    if per_token:
-        rows = [
-            row | {"logp_a": row["logp_a"] / row["n_a"], "logp_b": row["logp_b"] / row["n_b"]}
-            for row in rows
-        ]
-    return {row["pair_id"]: (row["logp_a"], row["logp_b"]) for row in rows}
+def read_log_probs(store: Store, index: int) -> dict[str, LogProbs]:
+    """Those of one shard by pair id, from an output folder of `reference`."""
+    found = read_rows(store, part("reference", index), LogProbs, REFERENCE_SCHEMA)
+    return {each.pair_id: each for each in found}
 
 
 def read_answers(context: Context, node: Node) -> dict[str, str]:
     """A model's answers by the id of the pair whose prompt it was given."""
     store = context.place(node)
-    tables = [read_records(store, name, ANSWER_SCHEMA) for name in store.names("answers")]
-    return {row["pair_id"]: row["answer"] for table in tables for row in table.to_pylist()}
+    names = store.names("answers")
+    found = [row for name in names for row in read_rows(store, name, SampledAnswer, ANSWER_SCHEMA)]
+    return {row.pair_id: row.answer for row in found}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from cwpo_dist.lm.encoder import Asked
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.pairs.records import TOKEN_SCHEMA, Prompt, pair_schema
-from cwpo_dist.pairs.stored import pair_table
+from cwpo_dist.pairs.records import TOKEN_SCHEMA, PairTokens, Prompt, Text, table_of
+from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table
 from cwpo_dist.runs.context import Context, policy_of, read_answers, read_log_probs
 from cwpo_dist.runs.graph import Node
 from cwpo_dist.scoring.driver import run_shards
@@ -21,8 +21,21 @@ from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
 from cwpo_dist.storage import Store
 
-# Pair id, prompt, answer of the baseline, answer of the aligned model.
-Answered = list[tuple[str, Prompt, str, str]]
+
+class Answered(NamedTuple):
+    """A prompt, with what a baseline and the aligned model answered.
+
+    Attributes:
+        pair_id: of the pair whose prompt it is.
+        prompt: with its tools.
+        before: the baseline's answer.
+        after: the aligned model's.
+    """
+
+    pair_id: str
+    prompt: Prompt
+    before: str
+    after: str
 
 
 def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> dict[str, Any]:
@@ -37,7 +50,7 @@ def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> d
     store = context.place(node).child("kl")
     models = {role: node.inputs[f"answers_{role}"] for role in ("sft", "aligned")}
     told = {role: read_answers(context, given) for role, given in models.items()}
-    rows = [(i, prompts[i], told["sft"][i], y) for i, y in told["aligned"].items() if y]
+    rows = [Answered(i, prompts[i], told["sft"][i], y) for i, y in told["aligned"].items() if y]
     shards = write_pairs(context, store, rows)
     _write_tokens(context, store, models["aligned"], rows)
     values: dict[str, dict[str, float]] = {}
@@ -57,7 +70,7 @@ def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> d
         )
         run_shards(job, context.config.reference)
         found = [read_log_probs(output, index) for index in range(shards)]
-        values[role] = {i: logps[1] for each in found for i, logps in each.items()}
+        values[role] = {i: logps.logp_b for each in found for i, logps in each.items()}
     both = sorted(values["sft"].keys() & values["aligned"].keys())
     ratios = np.array([values["aligned"][i] - values["sft"][i] for i in both])
     if not len(ratios):
@@ -66,22 +79,13 @@ def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> d
     return {"n": len(ratios), "mean": float(ratios.mean()), "error": error}
 
 
-def write_pairs(context: Context, store: Store, rows: Answered) -> int:
+def write_pairs(context: Context, store: Store, rows: Sequence[Answered]) -> int:
     """Answers as pairs, the baseline's first, in shards; how many shards."""
-    text = not rows or isinstance(rows[0][1].text, str)
-    table = pair_table(
-        [
-            {
-                "pair_id": pair_id,
-                "prompt": prompt.text,
-                "response_a": _wrapped(before, text),
-                "response_b": _wrapped(after, text),
-                "tools": prompt.tools,
-            }
-            for pair_id, prompt, before, after in rows
-        ],
-        pair_schema("text" if text else "conversational"),
-    )
+    text = not rows or isinstance(rows[0].prompt.text, str)
+    pairs = [
+        Pair(row.pair_id, row.prompt.text, *_wrapped(row), tools=row.prompt.tools) for row in rows
+    ]
+    table = pair_table(pairs, pair_schema("text" if text else "conversational"))
     size = context.config.prepare.rows_per_shard
     starts = range(0, len(rows), size)
     for index, start in enumerate(starts):
@@ -89,29 +93,26 @@ def write_pairs(context: Context, store: Store, rows: Answered) -> int:
     return len(starts)
 
 
-def _wrapped(answer: str, text: bool) -> Any:
-    """An answer of the kind of its prompt: text, or a message."""
-    return answer if text else [{"role": "assistant", "content": answer}]
+def _wrapped(row: Answered) -> tuple[Text, Text]:
+    """Both answers, the baseline's first, of the kind of their prompt: texts, or messages."""
+    if isinstance(row.prompt.text, str):
+        return row.before, row.after
+    before, after = ([{"role": "assistant", "content": text}] for text in (row.before, row.after))
+    return before, after
 
 
-def _write_tokens(context: Context, store: Store, node: Node, rows: Answered) -> None:
+def _write_tokens(context: Context, store: Store, node: Node, rows: Sequence[Answered]) -> None:
     """Tokens of prompt and answers, in the same shards; what does not fit is left out."""
     model, size = policy_of(context, node), context.config.prepare.rows_per_shard
     encoder = encoder_for(model, "policy")
     whole = model.model_copy(update={"over_length": "drop"})
     for index, start in enumerate(range(0, len(rows), size)):
-        pairs, names = [], []
-        for pair_id, prompt, *answers in rows[start : start + size]:
-            text = isinstance(prompt.text, str)
-            told = [_wrapped(answer, text) for answer in answers]
-            pairs.append(Asked(prompt.text, told, prompt.tools))
-            names.append(pair_id)
-        read = zip(names, encode_pairs(encoder, whole, pairs, ties=True), strict=True)
-        found = {name: row for name, row in read if isinstance(row, Row)}
-        columns = {
-            "pair_id": list(found),
-            "prompt": [row.prompt for row in found.values()],
-            "answer_a": [row.answers[0] for row in found.values()],
-            "answer_b": [row.answers[1] for row in found.values()],
-        }
-        store.create_table(part("tokens", index), pa.table(columns, schema=TOKEN_SCHEMA))
+        of_shard = rows[start : start + size]
+        asked = [Asked(row.prompt.text, _wrapped(row), row.prompt.tools) for row in of_shard]
+        read = zip(of_shard, encode_pairs(encoder, whole, asked, ties=True), strict=True)
+        tokens = [
+            PairTokens(row.pair_id, found.prompt, *found.answers)
+            for row, found in read
+            if isinstance(found, Row)
+        ]
+        store.create_table(part("tokens", index), table_of(tokens, TOKEN_SCHEMA))

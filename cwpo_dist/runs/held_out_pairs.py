@@ -1,18 +1,21 @@
-"""A run's pairs in; the few with human labels by which its training is followed out.
+"""The few pairs with human labels by which a training is followed: never trained on, cheap to read.
 
 They come from `validation` where the run has such a split, else from the split that `evaluate`
-judges, and no training reads them. They are the ones with the smallest ids, which are hashes: a
-random sample, and the same one at every step, in every arm and after every restart.
+judges. They are the ones with the smallest ids, which are hashes: a random sample, and the same
+one at every step, in every arm and after every restart. Pair files are sorted by id from the first
+to the last, so they stand in the first files, and no rank reads the others.
 """
 
 from __future__ import annotations
 
-import heapq
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from cwpo_dist.config import Split, TrainingConfig
-from cwpo_dist.pairs.records import read_pairs
+from cwpo_dist.pairs.chosen import Label
+from cwpo_dist.pairs.stored import Choice, read_judgements
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node, watched_split
 from cwpo_dist.scoring.pipeline import part
@@ -21,7 +24,7 @@ from cwpo_dist.training.tasks import TaskError
 
 
 @dataclass(frozen=True)
-class WatchedPairs:
+class HeldOutPairs:
     """Finds them in a worker.
 
     Attributes:
@@ -36,29 +39,36 @@ class WatchedPairs:
     split: Split
     most: int
 
-    def labels(self) -> dict[str, str]:
-        """Each one's human label, `a` or `b`, by pair id.
+    @cached_property
+    def labels(self) -> dict[int, dict[str, Label]]:
+        """By shard, of those that hold any: each one's human label by pair id.
 
         Raises:
             TaskError: when the split has no labelled pair.
         """
-        labels = dict(heapq.nsmallest(self.most, self._labelled()))
-        if not labels:
+        found: dict[int, dict[str, Label]] = {}
+        for index, pair_id, label in itertools.islice(self._labelled(), self.most):
+            found.setdefault(index, {})[pair_id] = label
+        if not found:
             raise TaskError(
-                f"eval_steps: no pair of split {self.split!r} has a human label to watch; set it "
-                "to null, or raise prepare.validation_fraction"
+                f"eval_steps: no pair of split {self.split!r} has a human label to follow training "
+                "by; set it to null, or raise prepare.validation_fraction"
             )
-        return labels
+        return found
 
-    def _labelled(self) -> Iterator[tuple[str, str]]:
+    def _labelled(self) -> Iterator[tuple[int, str, Label]]:
         for index in range(self.shards):
-            rows = read_pairs(self.pairs, part("pairs", index), ["pair_id", "label", "split"])
-            for row in rows.to_pylist():
-                if row["split"] == self.split and row["label"] is not None:
-                    yield row["pair_id"], row["label"]
+            for pair in read_judgements(self.pairs, part("pairs", index)):
+                if pair.split == self.split and pair.label is not None:
+                    yield index, pair.pair_id, pair.label
+
+    def read(self, index: int) -> list[Choice]:
+        """What people chose of those of one shard, with weight 1."""
+        labels = self.labels.get(index, {})
+        return [Choice(pair_id, label, weight=1.0) for pair_id, label in labels.items()]
 
 
-def watched_pairs(context: Context, node: Node, training: TrainingConfig) -> WatchedPairs:
+def held_out_pairs(context: Context, node: Node, training: TrainingConfig) -> HeldOutPairs:
     """Those of a training stage."""
     split = watched_split(context.config)
-    return WatchedPairs(context.prepared(node), context.shards(node), split, training.eval_pairs)
+    return HeldOutPairs(context.prepared(node), context.shards(node), split, training.eval_pairs)

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.pairs.records import SCORE_SCHEMA
-from cwpo_dist.scoring.retries import Rows, ShardOutput, ShardWorker
+from cwpo_dist.scoring.retries import Input, ShardOutput, ShardWorker, T
 from cwpo_dist.storage import Store
 
 SCORES = "scores"
@@ -89,21 +90,21 @@ class EarlierScores:
         yield from (file for file in self.files if file.first <= last and first <= file.last)
 
 
-class NewPairsWorker:
+class NewPairsWorker(Generic[T]):
     """Copies the scores that there are, and scores the other pairs of a shard."""
 
-    def __init__(self, earlier: EarlierScores, make_worker: Callable[[], ShardWorker]) -> None:
+    def __init__(self, earlier: EarlierScores, make_worker: Callable[[], ShardWorker[T]]) -> None:
         self.earlier, self.worker = earlier, make_worker()
 
-    def read(self, index: int) -> Rows:
+    def read(self, index: int) -> Sequence[Input[T]]:
         """All pairs of the shard."""
         return self.worker.read(index)
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[T]]) -> ShardOutput:
         """The scores of all pairs, in the order of their ids; `reused` counts the copied ones."""
-        copied = self.earlier.of([row["pair_id"] for row in rows])
+        copied = self.earlier.of([row.pair_id for row in rows])
         known = set(copied["pair_id"].to_pylist())
-        output = self.worker(index, [row for row in rows if row["pair_id"] not in known])
+        output = self.worker(index, [row for row in rows if row.pair_id not in known])
         table = pa.concat_tables([copied, output.rows]).sort_by("pair_id")
         counts = Counter(output.counts)
         counts.update({"rows_in": len(known), "rows": len(known), "reused": len(known)})

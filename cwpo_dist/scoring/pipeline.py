@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cwpo_dist.pairs.records import REJECT_SCHEMA, Reject, read_rows
 from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
 from cwpo_dist.storage import Store, parquet_bytes
 
@@ -42,7 +43,7 @@ class ShardJob:
     name: str
     output: Store
     shards: int
-    make_worker: Callable[[], ShardWorker]
+    make_worker: Callable[[], ShardWorker[Any]]
     only: Sequence[int] | None = None
     retry: int = 0
     reads: str = "pairs"
@@ -140,11 +141,10 @@ def read_counts(store: Store, file: str) -> dict[str, Any]:
     return counts
 
 
-def committed_rejects(store: Store, file: str) -> list[dict[str, Any]]:
+def committed_rejects(store: Store, file: str) -> list[Reject]:
     """The rows that a committed file of a shard set aside."""
     name = _metadata(store, file).get(REJECTS)
-    rows: list[dict[str, Any]] = [] if name is None else store.read_table(name.decode()).to_pylist()
-    return rows
+    return [] if name is None else read_rows(store, name.decode(), Reject, REJECT_SCHEMA)
 
 
 def _metadata(store: Store, file: str) -> dict[bytes, bytes]:

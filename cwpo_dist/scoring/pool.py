@@ -72,7 +72,7 @@ class _ShardActor:
             metric.set_default_tags(tags)
 
     @cached_property
-    def worker(self) -> ShardWorker:
+    def worker(self) -> ShardWorker[Any]:
         """Made for the first shard: an actor that comes up when all is done loads no model."""
         return self.job.make_worker()
 

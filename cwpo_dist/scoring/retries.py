@@ -11,18 +11,16 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
 
-from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.pairs.records import REJECT_SCHEMA, Reject, table_of
 from cwpo_dist.redaction import redacted
 from cwpo_dist.scoring.tickets import BrokenDeviceError, ShardError
 
 logger = logging.getLogger(__name__)
-
-Rows = Sequence[Mapping[str, Any]]
 
 TRIES = 3
 SUSPICIOUS = 8  # rows of a shard that all fail: no coincidence
@@ -35,6 +33,23 @@ _DEVICE_BROKEN = ("CUDA error", "CUBLAS_STATUS", "HIP error")
 _LONGEST_REASON = 200
 
 
+T = TypeVar("T")
+
+
+class Input(NamedTuple, Generic[T]):
+    """A row of an input shard.
+
+    Attributes:
+        pair_id: whose output it becomes.
+        position: its row in the shard's file, from 0.
+        given: what the worker needs of it.
+    """
+
+    pair_id: str
+    position: int
+    given: T
+
+
 @dataclass(frozen=True)
 class ShardOutput:
     """What one shard gives: rows, rows set aside, and counts that depend on its input alone."""
@@ -44,20 +59,20 @@ class ShardOutput:
     counts: Mapping[str, int]
 
 
-class ShardWorker(Protocol):
+class ShardWorker(Protocol[T]):
     """Does the work of a shard: expensive state in its constructor, one shard a call."""
 
-    def read(self, index: int) -> Rows:
-        """The rows of input shard `index`, each with `pair_id` and its `position` in the file."""
+    def read(self, index: int) -> Sequence[Input[T]]:
+        """The rows of input shard `index`."""
         ...
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[T]]) -> ShardOutput:
         """The output of any of the shard's rows, in their order."""
         ...
 
 
 def attempt(
-    worker: ShardWorker, index: int, source: str, suspicious: float = SUSPICIOUS
+    worker: ShardWorker[T], index: int, source: str, suspicious: float = SUSPICIOUS
 ) -> ShardOutput:
     """Reads a shard and runs it through the worker; rows that make it fail are set aside.
 
@@ -94,7 +109,7 @@ def attempt(
     return _with_rejects(rest, [(rows[place], failing[place]) for place in failing], source)
 
 
-def _try(worker: ShardWorker, index: int, rows: Rows) -> ShardOutput | str:
+def _try(worker: ShardWorker[T], index: int, rows: Sequence[Input[T]]) -> ShardOutput | str:
     """The output, or what went wrong by fault of a row."""
     try:
         return worker(index, rows)
@@ -122,7 +137,9 @@ def _says(error: Exception, parts: Sequence[str]) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error) for part in parts)
 
 
-def _bisect(worker: ShardWorker, index: int, rows: Rows, start: int = 0) -> dict[int, str]:
+def _bisect(
+    worker: ShardWorker[T], index: int, rows: Sequence[Input[T]], start: int = 0
+) -> dict[int, str]:
     """Of rows that fail together: the positions of those that fail, and why."""
     if len(rows) == 1:
         outputs = [_try(worker, index, rows) for _ in range(TRIES)]
@@ -144,13 +161,10 @@ def _reason(error: Exception) -> str:
 
 
 def _with_rejects(
-    output: ShardOutput, failed: Sequence[tuple[Mapping[str, Any], str]], source: str
+    output: ShardOutput, failed: Sequence[tuple[Input[T], str]], source: str
 ) -> ShardOutput:
-    rows = [
-        {"reason": reason, "source": source, "position": row["position"], "row": row["pair_id"]}
-        for row, reason in failed
-    ]
-    rejects = pa.concat_tables([output.rejects, pa.Table.from_pylist(rows, schema=REJECT_SCHEMA)])
+    rows = [Reject(reason, None, source, row.position, row.pair_id) for row, reason in failed]
+    rejects = pa.concat_tables([output.rejects, table_of(rows, REJECT_SCHEMA)])
     counts = Counter(output.counts)
     counts.update({"rows_in": len(rows), "rejects": len(rows)})
     return ShardOutput(output.rows, rejects, dict(counts))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import pyarrow as pa
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.encoder import Asked, Encoder, fill_id, load_tokenizer
@@ -24,26 +22,32 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
+    PROMPT_SCHEMA,
     REFERENCE_SCHEMA,
     REJECT_SCHEMA,
     SCORE_SCHEMA,
-    TEXTS,
     TOKEN_SCHEMA,
-    read_pairs,
-    read_records,
+    LogProbs,
+    PairTokens,
+    PromptTokens,
+    SampledAnswer,
+    Score,
+    read_rows,
+    table_of,
 )
-from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.scoring.devices import assigned_device, fix_workspace
 from cwpo_dist.scoring.forward import Ranks, RowForward
 from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.retries import Rows, ShardOutput
+from cwpo_dist.scoring.retries import Input, ShardOutput
 from cwpo_dist.scoring.set_aside import SetAside
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
 SLICE = 256  # pairs that are tokenised together, while those before are scored
+Pairs = Sequence[Input[Pair]]
 
 
 @dataclass(frozen=True)
@@ -53,27 +57,28 @@ class PairsIn:
     Attributes:
         store: the output folder of `prepare` (or any folder with `pairs/part-*.parquet`).
         splits: rows of these splits only; None: all.
-        only: given a shard, the ids of its pairs to which it is restricted; None: all.
+        selected: given a shard, the ids of those of its pairs that are read; None: all.
     """
 
     store: Store
     splits: tuple[str, ...] | None = None
-    only: Callable[[int], Container[str]] | None = None
+    selected: Callable[[int], Container[str]] | None = None
 
-    def read(self, index: int) -> list[dict[str, Any]]:
-        """The rows of one shard, in file order, each with its `position` in the file."""
-        columns = ["pair_id", *TEXTS, "tools", "split"]
-        rows = pair_rows(read_pairs(self.store, part("pairs", index), columns))
-        placed = [row | {"position": position} for position, row in enumerate(rows)]
-        if self.only is not None:
-            wanted = self.only(index)
-            placed = [row for row in placed if row["pair_id"] in wanted]
-        return [row for row in placed if self.splits is None or row["split"] in self.splits]
+    def read(self, index: int) -> list[Input[Pair]]:
+        """The rows of one shard, in file order."""
+        pairs = read_pairs(self.store, part("pairs", index))
+        names = None if self.selected is None else self.selected(index)
+        return [
+            Input(pair.pair_id, position, pair)
+            for position, pair in enumerate(pairs)
+            if (names is None or pair.pair_id in names)
+            and (self.splits is None or pair.split in self.splits)
+        ]
 
 
 def _encoded(
-    encoder: Encoder, model: ModelConfig, rows: Rows, rejects: SetAside, ties: bool = False
-) -> Iterator[list[tuple[Mapping[str, Any], Row]]]:
+    encoder: Encoder, model: ModelConfig, rows: Pairs, rejects: SetAside, ties: bool = False
+) -> Iterator[list[tuple[Input[Pair], Row]]]:
     """Slices of pairs with their tokens; what has none or is too long is set aside.
 
     A thread tokenises ahead, so that a device never waits for text.
@@ -91,12 +96,10 @@ def _encoded(
             yield encoded
 
 
-def _tokens(encoder: Encoder, model: ModelConfig, ties: bool, rows: Rows) -> list[Row | str]:
+def _tokens(encoder: Encoder, model: ModelConfig, ties: bool, rows: Pairs) -> list[Row | str]:
     """Each pair's tokens, or why it is set aside."""
-    pairs = [
-        Asked(row["prompt"], (row["response_a"], row["response_b"]), row["tools"]) for row in rows
-    ]
-    found = encode_pairs(encoder, model, pairs, ties=ties)
+    asked = [Asked(row.given.prompt, row.given.answers, row.given.tools) for row in rows]
+    found = encode_pairs(encoder, model, asked, ties=ties)
     return [row if isinstance(row, Row) else _reason(row) for row in found]
 
 
@@ -113,29 +116,23 @@ class TokenWorker:
         self.pairs, self.model = pairs, model
         self.encoder = encoder_for(model, "policy")
 
-    def read(self, index: int) -> Rows:
+    def read(self, index: int) -> Pairs:
         """The pairs."""
         return self.pairs.read(index)
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Pairs) -> ShardOutput:
         """The tokens of every pair that fits."""
         rejects = SetAside(index)
         slices = _encoded(self.encoder, self.model, rows, rejects)
         encoded = [pair for each in slices for pair in each]
-        columns = {
-            "pair_id": [pair["pair_id"] for pair, _ in encoded],
-            "prompt": [row.prompt for _, row in encoded],
-            "answer_a": [row.answers[0] for _, row in encoded],
-            "answer_b": [row.answers[1] for _, row in encoded],
-        }
+        tokens = [PairTokens(pair.pair_id, row.prompt, *row.answers) for pair, row in encoded]
         counts = {
             "rows_in": len(rows),
             "rows": len(encoded),
             "tokens": sum(row.n_tokens for _, row in encoded),
         }
-        return ShardOutput(
-            pa.table(columns, schema=TOKEN_SCHEMA), rejects.table(), counts | rejects.counts()
-        )
+        table = table_of(tokens, TOKEN_SCHEMA)
+        return ShardOutput(table, rejects.table(), counts | rejects.counts())
 
 
 class RewardWorker:
@@ -173,11 +170,11 @@ class RewardWorker:
         forward = InvariantForward if batch_invariant else RowForward
         self.forward = forward(scores, self.encoder.pad_id, model.max_length, max_tokens)
 
-    def read(self, index: int) -> Rows:
+    def read(self, index: int) -> Pairs:
         """The pairs."""
         return self.pairs.read(index)
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Pairs) -> ShardOutput:
         """The scores of every pair that fits."""
         rejects = SetAside(index)
         counts = Counter({"rows_in": len(rows)})
@@ -189,10 +186,9 @@ class RewardWorker:
                 if not (math.isfinite(score_a) and math.isfinite(score_b)):
                     rejects.add("non-finite score", pair)
                     continue
-                scored = {"pair_id": pair["pair_id"], "annotator": self.annotator}
-                scores.append(scored | {"score_a": score_a, "score_b": score_b})
+                scores.append(Score(pair.pair_id, self.annotator, score_a, score_b))
         counts.update({"rows": len(scores)} | rejects.counts())
-        table = pa.Table.from_pylist(scores, schema=SCORE_SCHEMA)
+        table = table_of(scores, SCORE_SCHEMA)
         return ShardOutput(table, rejects.table(), dict(counts))
 
 
@@ -217,35 +213,35 @@ class ReferenceWorker:
         pad = fill_id(load_tokenizer(model), words)
         self.forward = RowForward(module, pad, model.max_length, max_tokens, ranks)
 
-    def read(self, index: int) -> Rows:
-        """The pairs that the policy's tokens hold, with those."""
+    def read(self, index: int) -> list[Input[Row]]:
+        """The tokens of the pairs, of those that have some."""
         tokens = read_tokens(self.tokens, index)
-        pairs = self.pairs.read(index)
-        return [pair | {"tokens": tokens[i]} for pair in pairs if (i := pair["pair_id"]) in tokens]
+        return [
+            Input(pair_id, position, tokens[pair_id])
+            for pair_id, position, _ in self.pairs.read(index)
+            if pair_id in tokens
+        ]
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[Row]]) -> ShardOutput:
         """The log-probs of every pair."""
         rejects = SetAside(index)
-        reference = []
-        forwarded = self.forward([pair["tokens"] for pair in rows])
-        for pair, (logp_a, logp_b) in zip(rows, forwarded.values, strict=True):
+        found = []
+        forwarded = self.forward([row.given for row in rows])
+        for row, (logp_a, logp_b) in zip(rows, forwarded.values, strict=True):
             if not (math.isfinite(logp_a) and math.isfinite(logp_b)):
-                rejects.add("non-finite log-probability", pair)
+                rejects.add("non-finite log-probability", row)
                 continue
-            pair_id, row = pair["pair_id"], pair["tokens"]
-            n_a, n_b = (len(answer) for answer in row.answers)
-            reference.append(
-                {"pair_id": pair_id, "logp_a": logp_a, "logp_b": logp_b, "n_a": n_a, "n_b": n_b}
-            )
-        counts = {"rows_in": len(rows), "rows": len(reference)} | forwarded.counts
-        table = pa.Table.from_pylist(reference, schema=REFERENCE_SCHEMA)
+            n_a, n_b = (len(answer) for answer in row.given.answers)
+            found.append(LogProbs(row.pair_id, logp_a, logp_b, n_a, n_b))
+        counts = {"rows_in": len(rows), "rows": len(found)} | forwarded.counts
+        table = table_of(found, REFERENCE_SCHEMA)
         return ShardOutput(table, rejects.table(), counts | rejects.counts())
 
 
 def read_tokens(tokens: Store, index: int) -> dict[str, Row]:
     """The tokens of one shard by pair id; answers in the pair's order (a, b)."""
-    table = read_records(tokens, part("tokens", index), TOKEN_SCHEMA).to_pylist()
-    return {r["pair_id"]: Row(r["prompt"], (r["answer_a"], r["answer_b"])) for r in table}
+    found = read_rows(tokens, part("tokens", index), PairTokens, TOKEN_SCHEMA)
+    return {each.pair_id: Row(each.prompt, (each.answer_a, each.answer_b)) for each in found}
 
 
 class AnswerWorker:
@@ -256,26 +252,21 @@ class AnswerWorker:
         self.policy = load_policy(model, device=assigned_device())
         self.tokenizer = load_tokenizer(model)
 
-    def read(self, index: int) -> Rows:
+    def read(self, index: int) -> list[Input[list[int]]]:
         """The prompts of the batch."""
-        rows = self.prompts.read_table(part("prompts", index)).to_pylist()
-        return [row | {"position": position} for position, row in enumerate(rows)]
+        rows = read_rows(self.prompts, part("prompts", index), PromptTokens, PROMPT_SCHEMA)
+        return [Input(row.pair_id, place, row.tokens) for place, row in enumerate(rows)]
 
-    def __call__(self, index: int, rows: Rows) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[list[int]]]) -> ShardOutput:
         """One answer to each prompt of the batch."""
         answers = generate(
             self.policy,
             self.tokenizer,
-            [row["tokens"] for row in rows],
+            [row.given for row in rows],
             batch_size=len(rows),
             **self.sampling,
         )
-        table = pa.Table.from_pylist(
-            [
-                {"pair_id": row["pair_id"], "answer": answer}
-                for row, answer in zip(rows, answers, strict=True)
-            ],
-            schema=ANSWER_SCHEMA,
-        )
+        both = zip(rows, answers, strict=True)
+        table = table_of([SampledAnswer(row.pair_id, text) for row, text in both], ANSWER_SCHEMA)
         counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0}
         return ShardOutput(table, REJECT_SCHEMA.empty_table(), counts)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import pyarrow as pa
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.templates import Fault
-from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.pairs.records import REJECT_SCHEMA, Reject, table_of
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.scoring.retries import Input, T
 from cwpo_dist.storage import Store
 
 _OF_EACH = "rejects: "  # begins the name of a count of rejects for one reason
@@ -26,20 +26,19 @@ class SetAside:
 
     def __init__(self, index: int) -> None:
         self.source = part("pairs", index)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Reject] = []
 
-    def add(self, reason: str, row: Mapping[str, Any]) -> None:
-        """One more row, with `pair_id` and `position`."""
-        place = {"source": self.source, "position": row["position"]}
-        self.rows.append({"reason": reason, "row": row["pair_id"]} | place)
+    def add(self, reason: str, row: Input[T]) -> None:
+        """One more row."""
+        self.rows.append(Reject(reason, None, self.source, row.position, row.pair_id))
 
     def table(self) -> pa.Table:
         """They all, as rows of REJECT_SCHEMA."""
-        return pa.Table.from_pylist(self.rows, schema=REJECT_SCHEMA)
+        return table_of(self.rows, REJECT_SCHEMA)
 
     def counts(self) -> dict[str, int]:
         """All of them, and by reason; those over length apart, as good rows of another size."""
-        reasons = Counter(_kind(row["reason"]) for row in self.rows)
+        reasons = Counter(_kind(row.reason) for row in self.rows)
         over_length = reasons.pop(Fault.OVER_LENGTH, 0)
         of_each = {f"{_OF_EACH}{reason}": number for reason, number in reasons.items()}
         return {"over_length": over_length, "rejects": sum(reasons.values()), **of_each}

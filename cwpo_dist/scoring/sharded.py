@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from cwpo_dist.scoring.forward import Ranks
 from cwpo_dist.scoring.pipeline import ShardJob, commit
@@ -26,7 +27,7 @@ class Together:
     """
 
     job: ShardJob
-    make_worker: Callable[[Ranks], ShardWorker]
+    make_worker: Callable[[Ranks], ShardWorker[Any]]
 
     def __call__(self, ranks: Ranks) -> None:
         """Called on all ranks."""

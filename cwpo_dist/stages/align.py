@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cwpo_dist.config import AlignConfig
@@ -11,10 +10,11 @@ from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import objective
-from cwpo_dist.pairs.records import preference_schema, read_records
+from cwpo_dist.pairs.chosen import chosen_first
+from cwpo_dist.pairs.stored import Choice, read_choices
 from cwpo_dist.runs.context import Context, policy_of, read_log_probs
 from cwpo_dist.runs.graph import Node
-from cwpo_dist.runs.held_out_pairs import WatchedPairs, watched_pairs
+from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.storage import Store
@@ -25,6 +25,8 @@ from cwpo_dist.training.tasks import Normalization, Preference, Sampling
 def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
     sft = node.inputs.get("model")
+    task = weighted_pairs(context, node)
+    choices = held_out_pairs(context, node, context.config.align)
     spec = TrainSpec(
         name="align",
         store=context.place(node),
@@ -33,8 +35,10 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         config=context.config.align,
         model=policy_of(context, node),
         head="logps",
-        make_task=weighted_pairs(context, node),
-        make_held_out=HeldOutPairs.of(context, node),
+        make_task=task,
+        make_held_out=replace(
+            task, choices=choices, normalization="none", sampling=None, soft_labels=False
+        ),
         known=None if sft is None else Identity(f"{sft.path}/model", on_hub=False),
     )
     return train(spec)
@@ -44,7 +48,7 @@ def weighted_pairs(context: Context, node: Node) -> WeightedPairs:
     """What loads the data set of an `align` node, wherever it is called."""
     reference = node.inputs.get("reference")
     return WeightedPairs(
-        preferences=context.place(node.inputs["weigh"]),
+        choices=Weighed(context.place(node.inputs["weigh"])),
         tokens=context.place(node.inputs["tokens"]),
         reference=None if reference is None else context.place(reference),
         shards=context.shards(node),
@@ -56,12 +60,27 @@ def weighted_pairs(context: Context, node: Node) -> WeightedPairs:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """What `weigh` says of the pairs.
+
+    Attributes:
+        preferences: its output folder.
+    """
+
+    preferences: Store
+
+    def read(self, index: int) -> list[Choice]:
+        """Of those of one shard."""
+        return read_choices(self.preferences, part("preferences", index))
+
+
+@dataclass(frozen=True)
 class WeightedPairs:
     """Loads weighted pairs with their reference log-probs in a worker.
 
     Attributes:
-        preferences: the output folder of `weigh`.
-        tokens: that of `tokens`.
+        choices: which answers are the chosen ones, and their weights.
+        tokens: the output folder of `tokens`.
         reference: that of `reference`; None for an objective without one.
         shards: how many pair files there are.
         config: loss, β, ε.
@@ -70,7 +89,7 @@ class WeightedPairs:
         soft_labels: whether the annotator's probabilities take the place of hard labels.
     """
 
-    preferences: Store
+    choices: Weighed | HeldOutPairs
     tokens: Store
     reference: Store | None
     shards: int
@@ -82,72 +101,38 @@ class WeightedPairs:
     def __call__(self, encoder: Encoder) -> Preference:
         """Tokens of every preference that fits the policy, chosen first."""
         rows: list[Row] = []
-        pairs: list[dict[str, Any]] = []
+        choices: list[Choice] = []
         references: list[tuple[float, float]] = []
         for index in range(self.shards):
+            if not (read := self.choices.read(index)):
+                continue
             log_probs = None if self.reference is None else read_log_probs(self.reference, index)
             tokens = read_tokens(self.tokens, index)
-            for pair in self._preferences(index):
-                pair_id, order = pair["pair_id"], 1 if pair["label"] == "a" else -1
-                if pair_id not in tokens or (log_probs is not None and pair_id not in log_probs):
+            for choice in read:
+                name, label = choice.pair_id, choice.label
+                if name not in tokens or (log_probs is not None and name not in log_probs):
                     continue  # over length for the policy: counted where it was tokenised
-                row = tokens[pair_id]
-                rows.append(Row(row.prompt, row.answers[::order]))
-                pairs.append(pair)
+                row = tokens[name]
+                rows.append(Row(row.prompt, chosen_first(label, *row.answers)))
+                choices.append(choice)
                 if log_probs is not None:
-                    chosen, rejected = log_probs[pair_id][::order]
-                    references.append((chosen, rejected))
+                    references.append(chosen_first(label, *log_probs[name].sums))
         _, settings = objective(self.config, soft_labels=self.soft_labels)
         return Preference(
             rows,
-            [pair["pair_id"] for pair in pairs],
-            weights=[pair["weight"] for pair in pairs],
+            [choice.pair_id for choice in choices],
+            weights=[choice.weight for choice in choices],
             references=None if self.reference is None else references,
             loss_type=self.config.loss_type,
             beta=settings.beta,
             label_smoothing=float(settings.label_smoothing),
             normalization=self.normalization,
             sampling=self.sampling,
-            probabilities=[pair["probability"] for pair in pairs] if self.soft_labels else None,
+            probabilities=list(map(_probability, choices)) if self.soft_labels else None,
             simpo_gamma=settings.simpo_gamma,
         )
 
-    def _preferences(self, index: int) -> list[dict[str, Any]]:
-        """What `weigh` says of the pairs of one shard."""
-        name, schema = part("preferences", index), preference_schema("text")
-        columns = ["pair_id", "label", "weight", "probability"]
-        rows: list[dict[str, Any]] = read_records(
-            self.preferences, name, schema, columns
-        ).to_pylist()
-        return rows
 
-
-@dataclass(frozen=True)
-class HeldOutPairs(WeightedPairs):
-    """Loads the pairs by which training is followed: people's choices, weight 1.
-
-    Attributes:
-        watched: which they are.
-    """
-
-    watched: WatchedPairs | None = None
-
-    @classmethod
-    def of(cls, context: Context, node: Node) -> HeldOutPairs:
-        """Those of an `align` node."""
-        trained = weighted_pairs(context, node)
-        plain = replace(trained, normalization="none", sampling=None, soft_labels=False)
-        given = {field.name: getattr(plain, field.name) for field in fields(plain)}
-        return cls(**given, watched=watched_pairs(context, node, context.config.align))
-
-    @cached_property
-    def _labels(self) -> dict[str, str]:
-        assert self.watched is not None, "made by `of`"
-        return self.watched.labels()
-
-    def _preferences(self, index: int) -> list[dict[str, Any]]:
-        """What people said of all watched pairs; those of other shards have no tokens here."""
-        return [
-            {"pair_id": pair_id, "label": label, "weight": 1.0}
-            for pair_id, label in self._labels.items()
-        ]
+def _probability(choice: Choice) -> float:
+    assert choice.probability is not None, "soft labels are an annotator's"
+    return choice.probability

@@ -88,7 +88,7 @@ def _job(
     """The scoring of all pairs, or of those that the retries before `retry` left aside."""
     output, pairs = context.place(node), context.pairs(node)
     if retry:
-        pairs = replace(pairs, only=partial(_set_aside, output, retry - 1))
+        pairs = replace(pairs, selected=partial(_set_aside, output, retry - 1))
     model, config = annotator(context, node), context.config.annotate
     scorer = partial(RewardWorker, batch_invariant=config.batch_invariant)
     who, budget = _name(context, node), config.max_tokens_per_batch
@@ -176,7 +176,7 @@ def _set_aside(output: Store, retries: int, index: int) -> frozenset[str]:
     """The ids of a shard's pairs that have no score after so many retries, and might have."""
     last = score_files(output, index, retries)[-1]
     rejects = committed_rejects(output, last)
-    return frozenset(row["row"] for row in rejects if not lasts(row["reason"]))
+    return frozenset(each.row for each in rejects if not lasts(each.reason))
 
 
 def _retried_counts(context: Context, node: Node) -> Counter[str]:

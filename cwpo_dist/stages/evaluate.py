@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from cwpo_dist.config import ConfigError, ModelConfig, PoolConfig
@@ -13,9 +14,17 @@ from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.answers import answer_figures
 from cwpo_dist.evaluation.gold_function import load_function
+from cwpo_dist.pairs.chosen import signs
 from cwpo_dist.pairs.messages import plain_text
-from cwpo_dist.pairs.records import SCORE_SCHEMA, Prompt, content_hash, read_pairs, read_records
-from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.pairs.records import (
+    SCORE_SCHEMA,
+    Prompt,
+    Score,
+    content_hash,
+    read_rows,
+    table_of,
+)
+from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.runs.annotations import held_out, names, raw
 from cwpo_dist.runs.context import Context, read_answers, read_log_probs
 from cwpo_dist.runs.divergence import Answered, kl_divergence, write_pairs
@@ -25,14 +34,31 @@ from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 
-Pair = dict[str, Any]
 ITEMS, ANSWERS = "items.parquet", "answers.parquet"  # what intervals over several runs need
 ITEM_SCHEMA = pa.schema(
     [
         *(("pair_id", pa.string()), ("prompt", pa.string()), ("margin", pa.float64())),
-        ("longer_by", pa.int64()),  # characters of the human's choice less those of the other
+        ("longer_by", pa.int64()),
     ]
 )
+
+
+class MeasuredPair(NamedTuple):
+    """What a policy's implicit reward says of one held-out pair.
+
+    Attributes:
+        pair_id: whose.
+        prompt: the hash of its prompt.
+        margin: the reward of the human's choice less that of the other.
+        longer_by: characters of the human's choice less those of the other.
+    """
+
+    pair_id: str
+    prompt: str
+    margin: float
+    longer_by: int
+
+
 JUDGED_SCHEMA = pa.schema(
     [
         *(("pair_id", pa.string()), ("prompt", pa.string()), ("against", pa.string())),
@@ -40,12 +66,36 @@ JUDGED_SCHEMA = pa.schema(
         *(("gold", pa.float64()), ("baseline_gold", pa.float64())),
     ]
 )
+
+
+class JudgedAnswer(NamedTuple):
+    """A policy's sampled answer beside a baseline's.
+
+    Attributes:
+        pair_id: of the pair whose prompt it is.
+        prompt: the prompt's hash.
+        against: which baseline.
+        length: characters of the policy's answer.
+        baseline_length: of the baseline's.
+        gold: the gold score of the policy's answer; None without gold model or function.
+        baseline_gold: of the baseline's.
+    """
+
+    pair_id: str
+    prompt: str
+    against: str
+    length: int
+    baseline_length: int
+    gold: float | None
+    baseline_gold: float | None
+
+
 BASELINES = {"own_sft": "answers_sft", "common": "answers_base"}
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
     """Writes `metrics.json`; what was not asked for, or cannot be had, is null there."""
-    pairs = [list(_held_out(context, node, index)) for index in range(context.shards(node))]
+    pairs = [_held_out(context, node, index) for index in range(context.shards(node))]
     metrics = {
         "annotator": _annotator(context, node),
         "policy": _policy(context, node, pairs),
@@ -55,13 +105,14 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     return {"held_out_pairs": sum(map(len, pairs))}
 
 
-def _held_out(context: Context, node: Node, index: int) -> Iterator[Pair]:
+def _held_out(context: Context, node: Node, index: int) -> list[Pair]:
     """The pairs of one shard on the evaluated side that carry a human label."""
-    columns = ["pair_id", "prompt", "response_a", "response_b", "label", "split"]
-    table = read_pairs(context.place(node.inputs["prepare"]), part("pairs", index), columns)
-    for pair in pair_rows(table):
-        if pair["split"] == node.settings["split"] and pair["label"] is not None:
-            yield pair
+    pairs, split = context.prepared(node), node.settings["split"]
+    return [
+        pair
+        for pair in read_pairs(pairs, part("pairs", index))
+        if pair.split == split and pair.label is not None
+    ]
 
 
 def _annotator(context: Context, node: Node) -> dict[str, Any] | None:
@@ -83,45 +134,40 @@ def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str,
 
     Without a reference the reward is of a token's mean.
     """
-    aligned = context.place(node.inputs["aligned"])
-    compares = "reference" in node.inputs
-    rows = []
+    aligned, reference = context.place(node.inputs["aligned"]), node.inputs.get("reference")
+    measured: list[Pair] = []
+    after: list[tuple[float, float]] = []
+    before: list[tuple[float, float]] = []
     for index, pairs in enumerate(shards):
-        after = read_log_probs(aligned, index, per_token=not compares)
-        before = dict.fromkeys(after, (0.0, 0.0))
-        if compares:
-            before = read_log_probs(context.place(node.inputs["reference"]), index)
-        both = after.keys() & before.keys()
-        rows += [
-            (pair, after[pair["pair_id"]], before[pair["pair_id"]])
-            for pair in pairs
-            if pair["pair_id"] in both
-        ]
+        new = read_log_probs(aligned, index)
+        old = None if reference is None else read_log_probs(context.place(reference), index)
+        for pair in pairs:
+            name = pair.pair_id
+            if name in new and (old is None or name in old):
+                measured.append(pair)
+                after.append(new[name].means if old is None else new[name].sums)
+                before.append((0.0, 0.0) if old is None else old[name].sums)
     beta = context.config.align.beta
-    margins = [beta * ((new[0] - old[0]) - (new[1] - old[1])) for _, new, old in rows]
-    signs = [1 if pair["label"] == "a" else -1 for pair, _, _ in rows]
-    longer_by = [_longer_by(pair) for pair, _, _ in rows]
-    columns = {
-        "pair_id": [pair["pair_id"] for pair, _, _ in rows],
-        "prompt": [content_hash(pair["prompt"]) for pair, _, _ in rows],
-        "margin": [sign * margin for sign, margin in zip(signs, margins, strict=True)],
-        "longer_by": [sign * more for sign, more in zip(signs, longer_by, strict=True)],
-    }
-    context.place(node).create_table(ITEMS, pa.table(columns, schema=ITEM_SCHEMA))
+    after_NK, before_NK = (np.array(each).reshape(-1, 2) for each in (after, before))
+    rewards_NK = after_NK - before_NK
+    margins = beta * (rewards_NK[:, 0] - rewards_NK[:, 1])
+    labels = [pair.label for pair in measured]
+    items = [
+        MeasuredPair(pair.pair_id, content_hash(pair.prompt), margin, _longer_by(pair))
+        for pair, margin in zip(measured, (signs(labels) * margins).tolist(), strict=True)
+    ]
+    context.place(node).create_table(ITEMS, table_of(items, ITEM_SCHEMA))
     return policy_accuracy(
-        [after[0] for _, after, _ in rows],
-        [after[1] for _, after, _ in rows],
-        [before[0] for _, _, before in rows],
-        [before[1] for _, _, before in rows],
-        [pair["label"] for pair, _, _ in rows],
+        *(after_NK[:, 0], after_NK[:, 1], before_NK[:, 0], before_NK[:, 1]),
+        labels,
         beta,
-        [plain_text(pair["prompt"]) for pair, _, _ in rows],
+        [plain_text(pair.prompt) for pair in measured],
     ).as_dict()
 
 
 def _longer_by(pair: Pair) -> int:
-    """Characters of the first answer less those of the second."""
-    return len(plain_text(pair["response_a"])) - len(plain_text(pair["response_b"]))
+    """Characters of the human's choice less those of the other."""
+    return len(plain_text(pair.chosen)) - len(plain_text(pair.rejected))
 
 
 def _answered(context: Context, node: Node) -> dict[str, Any]:
@@ -132,41 +178,39 @@ def _answered(context: Context, node: Node) -> dict[str, Any]:
     config = context.config.evaluate
     if "answers_aligned" not in node.inputs:
         return {"gra": None, "answers": None, "kl": None}
-    prompts = _prompts(context, node)
     aligned = read_answers(context, node.inputs["answers_aligned"])
+    prompts = _prompts(context, node, aligned)
     judged, figures, tables = {}, {}, []
     for name, role in BASELINES.items():
         baseline = read_answers(context, node.inputs[role])
-        rows = [(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
+        rows = [Answered(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
         gold = _gold(context, context.place(node).child(name), rows)
-        kept = [row for row in rows if row[0] in gold] if gold else rows
-        scores = [gold[row[0]] for row in kept] if gold else None
+        judged_rows = [row for row in rows if row.pair_id in gold] if gold else rows
+        scores = [gold[row.pair_id] for row in judged_rows] if gold else None
         ours, theirs = zip(*scores, strict=True) if scores else (None, None)
         judged[name] = gra(ours or [], theirs or []).as_dict() if gold is not None else None
-        lengths = [(len(after), len(before)) for _, _, before, after in kept]
-        figures[name] = answer_figures(
-            [length[0] for length in lengths], [length[1] for length in lengths], ours, theirs
-        ).as_dict()
-        tables.append(_answer_table(name, kept, scores))
+        answers = [
+            JudgedAnswer(
+                row.pair_id,
+                content_hash(row.prompt.text),
+                name,
+                len(row.after),
+                len(row.before),
+                *(scores[k] if scores else (None, None)),
+            )
+            for k, row in enumerate(judged_rows)
+        ]
+        lengths = [each.length for each in answers], [each.baseline_length for each in answers]
+        figures[name] = answer_figures(*lengths, ours, theirs).as_dict()
+        tables.append(table_of(answers, JUDGED_SCHEMA))
     context.place(node).create_table(ANSWERS, pa.concat_tables(tables))
     kl = kl_divergence(context, node, prompts) if config.kl else None
     return {"gra": None if gold is None else judged, "answers": figures, "kl": kl}
 
 
-def _answer_table(name: str, rows: Answered, scores: list[tuple[float, float]] | None) -> pa.Table:
-    columns = {
-        "pair_id": [row[0] for row in rows],
-        "prompt": [content_hash(row[1].text) for row in rows],
-        "against": [name] * len(rows),
-        "length": [len(row[3]) for row in rows],
-        "baseline_length": [len(row[2]) for row in rows],
-        "gold": [score[0] for score in scores] if scores else [None] * len(rows),
-        "baseline_gold": [score[1] for score in scores] if scores else [None] * len(rows),
-    }
-    return pa.table(columns, schema=JUDGED_SCHEMA)
-
-
-def _gold(context: Context, store: Store, rows: Answered) -> dict[str, tuple[float, float]] | None:
+def _gold(
+    context: Context, store: Store, rows: Sequence[Answered]
+) -> dict[str, tuple[float, float]] | None:
     """Gold scores (aligned, baseline) by pair id; None without a gold model or function."""
     config = context.config.evaluate
     if config.gold_model is not None:
@@ -176,17 +220,18 @@ def _gold(context: Context, store: Store, rows: Answered) -> dict[str, tuple[flo
     return None
 
 
-def _score_by_function(name: str, rows: Answered) -> dict[str, tuple[float, float]]:
+def _score_by_function(name: str, rows: Sequence[Answered]) -> dict[str, tuple[float, float]]:
     """Gold scores (aligned, baseline) by a rule."""
     score = load_function(name)
+    asked = [plain_text(row.prompt.text) for row in rows]
     return {
-        pair_id: (score(plain_text(prompt.text), after), score(plain_text(prompt.text), before))
-        for pair_id, prompt, before, after in rows
+        row.pair_id: (score(text, row.after), score(text, row.before))
+        for row, text in zip(rows, asked, strict=True)
     }
 
 
 def _score_by_model(
-    context: Context, store: Store, rows: Answered
+    context: Context, store: Store, rows: Sequence[Answered]
 ) -> dict[str, tuple[float, float]]:
     """Gold scores (aligned, baseline) by a reward model, on the pipeline that annotates.
 
@@ -208,18 +253,19 @@ def _score_by_model(
     run_shards(
         job, PoolConfig.model_validate(config.model_dump(include=set(PoolConfig.model_fields)))
     )
-    scores = [
-        row
-        for index in range(shards)
-        for row in read_records(store, part("scores", index), SCORE_SCHEMA).to_pylist()
-    ]
-    return {row["pair_id"]: (row["score_b"], row["score_a"]) for row in scores}
-
-
-def _prompts(context: Context, node: Node) -> dict[str, Prompt]:
-    store, columns = context.place(node.inputs["prepare"]), ["pair_id", "prompt", "tools"]
     return {
-        row["pair_id"]: Prompt(row["prompt"], row["tools"])
+        score.pair_id: (score.score_b, score.score_a)
+        for index in range(shards)
+        for score in read_rows(store, part("scores", index), Score, SCORE_SCHEMA)
+    }
+
+
+def _prompts(context: Context, node: Node, answered: Container[str]) -> dict[str, Prompt]:
+    """Of the pairs whose prompts were answered."""
+    store = context.prepared(node)
+    return {
+        pair.pair_id: Prompt(pair.prompt, pair.tools)
         for index in range(context.shards(node))
-        for row in pair_rows(read_pairs(store, part("pairs", index), columns))
+        for pair in read_pairs(store, part("pairs", index))
+        if pair.pair_id in answered
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,12 +14,11 @@ from cwpo_dist.lm.encoder import Asked, Encoder
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.pairs.records import TEXTS, read_pairs
-from cwpo_dist.pairs.splits import VOTES
-from cwpo_dist.pairs.stored import pair_rows
+from cwpo_dist.pairs.chosen import chosen_first
+from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node
-from cwpo_dist.runs.held_out_pairs import WatchedPairs, watched_pairs
+from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.training.group import TrainSpec, train
@@ -39,7 +39,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         by_votes=node.settings["labels"] == "votes",
         most=context.config.prepare.max_reject_fraction,
     )
-    watched = watched_pairs(context, node, context.config.fit)
+    held_out = held_out_pairs(context, node, context.config.fit)
     spec = TrainSpec(
         name="fit",
         store=context.place(node),
@@ -49,7 +49,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         model=weak,
         head="scores",
         make_task=task,
-        make_held_out=replace(task, most=1.0, watched=watched),
+        make_held_out=replace(task, most=1.0, held_out=held_out),
     )
     return train(spec)
 
@@ -64,7 +64,7 @@ class LabelledPairs:
         model: whose lengths and template apply.
         by_votes: learn the share of people that chose an answer, where there are votes; ties, too.
         most: the share of them that it may be unable to read (`prepare.max_reject_fraction`).
-        watched: the held-out pairs to load instead; None: what is trained on.
+        held_out: the pairs to load instead; None: what is trained on.
     """
 
     pairs: Store
@@ -72,7 +72,7 @@ class LabelledPairs:
     model: ModelConfig
     by_votes: bool = False
     most: float = 1.0
-    watched: WatchedPairs | None = None
+    held_out: HeldOutPairs | None = None
 
     def __call__(self, encoder: Encoder) -> BradleyTerry:
         """Tokens of every labelled pair that can be read and fits, the human's choice first.
@@ -81,7 +81,7 @@ class LabelledPairs:
             TaskError: when more than the share `most` of them cannot be read.
         """
         labelled = self._labelled()
-        if labelled and isinstance(labelled[0]["prompt"], str):
+        if labelled and isinstance(labelled[0].prompt, str):
             encoder.travel_as_text()
         found = encode_pairs(encoder, self.model, [_chosen_first(pair) for pair in labelled])
         read = [
@@ -93,7 +93,7 @@ class LabelledPairs:
         if shares is not None:
             soft = sum(share not in (0.0, 1.0) for share in shares)
             logger.info("fit: of %d pairs %d are learned as a share of votes", len(read), soft)
-        rows, names = [row for _, row in read], [pair["pair_id"] for pair, _ in read]
+        rows, names = [row for _, row in read], [pair.pair_id for pair, _ in read]
         return BradleyTerry(rows, names, shares, left_out=faults)
 
     def _tell(self, pairs: int, faults: Counter[str]) -> None:
@@ -109,30 +109,31 @@ class LabelledPairs:
                 "writes them, or raise it"
             )
 
-    def _labelled(self) -> list[dict[str, Any]]:
-        columns = ["pair_id", *TEXTS, "tools", "split", "label", "tie", *VOTES]
-        tables = [read_pairs(self.pairs, part("pairs", k), columns) for k in range(self.shards)]
-        rows = [row for table in tables for row in pair_rows(table)]
-        if self.watched is not None:
-            watched = self.watched.labels()
-            return [row for row in rows if row["pair_id"] in watched]
+    def _labelled(self) -> list[Pair]:
+        if self.held_out is not None:
+            labels = self.held_out.labels
+            pairs = itertools.chain.from_iterable(map(self._shard, labels))
+            names = {pair_id for of_shard in labels.values() for pair_id in of_shard}
+            return [pair for pair in pairs if pair.pair_id in names]
         return [
-            row
-            for row in rows
-            if row["split"] == "labelled"
-            and (row["label"] is not None or (self.by_votes and row["tie"]))
+            pair
+            for index in range(self.shards)
+            for pair in self._shard(index)
+            if pair.split == "labelled" and (pair.label is not None or (self.by_votes and pair.tie))
         ]
 
+    def _shard(self, index: int) -> list[Pair]:
+        return read_pairs(self.pairs, part("pairs", index))
 
-def _chosen_first(pair: dict[str, Any]) -> Asked:
+
+def _chosen_first(pair: Pair) -> Asked:
     """The answers, people's choice first; of a tie in their own order."""
-    answers = (pair["response_a"], pair["response_b"])
-    return Asked(pair["prompt"], answers[::-1] if pair["label"] == "b" else answers, pair["tools"])
+    return Asked(pair.prompt, chosen_first(pair.label, *pair.answers), pair.tools)
 
 
-def _first_share(pair: dict[str, Any]) -> float:
+def _first_share(pair: Pair) -> float:
     """The share of people that prefer the answer that is put first; half in a tie without votes."""
-    share = people_share(pair["label"], *(pair[name] for name in VOTES))
+    share = people_share(pair.told)
     if share is None:  # without a label only ties are in the labelled part
         return 0.5
-    return 1 - share if pair["label"] == "b" else share
+    return chosen_first(pair.label, share, 1 - share)[0]

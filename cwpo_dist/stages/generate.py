@@ -5,15 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
 from cwpo_dist.config import PoolConfig
-from cwpo_dist.pairs.records import PROMPT_SCHEMA
+from cwpo_dist.pairs.records import PROMPT_SCHEMA, PromptTokens, table_of
+from cwpo_dist.pairs.stored import read_judgements
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.graph import Node
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, read_tokens
+from cwpo_dist.scoring.scorers import AnswerWorker, read_tokens
 
 
 def run(context: Context, node: Node) -> dict[str, Any]:
@@ -24,8 +23,7 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     size = settings["generation_batch_size"]
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     for index, batch in enumerate(batches):
-        table = pa.Table.from_pylist(batch, schema=PROMPT_SCHEMA)
-        output.create_table(part("prompts", index), table)
+        output.create_table(part("prompts", index), table_of(batch, PROMPT_SCHEMA))
     sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
     job = ShardJob(
         name="answers",
@@ -40,17 +38,17 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     return run_shards(job, pool)
 
 
-def _prompts(context: Context, node: Node) -> list[dict[str, Any]]:
+def _prompts(context: Context, node: Node) -> list[PromptTokens]:
     """The first `num_prompts` distinct prompts of the split; ids are hashes, so any sample."""
     tokens = context.place(node.inputs["tokens"])
-    pairs = PairsIn(context.pairs(node).store, (node.settings["split"],))
+    pairs, split = context.prepared(node), node.settings["split"]
     seen: dict[tuple[int, ...], str] = {}
     for index in range(context.shards(node)):
         rows = read_tokens(tokens, index)
-        for pair in pairs.read(index):
-            if pair["pair_id"] in rows:
-                seen.setdefault(tuple(rows[pair["pair_id"]].prompt), pair["pair_id"])
+        for pair in read_judgements(pairs, part("pairs", index)):
+            if pair.split == split and pair.pair_id in rows:
+                seen.setdefault(tuple(rows[pair.pair_id].prompt), pair.pair_id)
         if len(seen) >= node.settings["num_prompts"]:
             break
     chosen = list(seen.items())[: node.settings["num_prompts"]]
-    return [{"pair_id": pair_id, "tokens": list(prompt)} for prompt, pair_id in chosen]
+    return [PromptTokens(pair_id, list(prompt)) for prompt, pair_id in chosen]

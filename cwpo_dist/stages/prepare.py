@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs import buckets, cutting, kept_columns, numbers
 from cwpo_dist.pairs.buckets import BucketSummary, Shards, Work
 from cwpo_dist.pairs.listing import LeftOut
@@ -80,9 +81,9 @@ def prepare(
             logger.warning("prepare: %s. Another command may have ended this stage", error)
             time.sleep(_PAUSE_S)
         if store.exists(MANIFEST):
-            counts: dict[str, Any] = store.read_json(MANIFEST)["counts"]
+            counts = Manifest.read(store).counts
             clear(store)
-            return counts
+            return dict(counts)
     raise missing
 
 

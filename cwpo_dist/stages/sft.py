@@ -7,11 +7,12 @@ from typing import Any
 
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.pairs.labels import DECIDES, LabelSource, decide
+from cwpo_dist.pairs.chosen import Label, chosen_first
+from cwpo_dist.pairs.labels import LabelSource, decide
 from cwpo_dist.runs.annotations import Annotated, annotated, label_source
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.graph import Node
-from cwpo_dist.runs.held_out_pairs import WatchedPairs, watched_pairs
+from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.storage import Store
 from cwpo_dist.training.group import TrainSpec, train
@@ -38,8 +39,8 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         model=policy,
         head="logps",
         make_task=chosen,
-        make_held_out=WatchedAnswers(
-            context.place(node.inputs["tokens"]), watched_pairs(context, node, config)
+        make_held_out=HeldOutAnswers(
+            context.place(node.inputs["tokens"]), held_out_pairs(context, node, config)
         ),
     )
     return train(spec)
@@ -66,37 +67,40 @@ class ChosenAnswers:
         rows: list[Row] = []
         names: list[str] = []
         for index in range(self.annotated.shards):
-            pairs = self.annotated.rows(index, [*DECIDES])
+            pairs = self.annotated.judgements(index)
             opinions, _ = self.annotated.opinions(index)
             tokens = read_tokens(self.tokens, index)
             for pair_id, decision in decide(pairs, opinions, self.labels, self.splits).items():
                 if pair_id in tokens:
                     row = tokens[pair_id]
-                    chosen = row.answers["ab".index(decision.label)]
-                    rows.append(Row(row.prompt, (chosen,)))
+                    rows.append(_chosen(row, decision.label))
                     names.append(pair_id)
         return Sft(rows, names)
 
 
 @dataclass(frozen=True)
-class WatchedAnswers:
+class HeldOutAnswers:
     """Loads the answers that people chose of the pairs by which training is followed.
 
     Attributes:
         tokens: the output folder of `tokens`.
-        watched: which pairs they are.
+        held_out: which pairs they are.
     """
 
     tokens: Store
-    watched: WatchedPairs
+    held_out: HeldOutPairs
 
     def __call__(self, encoder: Encoder) -> Sft:
         """Tokens of those that fit the policy."""
-        labels = self.watched.labels()
         found = {
-            pair_id: Row(row.prompt, (row.answers["ab".index(labels[pair_id])],))
-            for index in range(self.watched.shards)
+            pair_id: _chosen(row, labels[pair_id])
+            for index, labels in self.held_out.labels.items()
             for pair_id, row in read_tokens(self.tokens, index).items()
             if pair_id in labels
         }
         return Sft(list(found.values()), list(found))
+
+
+def _chosen(row: Row, label: Label) -> Row:
+    """A pair's prompt with the chosen answer alone."""
+    return Row(row.prompt, chosen_first(label, *row.answers)[:1])

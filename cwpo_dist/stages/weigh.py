@@ -7,28 +7,27 @@ last pair of the top share, and the mean weight.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 
 from cwpo_dist.evaluation.shares import Floats
-from cwpo_dist.pairs.labels import DECIDES, Decision, LabelSource, Opinion, decide
+from cwpo_dist.pairs.chosen import chosen_first
+from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
 from cwpo_dist.pairs.numbers import Own
-from cwpo_dist.pairs.records import TEXTS, Kind, kind_of, preference_schema, read_pairs
-from cwpo_dist.pairs.stored import pair_rows, preference_table
+from cwpo_dist.pairs.records import Kind, rows_of, table_of
+from cwpo_dist.pairs.stored import Pair, Preference, preference_schema, preference_table
 from cwpo_dist.runs.annotations import (
-    TASK_CPUS,
     Annotated,
     annotated,
-    are_few,
     gather,
     label_source,
     own_kind,
@@ -42,6 +41,7 @@ from cwpo_dist.weighting import Selection, confidence, last_of_top, margin_of, s
 
 CONFIDENCES = pa.schema([("pair_id", pa.string()), ("confidence", pa.float64())])
 WEIGHTS = pa.schema([("shard", pa.int64()), ("weight", pa.float64()), ("pairs", pa.int64())])
+WRITTEN = pa.schema([("shard", pa.int64()), ("refused", pa.string()), ("counts", pa.string())])
 
 logger = logging.getLogger(__name__)
 
@@ -109,53 +109,53 @@ class Shards:
         decisions = self._decided(index)
         numbers = self._numbers(decisions)
         sure = zip(decisions, numbers.confidence.tolist(), strict=True)
-        kept = numbers.weight[[selection.keeps(value, pair_id) for pair_id, value in sure]]
-        row = {"shard": [index], "weight": [math.fsum(kept)], "pairs": [len(kept)]}
+        selected = numbers.weight[[selection.selects(value, pair_id) for pair_id, value in sure]]
+        row = {"shard": [index], "weight": [math.fsum(selected)], "pairs": [len(selected)]}
         return pa.table(row, schema=WEIGHTS)
 
     def _decided(self, index: int) -> dict[str, Decision]:
         opinions, _ = self.annotated.opinions(index)
-        return decide(self.annotated.rows(index, [*DECIDES]), opinions, self.labels, self.splits)
+        return decide(self.annotated.judgements(index), opinions, self.labels, self.splits)
 
-    def write(self, selection: Selection, row: dict[str, Any]) -> dict[str, Any]:
-        """Writes one shard's preferences; its counts, and what storage had against it.
+    def write(self, selection: Selection, index: int) -> pa.Table:
+        """Writes one shard's preferences; says what was counted, and what storage had against it.
 
         A shard that was committed before is not weighed again: its file carries its counts.
         """
-        index = int(row["shard"])
         name, refused = part("preferences", index), ""
         if self.output.exists(name):
-            return {"shard": index, "refused": "", **read_counts(self.output, name)}
-        table, counts = self._weighed(index, selection)
-        try:
-            self.output.create_table(name, counted(table, counts))
-        except StorageError as error:  # handed on as a value: Ray would wrap it in its own
-            refused = str(error)
-        return {"shard": index, "refused": refused, **counts}
+            counts = read_counts(self.output, name)
+        else:
+            table, counts = self._weighed(index, selection)
+            try:
+                self.output.create_table(name, counted(table, counts))
+            except StorageError as error:  # handed on as a value: Ray would wrap it in its own
+                refused = str(error)
+        return table_of([_Written(index, refused, json.dumps(counts))], WRITTEN)
 
     def _weighed(self, index: int, selection: Selection) -> tuple[pa.Table, dict[str, float]]:
         """The preferences of one shard, and numbers that add up over all of them."""
-        columns = [*DECIDES, *TEXTS, "tools"]
-        pairs = read_pairs(self.annotated.pairs, part("pairs", index), columns)
-        rows, (opinions, alone) = pair_rows(pairs), self.annotated.opinions(index)
-        decisions = decide(rows, opinions, self.labels, self.splits)
+        pairs = self.annotated.read(index)
+        opinions, alone = self.annotated.opinions(index)
+        decisions = decide(pairs, opinions, self.labels, self.splits)
         numbers = dict(zip(decisions, self._numbers(decisions).rows(), strict=True))
-        kept = list(self._preferences(rows, decisions, numbers, selection))
-        wanted = {pair["pair_id"]: pair for pair in rows if pair["split"] in self.splits}
+        selected = list(self._preferences(pairs, decisions, numbers, selection))
+        of_splits = {pair.pair_id: pair for pair in pairs if pair.split in self.splits}
         counts = self._counts(decisions, opinions or {}, numbers)
         counts |= {
-            "selected": len(kept),
-            "weight": math.fsum(numbers[row["pair_id"]].weight for row in kept),
-            "alone": len(wanted.keys() & alone),
+            "selected": len(selected),
+            "weight": math.fsum(numbers[each.pair_id].weight for each in selected),
+            "alone": len(of_splits.keys() & alone),
         }
         if self.own:
-            labels = {i: wanted[i]["label"] for i, d in decisions.items() if d.margin}
+            labels = {i: of_splits[i].label for i, d in decisions.items() if d.margin}
             against = (label not in {None, decisions[i].label} for i, label in labels.items())
-            counts |= {"without": len(wanted) - len(decisions), "against": sum(against)}
-        kind = kind_of(pairs)
-        if kind == "text" and self.messages:
-            kept, kind = [{**row, **_as_messages(row)} for row in kept], "conversational"
-        return preference_table(kept, self._schema(kind)), counts
+            counts |= {"without": len(of_splits) - len(decisions), "against": sum(against)}
+        is_text = all(isinstance(pair.prompt, str) for pair in pairs)
+        if is_text and self.messages:
+            selected = [each.as_messages() for each in selected]
+        kind: Kind = "text" if is_text and not self.messages else "conversational"
+        return preference_table(selected, self._schema(kind)), counts
 
     def _schema(self, kind: Kind) -> pa.Schema:
         more = set(self.message_keys)
@@ -163,35 +163,32 @@ class Shards:
 
     def _preferences(
         self,
-        pairs: list[dict[str, Any]],
+        pairs: list[Pair],
         decisions: dict[str, Decision],
         numbers: dict[str, _Number],
         selection: Selection,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[Preference]:
         """The pairs that selection keeps, in the order of the shard."""
         for pair in pairs:
-            pair_id = pair["pair_id"]
-            if pair_id not in decisions:
+            if pair.pair_id not in decisions:
                 continue
-            decision, number = decisions[pair_id], numbers[pair_id]
-            if not selection.keeps(number.confidence, pair_id):
+            decision, number = decisions[pair.pair_id], numbers[pair.pair_id]
+            if not selection.selects(number.confidence, pair.pair_id):
                 continue
-            a, b = pair["response_a"], pair["response_b"]
-            chosen, rejected = (a, b) if decision.label == "a" else (b, a)
-            scored = number.margin is not None
-            yield {
-                "pair_id": pair_id,
-                "prompt": pair["prompt"],
-                "chosen": chosen,
-                "rejected": rejected,
-                "tools": pair["tools"],
-                "label": decision.label,
-                "margin": number.margin,
-                "disagreement": decision.disagreement,
-                "probability": _probability(number.margin),
-                "confidence": number.confidence if scored else None,
-                "weight": number.weight / self.divisor,
-            }
+            chosen, rejected = chosen_first(decision.label, *pair.answers)
+            yield Preference(
+                pair.pair_id,
+                pair.prompt,
+                chosen,
+                rejected,
+                pair.tools,
+                decision.label,
+                margin=number.margin,
+                disagreement=decision.disagreement,
+                probability=_probability(number.margin),
+                confidence=None if number.margin is None else number.confidence,
+                weight=number.weight / self.divisor,
+            )
 
     def _numbers(self, decisions: dict[str, Decision]) -> _Numbers:
         """Of each decision; a human's choice counts as certain."""
@@ -233,10 +230,12 @@ class Shards:
         }
 
 
-def _as_messages(row: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
-    """Text as every other trainer renders it by the policy's template, too."""
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return {name: [{"role": role, "content": row[name]}] for name, role in roles.items()}
+class _Written(NamedTuple):
+    """Of one shard: its number, what storage had against its file ("": nothing), its counts."""
+
+    shard: int
+    refused: str
+    counts: str
 
 
 class _Number(NamedTuple):
@@ -307,18 +306,12 @@ def _write(shards: Shards, selection: Selection) -> Counter[str]:
     Raises:
         StorageError: when storage refuses a write.
     """
-    count, write = shards.annotated.shards, partial(shards.write, selection)
-    numbers = [{"shard": index} for index in range(count)]
-    if are_few(count):
-        done = [write(number) for number in numbers]
-    else:
-        tasks = ray.data.from_items(numbers, override_num_blocks=count)
-        done = tasks.map(write, num_cpus=TASK_CPUS).take_all()
+    found = gather(partial(shards.write, selection), shards.annotated.shards, WRITTEN)
     totals: Counter[str] = Counter()
-    for row in sorted(done, key=lambda row: int(row["shard"])):  # so that sums repeat to the bit
-        if row["refused"]:
-            raise StorageError(row["refused"])
-        totals.update({name: row[name] for name in row if name not in {"shard", "refused"}})
+    for written in sorted(rows_of(_Written, found)):  # by shard, so that sums repeat to the bit
+        if written.refused:
+            raise StorageError(written.refused)
+        totals.update(json.loads(written.counts))
     return totals
 
 

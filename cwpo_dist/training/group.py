@@ -34,6 +34,7 @@ from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import identify
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.storage import MANIFEST, Store, digest
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseToken
@@ -114,8 +115,7 @@ def _run(spec: Spec) -> dict[str, Any]:
     with Lease.acquire(store) as lease:
         token = lease.token
         if store.exists(MANIFEST):  # another driver has finished it since we looked
-            counts: dict[str, Any] = store.read_json(MANIFEST)["counts"]
-            return counts
+            return dict(Manifest.read(store).counts)
         if token.epoch > 1:
             logger.info("%s: lease number %d", store.uri, token.epoch)
         try:
