@@ -111,7 +111,7 @@ def trace(checkout: Path) -> dict[str, list[str]]:
     stages._check_placement = lambda num_cpus: None
     specs: list[Any] = []
     trained: Any = align
-    trained.train = lambda spec: specs.append(spec) or {}
+    trained.train = specs.append
     hops = Hops(checkout / "cwpo_dist", (MARK, "unlabelled-", "prompt unlabelled"))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "pairs.jsonl"
@@ -161,16 +161,14 @@ def row_accesses(tree: ast.AST) -> int:
     """Reads of a row by a string key."""
     count = 0
     for node in ast.walk(tree):
-        row, key = None, None
         match node:
-            case ast.Subscript(value=ast.Name(id=row), slice=ast.Constant(value=key)):
-                pass
+            case ast.Subscript(value=ast.Name(id=row), slice=ast.Constant(value=str())):
+                count += row in ROWS
             case ast.Call(
                 func=ast.Attribute(value=ast.Name(id=row), attr="get"),
-                args=[ast.Constant(value=key), *_],
+                args=[ast.Constant(value=str()), *_],
             ):
-                pass
-        count += row in ROWS and isinstance(key, str)
+                count += row in ROWS
     return count
 
 
