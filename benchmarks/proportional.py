@@ -20,12 +20,13 @@ from measure import environment, source
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution.run import execute
+from cwpo_dist.graph import graph
 from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node, graph
-from cwpo_dist.stages.align import weighted_pairs
+from cwpo_dist.runs.node import Node
+from cwpo_dist.stages.align import AlignSettings, weighted_pairs
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import Preference
 
@@ -66,7 +67,7 @@ def main() -> None:
     given = parser.parse_args()
     config = settings(given.model, given.output_dir)
     graphs = {arm: graph(config, arm) for arm in ARMS}
-    context = Context(config, Store(config.output_dir))
+    context = Context(Store(config.output_dir))
     connect()
     for nodes in graphs.values():
         for role, node in nodes.items():
@@ -88,12 +89,12 @@ def one(config: Config, nodes: dict[str, Node], seed: int, tokens: int) -> dict[
     task = loaded(config, nodes["align"])
     steps, seen = length(task, config.align.global_batch_size, seed, tokens)
     section = config.align.model_copy(update={"max_steps": steps})
-    seeded = config.model_copy(update={"seed": seed, "align": section})
-    context = Context(seeded, Store(config.output_dir))
-    changes = {"seed": seed, "max_steps": steps}
-    align = replace(nodes["align"], settings=nodes["align"].settings | changes)
-    aligned = replace(nodes["aligned"], inputs=nodes["aligned"].inputs | {"model": align})
-    judged = nodes["evaluate"].inputs | {"align": align, "aligned": aligned}
+    context = Context(Store(config.output_dir))
+    told = nodes["align"].settings
+    assert isinstance(told, AlignSettings)
+    align = replace(nodes["align"], settings=replace(told, config=section, seed=seed))
+    aligned = replace(nodes["aligned"], inputs={**nodes["aligned"].inputs, "model": align})
+    judged = {**nodes["evaluate"].inputs, "align": align, "aligned": aligned}
     evaluate = replace(nodes["evaluate"], inputs=judged)
     for node in (align, aligned, evaluate):
         execute(context, node)
@@ -111,11 +112,11 @@ def one(config: Config, nodes: dict[str, Node], seed: int, tokens: int) -> dict[
     }
 
 
-def loaded(config: Config, align: Node) -> Preference:
+def loaded(config: Config, align: Node[Any]) -> Preference:
     """The task as a worker builds it."""
     policy = config.policy
     assert policy is not None
-    pairs = weighted_pairs(Context(config, Store(config.output_dir)), align)
+    pairs = weighted_pairs(Context(Store(config.output_dir)), align)
     return pairs(Encoder(load_tokenizer(policy), policy.chat_template))
 
 

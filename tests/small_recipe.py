@@ -23,10 +23,11 @@ from tiny import save_tiny
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import run
+from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs import cutting, pieces, sources
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA, Score, table_of
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.node import Node
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.retries import ShardOutput
@@ -182,12 +183,12 @@ def stand_in_for_a_cluster() -> None:
 
 def nodes(config: Config) -> dict[str, Node]:
     """What is made, in order."""
-    return run.nodes_until(config, "cw", "align")
+    return nodes_until(config, "cw", "align")
 
 
 def drive(config: Config) -> None:
     """What `cwpo run` does with one arm, up to `align`."""
-    context = Context(config, Store(config.output_dir))
+    context = Context(Store(config.output_dir))
     context.root.sweep()
     for node in nodes(config).values():
         run.execute(context, node)

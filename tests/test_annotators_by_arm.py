@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from small_run import small_config
 from test_report import _annotator, _curve, sample_metrics
 
-from cwpo_dist.config.load import parse_config
+from cwpo_dist.config import Arm, Config
 from cwpo_dist.evaluation.annotators import HeldOut, annotator_figures
 from cwpo_dist.report.outputs import keys_table
 from cwpo_dist.report.page import render
 from cwpo_dist.report.summary import annotator_table, ensemble_table
 from cwpo_dist.results import collect, sample
+from cwpo_dist.runs.arms import weighting
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.node import Node, Settings
 from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.stages.weigh import WeighSettings
 from cwpo_dist.storage import MANIFEST, Store
+
+CONFIG = Config.model_validate({"output_dir": "run", "prepare": {"sources": [{"path": "x"}]}})
+
+
+@dataclass(frozen=True)
+class Prepared(Settings):
+    stage = "prepare"
+
+
+@dataclass(frozen=True)
+class Fitted(Settings):
+    stage = "fit"
+    seed: int
+
+
+@dataclass(frozen=True)
+class Annotated(Settings):
+    stage = "annotate"
+    scores = True
+
+
+@dataclass(frozen=True)
+class Implicit(Annotated):
+    stage = "implicit"
 
 
 def committed(context: Context, node: Node, counts: dict[str, Any]) -> Node:
@@ -33,21 +59,21 @@ def weighed(
     context: Context, scores: dict[str, Node], confidences: list[float], **settings: Any
 ) -> Node:
     """An output of `weigh` with these confidences."""
-    chosen = {"labels": "annotator", "temperature": None} | settings
+    arm = Arm.model_validate({"labels": "annotator"} | settings)
     told: dict[str, Any] = {"selected": len(confidences)}
-    told["mean_confidence"] = None if chosen["labels"] == "human" else fmean(confidences)
-    node = committed(context, Node("weigh", chosen, scores), told)
+    told["mean_confidence"] = None if arm.labels == "human" else fmean(confidences)
+    node = committed(context, Node(WeighSettings(weighting(CONFIG, arm), False, 0.0), scores), told)
     table = pa.table({"confidence": confidences})
     context.place(node).create_table(part("preferences", 0), table)
     return node
 
 
 def test_each_annotator_is_shown_once_by_the_arms_that_learn_from_it(tmp_path: Path) -> None:
-    context = Context(parse_config(small_config(tmp_path)), Store(str(tmp_path / "run")))
-    prepare = committed(context, Node("prepare", {}), {"shards": 1})
-    fit = Node("fit", {"seed": 5}, {"prepare": prepare})
-    fitted = Node("annotate", {}, {"prepare": prepare, "fit": fit})
-    implicit = Node("implicit", {}, {"prepare": prepare})
+    context = Context(Store(str(tmp_path / "run")))
+    prepare = committed(context, Node(Prepared()), {"shards": 1})
+    fit = Node(Fitted(5), {"prepare": prepare})
+    fitted = Node(Annotated(), {"prepare": prepare, "fit": fit})
+    implicit = Node(Implicit(), {"prepare": prepare})
     ours, theirs = {"prepare": prepare, "a": fitted}, {"prepare": prepare, "a": implicit}
     weighs = {
         "human": weighed(context, ours, [1.0], labels="human"),
@@ -67,7 +93,7 @@ def test_each_annotator_is_shown_once_by_the_arms_that_learn_from_it(tmp_path: P
         "annotator of top30, cw, cw_calibrated",
         "annotator of ws_dpo",
     ]
-    other = Node("annotate", {}, {"prepare": prepare, "fit": Node("fit", {"seed": 6})})
+    other = Node(Annotated(), {"prepare": prepare, "fit": Node(Fitted(6))})
     both = {"prepare": prepare, "a": fitted, "b": other}
     graphs = {"ensemble": {"prepare": prepare, "weigh": weighed(context, both, [0.3])}}
     nodes = {node.path: node for node in (fitted, other)}

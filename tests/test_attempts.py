@@ -15,7 +15,8 @@ from tiny import tiny_classifier, tiny_tokenizer
 from world import World
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.pairs.records import REJECT_SCHEMA, pair_schema
+from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.scoring import scorers
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import part
@@ -153,7 +154,7 @@ def test_a_prompt_that_cannot_be_answered_is_named_by_the_file_it_was_read_from(
 
     monkeypatch.setattr(scorers, "generate", answer)
     monkeypatch.setattr(generate, "run_shards", lambda job, pool: run_here(job))
-    generate.run(world.context.of(node), node)
+    generate.make(world.context, node)
     output = world.place("answers_base")
     (name,) = output.names("rejects")
     (reject,) = output.read_table(name).to_pylist()

@@ -205,10 +205,12 @@ def test_what_a_slower_driver_left_beside_committed_pairs_goes(tmp_path: Path) -
     """It was killed while it still wrote there, and the first one had committed."""
     write_inputs(tmp_path / "inputs")
     config = configured(tmp_path / "inputs", str(tmp_path / "run"))
-    context, node = Context(config, Store(config.output_dir)), nodes(config)["prepare"]
+    context, node = Context(Store(config.output_dir)), nodes(config)["prepare"]
     context.place(node).create_json(MANIFEST, {})
     context.place(node).create("work/buckets/00001.json", b"{}")
-    assert run.done(context, node)
+    assert context.done(node)
+    assert len(context.place(node).names()) == 2, "a question changes nothing"
+    run.execute(context, node)
     assert context.place(node).names() == [MANIFEST]
 
 

@@ -19,7 +19,7 @@ from tiny import save_tiny
 
 from cwpo_dist.config.load import load_config
 from cwpo_dist.execution import run as stages
-from cwpo_dist.execution.run import nodes_until
+from cwpo_dist.graph import nodes_until
 from cwpo_dist.runs.context import Context
 from cwpo_dist.scoring.pipeline import commit, part
 from cwpo_dist.scoring.retries import attempt
@@ -61,7 +61,7 @@ def test_a_node_dies_under_a_job_and_secrets_stay_secret(
     run, log = tmp_path / "run", tmp_path / "log"
     config = annotation(tmp_path, run)
     loaded = load_config(config)
-    context = Context(loaded, Store(loaded.output_dir))
+    context = Context(Store(loaded.output_dir))
     monkeypatch.setattr(stages, "device", lambda: "this one")  # else it asks Ray, and none is here
     stages.execute(context, nodes_until(loaded, "cw", "prepare")["prepare"])
     job = cluster.submit("annotate", config, log, **SECRETS)

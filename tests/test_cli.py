@@ -21,10 +21,10 @@ from cwpo_dist.cli import app as cli
 from cwpo_dist.cli.jobs import plan_options
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.config.load import load_config
+from cwpo_dist.graph import prepare_node
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.results.export import ExportError, export
 from cwpo_dist.results.show import ShowError, show
-from cwpo_dist.runs.graph import prepare_node
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import MANIFEST, Store
 

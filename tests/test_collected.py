@@ -17,10 +17,13 @@ from cwpo_dist.config import Config
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import comparison
 from cwpo_dist.execution.side_by_side import Job
+from cwpo_dist.graph import graph
 from cwpo_dist.report.cells import Table
 from cwpo_dist.report.comparison_page import FIGURES
 from cwpo_dist.report.outcomes import verdicts
 from cwpo_dist.report.trial_tables import tables
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.node import Node
 from cwpo_dist.stages.evaluate import ANSWERS, ITEM_SCHEMA, ITEMS, JUDGED_SCHEMA
 from cwpo_dist.storage import MANIFEST, Store
 
@@ -61,18 +64,17 @@ def _metrics(arm: str, accuracy: float) -> dict[str, Any]:
     }
 
 
-def lay(job: Job) -> None:
-    """The output of one job: its manifest, and of `evaluate` its figures."""
-    arm, rate = job.config.arms[0], job.config.align.learning_rate
-    store = job.context.place(job.node)
+def lay(config: Config, node: Node, store: Store) -> None:
+    """An output of a run: its manifest, and of `evaluate` its figures."""
+    arm, rate = config.arms[0], config.align.learning_rate
     counts = {"mean_weight": COUNTS[arm], "rows": 11, "steps": 7, "last": {"loss": 0.3}}
-    if job.node.stage == "sft":
+    if node.stage == "sft":
         counts |= {"last": {"loss": 2.5}}
     manifest = {"counts": counts, "device": "cpu", "device_hours": 0.5}
     store.create_json(MANIFEST, manifest)
-    if job.node.stage != "evaluate":
+    if node.stage != "evaluate":
         return
-    if job.config.evaluate.split == "validation":
+    if config.evaluate.split == "validation":
         store.create_json("metrics.json", _metrics(arm, 0.9 if rate == BEST[arm] else 0.7))
         return
     right = rate == BEST[arm]  # with another rate than the best everything would be lost
@@ -119,13 +121,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
     )
 
-    def made(jobs: list[Job]) -> None:
-        for job in jobs:
-            if not job.context.done(job.node):
-                lay(job)
+    def made(run: Config, arm: str) -> list[Job]:
+        context = Context(Store(run.output_dir))
+        for node in graph(run, arm).values():
+            if not context.done(node):
+                lay(run, node, context.place(node))
+        return []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "make_all", made)
+        patch.setattr(comparison, "_jobs", made)
         patch.setattr(comparison, "check_trials", lambda config, chosen: None)
         patch.setattr(comparison, "_single_runs", lambda config, runs: {})
         comparison.compare(config)

@@ -21,6 +21,7 @@ from cwpo_dist.evaluation.answers import answer_figures, length_controlled, won
 from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired, student
 from cwpo_dist.execution import comparison
 from cwpo_dist.execution.comparison import compare
+from cwpo_dist.graph import graph
 from cwpo_dist.pairs.buckets import Shards, turned_labels
 from cwpo_dist.placement import Machine
 from cwpo_dist.planning.fleet import Fleet
@@ -30,7 +31,7 @@ from cwpo_dist.report.comparison_page import (
 )
 from cwpo_dist.runs.checks import check_trials
 from cwpo_dist.runs.context import Context, ScoresIn, read_log_probs
-from cwpo_dist.runs.graph import graph, members
+from cwpo_dist.runs.node import members
 from cwpo_dist.runs.sharing import need, share
 from cwpo_dist.runs.trials import baseline, names, planned, trials, tuning
 from cwpo_dist.storage import Store
@@ -299,9 +300,9 @@ def test_the_implicit_annotator_is_the_weak_model_after_sft_and_dpo(tmp_path: Pa
     (scores,) = members(ws["weigh"])
     assert scores.stage == "implicit"
     assert "fit" not in ws
-    assert ws["teacher_align"].settings["model"]["num_hidden_layers"] == 1
-    assert ws["teacher_align"].settings["learning_rate"] == made.fit.learning_rate
-    assert ws["teacher_sft"].settings["splits"] == ["labelled"]
+    assert ws["teacher_align"].settings.identity()["model"]["num_hidden_layers"] == 1
+    assert ws["teacher_align"].settings.identity()["learning_rate"] == made.fit.learning_rate
+    assert ws["teacher_sft"].settings.identity()["splits"] == ["labelled"]
     assert ws["prepare"].key == weak["prepare"].key
     assert ws["sft"].key != weak["sft"].key, "its labels are others"
     elsewhere = made.model_copy(update={"evaluate": EvaluateConfig(split="validation")})
@@ -316,9 +317,9 @@ def test_the_implicit_annotator_is_the_weak_model_after_sft_and_dpo(tmp_path: Pa
 def test_two_trainings_run_at_once_only_where_both_fit(tmp_path: Path) -> None:
     made = parse_config(small_config(tmp_path, fit__num_workers=3))
     fit = graph(made, "cw")["fit"]
-    assert need(made, fit, {"CPU": 8.0, "GPU": 0.0}) == {"CPU": 1.5, "GPU": 0.0}
-    assert need(made, fit, {"CPU": 8.0, "GPU": 4.0}) == {"CPU": 1.5, "GPU": 3.0}
-    alone = need(made, fit, {"CPU": 1.0, "GPU": 0.0})
+    assert need(fit, {"CPU": 8.0, "GPU": 0.0}) == {"CPU": 1.5, "GPU": 0.0}
+    assert need(fit, {"CPU": 8.0, "GPU": 4.0}) == {"CPU": 1.5, "GPU": 3.0}
+    alone = need(fit, {"CPU": 1.0, "GPU": 0.0})
     assert alone["CPU"] == 1.0, "more than all is waited for alone"
     assert share({"CPU": 1.5, "GPU": 3.0}, {"CPU": 6.0, "GPU": 4.0}) == 0.75
     assert share({"CPU": 0.5}, {"CPU": 0.0, "GPU": 0.0}) == 1.0, "a head without workers, as yet"
@@ -389,7 +390,7 @@ def test_the_implicit_annotator_labels_and_stages_run_side_by_side(
     assert trials(made)[1].arm == "ws_dpo"
     (scores,) = members(graph(run, "ws_dpo")["weigh"])
     nodes = graph(run, "ws_dpo")
-    context = Context(run, Store(run.output_dir))
+    context = Context(Store(run.output_dir))
     told = ScoresIn(context.place(scores), 0).read(0)
     after = read_log_probs(context.place(nodes["teacher_after"]), 0)
     before = read_log_probs(context.place(nodes["teacher_before"]), 0)

@@ -51,7 +51,7 @@ def trained(world: World, stage: Any, role: str, patch: pytest.MonkeyPatch) -> t
     specs: list[TrainSpec] = []
     patch.setattr(stage, "train", lambda spec: specs.append(spec) or {})
     node = world.node(role)
-    stage.run(world.context.of(node), node)
+    stage.make(world.context, node)
     (spec,) = specs
     assert spec.make_held_out is not None
     return spec.make_task(world.encoder), spec.make_held_out(world.encoder)
@@ -118,7 +118,7 @@ def test_align_puts_the_winner_first_with_its_reference_and_weight(
     world.score()
     world.tokenise()
     world.log_probs("reference", None, reference)
-    weigh.run(world.context, world.node("weigh"))
+    weigh.make(world.context, world.node("weigh"))
     task, held_out = trained(world, align, "align", monkeypatch)
     assert isinstance(task, Preference)
     assert isinstance(held_out, Preference)
@@ -159,7 +159,7 @@ def test_align_divides_by_the_sum_of_weights_that_is_asked_for(
     world.score()
     world.tokenise()
     world.log_probs("reference", None, reference)
-    weigh.run(world.context, world.node("weigh"))
+    weigh.make(world.context, world.node("weigh"))
     task, _ = trained(world, align, "align", monkeypatch)
     sure = [math.tanh(margin(k) / 2) for k in range(3)]
     scale = 1.0 if mean is None else sum(sure) / 3
@@ -171,7 +171,7 @@ def test_weigh_writes_the_winner_as_chosen(tmp_path) -> None:
     world = World(tmp_path, ["cw", "human"])
     world.score()
     for arm, decided in [("cw", annotators), ("human", people)]:
-        weigh.run(world.context, world.node("weigh", arm))
+        weigh.make(world.context, world.node("weigh", arm))
         store = world.place("weigh", arm)
         names = store.names("preferences")
         rows = pa.concat_tables([store.read_table(name) for name in names]).to_pylist()
@@ -185,7 +185,7 @@ def test_weigh_writes_the_winner_as_chosen(tmp_path) -> None:
 def test_a_selection_keeps_the_most_confident_pair(tmp_path) -> None:
     world = World(tmp_path, ["top30"])
     world.score()
-    weigh.run(world.context, world.node("weigh"))
+    weigh.make(world.context, world.node("weigh"))
     store = world.place("weigh")
     tables = [store.read_table(name) for name in store.names("preferences")]
     assert pa.concat_tables(tables)["pair_id"].to_pylist() == ["unlabelled-2"]
@@ -197,7 +197,7 @@ def test_the_weak_teacher_learns_from_labelled_winners_alone(tmp_path, monkeypat
     world.tokenise(role="teacher_tokens")
     world.log_probs("teacher_reference", None, reference)
     node = world.node("teacher_weigh")
-    weigh.run(world.context.of(node), node)
+    weigh.make(world.context, node)
     task, _ = trained(world, sft, "teacher_sft", monkeypatch)
     assert world.handed_on(task) == winners(people("labelled"))
     task, _ = trained(world, align, "teacher_align", monkeypatch)
@@ -213,7 +213,7 @@ def test_implicit_rewards_belong_to_their_own_answers(tmp_path) -> None:
         "teacher_after", None, lambda text: reference(text) + gain[text.partition(" ")[0]]
     )
     node = world.node("annotate")
-    implicit.run(world.context.of(node), node)
+    implicit.make(world.context, node)
     beta = world.config.align.beta
     for index, splits in enumerate(SHARDS):
         rows = world.place("annotate").read_table(part("scores", index)).to_pylist()

@@ -28,7 +28,7 @@ def test_evaluate_counts_a_rise_of_peoples_choice_as_right(tmp_path) -> None:
 
     world.log_probs("aligned", None, aligned)
     node = world.node("evaluate")
-    evaluate.run(world.context, node)
+    evaluate.make(world.context, node)
     metrics = world.place("evaluate").read_json("metrics.json")
     policy = metrics["policy"]["agreement"]
     assert (policy["correct"], policy["n"]) == (2, 3)
@@ -92,7 +92,7 @@ def _judged(world: World) -> None:
     _answers(world, ZS)
     world.log_probs("reference", None, reference)
     world.log_probs("aligned", None, reference)
-    evaluate.run(world.context, world.node("evaluate"))
+    evaluate.make(world.context, world.node("evaluate"))
     metrics = world.place("evaluate").read_json("metrics.json")
     found = {name: (of["wins"], of["losses"]) for name, of in metrics["gra"].items()}
     assert found == {"own_sft": (3, 0), "common": (1, 2)}

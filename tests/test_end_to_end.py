@@ -32,13 +32,14 @@ from cwpo_dist.config.load import load_config
 from cwpo_dist.execution import run as stages
 from cwpo_dist.execution.comparison import compare
 from cwpo_dist.execution.run import run
+from cwpo_dist.graph import graph
 from cwpo_dist.pairs.records import Prompt
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, render_comparison
 from cwpo_dist.results.export import export
 from cwpo_dist.results.show import show
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.divergence import kl_divergence
-from cwpo_dist.runs.graph import Node, graph
+from cwpo_dist.runs.node import Node
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
 from cwpo_dist.storage import MANIFEST, Store
@@ -59,7 +60,7 @@ def must_not_run(*_: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
+    monkeypatch.setattr(stages, "make", must_not_run)
 
 
 def overrides(folder: Path) -> list[str]:
@@ -107,7 +108,7 @@ def finished(compared: Config) -> Config:
     """A run of the same arms: all that it needs is there, and it has but to report."""
     config = compared.model_copy(update={"arms": ARMS})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, must_not_run))
+        patch.setattr(stages, "make", must_not_run)
         run(config)
     run(config.model_copy(update={"arms": ["weak"]}), until="weigh")
     return config
@@ -204,7 +205,7 @@ def test_figures_are_kept_item_by_item(finished: Config) -> None:
 
 
 def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None:
-    context, nodes = Context(finished, Store(finished.output_dir)), graph(finished, "cw")
+    context, nodes = Context(Store(finished.output_dir)), graph(finished, "cw")
     pairs = whole(place(finished, "prepare"), "pairs").to_pylist()
     prompts = {pair["pair_id"]: Prompt(pair["prompt"]) for pair in pairs}
     found = kl_divergence(context, nodes["evaluate"], prompts)

@@ -17,10 +17,10 @@ from cwpo_dist.cli.app import user_message
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.evaluation.calibration import fit_scale, fit_temperature
-from cwpo_dist.execution.run import nodes_until, run
+from cwpo_dist.execution.run import run
+from cwpo_dist.graph import graph, nodes_until
 from cwpo_dist.runs import annotations
 from cwpo_dist.runs.checks import weighing_faults
-from cwpo_dist.runs.graph import graph
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.weigh import Shards
 from cwpo_dist.storage import MANIFEST, StorageError, Store
@@ -122,7 +122,7 @@ def test_seeds_make_annotators_that_differ_by_nothing_else(folder: Path) -> None
     assert keys(plain, "fit") < keys(seeds, "fit")
     assert keys(plain, "annotate") < keys(seeds, "annotate")
     roles = list(nodes_until(seeds, "ensemble", "annotate"))
-    assert roles == ["prepare", "fit_0", "annotate_0", "fit_1", "annotate_1"]
+    assert roles == ["prepare", "fit_0", "fit_1", "annotate_0", "annotate_1"]
     assert list(nodes_until(seeds, "ensemble", "fit")) == ["prepare", "fit_0", "fit_1"]
 
 
@@ -141,7 +141,7 @@ def test_a_fitted_temperature_is_in_the_keys_that_it_decides(folder: Path) -> No
     assert several[0] == several[1] != several[2], "a mean's sign does"
     arms = {"arms": ["cw", "cw_calibrated"]}
     both = config_of(folder, [0], **arms)
-    settings = {arm: graph(both, arm)["weigh"].settings for arm in both.arms}
+    settings = {arm: graph(both, arm)["weigh"].settings.identity() for arm in both.arms}
     assert settings["cw"]["temperature"] is None
     assert settings["cw_calibrated"]["temperature"] == "fitted"
     assert "calibration_split" not in settings["cw"]
@@ -182,9 +182,9 @@ def test_what_the_annotator_learned_calibrates_nothing(folder: Path) -> None:
     (fault,) = weighing_faults(beside)  # a ready model may; the teacher has learned these labels
     assert fault.startswith("weigh.calibration_split: 'labelled' holds what the annotator is")
     scored = {arm: graph(beside, arm) for arm in beside.arms}
-    assert "labelled" in scored["cw"]["annotate"].settings["splits"]
+    assert "labelled" in scored["cw"]["annotate"].settings.identity()["splits"]
     for role in ("teacher_before", "teacher_after"):
-        assert "labelled" not in scored["ws_dpo"][role].settings["splits"]
+        assert "labelled" not in scored["ws_dpo"][role].settings.identity()["splits"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from cwpo_dist.planning.fleet import Fleet, fleet_notes, hours_lines, seconds, t
 from cwpo_dist.planning.plan import Plan, StagePlan, plan
 from cwpo_dist.planning.plan_table import print_plan
 from cwpo_dist.runs.checks import Checked
-from cwpo_dist.runs.graph import annotator_nodes, prepare_node
+from cwpo_dist.runs.stage import Scoring
 from cwpo_dist.storage import Store, parquet_bytes
 
 DEVICES = 2.0
@@ -105,10 +105,10 @@ def test_unlike_pools_annotate_each_at_its_own_rate(config: Config) -> None:
     annotate = config.annotate.model_copy(update={"pools": pools})
     mixed = config.model_copy(update={"annotate": annotate})
     rated = Fleet(rates={"L4": 4.0, "CPU": 1.0})
-    node = next(iter(annotator_nodes(mixed, prepare_node(mixed)).values()))
+    work = Scoring("", 700, "scores", "annotate.model", pool=annotate, passed=700)
     lengths = {"annotate.model": Lengths(1.0, 10.0, 6.0, 8.0)}
     estimate = Estimate(mixed, Census({}, {}, 0, True, ()), Checked({}, (), {}), lengths)
-    took = seconds(mixed, node, estimate, Cost("", tokens=7000), rated)
+    took = seconds(work, estimate, Cost("", tokens=7000), rated)
     assert took == pytest.approx(START_S["score"] + 700 / (1 * 4.0 + 3 * 1.0))
     (note,) = fleet_notes(mixed, Fleet(rates={"": 1.0 * mixed.prepare.rows_per_shard / 60}))
     assert note.startswith("annotate.pools: L4 and CPU are counted at one rate; better: --pairs-")

@@ -13,8 +13,8 @@ from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
-from cwpo_dist.execution.run import nodes_until
-from cwpo_dist.runs.graph import Node, graph, retry_manifest
+from cwpo_dist.graph import graph, nodes_until
+from cwpo_dist.runs.node import Node, retry_manifest
 from cwpo_dist.storage import Store
 
 
@@ -259,7 +259,7 @@ def test_models_sampled_from_have_seeds_of_their_own(folder: Path) -> None:
     for seed in (0, 1):
         config = with_model(folder, "policy", {"model_name_or_path": str(folder / "model")})
         made = graph(config.model_copy(update={"seed": seed}), "cw")
-        seeds += [made[role].settings["seed"] for role in roles]
+        seeds += [made[role].settings.identity()["seed"] for role in roles]
     assert len(set(seeds)) == 6
 
 
@@ -306,7 +306,7 @@ def test_a_ready_reward_model_scores_labelled_pairs_too_ours_not_what_it_learned
 
     def splits(annotate: dict[str, Any]) -> list[str]:
         made = nodes_until(parse_config(config | {"annotate": annotate}), "cw", "annotate")
-        return list(made["annotate"].settings["splits"])
+        return list(made["annotate"].settings.identity()["splits"])
 
     ready = {"model": {"model_name_or_path": str(folder / "model")}}
     assert splits(ready) == ["labelled", "test", "unlabelled", "validation"]

@@ -14,7 +14,8 @@ from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import parse_config
-from cwpo_dist.execution.run import nodes_until, run
+from cwpo_dist.execution.run import run
+from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs.records import SCORE_SCHEMA
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.runs.context import Context
@@ -112,7 +113,7 @@ def test_only_the_pairs_of_new_files_are_scored(tmp_path: Path) -> None:
 def files_to_reuse(config: Config) -> list[ScoreFile]:
     """What a run would copy scores from, its own output left out."""
     node = nodes_until(config, "cw", "annotate")["annotate"]
-    return list(earlier_scores(Context(config, Store(config.output_dir)), node).files)
+    return list(earlier_scores(Context(Store(config.output_dir)), node).files)
 
 
 def outputs(root: Path) -> list[Store]:

@@ -57,7 +57,7 @@ def test_tokens_and_log_probs_of_other_files_are_not_read(
     specs: list[Any] = []
     monkeypatch.setattr(stage, "train", lambda spec: specs.append(spec) or {})
     role = stage.__name__.rpartition(".")[2]
-    stage.run(world.context, world.node(role))
+    stage.make(world.context, world.node(role))
     world.place("tokens").remove(part("tokens", 0))
     world.place("reference").remove(part("reference", 0))
     held_out = specs[0].make_held_out(world.encoder)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from small_run import small_config, write_config
 
 from cwpo_dist.config.load import load_config
+from cwpo_dist.graph import graph
 from cwpo_dist.planning.plan import plan
-from cwpo_dist.runs.graph import graph
 
 COMMAND = [sys.executable, "-m", "cwpo_dist.cli"]
 PATIENCE_S = 240

@@ -15,6 +15,7 @@ import pytest
 from world import HIGHER, LABELS, World, answer, margin
 
 from cwpo_dist.evaluation.annotators import HeldOut
+from cwpo_dist.graph import graph
 from cwpo_dist.pairs.records import ANSWER_SCHEMA, REFERENCE_SCHEMA, Prompt
 from cwpo_dist.results import sample
 from cwpo_dist.runs import divergence
@@ -35,7 +36,7 @@ def test_without_a_reference_the_reward_is_of_a_tokens_mean(tmp_path: Path) -> N
     """By hand, pair by pair: the mean of the answer that people chose less that of the other."""
     world = World(tmp_path, ["human"], align={"loss_type": "simpo", "beta": 2.0})
     world.log_probs("aligned", None, logp)
-    evaluate.run(world.context, world.node("evaluate"))
+    evaluate.make(world.context, world.node("evaluate"))
     items = world.place("evaluate").read_table(evaluate.ITEMS).to_pylist()
     expected = {}
     for k in range(3):
@@ -62,7 +63,7 @@ def test_annotators_are_measured_on_test_and_calibrated_elsewhere(
         return {}
 
     monkeypatch.setattr(evaluate, "annotator_figures", figures)
-    evaluate.run(world.context, world.node("evaluate"))
+    evaluate.make(world.context, world.node("evaluate"))
     ((measured, calibrated, names, by_member),) = given
     assert (names, by_member) == (["seed 0"], True)
     _is_held_out(measured, "test")
@@ -71,7 +72,7 @@ def test_annotators_are_measured_on_test_and_calibrated_elsewhere(
     same.score()
     same.log_probs("reference", None, logp)
     same.log_probs("aligned", None, logp)
-    evaluate.run(same.context, same.node("evaluate"))
+    evaluate.make(same.context, same.node("evaluate"))
     measured, calibrated, _, by_member = given[1]
     _is_held_out(measured, "validation")
     assert calibrated is None, "temperatures are never fitted to what is measured"
@@ -91,19 +92,40 @@ def test_answers_are_sampled_to_prompts_of_the_judged_split(
         ("answers_aligned", "align"),
     ):
         node = world.node(role)
-        generate.run(world.context, node)
+        generate.make(world.context, node)
         store = world.place(role)
         rows = [row for n in store.names("prompts") for row in store.read_table(n).to_pylist()]
         assert [row["pair_id"] for row in rows] == ["test-0", "test-1"]
         texts = [world.encoder.tokenizer.decode(row["tokens"]) for row in rows]
         assert all(f"prompt test {k}: " in text for k, text in enumerate(texts))
-        _, model, sampling = jobs[-1].make_worker.args  # type: ignore[attr-defined]  # a partial
+        _, model, sampling, _ = jobs[-1].make_worker.args  # type: ignore[attr-defined]  # a partial
         policy = world.config.policy
         assert policy is not None
         place = world.place(trained).child("model").uri if trained else None
         assert model.model_name_or_path == (place or policy.model_name_or_path)
-        assert sampling["seed"] == node.settings["seed"]
+        assert sampling["seed"] == node.settings.identity()["seed"]
         assert sampling["temperature"] == 0.7
+
+
+def test_a_resumed_sampling_keeps_its_files_under_another_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard is the prompts of its first file; how many are answered at once is as told now."""
+    jobs: list[ShardJob] = []
+    monkeypatch.setattr(generate, "run_shards", lambda job, pool: jobs.append(job) or {})
+    files = []
+    world = World(tmp_path, ["human"], evaluate={"num_prompts": 3})
+    world.tokenise()
+    store = world.place("answers_base")
+    for size in (2, 1, 3):
+        changes = {"generation_batch_size": size}
+        evaluate = world.config.evaluate.model_copy(update=changes)
+        node = graph(world.config.model_copy(update={"evaluate": evaluate}), "human")
+        generate.make(world.context, node["answers_base"])
+        files.append([store.read_table(name).num_rows for name in store.names("prompts")])
+        assert jobs[-1].shards == 2
+        assert jobs[-1].make_worker.args[-1] == size  # type: ignore[attr-defined]  # a partial
+    assert files == [[2, 1]] * 3
 
 
 def _is_held_out(held: HeldOut, split: str) -> None:
@@ -145,7 +167,7 @@ def test_lengths_and_gold_scores_stand_on_their_side(tmp_path: Path) -> None:
     lay_answers(world, ANSWERS)
     world.log_probs("reference", None, logp)
     world.log_probs("aligned", None, logp)
-    evaluate.run(world.context, world.node("evaluate"))
+    evaluate.make(world.context, world.node("evaluate"))
     metrics = world.place("evaluate").read_json("metrics.json")
     ours = ANSWERS["answers_aligned"]
     for against, role in (("own_sft", "answers_sft"), ("common", "answers_base")):
@@ -191,7 +213,11 @@ def test_kl_is_of_the_aligned_models_answers_aligned_less_sft(
 
     monkeypatch.setattr(divergence, "run_shards", run_shards)
     prompts = {f"test-{k}": Prompt(f"prompt test {k}: ") for k in range(2)}
-    found = divergence.kl_divergence(world.context, world.node("evaluate"), prompts)
+    policy, pool = world.config.policy, world.config.reference
+    assert policy is not None
+    found = divergence.kl_divergence(
+        world.context, world.node("evaluate"), prompts, policy, pool, rows_a_shard=1024
+    )
     assert found == {"n": 2, "mean": 3.0, "error": 2.0}
     for role, trained in (("sft", "sft"), ("aligned", "align")):
         assert models[role] == world.place(trained).child("model").uri

@@ -18,16 +18,18 @@ from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import load_config, parse_config, to_yaml
+from cwpo_dist.graph import graph, nodes_until
 from cwpo_dist.pairs.records import SCORE_SCHEMA, pair_id
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.results.show import show
 from cwpo_dist.runs import annotations
+from cwpo_dist.runs.arms import needs_annotator
 from cwpo_dist.runs.checks import check
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import graph, needs_annotator, weighing_nodes
 from cwpo_dist.runs.own_numbers import OwnNumbersError
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import prepare, weigh
+from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.storage import MANIFEST, Store
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -48,11 +50,11 @@ def given(path: str, arm: str = "own", weigh: dict[str, Any] | None = None, **mo
 
 def prepared(config: Config) -> list[dict[str, Any]]:
     """The pairs, made here unless they are there."""
-    context = Context(config, Store(config.output_dir))
-    node = weighing_nodes(config, config.arms[0])["prepare"]
+    context = Context(Store(config.output_dir))
+    node = nodes_until(config, config.arms[0], "weigh")["prepare"]
     place = context.place(node)
     if not place.exists(MANIFEST):
-        made = {"versions": {}, "device": "cpu", "counts": prepare.run(context, node)}
+        made = {"versions": {}, "device": "cpu", "counts": prepare.make(context, node)}
         place.create_json(MANIFEST, made)
     return [pair for name in place.names("pairs") for pair in place.read_table(name).to_pylist()]
 
@@ -60,8 +62,8 @@ def prepared(config: Config) -> list[dict[str, Any]]:
 def weighed(config: Config, *scores: dict[str, float]) -> tuple[Preferences, dict[str, Any]]:
     """The preferences by prompt, and the counts; `scores` are annotators' margins by prompt."""
     prepared(config)
-    context = Context(config, Store(config.output_dir))
-    nodes = weighing_nodes(config, config.arms[0])
+    context = Context(Store(config.output_dir))
+    nodes = nodes_until(config, config.arms[0], "weigh")
     place = context.place(nodes["prepare"])
     annotators = [node for node in nodes.values() if node.stage == "annotate"]
     for node, margins in zip(annotators, scores, strict=True):
@@ -77,7 +79,7 @@ def weighed(config: Config, *scores: dict[str, float]) -> tuple[Preferences, dic
             context.place(node).create_table(
                 part("scores", index), pa.table(columns, schema=SCORE_SCHEMA)
             )
-    counts = weigh.run(context, nodes["weigh"])
+    counts = weigh.make(context, nodes["weigh"])
     store = context.place(nodes["weigh"])
     rows = [r for name in store.names("preferences") for r in store.read_table(name).to_pylist()]
     for each in rows:  # conversations of one message each
@@ -193,9 +195,9 @@ def test_a_run_that_ended_at_weigh_is_planned_and_reported(
     assert "1 of 40" in note
     assert "1 × copies of a pair with different numbers" in note
     prepared(config)
-    context = Context(config, Store(config.output_dir))
-    node = weighing_nodes(config, "own")["weigh"]
-    made = {"versions": {}, "device": "cpu", "counts": weigh.run(context, node)}
+    context = Context(Store(config.output_dir))
+    node = nodes_until(config, "own", "weigh")["weigh"]
+    made = {"versions": {}, "device": "cpu", "counts": weigh.make(context, node)}
     context.place(node).create_json(MANIFEST, made)
     page = Path(show([config.output_dir]))
     for text in (page.read_text(), capsys.readouterr().out):
@@ -243,7 +245,7 @@ def test_beside_an_annotator_own_numbers_are_one_more_of_an_ensemble(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """m̄ = (m₁ + m₂)/2 and s = |m₁ − m₂|/2, by hand; for a confidence m = ±2·atanh C."""
-    monkeypatch.setattr("cwpo_dist.runs.graph.model_fingerprint", lambda model: "none")
+    monkeypatch.setattr("cwpo_dist.runs.given_model.model_fingerprint", lambda model: "none")
     draw = np.random.default_rng(3)
     rows, own = [], {}
     for i in range(200):
@@ -280,15 +282,16 @@ def test_beside_an_annotator_own_numbers_are_one_more_of_an_ensemble(
 def test_only_own_scores_are_judged_by_labels_that_they_do_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cwpo_dist.runs.graph.model_fingerprint", lambda model: "none")
+    monkeypatch.setattr("cwpo_dist.runs.given_model.model_fingerprint", lambda model: "none")
     rows = numbered(60, confidence=0.5)
     config = given(write(tmp_path / "x.jsonl", rows), "cw", {"from": "both"})
     config = parse_config(config.model_dump(mode="json") | {"annotate": {"model": MODEL}})
     weighed(config, {f"prompt {i}": 1.0 for i in range(60)})
-    context = Context(config, Store(config.output_dir))
-    node = weighing_nodes(config, "cw")["weigh"]
-    assert len(annotations.raw(context, node).scores) == 2
-    assert len(annotations.raw(context, node, judged=True).scores) == 1
+    context = Context(Store(config.output_dir))
+    node = nodes_until(config, "cw", "weigh")["weigh"]
+    chooser = chooser_of(node)
+    assert len(annotations.raw(context, node, chooser).scores) == 2
+    assert len(annotations.raw(context, node, chooser, judged=True).scores) == 1
 
 
 @pytest.mark.parametrize(
@@ -307,11 +310,13 @@ def test_sft_and_evaluation_read_the_same_numbers_as_the_weights(
     config = given(write(tmp_path / "x.jsonl", numbered(40, **numbers)))
     config = parse_config(config.model_dump(mode="json") | policy)
     prepared(config)
-    context, nodes = Context(config, Store(config.output_dir)), graph(config, "own")
-    for stage in ("weigh", "sft"):
-        assert annotations.label_source(context, nodes[stage]) == labels
-    for stage in ("weigh", "sft", "evaluate"):
-        assert len(annotations.raw(context, nodes[stage]).scores) == members
+    context, nodes = Context(Store(config.output_dir)), graph(config, "own")
+    choosers = {name: nodes[name].settings.chooser for name in ("sft", "evaluate")}
+    choosers["weigh"] = chooser_of(nodes["weigh"])
+    assert len(set(choosers.values())) == 1
+    for stage, chooser in choosers.items():
+        assert annotations.label_source(context, nodes[stage], chooser) == labels
+        assert len(annotations.raw(context, nodes[stage], chooser).scores) == members
 
 
 SIX_LINES = """\

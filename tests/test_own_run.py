@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution.run import run
+from cwpo_dist.graph import graph
 from cwpo_dist.results.export import ExportError, export
-from cwpo_dist.runs.graph import graph
 from cwpo_dist.storage import MANIFEST, Store
 
 ARMS = ["own", "cw"]

@@ -15,13 +15,13 @@ from tiny import save_tiny
 
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
+from cwpo_dist.graph import prepare_node
 from cwpo_dist.lm.batches import total_steps
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.planning.plan_table import print_plan
 from cwpo_dist.runs import checks
 from cwpo_dist.runs.checks import Machine, check, pool_faults
 from cwpo_dist.runs.cluster import ClusterError
-from cwpo_dist.runs.graph import prepare_node
 from cwpo_dist.runs.training_checks import placement_faults, setting_faults
 from cwpo_dist.storage import MANIFEST, Store
 

@@ -13,7 +13,7 @@ from tiny import CHAT_TEMPLATE, save_tiny, tiny_classifier, tiny_tokenizer, word
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import parse_config
-from cwpo_dist.execution.run import STAGES, nodes_until
+from cwpo_dist.graph import STAGES, nodes_until
 from cwpo_dist.lm.loading import save
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.planning.plan import plan
@@ -85,9 +85,9 @@ def annotated(
     monkeypatch.setattr(annotate, "run_shards", here)
 
     def counts(config: Config) -> dict[str, Any]:
-        context = Context(config, Store(config.output_dir))
+        context = Context(Store(config.output_dir))
         for node in nodes_until(config, "cw", "annotate").values():
-            found = STAGES[node.stage](context, node)
+            found = STAGES[node.stage].make(context, node)
             context.place(node).create_json(MANIFEST, {"counts": found})
         return found
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 from world import World
 
+from cwpo_dist.graph import graph
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
-from cwpo_dist.runs.graph import graph
 from cwpo_dist.stages import weigh
 
 SIDES = ("chosen", "rejected")
@@ -43,7 +43,7 @@ def test_trl_gets_the_tokens_that_the_policy_gets(tmp_path: Path, template: str)
     """But for what a template writes behind EOS, where our rows end."""
     world = World(tmp_path, ["cw"], policy={"chat_template": template})
     world.score()
-    weigh.run(world.context, world.node("weigh"))
+    weigh.make(world.context, world.node("weigh"))
     world.tokenise()
     found = trls_tokens(world, tmp_path)
     assert len(found) == 3

@@ -12,8 +12,8 @@ from small_run import small_config
 
 from cwpo_dist.config import Config
 from cwpo_dist.execution.run import run
+from cwpo_dist.graph import graph
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA
-from cwpo_dist.runs.graph import graph
 from cwpo_dist.scoring.pipeline import committed_counts
 from cwpo_dist.storage import Store
 

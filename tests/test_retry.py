@@ -14,9 +14,9 @@ from tiny import tiny_classifier, tiny_tokenizer
 from cwpo_dist.cli.app import main
 from cwpo_dist.config import Config
 from cwpo_dist.execution.run import run
+from cwpo_dist.graph import graph
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.runs.context import ScoresIn
-from cwpo_dist.runs.graph import graph
 from cwpo_dist.storage import MANIFEST, Store
 
 SICK = [3, 13, 23, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39]  # those with the digit 3

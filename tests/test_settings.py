@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ import pytest
 from pydantic import BaseModel
 from tiny import save_tiny
 
-from cwpo_dist.config import ARMS, Config, PoolConfig
+import cwpo_dist
+from cwpo_dist.config import ARMS, Config, FitConfig, PoolConfig
 from cwpo_dist.config.load import parse_config
-from cwpo_dist.runs.graph import Node, graph, watched_split, weigh_settings
+from cwpo_dist.graph import graph
+from cwpo_dist.runs.arms import watched_split, weighting
+from cwpo_dist.runs.node import Node
 
 CONFIDENT = {"labels": "annotator", "weight_function": "confidence"}
 # What the README says of each arm, and what of it is not as it is for `weak`.
@@ -88,7 +92,7 @@ def with_value(given: dict[str, Any], field: str, value: Any) -> Config:
 
 
 def weighed(given: dict[str, Any], arm: str, **weigh: Any) -> dict[str, Any]:
-    return weigh_settings(with_value(given, "weigh", weigh), ARMS[arm])
+    return weighting(with_value(given, "weigh", weigh), ARMS[arm]).identity()
 
 
 def test_another_weight_function_is_for_arms_that_weigh(given: dict[str, Any]) -> None:
@@ -121,9 +125,9 @@ def test_another_normalization_is_for_every_arm(given: dict[str, Any]) -> None:
             changed = with_value(given, "align.weight_normalization", told)
             made = graph(changed.model_copy(update={"arms": [arm]}), arm)
             expected = "batch" if told == "batch" else "none"
-            assert made["align"].settings["weight_normalization"] == expected
+            assert made["align"].settings.identity()["weight_normalization"] == expected
             by_mean = (told or ARMS[arm].weight_normalization) == "dataset" and arm != "weak"
-            assert ("divided_by_mean" in made["weigh"].settings) == by_mean
+            assert ("divided_by_mean" in made["weigh"].settings.identity()) == by_mean
 
 
 def test_training_is_followed_on_validation_where_a_run_has_it(given: dict[str, Any]) -> None:
@@ -136,7 +140,9 @@ def test_training_is_followed_on_validation_where_a_run_has_it(given: dict[str, 
 
 
 def splits_of(config: Config, arm: str, role: str) -> list[str]:
-    return list(graph(config.model_copy(update={"arms": [arm]}), arm)[role].settings["splits"])
+    return list(
+        graph(config.model_copy(update={"arms": [arm]}), arm)[role].settings.identity()["splits"]
+    )
 
 
 def test_references_are_of_what_is_trained_on_measured_and_followed(given: dict[str, Any]) -> None:
@@ -169,8 +175,8 @@ def test_who_reads_the_policy_at_which_stage_of_its_training(given: dict[str, An
 
 def test_the_teachers_rewards_have_the_beta_of_the_run(given: dict[str, Any]) -> None:
     made = graph(with_value(given, "align.beta", 0.07), "ws_dpo")
-    assert made["teacher_align"].settings["beta"] == 0.07
-    assert made["annotate"].settings["beta"] == 0.07
+    assert made["teacher_align"].settings.identity()["beta"] == 0.07
+    assert made["annotate"].settings.identity()["beta"] == 0.07
 
 
 # Which settings say how and where work is done; every other one decides what comes out.
@@ -188,7 +194,7 @@ HOW = {
     "align": _TRAINING,
     "annotate": _POOL | {"max_reject_fraction"},
     "reference": _POOL | {"sharded"},
-    "evaluate": _POOL,
+    "evaluate": _POOL | {"generation_batch_size"},
 }
 # Not walked: what has tests of its own, and TRL's spelling of `global_batch_size`.
 ELSEWHERE = {
@@ -201,7 +207,7 @@ ELSEWHERE = {
 }
 _TOKENS = {"model_name_or_path", "revision", "chat_template", "template_date"}
 _TOKENS |= {"max_length", "over_length"}
-_SAMPLING = {"split", "num_prompts", "max_new_tokens", "temperature", "generation_batch_size"}
+_SAMPLING = {"split", "num_prompts", "max_new_tokens", "temperature"}
 # Values for settings whose other value their type does not tell.
 OTHER: dict[str, Any] = {
     "chat_template": "plain",
@@ -307,10 +313,44 @@ def ancestors(node: Node) -> set[str]:
     return {node.key}.union(*(ancestors(given) for given in node.inputs.values()))
 
 
+def unread(section: type[BaseModel]) -> set[str]:
+    """The fields of a section, and of those in it, that no code reads by name."""
+    package = Path(cwpo_dist.__file__).parent
+    trees = [ast.parse(file.read_text()) for file in package.rglob("*.py")]
+    read = {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    return {field for field in _fields(section) if field.rpartition(".")[2] not in read}
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for kind in _types(field.annotation):
+            if _is_section(kind):
+                yield from _fields(kind, f"{prefix}{name}.")
+
+
+def test_no_field_of_the_configuration_is_dead() -> None:
+    """A field in no key could act nowhere, and one in a key make work anew for nothing."""
+    by_text = {"a", "b", "tie", "none"}  # LabelColumn.values names them in a loop
+    assert unread(Config) <= {f"prepare.sources.columns.{name}" for name in by_text}
+
+    class WithDead(FitConfig):
+        compute_fields = FitConfig.compute_fields | {"how_nobody_asked"}
+        how_nobody_asked: int = 0
+        what_nobody_asked: int = 0
+
+    assert unread(WithDead) == {"how_nobody_asked", "what_nobody_asked"}
+
+
 def test_a_setting_changes_the_key_of_the_first_output_that_it_decides(
     given: dict[str, Any],
 ) -> None:
-    """And of no output before it; what says how or where work is done changes none."""
+    """And of no output before it; what says how or where work is done changes none, but is told."""
     given = with_value(given, "align.loss_type", "simpo").model_dump(mode="json")  # reads all
     before = graph(parse_config(given), "cw_calibrated")
     wrong, seen = [], 0
@@ -322,6 +362,8 @@ def test_a_setting_changes_the_key_of_the_first_output_that_it_decides(
         seen += 1
         if name in HOW.get(section, set()):
             wrong += [f"{field} = {value}: {changed} changed"] if changed else []
+            if all(after[role].settings == node.settings for role, node in before.items()):
+                wrong.append(f"{field} = {value}: reaches no stage")
             continue
         first = first_of(field)
         above = ancestors(before[first]) - {before[first].key}

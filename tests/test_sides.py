@@ -12,9 +12,9 @@ import pytest
 from prepared import Rows, pairs, write
 
 from cwpo_dist.config.load import parse_config
+from cwpo_dist.graph import prepare_node
 from cwpo_dist.pairs.records import unit_hash
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import prepare_node
 from cwpo_dist.stages import prepare
 from cwpo_dist.storage import MANIFEST, Store
 
@@ -42,8 +42,8 @@ def prepared(tmp_path: Path, in_process: None) -> Rows:
             | SHARES,
         }
     )
-    context, node = Context(config, Store(config.output_dir)), prepare_node(config)
-    counts = prepare.run(context, node)
+    context, node = Context(Store(config.output_dir)), prepare_node(config)
+    counts = prepare.make(context, node)
     context.place(node).create_json(MANIFEST, {"counts": counts})
     return pairs(context.place(node))
 

@@ -15,9 +15,9 @@ from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import load_config, parse_config
-from cwpo_dist.execution.run import nodes_until, run
+from cwpo_dist.execution.run import run
+from cwpo_dist.graph import graph, nodes_until
 from cwpo_dist.pairs.rejects import RejectsError
-from cwpo_dist.runs.graph import graph
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.staging import upload
 from cwpo_dist.storage import MANIFEST, Store

@@ -28,7 +28,7 @@ def spec_of(world: World, stage: Any, role: str, patch: pytest.MonkeyPatch) -> T
     specs: list[TrainSpec] = []
     patch.setattr(stage, "train", lambda spec: specs.append(spec) or {})
     node = world.node(role)
-    stage.run(world.context.of(node), node)
+    stage.make(world.context, node)
     (spec,) = specs
     return spec
 
@@ -62,7 +62,7 @@ def test_workers_are_told_the_loss_and_its_numbers(
     world.tokenise()
     if "reference" in world.graphs["proportional"]:
         world.log_probs("reference", None, logp)
-    weigh.run(world.context, world.node("weigh"))
+    weigh.make(world.context, world.node("weigh"))
     for task in preferences(world, spec_of(world, align, "align", monkeypatch)):
         told = (task.loss_type, task.beta, task.label_smoothing, task.simpo_gamma)
         assert told == numbers
@@ -78,7 +78,7 @@ def test_what_follows_training_counts_each_pair_once(
         world.score()
         world.tokenise()
         world.log_probs("reference", None, logp)
-        weigh.run(world.context, world.node("weigh"))
+        weigh.make(world.context, world.node("weigh"))
         _, held_out = preferences(world, spec_of(world, align, "align", monkeypatch))
         assert set(held_out.weights) == {1.0}
         assert (held_out.normalization, held_out.sampling) == ("none", None)
@@ -103,7 +103,10 @@ def test_each_training_has_its_seed_and_starts_where_it_should(
     assert fitted.model == world.config.weak
     assert aligned.model.model_name_or_path == world.place("sft").child("model").uri
     assert (fitted.head, tuned.head, aligned.head) == ("scores", "logps", "logps")
-    seeds = {role: world.node(role).settings["seed"] for role in ("prepare", "fit", "sft", "align")}
+    seeds = {
+        role: world.node(role).settings.identity()["seed"]
+        for role in ("prepare", "fit", "sft", "align")
+    }
     assert seeds == {"prepare": 5, "fit": 7, "sft": 5, "align": 5}
     plain = World(tmp_path / "plain", ["cw"], seed=5)
     assert spec_of(plain, fit, "fit", monkeypatch).seed == 5

@@ -20,7 +20,7 @@ SIGN = {"a": 1, "b": -1}
 
 def weighed(world: World, arm: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The counts of `weigh`, and what it wrote by pair id."""
-    counts = weigh.run(world.context, world.node("weigh", arm))
+    counts = weigh.make(world.context, world.node("weigh", arm))
     store = world.place("weigh", arm)
     table = pa.concat_tables([store.read_table(name) for name in store.names("preferences")])
     return counts, {row["pair_id"]: row for row in table.to_pylist()}

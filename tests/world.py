@@ -16,11 +16,12 @@ import pyarrow as pa
 from tiny import save_tiny
 
 from cwpo_dist.config import Config
+from cwpo_dist.graph import graph
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node, graph
+from cwpo_dist.runs.node import Node
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import tokens
 from cwpo_dist.storage import MANIFEST, Store
@@ -87,7 +88,7 @@ class World:
         for name, section in sections.items():
             given[name] = given.get(name, {}) | section if isinstance(section, dict) else section
         self.config = Config.model_validate(given)
-        self.context = Context(self.config, Store(self.config.output_dir))
+        self.context = Context(Store(self.config.output_dir))
         self.graphs = {arm: graph(self.config, arm) for arm in arms}
         self.encoder = Encoder(load_tokenizer(self.config.policy), "plain")
         self._prepared(self.graphs[arms[0]]["prepare"])
@@ -125,7 +126,7 @@ class World:
     def tokenise(self, arm: str | None = None, role: str = "tokens") -> None:
         """The real stage."""
         node = self.node(role, arm)
-        tokens.run(self.context.of(node), node)
+        tokens.make(self.context, node)
 
     def log_probs(self, role: str, arm: str | None, of: Callable[[str], float]) -> None:
         """An output of `reference`: the log-prob of each answer by its text; a letter a token."""

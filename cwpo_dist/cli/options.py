@@ -10,18 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from cwpo_dist.redaction import redacted
+from cwpo_dist.stages import LISTED
 
 # What each stage does, in its order; `cwpo <stage>` exists for each.
-STAGES = {
-    "prepare": "Read the sources, split them, set bad rows aside: pairs and rejects.",
-    "fit": "Train the weak model on the labelled pairs: the annotator.",
-    "annotate": "Score every pair with the annotator or any one-label reward model.",
-    "weigh": "Scores to preferences: who won, how confidently, with what weight.",
-    "sft": "Fine-tune the policy on the chosen answers.",
-    "reference": "The SFT policy's log-probabilities of both answers, once.",
-    "align": "Confidence-weighted preference optimisation of the policy.",
-    "evaluate": "Held-out accuracy, calibration and gold reward accuracy.",
-}
+STAGES = {name: does for name, does in LISTED.items() if does}
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; see jobs/recipes for examples.")

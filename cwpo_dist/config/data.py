@@ -110,6 +110,13 @@ class PrepareConfig(Section):
     rows_per_shard: PositiveInt = Field(1024, description="about a minute's work of an annotator")
     num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")
 
+    def identity(self) -> dict[str, Any]:
+        """As of any section; without the setting that older keys do not know, where it is 0."""
+        settings = super().identity()
+        if not self.flipped_labels:
+            del settings["flipped_labels"]
+        return settings
+
     @model_validator(mode="before")
     @classmethod
     def _one_test_part(cls, given: Any) -> Any:

@@ -162,7 +162,10 @@ class ReferenceConfig(PoolConfig):
 class EvaluateConfig(PoolConfig):
     """Held-out accuracy and gold reward accuracy."""
 
-    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
+    # An answer's noise is a function of its prompt, whatever else is answered beside it.
+    compute_fields: ClassVar[frozenset[str]] = frozenset(
+        {*PoolConfig.model_fields, "generation_batch_size"}
+    )
 
     split: Literal["validation", "test"] = "test"
     gold_function: str | None = Field(None, description="'package.module:function(prompt, answer)'")

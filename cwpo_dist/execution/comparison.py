@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired
 from cwpo_dist.execution.side_by_side import Job, make_all
+from cwpo_dist.graph import graph
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.records import read_rows
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
@@ -25,7 +26,7 @@ from cwpo_dist.results import collect as report
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.checks import check_trials
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node, graph
+from cwpo_dist.runs.node import Node
 from cwpo_dist.runs.nodes import versions
 from cwpo_dist.runs.trials import Trial, baseline, names, section, trials, tuned, tuning
 from cwpo_dist.stages.evaluate import (
@@ -37,6 +38,7 @@ from cwpo_dist.stages.evaluate import (
     JudgedAnswer,
     MeasuredPair,
 )
+from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,11 @@ def compare(config: Config) -> str:
 
 def _jobs(config: Config, arm: str) -> Iterator[Job]:
     for node in graph(config, arm).values():
-        yield Job(config, node)
+        yield Job(_context(config), node)
+
+
+def _context(config: Config) -> Context:
+    return Context(Store(config.output_dir))
 
 
 def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, Any]]:
@@ -109,7 +115,7 @@ def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, Any]]:
 
 def _evaluated(config: Config, arm: str) -> tuple[Store, Mapping[str, Node]]:
     nodes = graph(config, arm)
-    return Context(config, Store(config.output_dir)).place(nodes["evaluate"]), nodes
+    return _context(config).place(nodes["evaluate"]), nodes
 
 
 def _measured(config: Config, arm: str) -> dict[str, Any]:
@@ -164,10 +170,7 @@ def collect(
 def _devices(runs: Mapping[tuple[Trial, int], Config]) -> set[str]:
     """Where the policies were trained: known without a cluster, when nothing is left to do."""
     aligned = ((run, graph(run, trial.arm)["align"]) for (trial, _), run in runs.items())
-    return {
-        Manifest.read(Context(run, Store(run.output_dir)).place(node)).device
-        for run, node in aligned
-    }
+    return {Manifest.read(_context(run).place(node)).device for run, node in aligned}
 
 
 def _single_runs(config: Config, runs: Mapping[tuple[Trial, int], Config]) -> dict[str, list[str]]:
@@ -183,9 +186,11 @@ def _single_runs(config: Config, runs: Mapping[tuple[Trial, int], Config]) -> di
             by_pairs.setdefault(graph(run, trial.arm)["prepare"].path, {})[trial] = run
     written = {}
     for number, beside in enumerate(by_pairs.values(), 1):
-        context = Context(next(iter(beside.values())), Store(config.output_dir))
+        context, of_these = _context(config), next(iter(beside.values()))
         graphs = {told[trial]: graph(run, trial.arm) for trial, run in beside.items()}
-        metrics = report.collect(context, graphs) | {"config": config.model_dump(mode="json")}
+        metrics = report.collect(context, of_these, graphs) | {
+            "config": config.model_dump(mode="json")
+        }
         name = SINGLE.format(number)
         context.root.write(name, render(metrics, sample(context, graphs), PAGE).encode())
         written[name] = list(graphs)
@@ -236,7 +241,7 @@ def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for run in runs:
         store, nodes = _evaluated(run, trial.arm)
-        context = Context(run, Store(run.output_dir))
+        context = _context(run)
         metrics = store.read_json("metrics.json")
         numbers = _single(context, nodes, metrics)
         if run.arm(trial.arm).labels != "human":
@@ -253,7 +258,8 @@ def _single(
     manifests = {role: report.committed(context, node) for role, node in nodes.items()}
     answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"].counts
     # Of an arm on human labels the annotator says only which pairs are compared: it costs nothing.
-    spared = () if nodes["weigh"].settings["labels"] == "annotator" else ("fit", "annotate")
+    by_model = chooser_of(nodes["weigh"]).labels == "annotator"
+    spared = () if by_model else ("fit", "annotate")
     own = {role: made for role, made in manifests.items() if nodes[role].stage not in spared}
     return {
         "mean_weight": context.counts(nodes["weigh"])["mean_weight"],

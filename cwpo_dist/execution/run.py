@@ -1,6 +1,6 @@
 """A configuration in; every stage that is not done yet is done, arm by arm, in order.
 
-The only place that knows the order of the stages and commits their outputs.
+The only place that commits the outputs of stages.
 """
 
 from __future__ import annotations
@@ -8,61 +8,27 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import ray
 
 from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.graph import STAGES, graph, nodes_until
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.results import collect
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import (
-    TRAINING_STAGES,
-    Node,
-    annotator_nodes,
-    graph,
-    needs_annotator,
-    prepare_node,
-    retry_manifest,
-    weighing_nodes,
-)
+from cwpo_dist.runs.node import Node, ancestors, retry_manifest
 from cwpo_dist.runs.nodes import versions
+from cwpo_dist.runs.stage import Retry
 from cwpo_dist.scoring.device_time import held_hours
-from cwpo_dist.stages import (
-    align,
-    annotate,
-    evaluate,
-    fit,
-    generate,
-    implicit,
-    prepare,
-    reference,
-    sft,
-    tokens,
-    weigh,
-)
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.lease import device_hours
 
 logger = logging.getLogger(__name__)
 
-STAGES: dict[str, Callable[[Context, Node], dict[str, Any]]] = {
-    "prepare": prepare.run,
-    "fit": fit.run,
-    "annotate": annotate.run,
-    "implicit": implicit.run,
-    "tokens": tokens.run,
-    "weigh": weigh.run,
-    "sft": sft.run,
-    "reference": reference.run,
-    "align": align.run,
-    "generate": generate.run,
-    "evaluate": evaluate.run,
-}
 STARTED = "started.json"  # written first: tells a half-finished output from none
 
 
@@ -77,7 +43,7 @@ def run(config: Config, until: str | None = None, resume: bool = False) -> str:
     Returns:
         The URI of the report, or of the run directory when `until` stopped before it.
     """
-    context = Context(config, Store(config.output_dir))
+    context = Context(Store(config.output_dir))
     context.root.sweep()
     graphs = {arm: nodes_until(config, arm, until) for arm in config.arms}
     if not all(context.done(node) for nodes in graphs.values() for node in nodes.values()):
@@ -89,49 +55,7 @@ def run(config: Config, until: str | None = None, resume: bool = False) -> str:
             logger.info("arm %s: all stages done", arm)
     if until is not None:
         return config.output_dir
-    return collect.run(context, graphs)
-
-
-def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
-    """The nodes that `until` needs, itself included; all of the arm's for None.
-
-    `prepare`, `fit`, `annotate` and `weigh` are products of their own: they need no policy, and
-    annotating needs no arm either.
-
-    Raises:
-        ConfigError: when the arm has no such stage.
-    """
-    if until == "prepare":
-        return {"prepare": prepare_node(config)}
-    if until in {"fit", "annotate"}:
-        prepared = prepare_node(config)
-        made = {"prepare": prepared} | annotator_nodes(config, prepared)
-    elif until == "weigh":
-        made = weighing_nodes(config, arm)
-    else:
-        made = graph(config, arm)
-    if until is None:
-        return made
-    # Several annotators have roles of their own: annotate_0, annotate_1, …
-    wanted = [node for role, node in made.items() if role == until or role.startswith(f"{until}_")]
-    if not wanted:
-        raise ConfigError(_no_stage(config, arm, until))
-    needed = {node.path for node in _ancestors(wanted)}
-    return {role: node for role, node in made.items() if node.path in needed}
-
-
-def _no_stage(config: Config, arm: str, stage: str) -> str:
-    if stage == "fit" and config.annotate.ready():
-        field = config.annotate.ready()[0][0]
-        return f"{field}: given, so there is nothing to fit; remove it to train `weak`"
-    why = "" if needs_annotator(config) else " (no arm reads the annotator's labels)"
-    return f"{stage}: arm {arm!r} has no such stage{why}"
-
-
-def _ancestors(nodes: Iterable[Node]) -> Iterable[Node]:
-    for node in nodes:
-        yield node
-        yield from _ancestors(node.inputs.values())
+    return collect.run(context, config, graphs)
 
 
 def execute(context: Context, node: Node, resume: bool = False) -> None:
@@ -140,22 +64,17 @@ def execute(context: Context, node: Node, resume: bool = False) -> None:
     Raises:
         ConfigError: with `resume`, when the stage was half finished under another key.
     """
-    if done(context, node):
+    if context.done(node):
+        clear(context, node)
         logger.info("%s: done before", node.path)
         return
     _tell_changed(context, node, resume)
     make(context, node)
 
 
-def done(context: Context, node: Node) -> bool:
-    """True when the output is committed; what a killed driver left beside it goes."""
-    if not context.done(node):
-        return False
-    if node.stage in TRAINING_STAGES:
-        clear(context.place(node))
-    if node.stage == "prepare":
-        prepare.clear(context.place(node))
-    return True
+def clear(context: Context, node: Node) -> None:
+    """Removes what nobody reads beside a committed output: a driver killed there has left it."""
+    STAGES[node.stage].clear(context.place(node))
 
 
 def make(context: Context, node: Node) -> None:
@@ -163,14 +82,12 @@ def make(context: Context, node: Node) -> None:
     context.place(node).create_json(STARTED, _identity(node))
     logger.info("%s: starting", node.path)
     started = time.time()
-    context = context.of(node)
-    counts = STAGES[node.stage](context, node)
+    counts = STAGES[node.stage].make(context, node)
     manifest = _record(context, node, counts, started)
     context.place(node).sweep()  # who was killed on the way left it
     context.place(node).settle()  # what the manifest stands for is on the disk before it
     manifest.write(context.place(node))
-    if node.stage in TRAINING_STAGES:
-        clear(context.place(node))
+    clear(context, node)
     logger.info("%s: done in %.0f s", node.path, manifest.seconds)
 
 
@@ -180,21 +97,22 @@ def retry_rejects(config: Config) -> str:
     Returns:
         The URI of the run directory.
     """
-    context = Context(config, Store(config.output_dir))
+    context = Context(Store(config.output_dir))
     nodes = nodes_until(config, config.arms[0], "annotate").values()
     connect()
     for node in nodes:
-        if node.stage == "annotate":
-            node = _retry(context, node)
+        again = STAGES[node.stage].retry
+        if again is not None:
+            node = _retry(config, context, node, again)
         execute(context, node)
     return config.output_dir
 
 
-def _retry(context: Context, node: Node) -> Node:
+def _retry(config: Config, context: Context, node: Node, again: Retry) -> Node:
     """Retries the rejects of one annotator, commits that, and says what was made before it."""
-    readers = list(_made_from(context, node))
+    readers = list(_made_from(config, context, node))
     started = time.time()
-    counts = annotate.retry(context, node)
+    counts = again(context, node)
     if counts is not None:
         node = replace(node, retries=node.retries + 1)
         record = _record(context, node, counts, started)
@@ -210,13 +128,12 @@ def _retry(context: Context, node: Node) -> Node:
     return node
 
 
-def _made_from(context: Context, node: Node) -> Iterable[Node]:
+def _made_from(config: Config, context: Context, node: Node) -> Iterable[Node]:
     """The committed outputs of this configuration that read a node."""
-    arms = context.config.arms if context.config.policy is not None else []
-    nodes = {n.path: n for arm in arms for n in graph(context.config, arm).values()}
+    arms = config.arms if config.policy is not None else []
+    nodes = {n.path: n for arm in arms for n in graph(config, arm).values()}
     for made in nodes.values():
-        reads = node.path in {given.path for given in _ancestors(made.inputs.values())}
-        if reads and context.done(made):
+        if node.path in ancestors(made.inputs.values()) and context.done(made):
             yield made
 
 
@@ -240,7 +157,7 @@ def _identity(node: Node) -> dict[str, Any]:
     return {
         "stage": node.stage,
         "key": node.key,
-        "settings": node.settings,
+        "settings": node.settings.identity(),
         "inputs": {name: f"{given.stage}/{given.content}" for name, given in node.inputs.items()},
     }
 

@@ -14,28 +14,21 @@ from typing import Any
 
 import ray
 
-from cwpo_dist.config import Config
-from cwpo_dist.execution.run import done, make
+from cwpo_dist.execution.run import clear, make
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.node import Node
 from cwpo_dist.runs.sharing import Room, fit_two, fits, need, plus
-from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage output and the run that it belongs to."""
+    """A stage output and the run directory that it belongs to."""
 
-    config: Config
+    context: Context
     node: Node
-
-    @property
-    def context(self) -> Context:
-        """The run."""
-        return Context(self.config, Store(self.config.output_dir))
 
 
 def make_all(jobs: Sequence[Job]) -> None:
@@ -44,17 +37,22 @@ def make_all(jobs: Sequence[Job]) -> None:
     Args:
         jobs: each after those that it reads; an output that several runs share may stand in all.
     """
-    for output_dir in {job.config.output_dir for job in jobs}:
-        Store(output_dir).sweep()
+    for root in {job.context.root.uri: job.context.root for job in jobs}.values():
+        root.sweep()
     first = {job.node.path: job for job in reversed(jobs)}
-    todo = [path for path in dict.fromkeys(job.node.path for job in jobs) if not _done(first[path])]
-    if not todo:
+    each = [first[path] for path in dict.fromkeys(job.node.path for job in jobs)]
+    waiting = []
+    for job in each:
+        if job.context.done(job.node):
+            clear(job.context, job.node)
+        else:
+            waiting.append(job)
+    if not waiting:
         return
     connect()
-    logger.info("compare: %d stage outputs to make", len(todo))
+    logger.info("compare: %d stage outputs to make", len(waiting))
     room = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
-    waiting = [first[path] for path in todo]
-    if not fit_two([(job.config, job.node) for job in waiting], room):
+    if not fit_two([job.node for job in waiting], room):
         for made, job in enumerate(waiting, 1):
             make(job.context, job.node)
             _tell(job, made, len(waiting))
@@ -62,22 +60,14 @@ def make_all(jobs: Sequence[Job]) -> None:
     _side_by_side(waiting, room)
 
 
-def _done(job: Job) -> bool:
-    return done(job.context, job.node)
-
-
-def _need(job: Job, room: Room) -> Room:
-    return need(job.config, job.node, room)
-
-
 def _side_by_side(waiting: list[Job], room: Room) -> None:
     to_come, number = {job.node.path for job in waiting}, len(waiting)
     running: dict[Any, Job] = {}
     while waiting or running:
         for job in list(waiting):
-            used = plus(*(_need(other, room) for other in running.values()))
+            used = plus(*(need(other.node, room) for other in running.values()))
             reads = {given.path for given in job.node.inputs.values()}
-            finds_room = fits(plus(used, _need(job, room)), room) or not running
+            finds_room = fits(plus(used, need(job.node, room)), room) or not running
             if not reads & to_come and finds_room:
                 waiting.remove(job)
                 running[_apart.options(name=job.node.path).remote(job)] = job

@@ -35,9 +35,9 @@ def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
     ]
 
 
-def tokenizer_fingerprint(model: ModelConfig) -> list[list[Any]]:
-    """The same of what makes text into tokens: other weights under one tokenizer change nothing."""
-    return [mark for mark in model_fingerprint(model) if not _is_of_weights(str(mark[0]))]
+def of_tokenizer(marks: list[list[Any]]) -> list[list[Any]]:
+    """What of it makes text into tokens: other weights under one tokenizer change nothing."""
+    return [mark for mark in marks if not _is_of_weights(str(mark[0]))]
 
 
 def _is_of_weights(file: str) -> bool:

@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 
-from cwpo_dist.config import Config, PoolConfig, TrainingConfig
+from cwpo_dist.config import Config, TrainingConfig
+from cwpo_dist.graph import STAGES
 from cwpo_dist.lm.batches import total_steps
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.pairs.records import pair_id
 from cwpo_dist.placement import Machine
 from cwpo_dist.planning.memory import (
     Memory,
@@ -23,10 +23,9 @@ from cwpo_dist.planning.memory import (
 )
 from cwpo_dist.runs.checks import Checked
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node, ready_model, teacher_config
-from cwpo_dist.runs.own_numbers import chosen
+from cwpo_dist.runs.node import Node
 from cwpo_dist.runs.sizes import ModelSize
-from cwpo_dist.stages.annotate import earlier_scores
+from cwpo_dist.runs.stage import Generating, Scoring, Training, Work
 from cwpo_dist.storage import Store
 
 Kind = Literal["train", "score", "generate"]
@@ -43,7 +42,6 @@ START_S: dict[Kind, float] = {
     "generate": 10.0,
 }  # actors, workers, models
 TOLD_BYTES = 2**27  # token ids of fewer are not worth a line
-LOOKED_UP = 64  # sampled pairs, each perhaps in a file of scores of its own
 
 
 @dataclass(frozen=True)
@@ -97,143 +95,59 @@ class Estimate:
     checked: Checked
     lengths: Mapping[str, Lengths]
 
-    def of(self, node: Node) -> Cost:
-        """The cost of one stage output."""
-        makers = {
-            "prepare": self._prepare,
-            "tokens": self._tokens,
-            "fit": self._fit,
-            "annotate": self._annotate,
-            "sft": self._sft,
-            "reference": self._log_probs,
-            "weigh": self._weigh,
-            "align": self._align,
-            "generate": self._answers,
-            "evaluate": self._evaluate,
-            "implicit": self._implicit,
-        }
-        return makers[node.stage](node)
+    def work(self, node: Node) -> Work:
+        """What there is to do for one stage output."""
+        context = Context(Store(self.config.output_dir))
+        return STAGES[node.stage].work(context, node, self.counted)
 
-    def _prepare(self, node: Node) -> Cost:
-        splits = ", ".join(f"{n:,} {name}" for name, n in sorted(self.counted.splits.items()))
-        own = "".join(
-            f"; {kind} of its own: {sum(found.values()):,} pairs"
-            for kind, found in self.counted.own.items()
-        )
-        copies = f"; {self.counted.merged:,} copies merged" if self.counted.merged else ""
-        return Cost(f"{splits}{copies}; {self.counted.rejects:,} set aside{own}")
+    def cost(self, work: Work) -> Cost:
+        """What that takes."""
+        match work:
+            case Scoring():
+                return self._scoring(work)
+            case Training():
+                return self._training(work)
+            case Generating():
+                return self._generating(work)
+            case _:
+                return Cost(work.text)
 
-    def _tokens(self, node: Node) -> Cost:
-        return Cost(f"{sum(self.counted.splits.values()):,} pairs, tokenised once")
+    def trained_on(self, work: Training) -> int:
+        """The pairs of a training: those that fit its model."""
+        return round(self._fitting(work.model, work.pairs) * work.kept)
 
-    def _weigh(self, node: Node) -> Cost:
-        return Cost(f"{self._decided(node):,} pairs")
+    def _fitting(self, field: str | None, pairs: int) -> int:
+        return round(pairs * self.lengths[named(field)].fits)
 
-    def _evaluate(self, node: Node) -> Cost:
-        split = self.config.evaluate.split
-        return Cost(f"{self.counted.labelled_pairs(split):,} {split} pairs with a label")
+    def _scoring(self, work: Scoring) -> Cost:
+        size, length = self.checked.sizes[named(work.model)], self.lengths[named(work.model)]
+        tokens = round(self._fitting(work.model, work.passed) * length.shared)
+        held = size.parameters + 4 * work.pool.max_tokens_per_batch * size.width
+        flops = tokens * _flops(size, length)
+        actors = work.pool.most_actors
+        return Cost(work.text, tokens, flops, "score", actors, self._number_bytes * held)
 
-    def _decided(self, node: Node) -> int:
-        """The pairs of which an arm's labels say which answer is chosen."""
-        labels, splits = node.settings["labels"], node.settings["splits"]
-        counted = self.counted
-        if labels == "own":
-            return counted.own_pairs(chosen(node.settings["column"], counted.own), *splits)
-        return counted.labelled_pairs(*splits) if labels == "human" else counted.pairs(*splits)
-
-    def trained_on(self, node: Node) -> int:
-        """The pairs of a training stage: those that fit its model."""
-        if node.stage == "fit":
-            return self._fitting("weak", self.counted.pairs("labelled"))
-        if node.stage == "sft":
-            return self._fitting(node.of, self._decided(node))
-        weigh = node.inputs["weigh"]
-        kept: float = weigh.settings["top_fraction"] or 1.0
-        return round(self._fitting(node.of, self._decided(weigh)) * kept)
-
-    def _fit(self, node: Node) -> Cost:
-        size, pairs = self.checked.sizes["weak"], self.trained_on(node)
-        return self._training(self.config.fit, size, pairs, self.lengths["weak"])
-
-    def _config(self, node: Node) -> Config:
-        """The run as the node sees it, whose policy may be the weak model."""
-        return self.config if node.of == "policy" else teacher_config(self.config)
-
-    def _implicit(self, node: Node) -> Cost:
-        return Cost(f"{self.counted.pairs(*self.config.annotate.scored_splits()):,} pairs")
-
-    def _sft(self, node: Node) -> Cost:
-        sft = self._config(node).sft
-        assert sft is not None, "graph() makes no sft node without its section"
-        both = self.lengths[node.of]
-        chosen = replace(both, shared=both.longest, answers=both.answers / 2)
-        return self._training(sft, self.checked.sizes[node.of], self.trained_on(node), chosen)
-
-    def _align(self, node: Node) -> Cost:
-        sizes, lengths = self.checked.sizes[node.of], self.lengths[node.of]
-        align = self._config(node).align
-        cost = self._training(align, sizes, self.trained_on(node), lengths)
-        if node.settings["sampling"] and align.max_steps <= 0:  # of C nothing is known
-            return replace(cost, work=f"{cost.work} at most; times the mean confidence")
-        return cost
-
-    def _annotate(self, node: Node) -> Cost:
-        field = "weak" if "fit" in node.inputs else ready_model(self.config, node)[0]
-        pairs = self.counted.pairs(*self.config.annotate.scored_splits())
-        before = min(pairs, self._scored_before(node))
-        cost = self._scoring(field, pairs - before, self.config.annotate)
-        if not before:
-            return cost
-        return replace(cost, work=f"{pairs:,} pairs, about {before:,} of them scored before")
-
-    def _scored_before(self, node: Node) -> int:
-        """Pairs whose scores lie in this run directory already, by a look-up of sampled ones."""
-        context = Context(self.config, Store(self.config.output_dir))
-        earlier = earlier_scores(context, node)
-        if not earlier.files or context.done(node):
-            return 0
-        ids = sorted(pair_id(p.prompt, p.first, p.second, p.tools) for p in self.counted.sample)
-        ids = ids[:LOOKED_UP]  # ids are hashes: the first are as good as any, and lie close by
-        found = int(earlier.of(ids).num_rows)
-        return round(found / len(ids) * sum(self.counted.splits.values()))
-
-    def _log_probs(self, node: Node) -> Cost:
-        pairs = self.counted.pairs(*node.settings["splits"])
-        return self._scoring(node.of, pairs, self.config.reference)
-
-    def _answers(self, node: Node) -> Cost:
-        evaluate, size = self.config.evaluate, self.checked.sizes["policy"]
-        assert self.config.policy is not None, "graph() makes no such node without a policy"
-        prompts = min(evaluate.num_prompts, self.counted.pairs(evaluate.split))
-        tokens = prompts * evaluate.max_new_tokens
+    def _generating(self, work: Generating) -> Cost:
+        size, tokens = self.checked.sizes[named(work.model)], work.prompts * work.new_tokens
         return Cost(
-            f"{prompts:,} prompts, at most {evaluate.max_new_tokens} new tokens each",
+            work.text,
             tokens,
             2.0 * (size.matmul + size.head) * tokens,
             "generate",
-            evaluate.most_actors,
+            work.pool.most_actors,
             generating_memory(
                 size,
-                min(prompts, evaluate.generation_batch_size),
-                self.config.policy.max_length + evaluate.max_new_tokens,
+                min(work.prompts, work.together),
+                work.longest,
                 on_gpu=gpus(self.checked.machines) > 0,
             ),
         )
 
-    def _fitting(self, field: str, pairs: int) -> int:
-        return round(pairs * self.lengths[field].fits)
-
-    def _scoring(self, field: str, pairs: int, pool: PoolConfig) -> Cost:
-        size, length = self.checked.sizes[field], self.lengths[field]
-        tokens = round(self._fitting(field, pairs) * length.shared)
-        each = self._number_bytes
-        held = each * (size.parameters + 4 * pool.max_tokens_per_batch * size.width)
-        flops = tokens * _flops(size, length)
-        return Cost(f"{pairs:,} pairs", tokens, flops, "score", pool.most_actors, held)
-
-    def _training(
-        self, training: TrainingConfig, size: ModelSize, pairs: int, lengths: Lengths
-    ) -> Cost:
+    def _training(self, work: Training) -> Cost:
+        training, pairs = work.training, self.trained_on(work)
+        size, lengths = self.checked.sizes[named(work.model)], self.lengths[named(work.model)]
+        if work.chosen_alone:
+            lengths = replace(lengths, shared=lengths.longest, answers=lengths.answers / 2)
         steps = total_steps(training, pairs)
         seen = min(steps * training.global_batch_size, pairs * training.num_train_epochs)
         tokens = round(seen * lengths.shared)
@@ -244,8 +158,11 @@ class Estimate:
         memory, details = self._needs(training, size)
         if (rows := rows_memory(pairs * lengths.shared)) >= TOLD_BYTES:
             details = (*details, f"and {_gib(rows)} GiB of token ids, on the host")
+        text = f"{pairs:,} pairs, {steps:,} steps of {training.global_batch_size} ({kind})"
+        if work.sampled and training.max_steps <= 0:  # of C nothing is known
+            text += " at most; times the mean confidence"
         return Cost(
-            f"{pairs:,} pairs, {steps:,} steps of {training.global_batch_size} ({kind})",
+            text,
             tokens,
             passes * tokens * _flops(size, lengths),
             "train",
@@ -275,6 +192,12 @@ class Estimate:
     @property
     def _number_bytes(self) -> int:
         return 2 if gpus(self.checked.machines) else 4
+
+
+def named(field: str | None) -> str:
+    """The field of a model that work reads."""
+    assert field is not None, "its stage says which"
+    return field
 
 
 def _flops(size: ModelSize, lengths: Lengths) -> float:

@@ -18,9 +18,9 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.pairs.stored import packed
-from cwpo_dist.planning.costs import START_S, Cost, Estimate, gpus
-from cwpo_dist.runs.graph import TRAINING_STAGES, Node, ready_model, teacher_config
+from cwpo_dist.planning.costs import START_S, Cost, Estimate, Lengths, gpus, named
 from cwpo_dist.runs.sizes import ModelSize
+from cwpo_dist.runs.stage import Generating, Scoring, Training, Work
 from cwpo_dist.storage import MANIFEST, Store, parquet_bytes
 
 ROWS = 4096  # of the made-up tables whose size tells that of a row
@@ -113,20 +113,18 @@ def trial_rate(run: str) -> float:
     return 1e6 / (3600.0 * float(min(measured)))
 
 
-def devices(config: Config, node: Node, estimate: Estimate) -> dict[str, float]:
+def devices(work: Work, estimate: Estimate) -> dict[str, float]:
     """How many devices of each kind work at a stage side by side; none: it asks for none.
 
     A kind is a pool's accelerator_type, else GPU, or CPU where it has no GPU.
     """
-    pools = {
-        "annotate": config.annotate,
-        "reference": config.reference,
-        "generate": config.evaluate,
-    }
-    if node.stage in pools:
-        return _pool_devices(pools[node.stage])
-    training = _training(config, node)
-    return {} if training is None else _training_devices(training, estimate)
+    match work:
+        case Scoring() | Generating():
+            return _pool_devices(work.pool)
+        case Training():
+            return _training_devices(work.training, estimate)
+        case _:
+            return {}
 
 
 def _pool_devices(config: PoolConfig) -> dict[str, float]:
@@ -145,61 +143,48 @@ def _training_devices(training: TrainingConfig, estimate: Estimate) -> dict[str,
     return {"GPU" if on_gpu else "CPU": training.max_workers * each}
 
 
-def seconds(
-    config: Config, node: Node, estimate: Estimate, cost: Cost, fleet: Fleet
-) -> float | None:
-    """About how long the stage takes at the measured rates; None where none was measured."""
-    if node.stage != "annotate" or not fleet.rates:
+def seconds(work: Work, estimate: Estimate, cost: Cost, fleet: Fleet) -> float | None:
+    """About how long annotating takes at the measured rates; None where none was measured."""
+    if not (isinstance(work, Scoring) and work.leaves == "scores" and fleet.rates):
         return None
-    new = cost.tokens / max(estimate.lengths[_annotator(config, node)].shared, 1.0)
-    numbers = _pool_devices(config.annotate)
+    new = cost.tokens / max(_lengths(work, estimate).shared, 1.0)
+    numbers = _pool_devices(work.pool)
     rate = sum(n * _of(kind, fleet.rates, "--pairs-per-second") for kind, n in numbers.items())
     return START_S["score"] + new / rate
 
 
-def _annotator(config: Config, node: Node) -> str:
-    """The field that names the model."""
-    return "weak" if "fit" in node.inputs else ready_model(config, node)[0]
-
-
-def stored(config: Config, node: Node, estimate: Estimate) -> int:
+def stored(work: Work, estimate: Estimate) -> int:
     """About how many bytes the stage leaves behind, rejects apart."""
-    pairs = sum(estimate.counted.splits.values())
-    text, row = _pair_bytes(estimate.counted.sample), _row_bytes()
-    if node.stage == "prepare":
-        return round(pairs * text)
-    if node.stage == "annotate":
-        scored = estimate.counted.pairs(*config.annotate.scored_splits())
-        return round(scored * estimate.lengths[_annotator(config, node)].fits * row["annotate"])
-    if node.stage == "tokens":
-        return round(pairs * estimate.lengths[node.of].shared * TOKEN_BYTES)
-    if node.stage == "reference":
-        return round(estimate.counted.pairs(*node.settings["splits"]) * row["reference"])
-    if node.stage == "weigh":
-        return round(estimate.counted.pairs(*node.settings["splits"]) * text)
-    if node.stage not in TRAINING_STAGES:
-        return 0
-    return (2 if gpus(estimate.checked.machines) else 4) * _size_of(node, estimate).parameters
+    match work.leaves:
+        case "pairs":
+            return round(work.pairs * _pair_bytes(estimate.counted.sample))
+        case "scores":
+            fits = _lengths(work, estimate).fits
+            return round(work.pairs * fits * _row_bytes()["scores"])
+        case "log_probs":
+            return round(work.pairs * _row_bytes()["log_probs"])
+        case "tokens":
+            return round(work.pairs * _lengths(work, estimate).shared * TOKEN_BYTES)
+    if isinstance(work, Training):
+        return (2 if gpus(estimate.checked.machines) else 4) * _size(work, estimate).parameters
+    return 0
 
 
-def checkpoints(config: Config, node: Node, estimate: Estimate) -> int:
+def checkpoints(work: Work, estimate: Estimate) -> int:
     """About how many bytes of checkpoints lie beside a training until it is done."""
-    training = _training(config, node)
-    if training is None:
+    if not isinstance(work, Training):
         return 0
     # One more than are kept: the next is whole before the oldest goes.
-    number = training.save_total_limit + 1
-    return number * CHECKPOINT_BYTES * _size_of(node, estimate).of(training).parameters
+    number = work.training.save_total_limit + 1
+    return number * CHECKPOINT_BYTES * _size(work, estimate).of(work.training).parameters
 
 
-def _training(config: Config, node: Node) -> TrainingConfig | None:
-    """The section of a training stage; the weak model as a policy has the annotator's schedule."""
-    seen = config if node.of == "policy" else teacher_config(config)
-    return {"fit": seen.fit, "sft": seen.sft, "align": seen.align}.get(node.stage)
+def _lengths(work: Work, estimate: Estimate) -> Lengths:
+    return estimate.lengths[named(work.model)]
 
 
-def _size_of(node: Node, estimate: Estimate) -> ModelSize:
-    return estimate.checked.sizes["weak" if node.stage == "fit" else node.of]
+def _size(work: Work, estimate: Estimate) -> ModelSize:
+    return estimate.checked.sizes[named(work.model)]
 
 
 def _pair_bytes(sample: tuple[ParsedPair, ...]) -> float:
@@ -225,7 +210,7 @@ def _row_bytes() -> dict[str, float]:
     lengths = [draw.randrange(300) for _ in range(ROWS)]
     scores = [ids, ["annotator"] * ROWS, values, values[::-1]]
     logps = [ids, values, values[::-1], lengths, lengths[::-1]]
-    made = {"annotate": (scores, SCORE_SCHEMA), "reference": (logps, REFERENCE_SCHEMA)}
+    made = {"scores": (scores, SCORE_SCHEMA), "log_probs": (logps, REFERENCE_SCHEMA)}
     return {
         name: _bytes(pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema)) / ROWS
         for name, (columns, schema) in made.items()
@@ -301,14 +286,14 @@ def _money(hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
 
 def storage_line(stored: Sequence[tuple[str, int]], checkpoints: int) -> str:
     """Bytes by stage and in all, and what a training needs besides until it is done."""
-    each = ", ".join(f"{name} {_size(number)}" for name, number in stored if number)
-    line = f"storage: about {_size(sum(number for _, number in stored))}: {each}"
+    each = ", ".join(f"{name} {_bytes_told(number)}" for name, number in stored if number)
+    line = f"storage: about {_bytes_told(sum(number for _, number in stored))}: {each}"
     if checkpoints:
-        line += f"; up to {_size(checkpoints)} of checkpoints beside each training"
+        line += f"; up to {_bytes_told(checkpoints)} of checkpoints beside each training"
     return line
 
 
-def _size(number: float) -> str:
+def _bytes_told(number: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:,.3g} {unit}"

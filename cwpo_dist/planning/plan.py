@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.graph import graph, nodes_until, prepare_node
 from cwpo_dist.lm.batches import total_steps
 from cwpo_dist.pairs.estimate import Census, census
 from cwpo_dist.pairs.rejects import Tally
@@ -28,6 +29,7 @@ from cwpo_dist.planning.sampled import (
     shown_row,
     unrendered,
 )
+from cwpo_dist.runs.arms import needs_annotator
 from cwpo_dist.runs.checks import (
     check,
     check_trials,
@@ -38,16 +40,10 @@ from cwpo_dist.runs.checks import (
 )
 from cwpo_dist.runs.cluster import named_cluster
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import (
-    Node,
-    annotator_nodes,
-    graph,
-    needs_annotator,
-    prepare_node,
-    weighing_nodes,
-)
+from cwpo_dist.runs.node import Node
 from cwpo_dist.runs.own_checks import own_notes
 from cwpo_dist.runs.sharing import fit_two, need, share
+from cwpo_dist.runs.stage import Training
 from cwpo_dist.runs.trials import planned, section, trials, tuned
 from cwpo_dist.storage import Store
 
@@ -169,7 +165,7 @@ def _censuses(runs: Sequence[Config]) -> dict[str, Census]:
 
 def _as_made(run: Config, counted: Census) -> Census:
     """With the run's own counts, where `prepare` is done."""
-    context, node = Context(run, Store(run.output_dir)), prepare_node(run)
+    context, node = Context(Store(run.output_dir)), prepare_node(run)
     if not context.done(node):
         return counted
     made = context.counts(node)
@@ -207,11 +203,11 @@ def _output(
     name: str, arms: tuple[str, ...], node: Node, estimate: Estimate, rates: Rates, fleet: Fleet
 ) -> StagePlan:
     """What one stage output takes, with the cluster to itself."""
-    config, cost = estimate.config, estimate.of(node)
-    done = Context(config, Store(config.output_dir)).done(node)
-    measured = fleet_costs.seconds(config, node, estimate, cost, fleet)
+    work = estimate.work(node)
+    cost, done = estimate.cost(work), Context(Store(estimate.config.output_dir)).done(node)
+    measured = fleet_costs.seconds(work, estimate, cost, fleet)
     seconds = 0.0 if done else measured or rates.seconds(cost)
-    used = fleet_costs.devices(config, node, estimate)
+    used = fleet_costs.devices(work, estimate)
     hours = {kind: (seconds or 0.0) * number / 3600 for kind, number in used.items()}
     return StagePlan(
         name,
@@ -224,8 +220,8 @@ def _output(
         cost.at_least,
         cost.details,
         None if used and seconds is None else hours,
-        fleet_costs.stored(config, node, estimate),
-        0 if done else fleet_costs.checkpoints(config, node, estimate),
+        fleet_costs.stored(work, estimate),
+        0 if done else fleet_costs.checkpoints(work, estimate),
     )
 
 
@@ -238,12 +234,12 @@ def _trial_stages(
     """
     found: dict[str, tuple[str, Node, Config]] = {}
     for run, arm in planned(config):
-        for node in graph(run, arm).values():
-            name = node.stage if node.of == "policy" else f"{node.stage} (weak)"
+        for role, node in graph(run, arm).items():
+            name = f"{node.stage} (weak)" if role.startswith("teacher_") else node.stage
             found.setdefault(node.path, (name, node, run))
     by_split = {_split(each.config): each for each in estimates}
     machines = estimates[0].checked.machines
-    shares = _shares([(run, node) for _, node, run in found.values()], machines)
+    shares = _shares([node for _, node, _ in found.values()], machines)
     rates, sums = Rates(machines), dict[str, list[StagePlan]]()
     for name, node, run in found.values():
         estimate = replace(by_split[_split(run)], config=run)
@@ -278,26 +274,20 @@ def _summed(name: str, stages: Sequence[StagePlan]) -> StagePlan:
     )
 
 
-def _shares(
-    outputs: Sequence[tuple[Config, Node]], machines: Sequence[Machine]
-) -> dict[str, float]:
+def _shares(outputs: Sequence[Node], machines: Sequence[Machine]) -> dict[str, float]:
     """Of the cluster, what each output takes while it is made; all of it where no two fit."""
     there = {"CPU": sum(machine.cpus for machine in machines), "GPU": gpus(machines)}
     if not fit_two(outputs, there):
-        return dict.fromkeys((node.path for _, node in outputs), 1.0)
-    return {node.path: share(need(run, node, there), there) for run, node in outputs}
+        return dict.fromkeys((node.path for node in outputs), 1.0)
+    return {node.path: share(need(node, there), there) for node in outputs}
 
 
 def _graphs(config: Config) -> dict[str, dict[str, Node]]:
     if config.policy is not None:
         return {arm: graph(config, arm) for arm in config.arms}
     if not needs_annotator(config):
-        return {arm: weighing_nodes(config, arm) for arm in config.arms}
-    prepared = prepare_node(config)
-    nodes = {"prepare": prepared}
-    if until_of(config) == "annotate":
-        nodes |= annotator_nodes(config, prepared)
-    return {"": nodes}  # of no arm yet
+        return {arm: nodes_until(config, arm, "weigh") for arm in config.arms}
+    return {"": nodes_until(config, config.arms[0], until_of(config))}  # of no arm yet
 
 
 def _notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
@@ -351,9 +341,12 @@ def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[
     fewest: dict[str, tuple[int, str]] = {}
     for estimate in estimates:
         for arm, nodes in _graphs(estimate.config).items():
-            for node in (n for n in nodes.values() if n.stage in sections and n.of == "policy"):
-                steps = total_steps(sections[node.stage], estimate.trained_on(node))
-                fewest[node.stage] = min((steps, arm), fewest.get(node.stage, (steps, arm)))
+            ours = {role: node for role, node in nodes.items() if node.stage in sections}
+            for role, node in ours.items():
+                work = estimate.work(node)
+                if isinstance(work, Training) and not role.startswith("teacher_"):
+                    steps = total_steps(work.training, estimate.trained_on(work))
+                    fewest[node.stage] = min((steps, arm), fewest.get(node.stage, (steps, arm)))
     for name, (steps, arm) in fewest.items():
         warmup = sections[name].warmup_steps
         if warmup >= steps:

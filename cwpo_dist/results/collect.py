@@ -8,26 +8,28 @@ from typing import Any
 
 import numpy as np
 
+from cwpo_dist.config import Config
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.page import render
 from cwpo_dist.report.table import print_summary
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import TRAINING_STAGES, Node, members, retry_manifest
+from cwpo_dist.runs.node import Node, Nodes, members, retry_manifest
 from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.storage import to_json
 
 MOST_CONFIDENCES = 5000  # of the histogram: a sample, so that the page stays small
 
 
-def run(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> str:
+def run(context: Context, config: Config, graphs: Mapping[str, Nodes]) -> str:
     """Writes each arm's folder and the run's report, shows the table, returns the report's URI."""
-    metrics, pairs = collect(context, graphs), sample(context, graphs)
+    metrics, pairs = collect(context, config, graphs), sample(context, graphs)
     for arm, nodes in graphs.items():
         place = context.root.child("arms", arm)
-        config = context.config.model_copy(update={"arms": [arm]})
-        place.write("config.json", to_json(config.model_dump(mode="json")))
+        alone = config.model_copy(update={"arms": [arm]})
+        place.write("config.json", to_json(alone.model_dump(mode="json")))
         place.write("stages.json", to_json({role: _pointer(n) for role, n in nodes.items()}))
         own = metrics | {"arms": {arm: metrics["arms"][arm]}}
         place.write("metrics.json", to_json(own["arms"][arm]))
@@ -39,9 +41,8 @@ def run(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> str:
     return context.root.child("report.html").uri
 
 
-def collect(context: Context, graphs: Mapping[str, Mapping[str, Node]]) -> dict[str, Any]:
+def collect(context: Context, config: Config, graphs: Mapping[str, Nodes]) -> dict[str, Any]:
     """Everything that the table and the page show; what has not run is null."""
-    config = context.config
     prepare = next(iter(graphs.values()))["prepare"]
     manifest = Manifest.read(context.place(prepare))
     return {
@@ -69,9 +70,7 @@ def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
         "weigh": weigh,
         "keys": {role: node.key for role, node in nodes.items()},
         "curves": {
-            role: _curve(context, node)
-            for role, node in nodes.items()
-            if node.stage in TRAINING_STAGES
+            role: _curve(context, node) for role, node in nodes.items() if node.settings.trains
         },
         "weights": _weights(context, nodes["weigh"]),
         "seconds": {role: manifest.seconds for role, manifest in manifests.items()},
@@ -127,7 +126,8 @@ def _confidences(
     for arm, nodes in graphs.items():
         weigh = nodes["weigh"]
         if context.counts(weigh)["mean_confidence"] is not None:
-            own = weigh.settings.get("own"), weigh.settings["temperature"]
+            chooser = chooser_of(weigh)
+            own = chooser.own, chooser.temperature
             scored = (*(node.path for node in members(weigh)), *own)
             by_annotator.setdefault(scored, {})[arm] = weigh
     return [

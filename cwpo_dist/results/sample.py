@@ -17,11 +17,12 @@ from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.report.cells import together
 from cwpo_dist.report.explorer import MOST_PAIRS, shortened
 from cwpo_dist.runs.context import Context, ScoresIn, annotator_name, read_answers
-from cwpo_dist.runs.graph import Node, members
+from cwpo_dist.runs.node import Node, Nodes, members
 from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.weighting import Scale, join
 
-Graphs = Mapping[str, Mapping[str, Node]]
+Graphs = Mapping[str, Nodes]
 # Of a model's answers: before preference optimisation, and after.
 ANSWERS = {"before": "answers_sft", "after": "answers_aligned"}
 
@@ -125,7 +126,8 @@ class _Reader:
 
 def _reads_hidden(weigh: Node) -> bool:
     """Whether an arm reads labels of the unlabelled part: people's, or with its own numbers."""
-    return weigh.settings["labels"] != "annotator" and "unlabelled" in weigh.settings["splits"]
+    chooser = chooser_of(weigh)
+    return chooser.labels != "annotator" and "unlabelled" in chooser.splits
 
 
 def _names(context: Context, graphs: Graphs, annotators: Mapping[str, Node]) -> list[str]:
@@ -134,7 +136,7 @@ def _names(context: Context, graphs: Graphs, annotators: Mapping[str, Node]) -> 
         path: tuple(
             arm
             for arm, nodes in graphs.items()
-            if nodes["weigh"].settings["labels"] == "annotator"
+            if chooser_of(nodes["weigh"]).labels == "annotator"
             and path in [node.path for node in members(nodes["weigh"])]
         )
         for path in annotators

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +16,15 @@ from cwpo_dist.evaluation.annotators import HeldOut
 from cwpo_dist.evaluation.calibration import fit_scale, people_share
 from cwpo_dist.evaluation.shares import Floats
 from cwpo_dist.pairs.chosen import signs
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import LabelSource, Opinion
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import content_hash, read_records
 from cwpo_dist.pairs.stored import Judgement, Pair, pair_schema, read_judgements, read_pairs
+from cwpo_dist.runs.arms import Chooser
 from cwpo_dist.runs.context import Context, Margins, ScoresIn, annotator_name
-from cwpo_dist.runs.graph import Node, members
+from cwpo_dist.runs.node import Node, members
 from cwpo_dist.runs.own_numbers import chosen
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
@@ -114,43 +116,43 @@ class Annotated:
         return opinions, {ids[i] for i in np.flatnonzero(~known)}
 
 
-def raw(context: Context, node: Node, *, judged: bool = False) -> Annotated:
+def raw(context: Context, node: Node, chooser: Chooser, *, judged: bool = False) -> Annotated:
     """What a node reads, with margins as they are.
 
     Args:
         context: the run.
         node: `weigh`, or one that reads it or what it reads.
+        chooser: that of `weigh`.
         judged: leave out what takes its side from the labels that it would be judged by.
     """
     pairs = context.place(node.inputs["prepare"])
     scores: list[ScoresIn | OwnIn] = [
         ScoresIn(context.place(member), member.retries) for member in members(node)
     ]
-    own = own_kind(context, node)
-    if own == "scores" or (own == "confidence" and _beside(node) and not judged):
+    own = own_kind(context, node, chooser)
+    if own == "scores" or (own == "confidence" and chooser.own == "beside" and not judged):
         scores.append(OwnIn(pairs, own))
     return Annotated(pairs, context.shards(node), tuple(scores), Scale.raw(len(scores)))
 
 
-def own_kind(context: Context, node: Node) -> Own | None:
+def own_kind(context: Context, node: Node, chooser: Chooser) -> Own | None:
     """Which of the data's own numbers act in what a node reads; None: none of them.
 
     Raises:
         OwnNumbersError: where the data lack them, or have several and none is named.
     """
-    settings = _weighed(node)
-    if "own" not in settings:
+    if chooser.own is None:
         return None
     there: dict[Own, int] = context.counts(node.inputs["prepare"])["numbers"]
-    return chosen(settings["column"], there)
+    return chosen(chooser.column, there)
 
 
-def label_source(context: Context, node: Node) -> LabelSource:
+def label_source(context: Context, node: Node, chooser: Chooser) -> LabelSource:
     """Who decides the pairs of a `weigh` or `sft` node; of two scores the higher one does."""
-    labels: LabelSource = node.settings["labels"]
-    own = own_kind(context, node)
-    if own is None or _beside(node):
-        return labels
+    own = own_kind(context, node, chooser)
+    if chooser.labels != "own":
+        return chooser.labels
+    assert own is not None, "who chooses by own numbers has some"
     return "annotator" if own == "scores" else own
 
 
@@ -160,27 +162,27 @@ def names(context: Context, node: Node, given: Annotated) -> list[str]:
     return found + [OWN] * (len(given.scores) - len(found))
 
 
-def _weighed(node: Node) -> dict[str, Any]:
-    """The settings of the weighting that a node makes, or that what it measures was made with."""
-    return node.inputs["weigh"].settings if "weigh" in node.inputs else node.settings
+def decided_pairs(chooser: Chooser, counted: Census) -> int:
+    """The pairs of which an arm's labels say which answer is chosen, before any work is done."""
+    if chooser.labels == "own":
+        return counted.own_pairs(chosen(chooser.column, counted.own), *chooser.splits)
+    count = counted.labelled_pairs if chooser.labels == "human" else counted.pairs
+    return count(*chooser.splits)
 
 
-def _beside(node: Node) -> bool:
-    return bool(_weighed(node).get("own") == "beside")
-
-
-def annotated(context: Context, node: Node) -> Annotated:
-    """What a node reads, its margins divided by what the node's settings say.
+def annotated(context: Context, node: Node, chooser: Chooser) -> Annotated:
+    """What a node reads, its margins divided by what is told of their temperature.
 
     Raises:
         CalibrationError: for fitted temperatures, where the labels allow none.
     """
-    found, temperature = raw(context, node), node.settings.get("temperature")
+    found, temperature = raw(context, node, chooser), chooser.temperature
     if temperature is None or not found.scores:
         return found
     if temperature != "fitted":
         return replace(found, scale=Scale.raw(len(found.scores), temperature))
-    held = held_out(found, node.settings["calibration_split"])
+    assert chooser.calibration_split is not None, "said with temperature: fitted"
+    held = held_out(found, chooser.calibration_split)
     of = [member.path for member in members(node)]
     of += [OWN] * (len(found.scores) - len(of))
     fitted = fit_scale(held.margins_NK, held.people, held.prompts, of)

@@ -28,8 +28,8 @@ from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
 from cwpo_dist.placement import Machine, alive_machines, pool_faults
+from cwpo_dist.runs.arms import needs_annotator, watched_split, weighting
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
-from cwpo_dist.runs.graph import needs_annotator, watched_split, weigh_settings
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.nodes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
@@ -283,7 +283,7 @@ def _are_several(arm: Arm, annotators: int) -> bool:
 def calibrated_arms(config: Config) -> list[str]:
     """The arms whose margins are divided by a fitted temperature."""
     return [
-        a for a in config.arms if weigh_settings(config, config.arm(a))["temperature"] == "fitted"
+        a for a in config.arms if weighting(config, config.arm(a)).chooser.temperature == "fitted"
     ]
 
 

@@ -1,12 +1,12 @@
-"""What every stage is handed: the run directory, the configuration, and where its inputs lie."""
+"""What every stage is handed beside its settings: the run directory, and where its inputs lie."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.config import ModelConfig, Split
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
@@ -17,7 +17,7 @@ from cwpo_dist.pairs.records import (
     Score,
     read_rows,
 )
-from cwpo_dist.runs.graph import Node, teacher_config
+from cwpo_dist.runs.node import Node
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn
 from cwpo_dist.storage import MANIFEST, FileMissing, Store
@@ -27,19 +27,13 @@ Margins = dict[str, float]  # by pair id: score difference a − b
 
 @dataclass(frozen=True)
 class Context:
-    """One run.
+    """One run directory.
 
     Attributes:
-        config: the whole configuration.
-        root: the run directory (`output_dir`).
+        root: it (`output_dir`).
     """
 
-    config: Config
     root: Store
-
-    def of(self, node: Node) -> Context:
-        """The run as the node sees it: where it is about the weak model, that is the policy."""
-        return self if node.of == "policy" else replace(self, config=teacher_config(self.config))
 
     def place(self, node: Node) -> Store:
         """The folder of a stage output."""
@@ -61,23 +55,22 @@ class Context:
         """The counts in a committed output's manifest."""
         return Manifest.read(self.place(node)).counts
 
-    def pairs(self, node: Node) -> PairsIn:
-        """The pairs that `prepare` made for this node, restricted to the node's splits."""
-        splits = node.settings.get("splits")
-        return PairsIn(self.place(_prepare(node)), tuple(splits) if splits else None)
+    def pairs(self, node: Node, splits: Sequence[Split] | None = None) -> PairsIn:
+        """The pairs that this node descends from; of these splits, or None: all."""
+        return PairsIn(self.prepared(node), None if splits is None else tuple(splits))
 
     def prepared(self, node: Node) -> Store:
         """The folder of pairs that this node descends from."""
-        return self.place(_prepare(node))
+        return self.place(prepared(node))
 
     def shards(self, node: Node) -> int:
         """How many pair files `prepare` made for this node."""
-        return int(self.counts(_prepare(node))["shards"])
+        return int(self.counts(prepared(node))["shards"])
 
 
-def _prepare(node: Node) -> Node:
-    """The one `prepare` output that everything in an arm descends from."""
-    while node.stage != "prepare":
+def prepared(node: Node) -> Node:
+    """The one output, of `prepare`, that everything in an arm descends from: it reads no other."""
+    while node.inputs:
         node = node.inputs.get("prepare") or next(iter(node.inputs.values()))
     return node
 
@@ -94,10 +87,8 @@ def trained(model: ModelConfig, stage: Store) -> ModelConfig:
     return model.model_copy(update=changes)
 
 
-def policy_of(context: Context, node: Node) -> ModelConfig:
+def policy_of(context: Context, node: Node, policy: ModelConfig) -> ModelConfig:
     """The policy as a node sees it: as given, or as its `model` input trained it."""
-    policy = context.config.policy
-    assert policy is not None, "graph() makes no policy node without a policy"
     if "model" not in node.inputs:
         return policy
     return trained(policy, context.place(node.inputs["model"]))
@@ -106,7 +97,7 @@ def policy_of(context: Context, node: Node) -> ModelConfig:
 def annotator_name(context: Context, node: Node) -> str:
     """An annotator in words: its seed, or its model."""
     if "fit" in node.inputs:
-        return f"seed {node.inputs['fit'].settings['seed']}"
+        return f"seed {node.inputs['fit'].settings.identity()['seed']}"
     return str(context.counts(node)["annotator"])
 
 

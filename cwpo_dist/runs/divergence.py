@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cwpo_dist.config import ModelConfig, ReferenceConfig
 from cwpo_dist.lm.encoder import Asked
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.reading import encoder_for
@@ -15,7 +16,7 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, PairTokens, Prompt, Text, table_of
 from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table
 from cwpo_dist.runs.context import Context, policy_of, read_answers, read_log_probs
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.node import Node
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
@@ -38,11 +39,26 @@ class Answered(NamedTuple):
     after: str
 
 
-def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> dict[str, Any]:
+def kl_divergence(
+    context: Context,
+    node: Node,
+    prompts: dict[str, Prompt],
+    policy: ModelConfig,
+    pool: ReferenceConfig,
+    rows_a_shard: int,
+) -> dict[str, Any]:
     """KL(π‖π_SFT) = E_{y∼π} log π(y|x)/π_SFT(y|x), by the answers that π was heard to give.
 
     They were sampled at `evaluate.temperature`, and one cut at `max_new_tokens` is taken to end
     there: an estimate, the same for all arms.
+
+    Args:
+        context: the run.
+        node: `evaluate`, which reads both models' answers.
+        prompts: by the ids of their pairs.
+        policy: as it was given, before any training.
+        pool: the actors that compute log-probs.
+        rows_a_shard: of them.
 
     Returns:
         n, mean and standard error, in nats an answer.
@@ -51,8 +67,9 @@ def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> d
     models = {role: node.inputs[f"answers_{role}"] for role in ("sft", "aligned")}
     told = {role: read_answers(context, given) for role, given in models.items()}
     rows = [Answered(i, prompts[i], told["sft"][i], y) for i, y in told["aligned"].items() if y]
-    shards = write_pairs(context, store, rows)
-    _write_tokens(context, store, models["aligned"], rows)
+    shards = write_pairs(store, rows, rows_a_shard)
+    aligned = policy_of(context, models["aligned"], policy)
+    _write_tokens(store, aligned, rows, rows_a_shard)
     values: dict[str, dict[str, float]] = {}
     for role, given in models.items():
         output = store.child(role)
@@ -64,11 +81,11 @@ def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> d
                 ReferenceWorker,
                 PairsIn(store),
                 store,
-                policy_of(context, given),
-                context.config.reference.max_tokens_per_batch,
+                policy_of(context, given, policy),
+                pool.max_tokens_per_batch,
             ),
         )
-        run_shards(job, context.config.reference)
+        run_shards(job, pool)
         found = [read_log_probs(output, index) for index in range(shards)]
         values[role] = {i: logps.logp_b for each in found for i, logps in each.items()}
     both = sorted(values["sft"].keys() & values["aligned"].keys())
@@ -79,14 +96,13 @@ def kl_divergence(context: Context, node: Node, prompts: dict[str, Prompt]) -> d
     return {"n": len(ratios), "mean": float(ratios.mean()), "error": error}
 
 
-def write_pairs(context: Context, store: Store, rows: Sequence[Answered]) -> int:
-    """Answers as pairs, the baseline's first, in shards; how many shards."""
+def write_pairs(store: Store, rows: Sequence[Answered], size: int) -> int:
+    """Answers as pairs, the baseline's first, in shards of `size`; how many shards."""
     text = not rows or isinstance(rows[0].prompt.text, str)
     pairs = [
         Pair(row.pair_id, row.prompt.text, *_wrapped(row), tools=row.prompt.tools) for row in rows
     ]
     table = pair_table(pairs, pair_schema("text" if text else "conversational"))
-    size = context.config.prepare.rows_per_shard
     starts = range(0, len(rows), size)
     for index, start in enumerate(starts):
         store.create_table(part("pairs", index), table.slice(start, size))
@@ -101,9 +117,8 @@ def _wrapped(row: Answered) -> tuple[Text, Text]:
     return before, after
 
 
-def _write_tokens(context: Context, store: Store, node: Node, rows: Sequence[Answered]) -> None:
+def _write_tokens(store: Store, model: ModelConfig, rows: Sequence[Answered], size: int) -> None:
     """Tokens of prompt and answers, in the same shards; what does not fit is left out."""
-    model, size = policy_of(context, node), context.config.prepare.rows_per_shard
     encoder = encoder_for(model, "policy")
     whole = model.model_copy(update={"over_length": "drop"})
     for index, start in enumerate(range(0, len(rows), size)):

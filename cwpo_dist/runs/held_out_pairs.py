@@ -17,7 +17,7 @@ from cwpo_dist.config import Split, TrainingConfig
 from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.stored import Choice, read_judgements
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node, watched_split
+from cwpo_dist.runs.node import Node
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import TaskError
@@ -68,7 +68,8 @@ class HeldOutPairs:
         return [Choice(pair_id, label, weight=1.0) for pair_id, label in labels.items()]
 
 
-def held_out_pairs(context: Context, node: Node, training: TrainingConfig) -> HeldOutPairs:
+def held_out_pairs(
+    context: Context, node: Node, training: TrainingConfig, split: Split
+) -> HeldOutPairs:
     """Those of a training stage."""
-    split = watched_split(context.config)
     return HeldOutPairs(context.prepared(node), context.shards(node), split, training.eval_pairs)

@@ -8,7 +8,7 @@ from cwpo_dist.config import TRAINING, Config
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.numbers import Own, kinds
 from cwpo_dist.pairs.sources import Plan
-from cwpo_dist.runs.graph import weigh_settings
+from cwpo_dist.runs.arms import weighting
 from cwpo_dist.runs.own_numbers import OwnNumbersError, chosen, void_fault, void_of
 
 
@@ -90,11 +90,15 @@ def _idle_settings(config: Config) -> Iterator[str]:
 def _misfits(config: Config, name: str, own: Own) -> Iterator[str]:
     """What an arm asks of numbers of a kind that cannot give it."""
     arm = config.arm(name)
-    settings = weigh_settings(config, arm)
-    asked = [
-        k for k in ("top_fraction", "min_confidence", "temperature") if settings[k] is not None
-    ]
-    if config.weigh.weight_function is not None and settings["weight_function"] != "one":
+    how = weighting(config, arm)
+    temperature = how.chooser.temperature
+    told = {
+        "top_fraction": how.top_fraction,
+        "min_confidence": how.min_confidence,
+        "temperature": temperature,
+    }
+    asked = [name for name, value in told.items() if value is not None]
+    if config.weigh.weight_function is not None and how.weight_function != "one":
         asked.append("weight_function")
     if own == "weight" and arm.with_own:
         yield (
@@ -104,9 +108,9 @@ def _misfits(config: Config, name: str, own: Own) -> Iterator[str]:
     elif own == "weight" and (asked or arm.soft_labels):
         what = " and ".join(f"weigh.{k}" for k in asked) or "soft labels"
         yield f"arms: {name!r} has {what}, of margins, but a weight of the data's own is none"
-    alone = settings["temperature"] is not None and not arm.with_own
-    if own == "confidence" and (alone or settings["temperature"] == "fitted"):
+    alone = temperature is not None and not arm.with_own
+    if own == "confidence" and (alone or temperature == "fitted"):
         yield (
-            f"weigh.temperature: {settings['temperature']} (arm {name!r}) is for scores; the side "
+            f"weigh.temperature: {temperature} (arm {name!r}) is for scores; the side "
             "of the data's own confidences is the label's, which no temperature makes more honest"
         )

@@ -5,31 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from cwpo_dist.config import Config, PoolConfig, TrainingConfig
-from cwpo_dist.runs.graph import TRAINING_STAGES, Node, teacher_config
+from cwpo_dist.config import TrainingConfig
+from cwpo_dist.runs.node import Node
 
 Room = dict[str, float]
 SMALL = {"CPU": 0.5}  # a stage of few tasks
 
 
-def workers_of(config: Config, node: Node) -> TrainingConfig | None:
-    """The section whose workers make an output; None where actors or tasks do."""
-    sharded = config.align if config.reference.sharded else None
-    trainings = {"fit": config.fit, "sft": config.sft, "align": config.align, "reference": sharded}
-    return trainings.get(node.stage)
-
-
-def need(config: Config, node: Node, room: Room) -> Room:
+def need(node: Node, room: Room) -> Room:
     """What a stage takes of the cluster while it runs; at most all of it."""
-    config = config if node.of == "policy" else teacher_config(config)
-    pools: dict[str, PoolConfig] = {
-        "annotate": config.annotate,
-        "tokens": config.reference,
-        "reference": config.reference,
-        "generate": config.evaluate,
-        "evaluate": config.evaluate,
-    }
-    section = workers_of(config, node) or pools.get(node.stage)
+    section = node.settings.place
     if section is None:
         return SMALL
     if isinstance(section, TrainingConfig):
@@ -45,10 +30,9 @@ def need(config: Config, node: Node, room: Room) -> Room:
     return {name: min(amount, room[name]) for name, amount in wanted.items()}
 
 
-def fit_two(outputs: Sequence[tuple[Config, Node]], room: Room) -> bool:
+def fit_two(outputs: Sequence[Node], room: Room) -> bool:
     """Whether any two trainings find room at once; what else there is, is short."""
-    trained = [given for given in outputs if given[1].stage in TRAINING_STAGES]
-    needs = [need(config, node, room) for config, node in trained]
+    needs = [need(node, room) for node in outputs if node.settings.trains]
     return any(fits(plus(a, b), room) for a, b in itertools.combinations(needs, 2))
 
 

@@ -245,10 +245,17 @@ def read_tokens(tokens: Store, index: int) -> dict[str, Row]:
 
 
 class AnswerWorker:
-    """prompts → one sampled answer each; a shard is one batch, so its sampling is its own."""
+    """prompts → one sampled answer each; answers do not depend on the batch."""
 
-    def __init__(self, prompts: Store, model: ModelConfig, sampling: dict[str, Any]) -> None:
-        self.prompts, self.sampling = prompts, dict(sampling)
+    def __init__(
+        self,
+        prompts: Store,
+        model: ModelConfig,
+        sampling: dict[str, Any],
+        together: int | None = None,
+    ) -> None:
+        """With `together` prompts at once; None: all of a shard."""
+        self.prompts, self.sampling, self.together = prompts, dict(sampling), together
         self.policy = load_policy(model, device=assigned_device())
         self.tokenizer = load_tokenizer(model)
 
@@ -263,7 +270,7 @@ class AnswerWorker:
             self.policy,
             self.tokenizer,
             [row.given for row in rows],
-            batch_size=len(rows),
+            batch_size=self.together or len(rows),
             **self.sampling,
         )
         both = zip(rows, answers, strict=True)

@@ -2,38 +2,112 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cwpo_dist.config import AlignConfig
+from cwpo_dist.config import AlignConfig, Split
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.chosen import chosen_first
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.stored import Choice, read_choices
+from cwpo_dist.runs.annotations import decided_pairs
+from cwpo_dist.runs.arms import ArmRun, Weighting, normalization, watched_split, weighting
 from cwpo_dist.runs.context import Context, policy_of, read_log_probs
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.stage import Stage, Training
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.storage import Store
+from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import Normalization, Preference, Sampling
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AlignSettings(Settings):
+    """What `align` is told.
+
+    Attributes:
+        config: its section.
+        model: the policy as it was given; an input may have trained it.
+        seed: of the order and of adapters.
+        weight_normalization: what the summed loss is divided by.
+        sampling: how the weights act.
+        soft_labels: whether the annotator's probabilities take the place of hard labels.
+        weighting: how its input `weigh` weighs, for the number of pairs.
+        followed_on: the split by which the training is followed.
+    """
+
+    stage = "align"
+    trains = True
+
+    config: AlignConfig
+    model: GivenModel
+    seed: int
+    weight_normalization: Normalization
+    sampling: Sampling
+    soft_labels: bool
+    weighting: Weighting = field(metadata=BESIDE_KEY)
+    followed_on: Split = field(metadata=BESIDE_KEY)
+
+    @property
+    def place(self) -> AlignConfig:
+        """Its own section."""
+        return self.config
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """The policy that the arm is about."""
+    policy, config, arm = run.policy, run.config, run.arm
+    if policy is None:
+        return {}
+    # By the data set's mean: that is in the weights.
+    by_batch = normalization(config, arm) == "batch"
+    told = AlignSettings(
+        config.align,
+        policy,
+        config.seed,
+        "batch" if by_batch else "none",
+        arm.sampling,
+        arm.soft_labels,
+        weighting(config, arm),
+        watched_split(config),
+    )
+    read = {name: given[name] for name in ("tokens", "weigh", "reference") if name in given}
+    return {"align": Node(told, read | ({"model": given["sft"]} if "sft" in given else {}))}
+
+
+def work(context: Context, node: Node[AlignSettings], counted: Census) -> Training:
+    """A training on the preferences."""
+    told = node.settings
+    return Training(
+        "",
+        decided_pairs(told.weighting.chooser, counted),
+        None,
+        told.model.field,
+        training=told.config,
+        kept=told.weighting.top_fraction or 1.0,
+        sampled=told.sampling is not None,
+    )
+
+
+def make(context: Context, node: Node[AlignSettings]) -> dict[str, Any]:
     """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
-    sft = node.inputs.get("model")
+    told, sft = node.settings, node.inputs.get("model")
     task = weighted_pairs(context, node)
-    choices = held_out_pairs(context, node, context.config.align)
+    choices = held_out_pairs(context, node, told.config, told.followed_on)
     spec = TrainSpec(
         name="align",
         store=context.place(node),
         key=node.key,
-        seed=context.config.seed,
-        config=context.config.align,
-        model=policy_of(context, node),
+        seed=told.seed,
+        config=told.config,
+        model=policy_of(context, node, told.model.config),
         head="logps",
         make_task=task,
         make_held_out=replace(
@@ -44,18 +118,18 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     return train(spec)
 
 
-def weighted_pairs(context: Context, node: Node) -> WeightedPairs:
+def weighted_pairs(context: Context, node: Node[AlignSettings]) -> WeightedPairs:
     """What loads the data set of an `align` node, wherever it is called."""
-    reference = node.inputs.get("reference")
+    told, reference = node.settings, node.inputs.get("reference")
     return WeightedPairs(
         choices=Weighed(context.place(node.inputs["weigh"])),
         tokens=context.place(node.inputs["tokens"]),
         reference=None if reference is None else context.place(reference),
         shards=context.shards(node),
-        config=context.config.align,
-        normalization=node.settings["weight_normalization"],
-        sampling=node.settings["sampling"],
-        soft_labels=node.settings["soft_labels"],
+        config=told.config,
+        normalization=told.weight_normalization,
+        sampling=told.sampling,
+        soft_labels=told.soft_labels,
     )
 
 
@@ -136,3 +210,6 @@ class WeightedPairs:
 def _probability(choice: Choice) -> float:
     assert choice.probability is not None, "soft labels are an annotator's"
     return choice.probability
+
+
+STAGE = Stage(AlignSettings, nodes, make, work, clear)

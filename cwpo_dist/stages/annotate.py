@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from cwpo_dist.config import ModelConfig
+from cwpo_dist.config import AnnotateConfig, ModelConfig, Split
+from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.pairs.records import pair_id
+from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, score_files, trained
-from cwpo_dist.runs.graph import FORMAT_OF, Node, ready_model
+from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, retry_manifest
+from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.growth import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
@@ -30,19 +36,102 @@ logger = logging.getLogger(__name__)
 
 ANNOTATOR = "annotator.json"  # who scores here: written before the first score
 _BLOCK_BYTES = 2**23
+_LOOKED_UP = 64  # sampled pairs, each perhaps in a file of scores of its own
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AnnotateSettings(Settings):
+    """What `annotate` is told.
+
+    Attributes:
+        config: its section.
+        splits: whose pairs are scored.
+        ready: the given reward model; None: the one that its input `fit` made.
+        weak: what `fit` made that of.
+        seed: of the run, by which answers are a or b: the key of `prepare` has it.
+    """
+
+    stage = "annotate"
+    format = 4
+    scores = True
+
+    config: AnnotateConfig
+    splits: tuple[Split, ...]
+    ready: GivenModel | None
+    weak: ModelConfig | None = field(metadata=BESIDE_KEY)
+    seed: int = field(metadata=BESIDE_KEY)
+
+    @property
+    def place(self) -> AnnotateConfig:
+        """Its own section."""
+        return self.config
+
+    def identity(self) -> dict[str, Any]:
+        """What the key hashes; of an annotator that `fit` made its input tells the model."""
+        told = self.config.identity() | {"splits": list(self.splits)}
+        return told | (self.ready.identity() if self.ready is not None else {})
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """One for each annotator, numbered where there are several.
+
+    Each has a key of its own, which knows nothing of the others: to add one scores no pair anew by
+    those that are there.
+    """
+    if not run.annotates:
+        return {}
+    config, read = run.config, {"prepare": given["prepare"]}
+    splits: tuple[Split, ...] = tuple(sorted(config.annotate.scored_splits()))
+    told = AnnotateSettings(config.annotate, splits, None, config.weak, config.seed)
+    ready = [GivenModel.of(field, model) for field, model in config.annotate.ready()]
+    made = [Node(replace(told, ready=model), read) for model in ready] or [
+        Node(told, read | {"fit": node}) for node in given.values() if node.stage == "fit"
+    ]
+    return {
+        f"annotate_{k}" if len(made) > 1 else "annotate": _retried(run.root, node)
+        for k, node in enumerate(made)
+    }
+
+
+def _retried(root: Store, node: Node[AnnotateSettings]) -> Node[AnnotateSettings]:
+    """The node with the number of its committed retries, which stand in the run directory."""
+    output = root.child(*node.path.split("/"))
+    done = next(n for n in itertools.count() if not output.exists(retry_manifest(n + 1)))
+    return replace(node, retries=done)
+
+
+def work(context: Context, node: Node[AnnotateSettings], counted: Census) -> Scoring:
+    """A pass of the annotator over what it has not scored before."""
+    told = node.settings
+    model = "weak" if told.ready is None else told.ready.field
+    pairs = counted.pairs(*told.splits)
+    before = min(pairs, _scored_before(context, node, counted))
+    text = f"{pairs:,} pairs" + (f", about {before:,} of them scored before" if before else "")
+    return Scoring(text, pairs, "scores", model, pool=told.config, passed=pairs - before)
+
+
+def _scored_before(context: Context, node: Node[AnnotateSettings], counted: Census) -> int:
+    """Pairs whose scores lie in this run directory already, by a look-up of sampled ones."""
+    earlier = earlier_scores(context, node)
+    if not earlier.files or context.done(node):
+        return 0
+    ids = sorted(pair_id(p.prompt, p.first, p.second, p.tools) for p in counted.sample)
+    ids = ids[:_LOOKED_UP]  # ids are hashes: the first are as good as any, and lie close by
+    found = int(earlier.of(ids).num_rows)
+    return round(found / len(ids) * sum(counted.splits.values()))
+
+
+def make(context: Context, node: Node[AnnotateSettings]) -> dict[str, Any]:
     """Writes `scores/part-*.parquet` and returns the counts.
 
     Raises:
         RejectsError: when more rows than `annotate.max_reject_fraction` have no score.
     """
     job = _job(context, node)
-    fraction, pairs = context.config.annotate.max_reject_fraction, _pairs(context, node)
+    config, pairs = node.settings.config, _pairs(context, node)
     field, output = "annotate.max_reject_fraction", context.place(node)
-    check = partial(refuse_past, "annotate", field, fraction, pairs, output)
-    counts = run_shards(_of_new_pairs(context, node, job), context.config.annotate, check)
+    check = partial(refuse_past, "annotate", field, config.max_reject_fraction, pairs, output)
+    counts = run_shards(_of_new_pairs(context, node, job), config, check)
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
     check(counts)
     refuse_none("annotate", annotator(context, node), counts)
@@ -50,14 +139,14 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         "annotate: %d pairs of %s scored, %d of them before, %d set aside, %d too long; %s/scores "
         "has score_a and score_b, to be joined by pair_id with response_a and response_b of "
         "%s/pairs",
-        *(counts["rows"], ", ".join(node.settings["splits"]), counts["reused"]),
+        *(counts["rows"], ", ".join(node.settings.splits), counts["reused"]),
         *(counts["rejects"], counts["over_length"]),
-        *(job.output.uri, context.pairs(node).store.uri),
+        *(job.output.uri, context.prepared(node).uri),
     )
     return counts | {"annotator": _name(context, node)}
 
 
-def retry(context: Context, node: Node) -> dict[str, Any] | None:
+def retry(context: Context, node: Node[AnnotateSettings]) -> dict[str, Any] | None:
     """Scores again the pairs that were set aside for other reasons than their tokens.
 
     What a retry scores goes into files of its own, `scores/part-00012.retry-1.parquet`, one a shard
@@ -69,7 +158,7 @@ def retry(context: Context, node: Node) -> dict[str, Any] | None:
     Returns:
         The counts of all scores with those of this retry; None when there was nothing to retry.
     """
-    first, config = _job(context, node), context.config.annotate
+    first, config = _job(context, node), node.settings.config
     run_shards(first, config)
     number = node.retries + 1
     failed = [index for index, counts in committed_counts(first).items() if counts["rejects"]]
@@ -83,13 +172,17 @@ def retry(context: Context, node: Node) -> dict[str, Any] | None:
 
 
 def _job(
-    context: Context, node: Node, retry: int = 0, only: Sequence[int] | None = None
+    context: Context,
+    node: Node[AnnotateSettings],
+    retry: int = 0,
+    only: Sequence[int] | None = None,
 ) -> ShardJob:
     """The scoring of all pairs, or of those that the retries before `retry` left aside."""
-    output, pairs = context.place(node), context.pairs(node)
+    told, output = node.settings, context.place(node)
+    pairs = context.pairs(node, told.splits)
     if retry:
         pairs = replace(pairs, selected=partial(_set_aside, output, retry - 1))
-    model, config = annotator(context, node), context.config.annotate
+    model, config = annotator(context, node), told.config
     scorer = partial(RewardWorker, batch_invariant=config.batch_invariant)
     who, budget = _name(context, node), config.max_tokens_per_batch
     return ShardJob(
@@ -102,13 +195,13 @@ def _job(
     )
 
 
-def _pairs(context: Context, node: Node) -> int:
+def _pairs(context: Context, node: Node[AnnotateSettings]) -> int:
     """How many pairs there are to score."""
     splits = context.counts(node.inputs["prepare"])["splits"]
-    return sum(splits[split] for split in node.settings["splits"])
+    return sum(splits[split] for split in node.settings.splits)
 
 
-def _of_new_pairs(context: Context, node: Node, job: ShardJob) -> ShardJob:
+def _of_new_pairs(context: Context, node: Node[AnnotateSettings], job: ShardJob) -> ShardJob:
     """The job without what the same annotator scored in other outputs: that is copied."""
     context.place(node).create_json(ANNOTATOR, _who(context, node))
     earlier = earlier_scores(context, node)
@@ -117,14 +210,14 @@ def _of_new_pairs(context: Context, node: Node, job: ShardJob) -> ShardJob:
     return replace(job, make_worker=partial(NewPairsWorker, earlier, job.make_worker))
 
 
-def earlier_scores(context: Context, node: Node) -> EarlierScores:
+def earlier_scores(context: Context, node: Node[AnnotateSettings]) -> EarlierScores:
     """What the same annotator scored in other outputs of this run directory."""
     if "fit" in node.inputs and not context.done(node.inputs["fit"]):
         return EarlierScores(())  # its weights, by which it is known, are not there yet
     return EarlierScores(ranged_files(_same_annotator(context, node)))
 
 
-def _same_annotator(context: Context, node: Node) -> list[Store]:
+def _same_annotator(context: Context, node: Node[AnnotateSettings]) -> list[Store]:
     """The other outputs in this run directory whose scores are this annotator's.
 
     They may be unfinished: a file of scores is final once it is there. The largest come first, as
@@ -141,18 +234,19 @@ def _says(store: Store, who: str) -> bool:
     return bool(store.read_json(ANNOTATOR) == who)
 
 
-def _who(context: Context, node: Node) -> str:
+def _who(context: Context, node: Node[AnnotateSettings]) -> str:
     """One annotator, whatever pairs it is given: its settings, its weights, and which answer is a.
 
     An annotator of ours is known by its weights: fitted again on the same labelled pairs, it is
     the same one.
     """
-    settings = {name: value for name, value in node.settings.items() if name != "splits"}
+    told = node.settings
+    settings = {name: value for name, value in told.identity().items() if name != "splits"}
     trained_on = None
     if "fit" in node.inputs:
         fit = node.inputs["fit"]
-        trained_on = [fit.settings, _weights(context.place(fit))]
-    return digest([FORMAT_OF["annotate"], settings, trained_on, context.config.seed])
+        trained_on = [fit.settings.identity(), _weights(context.place(fit))]
+    return digest([told.format, settings, trained_on, told.seed])
 
 
 def _weights(fit: Store) -> str:
@@ -165,7 +259,7 @@ def _weights(fit: Store) -> str:
     return content.hexdigest()
 
 
-def _name(context: Context, node: Node) -> str:
+def _name(context: Context, node: Node[AnnotateSettings]) -> str:
     """What the column `annotator` holds."""
     if "fit" in node.inputs:
         return f"fit/{node.inputs['fit'].key}"
@@ -179,7 +273,7 @@ def _set_aside(output: Store, retries: int, index: int) -> frozenset[str]:
     return frozenset(each.row for each in rejects if not lasts(each.reason))
 
 
-def _retried_counts(context: Context, node: Node) -> Counter[str]:
+def _retried_counts(context: Context, node: Node[AnnotateSettings]) -> Counter[str]:
     """What the retries add to the counts: each row that they score was set aside before."""
     totals: Counter[str] = Counter()
     names = set(context.place(node).names("scores")) if node.retries else set()
@@ -195,9 +289,13 @@ def _plus(counts: Mapping[str, Any], more: Mapping[str, int]) -> dict[str, Any]:
     return {**counts, **{name: counts.get(name, 0) + more[name] for name in more}}
 
 
-def annotator(context: Context, node: Node) -> ModelConfig:
-    """The given reward model that the node stands for, or the one that its `fit` made."""
-    if "fit" not in node.inputs:
-        return ready_model(context.config, node)[1]
-    assert context.config.weak is not None, "graph() makes no fit node without a weak model"
-    return trained(context.config.weak, context.place(node.inputs["fit"]))
+def annotator(context: Context, node: Node[AnnotateSettings]) -> ModelConfig:
+    """The given reward model, or the one that its `fit` made."""
+    told = node.settings
+    if told.ready is not None:
+        return told.ready.config
+    assert told.weak is not None, "`fit` made it of something"
+    return trained(told.weak, context.place(node.inputs["fit"]))
+
+
+STAGE = Stage(AnnotateSettings, nodes, make, work, retry=retry)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from cwpo_dist.config import ConfigError, ModelConfig, PoolConfig
+from cwpo_dist.config import EvaluateConfig, ModelConfig, ReferenceConfig, Split
 from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.answers import answer_figures
 from cwpo_dist.evaluation.gold_function import load_function
 from cwpo_dist.pairs.chosen import signs
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import (
     SCORE_SCHEMA,
@@ -26,9 +28,12 @@ from cwpo_dist.pairs.records import (
 )
 from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.runs.annotations import held_out, names, raw
+from cwpo_dist.runs.arms import ArmRun, Chooser, weighting
 from cwpo_dist.runs.context import Context, read_answers, read_log_probs
 from cwpo_dist.runs.divergence import Answered, kl_divergence, write_pairs
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
@@ -93,7 +98,81 @@ class JudgedAnswer(NamedTuple):
 BASELINES = {"own_sft": "answers_sft", "common": "answers_base"}
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EvaluateSettings(Settings):
+    """What `evaluate` is told.
+
+    Attributes:
+        config: its section.
+        gold: the reward model that judges answers.
+        gold_rule: the digest of the source of the function that judges them.
+        calibration_split: where temperatures are fitted.
+        policy: as it was given; the inputs trained it.
+        beta: of the implicit reward; the key of `align` has it.
+        chooser: of the input `weigh`.
+        reference: the section of passes for log-probs.
+        rows_per_shard: of what is scored on the way.
+    """
+
+    stage = "evaluate"
+    format = 4
+
+    config: EvaluateConfig
+    gold: GivenModel | None
+    gold_rule: str | None
+    calibration_split: Split
+    policy: GivenModel = field(metadata=BESIDE_KEY)
+    beta: float = field(metadata=BESIDE_KEY)
+    chooser: Chooser = field(metadata=BESIDE_KEY)
+    reference: ReferenceConfig = field(metadata=BESIDE_KEY)
+    rows_per_shard: int = field(metadata=BESIDE_KEY)
+
+    @property
+    def place(self) -> EvaluateConfig:
+        """Its own section."""
+        return self.config
+
+    def identity(self) -> dict[str, Any]:
+        """The section, and what judges answers as it is now: its weights, or its rule's source."""
+        told = self.config.identity() | {"calibration_split": self.calibration_split}
+        if self.gold is not None:
+            told["gold_model"] = self.gold.identity()
+        elif self.gold_rule is not None:
+            told["gold_function_now"] = self.gold_rule
+        return told | {"items": 1}
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """The figures of an arm; everything before it is read."""
+    config, judge = run.config, run.config.evaluate
+    if run.policy is None or "aligned" not in given:
+        return {}
+    gold, rule = None, None
+    if judge.gold_model is not None:
+        gold = GivenModel.of("evaluate.gold_model", judge.gold_model)
+    elif judge.gold_function is not None:
+        rule = load_function(judge.gold_function).source_digest()
+    told = EvaluateSettings(
+        judge,
+        gold,
+        rule,
+        config.weigh.calibration_split,
+        run.policy,
+        config.align.beta,
+        weighting(config, run.arm).chooser,
+        config.reference,
+        config.prepare.rows_per_shard,
+    )
+    return {"evaluate": Node(told, dict(given))}
+
+
+def work(context: Context, node: Node[EvaluateSettings], counted: Census) -> Work:
+    """What people said of the held-out pairs, and what models say."""
+    split = node.settings.config.split
+    return Work(f"{counted.labelled_pairs(split):,} {split} pairs with a label")
+
+
+def make(context: Context, node: Node[EvaluateSettings]) -> dict[str, Any]:
     """Writes `metrics.json`; what was not asked for, or cannot be had, is null there."""
     pairs = [_held_out(context, node, index) for index in range(context.shards(node))]
     metrics = {
@@ -105,9 +184,9 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     return {"held_out_pairs": sum(map(len, pairs))}
 
 
-def _held_out(context: Context, node: Node, index: int) -> list[Pair]:
+def _held_out(context: Context, node: Node[EvaluateSettings], index: int) -> list[Pair]:
     """The pairs of one shard on the evaluated side that carry a human label."""
-    pairs, split = context.prepared(node), node.settings["split"]
+    pairs, split = context.prepared(node), node.settings.config.split
     return [
         pair
         for pair in read_pairs(pairs, part("pairs", index))
@@ -115,21 +194,24 @@ def _held_out(context: Context, node: Node, index: int) -> list[Pair]:
     ]
 
 
-def _annotator(context: Context, node: Node) -> dict[str, Any] | None:
-    given = raw(context, node, judged=True)
+def _annotator(context: Context, node: Node[EvaluateSettings]) -> dict[str, Any] | None:
+    told = node.settings
+    given = raw(context, node, told.chooser, judged=True)
     if not given.scores:
         return None
-    split, fitted_on = node.settings["split"], node.settings["calibration_split"]
+    split, fitted_on = told.config.split, told.calibration_split
     figures = annotator_figures(
         held_out(given, split),
         None if fitted_on == split else held_out(given, fitted_on),
         names(context, node, given),
-        by_member=node.inputs["weigh"].settings["temperature"] == "fitted",
+        by_member=told.chooser.temperature == "fitted",
     )
     return figures | {"temperature_split": fitted_on}
 
 
-def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str, Any]:
+def _policy(
+    context: Context, node: Node[EvaluateSettings], shards: list[list[Pair]]
+) -> dict[str, Any]:
     """Accuracy of the implicit reward that was trained; `items.parquet` has it pair by pair.
 
     Without a reference the reward is of a token's mean.
@@ -147,7 +229,7 @@ def _policy(context: Context, node: Node, shards: list[list[Pair]]) -> dict[str,
                 measured.append(pair)
                 after.append(new[name].means if old is None else new[name].sums)
                 before.append((0.0, 0.0) if old is None else old[name].sums)
-    beta = context.config.align.beta
+    beta = node.settings.beta
     after_NK, before_NK = (np.array(each).reshape(-1, 2) for each in (after, before))
     rewards_NK = after_NK - before_NK
     margins = beta * (rewards_NK[:, 0] - rewards_NK[:, 1])
@@ -170,12 +252,12 @@ def _longer_by(pair: Pair) -> int:
     return len(plain_text(pair.chosen)) - len(plain_text(pair.rejected))
 
 
-def _answered(context: Context, node: Node) -> dict[str, Any]:
+def _answered(context: Context, node: Node[EvaluateSettings]) -> dict[str, Any]:
     """GRA and answer figures against the arm's own SFT model and the policy as it was given.
 
     `answers.parquet` has them prompt by prompt; the KL divergence is from the SFT model.
     """
-    config = context.config.evaluate
+    told = node.settings
     if "answers_aligned" not in node.inputs:
         return {"gra": None, "answers": None, "kl": None}
     aligned = read_answers(context, node.inputs["answers_aligned"])
@@ -184,7 +266,7 @@ def _answered(context: Context, node: Node) -> dict[str, Any]:
     for name, role in BASELINES.items():
         baseline = read_answers(context, node.inputs[role])
         rows = [Answered(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
-        gold = _gold(context, context.place(node).child(name), rows)
+        gold = _gold(told, context.place(node).child(name), rows)
         judged_rows = [row for row in rows if row.pair_id in gold] if gold else rows
         scores = [gold[row.pair_id] for row in judged_rows] if gold else None
         ours, theirs = zip(*scores, strict=True) if scores else (None, None)
@@ -204,19 +286,21 @@ def _answered(context: Context, node: Node) -> dict[str, Any]:
         figures[name] = answer_figures(*lengths, ours, theirs).as_dict()
         tables.append(table_of(answers, JUDGED_SCHEMA))
     context.place(node).create_table(ANSWERS, pa.concat_tables(tables))
-    kl = kl_divergence(context, node, prompts) if config.kl else None
+    kl = None
+    if told.config.kl:
+        policy, rows_a_shard = told.policy.config, told.rows_per_shard
+        kl = kl_divergence(context, node, prompts, policy, told.reference, rows_a_shard)
     return {"gra": None if gold is None else judged, "answers": figures, "kl": kl}
 
 
 def _gold(
-    context: Context, store: Store, rows: Sequence[Answered]
+    told: EvaluateSettings, store: Store, rows: Sequence[Answered]
 ) -> dict[str, tuple[float, float]] | None:
     """Gold scores (aligned, baseline) by pair id; None without a gold model or function."""
-    config = context.config.evaluate
-    if config.gold_model is not None:
-        return _score_by_model(context, store, rows)
-    if config.gold_function is not None:
-        return _score_by_function(config.gold_function, rows)
+    if told.gold is not None:
+        return _score_by_model(told, told.gold.config, store, rows)
+    if told.config.gold_function is not None:
+        return _score_by_function(told.config.gold_function, rows)
     return None
 
 
@@ -231,28 +315,20 @@ def _score_by_function(name: str, rows: Sequence[Answered]) -> dict[str, tuple[f
 
 
 def _score_by_model(
-    context: Context, store: Store, rows: Sequence[Answered]
+    told: EvaluateSettings, model: ModelConfig, store: Store, rows: Sequence[Answered]
 ) -> dict[str, tuple[float, float]]:
     """Gold scores (aligned, baseline) by a reward model, on the pipeline that annotates.
 
     An answer without a finite score, or one that is too long, takes its pair out.
     """
-    config = context.config.evaluate
-    model: ModelConfig | None = config.gold_model
-    if model is None:
-        raise ConfigError("evaluate.gold_model: missing")
-    shards = write_pairs(context, store, rows)
+    budget, shards = told.config.max_tokens_per_batch, write_pairs(store, rows, told.rows_per_shard)
     job = ShardJob(
         name="scores",
         output=store,
         shards=shards,
-        make_worker=partial(
-            RewardWorker, PairsIn(store), model, "gold", config.max_tokens_per_batch, ties=True
-        ),
+        make_worker=partial(RewardWorker, PairsIn(store), model, "gold", budget, ties=True),
     )
-    run_shards(
-        job, PoolConfig.model_validate(config.model_dump(include=set(PoolConfig.model_fields)))
-    )
+    run_shards(job, told.config)
     return {
         score.pair_id: (score.score_b, score.score_a)
         for index in range(shards)
@@ -269,3 +345,6 @@ def _prompts(context: Context, node: Node, answered: Container[str]) -> dict[str
         for pair in read_pairs(store, part("pairs", index))
         if pair.pair_id in answered
     }
+
+
+STAGE = Stage(EvaluateSettings, nodes, make, work)

@@ -5,53 +5,114 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cwpo_dist.config import ModelConfig
+from cwpo_dist.config import ConfigError, FitConfig, ModelConfig, Split
 from cwpo_dist.evaluation.calibration import people_share
 from cwpo_dist.lm.encoder import Asked, Encoder
 from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
 from cwpo_dist.pairs.chosen import chosen_first
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.stored import Pair, read_pairs
+from cwpo_dist.runs.arms import ArmRun, watched_split
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.stage import Stage, Training
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
+from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import BradleyTerry, TaskError
 
 logger = logging.getLogger(__name__)
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FitSettings(Settings):
+    """What `fit` is told.
+
+    Attributes:
+        config: its section.
+        model: the weak model.
+        seed: of the order and of the new head.
+        most: the share of pairs that it may be unable to read (`prepare.max_reject_fraction`).
+        followed_on: the split by which the training is followed.
+    """
+
+    stage = "fit"
+    trains = True
+
+    config: FitConfig
+    model: GivenModel
+    seed: int
+    most: float = field(metadata=BESIDE_KEY)
+    followed_on: Split = field(metadata=BESIDE_KEY)
+
+    @property
+    def place(self) -> FitConfig:
+        """Its own section."""
+        return self.config
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """One for each seed, numbered where there are several; none where annotators are given.
+
+    Raises:
+        ConfigError: when neither `weak` nor `annotate.model` is given.
+    """
+    config = run.config
+    if not run.annotates or config.annotate.ready():
+        return {}
+    if config.weak is None:
+        raise ConfigError(
+            "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
+            "annotate.model.model_name_or_path for a ready one-label reward model"
+        )
+    weak, most = GivenModel.of("weak", config.weak), config.prepare.max_reject_fraction
+    followed, read = watched_split(config), {"prepare": given["prepare"]}
+    seeds = config.fit.seeds or [config.seed]
+    return {
+        f"fit_{k}" if len(seeds) > 1 else "fit": Node(
+            FitSettings(config.fit, weak, seed, most, followed), read
+        )
+        for k, seed in enumerate(seeds)
+    }
+
+
+def make(context: Context, node: Node[FitSettings]) -> dict[str, Any]:
     """Writes `model/`, which `AutoModelForSequenceClassification` loads; returns the counts."""
-    weak = context.config.weak
-    assert weak is not None, "graph() makes no fit node without a weak model"
-    pairs = context.place(node.inputs["prepare"])
+    told, weak = node.settings, node.settings.model.config
     task = LabelledPairs(
-        pairs,
+        context.prepared(node),
         context.shards(node),
         weak,
-        by_votes=node.settings["labels"] == "votes",
-        most=context.config.prepare.max_reject_fraction,
+        by_votes=told.config.labels == "votes",
+        most=told.most,
     )
-    held_out = held_out_pairs(context, node, context.config.fit)
+    held_out = held_out_pairs(context, node, told.config, told.followed_on)
     spec = TrainSpec(
         name="fit",
         store=context.place(node),
         key=node.key,
-        seed=node.settings["seed"],
-        config=context.config.fit,
+        seed=told.seed,
+        config=told.config,
         model=weak,
         head="scores",
         make_task=task,
         make_held_out=replace(task, most=1.0, held_out=held_out),
     )
     return train(spec)
+
+
+def work(context: Context, node: Node[FitSettings], counted: Census) -> Training:
+    """A training on the labelled pairs."""
+    pairs = counted.pairs("labelled")
+    return Training("", pairs, None, node.settings.model.field, training=node.settings.config)
 
 
 @dataclass(frozen=True)
@@ -137,3 +198,6 @@ def _first_share(pair: Pair) -> float:
     if share is None:  # without a label only ties are in the labelled part
         return 0.5
     return chosen_first(pair.label, share, 1 - share)[0]
+
+
+STAGE = Stage(FitSettings, nodes, make, work, clear)

@@ -2,53 +2,132 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from cwpo_dist.config import PoolConfig
+from cwpo_dist.config import EvaluateConfig, Split
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import PROMPT_SCHEMA, PromptTokens, table_of
 from cwpo_dist.pairs.stored import read_judgements
+from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, policy_of
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.stage import Generating, Stage
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import AnswerWorker, read_tokens
 
+CUT = "cut.json"  # how many prompts a file has: written before the first file
 
-def run(context: Context, node: Node) -> dict[str, Any]:
-    """Writes `prompts/` (one file a batch) and `answers/part-*.parquet`; returns the counts."""
-    settings = node.settings
-    output = context.place(node)
+
+@dataclass(frozen=True)
+class GenerateSettings(Settings):
+    """What `generate` is told.
+
+    Attributes:
+        model: the policy as it was given; an input may have trained it.
+        split: whose prompts are answered.
+        num_prompts: how many of them.
+        max_new_tokens: of an answer.
+        temperature: 0 is greedy.
+        seed: of the noise.
+        config: the section of `evaluate`: its actors, and how many prompts they answer at once.
+    """
+
+    stage = "generate"
+
+    model: GivenModel
+    split: Split
+    num_prompts: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    config: EvaluateConfig = field(metadata=BESIDE_KEY)
+
+    @property
+    def place(self) -> EvaluateConfig:
+        """Where answers are judged, they are made."""
+        return self.config
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """Answers of the policy as it was given, after SFT, and aligned."""
+    config = run.config
+    measured = config.evaluate
+    if run.policy is None or "align" not in given or not measured.num_prompts:
+        return {}
+    sft = {"model": given["sft"]} if "sft" in given else {}
+    models = {"base": {}, "sft": sft, "aligned": {"model": given["align"]}}
+    made = {}
+    for place, (role, model) in enumerate(models.items()):
+        told = GenerateSettings(
+            run.policy,
+            measured.split,
+            measured.num_prompts,
+            measured.max_new_tokens,
+            measured.temperature,
+            # Samples of different models are independent, as in the paper: each has its own seed.
+            config.seed * len(models) + (place if model else 0),
+            measured,
+        )
+        made[f"answers_{role}"] = Node(told, {"tokens": given["tokens"]} | model)
+    return made
+
+
+def work(context: Context, node: Node[GenerateSettings], counted: Census) -> Generating:
+    """An answer to each prompt."""
+    told = node.settings
+    prompts = min(told.num_prompts, counted.pairs(told.split))
+    return Generating(
+        f"{prompts:,} prompts, at most {told.max_new_tokens} new tokens each",
+        model=told.model.field,
+        pool=told.config,
+        prompts=prompts,
+        together=told.config.generation_batch_size,
+        new_tokens=told.max_new_tokens,
+        longest=told.model.config.max_length + told.max_new_tokens,
+    )
+
+
+def make(context: Context, node: Node[GenerateSettings]) -> dict[str, Any]:
+    """Writes `prompts/`, a file a batch, and `answers/part-*.parquet`; returns the counts."""
+    told = node.settings
+    output, together = context.place(node), told.config.generation_batch_size
     prompts = _prompts(context, node)
-    size = settings["generation_batch_size"]
+    output.create_json(CUT, together)
+    size = output.read_json(CUT)  # a resumed run may be told another batch size
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     for index, batch in enumerate(batches):
         output.create_table(part("prompts", index), table_of(batch, PROMPT_SCHEMA))
-    sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
+    names = ("max_new_tokens", "temperature", "seed")
+    sampling = {name: getattr(told, name) for name in names}
+    policy = policy_of(context, node, told.model.config)
     job = ShardJob(
         name="answers",
         output=output,
         shards=len(batches),
-        make_worker=partial(AnswerWorker, output, policy_of(context, node), sampling),
+        make_worker=partial(AnswerWorker, output, policy, sampling, together),
         reads="prompts",
     )
-    pool = PoolConfig.model_validate(
-        context.config.evaluate.model_dump(include=set(PoolConfig.model_fields))
-    )
-    return run_shards(job, pool)
+    return run_shards(job, told.config)
 
 
-def _prompts(context: Context, node: Node) -> list[PromptTokens]:
+def _prompts(context: Context, node: Node[GenerateSettings]) -> list[PromptTokens]:
     """The first `num_prompts` distinct prompts of the split; ids are hashes, so any sample."""
-    tokens = context.place(node.inputs["tokens"])
-    pairs, split = context.prepared(node), node.settings["split"]
+    told, tokens = node.settings, context.place(node.inputs["tokens"])
+    pairs = context.prepared(node)
     seen: dict[tuple[int, ...], str] = {}
     for index in range(context.shards(node)):
         rows = read_tokens(tokens, index)
         for pair in read_judgements(pairs, part("pairs", index)):
-            if pair.split == split and pair.pair_id in rows:
+            if pair.split == told.split and pair.pair_id in rows:
                 seen.setdefault(tuple(rows[pair.pair_id].prompt), pair.pair_id)
-        if len(seen) >= node.settings["num_prompts"]:
+        if len(seen) >= told.num_prompts:
             break
-    chosen = list(seen.items())[: node.settings["num_prompts"]]
+    chosen = list(seen.items())[: told.num_prompts]
     return [PromptTokens(pair_id, list(prompt)) for prompt, pair_id in chosen]
+
+
+STAGE = Stage(GenerateSettings, nodes, make, work)

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
+from cwpo_dist.config import Split
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, table_of
+from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, read_log_probs
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, ancestors
+from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.pipeline import part
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ImplicitSettings(Settings):
+    """What `implicit` is told.
+
+    Attributes:
+        beta: β of the weak policy's DPO.
+        splits: whose pairs have log-probs, for their number.
+    """
+
+    stage = "implicit"
+    format = 4
+    scores = True
+
+    beta: float
+    splits: tuple[Split, ...] = field(metadata=BESIDE_KEY)
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """The scores of an arm whose annotator is the weak model, trained as a policy; how it is."""
+    teacher = run.teacher
+    if teacher is None:
+        return {}
+    rewards = {name: run.taught[name] for name in ("before", "after")}
+    needed = ancestors(rewards.values()) - {given["prepare"].path}
+    made = {f"teacher_{k}": node for k, node in run.taught.items() if node.path in needed}
+    told = ImplicitSettings(teacher.config.align.beta, teacher.rewarded)
+    return made | {"annotate": Node(told, {"prepare": given["prepare"]} | rewards)}
+
+
+def make(context: Context, node: Node[ImplicitSettings]) -> dict[str, Any]:
     """Writes `scores/part-*.parquet` and returns the counts."""
     before, after = (context.place(node.inputs[name]) for name in ("before", "after"))
-    beta, annotator, rows = node.settings["beta"], f"implicit/{node.key}", 0
+    beta, annotator, rows = node.settings.beta, f"implicit/{node.key}", 0
     for index in range(context.shards(node)):
         old, new = read_log_probs(before, index), read_log_probs(after, index)
         scores = [
@@ -30,3 +64,11 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         context.place(node).create_table(part("scores", index), table)
         rows += len(scores)
     return {"rows": rows, "annotator": annotator}
+
+
+def work(context: Context, node: Node[ImplicitSettings], counted: Census) -> Work:
+    """A difference of two numbers a pair."""
+    return Work(f"{counted.pairs(*node.settings.splits):,} pairs")
+
+
+STAGE = Stage(ImplicitSettings, nodes, make, work)

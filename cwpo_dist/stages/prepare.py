@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ import ray
 from cwpo_dist.config import ConfigError, PrepareConfig, Split
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs import buckets, cutting, kept_columns, numbers
-from cwpo_dist.pairs.buckets import BucketSummary, Shards, Work
+from cwpo_dist.pairs.buckets import BucketSummary, Shards
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.listing import LeftOut
 from cwpo_dist.pairs.pieces import (
     COUNT,
@@ -30,8 +31,10 @@ from cwpo_dist.pairs.rejects import Tally, refuse_past
 from cwpo_dist.pairs.sources import MAP_LABELS, Plan, plan, source_fingerprints
 from cwpo_dist.pairs.splits import SPLITS, SplitRule
 from cwpo_dist.pairs.unread import Unread
+from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.node import Node, Nodes, Settings
+from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.ray_tasks import run_tasks
 from cwpo_dist.storage import MANIFEST, FileMissing, StorageError, Store, to_json
 
@@ -43,10 +46,45 @@ _FILES_LISTED = 100
 _TRIES, _PAUSE_S = 30, 1.0
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PrepareSettings(Settings):
+    """What `prepare` is told.
+
+    Attributes:
+        config: the sources and the split settings.
+        seed: of order and splits.
+        sources_now: the sources' fingerprints.
+    """
+
+    stage = "prepare"
+
+    config: PrepareConfig
+    seed: int
+    sources_now: list[Any]
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """The sources as they are now."""
+    config = run.config
+    now = source_fingerprints(config.prepare)
+    return {"prepare": Node(PrepareSettings(config.prepare, config.seed, now))}
+
+
+def make(context: Context, node: Node[PrepareSettings]) -> dict[str, Any]:
     """Writes `pairs/part-*.parquet` and `rejects/part-*.parquet` and returns the counts."""
-    known = node.settings["sources_now"]
-    return prepare(context.place(node), context.config.prepare, context.config.seed, known)
+    told = node.settings
+    return prepare(context.place(node), told.config, told.seed, told.sources_now)
+
+
+def work(context: Context, node: Node[PrepareSettings], counted: Census) -> Work:
+    """How many pairs go where."""
+    splits = ", ".join(f"{n:,} {name}" for name, n in sorted(counted.splits.items()))
+    own = "".join(
+        f"; {kind} of its own: {sum(found.values()):,} pairs" for kind, found in counted.own.items()
+    )
+    copies = f"; {counted.merged:,} copies merged" if counted.merged else ""
+    text = f"{splits}{copies}; {counted.rejects:,} set aside{own}"
+    return Work(text, sum(counted.splits.values()), "pairs")
 
 
 def prepare(
@@ -106,7 +144,7 @@ def _prepare(store: Store, config: PrepareConfig, seed: int, known: list[Any]) -
     kept = _kept_types(read, config)
     rows = tuple(name for piece in read for name in piece.files)
     leaks = planned.n_buckets if planned.may_leak else 0
-    _write(Work(store, rows, leaks), planned, config, kept, seed)
+    _write(buckets.Work(store, rows, leaks), planned, config, kept, seed)
     written = buckets.bucket_summaries(store, planned.n_buckets)
     rejects.merge(Tally(_added(bucket.rejects for bucket in written)))
     counts = _counts(planned, written, rejects.reasons, rows_in)
@@ -221,7 +259,7 @@ def _left_out(left_out: Sequence[LeftOut]) -> dict[str, Any]:
 
 
 def _write(
-    work: Work, planned: Plan, config: PrepareConfig, kept: dict[str, str], seed: int
+    work: buckets.Work, planned: Plan, config: PrepareConfig, kept: dict[str, str], seed: int
 ) -> None:
     count = planned.n_buckets
     if work.leaks:
@@ -369,3 +407,6 @@ def _added(counts: Iterable[dict[Any, int]]) -> Counter[Any]:
     for each in counts:
         total.update(each)
     return total
+
+
+STAGE = Stage(PrepareSettings, nodes, make, work, clear)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from cwpo_dist.config import AlignConfig, Config, ReferenceConfig, Split
+from cwpo_dist.objectives import objective
+from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.runs.arms import ArmRun, watched_split
 from cwpo_dist.runs.context import Context, policy_of
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, total_counts
 from cwpo_dist.scoring.scorers import ReferenceWorker
@@ -14,12 +22,78 @@ from cwpo_dist.scoring.sharded import Together
 from cwpo_dist.training.group import FrozenSpec, apply_frozen
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ReferenceSettings(Settings):
+    """What `reference` is told.
+
+    Attributes:
+        model: the policy as it was given; an input may have trained it.
+        splits: whose pairs get log-probs.
+        pool: its section.
+        sharded_as: the section whose workers hold a policy that exceeds one device.
+    """
+
+    stage = "reference"
+
+    model: GivenModel
+    splits: tuple[Split, ...]
+    pool: ReferenceConfig = field(metadata=BESIDE_KEY)
+    sharded_as: AlignConfig = field(metadata=BESIDE_KEY)
+
+    @property
+    def place(self) -> ReferenceConfig | AlignConfig:
+        """Its own section, or that of `align` where the policy is sharded."""
+        return self.sharded_as if self.pool.sharded else self.pool
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """Of the policy where `align` starts, for losses that compare; of the aligned one, judged.
+
+    Of a weak policy whose rewards are asked for: before its alignment, and after.
+    """
+    policy, config = run.policy, run.config
+    if policy is None:
+        return {}
+
+    def log_probs(splits: Sequence[Split], trained: str) -> Node:
+        told = ReferenceSettings(policy, tuple(sorted(set(splits))), config.reference, config.align)
+        model = {"model": given[trained]} if trained in given else {}
+        return Node(told, {"tokens": given["tokens"]} | model)
+
+    made: dict[str, Node] = {}
+    compares, _ = objective(config.align, soft_labels=run.arm.soft_labels)
+    if compares.reference:
+        splits = [*run.arm.splits, *_measured(config), watched_split(config)]
+        made["reference"] = log_probs(splits, "sft")
+    if "align" in given and run.rewarded:
+        made |= {"before": log_probs(run.rewarded, "sft")}
+        made |= {"after": log_probs(run.rewarded, "align")}
+    elif "align" in given:
+        made["aligned"] = log_probs([config.evaluate.split], "align")
+    return made
+
+
+def _measured(config: Config) -> list[Split]:
+    """The splits that a policy is measured on: where rates are chosen on validation, that too."""
+    chosen = config.compare is not None and len(config.compare.learning_rates) > 1
+    return ["test", "validation"] if chosen else [config.evaluate.split]
+
+
+def work(context: Context, node: Node[ReferenceSettings], counted: Census) -> Scoring:
+    """A pass of the policy over the pairs."""
+    told = node.settings
+    pairs = counted.pairs(*told.splits)
+    text, field = f"{pairs:,} pairs", told.model.field
+    return Scoring(text, pairs, "log_probs", field, pool=told.pool, passed=pairs)
+
+
+def make(context: Context, node: Node[ReferenceSettings]) -> dict[str, Any]:
     """Writes `reference/part-*.parquet` and returns the counts."""
-    config, policy = context.config.reference, policy_of(context, node)
+    told = node.settings
+    config, policy = told.pool, policy_of(context, node, told.model.config)
     make_worker = partial(
         ReferenceWorker,
-        context.pairs(node),
+        context.pairs(node, told.splits),
         context.place(node.inputs["tokens"]),
         policy,
         config.max_tokens_per_batch,
@@ -27,7 +101,10 @@ def run(context: Context, node: Node) -> dict[str, Any]:
     job = ShardJob("reference", context.place(node), context.shards(node), make_worker)
     if not config.sharded:
         return run_shards(job, config)
-    work = Together(job, make_worker)
+    together = Together(job, make_worker)
     if job.missing():
-        apply_frozen(FrozenSpec("reference", job.output, context.config.align, policy, work))
+        apply_frozen(FrozenSpec("reference", job.output, told.sharded_as, policy, together))
     return dict(total_counts(job))
+
+
+STAGE = Stage(ReferenceSettings, nodes, make, work)

@@ -2,45 +2,99 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cwpo_dist.config import SftConfig, Split
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.pairs.chosen import Label, chosen_first
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import LabelSource, decide
-from cwpo_dist.runs.annotations import Annotated, annotated, label_source
+from cwpo_dist.runs.annotations import Annotated, annotated, decided_pairs, label_source
+from cwpo_dist.runs.arms import ArmRun, Chooser, watched_split, weighting
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, scored
+from cwpo_dist.runs.stage import Stage, Training
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.storage import Store
+from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import Sft
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SftSettings(Settings):
+    """What `sft` is told.
+
+    Attributes:
+        config: its section.
+        model: the policy as it was given.
+        chooser: who says which answer is the better one; a temperature only where it decides.
+        seed: of the order and of adapters.
+        followed_on: the split by which the training is followed.
+    """
+
+    stage = "sft"
+    trains = True
+
+    config: SftConfig
+    model: GivenModel
+    chooser: Chooser
+    seed: int
+    followed_on: Split = field(metadata=BESIDE_KEY)
+
+    @property
+    def place(self) -> SftConfig:
+        """Its own section."""
+        return self.config
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """The policy that has seen what the arm's labels say is good; none with `sft: none`."""
+    config, read = run.config, scored(given)
+    if run.policy is None or config.sft is None:
+        return {}
+    chooser = weighting(config, run.arm).chooser
+    # Of one opinion no scale changes the side; of several, those fitted to each do.
+    joint = len(read) + (chooser.own == "beside") > 1 and chooser.temperature == "fitted"
+    if not joint:
+        chooser = replace(chooser, temperature=None, calibration_split=None)
+    told = SftSettings(config.sft, run.policy, chooser, config.seed, watched_split(config))
+    prepared = {name: given[name] for name in ("prepare", "tokens")}
+    return {"sft": Node(told, prepared | read)}
+
+
+def work(context: Context, node: Node[SftSettings], counted: Census) -> Training:
+    """A training on the better answers."""
+    told = node.settings
+    pairs = decided_pairs(told.chooser, counted)
+    return Training("", pairs, None, told.model.field, training=told.config, chosen_alone=True)
+
+
+def make(context: Context, node: Node[SftSettings]) -> dict[str, Any]:
     """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
-    policy, config = context.config.policy, context.config.sft
-    assert policy is not None, "graph() makes no sft node without a policy"
-    assert config is not None, "graph() makes no sft node for `sft: none`"
+    told = node.settings
     chosen = ChosenAnswers(
-        annotated=annotated(context, node),
+        annotated=annotated(context, node, told.chooser),
         tokens=context.place(node.inputs["tokens"]),
-        labels=label_source(context, node),
-        splits=tuple(node.settings["splits"]),
+        labels=label_source(context, node, told.chooser),
+        splits=told.chooser.splits,
     )
     spec = TrainSpec(
         name="sft",
         store=context.place(node),
         key=node.key,
-        seed=context.config.seed,
-        config=config,
-        model=policy,
+        seed=told.seed,
+        config=told.config,
+        model=told.model.config,
         head="logps",
         make_task=chosen,
         make_held_out=HeldOutAnswers(
-            context.place(node.inputs["tokens"]), held_out_pairs(context, node, config)
+            context.place(node.inputs["tokens"]),
+            held_out_pairs(context, node, told.config, told.followed_on),
         ),
     )
     return train(spec)
@@ -104,3 +158,6 @@ class HeldOutAnswers:
 def _chosen(row: Row, label: Label) -> Row:
     """A pair's prompt with the chosen answer alone."""
     return Row(row.prompt, chosen_first(label, *row.answers)[:1])
+
+
+STAGE = Stage(SftSettings, nodes, make, work, clear)

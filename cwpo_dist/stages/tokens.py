@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from cwpo_dist.config import PoolConfig
+from cwpo_dist.config import PoolConfig, ReferenceConfig
+from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.driver import run_here, run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import TokenWorker
@@ -16,14 +21,56 @@ from cwpo_dist.scoring.set_aside import refuse_none, refuse_past
 FEW_PAIRS = 2000  # a second or two; an actor takes longer to start
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TokensSettings(Settings):
+    """What `tokens` is told.
+
+    Attributes:
+        policy: whose tokens they are.
+        pool: the section of the reference pass, which has as many actors.
+        most: the share of pairs that the policy may be unable to read
+            (`prepare.max_reject_fraction`).
+    """
+
+    stage = "tokens"
+    format = 5
+
+    policy: GivenModel
+    pool: ReferenceConfig = field(metadata=BESIDE_KEY)
+    most: float = field(metadata=BESIDE_KEY)
+
+    @property
+    def place(self) -> ReferenceConfig:
+        """That of the reference pass."""
+        return self.pool
+
+    def identity(self) -> dict[str, Any]:
+        """Of the model its tokenizer alone."""
+        return self.policy.token_identity()
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """The policy's tokens of all pairs."""
+    if run.policy is None:
+        return {}
+    config = run.config
+    told = TokensSettings(run.policy, config.reference, config.prepare.max_reject_fraction)
+    return {"tokens": Node(told, {"prepare": given["prepare"]})}
+
+
+def work(context: Context, node: Node[TokensSettings], counted: Census) -> Work:
+    """Each pair once."""
+    pairs = sum(counted.splits.values())
+    return Work(f"{pairs:,} pairs, tokenised once", pairs, "tokens", node.settings.policy.field)
+
+
+def make(context: Context, node: Node[TokensSettings]) -> dict[str, Any]:
     """Writes `tokens/part-*.parquet` and returns the counts.
 
     Raises:
         RejectsError: when the policy cannot read more pairs than `prepare.max_reject_fraction`.
     """
-    policy = context.config.policy
-    assert policy is not None, "graph() makes no tokens node without a policy"
+    told, policy = node.settings, node.settings.policy.config
     job = ShardJob(
         name="tokens",
         output=context.place(node),
@@ -31,14 +78,17 @@ def run(context: Context, node: Node) -> dict[str, Any]:
         make_worker=partial(TokenWorker, context.pairs(node), policy),
     )
     pairs = context.counts(node.inputs["prepare"])["pairs"]
-    field, fraction = "prepare.max_reject_fraction", context.config.prepare.max_reject_fraction
-    check = partial(refuse_past, "tokens", field, fraction, pairs, job.output)
+    field = "prepare.max_reject_fraction"
+    check = partial(refuse_past, "tokens", field, told.most, pairs, job.output)
     if pairs <= FEW_PAIRS:
         counts = run_here(job)
     else:
         # Tokenising needs no accelerator; as many actors as the reference pass has.
-        pool = PoolConfig(num_actors=context.config.reference.most_actors)
+        pool = PoolConfig(num_actors=told.pool.most_actors)
         counts = run_shards(job, pool, check)
     check(counts)
     refuse_none("tokens", policy, counts)
     return counts
+
+
+STAGE = Stage(TokensSettings, nodes, make, work)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from cwpo_dist.evaluation.shares import Floats
 from cwpo_dist.pairs.chosen import chosen_first
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import Kind, rows_of, table_of
@@ -28,13 +29,16 @@ from cwpo_dist.pairs.stored import Pair, Preference, preference_schema, preferen
 from cwpo_dist.runs.annotations import (
     Annotated,
     annotated,
+    decided_pairs,
     gather,
     label_source,
     own_kind,
 )
+from cwpo_dist.runs.arms import ArmRun, Chooser, Weighting, weighting
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.graph import Node
+from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, scored
 from cwpo_dist.runs.own_numbers import OwnNumbersError, void_fault
+from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.pipeline import counted, part, read_counts
 from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.weighting import Selection, confidence, last_of_top, margin_of, sigmoid, weights
@@ -46,28 +50,71 @@ WRITTEN = pa.schema([("shard", pa.int64()), ("refused", pa.string()), ("counts",
 logger = logging.getLogger(__name__)
 
 
-def run(context: Context, node: Node) -> dict[str, Any]:
+@dataclass(frozen=True)
+class WeighSettings(Settings):
+    """What `weigh` is told.
+
+    Attributes:
+        weighting: who chooses, and what becomes of margins.
+        messages: whether text is written as the messages that the policy's template gets of it.
+        most_void: the share of the data's own numbers that may be of no use
+            (`prepare.max_reject_fraction`).
+    """
+
+    stage = "weigh"
+    format = 5
+
+    weighting: Weighting
+    messages: bool
+    most_void: float = field(metadata=BESIDE_KEY)
+
+
+def chooser_of(node: Node) -> Chooser:
+    """Who chose in an output of `weigh`."""
+    assert isinstance(node.settings, WeighSettings), f"{node.path} is no output of `weigh`"
+    return node.settings.weighting.chooser
+
+
+def nodes(run: ArmRun, given: Nodes) -> Nodes:
+    """The arm's preferences."""
+    config = run.config
+    # Text is prompt + answer under 'plain' alone; every other template gets it as messages.
+    messages = config.policy is None or config.policy.chat_template != "plain"
+    how, most = weighting(config, run.arm), config.prepare.max_reject_fraction
+    read = {"prepare": given["prepare"]} | scored(given)
+    return {"weigh": Node(WeighSettings(how, messages, most), read)}
+
+
+def work(context: Context, node: Node[WeighSettings], counted: Census) -> Work:
+    """All pairs whose better answer somebody knows."""
+    chooser = node.settings.weighting.chooser
+    text = f"{decided_pairs(chooser, counted):,} pairs"
+    return Work(text, counted.pairs(*chooser.splits), "pairs")
+
+
+def make(context: Context, node: Node[WeighSettings]) -> dict[str, Any]:
     """Writes `preferences/part-*.parquet` (TRL's names) and returns the counts.
 
     Raises:
         OwnNumbersError: where the data's own numbers are asked for and hardly any can be used.
     """
-    own = own_kind(context, node)
+    how, chooser = node.settings.weighting, node.settings.weighting.chooser
+    own = own_kind(context, node, chooser)
     if own is not None:
         _check_own(context, node, own)
-    read = annotated(context, node)
+    read = annotated(context, node, chooser)
     shards = Shards(
         annotated=read,
         output=context.place(node),
-        labels=label_source(context, node),
-        own=node.settings["labels"] == "own",
-        splits=tuple(node.settings["splits"]),
-        weight_function=node.settings["weight_function"],
+        labels=label_source(context, node, chooser),
+        own=chooser.labels == "own",
+        splits=chooser.splits,
+        weight_function=how.weight_function,
         message_keys=tuple(context.counts(node.inputs["prepare"])["message_keys"]),
-        messages=node.settings["messages"],
+        messages=node.settings.messages,
     )
-    selection = Selection(_last(shards, node), node.settings["min_confidence"])
-    if node.settings.get("divided_by_mean"):
+    selection = Selection(_last(shards, how.top_fraction), how.min_confidence)
+    if how.divided_by_mean:
         shards = replace(shards, divisor=_mean_weight(shards, selection))
     return _summary(_write(shards, selection), shards)
 
@@ -266,14 +313,14 @@ def _probability(margin: float | None) -> float | None:
     return None if margin is None else sigmoid(np.array([margin])).item()
 
 
-def _check_own(context: Context, node: Node, own: Own) -> None:
+def _check_own(context: Context, node: Node[WeighSettings], own: Own) -> None:
     """Refuses what `plan` refuses, by what `prepare` counted.
 
     Raises:
         OwnNumbersError: where too many of them cannot be used.
     """
-    counts, most = context.counts(node.inputs["prepare"]), context.config.prepare
-    fault = void_fault(own, counts["void_numbers"], counts["rows_in"], most.max_reject_fraction)
+    counts, most = context.counts(node.inputs["prepare"]), node.settings.most_void
+    fault = void_fault(own, counts["void_numbers"], counts["rows_in"], most)
     if fault is not None:
         raise OwnNumbersError(fault)
 
@@ -286,18 +333,18 @@ def _mean_weight(shards: Shards, selection: Selection) -> float:
     return math.fsum(found["weight"].to_pylist()) / max(1, pairs) or 1.0
 
 
-def _last(shards: Shards, node: Node) -> tuple[float, str] | None:
+def _last(shards: Shards, top_fraction: float | None) -> tuple[float, str] | None:
     """The last pair of the top share.
 
     The driver holds 8 bytes of confidence and 36 of id a pair, and the confidences twice more
     while it looks for the last: 60 MB a million pairs. Measured at 1,000,448 pairs of two
     annotators, temperatures fitted: it grew by 98 MiB, Ray's own buffers among them.
     """
-    if node.settings["top_fraction"] is None:
+    if top_fraction is None:
         return None
     found = gather(shards.confidences, shards.annotated.shards, CONFIDENCES)
     confidences = found["confidence"].to_numpy()
-    return last_of_top(confidences, found["pair_id"], node.settings["top_fraction"])
+    return last_of_top(confidences, found["pair_id"], top_fraction)
 
 
 def _write(shards: Shards, selection: Selection) -> Counter[str]:
@@ -368,3 +415,6 @@ def _tell_own(counts: dict[str, Any], labels: LabelSource) -> None:
             "the scores count",
             *(against, pairs),
         )
+
+
+STAGE = Stage(WeighSettings, nodes, make, work)
