@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.storage import MANIFEST, StorageError, Store
 
 
 class Manifest(BaseModel):
@@ -35,7 +35,7 @@ class Manifest(BaseModel):
     key: str = ""
     settings: Mapping[str, Any] = {}
     inputs: Mapping[str, str] = {}
-    counts: Mapping[str, Any]
+    counts: Mapping[str, Any] = {}
     seconds: float = 0.0
     versions: Mapping[str, str] = {}
     device: str = ""
@@ -47,9 +47,18 @@ class Manifest(BaseModel):
 
         Raises:
             FileMissing: for an output that is not finished.
-            StorageError: for a file that is empty or torn.
+            StorageError: for a file that is empty or torn, or holds something else.
         """
-        return cls.model_validate(output.read_json(name))
+        found = output.read_json(name)
+        try:
+            return cls.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "the whole file"
+            raise StorageError(
+                f"{output.path(name)!r} is not what cwpo_dist writes ({field}: {first['msg']}); "
+                "remove it, then run the same command again: what it stood for is made again"
+            ) from error
 
     def write(self, output: Store, name: str = MANIFEST) -> None:
         """Commits an output."""

@@ -142,7 +142,7 @@ def _local(folder: Store) -> Path:
         from model_signing import signing, verifying  # noqa: F401 (whether they are there)
     except ImportError:
         raise SigningError(
-            "signatures want the extra [sign]: pip install 'cwpo_dist[sign]'"
+            "signatures need the extra [sign]: pip install 'cwpo_dist[sign]'"
         ) from None
     if not folder.is_local:
         raise SigningError(f"{folder.uri}: signatures are of local folders; copy it to one")
@@ -160,7 +160,7 @@ def _wanted(folder: Store) -> dict[str, str]:
         whole = False
     if not whole:  # a file twice, say: readers would not agree on which counts
         raise SigningError(
-            f"{folder.path(DIGESTS)!r} is no list of digests as `cwpo export` writes it; export "
+            f"{folder.path(DIGESTS)!r} is not a list of digests as `cwpo export` writes it; export "
             "the model again"
         )
     return wanted

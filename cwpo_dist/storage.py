@@ -318,7 +318,7 @@ class Store:
             raise StorageError(
                 f"{self.path(name)!r} is {'torn' if size else 'empty'}, as after a power cut or a "
                 f"broken copy; remove it and, if there is one, the {MANIFEST} of its stage, then "
-                f"run the same command again: what is missing is made anew ({error})"
+                f"run the same command again: what is missing is made again ({error})"
             ) from error
 
 

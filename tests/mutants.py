@@ -1,7 +1,7 @@
 """A list of one-line edits in; each made in a copy of the tree, and the test that must notice it.
 
 `make mutants`. An edit is found by its text, not by its place, so that it survives moves; one whose
-text is gone, or stands twice, fails the check, as does one that no test notices or that keeps the
+text is gone, or appears twice, fails the check, as does one that no test notices or that keeps the
 program from being imported. Those that change nothing that anyone could see say why (`harmless`),
 and must survive.
 """

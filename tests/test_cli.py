@@ -83,7 +83,7 @@ def test_each_command_names_a_file_that_a_power_cut_left(
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from cwpo_dist import cli\n"
+        "import sys; from cwpo_dist.cli import app as cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'ray', 'transformers', 'pyarrow') if m in sys.modules])"

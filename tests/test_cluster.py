@@ -69,7 +69,7 @@ def test_what_listens_is_no_head(silent: str, web: str, monkeypatch: pytest.Monk
 
 def test_addresses_of_other_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is a job server's address, which `cwpo submit` takes" in refusal("http://head:8265")
-    assert "it is no HOST:PORT" in refusal("head")
+    assert "it is not HOST:PORT" in refusal("head")
     assert "no Ray head answers at head:x" in refusal("head:x")
     assert "no Ray head answers at no-such-host.invalid:6379" in refusal(
         "no-such-host.invalid:6379"

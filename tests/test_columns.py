@@ -294,7 +294,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, row: Any, said: 
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"winner": "x"}, r"'winner' is no field of ours; they are system, tools"),
+        ({"winner": "x"}, r"'winner' is unknown; choose from system, tools"),
         (
             {"chosen": {"from": "chosen", "a": 1, "b": 2}},
             r"columns\.chosen: a map of values is for label",

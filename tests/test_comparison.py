@@ -211,8 +211,8 @@ def test_what_cannot_be_compared_is_refused(
     ("compare", "fault"),
     [
         ({"grids": [{"arms": ["cv"]}]}, r"compare\.grids\.0\.arms: 'cv' is unknown"),
-        ({"seeds": [1, 0, 1]}, "compare.seeds: 1 stands twice"),
-        ({"learning_rates": [1e-4, 1e-4]}, "compare.learning_rates: 0.0001 stands twice"),
+        ({"seeds": [1, 0, 1]}, "compare.seeds: 1 appears twice"),
+        ({"learning_rates": [1e-4, 1e-4]}, "compare.learning_rates: 0.0001 appears twice"),
     ],
 )
 def test_a_section_that_says_the_same_twice_or_nothing_known_is_refused(

@@ -266,7 +266,7 @@ def test_workers_are_so_many_or_from_few_to_many() -> None:
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nannotate: {num_actors: 2}\nannotate: {num_actors: 3}\n")
-    with pytest.raises(ConfigError, match="annotate stands twice, in lines 2 and 3"):
+    with pytest.raises(ConfigError, match="annotate appears twice, in lines 2 and 3"):
         load_config(path)
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path)

@@ -160,7 +160,7 @@ def test_what_is_not_used_is_said() -> None:
         ),
         (
             {"zero_optimization": {"offload_param": {"device": "cpu", "pin_memry": True}}},
-            "zero_optimization.offload_param.pin_memry: True: DeepSpeed knows no such field",
+            "zero_optimization.offload_param.pin_memry: True: DeepSpeed has no such field",
         ),
         ({"fp16": {"enabled": False, "los_scale": 0}}, "fp16.los_scale: 0: DeepSpeed knows no"),
         ({"flops_profiler": {"modul_depth": 1}}, "flops_profiler.modul_depth: 1: DeepSpeed knows"),
@@ -199,9 +199,9 @@ def test_bfloat16_that_agrees_is_taken_and_every_fault_is_told_at_once() -> None
 def test_files_that_are_none(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     for text, fault in (
-        ('{"zero_optimization": {"stage": 2}, "zero_optimization": {}}', "stands twice; keep one"),
+        ('{"zero_optimization": {"stage": 2}, "zero_optimization": {}}', "appears twice; keep one"),
         ("zero_stage: 3", "Expecting value"),
-        ("[1]", "holds no JSON object"),
+        ("[1]", "does not hold a JSON object"),
     ):
         file.write_text(text)
         (line,) = refusal(str(file), torch.float32)

@@ -190,13 +190,13 @@ def test_what_the_annotator_learned_calibrates_nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"annotate": {"models": [{"model_name_or_path": "m"}] * 2}}, "models: one stands twice"),
+        ({"annotate": {"models": [{"model_name_or_path": "m"}] * 2}}, "models: one appears twice"),
         (
             {"annotate": {"model": {"model_name_or_path": "m"}, "models": [
                 {"model_name_or_path": "n"}]}},
             "model and models are both given",
         ),
-        ({"fit__seeds": [1, 1]}, "fit.seeds: a seed stands twice"),
+        ({"fit__seeds": [1, 1]}, "fit.seeds: a seed appears twice"),
         ({"weigh__temperature": 0}, "weigh.temperature"),
     ],
 )  # fmt: skip

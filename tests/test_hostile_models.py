@@ -106,7 +106,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "index without metadata": (index(b'{"weight_map": {}}'), "no index of weights"),
     "index a pipe": (
         lambda m: [index(b"")(m), os.remove(m / INDEX), os.mkfifo(m / INDEX)],
-        "model.safetensors.index.json is no regular file",
+        "model.safetensors.index.json is not a regular file",
     ),
     "index outside": (index(_index_of("../model/b.safetensors")), "outside its folder"),
     "index absolute": (index(_index_of("/b.safetensors")), "outside its folder"),
@@ -143,7 +143,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "tokenizer []": (put("tokenizer.json", b"[]"), "tokenizer.json: "),
     "tokenizer deep": (put("tokenizer.json", b"[" * 10**5), "tokenizer.json: "),
     "tokenizer unknown": (put("tokenizer.json", b'{"model": {"type": "Evil"}}'), TOKENIZER),
-    "a pipe": (pipe, "tokenizer.json is no regular file"),
+    "a pipe": (pipe, "tokenizer.json is not a regular file"),
     "no expression": (split_on("("), TOKENIZER),
     "EOS a number": (js("tokenizer_config.json", eos_token=5), TOKENIZER),
     "class a number": (js("tokenizer_config.json", tokenizer_class=3), TOKENIZER),

@@ -349,10 +349,10 @@ def test_weights_are_read_to_where_they_are_wanted(llama, monkeypatch):
     [
         ('{"weight_map": {"w": "pytorch_model.bin"}}', "names 'pytorch_model.bin', and only"),
         ('{"weight_map": {"w": "model.safetensors", "v": "../x.pt"}}', r"names '\.\./x\.pt'"),
-        ('{"weight_map": ', "is no index of weights"),
-        ('{"weights": {}}', "is no index of weights"),
-        ('{"weight_map": ["a"]}', "is no index of weights"),
-        ("[]", "is no index of weights"),
+        ('{"weight_map": ', "is not an index of weights"),
+        ('{"weights": {}}', "is not an index of weights"),
+        ('{"weight_map": ["a"]}', "is not an index of weights"),
+        ("[]", "is not an index of weights"),
     ],
 )
 def test_an_index_of_safetensors_names_no_other_files(llama, index, said, tmp_path):

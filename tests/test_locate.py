@@ -107,7 +107,7 @@ def test_a_name_that_no_table_could_hold_is_left_out(tmp_path: Path) -> None:
         Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")).write_text("{}")
     except OSError:
         pytest.skip("this disk takes UTF-8 names alone")
-    assert why(found(folder)) == {"caf\\udce9.jsonl": "its name is no UTF-8; rename it"}
+    assert why(found(folder)) == {"caf\\udce9.jsonl": "its name is not UTF-8; rename it"}
 
 
 def test_a_folder_without_data_says_what_is_in_it(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_text_that_spells_no_messages(text: str) -> None:
 
 def test_pythons_parser_is_given_no_huge_text() -> None:
     long = str([{"role": "user", "content": "x" * LONGEST_PYTHON}])
-    with pytest.raises(ValueError, match="letters that are no JSON"):
+    with pytest.raises(ValueError, match="letters that are not JSON"):
         decoded(long)
     assert decoded(long.replace("'", '"'))[0]["role"] == "user"
 

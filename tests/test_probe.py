@@ -122,7 +122,7 @@ def test_attention_that_packed_rows_do_not_know_takes_shared_rows():
 
     def refuse(_module, _args, kwargs):
         if kwargs["attention_mask"].dtype == torch.int64 and kwargs["attention_mask"].ndim == 4:
-            raise ValueError("packed rows know no softcap")
+            raise ValueError("packed rows do not support softcap")
 
     model.model.register_forward_pre_hook(refuse, with_kwargs=True)
     assert choose_layout(AnswerLogProbs(model), longest=64).layout == "shared"

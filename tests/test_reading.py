@@ -26,13 +26,15 @@ from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.reading import PairEncoder, RenderingEncoder, encoder_for
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import TokenError
+from cwpo_dist.pairs.stored import Pair
 from cwpo_dist.scoring.forward import RowForward
+from cwpo_dist.scoring.retries import Input
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.storage import Store
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 Text = Any
-Pair = tuple[Text, Text, Text]
+Asking = tuple[Text, Text, Text]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-PAIRS: list[Pair] = [
+PAIRS: list[Asking] = [
     ("What is two and two?", "It is four.", "Five, I am sure."),
     ("Name a colour.", "Red.  ", "Red is a colour, and so is blue; there are many others."),
     (
@@ -180,20 +182,13 @@ def train_by_stock_means(model: Any, tokenizer: Any, steps: int = 2) -> None:
     model.eval()
 
 
-def worker_scores(model: ModelConfig, pairs: Sequence[Pair], tmp_path: Path) -> list[list[float]]:
+def worker_scores(model: ModelConfig, pairs: Sequence[Asking], tmp_path: Path) -> list[list[float]]:
     """By the worker that `annotate` runs; pairs of one kind a call, as a run has them."""
     worker = RewardWorker(PairsIn(Store(str(tmp_path / "none"))), model, "rm", 2048)
     found = {}
     for kind in (str, list):
         rows = [
-            {
-                "pair_id": str(k),
-                "prompt": p,
-                "response_a": a,
-                "response_b": b,
-                "tools": None,
-                "position": k,
-            }
+            Input(str(k), k, Pair(str(k), p, a, b))
             for k, (p, a, b) in enumerate(pairs)
             if isinstance(p, kind)
         ]
@@ -316,17 +311,7 @@ def test_what_fit_leaves_is_read_by_its_own_template(
     for read_by in {"tokenizer", "plain" if template == "plain" else "tokenizer"}:
         given = ModelConfig(model_name_or_path=str(tmp_path / "fit"), chat_template=read_by)
         worker = RewardWorker(PairsIn(Store(str(tmp_path / "none"))), given, "rm", 2048)
-        raw = [
-            {
-                "pair_id": str(k),
-                "prompt": p,
-                "response_a": a,
-                "response_b": b,
-                "tools": None,
-                "position": k,
-            }
-            for k, (p, a, b) in enumerate(pairs)
-        ]
+        raw = [Input(str(k), k, Pair(str(k), p, a, b)) for k, (p, a, b) in enumerate(pairs)]
         found = [[r["score_a"], r["score_b"]] for r in worker(0, raw).rows.to_pylist()]
         assert_scores(found, expected)
 

@@ -98,7 +98,7 @@ def test_a_path_that_is_nowhere_is_refused_with_what_was_tried(tmp_path: Path) -
             check(config(path))
         with pytest.raises(ConfigError, match=r"prepare\.sources\.0\.path: nothing to read"):
             source_fingerprints(config(path))
-    with pytest.raises(ConfigError, match=r"'no/such' is no file or folder here, and the Hugging"):
+    with pytest.raises(ConfigError, match=r"'no/such' is neither a file nor a folder here"):
         check(config("no/such"))
     with pytest.raises(ConfigError, match=r"nothing to read at 'nosuch://x'"):
         check(config("nosuch://x"))

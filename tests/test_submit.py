@@ -195,7 +195,9 @@ def test_a_job_script_is_enough_for_plain_ray_job_submit(head: str, tmp_path: Pa
 def test_no_server_is_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(SubmitError, match=r"no Ray job server answers at .*Connection refused"):
         submit(small(tmp_path), "run", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(SubmitError, match="'head:8265' is no job server's; give http://HEAD:8265"):
+    with pytest.raises(
+        SubmitError, match="'head:8265' is not the address of a job server; give http://HEAD:8265"
+    ):
         submit(small(tmp_path), "run", "head:8265")
 
 
@@ -250,7 +252,7 @@ def test_a_server_that_never_answers_is_told_within_seconds(
         for ask in (status, logs, stop):
             with pytest.raises(SubmitError, match=f"no Ray job server answers at {url}") as error:
                 ask("job", url)
-            assert "It is not asked by way of the proxy http://proxy.ex" in str(error.value)
+            assert "It is asked directly, not through the proxy http://proxy.ex" in str(error.value)
 
 
 def test_credentials_travel_as_a_file_and_only_those_that_are_set(

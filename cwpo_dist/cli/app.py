@@ -270,7 +270,7 @@ def export(
     ] = None,
     sign: Annotated[
         Path | None,
-        typer.Option(metavar="KEY", help="An EC private key (PEM); wants the extra [sign]."),
+        typer.Option(metavar="KEY", help="An EC private key (PEM); needs the extra [sign]."),
     ] = None,
 ) -> None:
     """Copy an arm's aligned model: a Hugging Face folder that loads anywhere, with its card.
@@ -291,7 +291,7 @@ def verify(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Exported; a path or a URI.")],
     key: Annotated[
         Path | None,
-        typer.Option(help="The public key (PEM) of who signed it; wants the extra [sign]."),
+        typer.Option(help="The public key (PEM) of who signed it; needs the extra [sign]."),
     ] = None,
 ) -> None:
     """Check an exported folder: is every file as it was written, and none more?

@@ -105,7 +105,7 @@ def _dial(address: str) -> None:
         connection.request("GET", "/api/version")
         connection.getresponse()  # whatever it says
     except HTTPException as error:
-        raise ConnectionError(f"what answers is no web server: {error!r}") from error
+        raise ConnectionError(f"what answers is not a web server: {error!r}") from error
     finally:
         connection.close()
 
@@ -117,7 +117,9 @@ def _parsed(address: str) -> tuple[SplitResult, int]:
     except ValueError:  # a port that is no number
         url, port = urlsplit(""), 0
     if url.scheme not in {"http", "https"} or url.hostname is None:
-        raise SubmitError(f"--address: {address!r} is no job server's; give http://HEAD:8265")
+        raise SubmitError(
+            f"--address: {address!r} is not the address of a job server; give http://HEAD:8265"
+        )
     return url, port
 
 
@@ -126,5 +128,5 @@ def _no_server(address: str) -> str:
     return (
         f"--address: no Ray job server answers at {address}; start one (`ray start --head`), open "
         "its port (8265), or forward it: ssh -L 8265:127.0.0.1:8265 HEAD"
-        + (f". It is not asked by way of the proxy {proxy}" if proxy else "")
+        + (f". It is asked directly, not through the proxy {proxy}" if proxy else "")
     )

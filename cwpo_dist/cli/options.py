@@ -22,11 +22,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[OVERRIDES]",
-        help="key.sub=value or further YAML files, laid over CONFIG from left to right.",
+        help="key.sub=value or further YAML files, applied over CONFIG from left to right.",
     ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Refuse to start a stage afresh if its inputs changed.")
+    bool,
+    typer.Option("--resume", help="Refuse to start again a stage whose inputs changed."),
 ]
 RetryRejects = Annotated[
     bool,

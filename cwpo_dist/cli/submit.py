@@ -221,7 +221,7 @@ def _state(client: JobSubmissionClient, submission_id: str) -> JobStatus:
             if "does not exist" not in str(error):
                 raise
             raise SubmitError(
-                f"{submission_id}: the cluster was started anew and does not know it any more; the "
+                f"{submission_id}: the cluster was restarted and no longer knows it; the "
                 "same command resumes where it ended"
             ) from error
 
@@ -291,7 +291,9 @@ def _in_image(
     """
     image = str(settings.image)
     if not _IMAGE.fullmatch(image):
-        raise ConfigError(f"--image: {image!r} is no image's name; give registry/cwpo_dist:0.1.0")
+        raise ConfigError(
+            f"--image: {image!r} is not the name of an image; give registry/cwpo_dist:0.1.0"
+        )
     if settings.python or settings.py_modules or settings.env:
         raise ConfigError(
             "--image: Ray takes nothing else beside it. Put your packages into the image, and "

@@ -77,7 +77,7 @@ class CompareConfig(Section):
     def _distinct(cls, values: list[float]) -> list[float]:
         for value in values:
             if values.count(value) > 1:
-                raise ValueError(f"{value} stands twice and would count as two; remove one")
+                raise ValueError(f"{value} appears twice and would count as two; remove one")
         return values
 
 

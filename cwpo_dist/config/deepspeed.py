@@ -93,7 +93,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel.autotp_size": ((0, 1), "models are sharded by ZeRO-3 alone"),
     "weight_quantization": ((None, {}), "weights are trained as they are"),
     "zero_optimization.compute_grad_norm": ((True,), "max_grad_norm clips by the norm"),
-    "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has it no more"),
+    "zero_optimization.legacy_stage1": ((False,), "DeepSpeed no longer has it"),
     "zero_optimization.offload_optimizer.device": (
         ("none", "cpu"),
         "checkpoints read the optimizer's state from memory",
@@ -171,7 +171,7 @@ def read_section(given: dict[str, Any] | str | None) -> dict[str, Any]:
         return _tidied(given or {})
     try:
         if Path(given).exists() and not Path(given).is_file():
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         text = Path(given).read_text(encoding="utf-8-sig")
         section = json.loads(text, object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:  # of no JSON and no UTF-8 alike
@@ -181,7 +181,9 @@ def read_section(given: dict[str, Any] | str | None) -> dict[str, Any]:
     if (place := first_credential(section)) is not None:
         raise ConfigError(f"deepspeed: {given!r}: {place}: {REMEDY}")
     if not isinstance(section, dict):
-        raise ConfigError(f"deepspeed: {given!r} holds no JSON object; give a DeepSpeed JSON file")
+        raise ConfigError(
+            f"deepspeed: {given!r} does not hold a JSON object; give a DeepSpeed JSON file"
+        )
     return _tidied(section)
 
 
@@ -189,7 +191,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name} stands twice; keep one")
+            raise ValueError(f"{name} appears twice; keep one")
     return dict(pairs)
 
 

@@ -160,7 +160,7 @@ def _compared(
 
 def _differs(name: str, value: Any, field: str, ours: Any) -> str:
     return (
-        f"deepspeed.{name}: {value!r}, but {field} is {ours!r}; set {field} to what it shall be, "
+        f"deepspeed.{name}: {value!r}, but {field} is {ours!r}; set {field} to what it should be, "
         "and write 'auto' here"
     )
 

@@ -131,7 +131,7 @@ class AnnotateConfig(PoolConfig):
         if self.model is not None and self.models:
             raise ValueError("model and models are both given; put all of them into models")
         if any(model in self.models[:k] for k, model in enumerate(self.models)):
-            raise ValueError("models: one stands twice; its scores would count double")
+            raise ValueError("models: one appears twice; its scores would count double")
         return self
 
     def ready(self) -> list[tuple[str, ModelConfig]]:

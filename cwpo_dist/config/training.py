@@ -194,7 +194,7 @@ class FitConfig(TrainingConfig):
     @classmethod
     def _distinct(cls, seeds: list[int] | None) -> list[int] | None:
         if seeds is not None and len(set(seeds)) < len(seeds):
-            raise ValueError("a seed stands twice; equal seeds make the same annotator")
+            raise ValueError("a seed appears twice; equal seeds make the same annotator")
         return seeds
 
 

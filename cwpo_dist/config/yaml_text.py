@@ -53,7 +53,7 @@ def _at_line(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where YAML would silently keep the last, and YAML bombs."""
+    """Refuses a key that appears twice, where YAML would silently keep the last, and YAML bombs."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -86,7 +86,7 @@ class _Loader(yaml.SafeLoader):
                     "a list or a mapping as a key, where a name is wanted", key.start_mark
                 )
             if name in lines:
-                raise _refusal(f"{name} stands twice, in lines {lines[name]} and {line}; keep one")
+                raise _refusal(f"{name} appears twice, in lines {lines[name]} and {line}; keep one")
             lines[name] = line
         return super().construct_mapping(node, deep)
 
@@ -132,4 +132,4 @@ def _of_text(start: str, text: str) -> Iterator[str]:
         try:
             urlsplit(text)
         except ValueError as error:
-            yield f"{start}{shown} is no URI ({error}); correct it"
+            yield f"{start}{shown} is not a URI ({error}); correct it"

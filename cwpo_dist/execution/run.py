@@ -175,10 +175,10 @@ def _tell_changed(context: Context, node: Node, resume: bool) -> None:
         )
         if resume:
             raise ConfigError(
-                f"{message}. --resume refuses to start afresh: restore what changed, or run "
+                f"{message}. --resume refuses to start from scratch: restore what changed, or run "
                 "without --resume"
             )
-        logger.warning("%s: a fresh stage", message)
+        logger.warning("%s: starting from scratch", message)
 
 
 def _unfinished(stage: Store) -> list[tuple[str, dict[str, Any]]]:

@@ -130,7 +130,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def _refuse_unknown(func: Any, args: tuple[Any, ...]) -> None:
     """Stops at a product that is neither of blocks nor of tiles."""
     if func.namespace not in {"aten", "prim"}:
-        raise UnfitError(f"{func.name()} is no operation of torch's own")
+        raise UnfitError(f"{func.name()} is not an operation of torch itself")
     name = func.name().partition("::")[2].partition(".")[0]  # without its overload
     if not _PRODUCT.search(name):
         return

@@ -125,7 +125,7 @@ def _heeds_pads(model: PreTrainedModel, pad_id: int) -> bool:
     setattr(model, _HEEDS_PADS, heeds)
     if not heeds:
         logger.warning(
-            "%s does not heed pads in front of a prompt: its answers are written one by one",
+            "%s reads the padding in front of a prompt as text: its answers are written one by one",
             type(model).__name__,
         )
     return heeds

@@ -1,4 +1,4 @@
-"""Rendered texts as token ids: nothing is added to them, and no EOS stands twice."""
+"""Rendered texts as token ids: nothing is added to them, and no EOS appears twice."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def packed_attention(
         )
     found = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if found:
-        raise ValueError(f"packed rows know no {', '.join(found)}")
+        raise ValueError(f"packed rows do not support {', '.join(found)}")
     if fixed_shapes.active():
         output = fixed_shapes.by_tile(query, key, value, lengths_RS.tolist(), scaling)
     elif varlen.usable(query, key, value, dropout, by_row):

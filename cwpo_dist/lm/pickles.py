@@ -28,14 +28,15 @@ def other_weights(path: str, revision: str | None) -> str | None:
     if index is None:  # one file, whose name says what it is
         return None
     if not index.is_file():
-        return f"{SAFE_WEIGHTS_INDEX_NAME} is no regular file; fetch it again"
+        return f"{SAFE_WEIGHTS_INDEX_NAME} is not a regular file; fetch it again"
     try:
         held = json.loads(index.read_bytes())
         files = {str(file) for file in held["weight_map"].values()}
         held["metadata"]  # transformers reads it, without a word where there is none
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return (
-            f"{SAFE_WEIGHTS_INDEX_NAME} is no index of weights ({one_line(error)}); fetch it again"
+            f"{SAFE_WEIGHTS_INDEX_NAME} is not an index of weights ({one_line(error)}); fetch it "
+            "again"
         )
     elsewhere = sorted(file for file in files if {"/", ".."} & set(PurePosixPath(file).parts))
     if elsewhere:

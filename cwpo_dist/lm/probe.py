@@ -120,7 +120,8 @@ def _choose(module: AnswerLogProbs | AnswerScores, longest: int) -> LayoutChoice
     if not difference <= TOLERANCE[next(module.parameters()).dtype]:  # also for NaN
         raise ModelError(
             f"model: what {type(unwrapped(module.model)).__name__} says of a row depends on the "
-            f"rows beside it (off by {difference:.1e}): it does not heed pads; give another model"
+            f"rows beside it (off by {difference:.1e}): it reads padding as text; give another "
+            "model"
         )
     return LayoutChoice("plain", reason, difference)
 

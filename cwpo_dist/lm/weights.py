@@ -44,7 +44,7 @@ def folder_fault(folder: Path) -> str | None:
     """
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".jinja", ".safetensors") and not path.is_file():
-            return f"{path.name} is no regular file; fetch it again"
+            return f"{path.name} is not a regular file; fetch it again"
     for name in _JSON:
         if fault := _json_fault(folder / name):
             return f"{name}: {fault}; fetch it again, or correct it"
@@ -71,8 +71,8 @@ def _json_fault(path: Path) -> str | None:
     try:
         held = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        return f"it is no JSON ({one_line(error)})"
-    return None if isinstance(held, dict) else "it holds no JSON object"
+        return f"it is not JSON ({one_line(error)})"
+    return None if isinstance(held, dict) else "it does not hold a JSON object"
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -130,7 +130,7 @@ def _given(first: FirstRows, given: Mapping[str, str | LabelColumn | None]) -> d
     for ours, theirs in given.items():
         if ours not in FIELDS and not (ours in MEDIA and theirs is None):
             raise ConfigError(
-                f"{first.field}.columns: {ours!r} is no field of ours; they are "
+                f"{first.field}.columns: {ours!r} is unknown; choose from "
                 f"{', '.join(FIELDS)}; and {', '.join(MEDIA)}, which can be null alone"
             )
         if isinstance(theirs, LabelColumn) and ours != "label":

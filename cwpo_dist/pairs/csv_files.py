@@ -97,7 +97,7 @@ def _header(reader: Iterator[list[str]]) -> list[str]:
     try:
         header = next(reader, [])
     except csv.Error as error:
-        raise HeaderError(f"its first line is no CSV header: {error}") from None
+        raise HeaderError(f"its first line is not a CSV header: {error}") from None
     if len(set(header)) < len(header):
         raise HeaderError(f"its header names a column twice: {printable(', '.join(header))}")
     return header

@@ -92,7 +92,7 @@ def _configs(card: str) -> MetadataConfigs:
     try:
         return MetadataConfigs.from_dataset_card_data(DatasetCard(card).data)
     except yaml.YAMLError as error:
-        raise DataSetError(f"README.md: its metadata are no YAML: {error}") from error
+        raise DataSetError(f"README.md: its metadata are not valid YAML: {error}") from error
 
 
 def splits_of_card(card: str, uri: str, name: str | None) -> tuple[str, Mapping[str, list[str]]]:

@@ -195,7 +195,7 @@ def _unread(filesystem: Any, path: str, name: str, info: Info, hidden: bool) -> 
     if not hidden and _is_hidden(name):
         return "hidden: its name begins with a dot, or that of a folder with a dot or _"
     if printable(name) != name:  # no manifest and no table of rejects could hold it
-        return "its name is no UTF-8; rename it"
+        return "its name is not UTF-8; rename it"
     if info["type"] != "file":
         return _no_file(filesystem, path, info)
     return _unread_file(name.rpartition("/")[2], info)

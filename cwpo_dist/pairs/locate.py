@@ -270,13 +270,13 @@ def _described(filesystem: Any, path: str) -> dict[str, Any]:
     """
     name = path.rpartition("/")[2]
     if not filesystem.isfile(path):
-        raise ValueError(f"{name} is no regular file")
+        raise ValueError(f"{name} is not a regular file")
     try:
         held = json.loads(filesystem.cat_file(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is no JSON: {error}") from None
+        raise ValueError(f"{name} is not JSON: {error}") from None
     if not isinstance(held, dict):
-        raise ValueError(f"{name} holds no JSON object")
+        raise ValueError(f"{name} does not hold a JSON object")
     return held
 
 
@@ -301,8 +301,8 @@ def _on_the_hub(field: str, source: Source) -> Found:
         splits: Mapping[str, tuple[int, int]] = data_sets.hub_splits(whole)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{field}.path: {source.path!r} is no file or folder here, and the Hugging Face hub "
-            f"does not give it: {error}; check path, name, data_dir and revision"
+            f"{field}.path: {source.path!r} is neither a file nor a folder here, and the Hugging "
+            f"Face hub does not give it: {error}; check path, name, data_dir and revision"
         ) from error
     kept = pick(list(splits), source.split, source.into)
     count, size = splits[kept]

@@ -175,7 +175,7 @@ def access(part: Part) -> Iterator[None]:
         if fault is None and not isinstance(error, OSError | DataSetError):
             raise
         what = "" if fault is None else f" ({fault.what})"
-        remedy = "mend the access to it" if fault is None else fault.remedy
+        remedy = "fix the access to it" if fault is None else fault.remedy
         raise SourceError(
             f"{part}: cannot be read: {told(error)}{what}; {remedy}, then run the same command"
         ) from error

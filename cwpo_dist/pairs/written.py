@@ -38,7 +38,7 @@ def decoded(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     if len(text) > LONGEST_PYTHON:
-        raise ValueError(f"more than {LONGEST_PYTHON} letters that are no JSON")
+        raise ValueError(f"more than {LONGEST_PYTHON} letters that are not JSON")
     stripped = text.strip()
     array = _ARRAY.fullmatch(stripped)
     try:
@@ -74,7 +74,7 @@ def _items(text: str) -> list[str]:
             if depth == 0:
                 items.append(text[start : at + 1])
     if depth or quote or not items:
-        raise SyntaxError("no array of objects")
+        raise SyntaxError("not an array of objects")
     return items
 
 

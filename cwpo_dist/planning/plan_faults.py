@@ -31,7 +31,7 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
     if counted.exact and counted.rejects > most * counted.rows:
         yield (
             f"prepare.max_reject_fraction: {counted.rejects:,} of {counted.rows:,} rows are set "
-            f"aside: more than {most:g} of them. Mend them (`cwpo prepare` "
+            f"aside: more than {most:g} of them. Fix them (`cwpo prepare` "
             "writes each with its reason to rejects/), or raise it. Most frequent:\n"
             + "\n".join(counted.tally.lines())
         )
@@ -74,8 +74,8 @@ def _unread(
     whole = counted.exact and read.number >= sum(counted.splits.values()) and name != "weak"
     none = read.refused == read.number > 0  # which no fraction allows: nothing would be left
     if none or read.exceeds(fraction, whole):
-        raising = f"mend the pairs, or raise {field} ({fraction:g})"
-        more = raising if fraction < 1 else "or mend the pairs"
+        raising = f"fix the pairs, or raise {field} ({fraction:g})"
+        more = raising if fraction < 1 else "or fix the pairs"
         yield (
             f"{name}.chat_template: {model.model_name_or_path!r} with {model.chat_template!r} "
             f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "

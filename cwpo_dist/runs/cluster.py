@@ -58,7 +58,7 @@ def connect() -> None:
         if address is None:
             raise ClusterError(f"Ray does not start on this machine: {text}") from error
         raise ClusterError(
-            f"RAY_ADDRESS: {address}: Ray is there, but does not take us in: {text}"
+            f"RAY_ADDRESS: {address}: Ray is there, but does not accept this program: {text}"
         ) from error
     leave_out()
 
@@ -93,7 +93,7 @@ def _no_head(address: str) -> str:
             address = head_of_this_machine()
         there = urlsplit(address if "://" in address else f"//{address}")
         if there.hostname is None or there.port is None:
-            return "it is no HOST:PORT"
+            return "it is not HOST:PORT"
         socket.create_connection((there.hostname, there.port), ANSWER_S).close()
     except (OSError, ValueError) as error:  # ValueError: of a port that is no number
         return str(error)
@@ -104,7 +104,7 @@ def _no_head(address: str) -> str:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError:
-            return f"something listens, but does not speak Ray's language within {ANSWER_S:.0f} s"
+            return f"something listens, but does not answer as Ray does within {ANSWER_S:.0f} s"
     return ""
 
 

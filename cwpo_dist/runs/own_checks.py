@@ -80,8 +80,8 @@ def _idle_settings(config: Config) -> Iterator[str]:
     """Settings of arms that there are not."""
     if config.weigh.from_ != "annotator":
         yield (
-            f"weigh.from: {config.weigh.from_!r} is for arms that read an annotator, but arms are "
-            f"{', '.join(config.arms)}; take cw, or remove it"
+            f"weigh.from: {config.weigh.from_!r} applies to arms that read an annotator, but the "
+            f"arms are {', '.join(config.arms)}; take cw, or remove it"
         )
     if config.weigh.column is not None:
         yield f"weigh.column: no arm reads {config.weigh.column!r}; take arm own, or remove it"

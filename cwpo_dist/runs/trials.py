@@ -129,7 +129,7 @@ def baseline(config: Config, found: Sequence[Trial]) -> str:
         if name.split() == given.replace("%", " %").split():  # 30% is 30 %
             return name
     known = "; ".join(told)
-    raise ConfigError(f"compare.baseline: {given!r} is no trial; choose from {known}")
+    raise ConfigError(f"compare.baseline: {given!r} is unknown; choose from {known}")
 
 
 def by_loss(config: Config, found: Sequence[Trial]) -> Iterator[Config]:

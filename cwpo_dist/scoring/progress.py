@@ -89,7 +89,7 @@ class Progress:
             text = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             columns = (BarColumn(BAR_WIDTH), TextColumn("{task.description}", table_column=text))
             self._bar = Bar(*columns, console=console, transient=True, expand=True)
-            starting = f"{self.name}: actors are coming up"
+            starting = f"{self.name}: actors are starting"
             self._task = self._bar.add_task(starting, total=self.shards, completed=self.done)
             self._bar.start()
             self._shown = -math.inf  # the first report is drawn at once

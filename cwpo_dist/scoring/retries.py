@@ -97,7 +97,7 @@ def attempt(
     if len(failing) == len(rows) >= suspicious:
         raise ShardError(
             f"{source}: each of its {len(rows)} rows fails ({failing[0]}), so the rows are not to "
-            "blame; mend the model, its tokenizer or the environment"
+            "blame; fix the model, its tokenizer or the environment"
         )
     logger.warning("%s: %d of %d rows set aside", source, len(failing), len(rows))
     rest = _try(worker, index, [row for place, row in enumerate(rows) if place not in failing])

@@ -81,7 +81,7 @@ class Shards:
         if self.begun[pool, ticket, node] > MOST_DEATHS:
             raise ShardError(
                 f"{self.name}: shard {index} took {MOST_DEATHS} actors down with it, on a node "
-                "that lives; look there for want of memory or a crash in native code"
+                "that lives; look there for too little memory or a crash in native code"
             )
         return index
 

@@ -153,7 +153,7 @@ def retry(context: Context, node: Node[AnnotateSettings]) -> dict[str, Any] | No
     that has such pairs; what was committed before stays as it is. Readers read the files of those
     retries that were committed (by `manifest.retry-N.json`, by the caller) when their stage's key
     was made. The key of `annotate` stays, as settings and inputs do; the keys of all that reads the
-    scores change with each retry, so what was made of the earlier scores is made anew beside it.
+    scores change with each retry, so what was made of the earlier scores is made again beside it.
 
     Returns:
         The counts of all scores with those of this retry; None when there was nothing to retry.

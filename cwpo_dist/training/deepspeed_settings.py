@@ -223,7 +223,7 @@ def _unknown(path: tuple[str, ...], value: Any, names: Set[str]) -> str:
     near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.75)
     hint = f" (but {near[0]})" if near else ""
     return (
-        f"deepspeed.{'.'.join(path)}: {_short(value)}: DeepSpeed knows no such field{hint}; "
+        f"deepspeed.{'.'.join(path)}: {_short(value)}: DeepSpeed has no such field{hint}; "
         "correct or remove it"
     )
 

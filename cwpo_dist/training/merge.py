@@ -161,7 +161,7 @@ def read_updates(adapter: Path, skeleton: PreTrainedModel) -> dict[str, Update]:
             raise MergeError(f"{adapter}: {stem!r} is a {type(layer).__name__}")
         updates[f"{stem}.weight"] = Update(layer, weights.pop(a), weights.pop(b), scale)
     if weights:
-        raise MergeError(f"{adapter}: {min(weights)!r} is no LoRA of a layer")
+        raise MergeError(f"{adapter}: {min(weights)!r} is not the LoRA of a layer")
     return updates
 
 

@@ -105,7 +105,7 @@ def unknown_target(model: Any, target: str) -> LoraError:
     names = list(dict.fromkeys(leaf for leaf in every if not leaf.isdigit()))
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return LoraError(
-        f"lora.target_modules: {target!r} is no module of {type(model).__name__}; it has "
+        f"lora.target_modules: {target!r} is not a module of {type(model).__name__}; it has "
         f"{', '.join(names[:_NAMES_SHOWN])}{more}"
     )
 
