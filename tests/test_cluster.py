@@ -64,7 +64,7 @@ def test_nothing_listens_there() -> None:
 def test_what_listens_is_no_head(silent: str, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     for address in (silent, web):
-        assert "does not speak Ray's language" in refusal(address)
+        assert "does not answer as Ray does" in refusal(address)
 
 
 def test_addresses_of_other_kinds(monkeypatch: pytest.MonkeyPatch) -> None:

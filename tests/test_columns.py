@@ -299,7 +299,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, row: Any, said: 
             {"chosen": {"from": "chosen", "a": 1, "b": 2}},
             r"columns\.chosen: a map of values is for label",
         ),
-        ({"images": "x"}, "'images' is no field of ours"),
+        ({"images": "x"}, "'images' is unknown"),
         ({"chosen": "best"}, r"columns\.chosen: .*no column 'best'"),
         ({"response_a": "chosen"}, r"columns\.response_b: .*no column 'response_b'"),
         ({"label": "x"}, r"columns\.label: it says nothing beside"),

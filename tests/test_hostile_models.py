@@ -102,8 +102,8 @@ MODELS: dict[str, tuple[Change, str]] = {
     "another framework": (header(lambda h, _: h | {"__metadata__": {"format": "tf"}}), WEIGHTS),
     "index no JSON": (index(b"["), "model.safetensors.index.json"),
     "index of nothing": (index(_index_of("b.safetensors")), "b.safetensors"),
-    "index deep": (index(b"[" * 10**5), "model.safetensors.index.json is no index"),
-    "index without metadata": (index(b'{"weight_map": {}}'), "no index of weights"),
+    "index deep": (index(b"[" * 10**5), "model.safetensors.index.json is not an index"),
+    "index without metadata": (index(b'{"weight_map": {}}'), "not an index of weights"),
     "index a pipe": (
         lambda m: [index(b"")(m), os.remove(m / INDEX), os.mkfifo(m / INDEX)],
         "model.safetensors.index.json is not a regular file",

@@ -328,7 +328,7 @@ def test_a_card_without_a_default_subset_or_sense_is_refused(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"no default subset; name one under `name`: helpful"):
         found(folder)
     (folder / "README.md").write_text("---\nconfigs:\n- : [\n---\n")
-    with pytest.raises(ConfigError, match=r"README\.md: its metadata are no YAML"):
+    with pytest.raises(ConfigError, match=r"README\.md: its metadata are not valid YAML"):
         found(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\nconfigs: in the text\n")
     assert names(found(folder), folder)[0] == "one/a.jsonl", "its names decide"

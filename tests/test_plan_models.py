@@ -83,7 +83,7 @@ def test_a_misspelt_target_is_refused_with_the_section_and_the_names_that_there_
 ) -> None:
     wrong = {"target_modules": ["q_proj", "v_porj"]}
     found = faults(config(tmp_path, "llama", sft__lora=wrong, align__lora={"r": 2, **wrong}))
-    assert [line.split(" is no module")[0] for line in found] == [
+    assert [line.split(" is not a module")[0] for line in found] == [
         "sft.lora.target_modules: 'v_porj'",
         "align.lora.target_modules: 'v_porj'",
     ]

@@ -200,7 +200,7 @@ def test_columns_named_in_the_config_win_over_those_found(tmp_path: Path) -> Non
     ("changes", "message"),
     [
         ({"columns": {"chosen": "best"}}, r"sources\.0\.columns\.chosen: .*'best'.*it has prompt"),
-        ({"columns": {"winner": "chosen"}}, r"sources\.0\.columns: 'winner' is no field of ours"),
+        ({"columns": {"winner": "chosen"}}, r"sources\.0\.columns: 'winner' is unknown"),
         ({"group_column": "topic"}, r"prepare\.group_column: .*no column 'topic'"),
         ({"keep_columns": ["topic"]}, r"prepare\.keep_columns: .*no column 'topic'"),
         ({"keep_columns": ["prompt"]}, r"'prompt' is a column of the pair record"),

@@ -112,9 +112,9 @@ def test_a_name_that_nothing_has_is_refused_with_those_that_there_are(
     tmp_path: Path, name: str, given: list[str], wrong: str
 ) -> None:
     """Also where others match: peft would train without it."""
-    with pytest.raises(LoraError, match="is no module of") as caught:
+    with pytest.raises(LoraError, match="is not a module of") as caught:
         adapted(tmp_path, name, target_modules=given)
-    assert str(caught.value).startswith(f"lora.target_modules: {wrong!r} is no module of")
+    assert str(caught.value).startswith(f"lora.target_modules: {wrong!r} is not a module of")
     layers = {
         "gpt2": "c_attn, c_proj, c_fc, lm_head, wte, wpe",
         "llama": "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, embed_to",
