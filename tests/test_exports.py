@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cwpo_dist.config import LoraConfig, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.results.export import ExportError, _alone, export
 from cwpo_dist.staging import upload
 from cwpo_dist.storage import Store
@@ -234,7 +235,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
         return copying(source, to)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cwpo_dist.storage.shutil.copyfile", full)
+        patch.setattr("shutil.copyfile", full)
         with pytest.raises(ExportError, match=r"--to: no room .*No space left.*TMPDIR") as error:
             export(run.root.uri, None, str(tmp_path / "out"), adapter=adapter)
     assert "\n" not in str(error.value)
@@ -294,6 +295,6 @@ def test_what_a_model_is_known_by(name: str, fingerprint: Any, known: Identity) 
 def test_an_annotator_of_an_ensemble_has_its_own_figures_on_its_card() -> None:
     members = [{"name": f"seed {seed}", "agreement": {"accuracy": seed / 10}} for seed in (3, 4)]
     for seed in (3, 4):
-        found = _alone({"members": members}, {"settings": {"seed": seed}})
+        found = _alone({"members": members}, Manifest(settings={"seed": seed}))
         assert found["agreement"]["accuracy"] == seed / 10
-    assert _alone({"agreement": 1}, {"settings": {"seed": 3}}) == {"agreement": 1}
+    assert _alone({"agreement": 1}, Manifest(settings={"seed": 3})) == {"agreement": 1}

@@ -347,8 +347,14 @@ def test_weights_are_read_to_where_they_are_wanted(llama, monkeypatch):
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        ('{"weight_map": {"w": "pytorch_model.bin"}}', "names 'pytorch_model.bin', and only"),
-        ('{"weight_map": {"w": "model.safetensors", "v": "../x.pt"}}', r"names '\.\./x\.pt'"),
+        (
+            '{"metadata": {}, "weight_map": {"w": "pytorch_model.bin"}}',
+            "names 'pytorch_model.bin', and only",
+        ),
+        (
+            '{"metadata": {}, "weight_map": {"w": "model.safetensors", "v": "../x.pt"}}',
+            r"names '\.\./x\.pt'",
+        ),
         ('{"weight_map": ', "is not an index of weights"),
         ('{"weights": {}}', "is not an index of weights"),
         ('{"weight_map": ["a"]}', "is not an index of weights"),

@@ -354,7 +354,7 @@ TEN = {"confidence": 0.5, "weight": 1.0}
         ({}, "cw", {"from": "columns"}, "'cw' weighs by the data's own numbers"),
         (TEN, "own", {}, "weight and confidence; say which acts: weight or confidence"),
         (TEN, "own", {"column": "scores"}, "weigh.column: 'scores', but the data have weight and"),
-        (TEN, "human", {"from": "columns"}, "weigh.from: 'columns' is for arms that read an"),
+        (TEN, "human", {"from": "columns"}, "weigh.from: 'columns' applies to arms that read an"),
         (TEN, "human", {"column": "weight"}, "weigh.column: no arm reads 'weight'"),
         ({"weight": 1.0}, "own", {"weight_function": "sigmoid"}, "'own' has weigh.weight_function"),
         ({"weight": 1.0}, "own", {"top_fraction": 0.5}, "'own' has weigh.top_fraction"),
