@@ -133,7 +133,7 @@ def test_a_stage_runs_on_the_cluster(
 
 def test_what_cannot_go_with_an_image_is_refused(tmp_path: Path) -> None:
     config, nowhere = small(tmp_path), "http://127.0.0.1:1"
-    with pytest.raises(ConfigError, match="--image: 'a b' is no image's name"):
+    with pytest.raises(ConfigError, match="--image: 'a b' is not the name of an image"):
         submit(config, "run", nowhere, Settings(image="a b"))
     with pytest.raises(ConfigError, match="--image: Ray takes nothing else beside it"):
         submit(config, "run", nowhere, Settings(image=IMAGE, env=("HOME",)))
