@@ -208,7 +208,8 @@ def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None
     context, nodes = Context(Store(finished.output_dir)), graph(finished, "cw")
     pairs = whole(place(finished, "prepare"), "pairs").to_pylist()
     prompts = {pair["pair_id"]: Prompt(pair["prompt"]) for pair in pairs}
-    found = kl_divergence(context, nodes["evaluate"], prompts)
+    given = finished.policy, finished.reference, finished.prepare.rows_per_shard
+    found = kl_divergence(context, nodes["evaluate"], prompts, *given)
     tokens = read_tokens(place(finished, "evaluate").child("kl"), 0)
     assert found["n"] == len(tokens) > 0
     models = [
