@@ -172,8 +172,7 @@ class Store:
         """Writes `name` unless it exists, in one step.
 
         Returns:
-            True when this call created the file, False when another had; of two who give the same
-            bytes, both may be told that it was they.
+            True when this call created the file, False when another had.
 
         Raises:
             StorageError: when storage refuses the write (full, forbidden).
@@ -184,9 +183,7 @@ class Store:
             try:
                 self.filesystem.pipe_file(self.path(name), data, mode="create")  # conditional
             except FileExistsError:
-                # Where the service's reply was lost and its client asked again, it is ours.
-                self.filesystem.invalidate_cache()
-                return bool(self.filesystem.cat_file(self.path(name)) == data)
+                return False
             return True
 
     def write(self, name: str, data: bytes) -> None:
@@ -248,6 +245,14 @@ class Store:
     def create_json(self, name: str, value: Any) -> bool:
         """Like `create`, for a JSON value."""
         return self.create(name, to_json(value))
+
+    def claim_json(self, name: str, value: Any) -> bool:
+        """Like `create_json`, for a value that nobody else would write, as it names its writer.
+
+        Where an object store's reply was lost and its client asked again, the writer's own file
+        was in the way: it is known by what it says.
+        """
+        return self.create_json(name, value) or self.read(name) == to_json(value)
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file as a table; of a large one only the columns asked for are fetched."""

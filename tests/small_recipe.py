@@ -7,6 +7,7 @@ the other, scores come of texts by arithmetic, and the one rank of a training is
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from cwpo_dist.scoring.retries import ShardOutput
 from cwpo_dist.scoring.scorers import Pairs, PairsIn
 from cwpo_dist.stages import annotate, prepare
 from cwpo_dist.storage import Store
-from cwpo_dist.training import group, rank
+from cwpo_dist.training import group, rank, rank_hooks
 from cwpo_dist.training.lease import LeaseToken
 
 UNREADABLE = "prompt 7 of file 1"  # fails whenever it is scored, and is set aside
@@ -166,6 +167,7 @@ def stand_in_for_a_cluster() -> None:
         (group, "_stop_on_signal", here),
         (group, "_told_while_waiting", here),
         (rank, "get_device", lambda: torch.device("cpu")),
+        (rank_hooks, "ASK_RAY_S", math.inf),  # there is no Ray, however slow the machine is
         (run, "device", lambda: "cpu"),
         (run, "versions", dict),
         # Small inputs are cut as if they were large.

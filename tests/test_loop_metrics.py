@@ -97,9 +97,8 @@ def test_every_record_says_where_the_time_went_and_what_it_was_good_for() -> Non
         rate = pairs * record["pairs_per_second"]
         assert record["useful_flops_per_second"] == pytest.approx(rate, rel=0.5)
         assert "mfu" not in record, "nobody states the peak of this CPU"
-    assert (
-        sum(1 / r["pairs_per_second"] for r in hooks.records) * 16 < time.perf_counter() - started
-    )
+    measured = sum(2 * r["pairs_per_step"] / r["pairs_per_second"] for r in hooks.records)
+    assert measured < time.perf_counter() - started, "no second is counted twice"
     assert [record["epoch"] for record in hooks.records] == [2 / 3, 4 / 3]
 
 

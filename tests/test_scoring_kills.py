@@ -86,7 +86,7 @@ def assert_undisturbed(folder: Path, output: str) -> None:
         row["pair_id"]
         for i in range(SHARDS)
         for row in job.output.read_table(job.file(i)).to_pylist()
-    ] + [row["row"] for row in rejects]
+    ] + [row.row for row in rejects]
     assert sorted(ids) == sorted(f"{shard}-{row}" for shard in range(SHARDS) for row in range(ROWS))
     counts = total_counts(job)
     assert (counts["rejects"], counts["over_length"]) == (6, 6)

@@ -115,8 +115,9 @@ def test_a_file_whose_reply_was_lost_is_ours(
     monkeypatch.setattr(S3FileSystem, "_pipe_file", again)
     with Lease.acquire(s3_store) as lease:
         assert lease.token.epoch == 1
-        assert s3_store.create("commit", b"mine")
-        assert not s3_store.create("commit", b"another's")
+        assert s3_store.claim_json("commit", {"by": "me"})
+        assert not s3_store.claim_json("commit", {"by": "another"})
+        assert not s3_store.create("commit", b"of any writer"), "two might be told that they won"
         with pytest.raises(LeaseHeld):
             Lease.acquire(s3_store)
 

@@ -85,7 +85,7 @@ class LeaseToken:
             if epoch != self.epoch:
                 following.check()
             record = {"since": time.time(), "devices": devices}
-            if self.store.create_json(_group_name(self.epoch, following.group), record):
+            if self.store.claim_json(_group_name(self.epoch, following.group), record):
                 return following
 
     def check(self) -> None:
@@ -146,7 +146,7 @@ class Lease:
         if newest:
             _refuse_if_alive(store, newest, ttl_s)
         token = LeaseToken(store, newest + 1)
-        if not store.create_json(_name(token.epoch, "json"), asdict(Holder.this_process())):
+        if not store.claim_json(_name(token.epoch, "json"), asdict(Holder.this_process())):
             raise LeaseHeld(
                 f"{store.uri}: {_who(store, token.epoch)} took the lease at the same moment; "
                 "let it run, or stop it and start again"
