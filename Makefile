@@ -86,7 +86,7 @@ demo: $(STAMP) $(DEMO_MODEL)/config.json  ## the whole recipe with a real small 
 try-cluster: $(STAMP) $(DEMO_MODEL)/config.json  ## a cluster of three nodes on this machine, and a run on it
 	$(BIN)/python cluster/local/cluster.py try -n 2 --cpus 1 $(DEMO_CONFIG) cluster/local/try.yaml
 
-test: $(STAMP)  ## all tests but the long ones, in two processes; about a quarter of an hour
+test: $(STAMP)  ## all tests but the long ones, in two processes; about half an hour
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --session-timeout=3000
 
 test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
