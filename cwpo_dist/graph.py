@@ -76,25 +76,20 @@ def prepare_node(config: Config) -> Node:
 def _nodes(run: ArmRun, names: Iterable[str]) -> dict[str, Node]:
     """What these stages make of a run.
 
-    A stage may have several outputs, some of them made of later stages': each time something is
-    new, all are asked again, from the first.
+    A stage may have several outputs, some of them made of later stages': all are asked again, in
+    their order, until that brings nothing new.
     """
     stages = [STAGES[name] for name in names]
     if run.teacher is not None and STAGES["implicit"] in stages:
         run = replace(run, taught=_nodes(run.teacher, STAGES))
     nodes: dict[str, Node] = {}
-    while found := _first_new(run, stages, nodes):
-        nodes |= found
+    known = -1
+    while len(nodes) > known:
+        known = len(nodes)
+        for stage in stages:
+            made = stage.nodes(run, nodes)
+            nodes |= {role: node for role, node in made.items() if role not in nodes}
     return nodes
-
-
-def _first_new(run: ArmRun, stages: Iterable[Stage], given: dict[str, Node]) -> dict[str, Node]:
-    """The outputs, not there yet, of the first stage that has any."""
-    for stage in stages:
-        made = stage.nodes(run, given)
-        if new := {role: node for role, node in made.items() if role not in given}:
-            return new
-    return {}
 
 
 def _no_stage(config: Config, arm: str, stage: str) -> str:

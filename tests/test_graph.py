@@ -14,6 +14,7 @@ from tiny import save_tiny
 from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import graph, nodes_until
+from cwpo_dist.runs import arms, given_model
 from cwpo_dist.runs.node import Node, retry_manifest
 from cwpo_dist.storage import Store
 
@@ -312,3 +313,19 @@ def test_a_ready_reward_model_scores_labelled_pairs_too_ours_not_what_it_learned
     assert splits(ready) == ["labelled", "test", "unlabelled", "validation"]
     assert splits({}) == ["test", "unlabelled", "validation"]
     assert splits({"splits": ["test"]}) == ["test"]
+
+
+def test_sources_are_listed_and_each_model_marked_once_an_arm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On object storage each listing is a wait, and two of them could differ."""
+    asked: list[str] = []
+
+    def counting(module: Any, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda given: asked.append(name) or real(given))
+
+    counting(arms, "source_fingerprints")
+    counting(given_model, "model_fingerprint")
+    keys(folder)
+    assert sorted(asked) == ["model_fingerprint"] * 2 + ["source_fingerprints"]

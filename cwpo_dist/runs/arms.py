@@ -1,4 +1,4 @@
-"""A configuration and one of its arms in; what the arm asks of each stage out. No file is read."""
+"""A configuration and an arm in; what it asks of each stage, and marks of its files, out."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cwpo_dist.config import (
     WeighConfig,
 )
 from cwpo_dist.pairs.numbers import Own
+from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.node import Nodes
 from cwpo_dist.storage import Store
@@ -57,10 +58,32 @@ class ArmRun:
         return Store(self.config.output_dir)
 
     @cached_property
+    def sources_now(self) -> list[Any]:
+        """Marks of the sources, listed once: all outputs of an arm descend from the same files."""
+        return source_fingerprints(self.config.prepare)
+
+    @cached_property
     def policy(self) -> GivenModel | None:
         """The policy as it was given; None: the run ends before it."""
         model = self.config.policy
         return None if model is None else GivenModel.of(self.policy_field, model)
+
+    @cached_property
+    def weak(self) -> GivenModel | None:
+        """The weak model that `fit` trains."""
+        model = self.config.weak
+        return None if model is None else GivenModel.of("weak", model)
+
+    @cached_property
+    def ready(self) -> list[GivenModel]:
+        """The reward models that annotate in its stead."""
+        return [GivenModel.of(field, model) for field, model in self.config.annotate.ready()]
+
+    @cached_property
+    def gold(self) -> GivenModel | None:
+        """The reward model that judges answers."""
+        model = self.config.evaluate.gold_model
+        return None if model is None else GivenModel.of("evaluate.gold_model", model)
 
     @property
     def teacher(self) -> ArmRun | None:

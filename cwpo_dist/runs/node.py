@@ -115,8 +115,12 @@ Nodes = Mapping[str, Node]  # by their roles in an arm
 def ancestors(nodes: Iterable[Node]) -> set[str]:
     """The paths of outputs and of all that they descend from."""
     found: set[str] = set()
-    for node in nodes:
-        found |= {node.path} | ancestors(node.inputs.values())
+    left = list(nodes)
+    while left:  # each once, by however many ways it is reached
+        node = left.pop()
+        if node.path not in found:
+            found.add(node.path)
+            left += node.inputs.values()
     return found
 
 

@@ -83,8 +83,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     config, read = run.config, {"prepare": given["prepare"]}
     splits: tuple[Split, ...] = tuple(sorted(config.annotate.scored_splits()))
     told = AnnotateSettings(config.annotate, splits, None, config.weak, config.seed)
-    ready = [GivenModel.of(field, model) for field, model in config.annotate.ready()]
-    made = [Node(replace(told, ready=model), read) for model in ready] or [
+    made = [Node(replace(told, ready=model), read) for model in run.ready] or [
         Node(told, read | {"fit": node}) for node in given.values() if node.stage == "fit"
     ]
     return {

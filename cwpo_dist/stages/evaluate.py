@@ -147,14 +147,12 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     config, judge = run.config, run.config.evaluate
     if run.policy is None or "aligned" not in given:
         return {}
-    gold, rule = None, None
-    if judge.gold_model is not None:
-        gold = GivenModel.of("evaluate.gold_model", judge.gold_model)
-    elif judge.gold_function is not None:
+    rule = None
+    if run.gold is None and judge.gold_function is not None:
         rule = load_function(judge.gold_function).source_digest()
     told = EvaluateSettings(
         judge,
-        gold,
+        run.gold,
         rule,
         config.weigh.calibration_split,
         run.policy,

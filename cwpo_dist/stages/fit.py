@@ -68,12 +68,12 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     config = run.config
     if not run.annotates or config.annotate.ready():
         return {}
-    if config.weak is None:
+    weak, most = run.weak, config.prepare.max_reject_fraction
+    if weak is None:
         raise ConfigError(
             "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
             "annotate.model.model_name_or_path for a ready one-label reward model"
         )
-    weak, most = GivenModel.of("weak", config.weak), config.prepare.max_reject_fraction
     followed, read = watched_split(config), {"prepare": given["prepare"]}
     seeds = config.fit.seeds or [config.seed]
     return {

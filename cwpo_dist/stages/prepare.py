@@ -66,8 +66,7 @@ class PrepareSettings(Settings):
 def nodes(run: ArmRun, given: Nodes) -> Nodes:
     """The sources as they are now."""
     config = run.config
-    now = source_fingerprints(config.prepare)
-    return {"prepare": Node(PrepareSettings(config.prepare, config.seed, now))}
+    return {"prepare": Node(PrepareSettings(config.prepare, config.seed, run.sources_now))}
 
 
 def make(context: Context, node: Node[PrepareSettings]) -> dict[str, Any]:
