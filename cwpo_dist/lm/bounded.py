@@ -96,8 +96,7 @@ def _work(call: Callable[[], object], pipe: Connection, mapped: int) -> None:
         pipe.send((call(), None))
     except MemoryError:
         pipe.send((None, f"it takes more than {_MEMORY // 2**30} GiB of memory"))
-    # Said to the parent, which refuses: a panic of Rust's is no Exception.
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001 (a panic of Rust is no Exception; told, refused)
         pipe.send((None, one_line(error)))
 
 

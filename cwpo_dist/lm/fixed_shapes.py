@@ -67,12 +67,12 @@ class FixedShapes(TorchDispatchMode):
         """Takes over all products of this thread."""
         assert not torch.is_inference_mode_enabled(), "layers would come as a whole"
         self._token: Token[bool] = _active.set(True)
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # of torch, which has no types
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Leaves them to torch again."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # as above
         _active.reset(self._token)
 
     def __torch_dispatch__(
