@@ -276,6 +276,8 @@ def main() -> int:
     given.add_argument("--folder", type=Path, help="for runs that fail; else a temporary one")
     given.add_argument("--table", type=Path, help="a Markdown file to write")
     args = given.parse_args()
+    if args.run is not None:
+        args.lanes = 1
     folder = args.folder or Path(tempfile.mkdtemp(prefix="cwpo-blows-"))
     began = time.monotonic()
     results = blows(folder, args)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,14 +190,11 @@ def _record_store(noted: Any, place: Callable[[Store, str], str]) -> None:
 
     @contextmanager
     def was_opened(self: Store, name: str, **given: Any) -> Iterator[Any]:
-        with noted("exists", self, name) as how:
-            context = opened(self, name, **given)
-            file = context.__enter__()
-            how["outcome"] = "here"
-        try:
+        with ExitStack() as stack:  # which hands it what goes wrong while the file is read
+            with noted("exists", self, name) as how:
+                file = stack.enter_context(opened(self, name, **given))
+                how["outcome"] = "here"
             yield file
-        finally:
-            context.__exit__(None, None, None)
 
     def copied(self: Store, path: Path, name: str) -> None:
         with noted("write", self, name, digest=_digest(path.read_bytes())):
