@@ -25,6 +25,7 @@ from cwpo_dist.scoring import driver, pool
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.retries import Input, ShardOutput
+from cwpo_dist.scoring.tickets import Broken
 from cwpo_dist.storage import Store
 
 PROCESSES = 4
@@ -87,10 +88,10 @@ class Watched:
     used: list[dict[str, float]] = field(default_factory=list)
 
     def __call__(
-        self, job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]
+        self, job: ShardJob, missing: Sequence[int], pools: Sequence[Pool], broken: Broken
     ) -> Iterator[Report]:
         """Hands on what the pools report."""
-        for report in pool.run_pools(job, missing, pools):
+        for report in pool.run_pools(job, missing, pools, broken):
             yield report
             self.came.append((time.time(), report))
             if len(self.came) in self.marks:

@@ -25,6 +25,7 @@ from ray.data.dataset import MaterializedDataset
 
 # What shows the lines of worker processes at the driver: handlers can be taken out and put in.
 worker_lines: Any = global_worker_stdstream_dispatcher
+END_S = 10.0  # for a pipeline that was told to end
 PROGRESS_LOGGER = "ray.data._internal.progress"  # of what Ray Data says of its own bars
 
 
@@ -61,3 +62,4 @@ def end_pipelines(threads: Iterable[threading.Thread]) -> None:
     for thread in threads:
         if isinstance(thread, StreamingExecutor):
             thread.shutdown(force=True)
+            thread.join(END_S)

@@ -5,11 +5,13 @@ Fixtures start only what a test asks for, and end only what they started.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import secrets
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -138,6 +140,22 @@ def ray_local(s3_server: str) -> Iterator[Any]:
     yield ray
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def all_cpus_free(ray_local: Any) -> Callable[[], float]:
+    """Waits until what was done there has let go of every CPU, and says how many there are."""
+
+    def wait() -> float:
+        all_there = float(ray_local.cluster_resources()["CPU"])
+        end = time.monotonic() + 120
+        while ray_local.available_resources().get("CPU", 0.0) < all_there:
+            assert time.monotonic() < end, "CPUs are still held"
+            gc.collect()  # pytest kept the last test's log records, and all that led from those
+            time.sleep(0.5)
+        return all_there
+
+    return wait
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import pytest
-import ray
 
 from cwpo_dist import waiting
 from cwpo_dist.waiting import all_placed, told_while_waiting
@@ -27,18 +27,10 @@ def said(caplog: pytest.LogCaptureFixture, cpus: float, *, begun: bool = False) 
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
-def until_all_is_free() -> float:
-    """CPUs of the cluster, once what an earlier test left there has gone."""
-    all_there = ray.cluster_resources()["CPU"]
-    end = time.monotonic() + 120
-    while ray.available_resources().get("CPU", 0.0) < all_there:
-        assert time.monotonic() < end, "CPUs of an earlier test are still held"
-        time.sleep(0.1)
-    return float(all_there)
-
-
-def test_who_waits_for_room_is_told_once(ray_local: None, caplog: pytest.LogCaptureFixture) -> None:
-    all_there = until_all_is_free()
+def test_who_waits_for_room_is_told_once(
+    all_cpus_free: Callable[[], float], caplog: pytest.LogCaptureFixture
+) -> None:
+    all_there = all_cpus_free()
     assert said(caplog, all_there) == [], "what is free is enough: it only takes its time"
     (line,) = said(caplog, all_there + 1)
     assert line.startswith("sft.num_workers: 2 workers of 1 CPU each wait for room, as ")

@@ -15,6 +15,7 @@ from cwpo_dist.scoring.pipeline import ShardJob, commit, total_counts
 from cwpo_dist.scoring.pool import run_pools
 from cwpo_dist.scoring.progress import Progress
 from cwpo_dist.scoring.retries import attempt
+from cwpo_dist.scoring.tickets import Broken
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def run_shards(
     throughput = {}
     counts: Counter[str] = Counter()
     counted: set[int] = set()
-    held = Held(job.output, job.name)
+    held, broken = Held(job.output, job.name), Broken()
     if missing:
         faults = [f"{job.name}: {fault}" for fault in pool_faults("", config, alive_machines())]
         if faults and not grows():
@@ -52,7 +53,7 @@ def run_shards(
         with Progress(job.name, len(job.indices), done, config.actor_pools()) as progress:
             try:
                 while missing:
-                    for report in run_pools(job, missing, config.actor_pools()):
+                    for report in run_pools(job, missing, config.actor_pools(), broken):
                         progress.add(report)
                         held.keep(progress)
                         if report.counts:  # else another had committed the shard

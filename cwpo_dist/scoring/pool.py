@@ -7,6 +7,7 @@ ticket is run again on the actor's next incarnation and stands for the same shar
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -35,7 +37,7 @@ from cwpo_dist.scoring.devices import hide_other_gpus, use_own_processors
 from cwpo_dist.scoring.pipeline import ShardJob, commit
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.retries import SUSPICIOUS, ShardWorker, attempt
-from cwpo_dist.scoring.tickets import SPARE, BrokenDeviceError, Shards
+from cwpo_dist.scoring.tickets import SPARE, Broken, BrokenDeviceError, ShardError, Shards
 from cwpo_dist.waiting import told_while_waiting
 
 logger = logging.getLogger(__name__)
@@ -125,16 +127,19 @@ class _ShardActor:
         self.rate.set(done["rows"] / max(seconds, 1e-6))
 
 
-def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> Iterator[Report]:
+def run_pools(
+    job: ShardJob, missing: Sequence[int], pools: Sequence[Pool], broken: Broken
+) -> Iterator[Report]:
     """Does shards over pools of actors, and yields a report of each.
 
-    It ends early when what is left lies with actors that were on lost nodes: the caller comes again
-    with what is still missing, and other actors do it.
+    It ends early when what is left lies with actors that were on lost nodes, or with broken
+    devices: the caller comes again with what is still missing, and other actors do it.
 
     Args:
         job: the stage's sharded work.
         missing: the shards to do.
         pools: who does them, all at the same time.
+        broken: what is known of broken devices, and will be.
 
     Raises:
         ShardError: when a shard cannot be done.
@@ -144,7 +149,8 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
     settings.raise_original_map_exception = True  # ours are written for the user
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     make: Any = ray.remote(num_cpus=0)(Shards)
-    shards = make.options(scheduling_strategy=here).remote(job.name, list(missing))
+    tickets = sum(len(missing) + SPARE * pool.max_actors for pool in pools)
+    shards = make.options(scheduling_strategy=here).remote(job.name, list(missing), tickets, broken)
     inbox: queue.Queue[Report | Exception | None] = queue.Queue()
     streams = [
         threading.Thread(
@@ -152,16 +158,26 @@ def run_pools(job: ShardJob, missing: Sequence[int], pools: Sequence[Pool]) -> I
         )
         for number, pool in enumerate(pools)
     ]
-    before = set(threading.enumerate())
+    left, before = set(missing), set(threading.enumerate())
+    failed: Exception | None = None
     for stream in streams:
         stream.start()
     try:
         with _told_while_waiting(job, pools, shards):
-            yield from _reports(set(missing), shards, inbox, len(streams))
+            yield from _reports(left, shards, inbox, len(streams))
+    except Exception as error:
+        failed = error
+        raise
     finally:
-        ray.get(shards.close.remote())
-        _end(streams, before)
+        learned: Broken = ray.get(shards.close.remote())
+        broken.breaks, broken.over = learned.breaks, learned.over
+        _end(streams, before, failed)
         ray.kill(shards)  # else it lives as long as anything of the pipelines that it was given to
+    if left and learned.all_that_came:
+        raise ShardError(
+            f"{job.name}: {len(left)} shards are left, and each device that came up is broken "
+            f"({', '.join(broken.breaks)}); reset or replace it, then run the same command again"
+        )
 
 
 def _told_while_waiting(
@@ -179,7 +195,9 @@ def _told_while_waiting(
     )
 
 
-def _end(streams: Sequence[threading.Thread], before: set[threading.Thread]) -> None:
+def _end(
+    streams: Sequence[threading.Thread], before: set[threading.Thread], failed: Exception | None
+) -> None:
     """Waits for the pools to wind up, and ends those that do not.
 
     Their actors wait for nodes that are lost, or are busy with what another pool has done.
@@ -187,10 +205,26 @@ def _end(streams: Sequence[threading.Thread], before: set[threading.Thread]) -> 
     deadline = time.monotonic() + END_S
     for stream in streams:
         stream.join(max(0.0, deadline - time.monotonic()))
-    if any(stream.is_alive() for stream in streams):
+    if failed or any(stream.is_alive() for stream in streams):
         end_pipelines(set(threading.enumerate()) - before)
     for stream in streams:
         stream.join(END_S)
+    if failed:
+        _let_go(failed)
+
+
+def _let_go(error: BaseException) -> None:
+    """Frees Ray Data's actors, which live as long as anybody keeps the error that ended them.
+
+    They would keep their devices while others of this process, another arm say, wait for them.
+    What leads to them are the variables of the frames in its traceback; log records keep it too.
+    """
+    links: list[BaseException | None] = [error]
+    while links:
+        if link := links.pop():
+            traceback.clear_frames(link.__traceback__)
+            links += [link.__cause__, link.__context__]
+    gc.collect()  # Ray Data's own objects name each other
 
 
 def _reports(
@@ -205,7 +239,10 @@ def _reports(
         except queue.Empty:
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             if ray.get(shards.stranded.remote(alive)):
-                logger.warning("%d shards lie with lost nodes; others do them", len(left))
+                logger.warning(
+                    "%d shards lie with lost nodes or broken devices; other actors do them",
+                    len(left),
+                )
                 return
             continue
         if report is None:
@@ -263,7 +300,7 @@ def _strategy(pool: Pool, tickets: int) -> ActorPoolStrategy:
         max_size=most,
         initial_size=most,  # all are asked for at once; work begins with those that fit
         # One ticket at work and one waiting: it stands for no shard yet, so nothing waits with it.
-        max_tasks_in_flight_per_actor=2,
+        max_tasks_in_flight_per_actor=SPARE,
         # Calls come in the task's own thread, which knows its id; there is one at a time.
         enable_true_multi_threading=True,
     )

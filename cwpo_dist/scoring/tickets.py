@@ -7,7 +7,8 @@ here: torch and transformers would take longer than most shards.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 MOST_DEATHS = 10  # of actors on living nodes over one shard: then the shard itself kills them
@@ -26,22 +27,48 @@ class BrokenDeviceError(ShardError):
     """The device will compute nothing more in this process: not by fault of a row."""
 
 
+@dataclass
+class Broken:
+    """Devices that broke: the actors that come after these ones must know it.
+
+    Attributes:
+        breaks: device → how often.
+        over: shard → the devices that broke over it.
+        all_that_came: whether every device that came up may compute no more.
+    """
+
+    breaks: Mapping[str, int] = field(default_factory=dict)
+    over: Mapping[int, set[str]] = field(default_factory=dict)
+    all_that_came: bool = False
+
+
 class Shards:
     """Which shard each ticket stands for; lives in an actor beside the driver.
 
     A shard is chosen when an actor begins a ticket, not when Ray Data hands it out: that is ahead
     of time, and the shard would wait behind a long one while other actors idle.
+
+    Args:
+        name: of the work.
+        shards: that are to be done.
+        tickets: how many there are, of all pools.
+        broken: what was known of devices before.
     """
 
-    def __init__(self, name: str, shards: Sequence[int]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, shards: Sequence[int], tickets: int, broken: Broken | None = None
+    ) -> None:
+        self.name, self.tickets = name, tickets
+        broken = broken or Broken()
         self.waiting = deque(shards)
         self.given: dict[tuple[int, str], int] = {}  # (pool, ticket) → shard
         self.begun: Counter[tuple[int, str, str]] = Counter()  # the same on each node
         self.under_way: dict[int, dict[int, str]] = {}  # shard → pool → node; oldest first
-        self.broke_over: dict[int, set[str]] = {}  # shard → devices
-        self.breaks: dict[str, int] = {}  # device → how often, for all that have begun
-        self.node_of: dict[str, str] = {}  # device → node
+        self.broke_over = {shard: set(devices) for shard, devices in broken.over.items()}
+        self.breaks = dict(broken.breaks)  # device → how often, for all that have begun
+        self.node_of: dict[str, str] = {}  # device → node, of those that came up here
+        self.spent: set[tuple[int, str]] = set()  # tickets that found nothing left to do
+        self.refused: set[tuple[int, str]] = set()  # those with a device that gets no shard
 
     def take(self, pool: int, ticket: str, node: str, device: str) -> int | Later | None:
         """The ticket's shard; None when nothing is left for it to do.
@@ -60,8 +87,16 @@ class Shards:
             ShardError: when the shard takes actors down with it.
         """
         self.node_of[device] = node
-        if self.breaks.setdefault(device, 0) >= MOST_BREAKS:
-            return "later" if self.waiting or self.under_way else None
+        self.refused.discard((pool, ticket))
+        if self.breaks.setdefault(device, 0) >= MOST_BREAKS and (self.waiting or self.under_way):
+            self.refused.add((pool, ticket))
+            return "later"
+        index = self._shard_of(pool, ticket, node, device)
+        if index is None:
+            self.spent.add((pool, ticket))
+        return index
+
+    def _shard_of(self, pool: int, ticket: str, node: str, device: str) -> int | None:
         # A ticket is the id of Ray's task. Of a lost actor's task Ray makes another try under the
         # same id, which must find the same shard: its first try may be about to commit it.
         if (pool, ticket) not in self.given:
@@ -106,7 +141,7 @@ class Shards:
                 f"{self.name}: shard {index} broke {len(devices)} devices ({why}); look at its "
                 "rows and the model, with CUDA_LAUNCH_BLOCKING=1 to see where"
             )
-        if min(self.breaks.values()) >= MOST_BREAKS:
+        if self._all_broken():
             raise ShardError(
                 f"{self.name}: the device broke {MOST_BREAKS} times ({why}), and no other is left "
                 f"({device}); reset or replace it, then run the same command again"
@@ -139,13 +174,35 @@ class Shards:
         self.under_way.pop(index, None)
 
     def stranded(self, alive: set[str]) -> bool:
-        """True when what is left lies with actors on lost nodes, or waits for none but those."""
-        if self.waiting:
-            able = {self.node_of[d] for d, times in self.breaks.items() if times < MOST_BREAKS}
-            return bool(self.node_of) and not able & alive
-        return not any(set(held.values()) & alive for held in self.under_way.values())
+        """True when what is left lies with actors on lost nodes, or waits for none but those.
 
-    def close(self) -> None:
-        """No ticket that has not begun gets a shard any more."""
+        Or when nobody is left to take it: Ray Data hands out tickets ahead of time, and ends an
+        actor that has none any more, while the last ones may lie with a broken device.
+        """
+        if any(set(held.values()) & alive for held in self.under_way.values()):
+            return False
+        if not self.waiting:
+            return True
+        able = {node for d, node in self.node_of.items() if self.breaks[d] < MOST_BREAKS}
+        return bool(self.node_of) and (not able & alive or self._rest_is_refused())
+
+    def close(self) -> Broken:
+        """No ticket that has not begun gets a shard any more; what was learned of devices."""
         self.waiting.clear()
         self.under_way.clear()
+        breaks = {device: times for device, times in self.breaks.items() if times}
+        return Broken(breaks, self.broke_over, self._all_broken())
+
+    def _rest_is_refused(self) -> bool:
+        """True when the tickets that are left lie with devices that get no shard.
+
+        One that waits here holds up to SPARE - 1 behind it, which have not asked yet.
+        """
+        done = {ticket for ticket, index in self.given.items() if index not in self.under_way}
+        unseen = self.tickets - len(self.refused | self.spent | done)
+        return len(self.refused) > 0 and unseen <= len(self.refused) * (SPARE - 1)
+
+    def _all_broken(self) -> bool:
+        """True when each device that came up may compute no more."""
+        here = [self.breaks[device] for device in self.node_of]
+        return bool(here) and min(here) >= MOST_BREAKS
