@@ -31,6 +31,8 @@ MANIFEST = "manifest.json"
 # A smaller file comes whole in one request: footer and columns apart would be three, one by one.
 ONE_REQUEST_BYTES = 4 * 2**20
 _REMOVALS = 100  # tries, where others remove or write in the same folder
+# Of fsspec's kinds: what each process has for itself, and what can only be read.
+_NOT_KEPT = {"memory", "data", "http", "https", "zip", "tar", "github", "git", "reference"}
 
 
 class StorageError(OSError):
@@ -105,6 +107,11 @@ class Store:
         Raises:
             StorageError: where no folder can be made, or the service does not answer or know us.
         """
+        if fsspec.core.split_protocol(self.uri)[0] in _NOT_KEPT or "::" in self.uri:
+            raise StorageError(
+                f"{self.uri}: nothing can be kept there; give a path, or the URI of a service "
+                "that can be written to (s3://, gs://)"
+            )
         if self.is_local:
             there = Path(self.root)
             with self._writing(""):

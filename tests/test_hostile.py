@@ -163,7 +163,7 @@ PLACES = {
     "prepare.sources.0.path=hdfs://127.0.0.1:1/x": "prepare.sources.0.path: ",
     "policy.model_name_or_path=file:///nosuch": "no folder 'file:///nosuch'",
     f"policy.model_name_or_path={'a' * 5000}": "policy.model_name_or_path: no folder",
-    "policy.model_name_or_path=.": "policy.model_name_or_path: no tokenizer in '.'",
+    "policy.model_name_or_path=.": "policy.model_name_or_path: the tokenizer of '.'",
 }
 
 

@@ -85,7 +85,7 @@ def _index_of(file: str) -> bytes:
 
 
 INDEX = "model.safetensors.index.json"
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors: ", "config.json: ", "no tokenizer in "
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors: ", "config.json: ", "the tokenizer of "
 MODELS: dict[str, tuple[Change, str]] = {
     "weights empty": (put("model.safetensors", b""), WEIGHTS),
     "weights cut": (cut, WEIGHTS),

@@ -117,7 +117,7 @@ def test_missing_folder_is_refused(tmp_path):
         load_policy(config("/nowhere/model"))
     with pytest.raises(ModelError, match="model_name_or_path: "):
         load_policy(config(tmp_path))
-    with pytest.raises(ModelError, match="no tokenizer in"):
+    with pytest.raises(ModelError, match="the tokenizer of "):
         load_tokenizer(tmp_path)
 
 

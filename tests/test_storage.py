@@ -313,6 +313,8 @@ def test_where_nothing_can_be_written_is_said_beforehand(tmp_path: Path) -> None
     for uri, why in (
         (f"{tmp_path}/file/run", "nothing can be written"),
         ("nosuch://bucket/run", "a URI of a known kind"),
+        *((uri, "nothing can be kept there") for uri in ("memory://run", "https://host/run")),
+        *((uri, "nothing can be kept there") for uri in ("simplecache::s3://b/run", "data:,run")),
     ):
         with pytest.raises(StorageError, match=why):
             Store(uri).check()

@@ -54,7 +54,8 @@ def load_tokenizer(
     """
     name, revision = _name_of(model)
     path = model_path(name)
-    with refused_as(lambda why: ModelError(f"model_name_or_path: no tokenizer in {name!r}: {why}")):
+    field = f"model_name_or_path: the tokenizer of {name!r} cannot be read"
+    with refused_as(lambda why: ModelError(f"{field}: {why}")):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         eos = tokenizer.eos_token or tokenizer.sep_token
     if eos is None:
