@@ -22,7 +22,6 @@ from cwpo_dist.scoring.tickets import Broken, ShardError, Shards
 from cwpo_dist.storage import Store
 
 BROKEN = "CUDA error: uncorrectable ECC error encountered\nand more lines"
-RAY_DATA_TELLS = "ray.data._internal.execution.streaming_executor_state"
 POOL = PoolConfig(num_actors=2, cpus_per_actor=0.5)
 
 
@@ -92,7 +91,7 @@ def test_a_shard_that_breaks_every_device_ends_the_run(
 ) -> None:
     all_cpus_free()
     # What it logs has a traceback, which pytest keeps; a user's handlers write it and let it go.
-    monkeypatch.setattr(logging.getLogger(RAY_DATA_TELLS), "disabled", True)
+    monkeypatch.setattr(logging.getLogger("ray.data"), "propagate", False)
     with pytest.raises(ShardError) as error:
         run_shards(job(tmp_path, "by a shard"), POOL)
     assert "CUDA error: uncorrectable ECC error encountered" in str(error.value)
