@@ -79,8 +79,9 @@ def test_gold_score_tells_most_answers_apart(rows: list[Row]) -> None:
 
 def test_labels_reproduce_from_the_seed(rows: list[Row]) -> None:
     labels = [row["label"] for row in rows]
-    assert [make_pairs.draw_label(row) for row in rows] == labels
-    assert [make_pairs.draw_label(row, make_pairs.SEED + 1) for row in rows] != labels
+    pairs = [make_pairs.AnswerPair(row["prompt"], *(row[side] for side in SIDES)) for row in rows]
+    assert [make_pairs.draw_label(pair) for pair in pairs] == labels
+    assert [make_pairs.draw_label(pair, make_pairs.SEED + 1) for pair in pairs] != labels
 
 
 @given(st.text(), st.text())
@@ -133,7 +134,7 @@ def test_trim_ends_answers_cleanly(text: str, finished: bool, expected: str) -> 
 def test_pairs_are_disjoint_and_skip_useless_answers() -> None:
     good = [f"answer number {name} has some words" for name in "vwxyz"]
     pairs = make_pairs.pair_up("p", ["", good[0], good[0], "short", *good[1:]])
-    assert [(p["response_a"], p["response_b"]) for p in pairs] == [
+    assert [(pair.response_a, pair.response_b) for pair in pairs] == [
         (good[0], good[1]),
         (good[2], good[3]),
     ]

@@ -16,10 +16,15 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from cwpo_dist.demo import gold
 
@@ -34,14 +39,20 @@ TEMPERATURE = 1.0
 TOP_P = 0.95
 MIN_WORDS = 6
 
-Row = dict[str, str]
-
 # A letter or a closing sign must come before the full stop: "1." opens a list item.
 _SENTENCE_END = re.compile(r"[^\W\d_][\])\"'’”*]*[.!?][\])\"'’”*]*(?=\s|$)")
 # Broken characters, and matters that a small model should not be quoted on in an example file.
 _UNFIT = re.compile(
     r"\ufffd|\b(?:abus|allah|bible|christian|islam|jesus|muslim|suicid)", re.IGNORECASE
 )
+
+
+class AnswerPair(NamedTuple):
+    """Two answers to one prompt; the fields are the keys of a row."""
+
+    prompt: str
+    response_a: str
+    response_b: str
 
 
 def read_prompts(path: Path = PROMPTS) -> list[str]:
@@ -78,7 +89,7 @@ def trim(text: str, finished: bool) -> str:
     return text.rpartition(" ")[0].rstrip(" \n,;:-")
 
 
-def pair_up(prompt: str, answers: Sequence[str], limit: int = PAIRS_PER_PROMPT) -> list[Row]:
+def pair_up(prompt: str, answers: Sequence[str], limit: int = PAIRS_PER_PROMPT) -> list[AnswerPair]:
     """Forms disjoint pairs of distinct answers and drops pairs unfit for an example file.
 
     Args:
@@ -87,33 +98,32 @@ def pair_up(prompt: str, answers: Sequence[str], limit: int = PAIRS_PER_PROMPT) 
         limit: the most pairs to form.
 
     Returns:
-        Rows without a label; no answer is used twice.
+        Pairs, without a label; no answer is used twice.
     """
     usable = list(dict.fromkeys(answer for answer in answers if len(answer.split()) >= MIN_WORDS))
     pairs = list(zip(usable[0::2], usable[1::2], strict=False))[:limit]
     return [
-        {"prompt": prompt, "response_a": a, "response_b": b}
-        for a, b in pairs
-        if not (_UNFIT.search(a) or _UNFIT.search(b))
+        AnswerPair(prompt, a, b) for a, b in pairs if not (_UNFIT.search(a) or _UNFIT.search(b))
     ]
 
 
-def draw_label(row: Row, seed: int = SEED) -> str:
-    """Draws the simulated label of one row.
+def draw_label(pair: AnswerPair, seed: int = SEED) -> str:
+    """Draws the simulated label of one pair.
 
     Args:
-        row: a row with ``prompt``, ``response_a`` and ``response_b``.
+        pair: the pair.
         seed: the seed of the noise.
 
     Returns:
         "a" with the Bradley-Terry probability of the gold rule, else "b".
     """
-    texts = (row["prompt"], row["response_a"], row["response_b"])
-    luck = random.Random("\n".join((str(seed), *texts))).random()
-    return "a" if luck < gold.probability(*texts) else "b"
+    luck = random.Random("\n".join((str(seed), *pair))).random()
+    return "a" if luck < gold.probability(*pair) else "b"
 
 
-def _sample(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[list[str]]:
+def _sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> list[list[str]]:
     """Samples the answers to a few prompts in one batch, one list per prompt."""
     texts = [
         tokenizer.apply_chat_template(
@@ -132,11 +142,11 @@ def _sample(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[list[str
             max_new_tokens=MAX_NEW_TOKENS,
             num_return_sequences=ANSWERS_PER_PROMPT,
         )
+    assert isinstance(output, torch.Tensor), "no dict of outputs is asked for"
     fresh = output[:, batch["input_ids"].shape[1] :]
-    answers = [
-        trim(tokenizer.decode(row, skip_special_tokens=True), tokenizer.eos_token_id in row)
-        for row in fresh
-    ]
+    written = tokenizer.batch_decode(fresh, skip_special_tokens=True)
+    ended = [tokenizer.eos_token_id in row for row in fresh]
+    answers = list(map(trim, written, ended))
     size = ANSWERS_PER_PROMPT
     return [answers[start : start + size] for start in range(0, len(answers), size)]
 
@@ -147,7 +157,7 @@ def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
         yield items[start : start + size]
 
 
-def make(model_folder: Path, prompts: Sequence[str], seed: int = SEED) -> list[Row]:
+def make(model_folder: Path, prompts: Sequence[str], seed: int = SEED) -> list[dict[str, str]]:
     """Samples answers, pairs them and labels the pairs.
 
     Args:
@@ -161,15 +171,15 @@ def make(model_folder: Path, prompts: Sequence[str], seed: int = SEED) -> list[R
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    rows: list[Row] = []
+    pairs: list[AnswerPair] = []
     for batch in _batches(prompts, PROMPTS_PER_BATCH):
         for prompt, answers in zip(batch, _sample(model, tokenizer, batch), strict=True):
-            rows.extend(pair_up(prompt, answers))
-        print(f"{len(rows)} pairs", file=sys.stderr, flush=True)
-    return [{**row, "label": draw_label(row, seed)} for row in rows]
+            pairs.extend(pair_up(prompt, answers))
+        print(f"{len(pairs)} pairs", file=sys.stderr, flush=True)
+    return [{**pair._asdict(), "label": draw_label(pair, seed)} for pair in pairs]
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
+def write(rows: Sequence[dict[str, str]], path: Path) -> None:
     """Writes rows as JSON lines.
 
     Args:
