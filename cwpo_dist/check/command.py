@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypedDict
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -48,6 +48,15 @@ class Place:
     node: str
     name: str
     gpu: bool
+
+
+class RayNode(TypedDict):
+    """What `ray.nodes` says of a node, as far as it is read here."""
+
+    NodeID: str
+    NodeManagerAddress: str
+    Alive: bool
+    Resources: Mapping[str, float]
 
 
 class CheckError(RuntimeError):
@@ -96,7 +105,7 @@ def check(nodes: Nodes, to: str, *, quick: bool, storage: str | None) -> bool:
     return right
 
 
-def chosen(nodes: Sequence[Mapping[str, Any]], which: Nodes) -> tuple[list[Place], list[Place]]:
+def chosen(nodes: Sequence[RayNode], which: Nodes) -> tuple[list[Place], list[Place]]:
     """The devices to check one by one, and those of the ranks that work together.
 
     Where the cluster has GPUs, they are checked; else a CPU of each node.
@@ -115,23 +124,23 @@ def chosen(nodes: Sequence[Mapping[str, Any]], which: Nodes) -> tuple[list[Place
     return places, group
 
 
-def _with_second_ranks(cpus: list[Place], nodes: Sequence[Mapping[str, Any]]) -> list[Place]:
+def _with_second_ranks(cpus: list[Place], nodes: Sequence[RayNode]) -> list[Place]:
     """Processors for enough ranks to exchange something: a node lends a second one."""
     spare = [_place(node, gpu=False) for node in nodes if node["Resources"]["CPU"] >= 2]
     return cpus + spare[: max(0, _FEWEST_RANKS - len(cpus))]
 
 
-def _gpus_of(node: Mapping[str, Any]) -> list[Place]:
+def _gpus_of(node: RayNode) -> list[Place]:
     return [_place(node, gpu=True)] * int(node["Resources"].get("GPU", 0))
 
 
-def _place(node: Mapping[str, Any], *, gpu: bool) -> Place:
+def _place(node: RayNode, *, gpu: bool) -> Place:
     return Place(node["NodeID"], node["NodeManagerAddress"], gpu)
 
 
 def _of_devices(places: Sequence[Place], quick: bool) -> Iterator[tuple[str, list[Finding]]]:
     """All devices at once; each as it is asked for."""
-    check_one: Any = ray.remote(max_calls=1)(_checked)
+    check_one = ray.remote(max_calls=1)(_checked)
     asked = [check_one.options(**_options(place)).remote(quick) for place in places]
     for number, (place, work) in enumerate(zip(places, asked, strict=True)):
         try:
@@ -149,7 +158,7 @@ def _checked(quick: bool) -> list[Finding]:
 
 def _of_group(group: Sequence[Place], storage: str | None) -> list[Finding]:
     scratch = _scratch(group, storage)
-    make: Any = ray.remote(Rank)
+    make: Any = ray.remote(Rank)  # whose methods Ray gives no types
     ranks = [make.options(**_options(place)).remote() for place in group]
     try:
         meet = ray.get(ranks[0].address.remote(), timeout=_START_S)
@@ -184,13 +193,13 @@ def _agreed(of_ranks: Sequence[Sequence[Finding]]) -> list[Finding]:
     return [next((each for each in part if each.right is False), part[0]) for part in parts]
 
 
-def _options(place: Place) -> dict[str, Any]:
+def _options(place: Place) -> dict[str, object]:
     there = NodeAffinitySchedulingStrategy(place.node, soft=False)
     return {"num_cpus": 1, "num_gpus": int(place.gpu), "scheduling_strategy": there}
 
 
 def _lost(error: Exception) -> Finding:
-    def fail() -> Any:
+    def fail() -> NoReturn:
         raise error
 
     return found("process", fail)

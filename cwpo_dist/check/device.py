@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -75,7 +74,7 @@ def check_device(*, quick: bool) -> list[Finding]:
 
 def versions(device: torch.device) -> Outcome:
     """What is installed, and where it runs."""
-    figures: dict[str, Any] = {
+    figures: dict[str, object] = {
         "cwpo_dist": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -141,7 +140,7 @@ def _kernel(device: torch.device, dtype: torch.dtype) -> str:
     return "by one kernel" if varlen.usable(query, key, value, 0.0, by_row) else "row by row"
 
 
-def stock_logps(model: Any, given: Sequence[Row]) -> Tensor:
+def stock_logps(model: nn.Module, given: Sequence[Row]) -> Tensor:
     """Log-probs of answer tokens, one conversation at a time, by the model's own forward."""
     logps = []
     device = next(model.parameters()).device

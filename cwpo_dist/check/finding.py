@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -25,11 +24,11 @@ class Finding:
     part: str
     right: bool | None
     said: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, object] = field(default_factory=dict)
     seconds: float = 0.0
 
 
-Outcome = tuple[bool | None, str, dict[str, Any]]
+Outcome = tuple[bool | None, str, Mapping[str, object]]
 
 
 def found(part: str, check: Callable[[], Outcome]) -> Finding:

@@ -11,7 +11,7 @@ import socket
 import statistics
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import ray
 import torch
@@ -28,6 +28,9 @@ from cwpo_dist.scoring.devices import assigned_device, hide_other_gpus
 from cwpo_dist.storage import Store
 from cwpo_dist.training.loop import Engine, Run, gradients
 from cwpo_dist.training.torch_engine import TorchEngine
+
+if TYPE_CHECKING:
+    from cwpo_dist.training.deepspeed_engine import DeepSpeedEngine
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -145,7 +148,7 @@ def resume(device: torch.device, shared: str | None) -> Outcome:
     return error <= 1e-6 * abs(whole[0]), said, {"largest_error": error}
 
 
-def sharded(stage: Stage, dtype: torch.dtype, device: torch.device) -> Any:
+def sharded(stage: Stage, dtype: torch.dtype, device: torch.device) -> DeepSpeedEngine:
     """A fresh model under DeepSpeed."""
     from cwpo_dist.training import deepspeed_engine as engine  # not above: it imports deepspeed
 
@@ -164,7 +167,8 @@ def trained(engine: Engine, first: int = 0, end: int = STEPS) -> list[float]:
     """The loss of each step of a training, from one step on."""
     given = tiny_models.rows(_PAIRS, (20, 60), (10, 50))
     task = tiny_models.preferences(given)
-    module: Any = engine.module
+    module = engine.module
+    assert isinstance(module, AnswerLogProbs), "as `sharded` and `alone` make it"
     layout = choose_layout(module, longest=128).layout
     run = Run(_config(0), 0, layout, 2)
     losses = []

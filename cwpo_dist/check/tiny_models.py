@@ -9,7 +9,6 @@ import math
 import random
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -17,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -56,20 +56,27 @@ _HALF_BILLION = Qwen2Config(
 )
 
 
-def policy(dtype: torch.dtype, device: torch.device, *, seed: int = 0, large: bool = False) -> Any:
+def policy(
+    dtype: torch.dtype, device: torch.device, *, seed: int = 0, large: bool = False
+) -> PreTrainedModel:
     """A causal language model; the same weights on every device."""
     torch.manual_seed(seed)
-    model: Any = Qwen2ForCausalLM(_HALF_BILLION) if large else LlamaForCausalLM(_SMALL)
-    return model.eval().to(device, dtype)
+    model = Qwen2ForCausalLM(_HALF_BILLION) if large else LlamaForCausalLM(_SMALL)
+    return _placed(model, dtype, device)
 
 
-def classifier(dtype: torch.dtype, device: torch.device, *, large: bool = False) -> Any:
+def classifier(dtype: torch.dtype, device: torch.device, *, large: bool = False) -> PreTrainedModel:
     """A one-label classifier."""
     torch.manual_seed(0)
-    kind: Any = Qwen2ForSequenceClassification if large else LlamaForSequenceClassification
-    config: Any = deepcopy(_HALF_BILLION if large else _SMALL)
+    kind = Qwen2ForSequenceClassification if large else LlamaForSequenceClassification
+    config = deepcopy(_HALF_BILLION if large else _SMALL)
     config.num_labels = 1
-    return kind(config).eval().to(device, dtype)
+    return _placed(kind(config), dtype, device)
+
+
+def _placed(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    model.eval().to(device, dtype)
+    return model
 
 
 def rows(count: int, prompt: tuple[int, int], answer: tuple[int, int], seed: int = 0) -> list[Row]:
