@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from prepared import config, files, rejects, row, write
 
 from cwpo_dist.pairs import cutting
-from cwpo_dist.pairs.parsing import Layout
+from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.stages.prepare import prepare

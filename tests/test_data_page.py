@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prepared import config, pairs, said, write
 
-from cwpo_dist.pairs import columns
+from cwpo_dist.pairs import column_names
 from cwpo_dist.pairs.layout import FIELDS
 from cwpo_dist.pairs.messages import CALLS, ROLES
 from cwpo_dist.pairs.records import MESSAGE_KEYS
@@ -214,12 +214,12 @@ def test_all_fields_and_their_other_names_stand_on_the_page() -> None:
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
     assert sorted(named) == sorted(FIELDS)
     by_field = {row[0]: row[1] for row in rows}
-    for field, names in columns._OTHER_NAMES.items():
+    for field, names in column_names.OTHERS.items():
         (cell,) = [text for fields, text in by_field.items() if f"`{field}`" in fields]
         assert {f"`{name}`" for name in names} <= set(re.findall(r"`[\w.]+`", cell))
-    for name in (*columns._PROMPTS, *columns._CONVERSATIONS):
+    for name in (*column_names.PROMPTS, *column_names.CONVERSATIONS):
         assert f"`{name}`" in by_field["`prompt`"]
-    for name in columns.MEDIA:
+    for name in column_names.MEDIA:
         assert f"`{name}`" in PAGE
 
 

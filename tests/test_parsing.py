@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.pairs.parsing import FIELDS, Layout, parse
+from cwpo_dist.pairs.layout import FIELDS, Layout
+from cwpo_dist.pairs.parsing import parse
 from cwpo_dist.pairs.rejects import (
     REMEDIES,
     BadRow,
@@ -178,7 +179,7 @@ def test_one_number_is_one_group_however_a_file_spells_it(alike: tuple[Any, ...]
 
 def test_group_and_kept_columns_ride_along() -> None:
     kept = {"when": datetime.date(2024, 1, 2), "price": Decimal("1.50"), "tags": ["x", {"y": 1}]}
-    pair = parse(row(topic=7, **kept), layout(group="topic", keep=(*kept, "absent")))
+    pair = parse(row(topic=7, **kept), layout(group="topic", kept=(*kept, "absent")))
     assert pair.group == "7"
     assert pair.kept == {
         "when": "2024-01-02",
@@ -261,8 +262,8 @@ REJECTS: list[tuple[Layout, Any, str]] = [
     (layout(group="topic"), row(topic=True), "wrong type: topic"),
     (layout(group="topic"), row(topic=[1]), "wrong type: topic"),
     (layout(group="topic"), row(topic=SURROGATE), "invalid Unicode: topic"),
-    (layout(keep=("x",)), row(x=SURROGATE), "invalid Unicode: x"),
-    (layout(keep=("x",)), row(x=b"bytes"), "wrong type: x"),
+    (layout(kept=("x",)), row(x=SURROGATE), "invalid Unicode: x"),
+    (layout(kept=("x",)), row(x=b"bytes"), "wrong type: x"),
 ]
 
 
@@ -278,7 +279,7 @@ def test_nesting_deeper_than_the_stack_is_a_wrong_type() -> None:
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(BadRow, match="wrong type: x"):
-        parse(row(x=deep), layout(keep=("x",)))
+        parse(row(x=deep), layout(kept=("x",)))
 
 
 ANYTHING = st.recursive(

@@ -332,7 +332,8 @@ def test_real_transcripts_are_trained_on_and_read_alike(cwpo_data: Path, tmp_pat
     import itertools
     import json
 
-    from cwpo_dist.pairs.parsing import Layout, parse
+    from cwpo_dist.pairs.layout import Layout
+    from cwpo_dist.pairs.parsing import parse
 
     layout = Layout({"chosen": "chosen", "rejected": "rejected"}, "hh", "conversational")
     with gzip.open(cwpo_data / "hh_harmless.jsonl.gz", "rt", encoding="utf-8") as lines:

@@ -13,7 +13,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -251,13 +250,8 @@ def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
 
 def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
     """Merged rows as the pair record has them."""
-    decided = zip(*(rows[name].to_pylist() for name in _DECIDES), strict=True)
-    splits = [
-        split_of(SIDES[side], part, label, learned_tie=shards.learn_ties and tie)
-        for side, part, label, tie in decided
-    ]
     columns = {name: rows[name] for name in rows.column_names} | {
-        "split": pa.array(splits, pa.string())
+        "split": pa.array(_splits(rows, shards.learn_ties), pa.string())
     }
     if shards.kept:
         values = [json.loads(kept) for kept in rows["kept"].to_pylist()]
@@ -269,7 +263,15 @@ def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
-def turned_labels(columns: Mapping[str, Any], shards: Shards) -> pa.Array:
+def _splits(rows: pa.Table, learn_ties: bool) -> list[Split]:
+    decided = zip(*(rows[name].to_pylist() for name in _DECIDES), strict=True)
+    return [
+        split_of(SIDES[side], part, label, learned_tie=learn_ties and tie)
+        for side, part, label, tie in decided
+    ]
+
+
+def turned_labels(columns: Mapping[str, pa.ChunkedArray], shards: Shards) -> pa.Array:
     """Labels of training pairs, a share of them turned round; held-out ones stay true."""
     rows = zip(*(columns[name].to_pylist() for name in ("pair_id", "split", "label")), strict=True)
     return pa.array(

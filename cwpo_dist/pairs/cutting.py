@@ -107,7 +107,7 @@ def _cut_part(part: Part) -> list[Part]:
         return [part]
     if part.reader == "parquet":
         return [replace(part, span=span, size=size) for span, size in _group_spans(part)] or [part]
-    if part.reader == "jsonl" and not _is_compressed(part) and not _may_be_array(part):
+    if _is_cut_by_lines(part):
         bounds = [*range(0, part.size, CUT_BYTES), part.size]
         return [replace(part, span=(a, b), size=b - a) for a, b in itertools.pairwise(bounds)]
     if _is_cut_by_rows(part):
@@ -118,6 +118,10 @@ def _cut_part(part: Part) -> list[Part]:
         *(part, part.size >> 20),
     )
     return [part]
+
+
+def _is_cut_by_lines(part: Part) -> bool:
+    return part.reader == "jsonl" and not _is_compressed(part) and not _may_be_array(part)
 
 
 def _is_cut_by_rows(part: Part) -> bool:

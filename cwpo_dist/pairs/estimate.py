@@ -11,20 +11,20 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import numbers
-from cwpo_dist.pairs.parsing import ParsedPair, parse
-from cwpo_dist.pairs.pieces import Piece, columns_of
+from cwpo_dist.pairs.parsing import ParsedPair
+from cwpo_dist.pairs.pieces import Piece, columns_of, parse_raw
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import LEAKED, SIDES, Drawn, SplitRule, drawn, merge, split_of
 from cwpo_dist.pairs.stored import Pair, Told
-from cwpo_dist.pairs.unread import Unread, columnar, tree
+from cwpo_dist.pairs.unread import Tree, Unread, columnar, tree
 
 LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
 
@@ -132,9 +132,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         if raw.fault is Reason.DAMAGED:
             damaged[str(part)] = raw.as_text()
         try:
-            if raw.fault is not None:
-                raise BadRow(raw.fault)
-            parsed = parse(raw.value, piece.layout)
+            parsed = parse_raw(raw, piece.layout)
         except BadRow as bad:
             tally.add(bad.reason, bad.found)
             continue
@@ -142,22 +140,16 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         if found.add(*drawn(parsed, rule, piece.source, piece.into), parsed.numbers):
             _sample(sampled, parsed, draw, len(found.copies), sample)
     found.gather(tally, learn_ties=config.ties == "labelled")
-    for k, piece in enumerate(pieces):
-        for part in piece.parts if columns_of(piece) else ():
-            unread[k].add(columnar(part, used[k], LOOKED_AT))
-
-    def scaled(counted: Mapping[str, int]) -> dict[str, int]:
-        return {name: round(count * reading.scale) for name, count in counted.items()}
-
-    there = {own for piece in pieces for own in numbers.kinds(piece.layout.columns)}
+    for piece, of, paths in zip(pieces, unread, used, strict=True):
+        _count_columns(piece, of, paths)
     return Census(
-        scaled(found.pairs),
-        scaled(found.labelled),
+        reading.scaled(found.pairs),
+        reading.scaled(found.labelled),
         round(tally.reasons.total() * reading.scale),
         reading.complete,
         tuple(sampled),
-        own={own: scaled(found.own[own]) for own in numbers.COLUMNS if own in there},
-        void=scaled(found.void),
+        own={own: reading.scaled(found.own[own]) for own in _kinds(pieces)},
+        void=reading.scaled(found.void),
         unlike=round(found.unlike * reading.scale),
         most_weight=found.most_weight,
         files=reading.files,
@@ -169,6 +161,17 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         ties=found.ties,
         merged=round(found.merged * reading.scale),
     )
+
+
+def _count_columns(piece: Piece, unread: Unread, used: Tree) -> None:
+    """Adds the columns of columnar files, of which rows come without those that are not needed."""
+    for part in piece.parts if columns_of(piece) else ():
+        unread.add(columnar(part, used, LOOKED_AT))
+
+
+def _kinds(pieces: Iterable[Piece]) -> list[numbers.Own]:
+    there = {own for piece in pieces for own in numbers.kinds(piece.layout.columns)}
+    return [own for own in numbers.COLUMNS if own in there]
 
 
 class _Counts:
@@ -262,6 +265,10 @@ class _Reading:
             for piece in self.pieces
         )
         return max(sum(rows) / self.rows, 1.0)
+
+    def scaled(self, counted: Mapping[str, int]) -> dict[str, int]:
+        """Counts of what was read, as they will be of all rows."""
+        return {name: round(count * self.scale) for name, count in counted.items()}
 
     def _parts(self) -> Iterator[Part]:
         for piece in self.pieces:

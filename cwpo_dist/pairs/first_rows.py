@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from cwpo_dist.pairs.layout import cell, not_null
 
@@ -22,14 +21,14 @@ class FirstRows:
 
     field: str
     path: str
-    rows: tuple[Mapping[str, Any], ...]
+    rows: tuple[Mapping[str, object], ...]
 
     @cached_property
     def names(self) -> list[str]:
         """Its columns."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
-    def values(self, path: str) -> list[Any]:
+    def values(self, path: str) -> list[object]:
         """What stands in a column, or at a path into a nested one, without nulls."""
         found = (not_null(cell(row, path)) for row in self.rows)
         return [value for value in found if value is not None]

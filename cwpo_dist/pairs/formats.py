@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.layout import TEXTS, Format, answer_fields, cell
 from cwpo_dist.pairs.refusals import written_as_text
+from cwpo_dist.pairs.transcripts import is_transcript
 from cwpo_dist.pairs.written import messages_in, turns_in
 
-ANSWER_MARK = "\n\nAssistant:"
 _IN_MESSAGES = ("system", "tools", "history")  # what has a place among messages alone
-
-
-def is_transcript(value: Any) -> bool:
-    """True for a string in the spelling of HH transcripts."""
-    return isinstance(value, str) and value.lstrip().startswith("Human:") and ANSWER_MARK in value
 
 
 def written_in(first: FirstRows, columns: Mapping[str, str]) -> frozenset[str]:
@@ -30,14 +25,17 @@ def written_in(first: FirstRows, columns: Mapping[str, str]) -> frozenset[str]:
     return frozenset(written)
 
 
-def _most(values: list[Any], reads: Any) -> bool:
+def _most(values: Sequence[object], reads: Callable[[str], object]) -> bool:
     """Whether more than half of the values are text that spells something else."""
     hits = sum(isinstance(value, str) and reads(value) is not None for value in values)
     return 2 * hits > len(values)
 
 
 def format_of(
-    first: FirstRows, columns: Mapping[str, str], given: str, written: frozenset[str]
+    first: FirstRows,
+    columns: Mapping[str, str],
+    given: Literal["auto"] | Format,
+    written: frozenset[str],
 ) -> Format:
     """The format given, or for `auto` the one that most of the first rows follow.
 
@@ -46,18 +44,25 @@ def format_of(
     """
     if given == "text":
         _check_text(first, columns, written)
-    if given in ("text", "conversational", "hh"):
-        return given  # type: ignore[return-value]  # `in` narrows no string
-    answers = answer_fields(columns)
-    texts = [columns[name] for name in ("prompt", *answers) if name in columns]
+    if given != "auto":
+        return given
+    return _likely(first, columns, written)
+
+
+def _likely(first: FirstRows, columns: Mapping[str, str], written: frozenset[str]) -> Format:
+    """The format that most of the first rows follow."""
+    texts = [columns[name] for name in ("prompt", *answer_fields(columns)) if name in columns]
     found = [[cell(row, path) for path in texts] for row in first.rows]
-    talks = [any(isinstance(value, list | Mapping) for value in values) for values in found]
-    if written or 2 * sum(talks) > len(talks):
+    if written or 2 * sum(map(_holds_messages, found)) > len(found):
         return "conversational"
     # Transcripts show at the start of the whole text: the prompt's where there is one.
     if 2 * sum(is_transcript(values[0]) for values in found) > len(found):
         return "hh"
     return "conversational" if set(_IN_MESSAGES) & set(columns) else "text"
+
+
+def _holds_messages(values: Sequence[object]) -> bool:
+    return any(isinstance(value, list | Mapping) for value in values)
 
 
 def _check_text(first: FirstRows, columns: Mapping[str, str], written: frozenset[str]) -> None:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from cwpo_dist.pairs.layout import CHOSEN, Layout, cell, not_null
 from cwpo_dist.pairs.rejects import BadRow, Reason, shown
@@ -33,7 +33,7 @@ class Judgement:
     votes_tie: int | None = None
 
 
-def judged(row: Mapping[str, Any], layout: Layout, turned: Callable[[], bool]) -> Judgement:
+def judged(row: Mapping[str, object], layout: Layout, turned: Callable[[], bool]) -> Judgement:
     """Reads labels and votes.
 
     Without a label column votes make the label: the opinion that most people have. Where a row's
@@ -51,9 +51,14 @@ def judged(row: Mapping[str, Any], layout: Layout, turned: Callable[[], bool]) -
         return _of_chosen(row, layout, turned)
     if layout.annotators:
         return _of_annotators(row, layout)
-    if "label" not in layout.columns:
-        a, b, tie = _votes(row, layout, _OF_EITHER)
-        return Judgement(_SIDES[majority(a or 0, b or 0, tie or 0)], a, b, tie)
+    if "label" in layout.columns:
+        return _of_label(row, layout)
+    a, b, tie = _votes(row, layout, _OF_EITHER)
+    return Judgement(_SIDES[majority(a or 0, b or 0, tie or 0)], a, b, tie)
+
+
+def _of_label(row: Mapping[str, object], layout: Layout) -> Judgement:
+    """Of a row whose label says which of its answers is the chosen one."""
     verdict = _verdict(layout.optional(row, "label"), layout)
     if "votes_chosen" in layout.columns:
         votes = _by_label(verdict, *_votes(row, layout, _OF_CHOSEN))
@@ -64,7 +69,7 @@ def judged(row: Mapping[str, Any], layout: Layout, turned: Callable[[], bool]) -
     return Judgement(_SIDES[verdict], *votes)
 
 
-def _of_chosen(row: Mapping[str, Any], layout: Layout, turned: Callable[[], bool]) -> Judgement:
+def _of_chosen(row: Mapping[str, object], layout: Layout, turned: Callable[[], bool]) -> Judgement:
     """Of a row whose first answer is the chosen one."""
     if "response_a" not in layout.columns:
         names = _OF_CHOSEN if "votes_chosen" in layout.columns else _OF_EITHER
@@ -78,7 +83,7 @@ def _of_chosen(row: Mapping[str, Any], layout: Layout, turned: Callable[[], bool
     return Judgement("first", b if is_turned else a, a if is_turned else b, tie)
 
 
-def _of_annotators(row: Mapping[str, Any], layout: Layout) -> Judgement:
+def _of_annotators(row: Mapping[str, object], layout: Layout) -> Judgement:
     """Of several columns with one person's label each: their votes, and what most of them said."""
     said = [_verdict(not_null(cell(row, path)), layout) for path in layout.annotators]
     votes = Counter(said)
@@ -99,7 +104,7 @@ def _by_label(
     return chosen, rejected, tie
 
 
-def _verdict(value: Any, layout: Layout) -> Verdict | None:
+def _verdict(value: object, layout: Layout) -> Verdict | None:
     """What a label says; None where nobody judged."""
     if value is None:
         return None
@@ -110,7 +115,7 @@ def _verdict(value: Any, layout: Layout) -> Verdict | None:
 
 
 def _votes(
-    row: Mapping[str, Any], layout: Layout, names: tuple[str, str]
+    row: Mapping[str, object], layout: Layout, names: tuple[str, str]
 ) -> tuple[int | None, int | None, int | None]:
     """Votes for both answers and for neither; all of them None where nobody counted."""
     first, second = (_count(layout.optional(row, name), name) for name in names)
@@ -120,14 +125,18 @@ def _votes(
     return first, second, tie
 
 
-def _count(value: Any, name: str) -> int | None:
+def _count(value: object, name: str) -> int | None:
     if value is None:
         return None
     number = value
     if isinstance(value, str):  # a data frame writes 3.0 where a column has nulls
         digits = _WHOLE.fullmatch(value.strip())
         number = int(digits[1]) if digits else None
-    whole = isinstance(number, int | float) and not isinstance(number, bool)
-    if not whole or number != number // 1 or not 0 <= number <= MAX_VOTES:
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, int | float)
+        or number != number // 1
+        or not 0 <= number <= MAX_VOTES
+    ):
         raise BadRow(Reason.VOTES, name, shown(value))
     return int(number)

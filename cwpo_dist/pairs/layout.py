@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from cwpo_dist.pairs.numbers import NUMBER_FIELDS
 from cwpo_dist.pairs.records import Kind
@@ -45,7 +45,7 @@ class Layout:
         format: what prompts and answers are.
         kind: what the run's pairs are; text rows of a conversational run become messages.
         group: the column whose value decides the split; None: the prompt decides.
-        keep: columns that are carried along.
+        kept: columns that are carried along.
         values: what the values of labels mean.
         annotators: columns with a label of one annotator each, in place of `label`.
         written: the fields whose cells hold messages, or lists of turns, as text.
@@ -58,7 +58,7 @@ class Layout:
     format: Format
     kind: Kind
     group: str | None = None
-    keep: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     values: ValueMap = LETTERS
     annotators: tuple[str, ...] = ()
     written: frozenset[str] = field(default_factory=frozenset)
@@ -80,7 +80,7 @@ class Layout:
     def paths(self) -> tuple[str, ...]:
         """What parsing reads, as `columns` spells it."""
         group = [self.group] if self.group else []
-        return (*self.columns.values(), *self.annotators, *self.media, *self.keep, *group)
+        return (*self.columns.values(), *self.annotators, *self.media, *self.kept, *group)
 
     @cached_property
     def has_numbers(self) -> bool:
@@ -93,11 +93,11 @@ class Layout:
         others = {ours: theirs for ours, theirs in self.columns.items() if ours not in CHOSEN}
         return replace(self, columns=others)
 
-    def value(self, row: Mapping[str, Any], name: str) -> Any:
+    def value(self, row: Mapping[str, object], name: str) -> object:
         """What stands in a field; null where the source has no such field."""
         return cell(row, self.columns[name]) if name in self.columns else None
 
-    def present(self, row: Mapping[str, Any], name: str) -> Any:
+    def present(self, row: Mapping[str, object], name: str) -> object:
         """What stands in a field.
 
         Raises:
@@ -108,7 +108,7 @@ class Layout:
             raise BadRow(Reason.MISSING, name)
         return value
 
-    def optional(self, row: Mapping[str, Any], name: str) -> Any:
+    def optional(self, row: Mapping[str, object], name: str) -> object:
         """What stands in a field; what CSV and data frames write for null counts as null."""
         return not_null(self.value(row, name))
 
@@ -128,17 +128,17 @@ def answer_fields(columns: Mapping[str, str]) -> tuple[str, str]:
     return CHOSEN if set(CHOSEN) <= set(columns) else EITHER
 
 
-def not_null(value: Any) -> Any:
+def not_null(value: object) -> object:
     """The value; None for what CSV and data frames write for null."""
     is_nan = isinstance(value, float) and value != value
     return None if is_nan or (isinstance(value, str) and not value.strip()) else value
 
 
-def cell(row: Mapping[str, Any], path: str) -> Any:
+def cell(row: Mapping[str, object], path: str) -> object:
     """What a row holds under a column's name, or under a dotted path into a nested one."""
     if path in row or "." not in path:
         return row.get(path)
-    value: Any = row
+    value: object = row
     for step in path.split("."):
         if isinstance(value, str):  # a nested column written as JSON
             try:

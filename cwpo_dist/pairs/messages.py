@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time
 from decimal import Decimal
-from typing import Any
 
 from cwpo_dist.pairs.records import MESSAGE_KEYS, TEXT_KEYS, Message, Text, Tools
 from cwpo_dist.pairs.rejects import BadRow, Reason, shown
@@ -54,7 +53,7 @@ class MessageReader:
         self.nulls_are_absent = nulls_are_absent
         self.unread: set[str] = set()
 
-    def read(self, value: Any, name: str, role: str) -> list[Message]:
+    def read(self, value: object, name: str, role: str) -> list[Message]:
         """The messages of a cell; a string becomes one message of `role`.
 
         Raises:
@@ -72,7 +71,7 @@ class MessageReader:
             raise BadRow(empty, "" if name == "prompt" else name)
         return [self._message(item, name) for item in items]
 
-    def tools(self, value: Any) -> Tools | None:
+    def tools(self, value: object) -> Tools | None:
         """The tools that stand beside a conversation; None for none.
 
         Raises:
@@ -86,20 +85,16 @@ class MessageReader:
             raise BadRow(Reason.TOOLS, "tools", shown(value))
         return [self._function(_unwritten(tool, "tools"), "tools") for tool in listed]
 
-    def _message(self, item: Any, name: str) -> Message:
+    def _message(self, item: object, name: str) -> Message:
         if isinstance(item, dict) and item.keys() == _PLAIN:  # as most are: no time to lose
             role, content = item["role"], item["content"]
             if isinstance(role, str) and role in ROLES and isinstance(content, str):
                 return {"role": ROLES[role], "content": self._text(content, name)}
-        if isinstance(item, str):  # a list of messages of which each is written as text
-            item = messages_in(item)
-        if not isinstance(item, Mapping):
-            raise BadRow(Reason.KEYS, name, shown(item))
-        given = {key: value for key, value in item.items() if value is not None}
-        role_key = next((key for key in ROLE_KEYS if key in given), None)
-        if role_key is None or not (given.keys() | item.keys()) & _SAYING:
-            raise BadRow(Reason.KEYS, name, shown(item))
-        content_key = next((key for key in CONTENT_KEYS if key in given), None)
+        # Of a list of messages, each may be written as text.
+        return self._of_any_spelling(messages_in(item) if isinstance(item, str) else item, name)
+
+    def _of_any_spelling(self, item: object, name: str) -> Message:
+        given, role_key, content_key = _given(item, name)
         extra = self._extra(given, name)
         role, content = given[role_key], given.get(content_key or "")
         spelled = role.strip().lower() if isinstance(role, str) else ""
@@ -111,11 +106,11 @@ class MessageReader:
         if content is None and not extra.get("tool_calls"):
             raise BadRow(Reason.CONTENT, name)
         read = {role_key, content_key, *MESSAGE_KEYS, "function_call"}
-        self.unread.update(key for key in given if key not in read)
+        self.unread |= given.keys() - read
         text = None if content is None else self._text(content, name)
         return {"role": ROLES[spelled], "content": text, **extra}
 
-    def _extra(self, given: Mapping[str, Any], name: str) -> Message:
+    def _extra(self, given: Mapping[str, object], name: str) -> Message:
         """What templates read beside role and content."""
         extra: Message = {}
         for key in MESSAGE_KEYS:
@@ -130,14 +125,14 @@ class MessageReader:
             extra["tool_calls"] = self._calls(given["function_call"], name)
         return extra
 
-    def _calls(self, value: Any, name: str) -> Tools:
+    def _calls(self, value: object, name: str) -> Tools:
         given = _unwritten(value, name)
         listed = [given] if isinstance(given, Mapping) else given
         if not isinstance(listed, list) or not listed:
             raise BadRow(Reason.TOOLS, name, shown(value))
         return [self._function(_unwritten(call, name), name) for call in listed]
 
-    def _function(self, value: Any, name: str) -> dict[str, Any]:
+    def _function(self, value: object, name: str) -> dict[str, object]:
         """A tool or a call as OpenAI and transformers spell it: `{type, function: {name, …}}`."""
         if not isinstance(value, Mapping):
             raise BadRow(Reason.TOOLS, name, shown(value))
@@ -148,14 +143,15 @@ class MessageReader:
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise BadRow(Reason.TOOLS, name, shown(value))
             value = {"type": "function", "function": function} if bare else value
-        made: dict[str, Any] = self._json(value, name)
+        made = self._json(value, name)
+        assert isinstance(made, dict), "JSON of an object is one"
         return made
 
-    def _json(self, value: Any, name: str) -> Any:
+    def _json(self, value: object, name: str) -> object:
         made = as_json(value, name)
         return _without_nulls(made) if self.nulls_are_absent else made
 
-    def _text(self, content: Any, name: str) -> str:
+    def _text(self, content: object, name: str) -> str:
         """A content's text: its own, or that of its parts one behind the other."""
         if isinstance(content, str):
             written = parts_in(content) if content.startswith("[") else None
@@ -167,7 +163,7 @@ class MessageReader:
             raise BadRow(Reason.NOT_TEXT, name, f"content: {shown(content)}")
         return "".join(self._part(part, name) for part in parts)
 
-    def _part(self, part: Any, name: str) -> str:
+    def _part(self, part: object, name: str) -> str:
         if isinstance(part, str):
             return checked(part, name)
         if not isinstance(part, Mapping):
@@ -185,7 +181,18 @@ class MessageReader:
 _SAYING = {*CONTENT_KEYS, *MESSAGE_KEYS, "function_call"}
 
 
-def _unwritten(value: Any, name: str) -> Any:
+def _given(item: object, name: str) -> tuple[dict[str, object], str, str | None]:
+    """What a message holds but its nulls, and its keys for role and content."""
+    if not isinstance(item, Mapping):
+        raise BadRow(Reason.KEYS, name, shown(item))
+    given = {key: value for key, value in item.items() if value is not None}
+    role_key = next((key for key in ROLE_KEYS if key in given), None)
+    if role_key is None or not (given.keys() | item.keys()) & _SAYING:
+        raise BadRow(Reason.KEYS, name, shown(item))
+    return given, role_key, next((key for key in CONTENT_KEYS if key in given), None)
+
+
+def _unwritten(value: object, name: str) -> object:
     """What a text spells where a list or an object is wanted; an empty one spells nothing."""
     if not isinstance(value, str):
         return value
@@ -197,7 +204,7 @@ def _unwritten(value: Any, name: str) -> Any:
         raise BadRow(Reason.TOOLS, name, shown(value)) from None
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
@@ -216,7 +223,7 @@ def checked(text: str, name: str) -> str:
     return text
 
 
-def as_json(value: Any, name: str) -> Any:
+def as_json(value: object, name: str) -> object:
     """A value as JSON has it; dates and decimals by their usual spelling.
 
     Raises:
@@ -232,7 +239,7 @@ def as_json(value: Any, name: str) -> Any:
     return json.loads(text)
 
 
-def _spelled(value: Any) -> str:
+def _spelled(value: object) -> str:
     if isinstance(value, date | datetime | time | Decimal):
         return str(value)
     raise TypeError(type(value).__name__)

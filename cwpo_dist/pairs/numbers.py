@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 from cwpo_dist.pairs.stored import Told
 
@@ -56,7 +56,7 @@ def number_fields(answers: Sequence[str]) -> tuple[str, ...]:
     return ("weight", "confidence", *scores)
 
 
-def own_numbers(value_of: Callable[[str], Any], answers: Sequence[str]) -> Numbers:
+def own_numbers(value_of: Callable[[str], object], answers: Sequence[str]) -> Numbers:
     """Reads a row's numbers; null, and what CSV writes for it, is none and nothing wrong.
 
     Args:
@@ -79,7 +79,7 @@ def own_numbers(value_of: Callable[[str], Any], answers: Sequence[str]) -> Numbe
     return Numbers(weight, confidence, first, second, tuple(map(": ".join, void.items())))
 
 
-def _number(value: Any, most: float | None) -> float | None:
+def _number(value: object, most: float | None) -> float | None:
     """The value as a float; `most` also says that it must not be negative.
 
     Raises:
@@ -87,12 +87,7 @@ def _number(value: Any, most: float | None) -> float | None:
     """
     if value is None or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
-        raise ValueError("no number")
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError("no number") from None
+    number = _float(value)
     if not math.isfinite(number):
         raise ValueError("not finite")
     if abs(number) > _LARGEST:
@@ -102,6 +97,15 @@ def _number(value: Any, most: float | None) -> float | None:
     if most is not None and number > most:
         raise ValueError(f"above {most:g}")
     return number
+
+
+def _float(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        raise ValueError("no number")
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        raise ValueError("no number") from None
 
 
 def kinds(fields: Iterable[str]) -> Iterator[Own]:

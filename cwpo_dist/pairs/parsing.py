@@ -17,27 +17,23 @@ front of it all.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from math import isfinite
-from typing import Any, Literal
+from typing import Literal
 
-from cwpo_dist.pairs.formats import ANSWER_MARK, is_transcript
+from cwpo_dist.pairs import transcripts
 from cwpo_dist.pairs.judging import judged
-from cwpo_dist.pairs.layout import FIELDS, Format, Layout, answer_fields
+from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import MessageReader, as_json, checked, has_words
 from cwpo_dist.pairs.numbers import NO_NUMBERS, Numbers, own_numbers
 from cwpo_dist.pairs.records import Message, Text, Tools
 from cwpo_dist.pairs.rejects import BadRow, Reason, shown
 from cwpo_dist.pairs.written import decoded, is_turns, messages_in
 
-__all__ = ["FIELDS", "Format", "Layout", "ParsedPair", "answer_fields", "is_transcript", "parse"]
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
 _WHOLE = re.compile(r"-?\d+\.0+", re.ASCII)
-_TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class ParsedPair:
     numbers: Numbers = NO_NUMBERS
     tools: Tools | None = None
     group: str | None = None
-    kept: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, object] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
 
     @property
@@ -78,7 +74,7 @@ class ParsedPair:
         return (self.label == "first" and b > a) or (self.label == "second" and a > b)
 
 
-def parse(row: Any, layout: Layout) -> ParsedPair:
+def parse(row: object, layout: Layout) -> ParsedPair:
     """Reads one row.
 
     Raises:
@@ -104,13 +100,13 @@ def parse(row: Any, layout: Layout) -> ParsedPair:
         numbers=_numbers(row, layout),
         tools=reader.tools(layout.optional(row, "tools")) if "tools" in layout.columns else None,
         group=_group(row, layout),
-        kept={name: as_json(row.get(name), name) for name in layout.keep},
+        kept={name: as_json(row.get(name), name) for name in layout.kept},
         unread=frozenset(reader.unread),
     )
 
 
 def _texts(
-    row: Mapping[str, Any], layout: Layout, reader: MessageReader
+    row: Mapping[str, object], layout: Layout, reader: MessageReader
 ) -> tuple[Text, Text, Text]:
     if layout.format == "conversational":
         return _from_messages(row, layout, reader)
@@ -122,62 +118,47 @@ def _texts(
     return [_message("user", prompt)], *_replies(first, second)
 
 
-def _from_text(row: Mapping[str, Any], layout: Layout) -> tuple[str, str, str]:
+def _from_text(row: Mapping[str, object], layout: Layout) -> tuple[str, str, str]:
     first, second = (_string(layout.present(row, name), layout, name) for name in layout.answers)
     if "prompt" in layout.columns:
         return _string(_prompt(row, layout), layout, "prompt"), first, second
-    prompts, answers = zip(*(_cut(text) for text in (first, second)), strict=True)
+    prompts, answers = zip(*(transcripts.cut(text) for text in (first, second)), strict=True)
     if prompts[0] != prompts[1]:
         raise BadRow(Reason.PREFIXES)
     return prompts[0], answers[0], answers[1]
 
 
-def _prompt(row: Mapping[str, Any], layout: Layout) -> Any:
+def _prompt(row: Mapping[str, object], layout: Layout) -> object:
     """What stands in the prompt's column; an input, where there is one, below the instruction."""
     more = layout.optional(row, "input")
     if more is None:
         return layout.present(row, "prompt")
+    if not isinstance(more, str):
+        raise BadRow(Reason.TYPE, "input", shown(more))
     value = layout.optional(row, "prompt")
-    both = [value, more] if value is not None else [more]
-    for name, text in zip(("input", "prompt"), reversed(both), strict=False):
-        if not isinstance(text, str):
-            raise BadRow(Reason.TYPE, name, shown(text))
-    return "\n".join(both)
+    if value is None:
+        return more
+    if not isinstance(value, str):
+        raise BadRow(Reason.TYPE, "prompt", shown(value))
+    return f"{value}\n{more}"
 
 
-def _cut(transcript: str) -> tuple[str, str]:
-    """Prompt (with the mark at its end) and answer of a transcript that stays text."""
-    prompt, mark, answer = transcript.rpartition(ANSWER_MARK)
-    if not mark or _TURN.search(answer):
-        raise BadRow(Reason.NO_ASSISTANT)
-    return prompt + mark, answer
-
-
-def _from_transcripts(row: Mapping[str, Any], layout: Layout) -> tuple[Text, Text, Text]:
+def _from_transcripts(row: Mapping[str, object], layout: Layout) -> tuple[Text, Text, Text]:
     texts = [_string(layout.present(row, name), layout, name) for name in layout.answers]
     if "prompt" in layout.columns:
         prompt = _string(_prompt(row, layout), layout, "prompt").rstrip()
-        prompt = prompt if prompt.endswith(ANSWER_MARK) else prompt + ANSWER_MARK
+        mark = transcripts.ANSWER_MARK
+        prompt = prompt if prompt.endswith(mark) else prompt + mark
         texts = [text if text.startswith(prompt) else f"{prompt} {text}" for text in texts]
-    first, second = (_turns(text) for text in texts)
+    first, second = (transcripts.turns(text) for text in texts)
     return _same_context(first, second)
 
 
-def _turns(transcript: str) -> list[Message]:
-    start, *parts = _TURN.split("\n\n" + transcript.lstrip())
-    if start.strip() or not parts:
-        raise BadRow(Reason.NOT_TRANSCRIPT)
-    return [
-        _message(_TURN_ROLES[speaker], content.strip())
-        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
-
-
 def _from_messages(
-    row: Mapping[str, Any], layout: Layout, reader: MessageReader
+    row: Mapping[str, object], layout: Layout, reader: MessageReader
 ) -> tuple[Text, Text, Text]:
     cells = {name: _unwritten(layout.present(row, name), layout, name) for name in layout.answers}
-    asked: Any = None
+    asked: object = None
     if "prompt" in layout.columns:
         asked = _unwritten(_prompt(row, layout), layout, "prompt")
     if is_turns(asked):
@@ -216,12 +197,32 @@ def _with_one_context(
     return first, second
 
 
-def _of_turns(asked: list[str], told: Any, name: str) -> list[Message]:
+def _of_turns(asked: list[str], told: object, name: str) -> list[Message]:
     """The conversation of questions and answers that stand in two lists."""
     told = [told] if isinstance(told, str) else told
     if not is_turns(told) or len(told) != len(asked):
         raise BadRow(Reason.TYPE, name, f"{shown(told)} beside {len(asked)} turns of the prompt")
-    turns = zip(asked, told, strict=True)
+    return _exchanges(zip(asked, told, strict=True), name)
+
+
+def _history(row: Mapping[str, object], layout: Layout) -> list[Message]:
+    """Earlier turns of the conversation, pairs of question and answer."""
+    turns = layout.optional(row, "history") or []
+    if isinstance(turns, str):
+        turns = _decoded(turns, "history")
+    if not isinstance(turns, list) or not all(map(_is_exchange, turns)):
+        raise BadRow(Reason.TYPE, "history", shown(turns))
+    return _exchanges(turns, "history")
+
+
+def _is_exchange(turn: object) -> bool:
+    if not isinstance(turn, list) or len(turn) != 2:
+        return False
+    return all(isinstance(text, str) for text in turn)
+
+
+def _exchanges(turns: Iterable[Sequence[str]], name: str) -> list[Message]:
+    """The messages of questions and their answers."""
     return [
         _message(role, checked(text, name))
         for turn in turns
@@ -229,22 +230,7 @@ def _of_turns(asked: list[str], told: Any, name: str) -> list[Message]:
     ]
 
 
-def _history(row: Mapping[str, Any], layout: Layout) -> list[Message]:
-    """Earlier turns of the conversation, pairs of question and answer."""
-    turns = layout.optional(row, "history") or []
-    if isinstance(turns, str):
-        turns = _decoded(turns, "history")
-    pairs = isinstance(turns, list) and all(isinstance(t, list) and len(t) == 2 for t in turns)
-    if not pairs or not all(isinstance(text, str) for turn in turns for text in turn):
-        raise BadRow(Reason.TYPE, "history", shown(turns))
-    return [
-        _message(role, checked(text, "history"))
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-
-
-def _with_system(prompt: Text, row: Mapping[str, Any], layout: Layout) -> Text:
+def _with_system(prompt: Text, row: Mapping[str, object], layout: Layout) -> Text:
     """The prompt behind what its system column says."""
     said = layout.optional(row, "system")
     if said is None:
@@ -269,7 +255,7 @@ def _same_context(first: list[Message], second: list[Message]) -> tuple[Text, Te
 
 
 def _turned(
-    row: Mapping[str, Any], layout: Layout, reader: MessageReader, chosen: tuple[Text, Text]
+    row: Mapping[str, object], layout: Layout, reader: MessageReader, chosen: tuple[Text, Text]
 ) -> bool:
     """Whether the chosen answer is response_b.
 
@@ -292,7 +278,7 @@ def _replies(first: str, second: str) -> tuple[Text, Text]:
     return [_message("assistant", first)], [_message("assistant", second)]
 
 
-def _unwritten(value: Any, layout: Layout, name: str) -> Any:
+def _unwritten(value: object, layout: Layout, name: str) -> object:
     """A cell with the messages that its column writes as text; other text stays what it is."""
     if not isinstance(value, str):
         return value
@@ -301,7 +287,7 @@ def _unwritten(value: Any, layout: Layout, name: str) -> Any:
     return _plain(value, layout, name)
 
 
-def _decoded(value: str, name: str) -> Any:
+def _decoded(value: str, name: str) -> object:
     try:
         return decoded(value)
     except ValueError:
@@ -315,7 +301,7 @@ def _plain(text: str, layout: Layout, name: str) -> str:
     return text
 
 
-def _string(value: Any, layout: Layout, name: str) -> str:
+def _string(value: object, layout: Layout, name: str) -> str:
     if not isinstance(value, str):
         raise BadRow(Reason.TYPE, name, shown(value))
     return checked(_plain(value, layout, name), name)
@@ -331,13 +317,13 @@ def _refuse_empty(prompt: Text, first: Text, second: Text, layout: Layout) -> No
         raise BadRow(Reason.IDENTICAL)
 
 
-def _numbers(row: Mapping[str, Any], layout: Layout) -> Numbers:
+def _numbers(row: Mapping[str, object], layout: Layout) -> Numbers:
     if not layout.has_numbers:  # as most data are
         return NO_NUMBERS
     return own_numbers(partial(layout.value, row), layout.answers)
 
 
-def _group(row: Mapping[str, Any], layout: Layout) -> str | None:
+def _group(row: Mapping[str, object], layout: Layout) -> str | None:
     if layout.group is None:
         return None
     value = row.get(layout.group)

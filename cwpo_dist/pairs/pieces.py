@@ -163,7 +163,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
         if raw.fault is Reason.DAMAGED:
             summary.damaged[str(part)] = raw.as_text()
         try:
-            parsed = _parsed(raw, piece.layout)
+            parsed = parse_raw(raw, piece.layout)
         except BadRow as bad:
             files.reject(Reject(bad.reason, bad.found, str(part), raw.position, raw.as_text()))
             continue
@@ -188,7 +188,7 @@ class _Notes:
     def __init__(self, layout: Layout) -> None:
         self.used = tree(layout.paths)
         self.unread = Unread()
-        self._kept_types: dict[str, set[str]] = {column: set() for column in layout.keep}
+        self._kept_types: dict[str, set[str]] = {column: set() for column in layout.kept}
         self._message_keys: set[str] = set()
         self._votes_against = 0
         self._void: Counter[str] = Counter()
@@ -240,7 +240,12 @@ def _raw_rows(piece: Piece) -> Iterator[tuple[Part, RawRow]]:
     return itertools.islice(rows, piece.limit)
 
 
-def _parsed(raw: RawRow, layout: Layout) -> ParsedPair:
+def parse_raw(raw: RawRow, layout: Layout) -> ParsedPair:
+    """The pair of a row.
+
+    Raises:
+        BadRow: also for a row that could not be read.
+    """
     if raw.fault is not None:
         raise BadRow(raw.fault)
     return parse(raw.value, layout)

@@ -16,11 +16,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Literal, cast
+from typing import IO, Literal, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 
 from cwpo_dist.pairs.arrow_rows import batch_rows
 from cwpo_dist.pairs.csv_files import HeaderError, csv_rows
@@ -124,7 +125,7 @@ class RawRow:
     """
 
     position: int
-    value: Any
+    value: object
     text: str | None = None
     fault: Reason | None = None
 
@@ -156,9 +157,9 @@ def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
     Raises:
         SourceError: when its storage, or the hub, refuses to be read.
     """
-    wanted = None if columns is None else set(columns)
+    needed = None if columns is None else set(columns)
     with access(part):
-        yield from _until_damage(_rows(part, wanted), part.first)
+        yield from _until_damage(_rows(part, needed), part.first)
 
 
 @contextmanager
@@ -200,14 +201,14 @@ def out_of_reach(error: Exception) -> bool:
     return refused or (isinstance(error, OSError) and error.errno is not None)
 
 
-def _rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
+def _rows(part: Part, columns: set[str] | None) -> Iterator[RawRow]:
     if part.reader in ("jsonl", "json"):
         return _json_rows(part)
     if part.reader in DELIMITERS:
         return _csv_rows(part)
     if part.reader == "parquet":
-        return _parquet_rows(part, wanted)
-    return _arrow_rows(part, wanted) if part.reader == "arrow" else _data_set_rows(part, wanted)
+        return _parquet_rows(part, columns)
+    return _arrow_rows(part, columns) if part.reader == "arrow" else _data_set_rows(part, columns)
 
 
 def _json_rows(part: Part) -> Iterator[RawRow]:
@@ -226,14 +227,14 @@ def _csv_rows(part: Part) -> Iterator[RawRow]:
             yield RawRow(position, value, text, Reason.MALFORMED if value is None else None)
 
 
-def filesystem_of(path: str) -> tuple[Any, str]:
+def filesystem_of(path: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a path or URI, and the path there.
 
     What has no `://` is a path as it stands; fsspec would read `::` as one URI inside another.
     """
     if "://" in path:
         try:
-            found: tuple[Any, str] = fsspec.url_to_fs(path)
+            found: tuple[AbstractFileSystem, str] = fsspec.url_to_fs(path)
         except TypeError as error:  # of a kind that wants to be told more than a URI
             raise ValueError(str(error)) from error
         return found
@@ -246,9 +247,9 @@ def open_file(uri: str) -> IO[bytes]:
     by_arrow = _UNPACKED_BY_ARROW.get(packed or "")
     filesystem, path = filesystem_of(uri)
     packing = None if by_arrow else "infer"
-    file: Any = filesystem.open(path, "rb", compression=packing)
+    file = filesystem.open(path, "rb", compression=packing)
     if by_arrow:
-        unpacked: Any = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), by_arrow)
+        unpacked = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), by_arrow)
         return io.BufferedReader(unpacked, _UNPACKED_BYTES)
     if packed:  # they buffer, and give all that precedes damage
         return cast(IO[bytes], file)
@@ -256,24 +257,24 @@ def open_file(uri: str) -> IO[bytes]:
     return io.BufferedReader(file, BUFFER_BYTES)
 
 
-def opened(uri: str) -> Any:
+def opened(uri: str) -> IO[bytes]:
     """A file for reading, as its bytes are."""
     filesystem, path = filesystem_of(uri)
-    return filesystem.open(path, "rb")
+    return cast(IO[bytes], filesystem.open(path, "rb"))
 
 
-def _data_set_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
+def _data_set_rows(part: Part, columns: set[str] | None) -> Iterator[RawRow]:
     """The rows of a saved folder or hub split."""
     from cwpo_dist.pairs import data_sets  # not above: it imports datasets
 
-    tables = data_sets.tables(part, wanted)
+    tables = data_sets.tables(part, columns)
     yield from _numbered((batch for table in tables for batch in table.to_batches()), 1)
 
 
-def _parquet_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
+def _parquet_rows(part: Part, columns: set[str] | None) -> Iterator[RawRow]:
     """The rows of a Parquet file, group by group: behind a damaged one the next may be whole."""
     with opened(part.uri) as file, closing(pq.ParquetFile(file)) as parquet:
-        names = [name for name in parquet.schema_arrow.names if wanted is None or name in wanted]
+        names = [name for name in parquet.schema_arrow.names if columns is None or name in columns]
         start, stop = part.span or (0, parquet.num_row_groups)
         first = 1 + sum(parquet.metadata.row_group(group).num_rows for group in range(start))
         for group in range(start, stop):
@@ -284,13 +285,13 @@ def _parquet_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
             first += parquet.metadata.row_group(group).num_rows
 
 
-def _arrow_rows(part: Part, wanted: set[str] | None) -> Iterator[RawRow]:
+def _arrow_rows(part: Part, columns: set[str] | None) -> Iterator[RawRow]:
     """The rows of an Arrow (Feather) file or stream."""
     with opened(part.uri) as file:
         is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
         file.seek(0)
         batches = _batches_of_file(file) if is_file else pa.ipc.open_stream(file)
-        yield from _numbered(_small_batches(batches, wanted), 1)
+        yield from _numbered(_small_batches(batches, columns), 1)
 
 
 def _batches_of_file(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
@@ -299,11 +300,11 @@ def _batches_of_file(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
 
 
 def _small_batches(
-    batches: Iterable[pa.RecordBatch], wanted: set[str] | None
+    batches: Iterable[pa.RecordBatch], columns: set[str] | None
 ) -> Iterator[pa.RecordBatch]:
     """The columns wanted, some rows at a time; checked, for Arrow trusts what lies in its files."""
     for batch in batches:
-        batch = batch.select([n for n in batch.schema.names if wanted is None or n in wanted])
+        batch = batch.select([n for n in batch.schema.names if columns is None or n in columns])
         for start in range(0, batch.num_rows, BATCH_ROWS):
             small = batch.slice(start, BATCH_ROWS)
             small.validate(full=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.first_rows import FirstRows
@@ -89,10 +90,7 @@ def unknown_values(
     first: FirstRows, labels: Sequence[str], seen: Counter[str | None], values: ValueMap
 ) -> ConfigError:
     """Labels whose values could mean this or that."""
-    found = [printable(str(value)) for value, _ in seen.most_common()]
-    unknown = [value for value in found if value not in values.meanings]
-    if any(map(is_number, unknown)):  # one scale: those that are known may mean something else
-        unknown = [value for value in found if value in unknown or is_number(value)]
+    unknown = _unknown(seen, values)
     counted = [f"{printable(str(v))} in {n:,} rows" for v, n in seen.most_common(MOST_SHOWN)]
     more = f" and {len(seen) - MOST_SHOWN} more" if len(seen) > MOST_SHOWN else ""
     column = labels[0] if len(labels) == 1 else f"[{', '.join(labels)}]"
@@ -110,6 +108,14 @@ def unknown_values(
         "that the first answer is better (tie and none where there are such), or label: null to "
         "read no label"
     )
+
+
+def _unknown(seen: Counter[str | None], values: ValueMap) -> list[str]:
+    found = [printable(str(value)) for value, _ in seen.most_common()]
+    unknown = [value for value in found if value not in values.meanings]
+    if any(map(is_number, unknown)):  # one scale: those that are known may mean something else
+        return [value for value in found if value in unknown or is_number(value)]
+    return unknown
 
 
 def no_pair(first: FirstRows, layout: Layout, tally: Tally) -> ConfigError:
@@ -151,12 +157,15 @@ def _listed(values: Sequence[str]) -> str:
 def _lists(first: FirstRows) -> tuple[str, int] | None:
     """A column that holds lists of answers, and how many at most."""
     for name in first.named(*_LISTS):
-        values = [value for value in first.values(name) if isinstance(value, list)]
-        lists = [value for value in values if len(value) > 1 and not is_conversation(value)]
+        lists = [value for value in first.values(name) if _is_list_of_several(value)]
         texts = all(isinstance(item, str | dict) for value in lists for item in value)
         if lists and texts and 2 * len(lists) > len(first.rows):
             return name, max(map(len, lists))
     return None
+
+
+def _is_list_of_several(value: object) -> TypeGuard[list[object]]:
+    return isinstance(value, list) and len(value) > 1 and not is_conversation(value)
 
 
 def _is_tag(first: FirstRows, name: str) -> bool:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
 from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.pairs import columns, refusals
 from cwpo_dist.pairs.first_rows import FirstRows
-from cwpo_dist.pairs.formats import format_of, is_transcript, written_in
+from cwpo_dist.pairs.formats import format_of, written_in
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.listing import LeftOut, left_out_lines
 from cwpo_dist.pairs.locate import Found, find
@@ -29,6 +28,7 @@ from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compressi
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.transcripts import is_transcript
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def check(config: PrepareConfig) -> None:
     plan(config)
 
 
-def source_fingerprints(config: PrepareConfig) -> list[Any]:
+def source_fingerprints(config: PrepareConfig) -> list[Collection[object]]:
     """What identifies the inputs as they are now, without reading them; one entry a source.
 
     Raises:
@@ -111,30 +111,43 @@ def plan(config: PrepareConfig) -> Plan:
     """
     _check_settings(config)
     peeked = [_peek(index, source) for index, source in enumerate(config.sources)]
-    _check_keep(config, peeked)
+    _check_kept_columns(config, peeked)
     layouts = [_layout(each, config) for each in peeked]
     _refuse_twice(peeked, [layout.columns for layout in layouts])
-    kind: Kind = "text" if {each.format for each in layouts} == {"text"} else "conversational"
-    pieces = []
-    for each, layout in zip(peeked, layouts, strict=True):
-        layout = replace(layout, kind=kind)
-        _check_prompt(each.first, layout)
-        _check_rows(each.first, layout)
-        source = each.source
-        pieces.append(Piece(source.path, each.found.parts, layout, source.into, source.limit))
-    size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
-    sides = {source.into for source in config.sources}
-    may_leak = len(sides) > 1 or (config.group_column is not None and sides == {None})
-    theirs = tuple(tuple(each.first.names) for each in peeked)
+    kind = _kind(layouts)
+    both = zip(peeked, layouts, strict=True)
+    pieces = tuple(_piece(each, replace(layout, kind=kind)) for each, layout in both)
     return Plan(
-        tuple(pieces),
+        pieces,
         kind,
-        max(1, -(-size // BUCKET_BYTES)),
-        may_leak,
-        theirs,
+        _n_buckets(pieces),
+        _may_leak(config),
+        tuple(tuple(each.first.names) for each in peeked),
         tuple(each for one in peeked for each in one.found.left_out),
         tuple(one.found.note for one in peeked if one.found.note),
     )
+
+
+def _kind(layouts: Iterable[Layout]) -> Kind:
+    return "text" if {each.format for each in layouts} == {"text"} else "conversational"
+
+
+def _piece(peeked: _Peeked, layout: Layout) -> Piece:
+    """What is read of a source, whose first rows must be pairs."""
+    _check_prompt(peeked.first, layout)
+    _check_rows(peeked.first, layout)
+    source = peeked.source
+    return Piece(source.path, peeked.found.parts, layout, source.into, source.limit)
+
+
+def _n_buckets(pieces: Iterable[Piece]) -> int:
+    size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
+    return max(1, -(-size // BUCKET_BYTES))
+
+
+def _may_leak(config: PrepareConfig) -> bool:
+    sides = {source.into for source in config.sources}
+    return len(sides) > 1 or (config.group_column is not None and sides == {None})
 
 
 def _refuse_twice(peeked: Sequence[_Peeked], columns: Sequence[Mapping[str, str]]) -> None:
@@ -155,7 +168,7 @@ def _text_bytes(part: Part) -> int:
     return part.size * _EXPANSION.get(part.reader, _COMPRESSED if packed else 1)
 
 
-def _fingerprint(index: int, source: Source) -> Any:
+def _fingerprint(index: int, source: Source) -> Collection[object]:
     if not is_hub_id(source.path):
         return list(find(f"prepare.sources.{index}", source).marks)
     if source.revision is None:
@@ -189,12 +202,12 @@ def _peek(index: int, source: Source) -> _Peeked:
     return _Peeked(source, found, FirstRows(field, source.path, tuple(rows)))
 
 
-def _first_rows(parts: Iterable[Part]) -> tuple[list[Any], dict[str, str]]:
+def _first_rows(parts: Iterable[Part]) -> tuple[list[Mapping[str, object]], dict[str, str]]:
     """The first rows that can be read, and of the files without one so far, each with why.
 
     Of a file that is none inside, whatever its name, the next one tells what rows look like.
     """
-    rows: list[Any] = []
+    rows: list[Mapping[str, object]] = []
     unread: dict[str, str] = {}
     for part in parts:
         raws = list(itertools.islice(read(part), PEEK_ROWS - len(rows)))
@@ -227,7 +240,7 @@ def _layout(peeked: _Peeked, config: PrepareConfig) -> Layout:
         spelled,
         "text",
         group=_group(peeked, config),
-        keep=tuple(config.keep_columns),
+        kept=tuple(config.keep_columns),
         values=found.values,
         annotators=found.annotators,
         written=written,
@@ -276,7 +289,7 @@ def _check_settings(config: PrepareConfig) -> None:
         )
 
 
-def _check_keep(config: PrepareConfig, peeked: Sequence[_Peeked]) -> None:
+def _check_kept_columns(config: PrepareConfig, peeked: Sequence[_Peeked]) -> None:
     reserved = set(pair_schema("text").names)
     for name in config.keep_columns:
         if name in RECORD:

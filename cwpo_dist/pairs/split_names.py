@@ -47,10 +47,10 @@ def pick(splits: Sequence[str], asked: str | None, into: str | None) -> str:
     Raises:
         NoSplitError: where that leaves none.
     """
-    wanted = (
+    choices = (
         [asked] if asked is not None else [into, "train", *(splits if len(splits) == 1 else ())]
     )
-    for split in wanted:
+    for split in choices:
         if split is not None and split in splits:
             return split
     there = ", ".join(splits)
@@ -76,14 +76,15 @@ def of_other_splits(names: Iterable[str], asked: str | None, into: str | None) -
         pick(["train"], asked, None)
         return {}
     if asked is None and None in named.values():
-        kept = next((split for split in (into, "train") if split in splits), None)
+        read = {None, _likely(splits, into)}
     else:
-        kept = pick(splits, asked, into)
-    return {
-        name: _why(split, asked)
-        for name, split in named.items()
-        if split != kept and (split is not None or asked is not None)
-    }
+        read = {pick(splits, asked, into)}
+    return {name: _why(split, asked) for name, split in named.items() if split not in read}
+
+
+def _likely(splits: Sequence[str], into: str | None) -> str | None:
+    """The split that goes with files that name none, where there is one."""
+    return next((split for split in (into, "train") if split in splits), None)
 
 
 def _why(split: str | None, asked: str | None) -> str:

@@ -10,7 +10,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeGuard
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
@@ -24,10 +24,11 @@ _BESIDE_CONTENT = ("tool_calls", "function_call")
 # Python's parser takes about a hundred times the memory of the text that it reads.
 LONGEST_PYTHON = 2**20
 _KEY = re.compile("[\"'](?:" + "|".join((*ROLE_KEYS, "type")) + ")[\"']")
+_STRING_OR_BRACKET = re.compile(r"""(["'])(?:\\.|(?!\1)[^\\])*+\1|["'{[(\]})]""", re.DOTALL)
 _ARRAY = re.compile(r"array\((.*?)(?:,\s*dtype=\w+)?\)", re.DOTALL)
 
 
-def decoded(text: str) -> Any:
+def decoded(text: str) -> object:
     """What a text spells in JSON, Python or NumPy.
 
     Raises:
@@ -47,7 +48,7 @@ def decoded(text: str) -> Any:
         raise ValueError(f"neither JSON nor Python: {error}") from None
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     try:
         return ast.literal_eval(text)
     except SyntaxError:
@@ -58,27 +59,24 @@ def _literal(text: str) -> Any:
 
 def _items(text: str) -> list[str]:
     """The objects of a NumPy array, which spaces and line breaks part."""
-    items, depth, start, quote, escaped = [], 0, 0, "", False
-    for at, letter in enumerate(text):
-        if quote:
-            if not escaped and letter == quote:
-                quote = ""
-            escaped = letter == "\\" and not escaped
-        elif letter in "\"'":
-            quote = letter
-        elif letter in "{[(":
+    items, depth, start, is_open = [], 0, 0, False
+    for found in _STRING_OR_BRACKET.finditer(text):
+        mark, at = found[0], found.start()
+        if mark in "{[(":
             start = start if depth else at
             depth += 1
-        elif letter in ")]}":
+        elif mark in ")]}":
             depth -= 1
             if depth == 0:
                 items.append(text[start : at + 1])
-    if depth or quote or not items:
+        elif len(mark) == 1:  # a string that never ends
+            is_open = True
+    if depth or is_open or not items:
         raise SyntaxError("not an array of objects")
     return items
 
 
-def messages_in(text: str) -> Any:
+def messages_in(text: str) -> object:
     """The message, list of messages or list of parts that a text spells; None for none of them."""
     if not text.lstrip().startswith(("[", "{", "array(")) or not _KEY.search(text):
         return None
@@ -89,7 +87,7 @@ def messages_in(text: str) -> Any:
     return value if is_conversation(value) or is_parts(value) else None
 
 
-def parts_in(text: str) -> list[Any] | None:
+def parts_in(text: str) -> list[Mapping[str, object]] | None:
     """The parts of a content that a text spells; None where it is text."""
     if not text.lstrip().startswith("["):
         return None
@@ -97,12 +95,12 @@ def parts_in(text: str) -> list[Any] | None:
     return value if is_parts(value) else None
 
 
-def is_parts(value: Any) -> bool:
+def is_parts(value: object) -> TypeGuard[list[Mapping[str, object]]]:
     """True for what can only be the parts of a content: texts, images, …, each with its type."""
     return isinstance(value, list) and bool(value) and all(map(_is_part, value))
 
 
-def _is_part(value: Any) -> bool:
+def _is_part(value: object) -> bool:
     if not isinstance(value, Mapping) or any(key in value for key in ROLE_KEYS):
         return False
     kind = value.get("type")
@@ -120,13 +118,13 @@ def turns_in(text: str) -> list[str] | None:
     return value if is_turns(value) else None
 
 
-def is_turns(value: Any) -> bool:
+def is_turns(value: object) -> TypeGuard[list[str]]:
     """True for a list of strings that are no messages: turns without their roles."""
     plain = isinstance(value, list) and all(isinstance(item, str) for item in value)
     return bool(plain and value and not is_conversation(value))
 
 
-def is_conversation(value: Any) -> bool:
+def is_conversation(value: object) -> bool:
     """True for what can only be a message, or a list of them, also with each written as text."""
     if isinstance(value, Mapping):
         return _is_message(value)
@@ -138,7 +136,7 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def _is_message(value: Any) -> bool:
+def _is_message(value: object) -> bool:
     if not isinstance(value, Mapping):
         return False
     keys = (*CONTENT_KEYS, *_BESIDE_CONTENT)
