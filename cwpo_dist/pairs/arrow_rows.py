@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from cwpo_dist.pairs.rejects import Reason
 
-Decode = Callable[[Any], Any]
+Decode = Callable[[Any], object]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _Unreadable:
         return self.text
 
 
-def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], Reason | None]]:
+def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, object], Reason | None]]:
     """Each row by column name, and why it cannot be read, if so."""
     columns = [_values(column) for column in batch.columns]
     names = batch.schema.names
@@ -39,16 +39,16 @@ def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], Reason |
         yield value, bad.fault if bad else None
 
 
-def _values(column: pa.Array) -> list[Any]:
+def _values(column: pa.Array) -> list[object]:
     decode = _decoder(column.type)
     try:
-        values: list[Any] = column.to_pylist()
+        values: list[object] = column.to_pylist()
         return values if decode is None else [decode(value) for value in values]
     except (ValueError, OverflowError, RecursionError):  # no UTF-8, no JSON, dates beyond Python's
         return [_cell(cell, decode) for cell in column]
 
 
-def _cell(cell: pa.Scalar, decode: Decode | None) -> Any:
+def _cell(cell: pa.Scalar, decode: Decode | None) -> object:
     try:
         return cell.as_py() if decode is None else decode(cell.as_py())
     except UnicodeDecodeError as error:
@@ -81,7 +81,7 @@ _LISTS = (
 )
 
 
-def _parsed(text: str | None) -> Any:
+def _parsed(text: str | None) -> object:
     return None if text is None else json.loads(text)
 
 
@@ -90,7 +90,7 @@ def _list_decoder(inner: Decode) -> Decode:
 
 
 def _object_decoder(fields: dict[str, Decode]) -> Decode:
-    def decode(value: dict[str, Any] | None) -> Any:
+    def decode(value: dict[str, object] | None) -> object:
         if value is None:
             return None
         return value | {name: inner(value[name]) for name, inner in fields.items()}

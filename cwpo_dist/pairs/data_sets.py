@@ -34,7 +34,7 @@ def _in_our_words() -> Iterator[None]:
         raise DataSetError(f"{type(error).__name__}: {error}") from error
 
 
-def tables(part: Part, wanted: Collection[str] | None) -> Iterator[pa.Table]:
+def tables(part: Part, columns: Collection[str] | None) -> Iterator[pa.Table]:
     """The rows of a saved folder or hub split; None: all columns.
 
     Raises:
@@ -43,7 +43,7 @@ def tables(part: Part, wanted: Collection[str] | None) -> Iterator[pa.Table]:
     """
     with _in_our_words():
         rows = _open_saved(part) if part.reader == "saved" else _open_hub(part)
-        names = [name for name in rows.column_names or [] if wanted is None or name in wanted]
+        names = [name for name in rows.column_names or [] if columns is None or name in columns]
         if names:
             rows = rows.select_columns(names)
         yield from rows.with_format("arrow").iter(batch_size=BATCH_ROWS)

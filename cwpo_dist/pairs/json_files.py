@@ -12,13 +12,13 @@ import itertools
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from cwpo_dist.pairs.rejects import Reason
 
 _READ_BYTES = 2**16
 
-Row = tuple[int, Any, str, Reason | None]
+Row = tuple[int, object, str, Reason | None]
 
 
 class _UntilDamage(io.RawIOBase):
@@ -31,7 +31,8 @@ class _UntilDamage(io.RawIOBase):
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file: Any = file  # of those that read at most once a call, as all buffered ones do
+        # Of those that read at most once a call, as all buffered ones do.
+        self._file = cast(io.BufferedIOBase, file)
         self.damage: Exception | None = None
 
     def readable(self) -> bool:
@@ -132,7 +133,7 @@ def _is_array(first: bytes, second: bytes) -> bool:
     return not second if _value(first) is not None else not isinstance(_value(second), dict)
 
 
-def _value(text: bytes) -> Any:
+def _value(text: bytes) -> object:
     """The JSON value that the text is, None where it is none (or null)."""
     try:
         return json.loads(text.decode("utf-8-sig"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import pyarrow as pa
 
@@ -24,7 +23,7 @@ _INT64 = range(-(2**63), 2**63)
 _FLOAT_EXACT = 2**53
 
 
-def value_type(value: Any) -> str | None:
+def value_type(value: object) -> str | None:
     """The type name of one value, None for null."""
     if value is None:
         return None
@@ -55,7 +54,7 @@ def kept_schema(types: Mapping[str, str]) -> pa.Schema:
     return pa.schema([(name, _ARROW[kind]) for name, kind in types.items()])
 
 
-def spell(value: Any, kind: str) -> Any:
+def spell(value: object, kind: str) -> object:
     """A value as the settled type holds it."""
     if value is None or kind != "json":
         return value

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
@@ -68,7 +69,7 @@ def unknown_suffix() -> str:
     )
 
 
-def below(filesystem: Any, root: str) -> Listing:
+def below(filesystem: AbstractFileSystem, root: str) -> Listing:
     """All files below a folder; folders behind links are left out, hidden ones by their name.
 
     Raises:
@@ -77,7 +78,7 @@ def below(filesystem: Any, root: str) -> Listing:
     return _sorted_out(filesystem, root, _everything(filesystem, root), hidden=False)
 
 
-def _everything(filesystem: Any, root: str) -> Mapping[str, Info]:
+def _everything(filesystem: AbstractFileSystem, root: str) -> Mapping[str, Info]:
     """All files below a folder; fsspec by itself passes over local folders that it may not list."""
     if not isinstance(filesystem, LocalFileSystem):
         every: Mapping[str, Info] = filesystem.find(root, detail=True)
@@ -89,7 +90,7 @@ def _everything(filesystem: Any, root: str) -> Mapping[str, Info]:
     return found
 
 
-def matching(filesystem: Any, pattern: str) -> Listing:
+def matching(filesystem: AbstractFileSystem, pattern: str) -> Listing:
     """What matches a glob; hidden files do where the glob itself spells such a name."""
     root, rest = _existing(filesystem, pattern)
     hidden = re.search(r"(^|/)[._]", rest) is not None
@@ -119,7 +120,7 @@ class _Strict(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
         super().__init__()
         self.refused: list[OSError] = []
 
-    def ls(self, path: str, detail: bool = False, **how: Any) -> Any:
+    def ls(self, path: str, detail: bool = False, **how: object) -> object:
         try:
             return super().ls(path, detail, **how)
         except (FileNotFoundError, NotADirectoryError):
@@ -143,7 +144,7 @@ def _below(root: str, path: str) -> str:
     return path.removeprefix(root).lstrip("/")
 
 
-def _existing(filesystem: Any, pattern: str) -> tuple[str, str]:
+def _existing(filesystem: AbstractFileSystem, pattern: str) -> tuple[str, str]:
     """A glob's folders down to the first that is not there as it is spelled, and what follows.
 
     A folder that exists is no part of the glob, whatever its name.
@@ -168,12 +169,14 @@ def left_out_lines(found: Sequence[LeftOut]) -> Iterator[str]:
         yield f"{source!r} leaves out {', '.join(files[:_NAMES_SHOWN])}{more}: {why}"
 
 
-def real_path(filesystem: Any, path: str) -> str:
+def real_path(filesystem: AbstractFileSystem, path: str) -> str:
     """A path that is the same for a file and for all links to it."""
     return os.path.realpath(path) if isinstance(filesystem, LocalFileSystem) else path
 
 
-def _sorted_out(filesystem: Any, root: str, found: Mapping[str, Info], hidden: bool) -> Listing:
+def _sorted_out(
+    filesystem: AbstractFileSystem, root: str, found: Mapping[str, Info], hidden: bool
+) -> Listing:
     files: dict[str, Info] = {}
     left_out: dict[str, str] = {}
     first_name: dict[str, str] = {}  # by the file itself
@@ -190,7 +193,9 @@ def _sorted_out(filesystem: Any, root: str, found: Mapping[str, Info], hidden: b
     return Listing(root, dict(sorted(files.items())), left_out)
 
 
-def _unread(filesystem: Any, path: str, name: str, info: Info, hidden: bool) -> str | None:
+def _unread(
+    filesystem: AbstractFileSystem, path: str, name: str, info: Info, hidden: bool
+) -> str | None:
     """Why a file is not read; None where a reader takes it."""
     if not hidden and _is_hidden(name):
         return "hidden: its name begins with a dot, or that of a folder with a dot or _"
@@ -201,7 +206,7 @@ def _unread(filesystem: Any, path: str, name: str, info: Info, hidden: bool) -> 
     return _unread_file(name.rpartition("/")[2], info)
 
 
-def _no_file(filesystem: Any, path: str, info: Info) -> str | None:
+def _no_file(filesystem: AbstractFileSystem, path: str, info: Info) -> str | None:
     """What else a path can be; None for a link to a file that is read."""
     is_link = bool(info.get("islink"))
     if filesystem.isdir(path):

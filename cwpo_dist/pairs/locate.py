@@ -10,8 +10,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist.config import ConfigError, Source
@@ -49,7 +49,7 @@ class Found:
 
     parts: tuple[Part, ...]
     left_out: tuple[LeftOut, ...] = ()
-    marks: tuple[list[Any], ...] = ()
+    marks: tuple[list[object], ...] = ()
     note: str | None = None
 
 
@@ -116,7 +116,7 @@ def _refused(field: str, source: Source, error: Exception) -> Exception:
     )
 
 
-def _kind(filesystem: Any, path: str) -> str | None:
+def _kind(filesystem: AbstractFileSystem, path: str) -> str | None:
     """`directory`, `file`, …; None where there is nothing.
 
     fsspec's own `isdir` and `isfile` take every refusal and outage for "no".
@@ -131,7 +131,9 @@ def _kind(filesystem: Any, path: str) -> str | None:
         raise
 
 
-def _files(field: str, source: Source, filesystem: Any, root: str, *, there: bool) -> Found:
+def _files(
+    field: str, source: Source, filesystem: AbstractFileSystem, root: str, *, there: bool
+) -> Found:
     """One file, or those that match a glob; a file that exists is no glob, whatever its name."""
     _refuse(field, source, "data_dir", "name", "revision")
     if there:
@@ -162,7 +164,7 @@ def _several(source: Source, listing: Listing) -> str | None:
     )
 
 
-def _in_folder(field: str, source: Source, filesystem: Any, root: str) -> Found:
+def _in_folder(field: str, source: Source, filesystem: AbstractFileSystem, root: str) -> Found:
     root = f"{root}/{source.data_dir.strip('/')}" if source.data_dir else root
     _refuse(field, source, "revision")
     if any(filesystem.exists(f"{root}/{name}") for name in _SAVED):
@@ -192,7 +194,7 @@ def _refuse(field: str, source: Source, *settings: str) -> None:
             )
 
 
-def _configs(filesystem: Any, root: str) -> str | None:
+def _configs(filesystem: AbstractFileSystem, root: str) -> str | None:
     """The folder's data set card, where it says which files are of which split."""
     if not filesystem.isfile(f"{root}/{_CARD}"):
         return None
@@ -201,7 +203,9 @@ def _configs(filesystem: Any, root: str) -> str | None:
     return card if head and re.search(r"^configs:", head[1], re.MULTILINE) else None
 
 
-def _by_card(source: Source, filesystem: Any, listing: Listing, card: str) -> dict[str, str]:
+def _by_card(
+    source: Source, filesystem: AbstractFileSystem, listing: Listing, card: str
+) -> dict[str, str]:
     """The files that a data set card gives to no, or to another, split; each with why."""
     from cwpo_dist.pairs import data_sets  # not above: it imports datasets
 
@@ -222,7 +226,7 @@ def _by_card(source: Source, filesystem: Any, listing: Listing, card: str) -> di
     }
 
 
-def _found(field: str, source: Source, filesystem: Any, listing: Listing) -> Found:
+def _found(field: str, source: Source, filesystem: AbstractFileSystem, listing: Listing) -> Found:
     left_out = tuple(LeftOut(source.path, *each) for each in sorted(listing.left_out.items()))
     if not listing.files:
         why = "; ".join(left_out_lines(left_out)) or "it is empty"
@@ -232,20 +236,20 @@ def _found(field: str, source: Source, filesystem: Any, listing: Listing) -> Fou
     return Found(parts, left_out, tuple(mark(path, info) for path, info in paths))
 
 
-def _part(filesystem: Any, path: str, info: Info) -> Part:
+def _part(filesystem: AbstractFileSystem, path: str, info: Info) -> Part:
     reader = reader_of(path)
     assert reader is not None, path
     return Part(_uri(filesystem, path), reader, size=info.get("size") or 0)
 
 
-def _uri(filesystem: Any, path: str) -> str:
+def _uri(filesystem: AbstractFileSystem, path: str) -> str:
     """A path that means the same on every node, whatever its working directory."""
     if isinstance(filesystem, LocalFileSystem):
         return path
     return str(filesystem.unstrip_protocol(path))
 
 
-def _saved(source: Source, filesystem: Any, root: str) -> Found:
+def _saved(source: Source, filesystem: AbstractFileSystem, root: str) -> Found:
     """A folder that `save_to_disk` wrote: one data set, or one a split."""
     uri, size = _uri(filesystem, root), sum(filesystem.du(root, total=False).values())
     marks = tuple(fingerprint(uri))
@@ -262,7 +266,7 @@ def _saved(source: Source, filesystem: Any, root: str) -> Found:
     return Found((part,), _other_splits(source, splits, kept), marks)
 
 
-def _described(filesystem: Any, path: str) -> dict[str, Any]:
+def _described(filesystem: AbstractFileSystem, path: str) -> dict[str, object]:
     """What a file of `save_to_disk` says of its folder.
 
     Raises:

@@ -167,7 +167,7 @@ class RecordError(ValueError):
     """A table does not follow its schema; the message names the column and the remedy."""
 
 
-def pair_id(prompt: Any, first: Any, second: Any, tools: Any = None) -> str:
+def pair_id(prompt: object, first: object, second: object, tools: object = None) -> str:
     """32 hex digits of the content's hash, the same whichever answer comes first."""
     answers = sorted([canonical(first), canonical(second)])
     given = [] if tools is None else [canonical(tools)]
@@ -175,12 +175,12 @@ def pair_id(prompt: Any, first: Any, second: Any, tools: Any = None) -> str:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def canonical(text: Any) -> str:
+def canonical(text: object) -> str:
     """One spelling of a prompt or answer for hashing: JSON, keys sorted."""
     return _ENCODER.encode(text)
 
 
-def content_hash(text: Any) -> str:
+def content_hash(text: object) -> str:
     """32 hex digits of the hash of one prompt or answer."""
     return hashlib.blake2b(canonical(text).encode(), digest_size=16).hexdigest()
 
@@ -227,7 +227,7 @@ def rows_of(record: type[R], table: pa.Table) -> list[R]:
     return list(map(record._make, zip(*columns, strict=True)))
 
 
-def table_of(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+def table_of(rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
     """Records as a table; their fields are the columns of its schema, in their order."""
     columns = {name: [row[k] for row in rows] for k, name in enumerate(schema.names)}
     return pa.table(columns, schema=schema)

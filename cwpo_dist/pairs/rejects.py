@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from cwpo_dist.pairs.records import REJECT_SCHEMA, Reject, table_of
 from cwpo_dist.storage import Store
@@ -106,7 +105,7 @@ class BadRow(ValueError):
         super().__init__(self.reason if found is None else f"{self.reason} ({found})")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as `found` says it: short, and what any file can hold."""
     if isinstance(value, Mapping):
         text = f"an object with {', '.join(map(str, value)) or 'no keys'}"
@@ -123,7 +122,7 @@ class RejectsError(ValueError):
     """More rows were set aside than `max_reject_fraction` allows."""
 
 
-def row_text(value: Any) -> str:
+def row_text(value: object) -> str:
     """A raw row as text that any file can hold: JSON in ASCII, other types by their `str`."""
     try:
         return json.dumps(value, default=str)

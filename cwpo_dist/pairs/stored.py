@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -31,7 +31,7 @@ TEXTS = ("prompt", "response_a", "response_b")
 _ALWAYS = ("role", "content")
 
 
-def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
+def pair_schema(kind: Kind, kept: pa.Schema | None = None) -> pa.Schema:
     """The columns of a `Pair`, with the user's `keep_columns` at their end; `tools` is JSON."""
     text = pa.string() if kind == "text" else MESSAGES
     return pa.schema(
@@ -52,7 +52,7 @@ def pair_schema(kind: Kind, keep: pa.Schema | None = None) -> pa.Schema:
             ("score_b", pa.float64()),
             ("split", pa.string()),
             ("source", pa.string()),
-            *(keep or []),
+            *(kept or []),
         ]
     )
 
@@ -195,7 +195,7 @@ def pair_table(pairs: Iterable[Pair], schema: pa.Schema) -> pa.Table:
     return table_of(rows, schema)
 
 
-def packed(text: Text | None) -> Any:
+def packed(text: Text | None) -> object:
     """A prompt or answer as Arrow holds it."""
     if text is None or isinstance(text, str):
         return text
@@ -209,7 +209,7 @@ def packed(text: Text | None) -> Any:
     ]
 
 
-def _unpack(text: Any) -> None:
+def _unpack(text: object) -> None:
     for message in text if isinstance(text, list) else ():
         extra = message.pop("extra")
         if extra is not None:
@@ -326,12 +326,12 @@ def _without_json(kind: pa.DataType) -> pa.DataType:
     return pa.string() if kind == pa.json_() else kind
 
 
-def _spelled(value: Any, kind: pa.DataType) -> Any:
+def _spelled(value: object, kind: pa.DataType) -> object:
     """A value with the text of what is JSON in its type."""
-    if value is not None and pa.types.is_list(kind):
+    if isinstance(value, list) and pa.types.is_list(kind):
         return [_spelled(each, kind.value_type) for each in value]
     return _json(value) if kind == pa.json_() else value
 
 
-def _json(value: Any) -> str | None:
+def _json(value: object) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False)

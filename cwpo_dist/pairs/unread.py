@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,7 +45,7 @@ class Unread:
         for name, count in other.message_keys.items():
             _count(self.message_keys, name, count)
 
-    def note(self, row: Any, used: Tree) -> None:
+    def note(self, row: object, used: Tree) -> None:
         """Counts what a row holds beside the paths that are used."""
         if isinstance(row, Mapping):
             for name in _beside(row, used):
@@ -89,7 +88,7 @@ def tree(paths: Iterable[str]) -> Tree:
     return used
 
 
-def _beside(row: Mapping[str, Any], used: Tree, before: str = "") -> Iterator[str]:
+def _beside(row: Mapping[str, object], used: Tree, before: str = "") -> Iterator[str]:
     for name, value in row.items():
         inside = used.get(name)
         if inside == {} or not _is_value(value):
@@ -103,7 +102,7 @@ def _beside(row: Mapping[str, Any], used: Tree, before: str = "") -> Iterator[st
             yield from _beside(items, inside, f"{before}{name}.")
 
 
-def _is_value(value: Any) -> bool:
+def _is_value(value: object) -> bool:
     return not_null(value) is not None and value != [] and value != {}
 
 
@@ -159,7 +158,7 @@ def _in_parquet(part: Part, used: Tree, most_rows: int | None) -> Iterator[Mappi
                 seen += batch.num_rows
 
 
-def _by_footer(parquet: Any, group: int, used: Tree) -> tuple[dict[str, int], list[str]]:
+def _by_footer(parquet: pq.ParquetFile, group: int, used: Tree) -> tuple[dict[str, int], list[str]]:
     """Rows with a value by column, and the columns of which the footer does not say it."""
     told: dict[str, int] = {}
     untold: dict[str, None] = {}
@@ -184,13 +183,13 @@ def _leaves(kind: pa.DataType) -> int:
     return sum(_leaves(kind.field(k).type) for k in range(kind.num_fields)) or 1
 
 
-def _valid(rows: Any, used: Tree) -> dict[str, int]:
+def _valid(rows: pa.Table | pa.RecordBatch, used: Tree) -> dict[str, int]:
     """Rows with a value, by column that nothing reads."""
     names = [name for name in rows.schema.names if name not in used]
     return {name: rows.num_rows - _nulls(rows.column(name)) for name in names}
 
 
-def _nulls(column: Any) -> int:
+def _nulls(column: pa.Array | pa.ChunkedArray) -> int:
     """Nulls of a column, and its empty lists, which say as little."""
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         return int(column.null_count)

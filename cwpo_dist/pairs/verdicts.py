@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Verdict = Literal["a", "b", "tie"]
 
@@ -64,7 +64,7 @@ class ValueMap:
 LETTERS = ValueMap(_LETTERS)
 
 
-def spelled(value: Any) -> str | None:
+def spelled(value: object) -> str | None:
     """One spelling for a label's value: 1, 1.0 and "1" are one, "A" and "a " too.
 
     None for what cannot be a label: lists, objects.
@@ -128,7 +128,7 @@ def is_number(value: str) -> bool:
     return True
 
 
-def mapped(meanings: Mapping[str, Iterable[Any]]) -> ValueMap:
+def mapped(meanings: Mapping[str, Iterable[object]]) -> ValueMap:
     """The map that a configuration gives: a, b, tie and none → their values.
 
     Raises:
