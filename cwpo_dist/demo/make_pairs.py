@@ -16,15 +16,10 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cwpo_dist.demo import gold
 
@@ -122,7 +117,7 @@ def draw_label(pair: AnswerPair, seed: int = SEED) -> str:
 
 
 def _sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> list[list[str]]:
     """Samples the answers to a few prompts in one batch, one list per prompt."""
     texts = [
