@@ -6,7 +6,7 @@ order of `stages/__init__.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
 
@@ -59,13 +59,17 @@ def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
     if until in {"fit", "annotate"}:
         run = replace(run, annotates=True)
     made = _nodes(run, names)
-    # Several annotators have roles of their own: annotate_0, annotate_1, …
-    wanted = [node for role, node in made.items() if role == until or role.startswith(f"{until}_")]
-    wanted = wanted or [node for node in made.values() if node.stage == until]
-    if not wanted:
+    asked = _of_stage_or_role(made, until)
+    if not asked:
         raise ConfigError(_no_stage(config, arm, until))
-    needed = ancestors(wanted)
+    needed = ancestors(asked)
     return {role: node for role, node in made.items() if node.path in needed}
+
+
+def _of_stage_or_role(nodes: Mapping[str, Node], name: str) -> list[Node]:
+    # Several annotators have roles of their own: annotate_0, annotate_1, …
+    by_role = [node for role, node in nodes.items() if role == name or role.startswith(f"{name}_")]
+    return by_role or [node for node in nodes.values() if node.stage == name]
 
 
 def prepare_node(config: Config) -> Node:

@@ -52,38 +52,42 @@ def pool_faults(prefix: str, config: PoolConfig, machines: Sequence[Machine]) ->
     pools = config.actor_pools()
     for number, pool in enumerate(pools):
         field = f"{prefix}pools.{number}." if config.pools else prefix
-        room = sum(places(machine, pool) for machine in machines)
+        room = _room_for(pool, machines)
         if room < (pool.min_actors if len(pools) > 1 else max(1, pool.min_actors)):
             yield _fault(field, pool, machines, room)
-    somewhere = any(places(machine, pool) for machine in machines for pool in pools)
-    if len(pools) > 1 and not somewhere and not any(pool.min_actors for pool in pools):
+    if len(pools) > 1 and not any(pool.min_actors or _room_for(pool, machines) for pool in pools):
         yield f"{prefix}pools: none of them has a node now; start with one that has"
 
 
 def gpus_taken(config: PoolConfig, machines: Sequence[Machine]) -> float:
     """How many of a cluster's GPUs a stage's actors take, all of them up; at most."""
     pools = [pool for pool in config.actor_pools() if pool.gpus_per_actor]
-    actors = [min(pool.max_actors, sum(places(m, pool) for m in machines)) for pool in pools]
+    actors = [min(pool.max_actors, _room_for(pool, machines)) for pool in pools]
     taken = sum(n * pool.gpus_per_actor for n, pool in zip(actors, pools, strict=True))
     return min(taken, sum(machine.gpus for machine in machines))
 
 
+def _room_for(pool: Pool, machines: Sequence[Machine]) -> int:
+    """How many actors of a pool fit on a cluster side by side."""
+    return sum(places(machine, pool) for machine in machines)
+
+
 def places(machine: Machine, pool: Pool) -> int:
     """How many actors of a pool fit on a node side by side."""
-    if not all(_has_label(machine, key, wanted) for key, wanted in pool.labels.items()):
+    if not all(_has_label(machine, key, selector) for key, selector in pool.labels.items()):
         return 0
-    rooms = [_rooms(machine, name, amount) for name, amount in _wanted(pool).items()]
+    rooms = [_rooms(machine, name, amount) for name, amount in _needs(pool).items()]
     return int(min(rooms) + 1e-9)  # 2 / 0.4 must not become 4.999…
 
 
-def _wanted(pool: Pool) -> dict[str, float]:
+def _needs(pool: Pool) -> dict[str, float]:
     """What one actor takes, by the field of the configuration."""
-    wanted = {"cpus_per_actor": pool.cpus_per_actor}
+    needs = {"cpus_per_actor": pool.cpus_per_actor}
     if pool.gpus_per_actor:
-        wanted["gpus_per_actor"] = pool.gpus_per_actor
+        needs["gpus_per_actor"] = pool.gpus_per_actor
     if pool.accelerator_type:
-        wanted[f"accelerator_type:{pool.accelerator_type}"] = 0.001  # as Ray asks for it
-    return wanted | {f"resources.{name}": amount for name, amount in pool.resources.items()}
+        needs[f"accelerator_type:{pool.accelerator_type}"] = 0.001  # as Ray asks for it
+    return needs | {f"resources.{name}": amount for name, amount in pool.resources.items()}
 
 
 def _rooms(machine: Machine, field: str, amount: float) -> float:
@@ -98,22 +102,22 @@ def _amount(machine: Machine, field: str) -> float:
     return float(machine.resources.get(field.removeprefix("resources."), 0.0))
 
 
-def _has_label(machine: Machine, key: str, wanted: str) -> bool:
+def _has_label(machine: Machine, key: str, selector: str) -> bool:
     """Ray's label selectors: `value`, `!value`, `in(a,b)`, `!in(a,b)`."""
     if machine.labels is None:
         return True
-    rest = wanted.removeprefix("!")
+    rest = selector.removeprefix("!")
     values = rest[3:-1].split(",") if rest.startswith("in(") else [rest]
     found = machine.labels.get(key) in {value.strip() for value in values}
-    return found != wanted.startswith("!")
+    return found != selector.startswith("!")
 
 
 def _fault(field: str, pool: Pool, machines: Sequence[Machine], room: int) -> str:
     where = described(machines)
-    for key, wanted in pool.labels.items():
-        if not any(_has_label(machine, key, wanted) for machine in machines):
-            return f"{field}labels: no node of {where} has {key}={wanted}; start one, or drop it"
-    for name, amount in _wanted(pool).items():
+    for key, selector in pool.labels.items():
+        if not any(_has_label(machine, key, selector) for machine in machines):
+            return f"{field}labels: no node of {where} has {key}={selector}; start one, or drop it"
+    for name, amount in _needs(pool).items():
         most = max((_amount(machine, name) for machine in machines), default=0.0)
         if most < amount:
             key, _, kind = name.partition(":")
@@ -123,7 +127,7 @@ def _fault(field: str, pool: Pool, machines: Sequence[Machine], room: int) -> st
                 "actor can never be placed; lower it, or add a node that has it"
             )
     if room == 0:
-        asked = ", ".join([*_wanted(pool), *(f"labels.{key}" for key in pool.labels)])
+        asked = ", ".join([*_needs(pool), *(f"labels.{key}" for key in pool.labels)])
         return (
             f"{field}cpus_per_actor: {pool.cpus_per_actor:g}, but no single node of {where} has "
             f"all of {asked}; lower them, or add a node"

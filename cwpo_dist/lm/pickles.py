@@ -29,26 +29,27 @@ def other_weights(path: str, revision: str | None) -> str | None:
         return None
     if not index.is_file():
         return f"{SAFE_WEIGHTS_INDEX_NAME} is not a regular file; fetch it again"
+    fault = _fault(index)
+    return None if fault is None else f"{SAFE_WEIGHTS_INDEX_NAME} {fault}"
+
+
+def _fault(index: Path) -> str | None:
+    """What an index is, or names, that it should not."""
     try:
         held = json.loads(index.read_bytes())
         files = {str(file) for file in held["weight_map"].values()}
         held["metadata"]  # transformers reads it, without a word where there is none
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        return (
-            f"{SAFE_WEIGHTS_INDEX_NAME} is not an index of weights ({one_line(error)}); fetch it "
-            "again"
-        )
+        return f"is not an index of weights ({one_line(error)}); fetch it again"
     elsewhere = sorted(file for file in files if {"/", ".."} & set(PurePosixPath(file).parts))
     if elsewhere:
-        return (
-            f"{SAFE_WEIGHTS_INDEX_NAME} names {elsewhere[0]!r}, outside its folder; fetch it again"
-        )
+        return f"names {elsewhere[0]!r}, outside its folder; fetch it again"
     others = sorted(file for file in files if not file.endswith(".safetensors"))
     if not others:
         return None
     return (
-        f"{SAFE_WEIGHTS_INDEX_NAME} names {others[0]!r}, and only safetensors are read, as other "
-        "weights may run code; convert them once"
+        f"names {others[0]!r}, and only safetensors are read, as other weights may run code; "
+        "convert them once"
     )
 
 
