@@ -9,8 +9,10 @@ import fsspec
 
 from cwpo_dist import local_files
 
+Mark = list[str | int | None]  # of one file: its name, size, and etag or mtime
 
-def fingerprint(uri: str) -> list[list[Any]]:
+
+def fingerprint(uri: str) -> list[Mark]:
     """What identifies a file or folder without reading it: [name, size, etag or mtime] a file.
 
     Raises:
@@ -24,7 +26,7 @@ def fingerprint(uri: str) -> list[list[Any]]:
     return [mark(path, filesystem.info(path)) for path in sorted(found)]
 
 
-def mark(path: str, info: Mapping[str, Any]) -> list[Any]:
+def mark(path: str, info: Mapping[str, Any]) -> Mark:
     """[name, size, etag or mtime] of one file, from what its filesystem says of it."""
     stamp = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
     return [str(path), info.get("size"), str(stamp)]

@@ -24,7 +24,7 @@ from ray.data.block import BlockMetadataWithSchema
 from ray.data.dataset import MaterializedDataset
 
 # What shows the lines of worker processes at the driver: handlers can be taken out and put in.
-worker_lines: Any = global_worker_stdstream_dispatcher
+worker_lines = global_worker_stdstream_dispatcher
 END_S = 10.0  # for a pipeline that was told to end
 PROGRESS_LOGGER = "ray.data._internal.progress"  # of what Ray Data says of its own bars
 

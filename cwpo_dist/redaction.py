@@ -7,8 +7,7 @@ URL that it could not read. So a credential in the one is refused, and in the ot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
 HIDDEN = "***"
@@ -86,19 +85,19 @@ def _forms(text: str) -> list[str]:
     return forms
 
 
-def first_credential(value: Any) -> str | None:
+def first_credential(value: object) -> str | None:
     """The dotted place of a credential in nested sections and lists; None where there is none."""
     found = (place for place, name, leaf in _leaves(value) if _is_credential(name, leaf))
     return next(found, None)
 
 
-def _leaves(value: Any) -> Iterator[tuple[str, str, Any]]:
+def _leaves(value: object) -> Iterator[tuple[str, str, object]]:
     """Place, nearest name and value of all that is no section or list, keys of sections too.
 
     Each object once: YAML's aliases can name one many times over, or in itself.
     """
     seen: set[int] = set()
-    left: list[tuple[str, str, Any]] = [("", "", value)]
+    left: list[tuple[str, str, object]] = [("", "", value)]
     while left:
         place, name, value = left.pop()
         if not isinstance(value, Mapping | list | tuple | set):
@@ -108,7 +107,7 @@ def _leaves(value: Any) -> Iterator[tuple[str, str, Any]]:
             left += reversed(list(_below(place, name, value)))
 
 
-def _below(place: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+def _below(place: str, name: str, value: Iterable[object]) -> Iterator[tuple[str, str, object]]:
     if not isinstance(value, Mapping):
         yield from ((f"{place}.{k}".lstrip("."), name, each) for k, each in enumerate(value))
         return
@@ -118,7 +117,7 @@ def _below(place: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
         yield below, str(key), each
 
 
-def _is_credential(name: str, leaf: Any) -> bool:
+def _is_credential(name: str, leaf: object) -> bool:
     if isinstance(leaf, str) and has_credential(leaf):
         return True
     unsaid = leaf is None or isinstance(leaf, bool) or leaf in ("", "auto")

@@ -12,7 +12,6 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cwpo_dist.storage import Store
 
@@ -44,7 +43,7 @@ def write_digests(folder: Store) -> None:
     folder.create_json(DIGESTS, _statement(folder.root.rsplit("/", 1)[-1], _digests(folder)))
 
 
-def _statement(folder: str, found: Mapping[str, str]) -> dict[str, Any]:
+def _statement(folder: str, found: Mapping[str, str]) -> dict[str, object]:
     """What says that a folder of that name has files of these digests."""
     root = hashlib.sha256(b"".join(bytes.fromhex(found[name]) for name in sorted(found)))
     resources = [
@@ -76,13 +75,13 @@ def compare(folder: Store) -> Difference:
         raise SigningError(
             f"{folder.uri}: no {DIGESTS}, which `cwpo export` writes; name the exported folder"
         )
-    wanted = _wanted(folder)
+    recorded = _recorded(folder)
     found = _digests(folder)
-    both = wanted.keys() & found.keys()
+    both = recorded.keys() & found.keys()
     return Difference(
-        tuple(sorted(name for name in both if wanted[name] != found[name])),
-        tuple(sorted(wanted.keys() - found.keys())),
-        tuple(sorted(found.keys() - wanted.keys())),
+        tuple(sorted(name for name in both if recorded[name] != found[name])),
+        tuple(sorted(recorded.keys() - found.keys())),
+        tuple(sorted(found.keys() - recorded.keys())),
     )
 
 
@@ -149,13 +148,13 @@ def _local(folder: Store) -> Path:
     return Path(folder.root)
 
 
-def _wanted(folder: Store) -> dict[str, str]:
+def _recorded(folder: Store) -> dict[str, str]:
     """The digests that a folder came with."""
-    statement: Any = folder.read_json(DIGESTS)
+    statement = folder.read_json(DIGESTS)
     try:
         resources: list[Mapping[str, str]] = statement["predicate"]["resources"]
-        wanted = {each["name"]: each["digest"] for each in resources}
-        whole = statement == _statement(statement["subject"][0]["name"], wanted)
+        recorded = {each["name"]: each["digest"] for each in resources}
+        whole = statement == _statement(statement["subject"][0]["name"], recorded)
     except (LookupError, TypeError, ValueError, AttributeError):
         whole = False
     if not whole:  # a file twice, say: readers would not agree on which counts
@@ -163,7 +162,7 @@ def _wanted(folder: Store) -> dict[str, str]:
             f"{folder.path(DIGESTS)!r} is not a list of digests as `cwpo export` writes it; export "
             "the model again"
         )
-    return wanted
+    return recorded
 
 
 def _digests(folder: Store) -> dict[str, str]:

@@ -11,8 +11,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,12 @@ from typing import IO, Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist import local_files
 from cwpo_dist.redaction import has_credential, redacted
-from cwpo_dist.storage_faults import MISSING, fault_of, told, unanswered, unread, unwritten
+from cwpo_dist.storage_faults import MISSING, damaged, fault_of, told, unanswered, unread, unwritten
 
 MANIFEST = "manifest.json"
 # A smaller file comes whole in one request: footer and columns apart would be three, one by one.
@@ -60,7 +61,7 @@ class Store:
     uri: str
 
     @cached_property
-    def _place(self) -> tuple[Any, str]:
+    def _place(self) -> tuple[AbstractFileSystem, str]:
         if has_credential(str(self.uri)):
             raise StorageError(
                 f"{self.uri}: a credential stands in it; give it by the environment "
@@ -75,11 +76,11 @@ class Store:
             ) from error
         return filesystem, root.rstrip("/")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, str]:
         return {"uri": self.uri}
 
     @property
-    def filesystem(self) -> Any:
+    def filesystem(self) -> AbstractFileSystem:
         """The fsspec filesystem."""
         return self._place[0]
 
@@ -162,7 +163,7 @@ class Store:
             return bytes(self.filesystem.cat_file(self.path(name)))
 
     @contextmanager
-    def opened(self, name: str, **how: Any) -> Iterator[IO[bytes]]:
+    def opened(self, name: str, **how: str) -> Iterator[IO[bytes]]:
         """`name`, to read a piece at a time, with fsspec settings; raises as `read`, then too."""
         with self.reading(name):
             self.filesystem.invalidate_cache()  # another one may have written it since we listed
@@ -243,17 +244,14 @@ class Store:
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:  # of other bytes than UTF-8, too
-            raise StorageError(
-                f"{self.path(name)!r} is {'torn' if data else 'empty'}, as after a power cut or a "
-                "broken copy; remove it, then run the same command again: what it stood for is "
-                f"made anew ({error})"
-            ) from error
+            made = "what it stood for is made anew"
+            raise StorageError(damaged(self.path(name), len(data), "it", made, error)) from error
 
-    def create_json(self, name: str, value: Any) -> bool:
+    def create_json(self, name: str, value: object) -> bool:
         """Like `create`, for a JSON value."""
         return self.create(name, to_json(value))
 
-    def claim_json(self, name: str, value: Any) -> bool:
+    def claim_json(self, name: str, value: object) -> bool:
         """Like `create_json`, for a value that nobody else would write, as it names its writer.
 
         Where an object store's reply was lost and its client asked again, the writer's own file
@@ -291,29 +289,13 @@ class Store:
         with self.reading(name):
             self.filesystem.get_file(self.path(name), str(path))
 
-    @contextmanager
-    def reading(self, name: str = "") -> Iterator[None]:
+    def reading(self, name: str = "") -> AbstractContextManager[None]:
         """What storage has against a read, whatever its client raises, is said as ours."""
-        try:
-            yield
-        except StorageError:
-            raise
-        except Exception as error:  # each service raises kinds of its own; others' go on
-            if (why := unread(self.path(name) if name else self.uri, error)) is None:
-                raise
-            raise _kind_of(error)(why) from error
+        return _said_as_ours(lambda error: unread(self.path(name) if name else self.uri, error))
 
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def _writing(self, name: str) -> AbstractContextManager[None]:
         """The same of a write."""
-        try:
-            yield
-        except StorageError:
-            raise
-        except Exception as error:  # as above
-            if (why := unwritten(self.path(name), error, on_disk=self.is_local)) is None:
-                raise
-            raise _kind_of(error)(why) from error
+        return _said_as_ours(lambda e: unwritten(self.path(name), e, on_disk=self.is_local))
 
     @contextmanager
     def _whole(self, name: str) -> Iterator[None]:
@@ -327,23 +309,29 @@ class Store:
             if refused or "No match for FieldRef" in str(error):
                 raise
             size = self.filesystem.info(self.path(name))["size"]
-            raise StorageError(
-                f"{self.path(name)!r} is {'torn' if size else 'empty'}, as after a power cut or a "
-                f"broken copy; remove it and, if there is one, the {MANIFEST} of its stage, then "
-                f"run the same command again: what is missing is made again ({error})"
-            ) from error
+            what = f"it and, if there is one, the {MANIFEST} of its stage"
+            made = "what is missing is made again"
+            raise StorageError(damaged(self.path(name), size, what, made, error)) from error
 
 
-def _kind_of(error: Exception) -> type[StorageError]:
-    return FileMissing if fault_of(error) is MISSING else StorageError
+@contextmanager
+def _said_as_ours(why_of: Callable[[Exception], str | None]) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:  # each service raises kinds of its own; others' go on
+        if (why := why_of(error)) is None:
+            raise
+        raise (FileMissing if fault_of(error) is MISSING else StorageError)(why) from error
 
 
-def to_json(value: Any) -> bytes:
+def to_json(value: object) -> bytes:
     """Canonical JSON: sorted keys, so that equal values have equal bytes."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """A short content key: 16 hex digits of the SHA-256 of canonical JSON."""
     return hashlib.sha256(to_json(value)).hexdigest()[:16]
 

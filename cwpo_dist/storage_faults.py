@@ -158,6 +158,14 @@ def unanswered(error: Exception) -> str:
     return f"{fault.what} ({told(error)}); {fault.remedy}"
 
 
+def damaged(place: str, size: int, what: str, made: str, error: Exception) -> str:
+    """That a file is not whole, what to remove for it, and what is made anew by that."""
+    return (
+        f"{place!r} is {'torn' if size else 'empty'}, as after a power cut or a broken copy; "
+        f"remove {what}, then run the same command again: {made} ({error})"
+    )
+
+
 def _fault_or_other(error: Exception) -> Fault | None:
     """Any error of the operating system is one of storage here; of others those that are known."""
     return fault_of(error) or (OTHER if isinstance(error, OSError) else None)

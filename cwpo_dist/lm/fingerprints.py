@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.file_marks import fingerprint
+from cwpo_dist.file_marks import Mark, fingerprint
 from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.loading import ModelError, model_path
 from cwpo_dist.storage import Store
@@ -16,7 +15,7 @@ from cwpo_dist.storage import Store
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
-def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
+def model_fingerprint(model: ModelConfig) -> list[Mark]:
     """What identifies a model's weights, configuration and tokenizer without reading them.
 
     Returns:
@@ -35,7 +34,7 @@ def model_fingerprint(model: ModelConfig) -> list[list[Any]]:
     ]
 
 
-def of_tokenizer(marks: list[list[Any]]) -> list[list[Any]]:
+def of_tokenizer(marks: list[Mark]) -> list[Mark]:
     """What of it makes text into tokens: other weights under one tokenizer change nothing."""
     return [mark for mark in marks if not _is_of_weights(str(mark[0]))]
 

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.file_marks import Mark
 from cwpo_dist.hub_names import is_hub_id
 
 # A model in the hub's own cache on this machine: …/models--owner--name/snapshots/COMMIT
@@ -42,7 +42,7 @@ class Identity:
         return self.name if self.on_hub else f"./{self.name}"
 
 
-def identify(model: ModelConfig, fingerprint: list[list[Any]] | None = None) -> Identity:
+def identify(model: ModelConfig, fingerprint: list[Mark] | None = None) -> Identity:
     """What a model is known by, without the digests of its files.
 
     Args:
@@ -58,7 +58,7 @@ def identify(model: ModelConfig, fingerprint: list[list[Any]] | None = None) -> 
         return Identity(public_name(name), hub_id(name) is not None, model.revision)
     if len(fingerprint) == 1 and len(fingerprint[0]) == 2:  # [[id, commit]]
         hub, commit = fingerprint[0]
-        return Identity(hub, True, commit)
+        return Identity(str(hub), True, str(commit))
     return Identity(_last_part(name), False)
 
 
