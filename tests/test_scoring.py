@@ -96,7 +96,7 @@ def test_a_killed_actor_loses_and_doubles_nothing(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_device_hours_are_those_of_all_drivers(tmp_path: Path) -> None:
     """Two, each with a part, and a third that stops after its first shard."""
-    half, rest = (replace(job(tmp_path), only=part) for part in ((0, 1), (2, 3)))
+    half, rest = (replace(job(tmp_path), selected=part) for part in ((0, 1), (2, 3)))
     speeds = [run_shards(each, POOL)["throughput"] for each in (half, rest)]
     known = sum(speed["device_hours"] for speed in speeds)
     assert held_hours(half.output) == pytest.approx(known, rel=1e-4)

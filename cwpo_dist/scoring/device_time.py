@@ -27,7 +27,7 @@ class Held:
         self._output, self._name = output, f"{FOLDER}/{job}-{uuid.uuid4().hex[:12]}.json"
         self._kept: float | None = None
 
-    def keep(self, progress: Progress, *, now: bool = False) -> None:
+    def note(self, progress: Progress, *, now: bool = False) -> None:
         """Writes the device-hours so far if it was not done a short while ago, or if `now`."""
         if not now and self._kept is not None and time.monotonic() - self._kept < EVERY_S:
             return

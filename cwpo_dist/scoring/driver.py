@@ -55,7 +55,7 @@ def run_shards(
                 while missing:
                     for report in run_pools(job, missing, config.actor_pools(), broken):
                         progress.add(report)
-                        held.keep(progress)
+                        held.note(progress)
                         if report.counts:  # else another had committed the shard
                             counts.update(report.counts)
                             counted.add(report.shard)
@@ -63,13 +63,13 @@ def run_shards(
                             check(progress.counts)
                     missing = job.missing()
             finally:
-                held.keep(progress, now=True)
+                held.note(progress, now=True)
         logger.info("%s: %s", job.name, progress.summary())
         throughput = {"throughput": progress.throughput()}
     return dict(total_counts(job, counts, counted)) | throughput
 
 
-def run_here(job: ShardJob) -> dict[str, Any]:
+def run_here(job: ShardJob) -> dict[str, int]:
     """Runs the missing shards in this process, for work that takes less than an actor's start.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Row, RowBatch, collate, planned_length
 
 Module = AnswerLogProbs | AnswerScores
+_Told = TypeVar("_Told")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Ranks(Protocol):
         """The sum over ranks."""
         ...
 
-    def agreed(self, value: Any) -> Any:
+    def agreed(self, value: _Told) -> _Told:
         """What rank 0 has, on all ranks."""
         ...
 

@@ -35,7 +35,7 @@ class ShardJob:
         name: the folder of its output files below `output` (`scores`, `tokens`, …).
         shards: how many input shards there are.
         make_worker: builds the worker inside an actor; must be picklable.
-        only: the shards that it is about; None: all.
+        selected: the shards that it is about; None: all.
         retry: 0, or which retry of the rejects this is: its files stand beside the first ones.
         reads: the folder of its input files (`pairs`, `prompts`), which rejects name.
     """
@@ -44,14 +44,14 @@ class ShardJob:
     output: Store
     shards: int
     make_worker: Callable[[], ShardWorker[Any]]
-    only: Sequence[int] | None = None
+    selected: Sequence[int] | None = None
     retry: int = 0
     reads: str = "pairs"
 
     @property
     def indices(self) -> Sequence[int]:
         """The numbers of its shards."""
-        return range(self.shards) if self.only is None else self.only
+        return range(self.shards) if self.selected is None else self.selected
 
     def file(self, index: int) -> str:
         """The commit file of a shard."""
@@ -129,15 +129,16 @@ def committed_counts(job: ShardJob) -> dict[int, dict[str, int]]:
 
 def _footers(job: ShardJob, indices: Sequence[int]) -> Iterator[dict[str, int]]:
     def read(index: int) -> dict[str, int]:
-        return read_counts(job.output, job.file(index))
+        counts: dict[str, int] = json.loads(_metadata(job.output, job.file(index))[COUNTS])
+        return counts
 
     with ThreadPoolExecutor(READERS) as readers:
         yield from readers.map(read, indices)
 
 
-def read_counts(store: Store, file: str) -> dict[str, Any]:
+def read_counts(store: Store, file: str) -> dict[str, float]:
     """What was counted while a committed file was made."""
-    counts: dict[str, Any] = json.loads(_metadata(store, file)[COUNTS])
+    counts: dict[str, float] = json.loads(_metadata(store, file)[COUNTS])
     return counts
 
 

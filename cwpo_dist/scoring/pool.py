@@ -37,7 +37,7 @@ from cwpo_dist.scoring.devices import hide_other_gpus, use_own_processors
 from cwpo_dist.scoring.pipeline import ShardJob, commit
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.retries import SUSPICIOUS, ShardWorker, attempt
-from cwpo_dist.scoring.tickets import SPARE, Broken, BrokenDeviceError, ShardError, Shards
+from cwpo_dist.scoring.tickets import SPARE, Broken, BrokenDeviceError, Later, ShardError, Shards
 from cwpo_dist.waiting import told_while_waiting
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class _ShardActor:
     Its process holds one shard worker, which knows neither tickets nor pools.
     """
 
-    def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[Any]) -> None:
+    def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[Shards]) -> None:
         hide_other_gpus()
         use_own_processors()
         self.job, self.pool, self.shards = job, pool, shards
@@ -78,10 +78,12 @@ class _ShardActor:
         """Made for the first shard: an actor that comes up when all is done loads no model."""
         return self.job.make_worker()
 
-    def __call__(self, _batch: dict[str, Any]) -> dict[str, list[Any]]:
+    def __call__(self, _batch: object) -> dict[str, list[str]]:
         ticket = ray.get_runtime_context().get_task_id()  # the same when Ray runs it again
         while True:
-            taken: Any = self.shards.take.remote(self.pool, ticket, self.node, self.device)
+            taken: ray.ObjectRef[int | Later | None] = self.shards.take.remote(
+                self.pool, ticket, self.node, self.device
+            )
             if (index := ray.get(taken)) != "later":
                 break
             time.sleep(POLL_S)
@@ -99,7 +101,9 @@ class _ShardActor:
         Raises:
             ShardError: when a new process or another device would not help either.
         """
-        told: Any = self.shards.broke.remote(self.pool, ticket, self.device, str(error))
+        told: ray.ObjectRef[None] = self.shards.broke.remote(
+            self.pool, ticket, self.device, str(error)
+        )
         ray.get(told)
         logger.warning("%s; another process does it (device %s)", error, self.device)
         sys.stderr.flush()
@@ -181,7 +185,7 @@ def run_pools(
 
 
 def _told_while_waiting(
-    job: ShardJob, pools: Sequence[Pool], shards: ActorHandle[Any]
+    job: ShardJob, pools: Sequence[Pool], shards: ActorHandle[Shards]
 ) -> AbstractContextManager[None]:
     """Of the first pool's actors, where no pool has one yet."""
     need = {"CPU": pools[0].cpus_per_actor, "GPU": pools[0].gpus_per_actor}
@@ -229,7 +233,7 @@ def _let_go(error: BaseException) -> None:
 
 def _reports(
     left: set[int],
-    shards: ActorHandle[Any],
+    shards: ActorHandle[Shards],
     inbox: queue.Queue[Report | Exception | None],
     streams: int,
 ) -> Iterator[Report]:
@@ -260,7 +264,7 @@ def _stream(
     tickets: int,
     pool: Pool,
     number: int,
-    shards: ActorHandle[Any],
+    shards: ActorHandle[Shards],
     inbox: queue.Queue[Report | Exception | None],
 ) -> None:
     """Runs one pool's pipeline in a thread of its own; its end, or its error, is a message too."""
@@ -275,8 +279,9 @@ def _stream(
             **_selection(pool),
         )
         for row in results.iter_rows():
-            if row["report"]:
-                inbox.put(Report(**json.loads(row["report"])))
+            (report,) = row.values()
+            if report:
+                inbox.put(Report(**json.loads(report)))
         inbox.put(None)
     except Exception as error:  # noqa: BLE001 (raised again in the thread that waits for it)
         inbox.put(error)

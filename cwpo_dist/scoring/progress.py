@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -160,14 +160,14 @@ class Progress:
             f"{hours}"
         )
 
-    def throughput(self) -> dict[str, Any]:
+    def throughput(self) -> dict[str, float]:
         """What this run did in what time; a resumed run counts its own part."""
         counts, seconds, actors = self._counts, self._seconds(), list(self._actors.values())
         held = self.device_hours
         if not actors:
             return {}  # another driver did it all
         idle_from, end = min(seen.last for seen in actors), max(seen.last for seen in actors)
-        numbers: dict[str, Any] = {
+        numbers: dict[str, float] = {
             "shards": self._fresh,
             "actors": len(actors),
             "seconds": seconds,

@@ -7,8 +7,8 @@ stage and no model is imported here: torch and transformers would take longer th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import ray.data
 
@@ -18,6 +18,14 @@ from cwpo_dist.storage import FileMissing, StorageError
 _FOR_USERS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (StorageError, FileMissing, SourceError)
 }
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a task ended: with an error meant for the user, or with none."""
+
+    error: str = ""
+    message: str = ""
 
 
 def run_tasks(task: Callable[[int], None], count: int, num_cpus: float) -> None:
@@ -34,15 +42,16 @@ def run_tasks(task: Callable[[int], None], count: int, num_cpus: float) -> None:
     """
     numbers = ray.data.from_items([{"index": i} for i in range(count)], override_num_blocks=count)
     done = numbers.map(partial(_outcome, task), num_cpus=num_cpus).take_all()
-    for row in done:
-        if row["error"]:
-            raise _FOR_USERS[row["error"]](row["message"])
+    for outcome in (_Outcome(**row) for row in done):
+        if outcome.error:
+            raise _FOR_USERS[outcome.error](outcome.message)
 
 
-def _outcome(task: Callable[[int], None], row: dict[str, Any]) -> dict[str, str]:
+def _outcome(task: Callable[[int], None], row: dict[str, int]) -> dict[str, str]:
     """Runs a task; an error meant for the user comes back as it is, not wrapped in Ray's."""
+    (index,) = row.values()
     try:
-        task(int(row["index"]))
+        task(int(index))
     except tuple(_FOR_USERS.values()) as error:
-        return {"error": type(error).__name__, "message": str(error)}
-    return {"error": "", "message": ""}
+        return asdict(_Outcome(type(error).__name__, str(error)))
+    return asdict(_Outcome())

@@ -32,7 +32,7 @@ class Together:
     def __call__(self, ranks: Ranks) -> None:
         """Called on all ranks."""
         worker = self.make_worker(ranks)
-        missing = ranks.agreed(self.job.missing() if ranks.rank == 0 else None)
+        missing = ranks.agreed(self.job.missing() if ranks.rank == 0 else [])
         for done, index in enumerate(missing):
             ranks.check_stop()
             output = worker(index, worker.read(index))

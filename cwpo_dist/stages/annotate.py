@@ -189,7 +189,7 @@ def _job(
         output=output,
         shards=context.shards(node),
         make_worker=partial(scorer, pairs, model, who, budget),
-        only=only,
+        selected=only,
         retry=retry,
     )
 
