@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -232,12 +232,12 @@ class Encoder:
                 )
         return text
 
-    def _tokens(self, texts: Sequence[Any]) -> list[list[int]]:
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of what a template wrote, as it wrote it; under 'plain' with the tokenizer's BOS."""
         found = ids_of(self.tokenizer, texts)
         return [self._with_bos(ids) for ids in found] if self.joins_text else found
 
-    def _row(self, texts: Sequence[Any], ids: list[list[int]]) -> Row | TokenError:
+    def _row(self, texts: Sequence[str], ids: list[list[int]]) -> Row | TokenError:
         """The tokens that all sequences of a pair share, and each answer's own."""
         shared = common_prefix(ids)
         if shared == 0:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from datetime import date
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from cwpo_dist.config import ModelConfig
+from cwpo_dist.config import TEMPLATE_DATE, ModelConfig
 from cwpo_dist.lm.encoder import (
     Asked,
     Encoder,
@@ -92,7 +92,8 @@ class RenderingEncoder(Encoder):
         *,
         pad: int | None,
         trained: bool = False,
-        **settings: Any,
+        template_date: date = TEMPLATE_DATE,
+        vocabulary: int | None = None,
     ):
         """Takes the tokenizer over.
 
@@ -101,13 +102,16 @@ class RenderingEncoder(Encoder):
             chat_template: as for `Encoder`.
             pad: the configuration's pad token, which the classifier passes over.
             trained: the model is one that we train: its template travels with it.
-            **settings: the others of `Encoder`.
+            template_date: as for `Encoder`.
+            vocabulary: as for `Encoder`.
 
         Raises:
             TokenError: as `Encoder`.
         """
         self._pad, self._trained = pad, trained
-        super().__init__(tokenizer, chat_template, **settings)
+        super().__init__(
+            tokenizer, chat_template, template_date=template_date, vocabulary=vocabulary
+        )
         self.closing = self._closing()
 
     def _template(self, chat_template: str, on: date) -> ChatTemplate:
@@ -163,7 +167,7 @@ class RenderingEncoder(Encoder):
         ended = [without_eos(text, self.eos_token) + self.eos_token for text in texts]
         return [text if text.startswith(self._bos) else self._bos + text for text in ended]
 
-    def _tokens(self, texts: Sequence[Any]) -> list[list[int]]:
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return ids_of(self.tokenizer, texts)
 
     def _read(self, ids: list[int]) -> list[int]:
@@ -173,7 +177,7 @@ class RenderingEncoder(Encoder):
             end -= 1
         return ids[:end]
 
-    def _row(self, texts: Sequence[Any], ids: list[list[int]]) -> Row | TokenError:
+    def _row(self, texts: Sequence[str], ids: list[list[int]]) -> Row | TokenError:
         read = [self._read(each) for each in ids]
         shared = min(common_prefix(read), min(map(len, read)) - 1)
         if shared < 1:
@@ -200,7 +204,8 @@ class PairEncoder(Encoder):
         *,
         pad: int | None,
         trained: bool = False,
-        **settings: Any,
+        template_date: date = TEMPLATE_DATE,
+        vocabulary: int | None = None,
     ):
         """Takes the tokenizer over.
 
@@ -209,13 +214,16 @@ class PairEncoder(Encoder):
             chat_template: for prompts of several messages; 'tokenizer' also where it has none.
             pad: the configuration's pad token, from which some models count positions.
             trained: the model is one that we train; its tokenizer travels as it is.
-            **settings: the others of `Encoder`.
+            template_date: as for `Encoder`.
+            vocabulary: as for `Encoder`.
 
         Raises:
             TokenError: as `Encoder`; also for a tokenizer that puts the texts in another order.
         """
         self._has_template = chat_template != "tokenizer" or bool(tokenizer.chat_template)
-        super().__init__(tokenizer, chat_template, **settings)
+        super().__init__(
+            tokenizer, chat_template, template_date=template_date, vocabulary=vocabulary
+        )
         if pad is not None and pad >= 0:
             self.pad_id = int(pad)
         self.token_types = self._types()
@@ -224,9 +232,9 @@ class PairEncoder(Encoder):
         return ChatTemplate(self.tokenizer, chat_template if self._has_template else "plain", on)
 
     def _types(self) -> bool:
-        pair = self.tokenizer(["a"], ["b"])
-        border = _border(pair, 0)
-        types = pair.get("token_type_ids", [None])[0]
+        encoded = self.tokenizer(["a"], ["b"])
+        border = _border(encoded, 0)
+        types = encoded.get("token_type_ids", [None])[0]
         if border is not None and (types is None or not any(types)):
             return False
         if border is None or types != [0] * border + [1] * (len(types) - border):
@@ -251,7 +259,8 @@ class PairEncoder(Encoder):
             return set()
         return super().left_out(prompt, answer, tools)
 
-    def _rendered(self, pair: Asked) -> list[Any] | TokenError:
+    def _rendered(self, pair: Asked) -> list[str] | TokenError:
+        """The question and an answer, for each answer."""
         prompt, answers, tools = pair
         try:
             for answer in answers:
@@ -259,7 +268,7 @@ class PairEncoder(Encoder):
             question = self._question(prompt, tools)
         except TokenError as error:
             return error
-        return [(question, _words(answer)) for answer in answers]
+        return [text for answer in answers for text in (question, _words(answer))]
 
     def _question(self, prompt: Text, tools: Tools) -> str:
         if isinstance(prompt, str) or not self._by_template(prompt):
@@ -272,25 +281,24 @@ class PairEncoder(Encoder):
             return False
         return [message["role"] for message in prompt] != ["user"]
 
-    def _tokens(self, texts: Sequence[Any]) -> list[Any]:
-        """The ids of each pair, and where its second text begins."""
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids up to where each pair's second text begins, and from there; none without one."""
         if not texts:
             return []
-        questions, answers = zip(*texts, strict=True)
         with refused_as(unread):
-            found = self.tokenizer(list(questions), list(answers), verbose=False)
-            return [(ids, _border(found, place)) for place, ids in enumerate(found["input_ids"])]
+            found = self.tokenizer(list(texts[::2]), list(texts[1::2]), verbose=False)
+            whole = [(ids, _border(found, place)) for place, ids in enumerate(found["input_ids"])]
+        return [part for ids, border in whole for part in _parted(ids, border)]
 
-    def _row(self, texts: Sequence[Any], ids: list[Any]) -> Row | TokenError:
-        for (question, answer), (_, border) in zip(texts, ids, strict=True):
-            if border is None:
+    def _row(self, texts: Sequence[str], ids: list[list[int]]) -> Row | TokenError:
+        for question, answer, own in zip(texts[::2], texts[1::2], ids[1::2], strict=True):
+            if not own:
                 return TokenError(
                     f"answer: the tokenizer makes nothing of {answer[:40]!r} (to "
                     f"{question[:40]!r}); give answers with text",
                     Fault.NO_TOKENS,
                 )
-        _, border = ids[0]
-        return Row(ids[0][0][:border], tuple(each[border:] for each, _ in ids))
+        return Row(ids[0], tuple(ids[1::2]))
 
 
 def _border(encoded: BatchEncoding, place: int) -> int | None:
@@ -300,6 +308,10 @@ def _border(encoded: BatchEncoding, place: int) -> int | None:
     else:
         of = encoded.get("token_type_ids", [[]] * (place + 1))[place]
     return of.index(1) if 1 in of else None
+
+
+def _parted(ids: list[int], border: int | None) -> tuple[list[int], list[int]]:
+    return (ids, []) if border is None else (ids[:border], ids[border:])
 
 
 def _words(text: Text) -> str:
