@@ -149,12 +149,14 @@ def test_transformers_layers_that_compute_again() -> None:
 
 
 def test_torchs_dispatch_mode_sees_products_and_can_be_left() -> None:
+    from torch._ops import OpOverload
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
     seen: list[str] = []
 
     class Watches(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            assert isinstance(func, OpOverload)
             seen.append(func.name())
             return func(*args, **(kwargs or {}))
 

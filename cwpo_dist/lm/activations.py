@@ -6,11 +6,11 @@ Nothing is computed: a forward pass over tensors without memory, whose saved ten
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.autograd.function import FunctionCtx
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS
@@ -59,20 +59,20 @@ class _Fused(torch.autograd.Function):
     """What a fused kernel keeps. Without memory torch takes another way, which keeps more."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, H, T, D] each → [B, H, T, D], of no values."""
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, output)
         return output
 
     @staticmethod
-    def backward(_ctx: Any, *_: Tensor) -> None:
+    def backward(_ctx: FunctionCtx, *_: Tensor) -> None:
         """Nobody asks for it."""
         raise NotImplementedError
 
 
 def _fused(
-    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
 ) -> tuple[Tensor, None]:
     return _Fused.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]  # torch's
 
@@ -81,7 +81,7 @@ AttentionInterface.register(_NAME, _fused)
 AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def _kept(core: Any) -> tuple[float, float]:
+def _kept(core: PreTrainedModel) -> tuple[float, float]:
     """Numbers and bytes a token."""
     dtype = next(core.parameters()).dtype
     mask = torch.zeros(1, 1, TOKENS, TOKENS, device="meta", dtype=dtype)
@@ -91,12 +91,12 @@ def _kept(core: Any) -> tuple[float, float]:
         return _kept_under(core, None)
 
 
-def _kept_under(core: Any, mask: Tensor | None) -> tuple[float, float]:
+def _kept_under(core: PreTrainedModel, mask: Tensor | None) -> tuple[float, float]:
     # torch gives one Python object a storage for as long as the storage lives, so ids tell apart.
     own = {id(p.untyped_storage()) for p in core.parameters()}
-    kept: dict[int, tuple[Any, int]] = {}
+    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def hold(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if id(storage) not in own:
             # Alive, so that no other takes its place.
@@ -105,7 +105,7 @@ def _kept_under(core: Any, mask: Tensor | None) -> tuple[float, float]:
 
     some = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
     placed = {} if mask is None else {"attention_mask": mask, "position_ids": some}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         outputs = decoder_of(core)(some, use_cache=False, **placed)
     del outputs  # alive until here, and with it what it keeps
     numbers = sum(storage.nbytes() / size for storage, size in kept.values())

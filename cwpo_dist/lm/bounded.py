@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -63,7 +63,9 @@ def bounded(call: Callable[[], _Found], mapped: int = 0) -> _Found:
         ours.close()
 
 
-def _received(pipe: Connection, child: multiprocessing.process.BaseProcess) -> Any:
+def _received(
+    pipe: Connection[object, tuple[_Found, str | None]], child: multiprocessing.process.BaseProcess
+) -> _Found:
     if not pipe.poll(_WAITED_S):
         raise BoundError(f"it does not end, after {_WAITED_S:.0f} s of waiting")
     try:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -61,7 +62,7 @@ class FixedShapes(TorchDispatchMode):
     def __init__(self, *, proving: bool = False) -> None:
         """Proves also, where asked, that the place of a row in its block makes no difference."""
         super().__init__()  # type: ignore[no-untyped-call]  # torch types none of the three
-        self._proved: set[Any] | None = set() if proving else None
+        self._proved: set[tuple[object, ...]] | None = set() if proving else None
 
     def __enter__(self) -> FixedShapes:
         """Takes over all products of this thread."""
@@ -70,14 +71,18 @@ class FixedShapes(TorchDispatchMode):
         super().__enter__()  # type: ignore[no-untyped-call]  # of torch, which has no types
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         """Leaves them to torch again."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # as above
         _active.reset(self._token)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """One operation of torch."""
         kwargs = kwargs or {}
         if func is torch.ops.aten.mm.default:
@@ -127,7 +132,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
 
 
-def _refuse_unknown(func: Any, args: tuple[Any, ...]) -> None:
+def _refuse_unknown(func: OpOverload, args: tuple[Any, ...]) -> None:
     """Stops at a product that is neither of blocks nor of tiles."""
     if func.namespace not in {"aten", "prim"}:
         raise UnfitError(f"{func.name()} is not an operation of torch itself")

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from cwpo_dist.lm.foreign import whole_number
@@ -72,7 +72,7 @@ def useful_flops(module: AnswerLogProbs | AnswerScores) -> UsefulFlops:
     )
 
 
-def matmul_weights(module: nn.Module, config: Any) -> int:
+def matmul_weights(module: nn.Module, config: PretrainedConfig) -> int:
     """The weights that a token is multiplied with: of linear layers, and of its own experts.
 
     Args:
@@ -92,7 +92,7 @@ def matmul_weights(module: nn.Module, config: Any) -> int:
     return round(weights)
 
 
-def head_width(config: Any) -> int:
+def head_width(config: object) -> int:
     """Of one attention head; 0 for a model that names none."""
     heads = whole_number(config, "num_attention_heads")
     if not heads:
@@ -100,6 +100,6 @@ def head_width(config: Any) -> int:
     return whole_number(config, "head_dim") or whole_number(config, "hidden_size") // heads
 
 
-def _attention_width(config: Any) -> int:
+def _attention_width(config: PretrainedConfig) -> int:
     heads = whole_number(config, "num_attention_heads")
     return heads * head_width(config) * whole_number(config, "num_hidden_layers")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,7 +32,7 @@ FOREIGN_ERRORS: tuple[type[Exception], ...] = (
 _LONGEST = 240  # characters of what an error said
 
 
-def whole_number(config: Any, name: str) -> int:
+def whole_number(config: object, name: str) -> int:
     """A field of a model's configuration that an estimate reads; 0 where there is none.
 
     Some configurations have it by layer, and raise when they are asked for one of all.

@@ -24,7 +24,7 @@ Reads = Literal["answers", "ends"]
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
 
 
-def read_only(decoder: nn.Module, reads: Reads) -> None:
+def narrow(decoder: nn.Module, reads: Reads) -> None:
     """Restricts the last layer of a decoder for packed rows; other inputs go through as before.
 
     What the probe of a model shows to be wrong is not used (probe.py). Layers without parts of
@@ -50,7 +50,7 @@ def read_tokens(lengths_RS: Tensor, reads: Reads) -> Tensor:
 
     Args:
         lengths_RS: [R, 1 + K] on the host, tokens of each row's prompt and of its answers.
-        reads: see `read_only`.
+        reads: see `narrow`.
     """
     end_RS = lengths_RS.flatten().cumsum(0).view_as(lengths_RS) - 1
     if reads == "ends":
@@ -89,7 +89,9 @@ class _LastLayer:
                 part.register_forward_pre_hook(self._before_part)
                 part.register_forward_hook(self._after_part)
 
-    def _before_layer(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_layer(
+        self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> None:
         found = (packed_lengths(value) for value in (*args, *kwargs.values()))
         lengths_RS = next((lengths for lengths in found if lengths is not None), None)
         if lengths_RS is not None:
@@ -98,16 +100,16 @@ class _LastLayer:
             self._read_M = read_M.to(hidden.device, non_blocking=True)
             self._n_tokens = int(lengths_RS.sum())
 
-    def _after_layer(self, *_: Any) -> None:
+    def _after_layer(self, *_: object) -> None:
         self._read_M = None
 
-    def _before_part(self, _part: nn.Module, args: tuple[Tensor, ...]) -> Any:
+    def _before_part(self, _part: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """[1, T, H] → [1, M, H]."""
         if self._read_M is None:
             return args
         return (args[0].index_select(1, self._read_M), *args[1:])
 
-    def _after_part(self, _part: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def _after_part(self, _part: nn.Module, _args: object, output: Tensor) -> Tensor:
         """[1, M, H] → [1, T, H], zero where nobody reads."""
         if self._read_M is None:
             return output

@@ -36,7 +36,7 @@ from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, refused_as
 from cwpo_dist.lm.load_settings import attention_of, dtype_of, straight_to
 from cwpo_dist.lm.pickles import other_weights
-from cwpo_dist.lm.switches import keep_given, switch_off
+from cwpo_dist.lm.switches import remember_given, switch_off
 from cwpo_dist.lm.unfit import unfit
 from cwpo_dist.staging import staged
 from cwpo_dist.storage import StorageError, Store
@@ -44,7 +44,7 @@ from cwpo_dist.storage import StorageError, Store
 logger = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 5
-_KINDS: dict[Any, tuple[Collection[str], str]] = {
+_KINDS: dict[type, tuple[Collection[str], str]] = {
     AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal language model"),
     AutoModelForSequenceClassification: (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -127,7 +127,7 @@ def skeleton(model: ModelConfig, config: PretrainedConfig, kind: Any) -> PreTrai
     return made
 
 
-def unloadable(model: ModelConfig, config: PretrainedConfig, kind: Any, why: str) -> ModelError:
+def unloadable(model: ModelConfig, config: PretrainedConfig, kind: type, why: str) -> ModelError:
     """The refusal of a model that transformers did not make, and why in one line.
 
     Args:
@@ -178,7 +178,7 @@ def load_annotator_base(
             loaded.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     loaded.config.pad_token_id = pad_id
     loaded.config.get_text_config().pad_token_id = pad_id
-    embeddings: Any = loaded.get_input_embeddings()
+    embeddings = loaded.get_input_embeddings()
     if getattr(embeddings, "padding_idx", None) is not None:
         embeddings.padding_idx = pad_id  # else the old one, SmolLM2's EOS, would get no gradient
     return _placed(loaded, device)
@@ -255,17 +255,13 @@ def _of_adapter(name: str, file: Path) -> str:
 
 
 def _load(
-    kind: Any,
-    model: ModelConfig,
-    device: torch.device | str,
-    *,
-    new_head: bool = False,
+    kind: Any, model: ModelConfig, device: torch.device | str, *, new_head: bool = False
 ) -> PreTrainedModel:
     """`from_pretrained` with our settings; refuses whatever is missing, but for a new head."""
     config = load_config(model)
     given = switch_off(config)
     if model.num_hidden_layers is not None:
-        keep_layers(config, model)
+        cut_layers(config, model)
     if new_head:
         config.num_labels = 1
     if fault := other_weights(model_path(model.model_name_or_path), model.revision):
@@ -283,33 +279,33 @@ def _load(
             device_map=straight_to(device, new_head=new_head),
             output_loading_info=True,
         )
-    _refuse_missing(model, loaded, report, new_head)
-    keep_given(loaded, given)
+    _refuse_missing(model, loaded, report["missing_keys"], new_head)
+    remember_given(loaded, given)
     return loaded
 
 
-def keep_layers(config: PretrainedConfig, model: ModelConfig) -> None:
+def cut_layers(config: PretrainedConfig, model: ModelConfig) -> None:
     """Cuts the configuration to its first N layers; later layers' tensors are then not read.
 
     Raises:
         ModelError: when it has fewer, or cannot be cut.
     """
-    keep = model.num_hidden_layers
-    assert keep is not None
-    if keep > config.num_hidden_layers:
+    first = model.num_hidden_layers
+    assert first is not None
+    if first > config.num_hidden_layers:
         raise ModelError(
-            f"num_hidden_layers: {keep}, but {model.model_name_or_path!r} has "
+            f"num_hidden_layers: {first}, but {model.model_name_or_path!r} has "
             f"{config.num_hidden_layers}; ask for at most so many"
         )
     try:
-        config.num_hidden_layers = keep
+        config.num_hidden_layers = first
         kinds = getattr(config, "layer_types", None)
-        if kinds is not None and len(kinds) > keep:  # else it follows from the number
-            config.layer_types = kinds[:keep]
+        if kinds is not None and len(kinds) > first:  # else it follows from the number
+            config.layer_types = kinds[:first]
         config.validate()  # as saving the trained model would
     except FOREIGN_ERRORS as error:
         raise ModelError(
-            f"num_hidden_layers: {keep}, but a {config.model_type} cannot be cut "
+            f"num_hidden_layers: {first}, but a {config.model_type} cannot be cut "
             f"({one_line(error)}); leave it out"
         ) from error
 
@@ -330,10 +326,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _refuse_missing(
-    model: ModelConfig, loaded: PreTrainedModel, report: dict[str, Any], new_head: bool
+    model: ModelConfig, loaded: PreTrainedModel, lacking: Collection[str], new_head: bool
 ) -> None:
     trunk = f"{loaded.base_model_prefix}."
-    missing = sorted(report["missing_keys"])
+    missing = sorted(lacking)
     if new_head:
         head = [name for name in missing if not name.startswith(trunk)]
         missing = [name for name in missing if name.startswith(trunk)]

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from cwpo_dist.lm.last_layer import read_only
+from cwpo_dist.lm.last_layer import narrow
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.packed import packed_mask
 from cwpo_dist.lm.rope import turn_alone, turns_alone
@@ -47,7 +47,7 @@ class ChunkedHead(nn.Module):
     the same modules equally often, and ranks differ in their chunks. So no leaf module is needed.
     """
 
-    def __init__(self, lm_head: nn.Module, config: Any):
+    def __init__(self, lm_head: nn.Module, config: PretrainedConfig):
         """Takes the model's output embeddings, and what its config does to logits after them."""
         super().__init__()
         self._lm_head = (lm_head,)  # a tuple: the sub-module stays registered with its model alone
@@ -65,7 +65,8 @@ class ChunkedHead(nn.Module):
         """Log-prob of each target, in nats, fp32 [N]."""
         if self.is_matrix:
             scaled_NH = hidden_NH if self.scale == 1.0 else hidden_NH * self.scale
-            weight_VH: Any = self._lm_head[0].weight
+            weight_VH = self._lm_head[0].weight
+            assert isinstance(weight_VH, Tensor)
             return vocabulary_log_probs(scaled_NH, weight_VH, target_N, in_place=self.in_place)
         size = self.chunk_size
         chunks = zip(torch.split(hidden_NH, size), torch.split(target_N, size), strict=True)
@@ -106,7 +107,7 @@ class AnswerLogProbs(nn.Module):
             )
         decoder = decoder_of(core)
         self._decoder = (decoder,)
-        read_only(decoder, "answers")
+        narrow(decoder, "answers")
         turn_alone(decoder)
         _spare_dense_gradient(core.get_input_embeddings(), lm_head)
         self.head = ChunkedHead(lm_head, core.config.get_text_config())
@@ -160,8 +161,8 @@ class AnswerScores(nn.Module):
         self._parts = (decoder, getattr(core, "score", None))
         turn_alone(decoder)
         if self.reads_last_token:
-            read_only(decoder, "ends")
-            _score_in_fp32(core.score)
+            narrow(decoder, "ends")
+            _score_in_fp32(core.get_submodule("score"))
 
     def forward(self, batch: RowBatch) -> Tensor:
         """One score an answer, fp32 [R, K].
@@ -217,7 +218,7 @@ def accumulate_in_place(module: nn.Module) -> None:
 
 def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
     """The last hidden states [B, L, H] of a Hugging Face decoder on any layout."""
-    arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    arguments: dict[str, Tensor] = {"attention_mask": batch.attention_mask}
     # Plain rows leave positions to the model, unless a row's own length decides what they are.
     if batch.layout != "plain" or turns_alone(decoder):
         arguments["position_ids"] = batch.position_ids
@@ -261,15 +262,15 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def unwrapped(model: nn.Module) -> Any:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside a peft wrapper (with its LoRA layers), or the model itself."""
     inner = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
+    return cast("PreTrainedModel", model if inner is None else inner())
 
 
-def decoder_of(model: Any) -> Any:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a causal LM or classifier that makes hidden states of tokens."""
-    base = model.base_model
+    base = cast("PreTrainedModel", model.base_model)
     if base is not model:
         return base
     # A few classes name another prefix than that of their decoder (Llama 4).
@@ -277,7 +278,7 @@ def decoder_of(model: Any) -> Any:
     return inner[0] if len(inner) == 1 else model
 
 
-def scores_last_token(classifier: Any) -> bool:
+def scores_last_token(classifier: PreTrainedModel) -> bool:
     """Whether a stock classifier reads the last token of a sequence that is no pad.
 
     Decoders do, whose head transformers calls `score`, and two that have it under other names.
@@ -287,11 +288,11 @@ def scores_last_token(classifier: Any) -> bool:
     return has_head and has_decoder and not _has_encoder(classifier)
 
 
-def _has_encoder(classifier: Any) -> bool:
+def _has_encoder(classifier: PreTrainedModel) -> bool:
     return bool(getattr(classifier.config, "is_encoder_decoder", False))
 
 
-def _logit_scale(config: Any) -> float:
+def _logit_scale(config: PretrainedConfig) -> float:
     """Cohere multiplies its logits by `logit_scale`, Granite divides by `logits_scaling`.
 
     Others have other names: what these do not explain, the probe measures.

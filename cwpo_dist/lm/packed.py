@@ -59,7 +59,7 @@ def packed_attention(
         ValueError: for a model whose attention is more than a softmax of scaled products.
     """
     lengths_RS = packed_lengths(attention_mask)
-    if lengths_RS is None:
+    if lengths_RS is None or attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
@@ -95,7 +95,7 @@ def packed_mask(lengths: Tensor, device: torch.device) -> Tensor:
     return mask
 
 
-def packed_lengths(mask: Any) -> Tensor | None:
+def packed_lengths(mask: object) -> Tensor | None:
     """Lengths [R, 1 + K] on the host out of what `packed_mask` gave; None for anything else."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.dim() != 4:
         return None
@@ -103,7 +103,7 @@ def packed_lengths(mask: Any) -> Tensor | None:
     return lengths[0, 0].cpu()
 
 
-def _segments(mask: Any, lengths_RS: Tensor) -> varlen.Segments:
+def _segments(mask: Tensor, lengths_RS: Tensor) -> varlen.Segments:
     """Of the kernel: made once a mask, for all layers."""
     found: varlen.Segments | None = getattr(mask, _SEGMENTS, None)
     if found is None:

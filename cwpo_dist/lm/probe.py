@@ -16,10 +16,10 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
 from cwpo_dist.lm.loading import ModelError
@@ -159,13 +159,13 @@ def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str 
     return None
 
 
-def _revealing_length(config: Any, longest: int) -> int | None:
+def _revealing_length(config: PretrainedConfig, longest: int) -> int | None:
     """The length of a row that passes every length of a configuration that rows can pass."""
     passed = [n for n in _named_lengths("", config.to_dict()) if SHORT <= n < longest]
     return min(longest, max(passed) + _BEYOND) if passed else None
 
 
-def _named_lengths(name: str, value: Any) -> Iterator[int]:
+def _named_lengths(name: str, value: object) -> Iterator[int]:
     """The whole numbers below a name that speaks of lengths, wherever they stand."""
     if isinstance(value, dict):
         for key, inner in value.items():

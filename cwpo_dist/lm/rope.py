@@ -13,7 +13,7 @@ Shapes: B sequences, L padded length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -48,20 +48,15 @@ def turning_length(model: nn.Module) -> int | None:
 
 def _length_dependent(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if any(_depends(kind) for kind in _kinds(module).values()):
+        if any("dynamic" in kind or kind == "longrope" for kind in _kinds(module).values()):
             yield module
 
 
-def _kinds(module: nn.Module) -> dict[str, Any]:
+def _kinds(module: nn.Module) -> dict[str, str]:
     """Of a rotary embedding its kind, by type of layer ('' where it has but one); else nothing."""
     kind = getattr(module, "rope_type", None)
-    if kind is None:
-        return {}
-    return dict(kind) if isinstance(kind, dict) else {"": kind}
-
-
-def _depends(kind: Any) -> bool:
-    return isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")
+    kinds = kind if isinstance(kind, dict) else {"": kind}
+    return {layer: each for layer, each in kinds.items() if isinstance(each, str)}
 
 
 def _lengths(module: Any) -> Iterator[int]:
@@ -75,7 +70,12 @@ def _lengths(module: Any) -> Iterator[int]:
 
 
 def _each_alone(
-    module: Any, stock: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
+    module: nn.Module,
+    stock: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    position_ids: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> tuple[Tensor, ...]:
     """Cosines and sines [B, L, …] of positions [B, L], each sequence by its own longest one."""
     found = []
@@ -85,7 +85,7 @@ def _each_alone(
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def _forget(module: Any) -> None:
+def _forget(module: nn.Module) -> None:
     """A dynamic embedding as it was made: what it has seen no longer counts."""
     for layer, kind in _kinds(module).items():
         if "dynamic" not in kind:

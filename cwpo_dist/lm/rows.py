@@ -12,8 +12,8 @@ Shapes: B sequences, L padded length, R rows, K answers a row, N answer tokens o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -85,12 +85,10 @@ class RowBatch:
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on `device`; packed rows' lengths stay on the host."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         stay = {"attention_mask"} if self.layout == "packed" else set()
-        for name, value in values.items():
-            if isinstance(value, Tensor) and name not in stay:
-                values[name] = value.to(device, non_blocking=True)
-        return type(self)(**values)
+        names = [field.name for field in fields(self) if field.name not in stay]
+        tensors = [name for name in names if isinstance(getattr(self, name), Tensor)]
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in tensors})
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
 
-def whole_shape(parameter: Any) -> tuple[int, ...]:
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of the whole: DeepSpeed leaves a sharded parameter empty, and notes it down."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decode, decoder_of, unwrapped
@@ -180,7 +180,7 @@ def check_scores(module: AnswerScores) -> None:
     )
 
 
-def closed_rows(config: Any, lengths: Sequence[RowLengths]) -> tuple[list[Row], int]:
+def closed_rows(config: PretrainedConfig, lengths: Sequence[RowLengths]) -> tuple[list[Row], int]:
     """Random rows that end in EOS and have no other, nor a pad (some classifiers look for them).
 
     Args:
@@ -206,5 +206,4 @@ def _closed(row: Row, words: Sequence[int], last: int) -> Row:
 
 def vocabulary(model: nn.Module) -> int:
     """How many words a model has."""
-    config: Any = unwrapped(model).config.get_text_config()
-    return int(config.vocab_size)
+    return int(unwrapped(model).config.get_text_config().vocab_size)

@@ -8,11 +8,10 @@ crashes some models in generation. The folder that a training leaves has all of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-Given = Mapping[tuple[str, str], Any]  # of a section ('' or 'text') and a field: its value
+Given = Mapping[tuple[str, str], object]  # of a section ('' or 'text') and a field: its value
 _KEPT = "cwpo_given"  # on a model: what its configuration was given with
 
 
@@ -22,19 +21,19 @@ def switch_off(config: PretrainedConfig) -> Given:
     Returns:
         What was changed, as it was.
     """
-    changed: dict[tuple[str, str], Any] = {}
+    changed: dict[tuple[str, str], object] = {}
     if hasattr(config, "use_cache"):
         changed["", "use_cache"] = config.use_cache  # training will leave that out too
     for part, section in _sections(config):
         for name, value in [*vars(section).items(), ("output_attentions", _attentions(section))]:
-            wanted = _wanted(name, value)
-            if wanted is not None and wanted != value:
+            required = _required(name, value)
+            if required is not None and required != value:
                 changed[part, name] = value
-                setattr(section, name, wanted)
+                setattr(section, name, required)
     return changed
 
 
-def keep_given(model: PreTrainedModel, given: Given) -> None:
+def remember_given(model: PreTrainedModel, given: Given) -> None:
     """Remembers, with the model, what its configuration was given with."""
     setattr(model, _KEPT, given)
 
@@ -53,18 +52,18 @@ def unused_losses(config: PretrainedConfig) -> list[str]:
     return [name] if any(getattr(section, name, False) for _, section in _sections(config)) else []
 
 
-def _sections(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+def _sections(config: PretrainedConfig) -> Iterator[tuple[str, PretrainedConfig]]:
     yield "", config
     text = config.get_text_config()
     if text is not config:
         yield "text", text
 
 
-def _attentions(section: Any) -> bool:
+def _attentions(section: PretrainedConfig) -> bool:
     return bool(getattr(section, "output_attentions", False))  # a property in transformers 5
 
 
-def _wanted(name: str, value: Any) -> Any:
+def _required(name: str, value: object) -> bool | float | None:
     """What a field must be; None: anything."""
     if isinstance(value, bool):
         if name == "return_dict":

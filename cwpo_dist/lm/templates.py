@@ -208,10 +208,9 @@ class ChatTemplate:
 
     def _rendered(self, messages: Sequence[Message], tools: Tools, opens: bool, on: date) -> str:
         handed = [self._handed(message) for message in messages]
-        given: Any = None if tools is None else [dict(tool) for tool in tools]
         rendered = self._tokenizer.apply_chat_template(
             handed,
-            tools=given,
+            tools=None if tools is None else [dict(tool) for tool in tools],
             chat_template=self._finished(self._chosen(tools), on),
             add_generation_prompt=opens,
             tokenize=False,
@@ -266,7 +265,7 @@ def words_of(message: Message) -> str:
     return "".join(str(part.get("text") or "") for part in content)
 
 
-def _silent(content: Any) -> Any:
+def _silent(content: str | Sequence[Message] | None) -> str | list[Message]:
     """The content without its words."""
     if content is None or isinstance(content, str):
         return ""
@@ -293,7 +292,7 @@ def _source(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | dict[str, 
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
-    own: Any = tokenizer.chat_template
+    own = tokenizer.chat_template
     if not own:
         raise TokenError(
             "chat_template: 'tokenizer', but this tokenizer has none of its own; use 'plain' or "

@@ -7,19 +7,18 @@ and has no public word for what it chose.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+from transformers import PreTrainedModel
 
 _RECOMPUTES = "_gradient_checkpointing_func"  # on each layer that may compute again
 
 
-def attention_in_use(model: Any) -> str:
+def attention_in_use(model: PreTrainedModel) -> str:
     """The name of the attention that a model computes with, such as 'sdpa'."""
     return str(model.config._attn_implementation)
 
 
-def experts_in_use(model: Any) -> str | None:
+def experts_in_use(model: PreTrainedModel) -> str | None:
     """How a mixture multiplies by its experts: 'grouped_mm', 'eager', …; None: it has none."""
     found: str | None = getattr(model.config, "_experts_implementation", None)
     return found

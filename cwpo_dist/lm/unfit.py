@@ -6,7 +6,7 @@ plan says what would be found on a probe (probe.py), which is the judge of all o
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PreTrainedModel
 
 # By model type. The table of architectures (docs/architectures.md) shows that there are no others.
 _KINDS = {
@@ -17,7 +17,7 @@ _KINDS = {
 }
 
 
-def unfit(model: Any) -> str | None:
+def unfit(model: PreTrainedModel) -> str | None:
     """Why a model cannot be asked for the log-probs of answers; None: the probe will tell.
 
     Args:
@@ -36,7 +36,7 @@ def unfit(model: Any) -> str | None:
     return None
 
 
-def _is_encoder(model: Any) -> bool:
+def _is_encoder(model: PreTrainedModel) -> bool:
     """Whether its tokens see those that they should predict."""
     flags = [part.is_causal for part in model.modules() if hasattr(part, "is_causal")]
     # Some configurations have the field, and no layer that asks for it.

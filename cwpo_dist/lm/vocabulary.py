@@ -20,7 +20,7 @@ Shapes: N tokens, H width, V words, v words of a block, B blocks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,20 +49,32 @@ def vocabulary_log_probs(
     Returns:
         fp32 [N], in nats.
     """
-    keep = KEPT_NUMBERS if torch.is_grad_enabled() else 0
-    apply: Any = _VocabularyLogProbs.apply  # untyped in torch
-    log_probs_N: Tensor = apply(hidden_NH, weight_VH, target_N, keep, in_place)
+    room = KEPT_NUMBERS if torch.is_grad_enabled() else 0
+    log_probs_N: Tensor = _VocabularyLogProbs.apply(  # type: ignore[no-untyped-call]  # of torch
+        hidden_NH, weight_VH, target_N, room, in_place
+    )
     return log_probs_N
+
+
+class _Context(Protocol):
+    """What the forward pass leaves to the backward pass: torch's own fields, and two of ours."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    kept: list[Tensor | None]
+    in_place: bool
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _VocabularyLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         hidden_NH: Tensor,
         weight_VH: Tensor,
         target_N: Tensor,
-        keep: int,
+        room: int,
         in_place: bool,
     ) -> Tensor:
         target_N1 = hidden_NH.new_zeros(len(hidden_NH), 1, dtype=torch.float32)
@@ -73,8 +85,8 @@ class _VocabularyLogProbs(torch.autograd.Function):
             maxima.append(logits_Nv.amax(1, keepdim=True))
             exponentials_Nv = _others(logits_Nv, maxima[-1], target_N, start)
             sums.append(exponentials_Nv.sum(1, keepdim=True))
-            keep -= exponentials_Nv.numel()
-            kept.append(exponentials_Nv.to(weight_VH.dtype) if keep >= 0 else None)
+            room -= exponentials_Nv.numel()
+            kept.append(exponentials_Nv.to(weight_VH.dtype) if room >= 0 else None)
             start += len(weight_vH)
         maximum_NB = torch.cat(maxima, dim=1)
         others_N1 = torch.logsumexp(maximum_NB + torch.cat(sums, dim=1).log(), 1, keepdim=True)
@@ -84,7 +96,7 @@ class _VocabularyLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, target_N, maximum_NB, target_N1, others_N1 = ctx.saved_tensors
         blocks = weight_VH.split(_BLOCK_WORDS[weight_VH.device.type])
         total_N1 = torch.logaddexp(target_N1, others_N1)
@@ -119,7 +131,7 @@ class _VocabularyLogProbs(torch.autograd.Function):
         )
 
 
-def _weight_gradient(weight_VH: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
+def _weight_gradient(weight_VH: Tensor, ctx: _Context) -> tuple[Tensor | None, bool]:
     """Where the weight's gradient goes, and whether that memory holds nothing yet.
 
     In place it is the parameter's own `grad`. Autograd would be handed a matrix as large as the

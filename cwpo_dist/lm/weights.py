@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -106,7 +105,7 @@ def _claims(path: Path, held: Weights) -> str | None:
     return _belied(config, held) or of_text
 
 
-def _belied(config: Mapping[str, Any], held: Weights) -> str | None:
+def _belied(config: Mapping[str, object], held: Weights) -> str | None:
     """The first size that is none, or that takes more than the weights have."""
     for name, value in _numbers(config):
         if value is None:
@@ -122,7 +121,7 @@ def _belied(config: Mapping[str, Any], held: Weights) -> str | None:
     return None
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
+def _numbers(config: Mapping[str, object]) -> Iterator[tuple[str, int | None]]:
     """The sizes that are numbers; None for one that no size can be."""
     for name in _WHOLE:
         value = config.get(name)

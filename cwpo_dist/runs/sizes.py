@@ -23,7 +23,7 @@ from cwpo_dist.lm.flops import head_width, matmul_weights
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
 from cwpo_dist.lm.loading import (
     ModelError,
-    keep_layers,
+    cut_layers,
     load_annotator_base,
     load_config,
     load_policy,
@@ -204,7 +204,7 @@ def _from_hub(model: ModelConfig, load: Loader) -> PreTrainedModel:
             "weights once and give the folder"
         )
     if model.num_hidden_layers is not None:
-        keep_layers(config, model)
+        cut_layers(config, model)
     kind: Any = AutoModelForCausalLM if load is policy else AutoModelForSequenceClassification
     made = skeleton(model, config, kind)
     if load is policy:
