@@ -96,7 +96,7 @@ def _texts(kind: Any, place: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
     if isinstance(kind, type) and issubclass(kind, Section):
         for name, field in kind.model_fields.items():
             yield from _texts(field.annotation, (*place, field.alias or name))
-    elif kind is str or kind is Any:
+    elif kind is str or kind is object:
         yield place
     elif get_origin(kind) is dict:
         yield from _texts(get_args(kind)[1], (*place, "name"))

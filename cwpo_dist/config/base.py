@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -44,7 +44,7 @@ class ConfigError(ValueError):
         super().__init__(redacted(message))
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def _kinds(annotation: object) -> set[object]:
     """The types that a field may be of: those of a union, and what `Annotated` is about."""
     origin = get_origin(annotation)
     if origin is Annotated:
@@ -71,7 +71,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_credentials(cls, given: Any) -> Any:
+    def _no_credentials(cls, given: object) -> object:
         """Before any fault is told: a message would repeat what it was given."""
         place = first_credential(given)
         if place is not None:
@@ -80,13 +80,13 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, given: Any, field: ValidationInfo) -> Any:
+    def _no_truth_for_a_number(cls, given: object, field: ValidationInfo) -> object:
         """`beta: yes` would be 1.0."""
         kinds = _kinds(cls.model_fields[str(field.field_name)].annotation)
         if isinstance(given, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError("give a number")
         return given
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The settings that decide a stage's output, ready to be hashed into its key."""
         return self.model_dump(mode="json", exclude=set(self.compute_fields))

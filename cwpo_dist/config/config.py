@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -104,7 +104,7 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _sft_none(cls, data: Any) -> Any:
+    def _sft_none(cls, data: object) -> object:
         """`sft: none` is how people write it."""
         if isinstance(data, dict) and data.get("sft") == "none":
             return {**data, "sft": None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -64,19 +65,24 @@ class Source(Section):
 
     @field_validator("columns", mode="before")
     @classmethod
-    def _spelled(cls, columns: Any) -> Any:
+    def _spelled(cls, columns: object) -> object:
         """Says what a column is, where pydantic would say it of each kind that it could be."""
         for name, given in columns.items() if isinstance(columns, dict) else ():
             is_map = isinstance(given, dict) and "from" in given and given.keys() <= _MAP
-            if not (given is None or isinstance(given, str | LabelColumn) or is_map):
+            if is_map:
+                _check_meanings(name, given)
+            elif given is not None and not isinstance(given, str | LabelColumn):
                 raise ValueError(
                     f"{name}: {given!r}; give a column's name, or null, or for label "
                     "{from: column, a: value, b: value, tie: value, none: value}"
                 )
-            said = {key for key in given if given[key] is not None} if is_map else set()
-            if said - {"from"} and not {"a", "b"} <= said:
-                raise ValueError(f"{name}: {given!r}; give what means a and what means b, or none")
         return columns
+
+
+def _check_meanings(name: str, label: Mapping[str, object]) -> None:
+    said = {key for key, meant in label.items() if meant is not None}
+    if said - {"from"} and not {"a", "b"} <= said:
+        raise ValueError(f"{name}: {label!r}; give what means a and what means b, or none")
 
 
 class PrepareConfig(Section):
@@ -110,7 +116,7 @@ class PrepareConfig(Section):
     rows_per_shard: PositiveInt = Field(1024, description="about a minute's work of an annotator")
     num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """As of any section; without the setting that older keys do not know, where it is 0."""
         settings = super().identity()
         if not self.flipped_labels:
@@ -119,7 +125,7 @@ class PrepareConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_test_part(cls, given: Any) -> Any:
+    def _one_test_part(cls, given: object) -> object:
         """Who brings a test part wants no second one drawn beside it, unless it is asked for."""
         if not isinstance(given, dict) or "test_fraction" in given:
             return given
@@ -128,6 +134,6 @@ class PrepareConfig(Section):
         return {**given, "test_fraction": 0.0} if "test" in sides else given
 
 
-def _into(source: Any) -> Any:
+def _into(source: object) -> object:
     """Where a source goes, be it read already or still as the file has it."""
     return source.get("into") if isinstance(source, dict) else getattr(source, "into", None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from cwpo_dist.config.base import ConfigError
 from cwpo_dist.redaction import REMEDY, first_credential
@@ -68,7 +67,7 @@ FLOAT32 = ("fp32", "float32", "float", "torch.float32")
 BFLOAT16 = ("bf16", "bfloat16", "torch.bfloat16")
 # What would train something else, or in a way that is not built here: the values that are taken,
 # which ask for nothing, and why others are not. Dotted names, as deep as they go.
-REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "autotuning.enabled": ((False,), "DeepSpeed's launcher tunes, and there is none here"),
     "bf16.bf16_master_weights_and_grads": ((False,), "checkpoints hold float32 masters"),
     "bf16.bf16_optimizer_states": ((False,), "checkpoints hold float32 state"),
@@ -161,7 +160,7 @@ _WHERE = {
 }
 
 
-def read_section(given: dict[str, Any] | str | None) -> dict[str, Any]:
+def read_section(given: dict[str, object] | str | None) -> dict[str, object]:
     """The section as it was given, or read from the JSON file that it names; no comments.
 
     Raises:
@@ -187,7 +186,7 @@ def read_section(given: dict[str, Any] | str | None) -> dict[str, Any]:
     return _tidied(section)
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
@@ -195,7 +194,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _tidied(section: Mapping[str, Any]) -> dict[str, Any]:
+def _tidied(section: Mapping[str, object]) -> dict[str, object]:
     """A section without what people write into it for people, and in DeepSpeed's newer form."""
     kept = {}
     for name, value in section.items():
@@ -206,7 +205,7 @@ def _tidied(section: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def said(section: Mapping[str, Any]) -> dict[str, Any]:
+def said(section: Mapping[str, object]) -> dict[str, object]:
     """What a section says: no `auto`, and nothing left empty by that."""
     kept = {}
     for name, value in section.items():
@@ -216,14 +215,14 @@ def said(section: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def is_off(value: Any) -> bool:
+def is_off(value: object) -> bool:
     """False, null, empty or `enabled: false`: it asks for nothing."""
     if isinstance(value, Mapping):
         return not value or value.get("enabled", True) is False
     return value is None or value is False
 
 
-def handed_on(section: Mapping[str, Any]) -> dict[str, Any]:
+def handed_on(section: Mapping[str, object]) -> dict[str, object]:
     """What of a section DeepSpeed is given, once the rest was compared, refused or found unused."""
     ours = {*COMPARED, *UNUSED, "fp16", "bfloat16"}
     dropped = {name for name in REFUSED if "." not in name}
@@ -233,12 +232,18 @@ def handed_on(section: Mapping[str, Any]) -> dict[str, Any]:
     return kept | ({"bf16": bf16} if bf16 else {})
 
 
-def bf16_of(section: Mapping[str, Any]) -> Any:
+def inside(section: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """A section in a section; empty where there is none."""
+    found = section.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def bf16_of(section: Mapping[str, object]) -> Mapping[str, object]:
     """The section of bfloat16, by its name or by its old one."""
-    return section.get("bf16", section.get("bfloat16")) or {}
+    return inside(section, "bf16" if "bf16" in section else "bfloat16")
 
 
-def decides_weights(section: Mapping[str, Any]) -> dict[str, Any]:
+def decides_weights(section: Mapping[str, object]) -> dict[str, object]:
     """What of a section changes the numbers that are computed, and so belongs into a key.
 
     All that is handed on does, but what is known to say only how or where: a field that is not in

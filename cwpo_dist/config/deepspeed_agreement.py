@@ -5,8 +5,8 @@ An equal value is taken, and so is `auto`, which leaves it to us.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from cwpo_dist.config.deepspeed import AUTO, REFUSED
 from cwpo_dist.config.training import TrainingConfig
@@ -20,7 +20,7 @@ SCHEDULES = {
     "WarmupCosineLR": "cosine",
 }
 # What torch's optimizers do here, by DeepSpeed's names; there are no fields of ours for it.
-FIXED: Mapping[str, Mapping[str, Any]] = {
+FIXED: Mapping[str, Mapping[str, object]] = {
     "adamw": {
         "betas": [0.9, 0.999],
         "eps": 1e-8,
@@ -35,7 +35,9 @@ OPTIMIZERS = {"adamw": {"adam", "adamw", AUTO}, "sgd": {"sgd", AUTO}}
 _MISSING = object()
 
 
-def contradictions(section: Mapping[str, Any], config: TrainingConfig, half: bool) -> Iterator[str]:
+def contradictions(
+    section: Mapping[str, object], config: TrainingConfig, half: bool
+) -> Iterator[str]:
     """One line a fault: field, value, remedy.
 
     Args:
@@ -51,7 +53,7 @@ def contradictions(section: Mapping[str, Any], config: TrainingConfig, half: boo
     yield from _not_built(section)
 
 
-def _precision(section: Mapping[str, Any], half: bool) -> Iterator[str]:
+def _precision(section: Mapping[str, object], half: bool) -> Iterator[str]:
     for name in PRECISIONS:
         value = section.get(name)
         if value in (None, AUTO):
@@ -66,11 +68,14 @@ def _precision(section: Mapping[str, Any], half: bool) -> Iterator[str]:
             )
 
 
-def _batch(section: Mapping[str, Any], config: TrainingConfig) -> Iterator[str]:
+def _batch(section: Mapping[str, object], config: TrainingConfig) -> Iterator[str]:
     """DeepSpeed completes its three numbers by each other; together they stand for one of ours."""
-    given = {name: section[name] for name in BATCH if section.get(name) not in (None, AUTO)}
-    for name, number in given.items():
-        if not isinstance(number, int) or number < 1:
+    given: dict[str, int] = {}
+    for name in BATCH:
+        number = section.get(name)
+        if isinstance(number, int) and number >= 1:
+            given[name] = number
+        elif number not in (None, AUTO):
             yield f"deepspeed.{name}: {number!r}; give a whole number from 1, or 'auto'"
             return
     ours = {"train_batch_size": "global_batch_size"}
@@ -79,14 +84,18 @@ def _batch(section: Mapping[str, Any], config: TrainingConfig) -> Iterator[str]:
     if config.gradient_accumulation_steps is not None:
         ours["gradient_accumulation_steps"] = "gradient_accumulation_steps"
     yield from _compared(given, ours, config)
-    micro, steps = (given.get(name) for name in BATCH[1:])
-    if micro is None and steps is None:
-        return
-    if micro is not None and BATCH[0] not in given and BATCH[2] not in section:
-        steps = config.gradient_accumulation_steps or 1  # as DeepSpeed reads it
-    a_step = (micro or 1) * (steps or 1) * config.max_workers
-    all_given = micro is not None and steps is not None
-    if (all_given and a_step != config.global_batch_size) or config.global_batch_size % a_step:
+    if given.keys() == {BATCH[1]} and BATCH[2] not in section:  # as DeepSpeed reads it
+        given[BATCH[2]] = config.gradient_accumulation_steps or 1
+    yield from _accumulated(given.get(BATCH[1]), given.get(BATCH[2]), config)
+
+
+def _accumulated(micro: int | None, steps: int | None, config: TrainingConfig) -> Iterator[str]:
+    """Micro-batch × steps that sum it × ranks is our batch, or divides it where one is not told."""
+    given = [number for number in (micro, steps) if number is not None]
+    a_step = math.prod(given) * config.max_workers
+    whole = len(given) == 2 and a_step == config.global_batch_size
+    divides = len(given) == 1 and config.global_batch_size % a_step == 0
+    if given and not (whole or divides):
         yield (
             f"deepspeed.train_micro_batch_size_per_gpu: {micro or 'auto'}, accumulated "
             f"{steps or 'auto'} times by num_workers {config.num_workers}, but global_batch_size "
@@ -94,13 +103,14 @@ def _batch(section: Mapping[str, Any], config: TrainingConfig) -> Iterator[str]:
         )
 
 
-def _optimizer(optimizer: Any, config: TrainingConfig) -> Iterator[str]:
+def _optimizer(optimizer: object, config: TrainingConfig) -> Iterator[str]:
     if optimizer in (None, AUTO):
         return
-    if not _is_typed(optimizer):
+    typed = _typed(optimizer)
+    if typed is None:
         yield f"deepspeed.optimizer: {optimizer!r}; give {{type: AdamW, params: {{lr: auto}}}}"
         return
-    kind, params = optimizer.get("type", AUTO), optimizer.get("params", {})
+    kind, params = typed
     if kind.lower() not in OPTIMIZERS[config.optim]:
         yield _differs("optimizer.type", kind, "optim", config.optim)
         return
@@ -110,14 +120,15 @@ def _optimizer(optimizer: Any, config: TrainingConfig) -> Iterator[str]:
     yield from _fixed(rest, FIXED[config.optim], "optimizer.params.")
 
 
-def _scheduler(scheduler: Any, config: TrainingConfig) -> Iterator[str]:
+def _scheduler(scheduler: object, config: TrainingConfig) -> Iterator[str]:
     """Its type is not compared: files that leave all else to the trainer have one, too."""
     if scheduler in (None, AUTO):
         return
-    if not _is_typed(scheduler):
+    typed = _typed(scheduler)
+    if typed is None:
         yield f"deepspeed.scheduler: {scheduler!r}; give {{type: WarmupLR, params: {{…: auto}}}}"
         return
-    kind, params = scheduler.get("type", AUTO), scheduler.get("params", {})
+    kind, params = typed
     if kind != AUTO and kind not in SCHEDULES:
         yield _differs("scheduler.type", kind, "lr_scheduler_type", config.lr_scheduler_type)
         return
@@ -138,18 +149,19 @@ def _scheduler(scheduler: Any, config: TrainingConfig) -> Iterator[str]:
     yield from _fixed(rest, fixed, "scheduler.params.")
 
 
-def _is_typed(section: Any) -> bool:
-    """Whether it has the shape {type: str, params: {…}}, both optional."""
-    return (
-        isinstance(section, Mapping)
-        and section.keys() <= {"type", "params", "legacy_fusion"}
-        and isinstance(section.get("type", ""), str)
-        and isinstance(section.get("params", {}), Mapping)
-    )
+def _typed(section: object) -> tuple[str, Mapping[str, object]] | None:
+    """Type and parameters of what has the shape {type: str, params: {…}}, both optional."""
+    if not isinstance(section, Mapping) or section.keys() - {"type", "params", "legacy_fusion"}:
+        return None
+    kind, params = section.get("type", AUTO), section.get("params", {})
+    return (kind, params) if isinstance(kind, str) and isinstance(params, Mapping) else None
 
 
 def _compared(
-    section: Mapping[str, Any], fields: Mapping[str, str], config: TrainingConfig, prefix: str = ""
+    section: Mapping[str, object],
+    fields: Mapping[str, str],
+    config: TrainingConfig,
+    prefix: str = "",
 ) -> Iterator[str]:
     """What stands there otherwise than in a field of ours."""
     for name, field in fields.items():
@@ -158,14 +170,14 @@ def _compared(
             yield _differs(f"{prefix}{name}", section[name], field, ours)
 
 
-def _differs(name: str, value: Any, field: str, ours: Any) -> str:
+def _differs(name: str, value: object, field: str, ours: object) -> str:
     return (
         f"deepspeed.{name}: {value!r}, but {field} is {ours!r}; set {field} to what it should be, "
         "and write 'auto' here"
     )
 
 
-def _fixed(section: Mapping[str, Any], ours: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def _fixed(section: Mapping[str, object], ours: Mapping[str, object], prefix: str) -> Iterator[str]:
     """What stands there otherwise than it always is here."""
     for name, value in section.items():
         if name not in ours:
@@ -179,9 +191,9 @@ def _fixed(section: Mapping[str, Any], ours: Mapping[str, Any], prefix: str) -> 
             )
 
 
-def _not_built(section: Mapping[str, Any]) -> Iterator[str]:
+def _not_built(section: Mapping[str, object]) -> Iterator[str]:
     for dotted, (taken, why) in REFUSED.items():
-        value: Any = section
+        value: object = section
         for name in dotted.split("."):
             value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
         if value is not _MISSING and value not in (*taken, AUTO):

@@ -7,14 +7,16 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
+
+from pydantic_core import ErrorDetails
 
 from cwpo_dist.config import Config, Section
 
 _NUMBER, _WHOLE, _TRUTH = "a number", "a whole number", "true or false"
 _SECTION = "a section, `key: value` lines below it, or leave it out"
 # By pydantic's name of a fault: what to give instead; in braces its context.
-_WANTED = {
+_REMEDIES = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), _WHOLE),
     **dict.fromkeys(("float_type", "float_parsing"), _NUMBER),
     **dict.fromkeys(("bool_type", "bool_parsing"), _TRUTH),
@@ -39,9 +41,9 @@ _LONGEST_VALUE = 60  # letters
 _MOST_LINES = 30
 
 
-def explained(faults: Sequence[Any]) -> str:
+def explained(faults: Sequence[ErrorDetails]) -> str:
     """One line a field, the first ones, in the order of the fields of the configuration."""
-    fields: dict[str, list[Any]] = {}
+    fields: dict[str, list[ErrorDetails]] = {}
     for fault in faults:
         fields.setdefault(_field(fault["loc"]), []).append(fault)
     lines = [_line(field, found) for field, found in itertools.islice(fields.items(), _MOST_LINES)]
@@ -56,7 +58,7 @@ def _field(loc: Sequence[str | int]) -> str:
     return ".".join(parts[:end])
 
 
-def _line(field: str, faults: Sequence[Any]) -> str:
+def _line(field: str, faults: Sequence[ErrorDetails]) -> str:
     fault = faults[0]
     if fault["type"] == "extra_forbidden":
         return f"{field}: unknown key; {_suggestion(fault['loc'])}"
@@ -66,11 +68,11 @@ def _line(field: str, faults: Sequence[Any]) -> str:
         return f"{field}: missing; add it to the config"
     if fault["type"] == "value_error":
         return _own_words(field, fault)
-    wanted = dict.fromkeys(_wanted(field, fault) for fault in faults)
-    return f"{field or 'config'}: {_shown(fault['input'])}; give {', or '.join(wanted)}"
+    remedies = dict.fromkeys(_remedy(field, fault) for fault in faults)
+    return f"{field or 'config'}: {_shown(fault['input'])}; give {', or '.join(remedies)}"
 
 
-def _own_words(field: str, fault: Any) -> str:
+def _own_words(field: str, fault: ErrorDetails) -> str:
     """What a validator of ours said; of a whole section it begins with the field's name."""
     message = str(fault["ctx"]["error"])
     if isinstance(fault["input"], dict):
@@ -79,19 +81,19 @@ def _own_words(field: str, fault: Any) -> str:
     return f"{field}: {message} (got {_shown(fault['input'])})"
 
 
-def _wanted(field: str, fault: Any) -> str:
+def _remedy(field: str, fault: ErrorDetails) -> str:
     kind, given = fault["type"], fault["input"]
     if kind == "model_type":
         names_model = fault["ctx"]["class_name"] == "ModelConfig" and isinstance(given, str)
         return f"{field}.model_name_or_path: {given}" if names_model else _SECTION
     if kind == "list_type" and isinstance(given, str):
         return f"a list: [{given}]"
-    if kind in _WANTED:
-        return _WANTED[kind].format(**fault.get("ctx", {}))
+    if kind in _REMEDIES:
+        return _REMEDIES[kind].format(**fault.get("ctx", {}))
     return str(fault["msg"]).removeprefix("Input should be ")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """As YAML has it, and not too long."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
@@ -109,16 +111,17 @@ def _suggestion(loc: Sequence[str | int]) -> str:
     return f"did you mean {close[0]!r}?" if close else "remove it or check its spelling"
 
 
-def _section_at(loc: Sequence[str | int]) -> Any:
+def _section_at(loc: Sequence[str | int]) -> type[Section] | None:
     """The section at a place; None where there is none."""
-    section: Any = Config
+    section: type[Section] | None = Config
     for part in loc:
-        if section is not None and part in section.model_fields:  # not a place in a list
-            section = _section_in(section.model_fields[part].annotation)
+        field = None if section is None else section.model_fields.get(str(part))
+        if field is not None:  # not a place in a list
+            section = _section_in(field.annotation)
     return section
 
 
-def _section_in(annotation: Any) -> Any:
+def _section_in(annotation: object) -> type[Section] | None:
     """The section that a field holds, also in a list or beside None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation

@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(data)
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def _read_yaml(path: str | Path) -> dict[str, object]:
     try:
         text = _text(Path(path))
     except FileNotFoundError:
@@ -60,24 +60,25 @@ def _text(path: Path) -> str:
     return read.decode("utf-8")
 
 
-def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:
+def _merge(data: dict[str, object], over: dict[str, object]) -> None:
     """Lays `over` on `data` in place: mappings merge, everything else is replaced."""
     if over.get("pools"):
         _drop_single_pool(data)
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(data.get(key), dict):
-            _merge(data[key], value)
+        section = data.get(key)
+        if isinstance(value, dict) and isinstance(section, dict):
+            _merge(section, value)
         else:
             data[key] = value
 
 
-def _drop_single_pool(section: Any) -> None:
+def _drop_single_pool(section: dict[str, object]) -> None:
     """Pools laid over a section (a recipe's, say) replace the one pool that it described."""
     for name in Pool.model_fields.keys() & section.keys():
         del section[name]
 
 
-def parse_config(data: dict[str, Any]) -> Config:
+def parse_config(data: dict[str, object]) -> Config:
     """Validates a plain dictionary.
 
     Raises:
@@ -91,7 +92,7 @@ def parse_config(data: dict[str, Any]) -> Config:
         raise ConfigError(explained(error.errors())) from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply(data: dict[str, object], override: str) -> None:
     """Sets `a.b.c=value` (also `a.0.b=value` for lists) in place."""
     dotted, separator, text = override.partition("=")
     names = dotted.split(".")
@@ -99,7 +100,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {_shown(override)}: write key.sub=value, or name a YAML file")
     value = parse_yaml(text, f"override {_shown(override)}") if text else None
     *parents, last = names
-    target: Any = data
+    target: Any = data  # as YAML has it: what is no section fails below, by what it lacks
     try:
         for part in parents:
             target = _step_into(target, part)

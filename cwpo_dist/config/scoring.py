@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -107,7 +107,7 @@ class AnnotateConfig(PoolConfig):
         description="a score has the same bits whatever is scored beside it, on one kind of device",
     )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """As of any section; without the setting that older keys do not know, where it is off."""
         settings = super().identity()
         if not self.batch_invariant:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -63,7 +63,7 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     zero_stage: Literal[0, 1, 2, 3] = 2
-    deepspeed: dict[str, Any] | str | None = Field(
+    deepspeed: dict[str, object] | str | None = Field(
         None, description="a section, or a Hugging Face DeepSpeed JSON file, merged over ours"
     )
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
@@ -104,7 +104,7 @@ class TrainingConfig(Section):
         """The most workers that train."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
-    def deepspeed_section(self) -> dict[str, Any]:
+    def deepspeed_section(self) -> dict[str, object]:
         """The DeepSpeed section: as given, or read from the JSON file that it names.
 
         Raises:
@@ -112,7 +112,7 @@ class TrainingConfig(Section):
         """
         return read_section(self.deepspeed)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The settings that decide the weights, with what the DeepSpeed section adds to them.
 
         Raises:
@@ -129,7 +129,7 @@ class TrainingConfig(Section):
 
     @field_validator("report_to", mode="before")
     @classmethod
-    def _one_or_none(cls, value: Any) -> Any:
+    def _one_or_none(cls, value: object) -> object:
         """`report_to: wandb` and `report_to: none` are how people write it."""
         if isinstance(value, str):
             return [] if value == "none" else [value]
@@ -137,7 +137,7 @@ class TrainingConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _resolve_global_batch(cls, data: Any) -> Any:
+    def _resolve_global_batch(cls, data: object) -> object:
         """TRL's per-device batch × accumulation × workers becomes one global batch, once."""
         if not isinstance(data, dict):
             return data

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator
 from urllib.parse import urlsplit
 
 import yaml
@@ -18,7 +17,7 @@ _LARGEST = 2**63  # what torch, NumPy and Arrow can hold
 _SHOWN = 60  # characters of a value
 
 
-def parse_yaml(text: str, what: str) -> Any:
+def parse_yaml(text: str, what: str) -> object:
     """What a text of YAML says.
 
     Args:
@@ -60,13 +59,14 @@ class _Loader(yaml.SafeLoader):
         self._depth = 0
         self._sizes: dict[int, int] = {}  # by the node's identity
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # it has no types
         self._depth += 1
         if self._depth > DEEPEST:
             raise _refusal(f"more than {DEEPEST} levels, one inside the other", mark)
-        node: Any = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        assert node is not None  # its stubs know less
         self._depth -= 1
         if not is_alias:
             inside = [self._sizes[id(child)] for child in _inside(node)]
@@ -77,8 +77,10 @@ class _Loader(yaml.SafeLoader):
             raise _refusal(f"more than {_MOST_VALUES:,} values, aliases spelled out", mark)
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, object]:
+        lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = key.value, key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
@@ -99,11 +101,11 @@ def _inside(node: yaml.Node) -> Iterator[yaml.Node]:
             yield from pair
 
 
-def _refusal(what: str, mark: Any = None) -> yaml.constructor.ConstructorError:
+def _refusal(what: str, mark: yaml.Mark | None = None) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, what, mark)
 
 
-def unusable(value: Any, place: str = "") -> Iterator[str]:
+def unusable(value: object, place: str = "") -> Iterator[str]:
     """A line for each value, or key, that no field can mean: field, value, remedy."""
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -113,12 +115,17 @@ def unusable(value: Any, place: str = "") -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             yield from unusable(inner, f"{place}.{index}")
-    elif isinstance(value, str):
-        yield from _of_text(f"{place}: ", value)
+    else:
+        yield from _of_value(f"{place}: ", value)
+
+
+def _of_value(start: str, value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield from _of_text(start, value)
     elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{place}: {value}; give a finite number"
+        yield f"{start}{value}; give a finite number"
     elif isinstance(value, int) and abs(value) >= _LARGEST:
-        yield f"{place}: a number of {value.bit_length()} bits; give one of less than 64"
+        yield f"{start}a number of {value.bit_length()} bits; give one of less than 64"
 
 
 def _of_text(start: str, text: str) -> Iterator[str]:
