@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-def wrap_frozen(module: nn.Module, ds_config: dict[str, Any]) -> Any:
+def wrap_frozen(module: nn.Module, ds_config: dict[str, object]) -> deepspeed.DeepSpeedEngine:
     """DeepSpeed's engine around a module that `sharded_loading` loaded; no optimizer."""
     join_process_group()
     engine, *_ = deepspeed.initialize(model=module, config=ds_config)
@@ -49,7 +49,7 @@ def wrap_frozen(module: nn.Module, ds_config: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+def sharded_loading(ds_config: dict[str, object]) -> Iterator[None]:
     """Within it, under ZeRO-3, `from_pretrained` hands each rank its shard and no more.
 
     transformers keeps a weak reference to the object made here: it must outlive the loading.
@@ -82,7 +82,7 @@ def join_process_group() -> None:
 class DeepSpeedEngine:
     """An `Engine` (see loop.py) of all ranks of the process group."""
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, ds_config: dict[str, Any]):
+    def __init__(self, module: nn.Module, config: TrainingConfig, ds_config: dict[str, object]):
         """Wraps a module; its parameters must already require gradients or not, for good.
 
         Args:
@@ -172,7 +172,7 @@ class DeepSpeedEngine:
             if state:
                 state["step"].fill_(step)
 
-    def gathered(self, parameters: list[nn.Parameter]) -> Any:
+    def gathered(self, parameters: list[nn.Parameter]) -> deepspeed.zero.GatheredParameters:
         """A context in which the data of these parameters is whole on every rank."""
         return deepspeed.zero.GatheredParameters(parameters, enabled=self.sharded)
 
@@ -193,10 +193,11 @@ class DeepSpeedEngine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
-    def _states(self) -> Any:
+    def _states(self) -> dict[Tensor, dict[str, Tensor]]:
         """State by tensor, of torch's optimizer inside DeepSpeed's."""
         outer = self._engine.optimizer
-        return outer.state if self.stage == 0 else outer.optimizer.state
+        inner: torch.optim.Optimizer = outer if self.stage == 0 else outer.optimizer
+        return inner.state
 
     def _optimized_tensors(self) -> list[Tensor]:
         """What torch's optimizer updates: parameters, or this rank's flat shards of them."""

@@ -10,12 +10,12 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Set
 from functools import cache
-from typing import Any
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.config.deepspeed import (
@@ -27,6 +27,7 @@ from cwpo_dist.config.deepspeed import (
     bf16_of,
     decides_weights,
     handed_on,
+    inside,
     is_off,
     said,
 )
@@ -43,7 +44,7 @@ _READ_WHOLE = ("pipeline",)
 _NO_MORE = {("aio", "thread_count")}  # older DeepSpeeds'; the documentation of transformers has it
 
 
-def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, object]:
     """The DeepSpeed configuration: ours, with the user's section (or HF JSON) merged over it.
 
     Args:
@@ -57,7 +58,7 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, An
     """
     given, half = config.deepspeed_section(), dtype == torch.bfloat16
     faults = [*contradictions(given, config, half), *_refusals(given)]
-    ours: dict[str, Any] = _COUNTERS | {
+    ours: dict[str, object] = _COUNTERS | {
         "gradient_clipping": config.max_grad_norm,
         "steps_per_print": 10**9,
         "bf16": {"enabled": half},
@@ -71,18 +72,20 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, An
     faults = faults or [*_refusals_together(merged, half)]
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
-    if half and merged["zero_optimization"]["stage"] == 0:
+    if half and zero_stage(merged) == 0:
         logger.warning("zero_stage 0 cannot sum bfloat16 gradients in float32: stage 1 is used")
-        merged["zero_optimization"]["stage"] = 1
+        merged = _merged(merged, {"zero_optimization": {"stage": 1}})
     return merged
 
 
-def zero_stage(ds_config: dict[str, Any]) -> int:
+def zero_stage(ds_config: Mapping[str, object]) -> int:
     """The ZeRO stage that a merged configuration asks for."""
-    return int(ds_config["zero_optimization"]["stage"])
+    stage = inside(ds_config, "zero_optimization")["stage"]
+    assert isinstance(stage, int | float | str)  # DeepSpeed refuses others
+    return int(stage)
 
 
-def frozen_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
+def frozen_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, object]:
     """The same for a model that is only applied, under ZeRO-3.
 
     What changes numbers is left out: a reference's log-probs are the same, sharded or not.
@@ -92,32 +95,34 @@ def frozen_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
     for name in decides_weights(config.deepspeed_section()).keys() - ours:
         del settings[name]
     dropped = {"offload_optimizer", "cpu_offload"}  # there is no optimizer
-    zero = {k: v for k, v in settings["zero_optimization"].items() if k not in dropped}
+    zero = {k: v for k, v in inside(settings, "zero_optimization").items() if k not in dropped}
     return settings | {"zero_optimization": zero | {"stage": 3}}
 
 
-def _merged(ours: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(ours: dict[str, object], theirs: Mapping[str, object]) -> dict[str, object]:
     merged = dict(ours)
     for name, value in theirs.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if both else value
+        inner = merged.get(name)
+        if isinstance(value, dict) and isinstance(inner, dict):
+            value = _merged(inner, value)
+        merged[name] = value
     return merged
 
 
-class _Watched(dict[str, Any]):
+class _Watched(dict[str, object]):
     """A section that remembers what DeepSpeed asked it for; `auto` is as if it were not there."""
 
-    def __init__(self, section: Mapping[str, Any]) -> None:
+    def __init__(self, section: Mapping[str, object]) -> None:
         self.autos = {name for name, value in section.items() if value == AUTO}
         self.asked: set[str] = set()
         said = {name: value for name, value in section.items() if name not in self.autos}
         super().__init__({n: _Watched(v) if isinstance(v, Mapping) else v for n, v in said.items()})
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: object = None) -> object:
         self.asked.add(name)
         return super().get(name, default)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> object:
         self.asked.add(name)
         return super().__getitem__(name)
 
@@ -129,7 +134,7 @@ class _Watched(dict[str, Any]):
         """Only that it is ours: else `**section` would not come by `__getitem__`."""
         return super().__iter__()
 
-    def unknown(self) -> Iterator[tuple[tuple[str, ...], Any]]:
+    def unknown(self) -> Iterator[tuple[tuple[str, ...], object]]:
         """Where values stand that nothing asked for, and the values.
 
         A section that was asked for nothing was read by one of DeepSpeed's models, which refuse
@@ -149,7 +154,7 @@ class _Watched(dict[str, Any]):
         return self.asked.union(*below)
 
 
-def _refusals(section: Mapping[str, Any]) -> Iterator[str]:
+def _refusals(section: Mapping[str, object]) -> Iterator[str]:
     """What DeepSpeed does not know, or refuses, of each part of a section by itself."""
     for name, value in section.items():
         if name in PRECISIONS and isinstance(value, Mapping):
@@ -159,7 +164,7 @@ def _refusals(section: Mapping[str, Any]) -> Iterator[str]:
             yield from _refusals_of(name, value)
 
 
-def _refusals_of(name: str, value: Any) -> Iterator[str]:
+def _refusals_of(name: str, value: object) -> Iterator[str]:
     watched = _Watched(_COUNTERS | {name: value})
     off = is_off(said({name: value}).get(name))  # what DeepSpeed has no more, but nobody asks for
     try:
@@ -176,7 +181,7 @@ def _refusals_of(name: str, value: Any) -> Iterator[str]:
                 yield _unknown(path, inner, watched.names() | _model_names())
 
 
-def _as_told(name: str, value: Any, fault: Mapping[str, Any]) -> str:
+def _as_told(name: str, value: object, fault: ErrorDetails) -> str:
     """One fault of a section's part as pydantic found it, in DeepSpeed's models."""
     loc = tuple(map(str, fault["loc"]))
     path = loc if loc[:1] == (name,) else (name, *loc)
@@ -185,9 +190,9 @@ def _as_told(name: str, value: Any, fault: Mapping[str, Any]) -> str:
     return _says(path, fault["input"] if loc else value, fault["msg"])
 
 
-def _refusals_together(merged: dict[str, Any], half: bool) -> Iterator[str]:
+def _refusals_together(merged: dict[str, object], half: bool) -> Iterator[str]:
     """What DeepSpeed refuses of parts that go well alone, some of it only when it starts."""
-    summed_in = merged.get("data_types", {}).get("grad_accum_dtype")
+    summed_in = inside(merged, "data_types").get("grad_accum_dtype")
     if not half and zero_stage(merged) == 0 and summed_in in BFLOAT16:
         yield (
             f"deepspeed.data_types.grad_accum_dtype: {summed_in!r}: without ZeRO float32 weights "
@@ -212,14 +217,14 @@ def _model_names() -> frozenset[str]:
     return frozenset(found)
 
 
-def _says(path: tuple[str, ...], value: Any, message: object) -> str:
+def _says(path: tuple[str, ...], value: object, message: object) -> str:
     text = " ".join(str(message).split())
     return (
         f"deepspeed.{'.'.join(path)}: {_short(value)}: DeepSpeed says: {text}; correct or remove it"
     )
 
 
-def _unknown(path: tuple[str, ...], value: Any, names: Set[str]) -> str:
+def _unknown(path: tuple[str, ...], value: object, names: Set[str]) -> str:
     near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.75)
     hint = f" (but {near[0]})" if near else ""
     return (
@@ -228,7 +233,7 @@ def _unknown(path: tuple[str, ...], value: Any, names: Set[str]) -> str:
     )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
@@ -247,22 +252,22 @@ def unused(config: TrainingConfig, dtype: torch.dtype) -> str:
     return "; ".join(f"{', '.join(names)} ({why})" for why, names in found.items())
 
 
-def _idle(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _idle(section: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Each field that never has an effect here, and why."""
     yield from ((name, why) for name, why in UNUSED.items() if not is_off(section.get(name)))
     batch = (name for name in BATCH[1:] if name in section)
     yield from ((name, "max_tokens_per_micro_batch decides") for name in batch)
     for name in PRECISIONS:
-        idle = sorted(LOSS_SCALING & (section.get(name) or {}).keys())
+        idle = sorted(LOSS_SCALING & inside(section, name).keys())
         yield from ((f"{name}.{part}", "nothing is float16 here") for part in idle)
 
 
 def _decided_elsewhere(
-    section: Mapping[str, Any], config: TrainingConfig, dtype: torch.dtype
+    section: Mapping[str, object], config: TrainingConfig, dtype: torch.dtype
 ) -> Iterator[tuple[str, str]]:
     """Each field that says another thing than the setting that decides, and which that is."""
-    kind = (section.get("scheduler") or {}).get("type")
-    if kind is not None and SCHEDULES[kind] != config.lr_scheduler_type:
+    kind = inside(section, "scheduler").get("type")
+    if isinstance(kind, str) and SCHEDULES[kind] != config.lr_scheduler_type:
         yield f"scheduler.type {kind!r}", f"lr_scheduler_type decides, {config.lr_scheduler_type!r}"
     if dtype == torch.bfloat16 and bf16_of(section).get("enabled") is False:
         yield "bf16.enabled False", "torch_dtype decides, bfloat16"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Preempted
 from cwpo_dist.training.process_group import told_to_stop
 from cwpo_dist.training.rank import Watchdog
+
+Decided = TypeVar("Decided")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class FrozenSpec:
     model: ModelConfig
     work: Callable[[Frozen], None]
 
-    def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, Any]:
+    def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, object]:
         """One rank's part; the process group is there already.
 
         Args:
@@ -96,7 +98,7 @@ class Frozen:
         dist.all_reduce(numbers)
         return numbers
 
-    def agreed(self, value: Any) -> Any:
+    def agreed(self, value: Decided) -> Decided:
         """What rank 0 has, on all ranks."""
         held = [value]
         dist.broadcast_object_list(held, src=0)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import ray
@@ -39,7 +40,7 @@ from cwpo_dist.storage import MANIFEST, Store, digest
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseToken
 from cwpo_dist.training.process_group import STOP_SIGNALS, StoppableTorchConfig
-from cwpo_dist.training.rank import ENDS, refusal, run_rank
+from cwpo_dist.training.rank import ENDS, Done, Refusal, refusal, run_rank
 from cwpo_dist.training.train_rank import TrainSpec
 from cwpo_dist.waiting import all_placed, told_while_waiting
 
@@ -73,7 +74,7 @@ class TrainingRefused(ValueError):
     """Data, model or settings that cannot be trained with; the message is a rank's."""
 
 
-def train(spec: TrainSpec) -> dict[str, Any]:
+def train(spec: TrainSpec) -> dict[str, object]:
     """Trains to the end; writes `model/`, `metrics.jsonl` and, for LoRA, `adapter/` in the store.
 
     A rerun after any kind of end resumes from the newest checkpoint.
@@ -106,7 +107,7 @@ def apply_frozen(spec: FrozenSpec) -> None:
     _run(spec)
 
 
-def _run(spec: Spec) -> dict[str, Any]:
+def _run(spec: Spec) -> dict[str, object]:
     """Has Ray run groups of ranks until one ends well; what its rank 0 returned."""
     config = spec.config.model_copy(update={"deepspeed": spec.config.deepspeed_section()})
     store = Store(spec.store.root) if spec.store.is_local else spec.store  # of no working folder
@@ -121,7 +122,7 @@ def _run(spec: Spec) -> dict[str, Any]:
         try:
             with _start_timeout(config), _stop_on_signal(token), _told_while_waiting(spec, token):
                 trained: Any = _trainer(spec, token).fit()  # Any: as of an older Ray's class
-                outcome = trained.return_value
+                outcome: Done | Refusal | None = trained.return_value
         except (TrainingFailedError, RayError) as error:  # RayError: the controller itself died
             outcome = refusal(token)
             if outcome is None:
@@ -132,10 +133,10 @@ def _run(spec: Spec) -> dict[str, Any]:
                 ) from error
         finally:
             store.child("ray").remove()
+    assert outcome is not None  # only ranks of a group that failed return nothing
     if "error" in outcome:
         raise _KINDS.get(outcome["error"], TrainingRefused)(outcome["message"])
-    summary: dict[str, Any] = outcome["summary"]
-    return summary
+    return outcome["summary"]
 
 
 def check_placement(config: TrainingConfig) -> None:
@@ -239,7 +240,7 @@ def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
         yield
         return
 
-    def ask(number: int, _: Any) -> None:
+    def ask(number: int, _: FrameType | None) -> None:
         logger.warning("%s: asking workers to checkpoint and end", signal.Signals(number).name)
         token.ask_to_stop()
 

@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from cwpo_dist.processes import Process
 from cwpo_dist.storage import StorageError, Store
@@ -57,6 +57,14 @@ class Holder(Process):
 
 
 @dataclass(frozen=True)
+class _Group:
+    """When a group of ranks started, by its rank 0's clock, and how many devices it holds."""
+
+    since: float
+    devices: float
+
+
+@dataclass(frozen=True)
 class LeaseToken:
     """What a rank needs to ask whether it may still commit; cheap to pickle.
 
@@ -84,8 +92,8 @@ class LeaseToken:
             following = replace(self, group=newest + 1)
             if epoch != self.epoch:
                 following.check()
-            record = {"since": time.time(), "devices": devices}
-            if self.store.claim_json(_group_name(self.epoch, following.group), record):
+            begun = asdict(_Group(time.time(), devices))
+            if self.store.claim_json(_group_name(self.epoch, following.group), begun):
                 return following
 
     def check(self) -> None:
@@ -193,12 +201,12 @@ def device_hours(store: Store) -> float:
     """
     names, held = store.names(FOLDER), 0.0
     for epoch in range(1, _newest(store)[0] + 1):
-        groups = [name for name in names if name.startswith(_name(epoch, "workers-"))]
+        files = [name for name in names if name.startswith(_name(epoch, "workers-"))]
         # Empty ones are of an earlier version: nothing is known of those groups.
-        records = [json.loads(data) for name in groups if (data := store.read(name))]
-        ends = [record["since"] for record in records] + [_end(store, epoch)]
-        for record, end in zip(records, ends[1:], strict=True):
-            held += max(0.0, end - record["since"]) * record["devices"]
+        groups = [_Group(**json.loads(data)) for name in files if (data := store.read(name))]
+        ends = [group.since for group in groups] + [_end(store, epoch)]
+        for group, end in zip(groups, ends[1:], strict=True):
+            held += max(0.0, end - group.since) * group.devices
     return held / 3600
 
 
@@ -266,8 +274,7 @@ def _newest(store: Store) -> tuple[int, int]:
 
 
 def _holder(store: Store, epoch: int) -> Holder:
-    record: dict[str, Any] = store.read_json(_name(epoch, "json"))
-    return Holder(**record)
+    return Holder(**store.read_json(_name(epoch, "json")))
 
 
 def _who(store: Store, epoch: int) -> str:

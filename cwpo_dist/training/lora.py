@@ -21,7 +21,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from cwpo_dist.config import LoraConfig
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
@@ -67,7 +67,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
         torch.manual_seed(seed)
         try:
             # In the model's own precision: DeepSpeed wants one, and keeps the fp32 masters itself.
-            adapted: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
+            adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
         except FOREIGN_ERRORS as error:
             raise LoraError(
                 f"lora.target_modules: {lora.target_modules!r}: peft cannot adapt "
@@ -83,9 +83,11 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, head: Head, seed: int) ->
     return adapted
 
 
-def _settings(model: PeftModel) -> Any:
-    """What peft made of ours; its types know no more than their base class."""
-    return model.peft_config["default"]
+def _settings(model: PeftModel) -> PeftLoraConfig:
+    """What peft made of ours."""
+    settings = model.peft_config["default"]
+    assert isinstance(settings, PeftLoraConfig)
+    return settings
 
 
 def _set_dropout(model: PeftModel, probability: float) -> None:
@@ -172,7 +174,7 @@ def hushed_peft() -> Iterator[None]:
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """A base under the adapter of a folder, as peft loads it."""
     with hushed_peft():
-        adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+        adapted = PeftModel.from_pretrained(model, str(adapter))
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -202,12 +204,13 @@ def parted(model: PreTrainedModel, adapted: set[str]) -> list[set[str]]:
 
 def untie(model: PreTrainedModel) -> None:
     """Gives the output embeddings a weight of their own; the configuration says so."""
-    head: Any = model.get_output_embeddings()
+    head = model.get_output_embeddings()
+    assert isinstance(head.weight, Tensor)
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     say_untied(model.config)
 
 
-def say_untied(config: Any) -> None:
+def say_untied(config: PretrainedConfig) -> None:
     """Lets a configuration say that input and output embeddings differ."""
     for section in {id(c): c for c in (config, config.get_text_config())}.values():
         section.tie_word_embeddings = False

@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cwpo_dist.config import ModelConfig
@@ -106,7 +107,7 @@ _CGROUPS = (
 
 
 def check_whole(
-    load_base: Callable[[ModelConfig], Any],
+    load_base: Callable[[ModelConfig], PreTrainedModel],
     base: ModelConfig,
     adapter: Path,
     merged: Path,
@@ -127,15 +128,15 @@ def check_whole(
         MergeMismatch: as `check_merged`.
     """
     exact = base.model_copy(update={"torch_dtype": "float32"})
-    adapted: Any = load_adapter(load_base(exact), adapter).float().eval()
-    wanted = _fingerprints(_weights(adapted))
+    adapted = load_adapter(load_base(exact), adapter).float().eval()
+    expected = _fingerprints(_weights(adapted))
     outputs = _outputs(adapted, head)
     del adapted
     gc.collect()  # peft's wrappers refer to each other
     load = load_policy if head == "logps" else load_reward_model
-    model: Any = load(_at(merged, base), device="cpu").eval()
+    model = load(_at(merged, base), device="cpu").eval()
     found = _fingerprints(model.named_parameters(remove_duplicate=False))
-    _compare({name: _off(found.get(name), weight) for name, weight in wanted.items()}, dtype)
+    _compare({name: _off(found.get(name), weight) for name, weight in expected.items()}, dtype)
     off = float((_outputs(model, head) - outputs).abs().median())
     logger.info("the merged model and its adapter: outputs on a probe differ by %.0e", off)
     if not off <= _OUTPUT[dtype]:  # also for NaN
@@ -180,7 +181,7 @@ def check_layers(base: ModelConfig, adapter: Path, merged: Path, dtype: torch.dt
     _compare(off | dict.fromkeys(updates.keys() - after.keys(), float("inf")), dtype)
 
 
-def _load_policy(model: ModelConfig) -> Any:
+def _load_policy(model: ModelConfig) -> PreTrainedModel:
     return load_policy(model, device="cpu")
 
 
@@ -227,7 +228,7 @@ def _fingerprints(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _outputs(model: Any, head: Head) -> Tensor:
+def _outputs(model: nn.Module, head: Head) -> Tensor:
     """Log-probs of random tokens given those before, or scores of random rows."""
     words = int(unwrapped(model).config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
@@ -271,11 +272,11 @@ def _tensor(file: Path, name: str) -> Tensor:
     return found
 
 
-def _off(found: Tensor | None, wanted: Tensor) -> float:
-    """The norm of the difference, of the norm of what is wanted."""
-    if found is None or found.shape != wanted.shape:
+def _off(found: Tensor | None, expected: Tensor) -> float:
+    """The norm of the difference, of the norm of what is expected."""
+    if found is None or found.shape != expected.shape:
         return math.inf
-    return float((found - wanted).norm() / wanted.norm().clamp_min(torch.finfo().tiny))
+    return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny))
 
 
 def _compare(off: Mapping[str, float], dtype: torch.dtype) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from cwpo_dist.storage import Store
 
@@ -17,24 +16,24 @@ PARTS, FILE = "metrics", "metrics.jsonl"
 BAR = 20  # characters
 
 
-def write_part(store: Store, step: int, records: Sequence[dict[str, Any]]) -> None:
+def write_part(store: Store, step: int, records: Sequence[Mapping[str, float]]) -> None:
     """The records up to a checkpoint's step; those of an earlier attempt at it stay."""
     store.create(f"{PARTS}/{step:06d}.jsonl", _lines(records))
 
 
-def join(store: Store) -> dict[str, Any]:
+def join(store: Store) -> dict[str, float]:
     """Writes `metrics.jsonl` from the parts of all attempts, each step once; its last record."""
-    records: dict[int, dict[str, Any]] = {}
+    records: dict[float, dict[str, float]] = {}
     for name in store.names(PARTS):
         for line in store.read(name).decode().splitlines():
-            record = json.loads(line)
-            records.setdefault(record["step"], record)
+            numbers = json.loads(line)
+            records.setdefault(numbers["step"], numbers)
     ordered = [records[step] for step in sorted(records)]
     store.write(FILE, _lines(ordered))
     return ordered[-1] if ordered else {}
 
 
-def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+def _lines(records: Sequence[Mapping[str, float]]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
@@ -44,26 +43,26 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def progress(record: dict[str, Any]) -> str:
+def progress(numbers: Mapping[str, float]) -> str:
     """A bar and the numbers that one watches."""
-    done, total = record["step"], record["total_steps"]
-    seconds = int((total - done) * record["pairs_per_step"] / record["pairs_per_second"])
+    done, total = numbers["step"], numbers["total_steps"]
+    seconds = int((total - done) * numbers["pairs_per_step"] / numbers["pairs_per_second"])
     left = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     shown = {
-        "loss": f"{record['loss']:.4f}",
-        "accuracy": _percent(record, "rewards/accuracies", "accuracy"),
-        "held out": _percent(record, "eval_rewards/accuracies", "eval_accuracy"),
-        "grad": f"{record['grad_norm']:.3g}",
-        "lr": f"{record['learning_rate']:.2e}",
+        "loss": f"{numbers['loss']:.4f}",
+        "accuracy": _percent(numbers, "rewards/accuracies", "accuracy"),
+        "held out": _percent(numbers, "eval_rewards/accuracies", "eval_accuracy"),
+        "grad": f"{numbers['grad_norm']:.3g}",
+        "lr": f"{numbers['learning_rate']:.2e}",
     }
-    numbers = "  ".join(f"{name} {value}" for name, value in shown.items() if value)
-    full = BAR * done // total
+    said = "  ".join(f"{name} {value}" for name, value in shown.items() if value)
+    full = int(BAR * done // total)
     return (
-        f"[{'=' * full}{' ' * (BAR - full)}] step {done}/{total}  {numbers}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+        f"[{'=' * full}{' ' * (BAR - full)}] step {done}/{total}  {said}  "
+        f"{numbers['tokens_per_second']:,.0f} tokens/s  {left} left"
     )
 
 
-def _percent(record: dict[str, Any], *names: str) -> str:
+def _percent(numbers: Mapping[str, float], *names: str) -> str:
     """The first of these that the record has, as a percentage."""
-    return next((f"{record[name]:.0%}" for name in names if name in record), "")
+    return next((f"{numbers[name]:.0%}" for name in names if name in numbers), "")

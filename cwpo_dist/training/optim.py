@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from cwpo_dist.config import TrainingConfig
@@ -29,10 +29,11 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    kind: Any = torch.optim.AdamW if config.optim == "adamw" else torch.optim.SGD
+    kind: Callable[..., torch.optim.Optimizer] = (
+        torch.optim.AdamW if config.optim == "adamw" else torch.optim.SGD
+    )
     # fused: one pass over weights and state, and no copies of them on the way
-    optimizer: torch.optim.Optimizer = kind(groups, lr=config.learning_rate, fused=True)
-    return optimizer
+    return kind(groups, lr=config.learning_rate, fused=True)
 
 
 def learning_rates(config: TrainingConfig, total_steps: int) -> Callable[[int], float]:
@@ -41,12 +42,13 @@ def learning_rates(config: TrainingConfig, total_steps: int) -> Callable[[int], 
     It is `transformers`' schedule without its state, so a resumed run needs none.
     """
     unit = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule: Any = get_scheduler(
+    schedule = get_scheduler(
         config.lr_scheduler_type,
         unit,
         num_warmup_steps=config.warmup_steps,
         num_training_steps=total_steps,
     )
+    assert isinstance(schedule, LambdaLR)
     factor = schedule.lr_lambdas[0]
     return lambda step: float(config.learning_rate * factor(step))
 

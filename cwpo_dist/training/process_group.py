@@ -23,7 +23,7 @@ class StoppableTorchConfig(TorchConfig):
     """Ray's process group set-up, and signal handlers in each rank."""
 
     @property
-    def backend_cls(self) -> type[Any]:
+    def backend_cls(self) -> type[_Backend]:
         """What Ray calls on its way."""
         return _Backend
 
@@ -32,7 +32,7 @@ _TorchBackend: Any = TorchConfig().backend_cls  # its class has no public name
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]  # of a type that only Ray knows
-    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+    def on_training_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Handlers can be set in a process's main thread alone; training runs in another."""
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(_handle_stop_signals)

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, final
 
 import torch
 import torch.distributed as dist
@@ -54,12 +54,27 @@ class RankSpec(Protocol):
         """Of the ranks."""
         ...
 
-    def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, Any]:
+    def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, object]:
         """One rank's part; what rank 0 returns is the group's."""
         ...
 
 
-def run_rank(spec: RankSpec, token: LeaseToken) -> dict[str, Any] | None:
+@final
+class Done(TypedDict):
+    """A good end; a plain dictionary, as for a class Ray Train's controller would import us."""
+
+    summary: dict[str, object]
+
+
+@final
+class Refusal(TypedDict):
+    """An end that no retry would help: the name of one of ENDS, or `refused`, and what it says."""
+
+    error: str
+    message: str
+
+
+def run_rank(spec: RankSpec, token: LeaseToken) -> Done | Refusal | None:
     """One rank, as Ray Train starts it; its process group is there already.
 
     Args:
@@ -110,7 +125,7 @@ def rank_process(config: TrainingConfig, device: torch.device) -> Iterator[Watch
         watchdog.end()
 
 
-def refusal(token: LeaseToken) -> dict[str, Any] | None:
+def refusal(token: LeaseToken) -> Refusal | None:
     """What an earlier group of this driver could not train with, if that is why it ended."""
     name = _refusal_name(token)
     return token.store.read_json(name) if token.store.exists(name) else None

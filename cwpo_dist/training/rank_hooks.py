@@ -7,7 +7,7 @@ ranks alike where they are collectives.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray.train
 import torch
@@ -48,7 +48,7 @@ class RankHooks(Hooks):
             keep=rank.spec.config.save_total_limit,
             fence=rank.token.check,
         )
-        self._records: list[dict[str, Any]] = []
+        self._records: list[dict[str, float]] = []
         self._asked_driver = self._asked_ray = self._saved = time.monotonic()
         self._asks_ray = self._heeded_notice = False
 
@@ -102,7 +102,7 @@ class RankHooks(Hooks):
         self._rank.watchdog.beat()
         return numbers
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, float]) -> None:
         """Keeps the record for the next checkpoint, hands it to trackers, and shows it."""
         self._records.append(record)
         for tracker in self._trackers:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -50,7 +50,7 @@ class Gatherer(Protocol):
 
     rank: int
 
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
         """A context in which the data of these parameters is whole on every rank."""
 
 

@@ -185,7 +185,7 @@ class _Overlap:
     target: Tensor
 
 
-def _read_into(target: Tensor, file: Any) -> None:
+def _read_into(target: Tensor, file: IO[bytes]) -> None:
     for piece in target.split(_READ_BYTES // 4):
         data = file.read(piece.numel() * 4)
         piece.copy_(torch.frombuffer(bytearray(data), dtype=torch.float32))

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
@@ -55,7 +55,7 @@ class Targets:
     once: list[str] = field(default_factory=list)
 
 
-def targets(model: Any, lora: LoraConfig) -> Targets:
+def targets(model: PreTrainedModel, lora: LoraConfig) -> Targets:
     """What of a model a section asks to adapt.
 
     Args:
@@ -81,7 +81,7 @@ def targets(model: Any, lora: LoraConfig) -> Targets:
     return replace(_with_ranks(lora, modules, parameters), once=once)
 
 
-def _all_linear(model: Any, lora: LoraConfig, fused: list[str]) -> Targets:
+def _all_linear(model: PreTrainedModel, lora: LoraConfig, fused: list[str]) -> Targets:
     """Every linear layer of the decoder, and its fused experts."""
     decoder = _text_decoder(model)
     prefix = next(name for name, part in model.named_modules() if part is decoder)
@@ -94,7 +94,7 @@ def _all_linear(model: Any, lora: LoraConfig, fused: list[str]) -> Targets:
     return _with_ranks(lora, names, fused)
 
 
-def unknown_target(model: Any, target: str) -> LoraError:
+def unknown_target(model: PreTrainedModel, target: str) -> LoraError:
     """The refusal of a target that nothing in a model without adapters has, with what there is."""
     decoder = _text_decoder(model)
     every = [name.rpartition(".")[2] for name in _linear(decoder)]
@@ -110,7 +110,7 @@ def unknown_target(model: Any, target: str) -> LoraError:
     )
 
 
-def left_out(adapted: Any) -> list[str]:
+def left_out(adapted: PreTrainedModel) -> list[str]:
     """The last names of linear layers that take an adapter and have none, each once.
 
     Args:
@@ -128,12 +128,12 @@ def _with_ranks(lora: LoraConfig, modules: list[str], parameters: list[str]) -> 
     return Targets(modules, parameters, {pattern: 2 * lora.r}, {pattern: 2 * lora.lora_alpha})
 
 
-def _text_decoder(model: Any) -> Any:
+def _text_decoder(model: PreTrainedModel) -> nn.Module:
     """The decoder, without what a model for images has beside it."""
-    decoder = decoder_of(model)
+    decoder: PreTrainedModel = decoder_of(model)
     if model.config.get_text_config() is model.config:
         return decoder
-    inner = decoder.get_decoder()
+    inner: nn.Module = decoder.get_decoder()
     return inner if any(part is inner for part in decoder.modules()) else decoder
 
 
@@ -146,7 +146,7 @@ def _linear(decoder: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _is_linear(layer: Any) -> bool:
+def _is_linear(layer: nn.Module) -> bool:
     """Whether its output is one of a linear layer, as an adapter takes for granted.
 
     Subclasses with a `forward` of their own may give something else (groups, a tuple): those are
@@ -162,7 +162,7 @@ def _is_linear(layer: Any) -> bool:
     }
     try:
         some = torch.empty(2, layer.in_features, device="meta")
-        output: Any = functional_call(layer, bare, (some,))
+        output = functional_call(layer, bare, (some,))
     except FOREIGN_ERRORS:
         return False
     return getattr(output, "shape", None) == (2, layer.out_features)
@@ -178,7 +178,7 @@ def _fused(decoder: nn.Module) -> Iterator[str]:
                     yield f"{leaf}.{own}"
 
 
-def _once_separate(model: Any) -> frozenset[str]:
+def _once_separate(model: PreTrainedModel) -> frozenset[str]:
     """What projections that are one parameter today were called in checkpoints, as peft knows."""
     conversions = get_checkpoint_conversion_mapping(model.config.model_type) or []
     fused = [each for each in conversions if isinstance(each, WeightConverter)]

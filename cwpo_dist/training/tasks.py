@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -193,7 +193,7 @@ class Preference(Task):
         if self.references is None and OBJECTIVES[self.loss_type].reference:
             raise TaskError(f"loss_type {self.loss_type!r} needs references: run `reference`")
 
-    def _check_numbers(self, name: str, numbers: Sequence[Any]) -> None:
+    def _check_numbers(self, name: str, numbers: Sequence[object]) -> None:
         if len(numbers) != len(self.rows):
             raise TaskError(
                 f"{len(self.rows)} pairs have {len(numbers)} {name}: run `reference` and `weigh` "

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from cwpo_dist.config import Tracker
 from cwpo_dist.storage import Store
-from cwpo_dist.training.courier import Courier, Stamped
+from cwpo_dist.training.courier import Courier, Stamped, TrackedRun
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def open_runs(
     stage: Store,
     name: str,
     identity: str,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     start: int,
 ) -> list[Courier]:
     """Opens or continues the run in each tracker; on rank 0 alone.
@@ -102,7 +102,7 @@ class _TensorBoard:
     """Event files in `tensorboard/`; several attempts write a file each, read as one run."""
 
     def __init__(
-        self, stage: Store, name: str, identity: str, settings: Mapping[str, Any], start: int
+        self, stage: Store, name: str, identity: str, settings: Mapping[str, object], start: int
     ) -> None:
         self._settings, self._start = settings, start
         self._store = stage.child(TENSORBOARD)
@@ -134,10 +134,10 @@ class _TensorBoard:
         self._writer = writer
 
     def log(self, records: Sequence[Stamped]) -> None:
-        for moment, record in records:
-            for key, value in record.items():
+        for moment, numbers in records:
+            for key, value in numbers.items():
                 shown = self._scalar(_by_side(key), value)
-                event = self._event(wall_time=moment, step=int(record["step"]), summary=shown)
+                event = self._event(wall_time=moment, step=int(numbers["step"]), summary=shown)
                 self._writer.write_event(event)
 
     def flush(self) -> None:
@@ -158,7 +158,7 @@ class _MLflow:
     TAG = "cwpo_dist.identity"
 
     def __init__(
-        self, stage: Store, name: str, identity: str, settings: Mapping[str, Any], start: int
+        self, stage: Store, name: str, identity: str, settings: Mapping[str, object], start: int
     ) -> None:
         self._name, self._identity, self._settings = name, identity, settings
 
@@ -192,10 +192,10 @@ class _MLflow:
     def log(self, records: Sequence[Stamped]) -> None:
         """Raw names, as transformers has them; a step that is there already stays as it is."""
         metrics = [
-            self._metric(key, value, int(moment * 1000), int(record["step"]))
-            for moment, record in records
-            if record["step"] > self._last
-            for key, value in record.items()
+            self._metric(key, value, int(moment * 1000), int(numbers["step"]))
+            for moment, numbers in records
+            if numbers["step"] > self._last
+            for key, value in numbers.items()
         ]
         if metrics:
             self._client.log_batch(self._id, metrics=metrics)
@@ -211,7 +211,7 @@ class _WandB:
     """A run under a fixed id; the machine, the console and the code stay with us."""
 
     def __init__(
-        self, stage: Store, name: str, identity: str, settings: Mapping[str, Any], start: int
+        self, stage: Store, name: str, identity: str, settings: Mapping[str, object], start: int
     ) -> None:
         self._name, self._identity, self._settings = name, identity, settings
         self._run: Any = None
@@ -238,9 +238,9 @@ class _WandB:
         )
 
     def log(self, records: Sequence[Stamped]) -> None:
-        for _, record in records:
-            values = {_by_side(key): value for key, value in record.items()}
-            self._run.log(values, step=int(record["step"]))
+        for _, numbers in records:
+            values = {_by_side(key): value for key, value in numbers.items()}
+            self._run.log(values, step=int(numbers["step"]))
 
     def flush(self) -> None:
         """W&B's own process does."""
@@ -280,7 +280,7 @@ def _wandb_settings() -> Mapping[str, str]:
     return parser["default"] if parser.has_section("default") else {}
 
 
-_MAKERS: dict[Tracker, Callable[[Store, str, str, Mapping[str, Any], int], Any]] = {
+_MAKERS: dict[Tracker, Callable[[Store, str, str, Mapping[str, object], int], TrackedRun]] = {
     "tensorboard": _TensorBoard,
     "mlflow": _MLflow,
     "wandb": _WandB,

@@ -8,11 +8,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import total_steps
@@ -66,7 +66,7 @@ class TrainSpec:
     make_held_out: Callable[[Encoder], Task] | None = None
     known: Identity | None = None
 
-    def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, Any]:
+    def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, object]:
         """Trains from the newest checkpoint to the end; rank 0 exports.
 
         Args:
@@ -163,11 +163,11 @@ class TrainRank:
 
         Rank 0 decides both for all.
         """
-        decided: list[Any] = [None, None]
+        decided: list[tuple[checkpoint.Checkpoint | None, str]] = [(None, "")]
         if self.number == 0:
-            decided = [checkpoint.newest(self.spec.store), uuid.uuid4().hex[:8]]
+            decided = [(checkpoint.newest(self.spec.store), uuid.uuid4().hex[:8])]
         dist.broadcast_object_list(decided, src=0)
-        found, attempt = decided
+        found, attempt = decided[0]
         if found is None:
             return 0, attempt
         checkpoint.load(found, self.engine, self.identity)
@@ -181,7 +181,7 @@ class TrainRank:
         spec, tokenizer = self.spec, self.encoder.tokenizer
         if self.number == 0:
             self.token.check()
-        if spec.config.lora is None:
+        if not isinstance(self.model, PeftModel):
             saving.export_full(self.engine, self.model, tokenizer, spec.store)
             return
         adapter = saving.gather_weights(self.engine, self.model, saving.trainable_names(self.model))
@@ -197,14 +197,17 @@ class TrainRank:
                 spec.known,
             )
 
-    def counts(self, total: int, run: loop.Run) -> dict[str, Any]:
+    def counts(self, total: int, run: loop.Run) -> dict[str, object]:
         """Numbers of the whole run, once `metrics.jsonl` is written."""
         last = metrics_log.join(self.spec.store)
-        rows = {"steps": total, "rows": len(self.task.rows), "layout": run.layout, "last": last}
-        return rows | ({"left_out": dict(self.task.left_out)} if self.task.left_out else {})
+        left_out = {"left_out": dict(self.task.left_out)} if self.task.left_out else {}
+        rows = len(self.task.rows)
+        return {"steps": total, "rows": rows, "layout": run.layout, "last": last, **left_out}
 
 
-def _load(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Any:
+def _load(
+    spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PreTrainedModel | PeftModel:
     """The model as training sees it: adapted if asked for, and ready to recompute activations."""
     if spec.head == "logps":
         model = load_policy(spec.model, device=device)
