@@ -267,13 +267,12 @@ def test_the_rate_with_the_best_validation_accuracy_is_taken_of_equal_ones_the_s
         "cw": dict(zip(rates, (0.8, 0.7, 0.8, 0.3), strict=True)),
     }
 
-    def measured(run: Config, arm: str) -> dict[str, Any]:
+    def agreement(run: Config, arm: str) -> tuple[float, int]:
         assert run.evaluate.split == "validation"
-        accuracy = right[arm][run.align.learning_rate]
-        return {"policy": {"agreement": {"accuracy": accuracy, "n": 20}}}
+        return right[arm][run.align.learning_rate], 20
 
     monkeypatch.setattr(comparison, "make_all", lambda jobs: None)
-    monkeypatch.setattr(comparison, "_measured", measured)
+    monkeypatch.setattr(comparison, "_agreement", agreement)
     chosen, _ = comparison._rates(made, trials(made))
     assert {trial.arm: rate for trial, rate in chosen.items()} == {"weak": 1e-3, "cw": 1e-4}
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +60,7 @@ class HeldOut:
 
 def annotator_figures(
     held: HeldOut, calibration: HeldOut | None, names: Sequence[str], *, by_member: bool
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What annotators are worth on held-out pairs, together and, where there are several, each.
 
     Args:
@@ -116,7 +115,7 @@ def _single(calibration: HeldOut | None, k: int) -> tuple[Temperature | None, st
 
 def _figures(
     held: HeldOut, margin: Floats, temperature: Temperature | None, why: str | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Figures of one margin a pair, on the pairs that have it."""
     known = np.isfinite(margin)
     pairs = held.select(known)
@@ -135,14 +134,14 @@ def _figures(
     }
 
 
-def _ensemble(held: HeldOut, joined: Joined) -> dict[str, Any]:
+def _ensemble(held: HeldOut, joined: Joined) -> dict[str, object]:
     """Accuracy where all annotators agree and where they do not."""
     known = np.isfinite(joined.margin)
     margin, dissent = joined.margin[known], joined.dissent[known]
     pairs = held.select(known)
     human, groups = signs(pairs.labels), group_numbers(pairs.prompts, len(margin))
     parts = {"unanimous": dissent == 0, "contested": dissent > 0}
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         name: agreement(margin[part], human[part], groups[part]).as_dict()
         for name, part in parts.items()
     }

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,7 +27,7 @@ Z95 = 1.959963984540054  # the normal's 97.5 % quantile
 class AsDict:
     """Gives frozen records a plain form for JSON."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The record as plain dictionaries, lists and numbers."""
         assert not isinstance(self, type)
         # Only its subclasses are dataclasses, which the type of `asdict` cannot know.

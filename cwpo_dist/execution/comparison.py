@@ -82,7 +82,7 @@ def _context(config: Config) -> Context:
     return Context(Store(config.output_dir))
 
 
-def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, Any]]:
+def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, object]]:
     """Each trial's rate, and by name how good those tried were and on how many pairs.
 
     The rule is one for all: the highest share of held-out `validation` labels that the implicit
@@ -91,15 +91,7 @@ def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, Any]]:
     given = section(config).learning_rates or [config.align.learning_rate]
     if not tuned(config):
         return dict.fromkeys(chosen, given[0]), {"tried": {}, "validation_pairs": {}}
-    runs = {(t, rate): tuning(config, t, rate) for t in chosen for rate in sorted(given)}
-    make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
-    tried: dict[Trial, dict[float, float]] = {trial: {} for trial in chosen}
-    pairs = {}
-    for (trial, rate), run in runs.items():
-        agreement = _measured(run, trial.arm)["policy"]["agreement"]
-        if agreement["accuracy"] is None:
-            raise ConfigError("compare.learning_rates: validation has no labelled pair that fits")
-        tried[trial][rate], pairs[trial] = agreement["accuracy"], agreement["n"]
+    tried, pairs = _tried(config, chosen, given)
     rates = {trial: max(found, key=lambda rate: found[rate]) for trial, found in tried.items()}
     told = names(chosen)
     for trial, rate in rates.items():
@@ -113,19 +105,37 @@ def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, Any]]:
     }
 
 
+def _tried(
+    config: Config, chosen: list[Trial], given: list[float]
+) -> tuple[dict[Trial, dict[float, float]], dict[Trial, int]]:
+    """Each trial's agreement by learning rate, and on how many pairs it was measured."""
+    runs = {(t, rate): tuning(config, t, rate) for t in chosen for rate in sorted(given)}
+    make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
+    tried: dict[Trial, dict[float, float]] = {trial: {} for trial in chosen}
+    pairs: dict[Trial, int] = {}
+    for (trial, rate), run in runs.items():
+        accuracy, pairs[trial] = _agreement(run, trial.arm)
+        if accuracy is None:
+            raise ConfigError("compare.learning_rates: validation has no labelled pair that fits")
+        tried[trial][rate] = accuracy
+    return tried, pairs
+
+
+def _agreement(config: Config, arm: str) -> tuple[float | None, int]:
+    """The share of held-out labels that the policy agrees with, and of how many."""
+    metrics = _evaluated(config, arm)[0].read_json("metrics.json")
+    found = metrics["policy"]["agreement"]
+    return found["accuracy"], found["n"]
+
+
 def _evaluated(config: Config, arm: str) -> tuple[Store, Mapping[str, Node]]:
     nodes = graph(config, arm)
     return _context(config).place(nodes["evaluate"]), nodes
 
 
-def _measured(config: Config, arm: str) -> dict[str, Any]:
-    metrics: dict[str, Any] = _evaluated(config, arm)[0].read_json("metrics.json")
-    return metrics
-
-
 def collect(
-    config: Config, runs: Mapping[tuple[Trial, int], Config], tuned_by: Mapping[str, Any]
-) -> dict[str, Any]:
+    config: Config, runs: Mapping[tuple[Trial, int], Config], tuned_by: Mapping[str, object]
+) -> dict[str, object]:
     """Every figure: means over seeds; differences of any two, paired by seed and item."""
     told = names([*dict.fromkeys(trial for trial, _ in runs)])
     items = {name: _items(runs, trial) for trial, name in told.items()}
@@ -141,13 +151,7 @@ def collect(
             "test_pairs": sum(len(of.names) for of in items[name]["accuracy"].values()),
             "figures": {k: over_seeds([*v.values()]).as_dict() for k, v in items[name].items()},
             "against": {
-                other: {
-                    k: paired(v, items[other][k]).as_dict()
-                    for k, v in items[name].items()
-                    if k in items[other]
-                }
-                for other in items
-                if other != name
+                other: _against(items[name], items[other]) for other in items if other != name
             },
             **_by_seed(trial, single),
         }
@@ -165,6 +169,12 @@ def collect(
         "trials": entries,
         "config": config.model_dump(mode="json"),
     }
+
+
+def _against(
+    ours: Mapping[str, Mapping[int, Items]], theirs: Mapping[str, Mapping[int, Items]]
+) -> dict[str, object]:
+    return {k: paired(v, theirs[k]).as_dict() for k, v in ours.items() if k in theirs}
 
 
 def _devices(runs: Mapping[tuple[Trial, int], Config]) -> set[str]:
@@ -218,14 +228,18 @@ def _figures(store: Store) -> Iterator[tuple[str, Items]]:
         return
     answers = read_rows(store, ANSWERS, JudgedAnswer, JUDGED_SCHEMA)
     for name in BASELINES:
-        rows = [answer for answer in answers if answer.against == name]
-        if name == "common":
-            yield "length", _of(rows, [row.length for row in rows])
-        if rows and rows[0].gold is not None:
-            ours = np.array([row.gold for row in rows], dtype=np.float64)
-            theirs = np.array([row.baseline_gold for row in rows], dtype=np.float64)
-            yield f"gra_{name}", _of(rows, ours > theirs)
-            yield f"ties_{name}", _of(rows, ours == theirs)
+        yield from _judged(name, [answer for answer in answers if answer.against == name])
+
+
+def _judged(name: str, rows: Sequence[JudgedAnswer]) -> Iterator[tuple[str, Items]]:
+    """Figures of answers held against those of one baseline."""
+    if name == "common":
+        yield "length", _of(rows, [row.length for row in rows])
+    if rows and rows[0].gold is not None:
+        ours = np.array([row.gold for row in rows], dtype=np.float64)
+        theirs = np.array([row.baseline_gold for row in rows], dtype=np.float64)
+        yield f"gra_{name}", _of(rows, ours > theirs)
+        yield f"ties_{name}", _of(rows, ours == theirs)
 
 
 def _of(rows: Sequence[MeasuredPair] | Sequence[JudgedAnswer], values: ArrayLike) -> Items:
@@ -236,7 +250,7 @@ def _of(rows: Sequence[MeasuredPair] | Sequence[JudgedAnswer], values: ArrayLike
     )
 
 
-def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, Any]:
+def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, object]:
     """Figures that have no items: one number a seed, and their mean with Student's interval."""
     found: dict[str, list[float]] = {}
     for run in runs:
@@ -287,6 +301,6 @@ def _annotator(found: dict[str, Any] | None) -> dict[str, float | None]:
     }
 
 
-def _seeds(values: list[float]) -> dict[str, Any]:
+def _seeds(values: list[float]) -> dict[str, object]:
     items = [Items(["all"], [k], np.array([value])) for k, value in enumerate(values)]
     return over_seeds(items).as_dict()

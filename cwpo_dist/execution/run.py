@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Literal, TypedDict
 
 import ray
 
@@ -30,6 +30,16 @@ from cwpo_dist.training.lease import device_hours
 logger = logging.getLogger(__name__)
 
 STARTED = "started.json"  # written first: tells a half-finished output from none
+KEYED: tuple[Literal["settings", "inputs"], ...] = ("settings", "inputs")
+
+
+class Started(TypedDict):
+    """What a manifest says of an output before it is made, and `started.json` says alone."""
+
+    stage: str
+    key: str
+    settings: Mapping[str, object]
+    inputs: Mapping[str, str]
 
 
 def run(config: Config, until: str | None = None, resume: bool = False) -> str:
@@ -137,7 +147,7 @@ def _made_from(config: Config, context: Context, node: Node) -> Iterable[Node]:
             yield made
 
 
-def _record(context: Context, node: Node, counts: dict[str, Any], started: float) -> Manifest:
+def _record(context: Context, node: Node, counts: Mapping[str, object], started: float) -> Manifest:
     return Manifest(
         **_identity(node),
         counts=counts,
@@ -153,7 +163,7 @@ def _device_hours(output: Store) -> float:
     return float(f"{device_hours(output) + held_hours(output):.6g}")
 
 
-def _identity(node: Node) -> dict[str, Any]:
+def _identity(node: Node) -> Started:
     return {
         "stage": node.stage,
         "key": node.key,
@@ -181,7 +191,7 @@ def _tell_changed(context: Context, node: Node, resume: bool) -> None:
         logger.warning("%s: starting from scratch", message)
 
 
-def _unfinished(stage: Store) -> list[tuple[str, dict[str, Any]]]:
+def _unfinished(stage: Store) -> list[tuple[str, Started]]:
     """The outputs of a stage that were started and never committed."""
     names = set(stage.names())
     keys = {name.split("/")[0] for name in names if name.endswith(f"/{STARTED}")}
@@ -189,11 +199,11 @@ def _unfinished(stage: Store) -> list[tuple[str, dict[str, Any]]]:
     return [(key, stage.read_json(f"{key}/{STARTED}")) for key in half]
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _changed(old: Started, new: Started) -> list[str]:
     """Dotted names of the settings and inputs that differ."""
     return [
         f"{part}.{name}"
-        for part in ("settings", "inputs")
+        for part in KEYED
         for name in sorted(old[part].keys() | new[part].keys())
         if old[part].get(name) != new[part].get(name)
     ]

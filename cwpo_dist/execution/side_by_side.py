@@ -8,9 +8,8 @@ all its tasks: the next start resumes each from its last checkpoint.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 
@@ -39,14 +38,7 @@ def make_all(jobs: Sequence[Job]) -> None:
     """
     for root in {job.context.root.uri: job.context.root for job in jobs}.values():
         root.sweep()
-    first = {job.node.path: job for job in reversed(jobs)}
-    each = [first[path] for path in dict.fromkeys(job.node.path for job in jobs)]
-    waiting = []
-    for job in each:
-        if job.context.done(job.node):
-            clear(job.context, job.node)
-        else:
-            waiting.append(job)
+    waiting = list(_left(jobs))
     if not waiting:
         return
     connect()
@@ -60,9 +52,20 @@ def make_all(jobs: Sequence[Job]) -> None:
     _side_by_side(waiting, room)
 
 
+def _left(jobs: Sequence[Job]) -> Iterator[Job]:
+    """Each output that is not there yet, once; clears those that are."""
+    first = {job.node.path: job for job in reversed(jobs)}
+    for path in dict.fromkeys(job.node.path for job in jobs):
+        job = first[path]
+        if job.context.done(job.node):
+            clear(job.context, job.node)
+        else:
+            yield job
+
+
 def _side_by_side(waiting: list[Job], room: Room) -> None:
     to_come, number = {job.node.path for job in waiting}, len(waiting)
-    running: dict[Any, Job] = {}
+    running: dict[ray.ObjectRef[None], Job] = {}
     while waiting or running:
         for job in list(waiting):
             used = plus(*(need(other.node, room) for other in running.values()))
