@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.runs.arms import ArmRun, needs_annotator
@@ -17,12 +18,12 @@ from cwpo_dist.runs.stage import Stage
 from cwpo_dist.stages import LISTED
 
 
-def _record(name: str) -> Stage:
-    stage: Stage = import_module(f"cwpo_dist.stages.{name}").STAGE
+def _record(name: str) -> Stage[Any]:
+    stage: Stage[Any] = import_module(f"cwpo_dist.stages.{name}").STAGE
     return stage
 
 
-STAGES: dict[str, Stage] = {name: _record(name) for name in LISTED}
+STAGES: dict[str, Stage[Any]] = {name: _record(name) for name in LISTED}
 
 
 def graph(config: Config, arm: str) -> dict[str, Node]:

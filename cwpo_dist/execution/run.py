@@ -118,7 +118,7 @@ def retry_rejects(config: Config) -> str:
     return config.output_dir
 
 
-def _retry(config: Config, context: Context, node: Node, again: Retry) -> Node:
+def _retry(config: Config, context: Context, node: Node, again: Retry[Any]) -> Node:
     """Retries the rejects of one annotator, commits that, and says what was made before it."""
     readers = list(_made_from(config, context, node))
     started = time.time()

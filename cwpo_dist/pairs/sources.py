@@ -32,6 +32,8 @@ from cwpo_dist.pairs.transcripts import is_transcript
 
 logger = logging.getLogger(__name__)
 
+Fingerprint = Collection[object]  # marks of files, or a hub data set's id and revision
+
 # What gives labels to pairs that have none, whatever share of them may be used.
 MAP_LABELS = (
     "name their column under prepare.sources.N.columns (label; or chosen and rejected), if there "
@@ -94,7 +96,7 @@ def check(config: PrepareConfig) -> None:
     plan(config)
 
 
-def source_fingerprints(config: PrepareConfig) -> list[Collection[object]]:
+def source_fingerprints(config: PrepareConfig) -> list[Fingerprint]:
     """What identifies the inputs as they are now, without reading them; one entry a source.
 
     Raises:
@@ -168,7 +170,7 @@ def _text_bytes(part: Part) -> int:
     return part.size * _EXPANSION.get(part.reader, _COMPRESSED if packed else 1)
 
 
-def _fingerprint(index: int, source: Source) -> Collection[object]:
+def _fingerprint(index: int, source: Source) -> Fingerprint:
     if not is_hub_id(source.path):
         return list(find(f"prepare.sources.{index}", source).marks)
     if source.revision is None:

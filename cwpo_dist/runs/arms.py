@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from cwpo_dist.config import (
     ARMS,
@@ -18,7 +18,7 @@ from cwpo_dist.config import (
     WeighConfig,
 )
 from cwpo_dist.pairs.numbers import Own
-from cwpo_dist.pairs.sources import source_fingerprints
+from cwpo_dist.pairs.sources import Fingerprint, source_fingerprints
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.node import Nodes
 from cwpo_dist.storage import Store
@@ -58,7 +58,7 @@ class ArmRun:
         return Store(self.config.output_dir)
 
     @cached_property
-    def sources_now(self) -> list[Any]:
+    def sources_now(self) -> list[Fingerprint]:
         """Marks of the sources, listed once: all outputs of an arm descend from the same files."""
         return source_fingerprints(self.config.prepare)
 
@@ -163,9 +163,9 @@ class Chooser:
     temperature: float | Literal["fitted"] | None = None
     calibration_split: Split | None = None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What decides who is chosen; what few arms have is there for them alone."""
-        content: dict[str, Any] = {"labels": self.labels, "splits": list(self.splits)}
+        content: dict[str, object] = {"labels": self.labels, "splits": list(self.splits)}
         if self.own is not None:
             content |= {"own": self.own, "column": self.column}
         if self.temperature is not None:
@@ -193,7 +193,7 @@ class Weighting:
     min_confidence: float | None
     divided_by_mean: bool
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """All of it; division is there where it is done."""
         content = self.chooser.identity() | {
             "weight_function": self.weight_function,

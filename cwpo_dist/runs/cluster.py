@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import sys
-from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
@@ -47,12 +46,11 @@ def connect() -> None:
         return
     address = named_cluster()
     refuse_unreachable(address)
-    options: dict[str, Any] = {}
-    if address is None:  # elsewhere Ray's nodes, or the job, have their own
-        settings = {name: os.environ.get(name, value) for name, value in WORKERS.items()}
-        options["runtime_env"] = {"env_vars": settings}
+    settings = {name: os.environ.get(name, value) for name, value in WORKERS.items()}
+    # Elsewhere Ray's nodes, or the job, have their own.
+    environment = None if address is not None else {"env_vars": settings}
     try:
-        ray.init(address=address or "local", logging_level=logging.WARNING, **options)
+        ray.init(address or "local", logging_level=logging.WARNING, runtime_env=environment)
     except Exception as error:  # of a node that starts too slowly Ray raises just this
         text = " ".join(str(error).split())
         if address is None:

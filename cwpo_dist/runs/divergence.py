@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def kl_divergence(
     policy: ModelConfig,
     pool: ReferenceConfig,
     rows_a_shard: int,
-) -> dict[str, Any]:
+) -> dict[str, float | None]:
     """KL(π‖π_SFT) = E_{y∼π} log π(y|x)/π_SFT(y|x), by the answers that π was heard to give.
 
     They were sampled at `evaluate.temperature`, and one cut at `max_new_tokens` is taken to end

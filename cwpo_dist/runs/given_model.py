@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint, of_tokenizer
@@ -30,7 +29,7 @@ class GivenModel:
     field: str
     config: ModelConfig
     template: str
-    now: list[list[Any]]
+    now: list[list[object]]
 
     @classmethod
     def of(cls, field: str, config: ModelConfig) -> GivenModel:
@@ -41,12 +40,12 @@ class GivenModel:
         """
         return cls(field, config, _template(config), model_fingerprint(config))
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What decides its numbers."""
         model = self.config.identity() | {"chat_template": self.template}
         return {"model": model, "model_now": self.now}
 
-    def token_identity(self) -> dict[str, Any]:
+    def token_identity(self) -> dict[str, object]:
         """What decides the tokens that it makes of texts."""
         model = self.config.model_dump(mode="json", include=_OF_TOKENS)
         return model | {"chat_template": self.template, "tokenizer_now": of_tokenizer(self.now)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Protocol, runtime_checkable
+from typing import ClassVar, Generic, Protocol, runtime_checkable
 
 from typing_extensions import TypeVar
 
@@ -23,7 +23,7 @@ _IN_KEY = "in the key"
 class Identified(Protocol):
     """Has content of its own to be hashed: a section of the configuration, a model."""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What of it decides an output."""
 
 
@@ -53,9 +53,9 @@ class Settings:
         """The section that says where it runs; None: in the driver, or in few small tasks."""
         return None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The content that the key hashes: of sections and models their own, side by side."""
-        content: dict[str, Any] = {}
+        content: dict[str, object] = {}
         for each in fields(self):
             if not each.metadata.get(_IN_KEY, True):
                 continue

@@ -110,7 +110,7 @@ class _Probe:
         return ""
 
 
-def _named(node: Mapping[str, Any]) -> str:
+def _named(node: Mapping[str, object]) -> str:
     return f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
 
 

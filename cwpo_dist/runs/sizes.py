@@ -124,7 +124,7 @@ def model_size(model: ModelConfig, load: Loader = policy) -> ModelSize:
     module = _skeleton(model, load)
     decoder = decoder_of(module)
     text = module.config.get_text_config()
-    head: Any = module.get_output_embeddings()
+    head = module.get_output_embeddings()
     return ModelSize(
         parameters=sum(p.numel() for p in module.parameters()),
         matmul=matmul_weights(decoder, text),
@@ -145,14 +145,15 @@ def trained_size(model: ModelConfig, load: Loader, lora: LoraConfig | None) -> T
     Raises:
         LoraError: for adapters that this model cannot have.
     """
-    module: Any = _skeleton(model, load)
+    plain = _skeleton(model, load)
+    module: nn.Module = plain
     copied, notes = 0, tuple[str, ...]()
     if lora is None:
         module.requires_grad_(True)
     else:
-        module = add_lora(module, lora, "logps" if load is policy else "scores", seed=0)
-        refuse_unreadable(module, lora)
-        notes = tuple(adapter_notes(module, lora))
+        adapted = add_lora(plain, lora, "logps" if load is policy else "scores", seed=0)
+        refuse_unreadable(adapted, lora)
+        notes, module = tuple(adapter_notes(adapted, lora)), adapted
     number = sum(p.numel() for p in module.parameters() if p.requires_grad)
     if lora is not None:
         copied = leave_experts(module)
@@ -163,7 +164,7 @@ def trained_size(model: ModelConfig, load: Loader, lora: LoraConfig | None) -> T
         return TrainedSize(lora, number, None, one_line(error), copied, notes)
 
 
-def _cached(config: Any) -> int:
+def _cached(config: object) -> int:
     """Keys and values of a token in all layers; more than a window or a state space keeps."""
     heads = whole_number(config, "num_key_value_heads")
     heads = heads or whole_number(config, "num_attention_heads")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Generic, Literal, TypeVar
 
 from cwpo_dist.config import PoolConfig, TrainingConfig
 from cwpo_dist.pairs.estimate import Census
@@ -13,7 +13,8 @@ from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.node import Node, Nodes, Settings
 from cwpo_dist.storage import Store
 
-Retry = Callable[[Context, Node[Any]], dict[str, Any] | None]
+S = TypeVar("S", bound=Settings)
+Retry = Callable[[Context, Node[S]], Mapping[str, object] | None]
 Leaves = Literal["pairs", "scores", "log_probs", "tokens"]
 
 
@@ -88,7 +89,7 @@ def _nothing(_output: Store) -> None:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[S]):
     """One stage.
 
     Attributes:
@@ -102,12 +103,12 @@ class Stage:
             all; None where there was nothing to do, or nothing is set aside.
     """
 
-    settings: type[Settings]
+    settings: type[S]
     nodes: Callable[[ArmRun, Nodes], Nodes]
-    make: Callable[[Context, Node[Any]], dict[str, Any]]
-    work: Callable[[Context, Node[Any], Census], Work]
+    make: Callable[[Context, Node[S]], Mapping[str, object]]
+    work: Callable[[Context, Node[S], Census], Work]
     clear: Callable[[Store], None] = _nothing
-    retry: Retry | None = None
+    retry: Retry[S] | None = None
 
     @property
     def name(self) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from cwpo_dist.config import AlignConfig, Split
 from cwpo_dist.lm.encoder import Encoder
@@ -78,7 +78,8 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
         weighting(config, arm),
         watched_split(config),
     )
-    read = {name: given[name] for name in ("tokens", "weigh", "reference") if name in given}
+    read = {"tokens": given["tokens"], "weigh": given["weigh"]}
+    read |= {"reference": given["reference"]} if "reference" in given else {}
     return {"align": Node(told, read | ({"model": given["sft"]} if "sft" in given else {}))}
 
 
@@ -96,7 +97,7 @@ def work(context: Context, node: Node[AlignSettings], counted: Census) -> Traini
     )
 
 
-def make(context: Context, node: Node[AlignSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[AlignSettings]) -> Mapping[str, object]:
     """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
     told, sft = node.settings, node.inputs.get("model")
     task = weighted_pairs(context, node)

@@ -66,7 +66,7 @@ class AnnotateSettings(Settings):
         """Its own section."""
         return self.config
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What the key hashes; of an annotator that `fit` made its input tells the model."""
         told = self.config.identity() | {"splits": list(self.splits)}
         return told | (self.ready.identity() if self.ready is not None else {})
@@ -120,7 +120,7 @@ def _scored_before(context: Context, node: Node[AnnotateSettings], counted: Cens
     return round(found / len(ids) * sum(counted.splits.values()))
 
 
-def make(context: Context, node: Node[AnnotateSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object]:
     """Writes `scores/part-*.parquet` and returns the counts.
 
     Raises:
@@ -145,7 +145,7 @@ def make(context: Context, node: Node[AnnotateSettings]) -> dict[str, Any]:
     return counts | {"annotator": _name(context, node)}
 
 
-def retry(context: Context, node: Node[AnnotateSettings]) -> dict[str, Any] | None:
+def retry(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object] | None:
     """Scores again the pairs that were set aside for other reasons than their tokens.
 
     What a retry scores goes into files of its own, `scores/part-00012.retry-1.parquet`, one a shard

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -132,7 +132,7 @@ class EvaluateSettings(Settings):
         """Its own section."""
         return self.config
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The section, and what judges answers as it is now: its weights, or its rule's source."""
         told = self.config.identity() | {"calibration_split": self.calibration_split}
         if self.gold is not None:
@@ -170,7 +170,7 @@ def work(context: Context, node: Node[EvaluateSettings], counted: Census) -> Wor
     return Work(f"{counted.labelled_pairs(split):,} {split} pairs with a label")
 
 
-def make(context: Context, node: Node[EvaluateSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, object]:
     """Writes `metrics.json`; what was not asked for, or cannot be had, is null there."""
     pairs = [_held_out(context, node, index) for index in range(context.shards(node))]
     metrics = {
@@ -192,7 +192,7 @@ def _held_out(context: Context, node: Node[EvaluateSettings], index: int) -> lis
     ]
 
 
-def _annotator(context: Context, node: Node[EvaluateSettings]) -> dict[str, Any] | None:
+def _annotator(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, object] | None:
     told = node.settings
     given = raw(context, node, told.chooser, judged=True)
     if not given.scores:
@@ -209,7 +209,7 @@ def _annotator(context: Context, node: Node[EvaluateSettings]) -> dict[str, Any]
 
 def _policy(
     context: Context, node: Node[EvaluateSettings], shards: list[list[Pair]]
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Accuracy of the implicit reward that was trained; `items.parquet` has it pair by pair.
 
     Without a reference the reward is of a token's mean.
@@ -250,7 +250,7 @@ def _longer_by(pair: Pair) -> int:
     return len(plain_text(pair.chosen)) - len(plain_text(pair.rejected))
 
 
-def _answered(context: Context, node: Node[EvaluateSettings]) -> dict[str, Any]:
+def _answered(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, object]:
     """GRA and answer figures against the arm's own SFT model and the policy as it was given.
 
     `answers.parquet` has them prompt by prompt; the KL divergence is from the SFT model.

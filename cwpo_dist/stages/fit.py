@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from cwpo_dist.config import ConfigError, FitConfig, ModelConfig, Split
 from cwpo_dist.evaluation.calibration import people_share
@@ -84,7 +84,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     }
 
 
-def make(context: Context, node: Node[FitSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
     """Writes `model/`, which `AutoModelForSequenceClassification` loads; returns the counts."""
     told, weak = node.settings, node.settings.model.config
     task = LabelledPairs(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from cwpo_dist.config import EvaluateConfig, Split
 from cwpo_dist.pairs.estimate import Census
@@ -91,7 +91,7 @@ def work(context: Context, node: Node[GenerateSettings], counted: Census) -> Gen
     )
 
 
-def make(context: Context, node: Node[GenerateSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[GenerateSettings]) -> Mapping[str, object]:
     """Writes `prompts/`, a file a batch, and `answers/part-*.parquet`; returns the counts."""
     told = node.settings
     output, together = context.place(node), told.config.generation_batch_size

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs.estimate import Census
@@ -44,7 +44,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     return made | {"annotate": Node(told, {"prepare": given["prepare"]} | rewards)}
 
 
-def make(context: Context, node: Node[ImplicitSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[ImplicitSettings]) -> Mapping[str, object]:
     """Writes `scores/part-*.parquet` and returns the counts."""
     before, after = (context.place(node.inputs[name]) for name in ("before", "after"))
     beta, annotator, rows = node.settings.beta, f"implicit/{node.key}", 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from cwpo_dist.config import AlignConfig, Config, ReferenceConfig, Split
 from cwpo_dist.objectives import objective
@@ -87,7 +86,7 @@ def work(context: Context, node: Node[ReferenceSettings], counted: Census) -> Sc
     return Scoring(text, pairs, "log_probs", field, pool=told.pool, passed=pairs)
 
 
-def make(context: Context, node: Node[ReferenceSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object]:
     """Writes `reference/part-*.parquet` and returns the counts."""
     told = node.settings
     config, policy = told.pool, policy_of(context, node, told.model.config)

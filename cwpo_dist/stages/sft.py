@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from cwpo_dist.config import SftConfig, Split
 from cwpo_dist.lm.encoder import Encoder
@@ -74,7 +74,7 @@ def work(context: Context, node: Node[SftSettings], counted: Census) -> Training
     return Training("", pairs, None, told.model.field, training=told.config, chosen_alone=True)
 
 
-def make(context: Context, node: Node[SftSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[SftSettings]) -> Mapping[str, object]:
     """Writes `model/`, the merged policy, and `adapter/` under LoRA; returns the counts."""
     told = node.settings
     chosen = ChosenAnswers(

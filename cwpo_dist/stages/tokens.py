@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from cwpo_dist.config import PoolConfig, ReferenceConfig
 from cwpo_dist.pairs.estimate import Census
@@ -44,7 +44,7 @@ class TokensSettings(Settings):
         """That of the reference pass."""
         return self.pool
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Of the model its tokenizer alone."""
         return self.policy.token_identity()
 
@@ -64,7 +64,7 @@ def work(context: Context, node: Node[TokensSettings], counted: Census) -> Work:
     return Work(f"{pairs:,} pairs, tokenised once", pairs, "tokens", node.settings.policy.field)
 
 
-def make(context: Context, node: Node[TokensSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[TokensSettings]) -> Mapping[str, object]:
     """Writes `tokens/part-*.parquet` and returns the counts.
 
     Raises:

@@ -1,8 +1,8 @@
 """pairs, scores → preferences: who won, by what margin, how confidently, with what weight.
 
-Each shard is a Ray task that decides alone. What a pair's weight needs to know of all others is
-three numbers, found in passes of their own where they are asked for: the fitted temperature, the
-last pair of the top share, and the mean weight.
+Each shard is a Ray task that decides alone (`runs/weighed_shards.py`). What a pair's weight needs
+to know of all others is three numbers, found in passes of their own where they are asked for: the
+fitted temperature, the last pair of the top share, and the mean weight.
 """
 
 from __future__ import annotations
@@ -11,23 +11,15 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-
-from cwpo_dist.evaluation.shares import Floats
-from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
+from cwpo_dist.pairs.labels import LabelSource
 from cwpo_dist.pairs.numbers import Own
-from cwpo_dist.pairs.records import Kind, rows_of, table_of
-from cwpo_dist.pairs.stored import Pair, Preference, preference_schema, preference_table
+from cwpo_dist.pairs.records import rows_of
 from cwpo_dist.runs.annotations import (
-    Annotated,
     annotated,
     decided_pairs,
     gather,
@@ -39,13 +31,9 @@ from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, scored
 from cwpo_dist.runs.own_numbers import OwnNumbersError, void_fault
 from cwpo_dist.runs.stage import Stage, Work
-from cwpo_dist.scoring.pipeline import counted, part, read_counts
-from cwpo_dist.storage import StorageError, Store
-from cwpo_dist.weighting import Selection, confidence, last_of_top, margin_of, sigmoid, weights
-
-CONFIDENCES = pa.schema([("pair_id", pa.string()), ("confidence", pa.float64())])
-WEIGHTS = pa.schema([("shard", pa.int64()), ("weight", pa.float64()), ("pairs", pa.int64())])
-WRITTEN = pa.schema([("shard", pa.int64()), ("refused", pa.string()), ("counts", pa.string())])
+from cwpo_dist.runs.weighed_shards import CONFIDENCES, WEIGHTS, WRITTEN, Shards, Written
+from cwpo_dist.storage import StorageError
+from cwpo_dist.weighting import Selection, last_of_top
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +80,7 @@ def work(context: Context, node: Node[WeighSettings], counted: Census) -> Work:
     return Work(text, counted.pairs(*chooser.splits), "pairs")
 
 
-def make(context: Context, node: Node[WeighSettings]) -> dict[str, Any]:
+def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
     """Writes `preferences/part-*.parquet` (TRL's names) and returns the counts.
 
     Raises:
@@ -117,200 +105,6 @@ def make(context: Context, node: Node[WeighSettings]) -> dict[str, Any]:
     if how.divided_by_mean:
         shards = replace(shards, divisor=_mean_weight(shards, selection))
     return _summary(_write(shards, selection), shards)
-
-
-@dataclass(frozen=True)
-class Shards:
-    """What a task needs to weigh one shard.
-
-    Attributes:
-        annotated: the pairs and what the annotators say of them.
-        output: the folder of this stage.
-        labels: whose choice counts.
-        own: whether the data's own numbers decide alone.
-        splits: the splits to train on.
-        weight_function: its name.
-        divisor: the mean weight, where weights are divided by it.
-        message_keys: what the run's messages have beside role and content, and `tools`.
-        messages: whether text is written as the messages that the policy's template gets of it.
-    """
-
-    annotated: Annotated
-    output: Store
-    labels: LabelSource
-    own: bool
-    splits: tuple[str, ...]
-    weight_function: str
-    divisor: float = 1.0
-    message_keys: tuple[str, ...] = ()
-    messages: bool = False
-
-    def confidences(self, index: int) -> pa.Table:
-        """Ids and confidences of one shard's pairs."""
-        decisions = self._decided(index)
-        found = {"pair_id": list(decisions), "confidence": self._numbers(decisions).confidence}
-        return pa.table(found, schema=CONFIDENCES)
-
-    def weights(self, selection: Selection, index: int) -> pa.Table:
-        """The sum of one shard's weights, and of how many pairs."""
-        decisions = self._decided(index)
-        numbers = self._numbers(decisions)
-        sure = zip(decisions, numbers.confidence.tolist(), strict=True)
-        selected = numbers.weight[[selection.selects(value, pair_id) for pair_id, value in sure]]
-        row = {"shard": [index], "weight": [math.fsum(selected)], "pairs": [len(selected)]}
-        return pa.table(row, schema=WEIGHTS)
-
-    def _decided(self, index: int) -> dict[str, Decision]:
-        opinions, _ = self.annotated.opinions(index)
-        return decide(self.annotated.judgements(index), opinions, self.labels, self.splits)
-
-    def write(self, selection: Selection, index: int) -> pa.Table:
-        """Writes one shard's preferences; says what was counted, and what storage had against it.
-
-        A shard that was committed before is not weighed again: its file carries its counts.
-        """
-        name, refused = part("preferences", index), ""
-        if self.output.exists(name):
-            counts = read_counts(self.output, name)
-        else:
-            table, counts = self._weighed(index, selection)
-            try:
-                self.output.create_table(name, counted(table, counts))
-            except StorageError as error:  # handed on as a value: Ray would wrap it in its own
-                refused = str(error)
-        return table_of([_Written(index, refused, json.dumps(counts))], WRITTEN)
-
-    def _weighed(self, index: int, selection: Selection) -> tuple[pa.Table, dict[str, float]]:
-        """The preferences of one shard, and numbers that add up over all of them."""
-        pairs = self.annotated.read(index)
-        opinions, alone = self.annotated.opinions(index)
-        decisions = decide(pairs, opinions, self.labels, self.splits)
-        numbers = dict(zip(decisions, self._numbers(decisions).rows(), strict=True))
-        selected = list(self._preferences(pairs, decisions, numbers, selection))
-        of_splits = {pair.pair_id: pair for pair in pairs if pair.split in self.splits}
-        counts = self._counts(decisions, opinions or {}, numbers)
-        counts |= {
-            "selected": len(selected),
-            "weight": math.fsum(numbers[each.pair_id].weight for each in selected),
-            "alone": len(of_splits.keys() & alone),
-        }
-        if self.own:
-            labels = {i: of_splits[i].label for i, d in decisions.items() if d.margin}
-            against = (label not in {None, decisions[i].label} for i, label in labels.items())
-            counts |= {"without": len(of_splits) - len(decisions), "against": sum(against)}
-        is_text = all(isinstance(pair.prompt, str) for pair in pairs)
-        if is_text and self.messages:
-            selected = [each.as_messages() for each in selected]
-        kind: Kind = "text" if is_text and not self.messages else "conversational"
-        return preference_table(selected, self._schema(kind)), counts
-
-    def _schema(self, kind: Kind) -> pa.Schema:
-        more = set(self.message_keys)
-        return preference_schema(kind, keys=bool(more - {"tools"}), tools="tools" in more)
-
-    def _preferences(
-        self,
-        pairs: list[Pair],
-        decisions: dict[str, Decision],
-        numbers: dict[str, _Number],
-        selection: Selection,
-    ) -> Iterator[Preference]:
-        """The pairs that selection keeps, in the order of the shard."""
-        for pair in pairs:
-            if pair.pair_id not in decisions:
-                continue
-            decision, number = decisions[pair.pair_id], numbers[pair.pair_id]
-            if not selection.selects(number.confidence, pair.pair_id):
-                continue
-            chosen, rejected = chosen_first(decision.label, *pair.answers)
-            yield Preference(
-                pair.pair_id,
-                pair.prompt,
-                chosen,
-                rejected,
-                pair.tools,
-                decision.label,
-                margin=number.margin,
-                disagreement=decision.disagreement,
-                probability=_probability(number.margin),
-                confidence=None if number.margin is None else number.confidence,
-                weight=number.weight / self.divisor,
-            )
-
-    def _numbers(self, decisions: dict[str, Decision]) -> _Numbers:
-        """Of each decision; a human's choice counts as certain."""
-        count = len(decisions)
-        if self.labels == "human":
-            return _Numbers(None, np.ones(count), np.ones(count))
-        given = np.array([d.given for d in decisions.values()], dtype=np.float64)
-        if self.labels == "weight":
-            plain = self.weight_function == "one"
-            return _Numbers(None, np.ones(count), np.ones(count) if plain else given)
-        if self.labels == "confidence":
-            margin, disagreement = margin_of(given), np.zeros(count)
-            # To the bit, which there and back again would not be.
-            as_given = self.weight_function == "confidence"
-            weight = given if as_given else weights(self.weight_function, margin, disagreement)
-            return _Numbers(margin, given, weight)
-        margin = np.array([d.margin for d in decisions.values()], dtype=np.float64)
-        disagreement = np.array([d.disagreement or 0.0 for d in decisions.values()])
-        weight = weights(self.weight_function, margin, disagreement)
-        return _Numbers(margin, confidence(margin), weight)
-
-    def _counts(
-        self,
-        decisions: dict[str, Decision],
-        opinions: dict[str, Opinion],
-        numbers: dict[str, _Number],
-    ) -> dict[str, float]:
-        scored = {i: n for i, n in numbers.items() if n.margin is not None}
-        known = [opinions[i] for i in scored if i in opinions]
-        annotators = len(self.annotated.scores)
-        return {
-            "pairs": len(decisions),
-            "scored": len(scored),
-            "ties": sum(number.margin == 0.0 for number in scored.values()),
-            "partial": sum(opinion.scored < annotators for opinion in known),
-            "contested": sum(opinion.dissent > 0 for opinion in known),
-            "confidence": sum(number.confidence for number in scored.values()),
-            "disagreement": sum(decisions[i].disagreement or 0.0 for i in scored),
-        }
-
-
-class _Written(NamedTuple):
-    """Of one shard: its number, what storage had against its file ("": nothing), its counts."""
-
-    shard: int
-    refused: str
-    counts: str
-
-
-class _Number(NamedTuple):
-    """Of one pair: its margin (None where there is none), confidence, and weight."""
-
-    margin: float | None
-    confidence: float
-    weight: float
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """Of N pairs: margins, or None where there are none; confidences; weights as functions say."""
-
-    margin: Floats | None
-    confidence: Floats
-    weight: Floats
-
-    def rows(self) -> Iterator[_Number]:
-        """Pair by pair."""
-        margins = [None] * len(self.weight) if self.margin is None else self.margin.tolist()
-        columns = (margins, self.confidence.tolist(), self.weight.tolist())
-        return (_Number(*row) for row in zip(*columns, strict=True))
-
-
-def _probability(margin: float | None) -> float | None:
-    """The annotator's probability that the chosen answer is better, σ(m); None for a human's."""
-    return None if margin is None else sigmoid(np.array([margin])).item()
 
 
 def _check_own(context: Context, node: Node[WeighSettings], own: Own) -> None:
@@ -355,17 +149,17 @@ def _write(shards: Shards, selection: Selection) -> Counter[str]:
     """
     found = gather(partial(shards.write, selection), shards.annotated.shards, WRITTEN)
     totals: Counter[str] = Counter()
-    for written in sorted(rows_of(_Written, found)):  # by shard, so that sums repeat to the bit
+    for written in sorted(rows_of(Written, found)):  # by shard, so that sums repeat to the bit
         if written.refused:
             raise StorageError(written.refused)
         totals.update(json.loads(written.counts))
     return totals
 
 
-def _summary(totals: Counter[str], shards: Shards) -> dict[str, Any]:
+def _summary(totals: Counter[str], shards: Shards) -> Mapping[str, object]:
     """The counts of the manifest; what only few arms have is there for them alone."""
     scored, selected, read = totals["scored"], totals["selected"], shards.annotated
-    counts: dict[str, Any] = {
+    counts: dict[str, object] = {
         "pairs": totals["pairs"],
         "selected": selected,
         "ties": totals["ties"],
@@ -376,7 +170,7 @@ def _summary(totals: Counter[str], shards: Shards) -> dict[str, Any]:
         counts["weights_divided_by"] = shards.divisor
     if shards.own:
         counts |= {"without_numbers": totals["without"], "against_labels": totals["against"]}
-        _tell_own(counts, shards.labels)
+        _tell_own(totals, shards.labels)
     if not scored or not read.scores:
         return counts
     counts["temperatures"] = [temperature * read.scale.joint for temperature in read.scale.members]
@@ -391,13 +185,13 @@ def _summary(totals: Counter[str], shards: Shards) -> dict[str, Any]:
     return counts
 
 
-def _tell_own(counts: dict[str, Any], labels: LabelSource) -> None:
+def _tell_own(totals: Counter[str], labels: LabelSource) -> None:
     """What of the data's own numbers a reader should look at.
 
     Raises:
         OwnNumbersError: where no pair can be weighed by them.
     """
-    without, pairs, against = (counts[k] for k in ("without_numbers", "pairs", "against_labels"))
+    without, pairs, against = totals["without"], totals["pairs"], totals["against"]
     if not pairs:
         what = "scores" if labels == "annotator" else f"a {labels} with a label that it is about"
         raise OwnNumbersError(

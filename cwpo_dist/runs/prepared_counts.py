@@ -1,0 +1,217 @@
+"""What became of pieces and buckets in; the counts of `prepare`'s manifest, and in words, out."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TypedDict, TypeVar
+
+from cwpo_dist.config import PrepareConfig, Split
+from cwpo_dist.pairs import numbers
+from cwpo_dist.pairs.buckets import BucketSummary
+from cwpo_dist.pairs.listing import LeftOut
+from cwpo_dist.pairs.numbers import Own
+from cwpo_dist.pairs.pieces import PieceSummary
+from cwpo_dist.pairs.records import Kind
+from cwpo_dist.pairs.rejects import Tally
+from cwpo_dist.pairs.sources import MAP_LABELS, Plan
+from cwpo_dist.pairs.splits import SPLITS
+from cwpo_dist.pairs.unread import Unread
+
+_FILES_LISTED = 100
+K = TypeVar("K", bound=Hashable)
+Said = Iterator[tuple[int, str]]  # the level of a line of the log, and its text
+
+
+class PreparedCounts(TypedDict):
+    """What the manifest of `prepare` counts, by the names that it has there.
+
+    `not_read` has, by source, the columns and message keys that nothing reads, each with the rows
+    that have a value there; `message_keys` what messages have beside role and content, and `tools`.
+    """
+
+    rows_in: int
+    pairs: int
+    merged_duplicates: int
+    conflicting_labels: int
+    conflicting_numbers: int
+    ties: int
+    rejects: dict[str, int]
+    splits: dict[Split, int]
+    labelled: dict[Split, int]
+    numbers: dict[Own, int]
+    kind: Kind
+    formats: dict[str, str]
+    columns: dict[str, str]
+    shards: int
+    not_read: dict[str, dict[str, dict[str, int]]]
+    message_keys: list[str]
+    votes_against_label: int
+    void_numbers: dict[str, int]
+    files_left_out: dict[str, object]
+    keep_columns: dict[str, str]
+    damaged_files: int
+
+
+def prepared_counts(
+    planned: Plan,
+    read: Sequence[PieceSummary],
+    written: Sequence[BucketSummary],
+    rejects: Tally,
+    kept: dict[str, str],
+    damaged: int,
+) -> PreparedCounts:
+    """The counts; rows_in = pairs + merged_duplicates + Σ rejects.
+
+    Args:
+        planned: the sources.
+        read: what became of their pieces.
+        written: what became of the buckets.
+        rejects: all that was set aside, by either.
+        kept: the types of kept columns.
+        damaged: how many files could not be read to their end.
+    """
+    rows_in = sum(piece.rows_in for piece in read)
+    pairs = sum(bucket.pairs for bucket in written)
+    merged = sum(bucket.merged_duplicates for bucket in written)
+    assert rows_in == pairs + merged + rejects.reasons.total(), (rows_in, pairs, merged, rejects)
+    splits = added(bucket.splits for bucket in written)
+    labelled = added(bucket.labelled for bucket in written)
+    return {
+        "rows_in": rows_in,
+        "pairs": pairs,
+        "merged_duplicates": merged,
+        "conflicting_labels": sum(bucket.conflicting_labels for bucket in written),
+        "conflicting_numbers": sum(bucket.conflicting_numbers for bucket in written),
+        "ties": sum(bucket.ties for bucket in written),
+        "rejects": dict(rejects.reasons.most_common()),
+        "splits": {split: splits[split] for split in SPLITS},
+        "labelled": {split: labelled[split] for split in SPLITS},
+        "numbers": _numbers(planned, written),
+        "kind": planned.kind,
+        "formats": {piece.source: piece.layout.format for piece in planned.pieces},
+        "columns": {piece.source: piece.layout.described() for piece in planned.pieces},
+        "shards": sum(bucket.shards for bucket in written),
+        "not_read": _not_read(read),
+        "message_keys": sorted({key for piece in read for key in piece.message_keys}),
+        "votes_against_label": sum(piece.votes_against for piece in read),
+        "void_numbers": dict(added(piece.void for piece in read).most_common()),
+        "files_left_out": _left_out(planned.left_out),
+        "keep_columns": kept,
+        "damaged_files": damaged,
+    }
+
+
+def _numbers(planned: Plan, written: Iterable[BucketSummary]) -> dict[Own, int]:
+    """Pairs with a number of their own, of each kind that some source has."""
+    own = added(bucket.numbers for bucket in written)
+    there = {kind for piece in planned.pieces for kind in numbers.kinds(piece.layout.columns)}
+    return {kind: own[kind] for kind in numbers.COLUMNS if kind in there}
+
+
+def _not_read(read: Iterable[PieceSummary]) -> dict[str, dict[str, dict[str, int]]]:
+    unread = dict[str, Unread]()
+    for piece in read:
+        unread.setdefault(piece.source, Unread()).add(piece.unread)
+    return {source: asdict(each) for source, each in unread.items() if each}
+
+
+def _left_out(left_out: Sequence[LeftOut]) -> dict[str, object]:
+    """How many files no source reads, and the first of them."""
+    return {
+        "count": len(left_out),
+        "files": [asdict(each) for each in left_out[:_FILES_LISTED]],
+    }
+
+
+def added(counts: Iterable[Mapping[K, int]]) -> Counter[K]:
+    """The sums of counts."""
+    total: Counter[K] = Counter()
+    for each in counts:
+        total.update(each)
+    return total
+
+
+def in_words(
+    counts: PreparedCounts, read: Sequence[PieceSummary], rejects: Tally, config: PrepareConfig
+) -> Said:
+    """What a reader of the log should know of them."""
+    yield from _of_rows(counts, rejects)
+    yield from _of_numbers(counts, read)
+    yield from _of_what_is_beside(counts)
+    yield from _of_empty_splits(counts, config)
+
+
+def _of_rows(counts: PreparedCounts, rejects: Tally) -> Said:
+    """What became of the rows, and where the pairs are."""
+    yield (
+        logging.INFO,
+        f"{counts['rows_in']} rows: {counts['pairs']} pairs, {counts['merged_duplicates']} copies "
+        f"of pairs merged ({counts['conflicting_labels']} with conflicting labels), "
+        f"{rejects.reasons.total()} set aside",
+    )
+    for line in rejects.lines(most=len(rejects.reasons)):
+        yield logging.INFO, f"set aside:{line.removeprefix(' ')}"
+    told = [f"{split} {counts['splits'][split]} ({counts['labelled'][split]})" for split in SPLITS]
+    yield logging.INFO, f"pairs by split (with a label): {', '.join(told)}"
+
+
+def _of_numbers(counts: PreparedCounts, read: Sequence[PieceSummary]) -> Said:
+    """Of the data's own numbers: how many there are, and which cannot be used."""
+    for own, pairs in counts["numbers"].items():
+        yield logging.INFO, f"{own}: the data's own, of {pairs} of {counts['pairs']} pairs"
+    for why, rows in counts["void_numbers"].items():
+        first = next(piece.void_first[why] for piece in read if why in piece.void_first)
+        yield (
+            logging.WARNING,
+            f"{why}, of {rows} rows (first: {first}): they count as without it",
+        )
+    if counts["conflicting_numbers"]:
+        yield (
+            logging.WARNING,
+            f"copies of {counts['conflicting_numbers']} pairs have different numbers, which then "
+            "count as none",
+        )
+
+
+def _of_what_is_beside(counts: PreparedCounts) -> Said:
+    for source, unread in counts["not_read"].items():
+        for sentence in Unread(**unread).sentences():
+            yield logging.WARNING, f"{source}: {sentence}"
+    if counts["votes_against_label"]:
+        yield (
+            logging.WARNING,
+            f"in {counts['votes_against_label']} rows more people voted for the other answer than "
+            "for the one that the label names; the label counts",
+        )
+    if counts["ties"]:
+        yield logging.INFO, f"{counts['ties']} pairs are ties, kept without a label"
+
+
+def _of_empty_splits(counts: PreparedCounts, config: PrepareConfig) -> Said:
+    """Names each split that has a share and no pair, with what would give it one."""
+    shares: dict[Split, float] = {
+        "labelled": config.labelled_fraction,
+        "validation": config.validation_fraction,
+        "test": config.test_fraction,
+    }
+    for split, share in shares.items():
+        if share and not counts["splits"][split]:
+            remedy = _remedy(split, share, counts["labelled"], config)
+            yield (
+                logging.WARNING,
+                f"no pair is in split {split}, though prepare.{split}_fraction is {share:g}; "
+                f"{remedy}",
+            )
+
+
+def _remedy(split: Split, share: float, labelled: dict[Split, int], config: PrepareConfig) -> str:
+    if split == "labelled" and not labelled["labelled"] + labelled["unlabelled"]:
+        return f"no training pair has a label: {MAP_LABELS}"
+    if split != "labelled" and all(source.into for source in config.sources):
+        return "every source goes to one side (`into`), so that no share acts: set it to 0"
+    # A hash knows no quota: of a few prompts or groups none may fall into a small share.
+    larger = "a larger fraction, " if share < 1 else ""
+    return f"take {larger}another seed, or a source of its own (`into`)"
