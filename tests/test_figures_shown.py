@@ -9,7 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cwpo_dist.report import page, plots, summary
+from cwpo_dist.report import annotator_plots, page, plots, summary
 from cwpo_dist.report.cells import Table
 from cwpo_dist.report.plots import Dot
 from cwpo_dist.report.summary import tables
@@ -172,7 +172,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Axes]]:
         figures.append(figure)
         return ""
 
-    monkeypatch.setattr(plots, "svg_of", keep)
+    for module in (plots, annotator_plots):
+        monkeypatch.setattr(module, "svg_of", keep)
     return lambda: figures[-1].axes
 
 
@@ -224,12 +225,12 @@ def test_shares_of_prompts_won_stand_in_the_panel_of_their_baseline(
 
 def test_an_annotators_plots_show_its_own_numbers(drawn: Callable[[], list[Axes]]) -> None:
     record = annotator(0.65)
-    plots.quarter_plot(record, "x")
+    annotator_plots.quarter_plot(record, "x")
     (ax,) = drawn()
     assert dots(ax) == [[(k, round(0.5 + k / 10, 6)) for k in range(4)]]
     levels = {line.get_label(): line.get_ydata()[0] for line in ax.lines}  # type: ignore[index]  # all are arrays
     assert levels == {"all pairs": 0.65, "longer answer wins": 0.52}
-    plot = plots.reliability_plot(record, "x")
+    plot = annotator_plots.reliability_plot(record, "x")
     (ax,) = drawn()
     scored, calibrated = ([(0.6, y), (0.9, z)] for y, z in ((0.55, 0.7), (0.63, 0.78)))
     assert dots(ax) == [scored, calibrated]
@@ -240,7 +241,7 @@ def test_an_annotators_plots_show_its_own_numbers(drawn: Callable[[], list[Axes]
     assert plot is not None
     assert "ECE 21.0 % as scored, 4.0 % with margins divided by 2.50" in plot.caption
     assert "fitted to 44 pairs" in plot.caption
-    plots.length_plot(record, "x")
+    annotator_plots.length_plot(record, "x")
     (ax,) = drawn()
     assert dots(ax) == [[(-40.0, -1.5), (60.0, 0.7)]]
     assert whiskers(ax) == [[[-40.0, -2.0], [-40.0, 0.5]], [[60.0, -0.2], [60.0, 1.1]]]

@@ -13,7 +13,7 @@ from cwpo_dist.redaction import redacted
 from cwpo_dist.stages import LISTED
 
 # What each stage does, in its order; `cwpo <stage>` exists for each.
-STAGES = {name: does for name, does in LISTED.items() if does}
+STAGES = {name: stage.does for name, stage in LISTED.items() if stage.does}
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; see jobs/recipes for examples.")

@@ -6,7 +6,7 @@ files lie is nobody's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -272,7 +272,7 @@ def _share(found: Figures) -> str:
     return f"{found['accuracy']:.1%} of {found['n']} (95 % interval {low:.1%}–{high:.1%})"
 
 
-def _table(title: str, rows: Any) -> Iterator[str]:
+def _table(title: str, rows: Iterable[tuple[object, object]]) -> Iterator[str]:
     lines = [f"| {name} | {value} |" for name, value in rows]
     if lines:
         yield "\n".join([f"## {title}\n", "| | |", "|---|---|", *lines, ""])

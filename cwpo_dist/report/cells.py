@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cwpo_dist.report.figures import Share, Temperature
+
 Metrics = Mapping[str, Any]
 
 
@@ -48,7 +50,7 @@ NO_PAIRS = Cell("no pairs", missing=True)
 AS_GIVEN = Cell("as given", missing=True)
 
 
-def at(metrics: Any, *path: str) -> Any:
+def at(metrics: object, *path: str) -> Any:
     """The value at a path of keys; None where a part is missing."""
     for key in path:
         if not isinstance(metrics, Mapping):
@@ -76,14 +78,6 @@ def interval(low: float, high: float, form: str) -> str:
     return f"{written(low, form)}{between}{written(high, form)}"
 
 
-def cut(record: Metrics, least: float, most: float) -> Metrics:
-    """A mean's record, its interval cut at what the figure can be."""
-    if record["low"] is None:
-        return record
-    low, high = max(least, record["low"]), min(most, record["high"])
-    return {**record, "low": min(low, record["mean"]), "high": max(high, record["mean"])}
-
-
 def together(names: Sequence[str]) -> str:
     """Several names in a row, told apart where they have commas of their own."""
     return ("; " if any("," in name for name in names) else ", ").join(names)
@@ -91,13 +85,14 @@ def together(names: Sequence[str]) -> str:
 
 def share(record: Metrics | None, *, with_ties: bool = False) -> Cell:
     """An accuracy with its interval and, if asked, its ties."""
-    if record is None:
+    found = Share.of(record)
+    if found is None:
         return NOT_RUN
-    tied = (ties(record["ties"]),) if with_ties else ()
-    if record.get("accuracy") is None:
+    tied = (ties(at(record, "ties")),) if with_ties else ()
+    if found.accuracy is None or found.low is None or found.high is None:
         return Cell("no pairs", tied, missing=True)
-    bounds = interval(100 * record["low"], 100 * record["high"], ".1f")
-    return Cell(f"{100 * record['accuracy']:.1f} %", (bounds, *tied))
+    bounds = interval(100 * found.low, 100 * found.high, ".1f")
+    return Cell(f"{100 * found.accuracy:.1f} %", (bounds, *tied))
 
 
 def percent(record: Metrics | None, key: str) -> Cell:
@@ -126,7 +121,7 @@ def count(value: int | None) -> Cell:
     return NOT_RUN if value is None else Cell(written(value, ","))
 
 
-def plain(value: Any) -> Cell:
+def plain(value: object) -> Cell:
     """Any recorded value, in words."""
     if value is None:
         return NOT_RUN
@@ -152,18 +147,20 @@ def temperature(record: Metrics | None) -> Cell:
     """A fitted temperature with its interval."""
     if record is None or "temperature" not in record:
         return NOT_RUN
-    found = record["temperature"]
+    found = Temperature.of(at(record, "temperature"))
     if found is None:
         return Cell("not fitted", missing=True)
-    if found["low"] is None:
-        return Cell(f"{found['value']:.2f}")
-    return Cell(f"{found['value']:.2f}", (interval(found["low"], found["high"], ".2f"),))
+    text = f"{found.value:.2f}"
+    if found.low is None or found.high is None:
+        return Cell(text)
+    return Cell(text, (interval(found.low, found.high, ".2f"),))
 
 
 def correlation(record: Metrics | None) -> Cell:
     """Pearson's coefficient, with Spearman's beside it."""
     if record is None:
         return NOT_RUN
-    if record.get("pearson") is None:
+    pearson, spearman = at(record, "pearson"), at(record, "spearman")
+    if pearson is None:
         return NO_PAIRS
-    return Cell(written(record["pearson"], "+.2f"), (written(record["spearman"], "+.2f"),))
+    return Cell(written(pearson, "+.2f"), (written(spearman, "+.2f"),))

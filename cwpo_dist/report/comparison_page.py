@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import yaml
-from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
 from cwpo_dist.config import ARMS
 from cwpo_dist.report.arms import NOTE, in_words
-from cwpo_dist.report.cells import Cell, Table, at, cut, plain
-from cwpo_dist.report.drawing import Plot
-from cwpo_dist.report.outcomes import CHANCE, dot, verdicts
-from cwpo_dist.report.page import TEMPLATES
+from cwpo_dist.report.cells import Cell, Table, at, plain
+from cwpo_dist.report.figures import Mean
+from cwpo_dist.report.outcomes import CHANCE, Found, dot, verdicts
+from cwpo_dist.report.page import TEMPLATES, Drawn, drawn
 from cwpo_dist.report.plots import cost_plot, dots_plot
 from cwpo_dist.report.summary import SIMULATED, is_simulated
 from cwpo_dist.report.table import print_table
 from cwpo_dist.report.trial_tables import seeds_note, tables
 
-Found = Mapping[str, Any]
 FIGURES, PAGE = "comparison.json", "comparison.html"  # of a run directory
 _SECTIONS = {
     "verdicts": "What came out",
@@ -54,7 +49,7 @@ def render_comparison(found: Found) -> str:
         ("Accuracy against cost", _cost(found)),
     ]
     told = [
-        (verdict, _drawn(dots_plot(verdict.dots, None, f"verdict-{k}")))
+        (verdict, drawn(dots_plot(verdict.dots, None, f"verdict-{k}")))
         for k, verdict in enumerate(verdicts(found))
     ]
     parts = {
@@ -104,27 +99,22 @@ def _provenance(found: Found) -> Table:
     return Table("Run", ("", "value"), tuple((Cell(str(k)), plain(v)) for k, v in rows))
 
 
-def _cost(found: Found) -> Any:
+def _cost(found: Found) -> Drawn | None:
     dots = [
-        (hours["mean"], dot(name, cut(record, 0, 1)))
+        (at(trial, "by_seed", "device_hours", "mean"), dot(name, mean.cut(0, 1)))
         for name, trial in found["trials"].items()
-        for hours in [at(trial, "by_seed", "device_hours")]
-        for record in [at(trial, "figures", "accuracy")]
-        if hours is not None and record is not None and record["mean"] is not None
+        for mean in [Mean.of(at(trial, "figures", "accuracy"))]
+        if at(trial, "by_seed", "device_hours") is not None and mean is not None
     ]
-    return _drawn(cost_plot(dots)) if dots else None
+    return drawn(cost_plot(dots)) if dots else None
 
 
-def _dots(found: Found, figure: str, words: str) -> Any:
+def _dots(found: Found, figure: str, words: str) -> Drawn | None:
     """A dot a trial, or None where the figure was not had."""
     dots = [
-        dot(name, cut(record, 0, 1))
+        dot(name, mean.cut(0, 1))
         for name, trial in found["trials"].items()
-        for record in [at(trial, "figures", figure)]
-        if record is not None and record["mean"] is not None
+        for mean in [Mean.of(at(trial, "figures", figure))]
+        if mean is not None
     ]
-    return _drawn(dots_plot(dots, words, figure)) if dots else None
-
-
-def _drawn(plot: Plot) -> dict[str, Any]:
-    return {"svg": Markup(plot.svg), "caption": plot.caption}  # noqa: S704 (matplotlib's)
+    return drawn(dots_plot(dots, words, figure)) if dots else None

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from numpy.typing import ArrayLike
 
 from cwpo_dist.report.cells import written
+from cwpo_dist.report.figures import Interval, Share
 
 INK, MUTED, GRID, ACCENT, SECOND = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05"
 SERIES = tuple(f"#0a0c{k:02x}" for k in range(8))
@@ -128,3 +131,31 @@ def svg_of(figure: Figure, salt: str) -> str:
     for placeholder, variable in _VARIABLES.items():
         text = text.replace(placeholder, variable)
     return text.strip()
+
+
+def intervals(ax: Axes, found: Sequence[Share | None], *, horizontal: bool) -> None:
+    """Dots with 95 % whiskers at 0, 1, 2, …; a record without figures leaves its place empty."""
+    known = {k: share for k, share in enumerate(found) if share and share.accuracy is not None}
+    places, shares = list(known), list(known.values())
+    whiskers(ax, places, shares, horizontal=horizontal)
+    halved = [share.accuracy_ties_halved for share in shares]
+    if halved and None not in halved:
+        points = np.array(halved, dtype=float)
+        ax.scatter(points, places, s=40, facecolor="none", edgecolor=ACCENT, zorder=3)
+    values = np.array([share.accuracy for share in shares], dtype=float)
+    x, y = (values, places) if horizontal else (places, values)
+    ax.scatter(x, y, s=55, color=ACCENT, zorder=4, linewidth=0)
+
+
+def whiskers(
+    ax: Axes,
+    places: ArrayLike,
+    found: Sequence[Interval],
+    *,
+    horizontal: bool,
+    colour: str = ACCENT,
+) -> None:
+    """A line from low to high at each place."""
+    draw = ax.hlines if horizontal else ax.vlines
+    ends = np.array([(each.low, each.high) for each in found], dtype=float).reshape(-1, 2)
+    draw(places, ends[:, 0], ends[:, 1], color=colour, linewidth=1.6, alpha=0.6, zorder=2)

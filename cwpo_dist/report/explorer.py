@@ -5,9 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+
+class Sample(TypedDict):
+    """What `explorer.json` holds: how many pairs there are, and those that the page shows."""
+
+    total: int
+    annotators: list[str]
+    arms: list[str]
+    pairs: list[dict[str, object]]
+
 
 EXPLORER = "explorer.json"  # of a run directory: the sample
 MOST_PAIRS = 600
@@ -25,7 +34,7 @@ def shortened(text: str) -> str:
     return f"{text[:MOST_LETTERS]} […{len(text) - MOST_LETTERS:,} more characters]"
 
 
-def embedded(sample: Mapping[str, Any]) -> tuple[str, int]:
+def embedded(sample: Sample) -> tuple[str, int]:
     """The sample as JSON that can stand in a page as it is, and how many of its pairs fit.
 
     A lone surrogate, which no page can hold, is written as its escape.
@@ -41,7 +50,7 @@ def embedded(sample: Mapping[str, Any]) -> tuple[str, int]:
     return f'{_json(rest)[:-1]},"pairs":[{",".join(pairs)}]}}', len(pairs)
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     safe = "".join(_ESCAPES.get(c, c) for c in text) if _ESCAPES.keys() & set(text) else text
     return safe.encode("utf-8", "backslashreplace").decode()

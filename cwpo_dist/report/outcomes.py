@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwpo_dist.report.arms import ALL_HUMAN, UNWEIGHTED, is_weighted
-from cwpo_dist.report.cells import at, cut, interval, written
+from cwpo_dist.report.cells import at, interval, written
+from cwpo_dist.report.figures import Mean
 from cwpo_dist.report.plots import Dot
 
-Found = Mapping[str, Any]
+Found = Mapping[str, Any]  # what `comparison.json` holds
 # Figure → what it says, in words: those by which trials are held against each other.
 _FIGURES = {
     "accuracy": "on held-out labels",
@@ -46,27 +47,22 @@ def verdicts(found: Found) -> list[Verdict]:
     told = []
     for figure, words in _FIGURES.items():
         for title, pairs in _held_against(found):
-            records = {
-                label: cut(record, -1, 1)
+            means = {
+                label: mean.cut(-1, 1)
                 for label, (name, other) in pairs.items()
-                for record in [at(found["trials"][name], "against", other, figure)]
-                if record is not None and record["mean"] is not None
+                for mean in [Mean.of(at(found["trials"][name], "against", other, figure))]
+                if mean is not None
             }
-            if records:
-                lines = [_verdict(label, record) for label, record in records.items()]
-                dots = [dot(label, record) for label, record in records.items()]
+            if means:
+                lines = [_verdict(label, mean) for label, mean in means.items()]
+                dots = [dot(label, mean) for label, mean in means.items()]
                 told.append(Verdict(f"{title}, {words}", lines, dots))
     return told
 
 
-def dot(label: str, record: Found) -> Dot:
+def dot(label: str, mean: Mean) -> Dot:
     """A mean over seeds, to be drawn."""
-    return Dot(label, record["mean"], record["low"], record["high"], tuple(record["values"]))
-
-
-def excludes_zero(record: Found) -> bool:
-    """Whether the interval of a difference leaves zero out."""
-    return record["low"] is not None and not record["low"] <= 0 <= record["high"]
+    return Dot(label, mean.mean, mean.low, mean.high, tuple(mean.values))
 
 
 def _held_against(found: Found) -> list[tuple[str, dict[str, tuple[str, str]]]]:
@@ -123,13 +119,13 @@ def _like(trials: Found, name: str, arm: str, facts: tuple[str, ...]) -> str:
     )
 
 
-def _verdict(label: str, record: Found) -> str:
+def _verdict(label: str, found: Mean) -> str:
     """Told apart where the interval of the paired difference leaves zero out."""
-    mean = 100 * record["mean"]
-    if record["low"] is None:
+    mean = 100 * found.mean
+    if found.low is None or found.high is None or found.smallest is None:
         return f"{label}: {written(mean, '+.1f')} points, and nothing to tell chance by"
-    bounds = f"({interval(100 * record['low'], 100 * record['high'], '+.1f')})"
-    if excludes_zero(record):
+    bounds = f"({interval(100 * found.low, 100 * found.high, '+.1f')})"
+    if found.excludes_zero:
         return f"{label}: {abs(mean):.1f} points {'above' if mean > 0 else 'below'} {bounds}"
-    unseen = f"a true difference below {100 * record['smallest']:.1f} would often go unseen"
+    unseen = f"a true difference below {100 * found.smallest:.1f} would often go unseen"
     return f"{label}: not told apart, {written(mean, '+.1f')} points {bounds}; {unseen}"

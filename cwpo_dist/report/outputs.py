@@ -18,23 +18,10 @@ from cwpo_dist.report.cells import (
     plain,
     together,
 )
+from cwpo_dist.stages import LISTED
 
 # Roles of stage outputs in reading order; a run's other roles come after them.
-_ROLES = (
-    "prepare",
-    "fit",
-    "annotate",
-    "weigh",
-    "tokens",
-    "sft",
-    "reference",
-    "align",
-    "aligned",
-    "answers_base",
-    "answers_sft",
-    "answers_aligned",
-    "evaluate",
-)
+_ROLES = [role for name, stage in LISTED.items() for role in stage.roles or (name,)]
 _NUMBER = re.compile(r"_\d+$")  # of one annotator among several
 
 

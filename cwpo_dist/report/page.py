@@ -7,17 +7,17 @@ one script that may run is the explorer's, named by its hash.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cwpo_dist.report import cells, explorer, outputs, plots, summary
+from cwpo_dist.report import annotator_plots, cells, explorer, outputs, plots, summary
 from cwpo_dist.report.cells import Metrics, at
 from cwpo_dist.report.drawing import Plot
+from cwpo_dist.report.explorer import Sample
+from cwpo_dist.stages import LISTED
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -26,13 +26,13 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_CURVES = {
-    "fit": "Annotator (fit)",
-    "sft": "Supervised fine-tuning (sft)",
-    "align": "Preference optimisation (align)",
+# What is drawn of each annotator.
+_OF_ANNOTATOR = {
+    "Accuracy by confidence": annotator_plots.quarter_plot,
+    "Reliability": annotator_plots.reliability_plot,
+    "Margin against length": annotator_plots.length_plot,
 }
-
-
+Drawn = dict[str, str]  # a plot's SVG, and its caption
 _SECTIONS = {
     "comparison": "Comparison",
     "data": "Data",
@@ -46,9 +46,7 @@ _SECTIONS = {
 }
 
 
-def render(
-    metrics: Metrics, sample: Mapping[str, Any] | None = None, comparison: str | None = None
-) -> str:
+def render(metrics: Metrics, sample: Sample | None = None, comparison: str | None = None) -> str:
     """The report of one run; parts that were not run say so.
 
     Args:
@@ -68,9 +66,9 @@ def render(
         sections=[(k, v) for k, v in _SECTIONS.items() if sample or k != "pairs"],
         comparison=comparison,
         arms_table=cells.without_empty(summary.arms_table(metrics)),
-        cost_plot=_drawn(plots.arms_cost_plot(metrics)),
+        cost_plot=drawn(plots.arms_cost_plot(metrics)),
         gra_table=summary.gra_table(metrics),
-        gra_plot=_drawn(plots.gra_plot(metrics)),
+        gra_plot=drawn(plots.gra_plot(metrics)),
         weights_table=summary.weights_table(metrics),
         confidence_plots=_confidence_plots(metrics),
         several_runs=_several_runs(metrics),
@@ -79,7 +77,9 @@ def render(
         ensemble_table=ensemble,
         annotator_plots=_annotator_plots(metrics, annotators),
         curves=[
-            (title, _drawn(plots.curve_plot(metrics, stage))) for stage, title in _CURVES.items()
+            (stage.curve.title, drawn(plots.curve_plot(metrics, name, stage.curve)))
+            for name, stage in LISTED.items()
+            if stage.curve is not None
         ],
         data_tables=outputs.data_tables(metrics),
         cost_table=outputs.cost_table(metrics),
@@ -90,7 +90,7 @@ def render(
     return page.encode("utf-8", "replace").decode()  # no page can hold a lone surrogate
 
 
-def _explorer(metrics: Metrics, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _explorer(metrics: Metrics, sample: Sample) -> dict[str, object]:
     """What the template needs to lay out the explorer."""
     pairs, annotators = sample["pairs"], sample["annotators"]
     label = "the simulated label" if summary.is_simulated(metrics) else "the human label"
@@ -102,7 +102,7 @@ def _explorer(metrics: Metrics, sample: Mapping[str, Any]) -> dict[str, Any]:
         ]
     if len(annotators) > 1:
         shows.append(("split", "annotators against each other"))
-    if any(pair["answers"] for pair in pairs):
+    if any(at(pair, "answers") for pair in pairs):
         shows.append(("answers", "with the model's answers"))
     text, shown = explorer.embedded(sample)
     return {
@@ -113,7 +113,7 @@ def _explorer(metrics: Metrics, sample: Mapping[str, Any]) -> dict[str, Any]:
         "shown": f"{shown:,}",
         "total": f"{sample['total']:,}",
         "shows": shows,
-        "splits": [("", "all"), *((s, s) for s in sorted({p["split"] for p in pairs}))],
+        "splits": [("", "all"), *((s, s) for s in sorted({at(pair, "split") for pair in pairs}))],
         "arms": [(arm, arm) for arm in sample["arms"]],
         "orders": [
             ("drawn", "as drawn"),
@@ -149,40 +149,38 @@ def _tiles(metrics: Metrics) -> list[tuple[str, cells.Cell]]:
 
 def _annotator_plots(
     metrics: Metrics, annotators: list[tuple[str, Metrics]]
-) -> list[tuple[str, Any]]:
+) -> list[tuple[str, Drawn | None]]:
     """(title, plot or None) in reading order; titles name the annotator where there are several."""
-    named: list[tuple[str, Plot | None]] = []
-    for k, (label, record) in enumerate(annotators):
-        suffix = f" ({label})" if len(annotators) > 1 else ""
-        named.append((f"Accuracy by confidence{suffix}", plots.quarter_plot(record, str(k))))
-        named.append((f"Reliability{suffix}", plots.reliability_plot(record, str(k))))
-        named.append((f"Margin against length{suffix}", plots.length_plot(record, str(k))))
     if not annotators:
-        names = ("Accuracy by confidence", "Reliability", "Margin against length")
-        named += [(name, None) for name in names]
-    return [(title, _drawn(plot)) for title, plot in named]
+        return [(title, None) for title in _OF_ANNOTATOR]
+    return [
+        (f"{title} ({label})" if len(annotators) > 1 else title, drawn(plot(record, str(k))))
+        for k, (label, record) in enumerate(annotators)
+        for title, plot in _OF_ANNOTATOR.items()
+    ]
 
 
-def _confidence_plots(metrics: Metrics) -> list[tuple[str, Any]]:
+def _confidence_plots(metrics: Metrics) -> list[tuple[str, Drawn | None]]:
     """(title, plot) of each annotator, or none drawn."""
     found = at(metrics, "confidences") or []
-    drawn = [
+    plots = [
         (
             f"Confidence ({cells.together(each['arms'])})" if len(found) > 1 else "Confidence",
-            _drawn(plots.confidence_plot(each["values"], str(k))),
+            drawn(annotator_plots.confidence_plot(each["values"], str(k))),
         )
         for k, each in enumerate(found)
     ]
-    return drawn or [("Confidence", None)]
+    return plots or [("Confidence", None)]
 
 
-def _drawn(plot: Plot | None) -> dict[str, Any] | None:
+def drawn(plot: Plot | None) -> Drawn | None:
+    """A plot as a template shows it."""
     if plot is None:
         return None
     return {"svg": Markup(plot.svg), "caption": plot.caption}  # noqa: S704 (matplotlib's)
 
 
-def _yaml(config: Any) -> str | None:
+def _yaml(config: object) -> str | None:
     if not config:
         return None
     return str(yaml.safe_dump(config, sort_keys=True, allow_unicode=True))

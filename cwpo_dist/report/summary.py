@@ -195,7 +195,7 @@ def _row(name: str, cells: Iterable[Cell]) -> tuple[Cell, ...]:
 
 def _with_members(label: str, record: Metrics) -> list[tuple[str, Metrics]]:
     """An annotator, or an ensemble and each of its members."""
-    members = record.get("members") or []
+    members = at(record, "members") or []
     return [(label, record), *((member["name"], member) for member in members)]
 
 
@@ -253,5 +253,5 @@ def annotators(metrics: Metrics) -> list[tuple[str, Metrics]]:
             groups.append(([name], record))
     if len(groups) == 1:
         record = groups[0][1]
-        return [("ensemble" if record.get("members") else "annotator", record)]
+        return [("ensemble" if at(record, "members") else "annotator", record)]
     return [(together(names), record) for names, record in groups]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from cwpo_dist.report.arms import ALL_HUMAN, has_own_labels
 from cwpo_dist.report.cells import (
@@ -15,15 +13,14 @@ from cwpo_dist.report.cells import (
     Table,
     at,
     count,
-    cut,
     interval,
     together,
     without_empty,
     written,
 )
-from cwpo_dist.report.outcomes import excludes_zero
+from cwpo_dist.report.figures import Mean
+from cwpo_dist.report.outcomes import Found
 
-Found = Mapping[str, Any]
 MOST_IN_MATRIX = 12  # trials: a wider table is read by nobody
 _ONE_SEED = "One seed: intervals are of its items alone and do not hold the spread between seeds."
 _SEVERAL = (
@@ -81,8 +78,8 @@ def _trials_table(found: Found) -> Table:
             _gra(trial, "own_sft"),
             _gra(trial, "common"),
             _share(at(trial, "by_seed", "length_controlled_common")),
-            _mean(at(trial, "figures", "length"), ".0f", 0),
-            _mean(at(trial, "by_seed", "kl"), ".2f", 0),
+            _mean(Mean.of(at(trial, "figures", "length")), ".0f", 0),
+            _mean(Mean.of(at(trial, "by_seed", "kl")), ".2f", 0),
         )
         for name, trial in trials.items()
     )
@@ -201,7 +198,7 @@ def _annotators_table(annotators: list[tuple[list[str], Found]]) -> Table:
         (
             Cell(together(names)),
             *(
-                _share(known[k]) if form == "%" else _mean(known[k], form, least, 1)
+                _share(known[k]) if form == "%" else _mean(Mean.of(known[k]), form, least, 1)
                 for k, (_, form, least) in _OF_ANNOTATOR.items()
             ),
         )
@@ -258,31 +255,24 @@ def _rate(value: float) -> str:
     return f"{float(digits):g}e{int(exponent)}"
 
 
-def _mean(
-    record: Found | None, form: str, least: float = -math.inf, most: float = math.inf
-) -> Cell:
+def _mean(found: Mean | None, form: str, least: float = -math.inf, most: float = math.inf) -> Cell:
     """A mean with its interval, cut at what the figure can be."""
-    if record is None or record["mean"] is None:
+    if found is None:
         return NOT_RUN
-    if record["low"] is None:
-        return Cell(written(record["mean"], form))
-    told = cut(record, least, most)
-    return Cell(written(told["mean"], form), (interval(told["low"], told["high"], form),))
+    told = found.cut(least, most)
+    if told.low is None or told.high is None:
+        return Cell(written(told.mean, form))
+    return Cell(written(told.mean, form), (interval(told.low, told.high, form),))
 
 
 def _alone(record: Found | None, form: str) -> Cell:
     """A mean without its interval."""
-    return replace(_mean(record, form), details=())
-
-
-def _hundredfold(record: Found | None) -> Found | None:
-    return record and {
-        k: None if record[k] is None else 100 * record[k] for k in ("mean", "low", "high")
-    }
+    return replace(_mean(Mean.of(record), form), details=())
 
 
 def _share(record: Found | None) -> Cell:
-    cell = _mean(_hundredfold(record), ".1f", 0, 100)
+    found = Mean.of(record)
+    cell = _mean(found and found.hundredfold, ".1f", 0, 100)
     return cell if cell.missing else replace(cell, text=f"{cell.text} %")
 
 
@@ -294,13 +284,13 @@ def _gra(trial: Found, against: str) -> Cell:
 
 
 def _points(record: Found | None) -> Cell:
-    cell = _mean(_hundredfold(record), "+.1f", -100, 100)
-    if cell.missing or record is None or not excludes_zero(record):
+    found = Mean.of(record)
+    cell = _mean(found and found.hundredfold, "+.1f", -100, 100)
+    if found is None or not found.excludes_zero:
         return cell
     return replace(cell, text=f"* {cell.text}")
 
 
 def _smallest(record: Found | None) -> Cell:
-    if record is None or record["smallest"] is None:
-        return NOT_RUN
-    return Cell(f"{100 * record['smallest']:.1f}")
+    smallest = at(record, "smallest")
+    return NOT_RUN if smallest is None else Cell(f"{100 * smallest:.1f}")

@@ -60,10 +60,10 @@ def collect(context: Context, config: Config, graphs: Mapping[str, Nodes]) -> di
     }
 
 
-def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, Any]:
+def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, object]:
     weigh = context.counts(nodes["weigh"])
     manifests = {role: committed(context, node) for role, node in nodes.items()}
-    evaluation: dict[str, Any] = context.place(nodes["evaluate"]).read_json("metrics.json")
+    evaluation: dict[str, object] = context.place(nodes["evaluate"]).read_json("metrics.json")
     return evaluation | {
         "pairs": manifests["align"].counts["rows"],  # of those selected, what fits the policy
         "mean_weight": weigh["mean_weight"],
@@ -103,7 +103,7 @@ def device_hours(nodes: Mapping[str, Node], manifests: Mapping[str, Manifest]) -
     return dict(hours.values())
 
 
-def _weights(context: Context, node: Node) -> dict[str, Any]:
+def _weights(context: Context, node: Node) -> dict[str, float | None]:
     """(Σw)² / (n·Σw²) of the first pairs; ids are hashes, so these are a sample."""
     values = np.array(_column(context, node, "weight"))
     total = float(np.sum(values**2))
@@ -116,13 +116,13 @@ def _pointer(node: Node) -> dict[str, str]:
 
 def _confidences(
     context: Context, graphs: Mapping[str, Mapping[str, Node]]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Of each annotator, its arms and its confidences.
 
     A temperature divides margins, so one annotator with and without it counts as two. An arm that
     keeps only the most confident pairs shows those of an arm that keeps more, if there is one.
     """
-    by_annotator: dict[tuple[Any, ...], dict[str, Node]] = {}
+    by_annotator: dict[tuple[object, ...], dict[str, Node]] = {}
     for arm, nodes in graphs.items():
         weigh = nodes["weigh"]
         if context.counts(weigh)["mean_confidence"] is not None:
@@ -151,7 +151,7 @@ def _column(context: Context, weigh: Node, name: str) -> list[float]:
     return values[:MOST_CONFIDENCES]
 
 
-def _curve(context: Context, node: Node) -> list[dict[str, Any]]:
+def _curve(context: Context, node: Node) -> list[dict[str, object]]:
     """The log records of a training stage, one a step."""
     lines = context.place(node).read("metrics.jsonl").decode().splitlines()
     return [json.loads(line) for line in lines]

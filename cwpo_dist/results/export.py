@@ -13,14 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 from cwpo_dist.config import Config, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
 from cwpo_dist.manifest import Manifest
-from cwpo_dist.report.card import BESIDE, annotator_card, model_card
+from cwpo_dist.report.card import BESIDE, Figures, annotator_card, model_card
 from cwpo_dist.signing import check_can_sign, sign, write_digests
 from cwpo_dist.staging import upload
 from cwpo_dist.storage import MANIFEST, Store
@@ -141,7 +140,7 @@ class _Arm:
 
 
 def _policy(
-    source: _Arm, arm: str, figures: dict[str, Any], target: Store, base: str | None, adapter: bool
+    source: _Arm, arm: str, figures: Figures, target: Store, base: str | None, adapter: bool
 ) -> str:
     """Copies the aligned model or its adapter; the card."""
     below = shipped = None
@@ -153,14 +152,14 @@ def _policy(
         source.config,
         arm,
         source.keys,
-        figures | {"versions": Manifest.read(source.align).versions},
+        {**figures, "versions": Manifest.read(source.align).versions},
         source.base,
         below,
         shipped=shipped is not None,
     )
 
 
-def _annotator(source: _Arm, role: str, figures: dict[str, Any], target: Store) -> str:
+def _annotator(source: _Arm, role: str, figures: Figures, target: Store) -> str:
     """Copies an annotator that `fit` made; its card."""
     fits = [name for name, stage in source.stages.items() if stage["stage"] == "fit"]
     if role not in fits:
@@ -172,7 +171,7 @@ def _annotator(source: _Arm, role: str, figures: dict[str, Any], target: Store) 
     return annotator_card(source.config, read, _alone(figures["annotator"], made), made)
 
 
-def _alone(figures: dict[str, Any] | None, made: Manifest) -> dict[str, Any]:
+def _alone(figures: Figures | None, made: Manifest) -> Figures:
     """Of an ensemble's figures those of the one annotator, which goes by its seed."""
     members = (figures or {}).get("members")
     if members is None:

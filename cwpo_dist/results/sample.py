@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from cwpo_dist.pairs.messages import message_text
 from cwpo_dist.pairs.records import Text
 from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.report.cells import together
-from cwpo_dist.report.explorer import MOST_PAIRS, shortened
+from cwpo_dist.report.explorer import MOST_PAIRS, Sample, shortened
 from cwpo_dist.runs.context import Context, ScoresIn, annotator_name, read_answers
 from cwpo_dist.runs.node import Node, Nodes, members
 from cwpo_dist.scoring.pipeline import part
@@ -27,7 +26,7 @@ Graphs = Mapping[str, Nodes]
 ANSWERS = {"before": "answers_sft", "after": "answers_aligned"}
 
 
-def sample(context: Context, graphs: Graphs) -> dict[str, Any]:
+def sample(context: Context, graphs: Graphs) -> Sample:
     """Pairs as they come (ids are hashes, so any are a sample), those with answers first.
 
     The labels of unlabelled pairs are shown only where an arm may have read them.
@@ -35,8 +34,8 @@ def sample(context: Context, graphs: Graphs) -> dict[str, Any]:
     reader = _Reader.of(context, graphs)
     prepare = next(iter(graphs.values()))["prepare"]
     store = context.place(prepare)
-    answered: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
+    answered: list[dict[str, object]] = []
+    others: list[dict[str, object]] = []
     for index in range(int(context.counts(prepare)["shards"])):
         for pair in reader.pairs(index, read_pairs(store, part("pairs", index))):
             (answered if pair.answers else others).append(asdict(pair))
