@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from cwpo_dist.cli import app as cli
+from cwpo_dist.cli import terminal_log
 from cwpo_dist.config import Config, ConfigError, ModelConfig, Section, Source
 from cwpo_dist.config.deepspeed import read_section
 from cwpo_dist.config.load import load_config, parse_config
@@ -282,9 +283,9 @@ def test_what_the_terminal_is_told(
     """A message, a log line and a traceback of a library's error."""
     assert "5ECRET" not in str(cli.user_message(ConfigError(CREDENTIALS[0])))
     record = logging.LogRecord("x", logging.INFO, "x", 1, "went to %s", (CREDENTIALS[4],), None)
-    cli._Stderr().emit(record)
+    terminal_log._Stderr().emit(record)
     error = RuntimeError(f"cannot open {CREDENTIALS[0]}")
-    cli._told_without_credentials(RuntimeError, error, None)
+    terminal_log.told_without_credentials(RuntimeError, error, None)
     said = capsys.readouterr().err
     assert said.count("***") == 2
     assert "5ECRET" not in said

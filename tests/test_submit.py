@@ -25,14 +25,15 @@ from cwpo_dist import credentials
 from cwpo_dist.cli import app as cli
 from cwpo_dist.cli import job_server
 from cwpo_dist.cli.job_server import other_cluster
+from cwpo_dist.cli.portable import portable
 from cwpo_dist.cli.submit import (
     Settings,
     SubmitError,
     Submitted,
+    _packed,
     follow,
     job_name,
     logs,
-    portable,
     status,
     stop,
     submit,
@@ -277,6 +278,16 @@ def test_credentials_travel_as_a_file_and_only_those_that_are_set(
     assert (os.environ["WANDB_API_KEY"], os.environ["MY_SERVICE"]) == (SECRET, "mine")
     assert fsspec.config.conf["https"] == {"headers": {}}, "also where it was imported before"
     assert os.environ.keys().isdisjoint({"HF_TOKEN", "FSSPEC_CONFIG_DIR"})
+
+
+def test_the_whole_package_travels(tmp_path: Path) -> None:
+    """Where nodes lack it, its modules are found by their own names in what Ray unpacks."""
+    _, environment = _packed({}, "run", tmp_path, Settings())
+    package = Path(environment["py_modules"][0])
+    module, _, hook = environment["worker_process_setup_hook"].rpartition(".")
+    name, _, file = module.partition(".")
+    assert package.name == name
+    assert f"def {hook}(" in (package / f"{file}.py").read_text()
 
 
 def test_the_name_is_a_function_of_place_and_stage() -> None:

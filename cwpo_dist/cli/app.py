@@ -6,13 +6,10 @@ What is heavy to import (torch, ray) is imported by the command that needs it.
 from __future__ import annotations
 
 import io
-import logging
 import os
 import secrets
 import sys
-import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Literal
 
 import typer
@@ -33,6 +30,7 @@ from cwpo_dist.cli.options import (
     Trial,
     say,
 )
+from cwpo_dist.cli.terminal_log import log_to_terminal, told_without_credentials
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import load_config, to_yaml
 from cwpo_dist.redaction import redacted
@@ -71,7 +69,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; faults of the user end in one message and exit code 2."""
     credentials.take()  # in a submitted job
-    sys.excepthook = _told_without_credentials
+    sys.excepthook = told_without_credentials
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Ray hands on what workers say there; into a file or pipe it would all come at the end.
         # A name in somebody's files may hold what no terminal can write: it is spelled out.
@@ -98,13 +96,6 @@ def user_message(error: BaseException) -> str | None:
     said = str(getattr(error, "cause", error))  # Ray's wrapper adds the worker's traceback
     said = said.partition("\nFailed to apply UDF ")[0]  # Ray Data adds advice about its own knobs
     return redacted(said)
-
-
-def _told_without_credentials(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """A fault that is not the user's, with its traceback: a library's message may hold a URL."""
-    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
 
 @app.command()
@@ -187,7 +178,7 @@ def compare(config: ConfigPath, overrides: Overrides = None) -> None:
     _guard_own_ray()
     from cwpo_dist.execution.comparison import compare as compare_trials
 
-    _log_to_terminal()
+    log_to_terminal()
     say(f"comparison: {compare_trials(load_config(config, overrides))}")
 
 
@@ -238,7 +229,7 @@ def check(
     _guard_own_ray()
     from cwpo_dist.check.command import check as check_cluster
 
-    _log_to_terminal()
+    log_to_terminal()
     if not check_cluster(nodes, to, quick=quick, storage=storage):
         raise typer.Exit(1)
 
@@ -282,7 +273,7 @@ def export(
     """
     from cwpo_dist.results.export import export as copy_model
 
-    _log_to_terminal()
+    log_to_terminal()
     say(f"model: {copy_model(run, arm, to, adapter, annotator, base, sign)}")
 
 
@@ -330,28 +321,15 @@ def _guard_own_ray() -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
-class _Stderr(logging.Handler):
-    """Logs to what is stderr at the moment: while a progress bar is shown, that prints above it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"{redacted(self.format(record))}\n")
-
-
 def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = False) -> None:
     _guard_own_ray()
     from cwpo_dist.execution import run as stages
     from cwpo_dist.runs.checks import check
 
-    _log_to_terminal()
+    log_to_terminal()
     check(config, until)  # before any worker starts
     if retry_rejects:
         place = stages.retry_rejects(config)
     else:
         place = stages.run(config, until=until, resume=resume)
     say(f"{'report' if until is None else 'run directory'}: {place}")
-
-
-def _log_to_terminal() -> None:
-    handlers = [_Stderr()]
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
-    logging.getLogger("cwpo_dist").setLevel(logging.INFO)

@@ -7,12 +7,10 @@ that runs, and submitting after an end starts the next attempt, which resumes.
 from __future__ import annotations
 
 import asyncio
-import glob
 import json
 import os
 import re
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -23,14 +21,15 @@ from typing import Any
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+import cwpo_dist
 from cwpo_dist import credentials
 from cwpo_dist.cli.job_server import SubmitError, job_server
+from cwpo_dist.cli.portable import portable
 from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.config.deepspeed import read_section
 from cwpo_dist.redaction import redacted
 from cwpo_dist.storage import digest, to_json
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(cwpo_dist.__file__).resolve().parent
 CONFIG_NAME = "config.yaml"
 PENDING_TIMEOUT_S = 600.0
 POLL_S = 1.0
@@ -126,34 +125,6 @@ def job_name(output_dir: str, stage: str) -> str:
     """The first submission id of a stage of a run: the same for the same run directory."""
     tail = re.sub(r"[^A-Za-z0-9]+", "-", output_dir.rstrip("/").rsplit("/", 1)[-1]).strip("-")
     return f"cwpo-{stage}-{tail[:40]}-{digest(output_dir)[:8]}"
-
-
-def portable(config: Config, folder: Path) -> dict[str, Any]:
-    """The configuration as it can be read elsewhere.
-
-    Local paths become absolute (every node must see them), a DeepSpeed JSON is read in, and
-    template files are copied into `folder`, the job's working directory.
-
-    Raises:
-        ConfigError: for a template or DeepSpeed file that is not there.
-    """
-    data = config.model_dump(mode="json")
-    if "://" not in data["output_dir"]:
-        data["output_dir"] = str(Path(data["output_dir"]).absolute())
-    for source in data["prepare"]["sources"]:
-        source["path"] = _absolute(source["path"])
-    for name, model in _models(data):
-        model["model_name_or_path"] = _absolute(model["model_name_or_path"])
-        if model["chat_template"] not in {"tokenizer", "plain"}:
-            template = Path(model["chat_template"])
-            copy = f"{name}-{template.name}"
-            shutil.copyfile(_existing(template, f"{name}.chat_template"), folder / copy)
-            model["chat_template"] = copy
-    for name in ("fit", "sft", "align"):
-        section = data[name]
-        if section is not None:
-            section["deepspeed"] = _read_in(name, section["deepspeed"])
-    return data
 
 
 def status(submission_id: str, address: str) -> str:
@@ -330,33 +301,3 @@ def _attach(job: JobDetails, mark: str) -> Submitted:
             f"end it with `cwpo stop {job.submission_id}`, or choose another output_dir"
         )
     return Submitted(str(job.submission_id), attached=True)
-
-
-def _models(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    found = {
-        "weak": data["weak"],
-        "policy": data["policy"],
-        "annotate.model": data["annotate"]["model"],
-        **{f"annotate.models.{k}": m for k, m in enumerate(data["annotate"]["models"])},
-        "evaluate.gold_model": data["evaluate"]["gold_model"],
-    }
-    return [(name, model) for name, model in found.items() if model is not None]
-
-
-def _absolute(path: str) -> str:
-    """A file, folder or glob that is here as an absolute path; hub ids and URIs as they are."""
-    here = "://" not in path and (Path(path).exists() or any(True for _ in glob.iglob(path)))
-    return str(Path(path).absolute()) if here else path
-
-
-def _read_in(name: str, deepspeed: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    try:
-        return read_section(deepspeed) if isinstance(deepspeed, str) else deepspeed
-    except ConfigError as error:
-        raise ConfigError(f"{name}.{error}") from None
-
-
-def _existing(path: Path, field: str) -> Path:
-    if not path.is_file():
-        raise ConfigError(f"{field}: no file {str(path)!r}; correct its path")
-    return path

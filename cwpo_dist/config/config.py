@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -11,6 +11,8 @@ from cwpo_dist.config.data import PrepareConfig
 from cwpo_dist.config.models import ModelConfig
 from cwpo_dist.config.scoring import AnnotateConfig, EvaluateConfig, ReferenceConfig
 from cwpo_dist.config.training import AlignConfig, FitConfig, SftConfig
+
+S = TypeVar("S", bound=Section)
 
 
 class WeighConfig(Section):
@@ -133,6 +135,10 @@ class Config(Section):
                     known = ", ".join(sorted(ARMS))
                     raise ValueError(f"{field}: {arm!r} is unknown; choose from {known}")
         return self
+
+    def sections(self, kind: type[S]) -> dict[str, S]:
+        """Those of a kind that the run has, by their names."""
+        return {name: section for name, section in self if isinstance(section, kind)}
 
     def arm(self, name: str) -> Arm:
         """The preset of that name, with whose numbers `weigh.from` says that it reads.

@@ -169,28 +169,19 @@ def trainings(
     config: Config, until: str | None = None
 ) -> Iterator[tuple[str, TrainingConfig, ModelConfig | None]]:
     """The training sections that are used up to a stage, and the models that they train."""
-    sections = {
-        "fit": (config.fit, config.weak),
-        "sft": (config.sft, config.policy),
-        "align": (config.align, config.policy),
-    }
     stages = reached(config, until)
-    for name, (section, model) in sections.items():
-        if name in stages and section is not None:
-            yield name, section, model
+    for name, section in config.sections(TrainingConfig).items():
+        if name in stages:
+            yield name, section, config.weak if name == "fit" else config.policy
 
 
 def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolConfig]]:
     """The actor pools that are used up to a stage."""
-    sections = {
-        "annotate": config.annotate,
-        "reference": config.reference,
-        "evaluate": config.evaluate,
-    }
     stages = reached(config, until)
     if config.reference.sharded:  # by the workers of `align`
         stages -= {"reference"}
-    yield from ((name, section) for name, section in sections.items() if name in stages)
+    used = config.sections(PoolConfig).items()
+    yield from ((name, section) for name, section in used if name in stages)
 
 
 def reached(config: Config, until: str | None) -> set[str]:
@@ -200,10 +191,12 @@ def reached(config: Config, until: str | None) -> set[str]:
         return set()
     if until in labelling:
         return {"fit"} if until == "fit" else labelling
-    wanted = labelling if needs_annotator(config) else set()
-    wanted |= {"implicit", "reference", "weigh"} if implicit_arms(config) else {"weigh"}
-    policy = {"sft", "reference", "align", "evaluate"}  # `aligned` is `reference` of another model
-    return wanted if until == "weigh" else wanted | policy
+    found = {"weigh"} | (labelling if needs_annotator(config) else set())
+    found |= {"implicit", "reference"} if implicit_arms(config) else set()
+    if until == "weigh":
+        return found
+    placed = config.sections(TrainingConfig).keys() | config.sections(PoolConfig).keys()
+    return found | (placed - {"fit", "annotate"})  # `aligned` is `reference` of another model
 
 
 def _source_faults(config: Config, stages: set[str]) -> Iterator[str]:

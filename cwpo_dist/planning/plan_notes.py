@@ -1,0 +1,106 @@
+"""A configuration and what it is estimated to take in; what a reader should know of it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cwpo_dist.config import Config
+from cwpo_dist.graph import graph, nodes_until
+from cwpo_dist.lm.batches import total_steps
+from cwpo_dist.pairs.sources import MAP_LABELS
+from cwpo_dist.placement import Machine, gpus_taken
+from cwpo_dist.planning.costs import Estimate, gpus
+from cwpo_dist.planning.plan_faults import until_of
+from cwpo_dist.runs.arms import needs_annotator
+from cwpo_dist.runs.checks import pools, reached, trainings
+from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.own_checks import own_notes
+from cwpo_dist.runs.stage import Training
+from cwpo_dist.runs.trials import section, tuned
+
+
+def graphs(config: Config) -> dict[str, dict[str, Node]]:
+    """The outputs of each arm, as far as they can be planned."""
+    if config.policy is not None:
+        return {arm: graph(config, arm) for arm in config.arms}
+    if not needs_annotator(config):
+        return {arm: nodes_until(config, arm, "weigh") for arm in config.arms}
+    return {"": nodes_until(config, config.arms[0], until_of(config))}  # of no arm yet
+
+
+def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
+    """What a reader should know that is no fault."""
+    estimate = estimates[0]
+    yield from (f"prepare: {remark}" for remark in estimate.counted.remarks)
+    if config.compare:
+        yield _size_of_comparison(config, len(estimates))
+    if not estimate.counted.exact:
+        yield "counts are estimates: the sources are too large to read in a few seconds"
+    yield from estimate.counted.sentences()
+    if not any(estimate.counted.labelled.values()) and not estimate.counted.own:
+        yield f"no pair has a label, or a number of its own to weigh it by; {MAP_LABELS}"
+    if until_of(config) == "prepare":
+        yield "no model is given: planned up to `prepare`"
+    elif config.policy is None and needs_annotator(config):
+        yield "no policy is given: planned up to `annotate`; `weigh` can follow"
+    elif config.policy is None:
+        yield "no policy is given: planned up to `weigh`"
+    if until_of(config) in {None, "weigh"}:
+        yield from own_notes(config, estimate.counted)
+    yield from estimate.checked.notes
+    if config.annotate.batch_invariant:
+        yield _invariance(config)
+    yield from _short_trainings(config, estimates)
+    yield from _idle_gpus(config, estimate.checked.machines)
+    if config.simulated_labels:
+        yield "labels are simulated: drawn from a rule, not given by people"
+
+
+def _invariance(config: Config) -> str:
+    if "annotate" not in reached(config, until_of(config)):
+        return "annotate.batch_invariant: on, but nothing here is scored by `annotate`"
+    return (
+        "annotate.batch_invariant: on; a score has the same bits whatever is scored beside it, on "
+        "one kind of device, and on a CPU each actor computes with one thread"
+    )
+
+
+def _size_of_comparison(config: Config, number: int) -> str:
+    seeds, rates = section(config).seeds, section(config).learning_rates
+    chosen = f"; before, each at {len(rates)} learning rates with seed {seeds[0]}"
+    spread = "; one seed says nothing of the spread between seeds" if len(seeds) == 1 else ""
+    times = "; times count outputs side by side where two fit on the cluster"
+    return f"{number} trials × {len(seeds)} seeds{chosen if tuned(config) else ''}{spread}{times}"
+
+
+def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
+    """Schedules that end before they have warmed up, in the arm with the fewest steps."""
+    sections = {name: section for name, section, _ in trainings(config, until_of(config))}
+    fewest: dict[str, tuple[int, str]] = {}
+    for estimate in estimates:
+        for arm, nodes in graphs(estimate.config).items():
+            ours = {role: node for role, node in nodes.items() if node.stage in sections}
+            for role, node in ours.items():
+                work = estimate.work(node)
+                if isinstance(work, Training) and not role.startswith("teacher_"):
+                    steps = total_steps(work.training, estimate.trained_on(work))
+                    fewest[node.stage] = min((steps, arm), fewest.get(node.stage, (steps, arm)))
+    for name, (steps, arm) in fewest.items():
+        warmup = sections[name].warmup_steps
+        if warmup >= steps:
+            yield (
+                f"{name}.warmup_steps: {warmup} of about {steps} steps (arm {arm!r}), so the "
+                "learning rate never reaches its peak"
+            )
+
+
+def _idle_gpus(config: Config, machines: Sequence[Machine]) -> Iterator[str]:
+    """Scoring stages that leave GPUs of the cluster without work."""
+    there = gpus(machines)
+    for name, pool in pools(config, until_of(config)):
+        taken = gpus_taken(pool, machines)
+        if taken < there and (name != "evaluate" or config.evaluate.num_prompts):
+            yield (
+                f"{name}: its actors take {taken:g} of {there:g} GPUs; {name}.gpus_per_actor and "
+                "num_actors say how many there may be"
+            )
