@@ -17,7 +17,7 @@ import cwpo_dist
 from cwpo_dist.config import ARMS, Config, FitConfig, PoolConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import graph
-from cwpo_dist.runs.arms import watched_split, weighting
+from cwpo_dist.runs.arms import held_out_split, weighting
 from cwpo_dist.runs.node import Node
 
 CONFIDENT = {"labels": "annotator", "weight_function": "confidence"}
@@ -132,11 +132,11 @@ def test_another_normalization_is_for_every_arm(given: dict[str, Any]) -> None:
 
 def test_training_is_followed_on_validation_where_a_run_has_it(given: dict[str, Any]) -> None:
     """By its share, or by a source of its own; else on the split that is judged."""
-    assert watched_split(parse_config(given)) == "validation"
+    assert held_out_split(parse_config(given)) == "validation"
     none = with_value(given, "prepare.validation_fraction", 0.0).model_dump(mode="json")
-    assert watched_split(parse_config(none)) == "test"
+    assert held_out_split(parse_config(none)) == "test"
     for into, split in (("validation", "validation"), ("test", "test"), ("train", "test")):
-        assert watched_split(with_value(none, "prepare.sources.0.into", into)) == split
+        assert held_out_split(with_value(none, "prepare.sources.0.into", into)) == split
 
 
 def splits_of(config: Config, arm: str, role: str) -> list[str]:

@@ -51,8 +51,8 @@ app = typer.Typer(
 )
 
 
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _say_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"cwpo_dist {__version__}")
         raise typer.Exit
 

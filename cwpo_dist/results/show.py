@@ -58,11 +58,11 @@ def _writable(held: Any) -> Any:
 
 
 def _figures(run: str) -> str:
-    return FIGURES if _compared_only(Store(run)) else "metrics.json"
+    return FIGURES if _is_comparison(Store(run)) else "metrics.json"
 
 
 def _shown(runs: Sequence[str], to: str | None) -> str:
-    if len(runs) == 1 and _compared_only(Store(runs[0])):
+    if len(runs) == 1 and _is_comparison(Store(runs[0])):
         return _show_comparison(Store(runs[0]), to)
     if len(runs) == 1 and (prepared := _without_report(Store(runs[0]))):
         return _show_prepared(runs[0], prepared, to)
@@ -79,7 +79,7 @@ def _shown(runs: Sequence[str], to: str | None) -> str:
     return _written(render(metrics, sample), to or f"{runs[0].rstrip('/')}/report.html")
 
 
-def _compared_only(root: Store) -> bool:
+def _is_comparison(root: Store) -> bool:
     return root.exists(FIGURES) and not root.exists("metrics.json")
 
 

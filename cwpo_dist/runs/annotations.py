@@ -237,7 +237,7 @@ def gather(task: Callable[[int], pa.Table], shards: int, schema: pa.Schema) -> p
 
     Each is a Ray task of its own, unless they are few.
     """
-    if are_few(shards):
+    if shards <= FEW_SHARDS:
         return pa.concat_tables([schema.empty_table(), *map(task, range(shards))])
     numbers = ray.data.from_items([{"shard": i} for i in range(shards)], override_num_blocks=shards)
     tables = numbers.map_batches(
@@ -245,11 +245,6 @@ def gather(task: Callable[[int], pa.Table], shards: int, schema: pa.Schema) -> p
     )
     found: Iterable[pa.Table] = tables.iter_batches(batch_size=None, batch_format="pyarrow")
     return pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in found if t.num_rows)])
-
-
-def are_few(shards: int) -> bool:
-    """Whether the driver does without Ray's tasks."""
-    return shards <= FEW_SHARDS
 
 
 def _of_shard(task: Callable[[int], pa.Table], batch: pa.Table) -> pa.Table:

@@ -135,7 +135,7 @@ def teacher_config(config: Config) -> Config:
     )
 
 
-def watched_split(config: Config) -> Split:
+def held_out_split(config: Config) -> Split:
     """Where training may be followed on human labels: `validation`, else the judged split."""
     prepare = config.prepare
     if prepare.validation_fraction > 0 or any(s.into == "validation" for s in prepare.sources):

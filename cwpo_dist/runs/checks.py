@@ -28,7 +28,7 @@ from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
 from cwpo_dist.placement import Machine, alive_machines, pool_faults
-from cwpo_dist.runs.arms import needs_annotator, watched_split, weighting
+from cwpo_dist.runs.arms import held_out_split, needs_annotator, weighting
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.nodes import node_faults
@@ -259,7 +259,7 @@ def weighing_faults(config: Config) -> Iterator[str]:
             "weigh.calibration_split: 'labelled' holds what the annotator is trained on; give "
             "'validation'"
         )
-    if split == "validation" and watched_split(config) != "validation":
+    if split == "validation" and held_out_split(config) != "validation":
         yield (
             f"prepare.validation_fraction: 0, but {what} needs human labels there; raise it, or "
             "give a source with into: validation"

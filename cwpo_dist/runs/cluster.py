@@ -12,7 +12,7 @@ import grpc
 import ray
 
 from cwpo_dist.ray_internals import head_of_this_machine
-from cwpo_dist.runs.notices import leave_out, only_our_progress
+from cwpo_dist.runs.notices import leave_out, quieten_ray
 
 ANSWER_S = 5.0  # for a head that is there; Ray itself would wait for many minutes
 # What Ray adds to its folder for the socket of its object store, and what the system allows.
@@ -41,7 +41,7 @@ def connect() -> None:
     Raises:
         ClusterError: where nothing answers as Ray's head does, or this machine's Ray cannot start.
     """
-    only_our_progress()
+    quieten_ray()
     if ray.is_initialized():
         return
     address = named_cluster()

@@ -24,7 +24,7 @@ NOT_OURS = ("has constructor arguments in the object store and max_restarts > 0"
 HELPERS = ("PlacementGroupCleaner",)
 
 
-def only_our_progress() -> None:
+def quieten_ray() -> None:
     """Every stage says how far it is; Ray's own bars and notices would drown that."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train"):

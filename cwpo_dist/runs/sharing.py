@@ -46,6 +46,6 @@ def plus(*needs: Room) -> Room:
     return {name: sum(each.get(name, 0.0) for each in needs) for name in ("CPU", "GPU")}
 
 
-def fits(wanted: Room, room: Room) -> bool:
+def fits(needed: Room, room: Room) -> bool:
     """Whether the cluster has that much."""
-    return all(wanted[name] <= room[name] + 1e-9 for name in wanted)
+    return all(needed[name] <= room[name] + 1e-9 for name in wanted)

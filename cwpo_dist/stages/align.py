@@ -14,7 +14,7 @@ from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.stored import Choice, read_choices
 from cwpo_dist.runs.annotations import decided_pairs
-from cwpo_dist.runs.arms import ArmRun, Weighting, normalization, watched_split, weighting
+from cwpo_dist.runs.arms import ArmRun, Weighting, held_out_split, normalization, weighting
 from cwpo_dist.runs.context import Context, policy_of, read_log_probs
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
@@ -76,7 +76,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
         arm.sampling,
         arm.soft_labels,
         weighting(config, arm),
-        watched_split(config),
+        held_out_split(config),
     )
     read = {"tokens": given["tokens"], "weigh": given["weigh"]}
     read |= {"reference": given["reference"]} if "reference" in given else {}

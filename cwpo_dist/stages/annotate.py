@@ -174,7 +174,7 @@ def _job(
     context: Context,
     node: Node[AnnotateSettings],
     retry: int = 0,
-    only: Sequence[int] | None = None,
+    selected: Sequence[int] | None = None,
 ) -> ShardJob:
     """The scoring of all pairs, or of those that the retries before `retry` left aside."""
     told, output = node.settings, context.place(node)
@@ -189,7 +189,7 @@ def _job(
         output=output,
         shards=context.shards(node),
         make_worker=partial(scorer, pairs, model, who, budget),
-        selected=only,
+        selected=selected,
         retry=retry,
     )
 
@@ -278,8 +278,8 @@ def _retried_counts(context: Context, node: Node[AnnotateSettings]) -> Counter[s
     names = set(context.place(node).names("scores")) if node.retries else set()
     for number in range(1, node.retries + 1):
         shards = range(context.shards(node))
-        only = [i for i in shards if part("scores", i, number) in names]
-        totals.update(total_counts(_job(context, node, number, only)))
+        selected = [i for i in shards if part("scores", i, number) in names]
+        totals.update(total_counts(_job(context, node, number, selected)))
         totals["rejects"] -= totals.pop("rows_in")
     return totals
 

@@ -17,7 +17,7 @@ from cwpo_dist.lm.templates import Fault, TokenError
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.stored import Pair, read_pairs
-from cwpo_dist.runs.arms import ArmRun, watched_split
+from cwpo_dist.runs.arms import ArmRun, held_out_split
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
@@ -74,7 +74,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
             "weak: an annotator is needed; give weak.model_name_or_path to fit one, or "
             "annotate.model.model_name_or_path for a ready one-label reward model"
         )
-    followed, read = watched_split(config), {"prepare": given["prepare"]}
+    followed, read = held_out_split(config), {"prepare": given["prepare"]}
     seeds = config.fit.seeds or [config.seed]
     return {
         f"fit_{k}" if len(seeds) > 1 else "fit": Node(

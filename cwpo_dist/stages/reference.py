@@ -9,7 +9,7 @@ from functools import partial
 from cwpo_dist.config import AlignConfig, Config, ReferenceConfig, Split
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.runs.arms import ArmRun, watched_split
+from cwpo_dist.runs.arms import ArmRun, held_out_split
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
@@ -62,7 +62,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     made: dict[str, Node] = {}
     compares, _ = objective(config.align, soft_labels=run.arm.soft_labels)
     if compares.reference:
-        splits = [*run.arm.splits, *_measured(config), watched_split(config)]
+        splits = [*run.arm.splits, *_measured(config), held_out_split(config)]
         made["reference"] = log_probs(splits, "sft")
     if "align" in given and run.rewarded:
         made |= {"before": log_probs(run.rewarded, "sft")}

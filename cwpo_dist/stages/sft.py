@@ -12,7 +12,7 @@ from cwpo_dist.pairs.chosen import Label, chosen_first
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import LabelSource, decide
 from cwpo_dist.runs.annotations import Annotated, annotated, decided_pairs, label_source
-from cwpo_dist.runs.arms import ArmRun, Chooser, watched_split, weighting
+from cwpo_dist.runs.arms import ArmRun, Chooser, held_out_split, weighting
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
@@ -62,7 +62,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     joint = len(read) + (chooser.own == "beside") > 1 and chooser.temperature == "fitted"
     if not joint:
         chooser = replace(chooser, temperature=None, calibration_split=None)
-    told = SftSettings(config.sft, run.policy, chooser, config.seed, watched_split(config))
+    told = SftSettings(config.sft, run.policy, chooser, config.seed, held_out_split(config))
     prepared = {name: given[name] for name in ("prepare", "tokens")}
     return {"sft": Node(told, prepared | read)}
 
