@@ -212,22 +212,25 @@ def weighting(config: Config, arm: Arm) -> Weighting:
     """
     user = config.weigh
     weighs, scored = arm.weight_function != "one", arm.labels != "human"
+    return Weighting(
+        chooser=_chooser(user, arm),
+        weight_function=(weighs and user.weight_function) or arm.weight_function,
+        top_fraction=(user.top_fraction if scored else None) or arm.top_fraction,
+        min_confidence=user.min_confidence if scored else None,
+        divided_by_mean=weighs and arm.sampling is None and normalization(config, arm) == "dataset",
+    )
+
+
+def _chooser(user: WeighConfig, arm: Arm) -> Chooser:
+    scored, has_own = arm.labels != "human", arm.labels == "own" or arm.with_own
     temperature = (user.temperature if scored else None) or arm.temperature
-    has_own = arm.labels == "own" or arm.with_own
-    chooser = Chooser(
+    return Chooser(
         labels=arm.labels,
         splits=arm.splits,
         own=("beside" if arm.with_own else "alone") if has_own else None,
         column=user.column if has_own else None,
         temperature=temperature,
         calibration_split=user.calibration_split if temperature == "fitted" else None,
-    )
-    return Weighting(
-        chooser=chooser,
-        weight_function=(weighs and user.weight_function) or arm.weight_function,
-        top_fraction=(user.top_fraction if scored else None) or arm.top_fraction,
-        min_confidence=user.min_confidence if scored else None,
-        divided_by_mean=weighs and arm.sampling is None and normalization(config, arm) == "dataset",
     )
 
 

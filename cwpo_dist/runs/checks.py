@@ -76,11 +76,7 @@ def check(config: Config, until: str | None = None) -> Checked:
         Store(config.output_dir).check()
     except StorageError as error:
         raise ConfigError(f"output_dir: {error}") from error
-    stages = reached(config, until)
-    faults = [*_source_faults(config, stages), *_missing_models(config, until)]
-    faults += _gold_faults(config)
-    faults += objective_faults(config) if "align" in stages else []
-    faults += weighing_faults(config) if "weigh" in stages else []
+    faults = [*_config_faults(config, until)]
     for field, model, load in models(config, until):
         found = check_model(field, model, load, _trainings_of(config, until, field, load))
         faults += found.faults
@@ -93,6 +89,16 @@ def check(config: Config, until: str | None = None) -> Checked:
     if faults:
         raise ConfigError("\n".join(faults))
     return Checked(sizes, machines, encoders, tuple(dict.fromkeys(notes)))
+
+
+def _config_faults(config: Config, until: str | None) -> Iterator[str]:
+    """What can be said without a look at models and machines."""
+    stages = reached(config, until)
+    yield from _source_faults(config, stages)
+    yield from _missing_models(config, until)
+    yield from _gold_faults(config)
+    yield from objective_faults(config) if "align" in stages else ()
+    yield from weighing_faults(config) if "weigh" in stages else ()
 
 
 def _trainings_of(
@@ -249,9 +255,12 @@ def weighing_faults(config: Config) -> Iterator[str]:
             "arms: 'ensemble' weighs by what several annotators differ by, but there is one; give "
             "fit.seeds, annotate.models, or weigh.from: both"
         )
-    fitted = calibrated_arms(config)
-    if not fitted:
-        return
+    if fitted := calibrated_arms(config):
+        yield from _calibration_faults(config, fitted)
+
+
+def _calibration_faults(config: Config, fitted: list[str]) -> Iterator[str]:
+    """A split on which no temperature can be fitted for the arms that ask for one."""
     what, split = f"weigh.temperature: fitted (arm {fitted[0]!r})", config.weigh.calibration_split
     ours = not config.annotate.ready() or set(fitted) & set(implicit_arms(config))
     if split == "labelled" and ours:

@@ -70,30 +70,27 @@ def kl_divergence(
     shards = write_pairs(store, rows, rows_a_shard)
     aligned = policy_of(context, models["aligned"], policy)
     _write_tokens(store, aligned, rows, rows_a_shard)
-    values: dict[str, dict[str, float]] = {}
-    for role, given in models.items():
-        output = store.child(role)
-        job = ShardJob(
-            name="reference",
-            output=output,
-            shards=shards,
-            make_worker=partial(
-                ReferenceWorker,
-                PairsIn(store),
-                store,
-                policy_of(context, given, policy),
-                pool.max_tokens_per_batch,
-            ),
-        )
-        run_shards(job, pool)
-        found = [read_log_probs(output, index) for index in range(shards)]
-        values[role] = {i: logps.logp_b for each in found for i, logps in each.items()}
+    values = {
+        role: _log_probs(store, role, shards, policy_of(context, given, policy), pool)
+        for role, given in models.items()
+    }
     both = sorted(values["sft"].keys() & values["aligned"].keys())
     ratios = np.array([values["aligned"][i] - values["sft"][i] for i in both])
     if not len(ratios):
         return {"n": 0, "mean": None, "error": None}
     error = float(ratios.std(ddof=1) / np.sqrt(len(ratios))) if len(ratios) > 1 else None
     return {"n": len(ratios), "mean": float(ratios.mean()), "error": error}
+
+
+def _log_probs(
+    store: Store, role: str, shards: int, policy: ModelConfig, pool: ReferenceConfig
+) -> dict[str, float]:
+    """What a model thinks of the aligned one's answers, by pair id."""
+    output, budget = store.child(role), pool.max_tokens_per_batch
+    worker = partial(ReferenceWorker, PairsIn(store), store, policy, budget)
+    run_shards(ShardJob("reference", output, shards, worker), pool)
+    found = [read_log_probs(output, index) for index in range(shards)]
+    return {i: logps.logp_b for each in found for i, logps in each.items()}
 
 
 def write_pairs(store: Store, rows: Sequence[Answered], size: int) -> int:

@@ -8,7 +8,7 @@ from cwpo_dist.config import TRAINING, Config
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.numbers import Own, kinds
 from cwpo_dist.pairs.sources import Plan
-from cwpo_dist.runs.arms import weighting
+from cwpo_dist.runs.arms import Weighting, weighting
 from cwpo_dist.runs.own_numbers import OwnNumbersError, chosen, void_fault, void_of
 
 
@@ -92,14 +92,7 @@ def _misfits(config: Config, name: str, own: Own) -> Iterator[str]:
     arm = config.arm(name)
     how = weighting(config, arm)
     temperature = how.chooser.temperature
-    told = {
-        "top_fraction": how.top_fraction,
-        "min_confidence": how.min_confidence,
-        "temperature": temperature,
-    }
-    asked = [name for name, value in told.items() if value is not None]
-    if config.weigh.weight_function is not None and how.weight_function != "one":
-        asked.append("weight_function")
+    asked = _of_margins(config, how)
     if own == "weight" and arm.with_own:
         yield (
             "weigh.from: 'both', but a weight says nothing of which answer is better; beside an "
@@ -114,3 +107,15 @@ def _misfits(config: Config, name: str, own: Own) -> Iterator[str]:
             f"weigh.temperature: {temperature} (arm {name!r}) is for scores; the side "
             "of the data's own confidences is the label's, which no temperature makes more honest"
         )
+
+
+def _of_margins(config: Config, how: Weighting) -> list[str]:
+    """The settings of `weigh` that an arm has and that are about margins."""
+    told = {
+        "top_fraction": how.top_fraction,
+        "min_confidence": how.min_confidence,
+        "temperature": how.chooser.temperature,
+    }
+    asked = [name for name, value in told.items() if value is not None]
+    weighs = config.weigh.weight_function is not None and how.weight_function != "one"
+    return [*asked, "weight_function"] if weighs else asked

@@ -48,4 +48,4 @@ def plus(*needs: Room) -> Room:
 
 def fits(needed: Room, room: Room) -> bool:
     """Whether the cluster has that much."""
-    return all(needed[name] <= room[name] + 1e-9 for name in wanted)
+    return all(needed[name] <= room[name] + 1e-9 for name in needed)

@@ -83,28 +83,31 @@ def section(config: Config) -> CompareConfig:
         raise ConfigError(
             "compare: missing; give seeds and grids, see jobs/recipes/hh-compare.yaml"
         )
-    compare, faults = config.compare, []
-    for k, grid in enumerate(compare.grids):
-        faults += [
-            f"compare.grids.{k}.losses: {loss!r} is unknown; choose from {', '.join(OBJECTIVES)}"
-            for loss in grid.losses or []
-            if loss not in OBJECTIVES
-        ]
-    if len(compare.learning_rates) > 1:
-        if config.evaluate.split != "test":
-            faults.append(
-                "evaluate.split: rates are chosen on validation, so figures must be of test"
-            )
-        if not config.prepare.validation_fraction and not any(
-            source.into == "validation" for source in config.prepare.sources
-        ):
-            faults.append(
-                "prepare.validation_fraction: 0, but compare.learning_rates are chosen there; "
-                "raise it, or give one rate"
-            )
-    if faults:
+    if faults := [*_loss_faults(config.compare), *_rate_faults(config, config.compare)]:
         raise ConfigError("\n".join(faults))
-    return compare
+    return config.compare
+
+
+def _loss_faults(compare: CompareConfig) -> Iterator[str]:
+    for k, grid in enumerate(compare.grids):
+        for loss in grid.losses or []:
+            if loss not in OBJECTIVES:
+                known = ", ".join(OBJECTIVES)
+                yield f"compare.grids.{k}.losses: {loss!r} is unknown; choose from {known}"
+
+
+def _rate_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
+    """Rates to choose from, and no split to choose by."""
+    if len(compare.learning_rates) < 2:
+        return
+    if config.evaluate.split != "test":
+        yield "evaluate.split: rates are chosen on validation, so figures must be of test"
+    given = any(source.into == "validation" for source in config.prepare.sources)
+    if not config.prepare.validation_fraction and not given:
+        yield (
+            "prepare.validation_fraction: 0, but compare.learning_rates are chosen there; "
+            "raise it, or give one rate"
+        )
 
 
 def trials(config: Config) -> list[Trial]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from cwpo_dist.config import AlignConfig, Split
@@ -175,26 +175,12 @@ class WeightedPairs:
 
     def __call__(self, encoder: Encoder) -> Preference:
         """Tokens of every preference that fits the policy, chosen first."""
-        rows: list[Row] = []
-        choices: list[Choice] = []
-        references: list[tuple[float, float]] = []
-        for index in range(self.shards):
-            if not (read := self.choices.read(index)):
-                continue
-            log_probs = None if self.reference is None else read_log_probs(self.reference, index)
-            tokens = read_tokens(self.tokens, index)
-            for choice in read:
-                name, label = choice.pair_id, choice.label
-                if name not in tokens or (log_probs is not None and name not in log_probs):
-                    continue  # over length for the policy: counted where it was tokenised
-                row = tokens[name]
-                rows.append(Row(row.prompt, chosen_first(label, *row.answers)))
-                choices.append(choice)
-                if log_probs is not None:
-                    references.append(chosen_first(label, *log_probs[name].sums))
+        found = [each for index in range(self.shards) for each in self._shard(index)]
+        choices = [choice for choice, _, _ in found]
+        references = [reference for *_, reference in found if reference is not None]
         _, settings = objective(self.config, soft_labels=self.soft_labels)
         return Preference(
-            rows,
+            [row for _, row, _ in found],
             [choice.pair_id for choice in choices],
             weights=[choice.weight for choice in choices],
             references=None if self.reference is None else references,
@@ -206,6 +192,21 @@ class WeightedPairs:
             probabilities=list(map(_probability, choices)) if self.soft_labels else None,
             simpo_gamma=settings.simpo_gamma,
         )
+
+    def _shard(self, index: int) -> Iterator[tuple[Choice, Row, tuple[float, float] | None]]:
+        """Of one shard; what is over length for the policy is counted where it was tokenised."""
+        if not (read := self.choices.read(index)):
+            return
+        log_probs = None if self.reference is None else read_log_probs(self.reference, index)
+        tokens = read_tokens(self.tokens, index)
+        for choice in read:
+            name, label = choice.pair_id, choice.label
+            if name not in tokens or (log_probs is not None and name not in log_probs):
+                continue
+            row, reference = tokens[name], None
+            if log_probs is not None:
+                reference = chosen_first(label, *log_probs[name].sums)
+            yield choice, Row(row.prompt, chosen_first(label, *row.answers)), reference
 
 
 def _probability(choice: Choice) -> float:
