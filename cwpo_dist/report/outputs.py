@@ -183,22 +183,21 @@ def cost_table(metrics: Metrics) -> Table:
             if output.key and output.key in seen:  # one output in two roles was made once
                 continue
             seen.add(output.key)
-            arm = at(metrics, "arms", output.arms[0])
-            seconds, tokens = at(arm, "seconds", stage), at(arm, "tokens", stage)
-            speed = tokens / seconds if tokens is not None and seconds else None
-            rows.append(
-                (
-                    Cell(stage),
-                    Cell(output.label),
-                    Cell(duration(seconds)),
-                    count(tokens) if tokens is not None else Cell("–", missing=True),
-                    count(round(speed)) if speed is not None else Cell("–", missing=True),
-                )
-            )
+            rows.append((Cell(stage), Cell(output.label), *_cost(metrics, output)))
     if not rows:
         rows = [(NOT_RUN, *[Cell("") for _ in range(4)])]
     columns = ("stage", "for", "time", "tokens", "tokens/s")
     return Table("Time and tokens", columns, tuple(rows), n_names=2)
+
+
+def _cost(metrics: Metrics, output: Shared) -> tuple[Cell, Cell, Cell]:
+    """Its time, its tokens, and how many of them a second."""
+    arm, none = at(metrics, "arms", output.arms[0]), Cell("–", missing=True)
+    seconds, tokens = at(arm, "seconds", output.stage), at(arm, "tokens", output.stage)
+    if tokens is None:
+        return Cell(duration(seconds)), none, none
+    speed = count(round(tokens / seconds)) if seconds else none
+    return Cell(duration(seconds)), count(tokens), speed
 
 
 def provenance_table(metrics: Metrics) -> Table:

@@ -76,11 +76,7 @@ def render(metrics: Metrics, sample: Sample | None = None, comparison: str | Non
         one_annotator=len(annotators) <= 1 and ensemble is None,
         ensemble_table=ensemble,
         annotator_plots=_annotator_plots(metrics, annotators),
-        curves=[
-            (stage.curve.title, drawn(plots.curve_plot(metrics, name, stage.curve)))
-            for name, stage in LISTED.items()
-            if stage.curve is not None
-        ],
+        curves=_curves(metrics),
         data_tables=outputs.data_tables(metrics),
         cost_table=outputs.cost_table(metrics),
         provenance_tables=[outputs.provenance_table(metrics), outputs.keys_table(metrics)],
@@ -88,6 +84,15 @@ def render(metrics: Metrics, sample: Sample | None = None, comparison: str | Non
         explorer=_explorer(metrics, sample) if sample else None,
     )
     return page.encode("utf-8", "replace").decode()  # no page can hold a lone surrogate
+
+
+def _curves(metrics: Metrics) -> list[tuple[str, Drawn | None]]:
+    """(title, plot or None) of each training stage."""
+    return [
+        (stage.curve.title, drawn(plots.curve_plot(metrics, name, stage.curve)))
+        for name, stage in LISTED.items()
+        if stage.curve is not None
+    ]
 
 
 def _explorer(metrics: Metrics, sample: Sample) -> dict[str, object]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -84,14 +85,7 @@ def gra_plot(metrics: Metrics) -> Plot | None:
 
 def curve_plot(metrics: Metrics, stage: str, shown: Curve) -> Plot | None:
     """Training loss of a stage by step, one line an output; None where none was trained."""
-    curves = []
-    roles = numbered(metrics, stage, "curves")
-    for role in roles:
-        for output in shared_outputs(metrics, role, having="curves"):
-            steps, losses = _points(at(metrics, "arms", output.arms[0], "curves", role))
-            if len(steps):
-                label = output.label if len(roles) == 1 else role
-                curves.append((short_name(label), steps, losses))
+    curves = list(_curves(metrics, stage))
     if not curves:
         return None
     with mpl.rc_context(STYLE):
@@ -109,6 +103,16 @@ def curve_plot(metrics: Metrics, stage: str, shown: Curve) -> Plot | None:
         if len(curves) > 1 or curves[0][0] != "all arms":
             legend_below(figure, ax)
         return Plot(svg_of(figure, f"curve-{stage}"), shown.caption)
+
+
+def _curves(metrics: Metrics, stage: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Of each output of a stage its name, its steps and their losses."""
+    roles = numbered(metrics, stage, "curves")
+    for role in roles:
+        for output in shared_outputs(metrics, role, having="curves"):
+            steps, losses = _points(at(metrics, "arms", output.arms[0], "curves", role))
+            if len(steps):
+                yield short_name(output.label if len(roles) == 1 else role), steps, losses
 
 
 def _points(points: Sequence[Metrics]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,13 +148,7 @@ def dots_plot(dots: Sequence[Dot], words: str | None, salt: str) -> Plot:
     with mpl.rc_context(STYLE):
         figure, ax = figure_of(0.9 + _ROW * len(dots))
         for place, dot in enumerate(dots):
-            if dot.low is not None and dot.high is not None:
-                ax.hlines(place, dot.low, dot.high, color=ACCENT, linewidth=1.6, alpha=0.6)
-            ax.scatter(dot.value, place, s=55, color=ACCENT, zorder=3, linewidth=0)
-            if len(dot.seeds) > 1:
-                ax.scatter(
-                    dot.seeds, [place + 0.22] * len(dot.seeds), s=12, color=SECOND, linewidth=0
-                )
+            _dot(ax, place, dot)
         named_rows(ax, [dot.name for dot in dots])
         middle, line = (0.0, "no difference") if words is None else (0.5, "one half")
         ax.axvline(middle, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
@@ -159,6 +157,16 @@ def dots_plot(dots: Sequence[Dot], words: str | None, salt: str) -> Plot:
         small = " Small: each seed." if any(len(dot.seeds) > 1 for dot in dots) else ""
         caption = f"Means over seeds with 95 % intervals.{small} Dashed: {line}."
         return Plot(svg_of(figure, salt), caption)
+
+
+def _dot(ax: Axes, place: int, dot: Dot) -> None:
+    """A mean with its whiskers, and each seed's value a little below."""
+    if dot.low is not None and dot.high is not None:
+        ax.hlines(place, dot.low, dot.high, color=ACCENT, linewidth=1.6, alpha=0.6)
+    ax.scatter(dot.value, place, s=55, color=ACCENT, zorder=3, linewidth=0)
+    if len(dot.seeds) > 1:
+        below = [place + 0.22] * len(dot.seeds)
+        ax.scatter(dot.seeds, below, s=12, color=SECOND, linewidth=0)
 
 
 def arms_cost_plot(metrics: Metrics) -> Plot | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from cwpo_dist.report.arms import has_own_labels, is_human
 from cwpo_dist.report.cells import (
@@ -154,28 +154,26 @@ def weights_table(metrics: Metrics) -> Table:
     )
 
 
+# The rows of the annotators' table: what stands there of each one's figures.
+_OF_ANNOTATOR: dict[str, Callable[[Metrics | None], Cell]] = {
+    "accuracy": lambda r: share(at(r, "agreement"), with_ties=True),
+    "longer answer wins": lambda r: share(at(r, "length_baseline"), with_ties=True),
+    "calibration error (ECE)": lambda r: percent(r, "expected_calibration_error"),
+    "temperature fitted to held-out labels": temperature,
+    "ECE with it": lambda r: percent(at(r, "calibrated"), "expected_calibration_error"),
+    "mean probability": lambda r: percent(r, "mean_probability"),
+    "mean confidence": lambda r: inner(r, "mean_confidence"),
+    "margin × length difference": lambda r: correlation(at(r, "margin_length")),
+    "confidence × |length difference|": lambda r: correlation(at(r, "confidence_length")),
+}
+
+
 def annotator_table(metrics: Metrics) -> Table:
     """One column of figures for each distinct annotator; members stand beside their ensemble."""
     columns = [named for each in annotators(metrics) for named in _with_members(*each)]
     names = tuple(label for label, _ in columns) or ("annotator",)
     found: list[Metrics | None] = [record for _, record in columns] or [None]
-    after = [at(record, "calibrated") for record in found]
-    rows = (
-        _row("accuracy", (share(at(r, "agreement"), with_ties=True) for r in found)),
-        _row(
-            "longer answer wins", (share(at(r, "length_baseline"), with_ties=True) for r in found)
-        ),
-        _row("calibration error (ECE)", (percent(r, "expected_calibration_error") for r in found)),
-        _row("temperature fitted to held-out labels", (temperature(r) for r in found)),
-        _row("ECE with it", (percent(r, "expected_calibration_error") for r in after)),
-        _row("mean probability", (percent(r, "mean_probability") for r in found)),
-        _row("mean confidence", (inner(r, "mean_confidence") for r in found)),
-        _row("margin × length difference", (correlation(at(r, "margin_length")) for r in found)),
-        _row(
-            "confidence × |length difference|",
-            (correlation(at(r, "confidence_length")) for r in found),
-        ),
-    )
+    rows = tuple((Cell(name), *map(cell, found)) for name, cell in _OF_ANNOTATOR.items())
     return Table(
         f"Annotator on {held_out(metrics)}",
         ("", *names),
@@ -187,10 +185,6 @@ def annotator_table(metrics: Metrics) -> Table:
         "Spearman's on the second line; far from zero they say that length is part of the score."
         + "".join(f" Not fitted ({name}): {why}." for name, why in _reasons(columns)),
     )
-
-
-def _row(name: str, cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    return (Cell(name), *cells)
 
 
 def _with_members(label: str, record: Metrics) -> list[tuple[str, Metrics]]:

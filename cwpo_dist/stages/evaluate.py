@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -94,6 +94,8 @@ class JudgedAnswer(NamedTuple):
     gold: float | None
     baseline_gold: float | None
 
+
+Gold = dict[str, tuple[float, float]]  # by pair id: the scores of both answers
 
 BASELINES = {"own_sft": "answers_sft", "common": "answers_base"}
 
@@ -214,21 +216,11 @@ def _policy(
 
     Without a reference the reward is of a token's mean.
     """
-    aligned, reference = context.place(node.inputs["aligned"]), node.inputs.get("reference")
-    measured: list[Pair] = []
-    after: list[tuple[float, float]] = []
-    before: list[tuple[float, float]] = []
-    for index, pairs in enumerate(shards):
-        new = read_log_probs(aligned, index)
-        old = None if reference is None else read_log_probs(context.place(reference), index)
-        for pair in pairs:
-            name = pair.pair_id
-            if name in new and (old is None or name in old):
-                measured.append(pair)
-                after.append(new[name].means if old is None else new[name].sums)
-                before.append((0.0, 0.0) if old is None else old[name].sums)
+    found = list(_log_probs(context, node, shards))
+    measured = [pair for pair, _, _ in found]
     beta = node.settings.beta
-    after_NK, before_NK = (np.array(each).reshape(-1, 2) for each in (after, before))
+    after_NK = np.array([after for _, after, _ in found]).reshape(-1, 2)
+    before_NK = np.array([before for *_, before in found]).reshape(-1, 2)
     rewards_NK = after_NK - before_NK
     margins = beta * (rewards_NK[:, 0] - rewards_NK[:, 1])
     labels = [pair.label for pair in measured]
@@ -243,6 +235,23 @@ def _policy(
         beta,
         [plain_text(pair.prompt) for pair in measured],
     ).as_dict()
+
+
+def _log_probs(
+    context: Context, node: Node[EvaluateSettings], shards: list[list[Pair]]
+) -> Iterator[tuple[Pair, tuple[float, float], tuple[float, float]]]:
+    """Pairs with their answers' log-probs after the alignment and before, for the reward."""
+    aligned, reference = context.place(node.inputs["aligned"]), node.inputs.get("reference")
+    for index, pairs in enumerate(shards):
+        new = read_log_probs(aligned, index)
+        if reference is None:
+            known = (pair for pair in pairs if pair.pair_id in new)
+            yield from ((pair, new[pair.pair_id].means, (0.0, 0.0)) for pair in known)
+            continue
+        old = read_log_probs(context.place(reference), index)
+        for pair in pairs:
+            if pair.pair_id in new and pair.pair_id in old:
+                yield pair, new[pair.pair_id].sums, old[pair.pair_id].sums
 
 
 def _longer_by(pair: Pair) -> int:
@@ -265,21 +274,10 @@ def _answered(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, ob
         baseline = read_answers(context, node.inputs[role])
         rows = [Answered(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
         gold = _gold(told, context.place(node).child(name), rows)
-        judged_rows = [row for row in rows if row.pair_id in gold] if gold else rows
-        scores = [gold[row.pair_id] for row in judged_rows] if gold else None
+        answers = _judged(name, rows, gold)
+        scores = [(each.gold, each.baseline_gold) for each in answers] if gold else []
         ours, theirs = zip(*scores, strict=True) if scores else (None, None)
         judged[name] = gra(ours or [], theirs or []).as_dict() if gold is not None else None
-        answers = [
-            JudgedAnswer(
-                row.pair_id,
-                content_hash(row.prompt.text),
-                name,
-                len(row.after),
-                len(row.before),
-                *(scores[k] if scores else (None, None)),
-            )
-            for k, row in enumerate(judged_rows)
-        ]
         lengths = [each.length for each in answers], [each.baseline_length for each in answers]
         figures[name] = answer_figures(*lengths, ours, theirs).as_dict()
         tables.append(table_of(answers, JUDGED_SCHEMA))
@@ -291,9 +289,23 @@ def _answered(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, ob
     return {"gra": None if gold is None else judged, "answers": figures, "kl": kl}
 
 
-def _gold(
-    told: EvaluateSettings, store: Store, rows: Sequence[Answered]
-) -> dict[str, tuple[float, float]] | None:
+def _judged(against: str, rows: Sequence[Answered], gold: Gold | None) -> list[JudgedAnswer]:
+    """Those that have gold scores; all of them where there is nothing to judge by."""
+    return [
+        JudgedAnswer(
+            row.pair_id,
+            content_hash(row.prompt.text),
+            against,
+            len(row.after),
+            len(row.before),
+            *(gold[row.pair_id] if gold else (None, None)),
+        )
+        for row in rows
+        if not gold or row.pair_id in gold
+    ]
+
+
+def _gold(told: EvaluateSettings, store: Store, rows: Sequence[Answered]) -> Gold | None:
     """Gold scores (aligned, baseline) by pair id; None without a gold model or function."""
     if told.gold is not None:
         return _score_by_model(told, told.gold.config, store, rows)
@@ -302,7 +314,7 @@ def _gold(
     return None
 
 
-def _score_by_function(name: str, rows: Sequence[Answered]) -> dict[str, tuple[float, float]]:
+def _score_by_function(name: str, rows: Sequence[Answered]) -> Gold:
     """Gold scores (aligned, baseline) by a rule."""
     score = load_function(name)
     asked = [plain_text(row.prompt.text) for row in rows]
@@ -314,7 +326,7 @@ def _score_by_function(name: str, rows: Sequence[Answered]) -> dict[str, tuple[f
 
 def _score_by_model(
     told: EvaluateSettings, model: ModelConfig, store: Store, rows: Sequence[Answered]
-) -> dict[str, tuple[float, float]]:
+) -> Gold:
     """Gold scores (aligned, baseline) by a reward model, on the pipeline that annotates.
 
     An answer without a finite score, or one that is too long, takes its pair out.
