@@ -13,7 +13,7 @@ from typing import Any
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.runs.arms import ArmRun, needs_annotator
-from cwpo_dist.runs.node import Node, ancestors
+from cwpo_dist.runs.node import Node, Nodes, ancestors
 from cwpo_dist.runs.stage import Stage
 from cwpo_dist.stages import LISTED
 
@@ -60,17 +60,16 @@ def nodes_until(config: Config, arm: str, until: str | None) -> dict[str, Node]:
     if until in {"fit", "annotate"}:
         run = replace(run, annotates=True)
     made = _nodes(run, names)
-    asked = _of_stage_or_role(made, until)
-    if not asked:
+    ends = _of_role(made, until) or [node for node in made.values() if node.stage == until]
+    if not ends:
         raise ConfigError(_no_stage(config, arm, until))
-    needed = ancestors(asked)
+    needed = ancestors(ends)
     return {role: node for role, node in made.items() if node.path in needed}
 
 
-def _of_stage_or_role(nodes: Mapping[str, Node], name: str) -> list[Node]:
-    # Several annotators have roles of their own: annotate_0, annotate_1, …
-    by_role = [node for role, node in nodes.items() if role == name or role.startswith(f"{name}_")]
-    return by_role or [node for node in nodes.values() if node.stage == name]
+def _of_role(made: Nodes, name: str) -> list[Node]:
+    """Of several annotators all, whose roles are annotate_0, annotate_1 and so on."""
+    return [node for role, node in made.items() if role == name or role.startswith(f"{name}_")]
 
 
 def prepare_node(config: Config) -> Node:

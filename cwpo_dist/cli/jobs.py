@@ -74,12 +74,8 @@ def submit(
     stage = what.pop(0) if what[0] in {*STAGES, "run", "plan", "compare"} else "run"
     if not what:
         raise typer.BadParameter("name a CONFIG after the stage", param_hint="CONFIG")
-    if retry_rejects and stage != "annotate":
-        raise typer.BadParameter("goes with `cwpo submit annotate`", param_hint="--retry-rejects")
     planning = plan_options(show, price, pairs_per_second, trial)
-    if planning and stage != "plan":
-        raise typer.BadParameter("goes with `cwpo submit plan`", param_hint=planning[0])
-    options = (*planning, *(["--retry-rejects"] if retry_rejects else []))
+    options = _options(stage, planning, retry_rejects)
     _name_other(address)
     loaded = load_config(what[0], what[1:])
     if "://" not in loaded.output_dir:
@@ -93,6 +89,15 @@ def submit(
     if wait and not follow(job.submission_id, address, sys.stdout.write, pending_timeout):
         say(f"{job.submission_id} did not succeed; the same command starts the next attempt")
         raise typer.Exit(1)
+
+
+def _options(stage: str, planning: list[str], retry_rejects: bool) -> tuple[str, ...]:
+    """Those of the command that runs there, where they go with it."""
+    if retry_rejects and stage != "annotate":
+        raise typer.BadParameter("goes with `cwpo submit annotate`", param_hint="--retry-rejects")
+    if planning and stage != "plan":
+        raise typer.BadParameter("goes with `cwpo submit plan`", param_hint=planning[0])
+    return (*planning, *(["--retry-rejects"] if retry_rejects else []))
 
 
 def plan_options(

@@ -261,19 +261,21 @@ def hours_lines(
             by_stage.setdefault(name, []).append(sum(hours.values()))
             by_kind |= {kind: by_kind.get(kind, 0.0) + number for kind, number in hours.items()}
     if by_stage:
-        each = ", ".join(
-            f"{name} {sum(found):,.3g}" + (f" ({len(found)} outputs)" if len(found) > 1 else "")
-            for name, found in by_stage.items()
-        )
-        kinds = ", ".join(f"{kind} {hours:,.3g}" for kind, hours in by_kind.items())
-        yield (
-            f"device-hours: {each}; in all {sum(by_kind.values()):,.3g}"
-            f"{f' ({kinds})' if len(by_kind) > 1 else ''}{_money(by_kind, fleet.prices)}"
-        )
+        yield _hours_told(by_stage, by_kind) + _money(by_kind, fleet.prices)
     unknown = dict.fromkeys(name for name, hours in stages if hours is None)
     if unknown:
         names = ", ".join(unknown)
         yield f"device-hours of {names} are not known here: plan where their devices are"
+
+
+def _hours_told(by_stage: Mapping[str, list[float]], by_kind: Mapping[str, float]) -> str:
+    each = ", ".join(
+        f"{name} {sum(found):,.3g}" + (f" ({len(found)} outputs)" if len(found) > 1 else "")
+        for name, found in by_stage.items()
+    )
+    kinds = ", ".join(f"{kind} {hours:,.3g}" for kind, hours in by_kind.items())
+    all_kinds = f" ({kinds})" if len(by_kind) > 1 else ""
+    return f"device-hours: {each}; in all {sum(by_kind.values()):,.3g}{all_kinds}"
 
 
 def _money(hours: Mapping[str, float], prices: Mapping[str, float]) -> str:

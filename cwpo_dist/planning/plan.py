@@ -127,27 +127,19 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     faults = dict.fromkeys(fault for each in estimates for fault in run_faults(each, read))
     if faults:
         raise ConfigError("\n".join(faults))
-    rows = tuple(
+    rows = [
         shown_row(name, model, checked.encoders[name], pair)
         for pair in sample[:show]
         for name, model in named.items()
-    )
-    stages = (
-        _trial_stages(config, estimates, fleet) if found else _stages(config, estimates[0], fleet)
-    )
-    return Plan(
-        tuple(stages),
-        tuple(
-            [
-                *reading_notes(named, checked.encoders, read),
-                *run_notes(config, estimates),
-                *unrendered(checked.encoders, sample),
-                *fleet_costs.fleet_notes(config, fleet),
-            ]
-        ),
-        rows,
-        fleet,
-    )
+    ]
+    planned_stages = _trial_stages if found else _stages
+    notes = [
+        *reading_notes(named, checked.encoders, read),
+        *run_notes(config, estimates),
+        *unrendered(checked.encoders, sample),
+        *fleet_costs.fleet_notes(config, fleet),
+    ]
+    return Plan(tuple(planned_stages(config, estimates, fleet)), tuple(notes), tuple(rows), fleet)
 
 
 def _censuses(runs: Sequence[Config]) -> dict[str, Census]:
@@ -180,12 +172,13 @@ def _split(run: Config) -> str:
     return run.prepare.model_dump_json()
 
 
-def _stages(config: Config, estimate: Estimate, fleet: Fleet) -> Iterator[StagePlan]:
+def _stages(config: Config, estimates: Sequence[Estimate], fleet: Fleet) -> Iterator[StagePlan]:
     """Each stage output once, in order, with the arms that share it."""
     found: dict[str, tuple[str, Node, list[str]]] = {}
     for arm, nodes in graphs(config).items():
         for role, node in nodes.items():
             found.setdefault(node.path, (role, node, []))[2].extend([arm] if arm else [])
+    (estimate,) = estimates
     rates = Rates(estimate.checked.machines)
     for role, node, arms in found.values():
         name = node.stage if role == node.stage else f"{node.stage} ({role})"
@@ -247,9 +240,6 @@ def _trial_stages(
 def _summed(name: str, stages: Sequence[StagePlan]) -> StagePlan:
     """Outputs of one kind as one line; the memory is that of the largest."""
     times = [stage.seconds for stage in stages if stage.seconds is not None]
-    hours: Counter[str] = Counter()
-    for stage in stages:
-        hours.update(stage.device_hours or {})
     made = sum(stage.done for stage in stages)
     known = len(times) == len(stages)
     return StagePlan(
@@ -261,10 +251,18 @@ def _summed(name: str, stages: Sequence[StagePlan]) -> StagePlan:
         sum(times) if known else None,
         max((stage.memory for stage in stages if stage.memory is not None), default=None),
         any(stage.at_least for stage in stages),
-        device_hours=hours if known else None,
+        device_hours=_hours(stages) if known else None,
         stored=sum(stage.stored for stage in stages),
         checkpoints=max(stage.checkpoints for stage in stages),
     )
+
+
+def _hours(stages: Sequence[StagePlan]) -> Counter[str]:
+    """Device-hours by kind, of all."""
+    hours: Counter[str] = Counter()
+    for stage in stages:
+        hours.update(stage.device_hours or {})
+    return hours
 
 
 def _shares(outputs: Sequence[Node], machines: Sequence[Machine]) -> dict[str, float]:

@@ -48,13 +48,18 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
     yield from _without_pairs(config, counted)
     if until_of(config) in {None, "weigh"}:
         yield from own_counts_faults(config, counted)
+    yield from _empty_splits(config, counted) if config.policy is not None else ()
+
+
+def _empty_splits(config: Config, counted: Census) -> Iterator[str]:
+    """Splits in which a run with a policy needs pairs and has none."""
     fitted_on = config.weigh.calibration_split
-    if config.policy is not None and calibrated_arms(config) and not counted.pairs(fitted_on):
+    if calibrated_arms(config) and not counted.pairs(fitted_on):
         yield (
             f"weigh.calibration_split: no pair is in {fitted_on!r}, where the temperature of arm "
             f"{calibrated_arms(config)[0]!r} is fitted; raise prepare.{fitted_on}_fraction"
         )
-    if config.policy is not None and not counted.pairs(config.evaluate.split):
+    if not counted.pairs(config.evaluate.split):
         yield (
             f"evaluate.split: no pair is in {config.evaluate.split!r}; raise prepare."
             f"{config.evaluate.split}_fraction, or give a source with into: {config.evaluate.split}"

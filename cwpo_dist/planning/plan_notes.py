@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from cwpo_dist.config import Config
 from cwpo_dist.graph import graph, nodes_until
@@ -39,12 +39,8 @@ def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     yield from estimate.counted.sentences()
     if not any(estimate.counted.labelled.values()) and not estimate.counted.own:
         yield f"no pair has a label, or a number of its own to weigh it by; {MAP_LABELS}"
-    if until_of(config) == "prepare":
-        yield "no model is given: planned up to `prepare`"
-    elif config.policy is None and needs_annotator(config):
-        yield "no policy is given: planned up to `annotate`; `weigh` can follow"
-    elif config.policy is None:
-        yield "no policy is given: planned up to `weigh`"
+    if config.policy is None:
+        yield _end(config)
     if until_of(config) in {None, "weigh"}:
         yield from own_notes(config, estimate.counted)
     yield from estimate.checked.notes
@@ -54,6 +50,15 @@ def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     yield from _idle_gpus(config, estimate.checked.machines)
     if config.simulated_labels:
         yield "labels are simulated: drawn from a rule, not given by people"
+
+
+def _end(config: Config) -> str:
+    """Up to where a run without a policy is planned."""
+    if until_of(config) == "prepare":
+        return "no model is given: planned up to `prepare`"
+    if needs_annotator(config):
+        return "no policy is given: planned up to `annotate`; `weigh` can follow"
+    return "no policy is given: planned up to `weigh`"
 
 
 def _invariance(config: Config) -> str:
@@ -78,13 +83,8 @@ def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[
     sections = {name: section for name, section, _ in trainings(config, until_of(config))}
     fewest: dict[str, tuple[int, str]] = {}
     for estimate in estimates:
-        for arm, nodes in graphs(estimate.config).items():
-            ours = {role: node for role, node in nodes.items() if node.stage in sections}
-            for role, node in ours.items():
-                work = estimate.work(node)
-                if isinstance(work, Training) and not role.startswith("teacher_"):
-                    steps = total_steps(work.training, estimate.trained_on(work))
-                    fewest[node.stage] = min((steps, arm), fewest.get(node.stage, (steps, arm)))
+        for stage, steps, arm in _steps(estimate, sections):
+            fewest[stage] = min((steps, arm), fewest.get(stage, (steps, arm)))
     for name, (steps, arm) in fewest.items():
         warmup = sections[name].warmup_steps
         if warmup >= steps:
@@ -92,6 +92,17 @@ def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[
                 f"{name}.warmup_steps: {warmup} of about {steps} steps (arm {arm!r}), so the "
                 "learning rate never reaches its peak"
             )
+
+
+def _steps(estimate: Estimate, stages: Container[str]) -> Iterator[tuple[str, int, str]]:
+    """Of each arm's trainings: the stage, its optimizer steps, and the arm."""
+    for arm, nodes in graphs(estimate.config).items():
+        for role, node in nodes.items():
+            if node.stage not in stages or role.startswith("teacher_"):
+                continue
+            work = estimate.work(node)
+            if isinstance(work, Training):
+                yield node.stage, total_steps(work.training, estimate.trained_on(work)), arm
 
 
 def _idle_gpus(config: Config, machines: Sequence[Machine]) -> Iterator[str]:

@@ -14,21 +14,9 @@ from cwpo_dist.planning.sampled import ShownRow
 def print_plan(plan: Plan) -> None:
     """Shows a plan on the terminal."""
     console = Console(highlight=False)
-    table = Table("stage", "arms", "work", box=None, pad_edge=False)
-    for name in ("tokens", "time", "memory"):
-        table.add_column(name, justify="right")
-    for stage in plan.stages:
-        table.add_row(
-            stage.stage,
-            ", ".join(stage.arms),
-            escape(stage.work),
-            f"{stage.tokens:,}" if stage.tokens else "",
-            "done" if stage.done else _duration(stage.seconds),
-            _memory(stage),
-        )
     for row in plan.rows:
         console.print(_shown(row), end="\n\n")
-    console.print(table)
+    console.print(_table(plan))
     known = [stage.seconds for stage in plan.stages if stage.seconds is not None]
     if len(known) == len(plan.stages):
         console.print(f"about {_duration(sum(known)) or 'no time'} in all, {plan.where}")
@@ -43,6 +31,22 @@ def print_plan(plan: Plan) -> None:
     )
     for note in plan.notes:
         console.print(f"note: {escape(note)}")
+
+
+def _table(plan: Plan) -> Table:
+    table = Table("stage", "arms", "work", box=None, pad_edge=False)
+    for name in ("tokens", "time", "memory"):
+        table.add_column(name, justify="right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.stage,
+            ", ".join(stage.arms),
+            escape(stage.work),
+            f"{stage.tokens:,}" if stage.tokens else "",
+            "done" if stage.done else _duration(stage.seconds),
+            _memory(stage),
+        )
+    return table
 
 
 def _shown(row: ShownRow) -> Text:

@@ -101,13 +101,12 @@ class _Reader:
         """The pairs of a shard about which there is something to show."""
         found = [each.read(index) for each in self.scores]
         for pair in pairs:
-            name = pair.pair_id
-            margins = [each.get(name) for each in found]
+            margins = [each.get(pair.pair_id) for each in found]
             label = pair.label if self.uncovered or pair.split != "unlabelled" else None
             if label is None and not any(m is not None for m in margins):
                 continue
             yield _Shown(
-                id=name,
+                id=pair.pair_id,
                 split=pair.split,
                 prompt=shortened(transcript(pair.prompt)),
                 a=shortened(transcript(pair.response_a)),
@@ -115,12 +114,16 @@ class _Reader:
                 label=label,
                 margins=margins,
                 margin=_joint([margins[k] for k in self.joint]),
-                answers={
-                    arm: {when: shortened(texts[name]) for when, texts in told.items()}
-                    for arm, told in self.answers.items()
-                    if told and all(name in texts for texts in told.values())
-                },
+                answers=self._answers_to(pair.pair_id),
             )
+
+    def _answers_to(self, pair_id: str) -> dict[str, dict[str, str]]:
+        """By arm, of those whose models all answered the pair's prompt."""
+        return {
+            arm: {when: shortened(texts[pair_id]) for when, texts in told.items()}
+            for arm, told in self.answers.items()
+            if told and all(pair_id in texts for texts in told.values())
+        }
 
 
 def _reads_hidden(weigh: Node) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from cwpo_dist.manifest import Manifest
+from cwpo_dist.report.cells import Metrics
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
-from cwpo_dist.report.explorer import EXPLORER
+from cwpo_dist.report.explorer import EXPLORER, Sample
 from cwpo_dist.report.outputs import data_tables
 from cwpo_dist.report.page import render
 from cwpo_dist.report.summary import weights_table
@@ -52,7 +53,7 @@ def show(runs: Sequence[str], to: str | None = None) -> str:
         ) from error
 
 
-def _writable(held: Any) -> Any:
+def _writable(held: object) -> Any:
     """The same without halves of surrogate pairs, which JSON can spell and no page can hold."""
     return json.loads(json.dumps(held, ensure_ascii=False).encode("utf-8", "replace"))
 
@@ -67,16 +68,21 @@ def _shown(runs: Sequence[str], to: str | None) -> str:
     if len(runs) == 1 and (prepared := _without_report(Store(runs[0]))):
         return _show_prepared(runs[0], prepared, to)
     found = {run: _metrics(run) for run in runs}
-    sample = None
-    if len(found) == 1:
-        metrics, root = found[runs[0]], Store(runs[0])
-        sample = root.read_json(EXPLORER) if root.exists(EXPLORER) else None
-        if sample is not None:  # JSON keeps no order of arms: its keys are sorted
-            metrics["arms"] = {arm: metrics["arms"][arm] for arm in sample["arms"]}
-    else:
-        metrics = _merged(found)
+    metrics, sample = (
+        _sampled(runs[0], found[runs[0]]) if len(found) == 1 else (_merged(found), None)
+    )
     print_summary(metrics)
     return _written(render(metrics, sample), to or f"{runs[0].rstrip('/')}/report.html")
+
+
+def _sampled(run: str, metrics: Metrics) -> tuple[Metrics, Sample | None]:
+    """The figures of a run with its sample of pairs, which knows the order of its arms."""
+    root = Store(run)
+    sample: Sample | None = root.read_json(EXPLORER) if root.exists(EXPLORER) else None
+    if sample is None:
+        return metrics, None
+    # JSON keeps no order of arms: its keys are sorted.
+    return {**metrics, "arms": {arm: metrics["arms"][arm] for arm in sample["arms"]}}, sample
 
 
 def _is_comparison(root: Store) -> bool:
@@ -108,7 +114,7 @@ def _show_prepared(run: str, prepared: dict[str, Manifest], to: str | None) -> s
         f"weigh/{key}": {"weigh": manifest.counts}
         for key, manifest in _manifests(Store(run), "weigh").items()
     }
-    metrics: dict[str, Any] = {
+    metrics: Metrics = {
         "run": {"output_dir": run} | {"versions": first.versions, "device": first.device},
         "arms": weighed,
         **({"prepared": counts} if others else {"prepare": first.counts}),
@@ -135,9 +141,9 @@ def _written(page: str, place: str) -> str:
     return place
 
 
-def _metrics(run: str) -> dict[str, Any]:
+def _metrics(run: str) -> Metrics:
     try:
-        metrics: Any = _writable(Store(run).read_json("metrics.json"))
+        metrics = _writable(Store(run).read_json("metrics.json"))
         if not (isinstance(metrics, dict) and isinstance(metrics.get("arms"), dict)):
             raise TypeError("it has no arms")
         return metrics
@@ -151,7 +157,7 @@ def _metrics(run: str) -> dict[str, Any]:
         raise ShowError(f"{run!r} has no metrics.json: {why}") from None
 
 
-def _merged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _merged(found: Mapping[str, Metrics]) -> Metrics:
     """All arms side by side, named `run/arm`; what belongs to one run alone is left out."""
     names = _short_names(list(found))
     runs = [metrics["run"] for metrics in found.values()]

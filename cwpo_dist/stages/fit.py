@@ -145,17 +145,22 @@ class LabelledPairs:
         if labelled and isinstance(labelled[0].prompt, str):
             encoder.travel_as_text()
         found = encode_pairs(encoder, self.model, [_chosen_first(pair) for pair in labelled])
-        read = [
-            (pair, row) for pair, row in zip(labelled, found, strict=True) if isinstance(row, Row)
-        ]
         faults = Counter(str(row.fault) for row in found if isinstance(row, TokenError))
         self._tell(len(labelled), faults)
-        shares = [_first_share(pair) for pair, _ in read] if self.by_votes else None
-        if shares is not None:
-            soft = sum(share not in (0.0, 1.0) for share in shares)
-            logger.info("fit: of %d pairs %d are learned as a share of votes", len(read), soft)
+        both = zip(labelled, found, strict=True)
+        read = [(pair, row) for pair, row in both if isinstance(row, Row)]
+        shares = self._shares([pair for pair, _ in read])
         rows, names = [row for _, row in read], [pair.pair_id for pair, _ in read]
         return BradleyTerry(rows, names, shares, left_out=faults)
+
+    def _shares(self, pairs: list[Pair]) -> list[float] | None:
+        """Of people that prefer the answer that is put first; None: labels are learned."""
+        if not self.by_votes:
+            return None
+        shares = [_first_share(pair) for pair in pairs]
+        soft = sum(share not in (0.0, 1.0) for share in shares)
+        logger.info("fit: of %d pairs %d are learned as a share of votes", len(pairs), soft)
+        return shares
 
     def _tell(self, pairs: int, faults: Counter[str]) -> None:
         """Says what cannot be read, and stops where that is too much."""
@@ -180,8 +185,11 @@ class LabelledPairs:
             pair
             for index in range(self.shards)
             for pair in self._shard(index)
-            if pair.split == "labelled" and (pair.label is not None or (self.by_votes and pair.tie))
+            if pair.split == "labelled" and self._is_learned(pair)
         ]
+
+    def _is_learned(self, pair: Pair) -> bool:
+        return pair.label is not None or (self.by_votes and bool(pair.tie))
 
     def _shard(self, index: int) -> list[Pair]:
         return read_pairs(self.pairs, part("pairs", index))
