@@ -80,8 +80,7 @@ def submit(
     loaded = load_config(what[0], what[1:])
     if "://" not in loaded.output_dir:
         say(f"output_dir {loaded.output_dir!r} is a local path: every node must see it")
-    if image is not None and credentials.here():
-        left = ", ".join(credentials.here())
+    if left := ", ".join(credentials.here()) if image is not None else "":
         say(f"{left} cannot travel with --image: give the nodes their own")
     settings = Settings(python, tuple(py_module or ()), tuple(env or ()), options, image)
     job = send(loaded, stage, address, settings)

@@ -54,7 +54,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if here else path
 
 
-def _read_in(name: str, deepspeed: dict[str, Any] | str | None) -> dict[str, Any] | None:
+def _read_in(name: str, deepspeed: dict[str, object] | str | None) -> dict[str, object] | None:
     try:
         return read_section(deepspeed) if isinstance(deepspeed, str) else deepspeed
     except ConfigError as error:

@@ -15,8 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -94,18 +94,21 @@ def submit(config: Config, stage: str, address: str, settings: Settings | None =
         data = portable(config, folder)
         pack = _packed if settings.image is None else _in_image
         entrypoint, environment = pack(data, stage, folder, settings)
-        job = {
-            "entrypoint": entrypoint,
-            "runtime_env": environment,
-            "metadata": {"cwpo_config": digest([data, settings.options])},
-        }
+        mark = digest([data, settings.options])
         with job_server(address) as client:
-            return _attach_or_send(client, job_name(data["output_dir"], stage), job)
+            send = partial(
+                client.submit_job,
+                entrypoint=entrypoint,
+                runtime_env=environment,
+                metadata={"cwpo_config": mark},
+            )
+            return _attach_or_send(client, job_name(str(data["output_dir"]), stage), mark, send)
 
 
-def _attach_or_send(client: JobSubmissionClient, base: str, job: dict[str, Any]) -> Submitted:
+def _attach_or_send(
+    client: JobSubmissionClient, base: str, mark: str, send: Callable[..., str]
+) -> Submitted:
     """Attaches to the attempt of this name that runs, or sends the next one."""
-    mark = job["metadata"]["cwpo_config"]
     while True:
         attempts = _attempts(client, base)
         for attempt in attempts.values():
@@ -113,7 +116,7 @@ def _attach_or_send(client: JobSubmissionClient, base: str, job: dict[str, Any])
                 return _attach(attempt, mark)
         name = base if not attempts else f"{base}-{max(attempts) + 1}"
         try:
-            client.submit_job(submission_id=name, **job)
+            send(submission_id=name)
             return Submitted(name, attached=False)
         except RuntimeError:
             # Another submitter may have taken the name in between: then attach to its job.
@@ -233,15 +236,15 @@ def _command(stage: str, config: str, settings: Settings) -> str:
 
 
 def _packed(
-    data: Mapping[str, Any], stage: str, folder: Path, settings: Settings
-) -> tuple[str, dict[str, Any]]:
+    data: Mapping[str, object], stage: str, folder: Path, settings: Settings
+) -> tuple[str, dict[str, object]]:
     """The command, and Ray's runtime environment, of a job that runs in `folder`."""
     missing = [variable for variable in settings.env if variable not in os.environ]
     if missing:
         raise ConfigError(f"--env: {', '.join(missing)} is not set here; export it first")
     credentials.pack(folder, settings.env)
     (folder / CONFIG_NAME).write_bytes(to_json(data))  # JSON is YAML
-    environment: dict[str, Any] = {
+    environment: dict[str, object] = {
         "working_dir": str(folder),
         "py_modules": [str(PACKAGE), *settings.py_modules],
         "excludes": ["__pycache__", "*.pyc"],
@@ -254,8 +257,8 @@ def _packed(
 
 
 def _in_image(
-    data: Mapping[str, Any], stage: str, folder: Path, settings: Settings
-) -> tuple[str, dict[str, Any]]:
+    data: Mapping[str, object], stage: str, folder: Path, settings: Settings
+) -> tuple[str, dict[str, object]]:
     """The same in containers: the configuration is a part of the command, and no secret travels.
 
     Ray takes no files beside an image, and its variables stand in logs.

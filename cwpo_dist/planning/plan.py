@@ -22,17 +22,14 @@ from cwpo_dist.planning.fleet import Fleet
 from cwpo_dist.planning.plan_faults import run_faults, until_of
 from cwpo_dist.planning.plan_notes import graphs, run_notes
 from cwpo_dist.planning.sampled import (
+    SampleRead,
     ShownRow,
     read_sample,
     reading_notes,
     shown_row,
     unrendered,
 )
-from cwpo_dist.runs.checks import (
-    check,
-    check_trials,
-    models,
-)
+from cwpo_dist.runs.checks import Checked, check, check_trials, models
 from cwpo_dist.runs.cluster import named_cluster
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.node import Node
@@ -122,11 +119,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     read = {
         name: read_sample(model, checked.encoders[name], sample) for name, model in named.items()
     }
-    lengths = {name: each.lengths for name, each in read.items()}
-    estimates = [Estimate(run, censuses[_split(run)], checked, lengths) for run in runs]
-    faults = dict.fromkeys(fault for each in estimates for fault in run_faults(each, read))
-    if faults:
-        raise ConfigError("\n".join(faults))
+    estimates = _estimates(runs, censuses, checked, read)
     rows = [
         shown_row(name, model, checked.encoders[name], pair)
         for pair in sample[:show]
@@ -140,6 +133,25 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
         *fleet_costs.fleet_notes(config, fleet),
     ]
     return Plan(tuple(planned_stages(config, estimates, fleet)), tuple(notes), tuple(rows), fleet)
+
+
+def _estimates(
+    runs: Sequence[Config],
+    censuses: Mapping[str, Census],
+    checked: Checked,
+    read: Mapping[str, SampleRead],
+) -> list[Estimate]:
+    """What each run takes.
+
+    Raises:
+        ConfigError: for runs that would end before they are done.
+    """
+    lengths = {name: each.lengths for name, each in read.items()}
+    estimates = [Estimate(run, censuses[_split(run)], checked, lengths) for run in runs]
+    faults = dict.fromkeys(fault for each in estimates for fault in run_faults(each, read))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return estimates
 
 
 def _censuses(runs: Sequence[Config]) -> dict[str, Census]:

@@ -49,7 +49,7 @@ def leave_out() -> None:
 class _Nothing:
     """Never made."""
 
-    def __init__(self, _argument: Any) -> None: ...
+    def __init__(self, _argument: object) -> None: ...
 
 
 def _without(handle: Any) -> Any:

@@ -284,7 +284,7 @@ def _retried_counts(context: Context, node: Node[AnnotateSettings]) -> Counter[s
     return totals
 
 
-def _plus(counts: Mapping[str, Any], more: Mapping[str, int]) -> dict[str, Any]:
+def _plus(counts: Mapping[str, Any], more: Mapping[str, int]) -> dict[str, object]:
     return {**counts, **{name: counts.get(name, 0) + more[name] for name in more}}
 
 

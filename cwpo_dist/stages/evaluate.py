@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from cwpo_dist.config import EvaluateConfig, ModelConfig, ReferenceConfig, Split
+from cwpo_dist.config import EvaluateConfig, ReferenceConfig, Split
 from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.answers import answer_figures
@@ -19,24 +18,20 @@ from cwpo_dist.pairs.chosen import signs
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import (
-    SCORE_SCHEMA,
     Prompt,
-    Score,
     content_hash,
-    read_rows,
     table_of,
 )
 from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.runs.annotations import held_out, names, raw
 from cwpo_dist.runs.arms import ArmRun, Chooser, weighting
 from cwpo_dist.runs.context import Context, read_answers, read_log_probs
-from cwpo_dist.runs.divergence import Answered, kl_divergence, write_pairs
+from cwpo_dist.runs.divergence import Answered, kl_divergence
 from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.gold_scores import Gold, scores_by_function, scores_by_model
 from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Work
-from cwpo_dist.scoring.driver import run_shards
-from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
+from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 
 ITEMS, ANSWERS = "items.parquet", "answers.parquet"  # what intervals over several runs need
@@ -94,8 +89,6 @@ class JudgedAnswer(NamedTuple):
     gold: float | None
     baseline_gold: float | None
 
-
-Gold = dict[str, tuple[float, float]]  # by pair id: the scores of both answers
 
 BASELINES = {"own_sft": "answers_sft", "common": "answers_base"}
 
@@ -275,11 +268,7 @@ def _answered(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, ob
         rows = [Answered(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
         gold = _gold(told, context.place(node).child(name), rows)
         answers = _judged(name, rows, gold)
-        scores = [(each.gold, each.baseline_gold) for each in answers] if gold else []
-        ours, theirs = zip(*scores, strict=True) if scores else (None, None)
-        judged[name] = gra(ours or [], theirs or []).as_dict() if gold is not None else None
-        lengths = [each.length for each in answers], [each.baseline_length for each in answers]
-        figures[name] = answer_figures(*lengths, ours, theirs).as_dict()
+        judged[name], figures[name] = _figures(answers, gold)
         tables.append(table_of(answers, JUDGED_SCHEMA))
     context.place(node).create_table(ANSWERS, pa.concat_tables(tables))
     kl = None
@@ -305,45 +294,24 @@ def _judged(against: str, rows: Sequence[Answered], gold: Gold | None) -> list[J
     ]
 
 
+def _figures(
+    answers: Sequence[JudgedAnswer], gold: Gold | None
+) -> tuple[Mapping[str, object] | None, Mapping[str, object]]:
+    """GRA, where there is something to judge by, and lengths."""
+    scores = [(each.gold, each.baseline_gold) for each in answers] if gold else []
+    ours, theirs = zip(*scores, strict=True) if scores else (None, None)
+    judged = gra(ours or [], theirs or []).as_dict() if gold is not None else None
+    lengths = [each.length for each in answers], [each.baseline_length for each in answers]
+    return judged, answer_figures(*lengths, ours, theirs).as_dict()
+
+
 def _gold(told: EvaluateSettings, store: Store, rows: Sequence[Answered]) -> Gold | None:
     """Gold scores (aligned, baseline) by pair id; None without a gold model or function."""
     if told.gold is not None:
-        return _score_by_model(told, told.gold.config, store, rows)
+        return scores_by_model(told.gold.config, told.config, store, rows, told.rows_per_shard)
     if told.config.gold_function is not None:
-        return _score_by_function(told.config.gold_function, rows)
+        return scores_by_function(told.config.gold_function, rows)
     return None
-
-
-def _score_by_function(name: str, rows: Sequence[Answered]) -> Gold:
-    """Gold scores (aligned, baseline) by a rule."""
-    score = load_function(name)
-    asked = [plain_text(row.prompt.text) for row in rows]
-    return {
-        row.pair_id: (score(text, row.after), score(text, row.before))
-        for row, text in zip(rows, asked, strict=True)
-    }
-
-
-def _score_by_model(
-    told: EvaluateSettings, model: ModelConfig, store: Store, rows: Sequence[Answered]
-) -> Gold:
-    """Gold scores (aligned, baseline) by a reward model, on the pipeline that annotates.
-
-    An answer without a finite score, or one that is too long, takes its pair out.
-    """
-    budget, shards = told.config.max_tokens_per_batch, write_pairs(store, rows, told.rows_per_shard)
-    job = ShardJob(
-        name="scores",
-        output=store,
-        shards=shards,
-        make_worker=partial(RewardWorker, PairsIn(store), model, "gold", budget, ties=True),
-    )
-    run_shards(job, told.config)
-    return {
-        score.pair_id: (score.score_b, score.score_a)
-        for index in range(shards)
-        for score in read_rows(store, part("scores", index), Score, SCORE_SCHEMA)
-    }
 
 
 def _prompts(context: Context, node: Node, answered: Container[str]) -> dict[str, Prompt]:
