@@ -122,10 +122,12 @@ def _like(trials: Found, name: str, arm: str, facts: tuple[str, ...]) -> str:
 def _verdict(label: str, found: Mean) -> str:
     """Told apart where the interval of the paired difference leaves zero out."""
     mean = 100 * found.mean
-    if found.low is None or found.high is None or found.smallest is None:
+    if found.low is None or found.high is None:
         return f"{label}: {written(mean, '+.1f')} points, and nothing to tell chance by"
     bounds = f"({interval(100 * found.low, 100 * found.high, '+.1f')})"
     if found.excludes_zero:
         return f"{label}: {abs(mean):.1f} points {'above' if mean > 0 else 'below'} {bounds}"
-    unseen = f"a true difference below {100 * found.smallest:.1f} would often go unseen"
-    return f"{label}: not told apart, {written(mean, '+.1f')} points {bounds}; {unseen}"
+    said = f"{label}: not told apart, {written(mean, '+.1f')} points {bounds}"
+    if found.smallest is None:
+        return said
+    return f"{said}; a true difference below {100 * found.smallest:.1f} would often go unseen"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import ray
 
@@ -84,7 +85,7 @@ def work(context: Context, node: Node[PrepareSettings], counted: Census) -> Work
 
 def prepare(
     store: Store, config: PrepareConfig, seed: int, known: list[Fingerprint] | None = None
-) -> Mapping[str, object]:
+) -> PreparedCounts:
     """Does the stage in the folder `store`; run again after a kill, it goes on where it was.
 
     Of two drivers that do so at once the first to end removes `work/`, maybe while the other reads
@@ -114,7 +115,7 @@ def prepare(
             logger.warning("prepare: %s. Another command may have ended this stage", error)
             time.sleep(_PAUSE_S)
         if store.exists(MANIFEST):
-            counts = Manifest.read(store).counts
+            counts = cast("PreparedCounts", Manifest.read(store).counts)  # by another command
             clear(store)
             return counts
     raise missing
