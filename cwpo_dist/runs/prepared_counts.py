@@ -25,34 +25,43 @@ K = TypeVar("K", bound=Hashable)
 Said = Iterator[tuple[int, str]]  # the level of a line of the log, and its text
 
 
-class PreparedCounts(TypedDict):
-    """What the manifest of `prepare` counts, by the names that it has there.
+class _OfSources(TypedDict):
+    kind: Kind
+    formats: dict[str, str]
+    columns: dict[str, str]
+    files_left_out: dict[str, object]
+    keep_columns: dict[str, str]
 
-    `not_read` has, by source, the columns and message keys that nothing reads, each with the rows
-    that have a value there; `message_keys` what messages have beside role and content, and `tools`.
+
+class _OfRows(TypedDict):
+    """`not_read` has, by source, what nothing reads, with the rows that have a value there.
+
+    `message_keys` are those that messages have beside role and content, and `tools`.
     """
 
     rows_in: int
+    rejects: dict[str, int]
+    void_numbers: dict[str, int]
+    not_read: dict[str, dict[str, dict[str, int]]]
+    message_keys: list[str]
+    votes_against_label: int
+    damaged_files: int
+
+
+class _OfPairs(TypedDict):
     pairs: int
     merged_duplicates: int
     conflicting_labels: int
     conflicting_numbers: int
     ties: int
-    rejects: dict[str, int]
     splits: dict[Split, int]
     labelled: dict[Split, int]
     numbers: dict[Own, int]
-    kind: Kind
-    formats: dict[str, str]
-    columns: dict[str, str]
     shards: int
-    not_read: dict[str, dict[str, dict[str, int]]]
-    message_keys: list[str]
-    votes_against_label: int
-    void_numbers: dict[str, int]
-    files_left_out: dict[str, object]
-    keep_columns: dict[str, str]
-    damaged_files: int
+
+
+class PreparedCounts(_OfSources, _OfRows, _OfPairs):
+    """What the manifest of `prepare` counts, by the names that it has there."""
 
 
 def prepared_counts(
@@ -73,34 +82,47 @@ def prepared_counts(
         kept: the types of kept columns.
         damaged: how many files could not be read to their end.
     """
-    rows_in = sum(piece.rows_in for piece in read)
-    pairs = sum(bucket.pairs for bucket in written)
-    merged = sum(bucket.merged_duplicates for bucket in written)
-    assert rows_in == pairs + merged + rejects.reasons.total(), (rows_in, pairs, merged, rejects)
-    splits = added(bucket.splits for bucket in written)
-    labelled = added(bucket.labelled for bucket in written)
+    rows, pairs = _of_rows(read, rejects, damaged), _of_pairs(planned, written)
+    accounted = pairs["pairs"] + pairs["merged_duplicates"] + rejects.reasons.total()
+    assert rows["rows_in"] == accounted, (rows, pairs)
+    return {**_of_sources(planned, kept), **rows, **pairs}
+
+
+def _of_sources(planned: Plan, kept: dict[str, str]) -> _OfSources:
     return {
-        "rows_in": rows_in,
-        "pairs": pairs,
-        "merged_duplicates": merged,
-        "conflicting_labels": sum(bucket.conflicting_labels for bucket in written),
-        "conflicting_numbers": sum(bucket.conflicting_numbers for bucket in written),
-        "ties": sum(bucket.ties for bucket in written),
-        "rejects": dict(rejects.reasons.most_common()),
-        "splits": {split: splits[split] for split in SPLITS},
-        "labelled": {split: labelled[split] for split in SPLITS},
-        "numbers": _numbers(planned, written),
         "kind": planned.kind,
         "formats": {piece.source: piece.layout.format for piece in planned.pieces},
         "columns": {piece.source: piece.layout.described() for piece in planned.pieces},
-        "shards": sum(bucket.shards for bucket in written),
+        "files_left_out": _left_out(planned.left_out),
+        "keep_columns": kept,
+    }
+
+
+def _of_rows(read: Sequence[PieceSummary], rejects: Tally, damaged: int) -> _OfRows:
+    return {
+        "rows_in": sum(piece.rows_in for piece in read),
+        "rejects": dict(rejects.reasons.most_common()),
+        "void_numbers": dict(added(piece.void for piece in read).most_common()),
         "not_read": _not_read(read),
         "message_keys": sorted({key for piece in read for key in piece.message_keys}),
         "votes_against_label": sum(piece.votes_against for piece in read),
-        "void_numbers": dict(added(piece.void for piece in read).most_common()),
-        "files_left_out": _left_out(planned.left_out),
-        "keep_columns": kept,
         "damaged_files": damaged,
+    }
+
+
+def _of_pairs(planned: Plan, written: Sequence[BucketSummary]) -> _OfPairs:
+    splits = added(bucket.splits for bucket in written)
+    labelled = added(bucket.labelled for bucket in written)
+    return {
+        "pairs": sum(bucket.pairs for bucket in written),
+        "merged_duplicates": sum(bucket.merged_duplicates for bucket in written),
+        "conflicting_labels": sum(bucket.conflicting_labels for bucket in written),
+        "conflicting_numbers": sum(bucket.conflicting_numbers for bucket in written),
+        "ties": sum(bucket.ties for bucket in written),
+        "splits": {split: splits[split] for split in SPLITS},
+        "labelled": {split: labelled[split] for split in SPLITS},
+        "numbers": _numbers(planned, written),
+        "shards": sum(bucket.shards for bucket in written),
     }
 
 
@@ -138,13 +160,13 @@ def in_words(
     counts: PreparedCounts, read: Sequence[PieceSummary], rejects: Tally, config: PrepareConfig
 ) -> Said:
     """What a reader of the log should know of them."""
-    yield from _of_rows(counts, rejects)
-    yield from _of_numbers(counts, read)
-    yield from _of_what_is_beside(counts)
-    yield from _of_empty_splits(counts, config)
+    yield from _rows_told(counts, rejects)
+    yield from _numbers_told(counts, read)
+    yield from _rest_told(counts)
+    yield from _empty_told(counts, config)
 
 
-def _of_rows(counts: PreparedCounts, rejects: Tally) -> Said:
+def _rows_told(counts: PreparedCounts, rejects: Tally) -> Said:
     """What became of the rows, and where the pairs are."""
     yield (
         logging.INFO,
@@ -158,7 +180,7 @@ def _of_rows(counts: PreparedCounts, rejects: Tally) -> Said:
     yield logging.INFO, f"pairs by split (with a label): {', '.join(told)}"
 
 
-def _of_numbers(counts: PreparedCounts, read: Sequence[PieceSummary]) -> Said:
+def _numbers_told(counts: PreparedCounts, read: Sequence[PieceSummary]) -> Said:
     """Of the data's own numbers: how many there are, and which cannot be used."""
     for own, pairs in counts["numbers"].items():
         yield logging.INFO, f"{own}: the data's own, of {pairs} of {counts['pairs']} pairs"
@@ -176,7 +198,7 @@ def _of_numbers(counts: PreparedCounts, read: Sequence[PieceSummary]) -> Said:
         )
 
 
-def _of_what_is_beside(counts: PreparedCounts) -> Said:
+def _rest_told(counts: PreparedCounts) -> Said:
     for source, unread in counts["not_read"].items():
         for sentence in Unread(**unread).sentences():
             yield logging.WARNING, f"{source}: {sentence}"
@@ -190,7 +212,7 @@ def _of_what_is_beside(counts: PreparedCounts) -> Said:
         yield logging.INFO, f"{counts['ties']} pairs are ties, kept without a label"
 
 
-def _of_empty_splits(counts: PreparedCounts, config: PrepareConfig) -> Said:
+def _empty_told(counts: PreparedCounts, config: PrepareConfig) -> Said:
     """Names each split that has a share and no pair, with what would give it one."""
     shares: dict[Split, float] = {
         "labelled": config.labelled_fraction,
