@@ -6,7 +6,7 @@ order of `stages/__init__.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any

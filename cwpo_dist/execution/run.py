@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import ray
 

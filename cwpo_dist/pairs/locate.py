@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist.config import ConfigError, Source
-from cwpo_dist.file_marks import fingerprint, mark
+from cwpo_dist.file_marks import Mark, fingerprint, mark
 from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.pairs.listing import (
     Info,
@@ -49,7 +49,7 @@ class Found:
 
     parts: tuple[Part, ...]
     left_out: tuple[LeftOut, ...] = ()
-    marks: tuple[list[object], ...] = ()
+    marks: tuple[Mark, ...] = ()
     note: str | None = None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.file_marks import Mark
 from cwpo_dist.lm.fingerprints import model_fingerprint, of_tokenizer
 from cwpo_dist.storage import digest
 
@@ -29,7 +30,7 @@ class GivenModel:
     field: str
     config: ModelConfig
     template: str
-    now: list[list[object]]
+    now: list[Mark]
 
     @classmethod
     def of(cls, field: str, config: ModelConfig) -> GivenModel:
