@@ -59,6 +59,16 @@ def pool_faults(prefix: str, config: PoolConfig, machines: Sequence[Machine]) ->
         yield f"{prefix}pools: none of them has a node now; start with one that has"
 
 
+def task_faults(field: str, cpus: float, machines: Sequence[Machine]) -> Iterator[str]:
+    """Tasks that fit on no node, of a field that says how many CPUs one takes."""
+    largest = max((machine.cpus for machine in machines), default=0.0)
+    if cpus > largest:
+        yield (
+            f"{field}: {cpus:g}, but the largest node of {described(machines)} has {largest:g} "
+            "CPUs: such a task can never be placed; lower it, or add a larger node"
+        )
+
+
 def gpus_taken(config: PoolConfig, machines: Sequence[Machine]) -> float:
     """How many of a cluster's GPUs a stage's actors take, all of them up; at most."""
     pools = [pool for pool in config.actor_pools() if pool.gpus_per_actor]

@@ -307,6 +307,9 @@ def test_only_what_a_stage_needs_is_checked_for_it(tmp_path: Path) -> None:
     del config["weak"]
     check(parse_config(config), "prepare")
     assert faults(config, "annotate").startswith("weak: an annotator is needed")
+    assert faults(small_config(tmp_path, prepare__num_cpus=1e300)).startswith(
+        "prepare.num_cpus: 1e+300, but the largest node of this machine ("
+    )
 
 
 def test_workers_are_placed_on_nodes_not_on_a_sum_of_cpus(tmp_path: Path) -> None:

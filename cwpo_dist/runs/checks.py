@@ -27,7 +27,7 @@ from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
-from cwpo_dist.placement import Machine, alive_machines, pool_faults
+from cwpo_dist.placement import Machine, alive_machines, pool_faults, task_faults
 from cwpo_dist.runs.arms import held_out_split, needs_annotator, weighting
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.runs.model_checks import check_model
@@ -129,7 +129,9 @@ def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
 def _placement_faults(
     config: Config, until: str | None, machines: tuple[Machine, ...]
 ) -> Iterator[str]:
-    """Workers and actors that these machines could never hold."""
+    """Tasks, workers and actors that these machines could never hold."""
+    if "prepare" in reached(config, until):
+        yield from task_faults("prepare.num_cpus", config.prepare.num_cpus, machines)
     for name, training, _ in trainings(config, until):
         yield from placement_faults(name, training, machines)
     for name, pool in pools(config, until):

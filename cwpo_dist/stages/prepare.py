@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-import ray
-
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs import buckets, cutting, kept_columns
@@ -28,6 +26,7 @@ from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import Tally, refuse_past
 from cwpo_dist.pairs.sources import Fingerprint, Plan, plan, source_fingerprints
 from cwpo_dist.pairs.splits import SplitRule
+from cwpo_dist.placement import alive_machines, task_faults
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.node import Node, Nodes, Settings
@@ -189,12 +188,8 @@ def _refuse_changed(
 
 def _check_placement(num_cpus: float) -> None:
     """Refuses a task that fits on no node: Ray would wait for it for ever, silently."""
-    largest = max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    if num_cpus > largest:
-        raise ConfigError(
-            f"prepare.num_cpus: {num_cpus:g}, but the largest node has {largest:g} CPUs: such a "
-            "task can never be placed; lower it or add a larger node"
-        )
+    for fault in task_faults("prepare.num_cpus", num_cpus, alive_machines()):
+        raise ConfigError(fault)
 
 
 def _read(store: Store, planned: Plan, config: PrepareConfig, seed: int) -> None:
