@@ -130,8 +130,7 @@ def _placement_faults(
     config: Config, until: str | None, machines: tuple[Machine, ...]
 ) -> Iterator[str]:
     """Tasks, workers and actors that these machines could never hold."""
-    if "prepare" in reached(config, until):
-        yield from task_faults("prepare.num_cpus", config.prepare.num_cpus, machines)
+    yield from task_faults("prepare.num_cpus", config.prepare.num_cpus, machines)
     for name, training, _ in trainings(config, until):
         yield from placement_faults(name, training, machines)
     for name, pool in pools(config, until):
