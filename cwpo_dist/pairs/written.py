@@ -59,7 +59,7 @@ def _literal(text: str) -> object:
 
 def _items(text: str) -> list[str]:
     """The objects of a NumPy array, which spaces and line breaks part."""
-    items, depth, start, is_open = [], 0, 0, False
+    items, depth, start = [], 0, 0
     for found in _STRING_OR_BRACKET.finditer(text):
         mark, at = found[0], found.start()
         if mark in "{[(":
@@ -69,9 +69,9 @@ def _items(text: str) -> list[str]:
             depth -= 1
             if depth == 0:
                 items.append(text[start : at + 1])
-        elif len(mark) == 1:  # a string that never ends
-            is_open = True
-    if depth or is_open or not items:
+        elif len(mark) == 1:  # what looks for its end takes the whole rest: once, not each time
+            raise SyntaxError("a string has no end")
+    if depth or not items:
         raise SyntaxError("not an array of objects")
     return items
 
