@@ -24,7 +24,8 @@ _BESIDE_CONTENT = ("tool_calls", "function_call")
 # Python's parser takes about a hundred times the memory of the text that it reads.
 LONGEST_PYTHON = 2**20
 _KEY = re.compile("[\"'](?:" + "|".join((*ROLE_KEYS, "type")) + ")[\"']")
-_STRING_OR_BRACKET = re.compile(r"""(["'])(?:\\.|(?!\1)[^\\])*+\1|["'{[(\]})]""", re.DOTALL)
+# No `*+` in it: around a group, CPython 3.11.2 (Debian 12) finds something else there.
+_STRING_OR_BRACKET = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|["'{[(\]})]""", re.DOTALL)
 _ARRAY = re.compile(r"array\((.*?)(?:,\s*dtype=\w+)?\)", re.DOTALL)
 
 

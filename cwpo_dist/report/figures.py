@@ -84,7 +84,7 @@ class Mean(Interval):
     """
 
     mean: float
-    values: Sequence[float] = ()
+    values: Sequence[float]
     smallest: float | None = None
 
     @classmethod
@@ -103,7 +103,7 @@ class Mean(Interval):
     def hundredfold(self) -> Mean:
         """In per cent."""
         low, high = (None if end is None else 100 * end for end in (self.low, self.high))
-        return Mean(mean=100 * self.mean, low=low, high=high)
+        return replace(self, mean=100 * self.mean, low=low, high=high)
 
     @property
     def excludes_zero(self) -> bool:
