@@ -50,7 +50,7 @@ def connect() -> None:
     # Elsewhere Ray's nodes, or the job, have their own.
     environment = None if address is not None else {"env_vars": settings}
     try:
-        ray.init(address or "local", logging_level=logging.WARNING, runtime_env=environment)
+        ray.init(address=address or "local", logging_level=logging.WARNING, runtime_env=environment)
     except Exception as error:  # of a node that starts too slowly Ray raises just this
         text = " ".join(str(error).split())
         if address is None:
