@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -73,6 +74,21 @@ def traces(tmp_path: Path, of: str) -> list[str]:
     return sorted(path.name for path in (tmp_path / "trace").glob(f"{of}-*"))
 
 
+@pytest.fixture
+def no_traceback_is_logged() -> Iterator[None]:
+    """pytest keeps log records, and all that leads from them; a user's handlers let them go."""
+    made = logging.getLogRecordFactory()
+
+    def without(*given: Any, **more: Any) -> logging.LogRecord:
+        record = made(*given, **more)
+        record.exc_info = None
+        return record
+
+    logging.setLogRecordFactory(without)
+    yield
+    logging.setLogRecordFactory(made)
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_a_device_that_breaks_once_costs_its_process_and_nothing_else(tmp_path: Path) -> None:
     work = job(tmp_path, "once")
@@ -87,11 +103,9 @@ def test_a_device_that_breaks_once_costs_its_process_and_nothing_else(tmp_path: 
 
 
 def test_a_shard_that_breaks_every_device_ends_the_run(
-    tmp_path: Path, all_cpus_free: Callable[[], float], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, all_cpus_free: Callable[[], float], no_traceback_is_logged: None
 ) -> None:
     all_cpus_free()
-    # What it logs has a traceback, which pytest keeps; a user's handlers write it and let it go.
-    monkeypatch.setattr(logging.getLogger("ray.data"), "propagate", False)
     with pytest.raises(ShardError) as error:
         run_shards(job(tmp_path, "by a shard"), POOL)
     assert "CUDA error: uncorrectable ECC error encountered" in str(error.value)
