@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -74,21 +73,6 @@ def traces(tmp_path: Path, of: str) -> list[str]:
     return sorted(path.name for path in (tmp_path / "trace").glob(f"{of}-*"))
 
 
-@pytest.fixture
-def no_traceback_is_logged() -> Iterator[None]:
-    """pytest keeps log records, and all that leads from them; a user's handlers let them go."""
-    made = logging.getLogRecordFactory()
-
-    def without(*given: Any, **more: Any) -> logging.LogRecord:
-        record = made(*given, **more)
-        record.exc_info = None
-        return record
-
-    logging.setLogRecordFactory(without)
-    yield
-    logging.setLogRecordFactory(made)
-
-
 @pytest.mark.usefixtures("ray_local")
 def test_a_device_that_breaks_once_costs_its_process_and_nothing_else(tmp_path: Path) -> None:
     work = job(tmp_path, "once")
@@ -102,15 +86,41 @@ def test_a_device_that_breaks_once_costs_its_process_and_nothing_else(tmp_path: 
     assert len(traces(tmp_path, "tried")) == 9, "no shard was tried again where it broke"
 
 
-def test_a_shard_that_breaks_every_device_ends_the_run(
-    tmp_path: Path, all_cpus_free: Callable[[], float], no_traceback_is_logged: None
-) -> None:
-    all_cpus_free()
+@pytest.mark.usefixtures("ray_local")
+def test_a_shard_that_breaks_every_device_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(ShardError) as error:
         run_shards(job(tmp_path, "by a shard"), POOL)
     assert "CUDA error: uncorrectable ECC error encountered" in str(error.value)
     assert len([name for name in traces(tmp_path, "tried") if name.startswith("tried-4-")]) <= 4
-    all_cpus_free()  # though the error, whose traceback leads to Ray Data's actors, is kept
+
+
+FAILS = """
+import sys, time
+from pathlib import Path
+import ray
+from test_broken_devices import POOL, job
+from cwpo_dist.scoring.driver import run_shards
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+try:
+    run_shards(job(Path(sys.argv[1]), "by a shard"), POOL)
+except Exception as error:
+    kept = error
+end = time.monotonic() + 60
+while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < end:
+    time.sleep(0.2)
+print(type(kept).__name__, ray.available_resources().get("CPU"))
+"""
+
+
+def test_a_run_that_failed_lets_its_actors_go_though_its_error_is_kept(tmp_path: Path) -> None:
+    """In a process of its own, as pytest keeps log records with their tracebacks, too."""
+    command = [sys.executable, "-c", FAILS, str(tmp_path)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ended = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == "RayTaskError(ShardError) 2.0"
 
 
 @pytest.mark.long
