@@ -120,7 +120,7 @@ def test_a_run_that_failed_lets_its_actors_go_though_its_error_is_kept(tmp_path:
     ended = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=True
     )
-    assert ended.stdout.splitlines()[-1] == "RayTaskError(ShardError) 2.0"
+    assert "RayTaskError(ShardError) 2.0" in ended.stdout.splitlines()
 
 
 @pytest.mark.long
