@@ -20,6 +20,8 @@ from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs import pieces, sources
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.placement import Machine
+from cwpo_dist.stages import prepare as stage
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 
@@ -130,6 +132,14 @@ def test_what_is_wrong_with_a_source_is_said_without_rays_wrapping(tmp_path: Pat
         ConfigError, match=r"prepare\.num_cpus: 99, but the largest node of .* has 4"
     ):
         prepare(store, config(path, num_cpus=99), seed=0)
+
+
+def test_where_nodes_come_on_demand_none_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "alive_machines", lambda: [Machine(4.0, 0.0)])
+    with pytest.raises(ConfigError, match=r"prepare\.num_cpus: 99"):
+        stage._check_placement(99)
+    monkeypatch.setattr(stage, "grows", lambda: True)
+    stage._check_placement(99)
 
 
 @pytest.mark.usefixtures("in_process", "many_files")

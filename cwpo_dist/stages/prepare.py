@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs import buckets, cutting, kept_columns
@@ -188,6 +189,8 @@ def _refuse_changed(
 
 def _check_placement(num_cpus: float) -> None:
     """Refuses a task that fits on no node: Ray would wait for it for ever, silently."""
+    if grows():  # a node that holds it may come
+        return
     for fault in task_faults("prepare.num_cpus", num_cpus, alive_machines()):
         raise ConfigError(fault)
 
