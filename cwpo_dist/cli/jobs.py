@@ -80,8 +80,8 @@ def submit(
     loaded = load_config(what[0], what[1:])
     if "://" not in loaded.output_dir:
         say(f"output_dir {loaded.output_dir!r} is a local path: every node must see it")
-    if left := ", ".join(credentials.here()) if image is not None else "":
-        say(f"{left} cannot travel with --image: give the nodes their own")
+    if image is not None and (left := credentials.here()):
+        say(f"{', '.join(left)} cannot travel with --image: give the nodes their own")
     settings = Settings(python, tuple(py_module or ()), tuple(env or ()), options, image)
     job = send(loaded, stage, address, settings)
     say(f"{'attached to' if job.attached else 'submitted'} {job.submission_id}")
