@@ -100,11 +100,12 @@ from pathlib import Path
 import ray
 from test_broken_devices import POOL, job
 from cwpo_dist.scoring.driver import run_shards
+from cwpo_dist.scoring.tickets import ShardError
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 try:
     run_shards(job(Path(sys.argv[1]), "by a shard"), POOL)
-except Exception as error:
+except ShardError as error:
     kept = error
 end = time.monotonic() + 60
 while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < end:

@@ -169,7 +169,7 @@ def run_pools(
     try:
         with _told_while_waiting(job, pools, shards):
             yield from _reports(left, shards, inbox, len(streams))
-    except Exception as error:
+    except Exception as error:  # whatever it was: its traceback is let go, and it goes on
         failed = error
         raise
     finally:
