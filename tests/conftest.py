@@ -122,6 +122,14 @@ def s3_store(s3_server: str) -> Store:
     return Store(f"s3://{bucket}/run")
 
 
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """The same folder twice: on a disk, and behind the S3 protocol."""
+    if request.param == "disk":
+        return Store(str(tmp_path / "run"))
+    return request.getfixturevalue("s3_store")
+
+
 @pytest.fixture(scope="session")
 def ray_local(s3_server: str) -> Iterator[Any]:
     """A real Ray of four logical CPUs in this session; its workers inherit this environment."""

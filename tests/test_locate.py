@@ -9,45 +9,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
 import pytest
 from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns
 from fsspec.utils import glob_translate
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from prepared import config, pairs, row, write
+from located import found, make, names, why
+from prepared import config, pairs
 
 from cwpo_dist.config import ConfigError, Source
-from cwpo_dist.pairs.data_sets import hub_splits
 from cwpo_dist.pairs.listing import LeftOut, left_out_lines
-from cwpo_dist.pairs.locate import Found, find, reads_below
-from cwpo_dist.pairs.readers import Part, read
+from cwpo_dist.pairs.locate import reads_below
+from cwpo_dist.pairs.readers import read
 from cwpo_dist.pairs.sources import plan, source_fingerprints
 from cwpo_dist.pairs.split_names import SPLIT_WORDS, NoSplitError, of_other_splits, split_of
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
-
-
-def make(folder: Path, *names: str) -> Path:
-    """A folder of files, a row each that says the file's name."""
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, [row(name)])
-    return folder
-
-
-def found(path: Any, **settings: Any) -> Found:
-    return find("prepare.sources.0", Source(path=str(path), **settings))
-
-
-def names(of: Found, folder: Path) -> list[str]:
-    return [Path(part.uri).relative_to(folder).as_posix() for part in of.parts]
-
-
-def why(of: Found) -> dict[str, str]:
-    return {each.file: each.why for each in of.left_out}
-
 
 # -- folders
 
@@ -274,86 +251,6 @@ def words_in(name: str) -> list[str]:
 
 def matches(name: str, pattern: str) -> bool:
     return re.match(glob_translate(pattern), name) is not None
-
-
-# -- folders that say themselves what is in them
-
-CARD = """---
-license: mit
-configs:
-- config_name: helpful
-  default: true
-  data_files:
-  - split: train
-    path: one/*.jsonl
-  - split: test
-    path: [two/held.jsonl]
-- config_name: harmless
-  data_dir: three
----
-# A set
-
-configs: not these
-"""
-
-
-def carded(folder: Path) -> Path:
-    make(folder, "one/a.jsonl", "one/test.jsonl", "two/held.jsonl", "two/more.jsonl")
-    make(folder, "three/train.jsonl", "three/test.jsonl")
-    (folder / "README.md").write_text(CARD)
-    return folder
-
-
-def test_a_data_set_card_says_which_files_are_read(tmp_path: Path) -> None:
-    folder = carded(tmp_path / "a set [v2]")
-    of = found(folder)
-    assert names(of, folder) == ["one/a.jsonl", "one/test.jsonl"]
-    reasons = why(of)
-    assert reasons["two/held.jsonl"] == "of split 'test' by README.md; `split: test` reads it"
-    assert "no split of subset 'helpful'" in reasons["two/more.jsonl"]
-    assert "three/train.jsonl" in reasons
-    assert names(found(folder, split="test"), folder) == ["two/held.jsonl"]
-    roundabout = found(folder / "one" / "..", split="test")
-    assert [Path(part.uri).resolve() for part in roundabout.parts] == [folder / "two/held.jsonl"]
-    assert names(found(folder, name="harmless"), folder) == ["three/train.jsonl"]
-    with pytest.raises(ConfigError, match=r"no subset 'x'; name one under `name`: helpful, harml"):
-        found(folder, name="x")
-    with pytest.raises(ConfigError, match=r"no split 'dev'; it has train, test"):
-        found(folder, split="dev")
-
-
-def test_a_card_without_a_default_subset_or_sense_is_refused(tmp_path: Path) -> None:
-    folder = carded(tmp_path)
-    (folder / "README.md").write_text(CARD.replace("  default: true\n", ""))
-    with pytest.raises(ConfigError, match=r"no default subset; name one under `name`: helpful"):
-        found(folder)
-    (folder / "README.md").write_text("---\nconfigs:\n- : [\n---\n")
-    with pytest.raises(ConfigError, match=r"README\.md: its metadata are not valid YAML"):
-        found(folder)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\nconfigs: in the text\n")
-    assert names(found(folder), folder)[0] == "one/a.jsonl", "its names decide"
-
-
-def test_a_saved_data_set_is_of_the_split_that_it_was_saved_from(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_list([row(0)], split="test")
-    rows.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "both")
-    assert found(tmp_path / "one").parts[0].reader == "saved"
-    with pytest.raises(ConfigError, match=r"no split 'train'; it has test"):
-        found(tmp_path / "one", split="train")
-    of = found(tmp_path / "both")
-    assert of.parts[0].split == "train"
-    assert why(of) == {"split 'test'": "split 'train' is read; `split` names another"}
-    assert found(tmp_path / "both", into="test").parts[0].split == "test"
-    assert len(of.marks) > 3
-
-
-def test_the_hub_names_its_splits(tmp_path: Path) -> None:
-    make(tmp_path, "train.jsonl", "test.jsonl")  # a folder is opened as a hub data set is
-    splits = hub_splits(Part(str(tmp_path), "hub"))
-    assert {name: count for name, (count, _) in splits.items()} == {"train": 1, "test": 1}
-    (raw,) = read(Part(str(tmp_path), "hub", split="test"))
-    assert raw.value == row("test.jsonl")
 
 
 # -- globs and single files
