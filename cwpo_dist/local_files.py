@@ -53,7 +53,7 @@ def create(path: str, data: bytes) -> bool:
             # Where NFS lost the reply and asked again, the name that is there is ours.
             if os.stat(partial).st_nlink == 1:
                 return False
-    _synced(os.path.dirname(path))
+    synced(os.path.dirname(path))
     return True
 
 
@@ -62,16 +62,16 @@ def replace(path: str, data: bytes) -> None:
     with _partial(path) as partial:
         _write(partial, data)
         os.replace(partial, path)
-    _synced(os.path.dirname(path))
+    synced(os.path.dirname(path))
 
 
 def copy(source: str | Path, path: str) -> None:
     """Like `replace`, with the bytes of another file."""
     with _partial(path) as partial:
         shutil.copyfile(source, partial)
-        _synced(partial)
+        synced(partial)
         os.replace(partial, path)
-    _synced(os.path.dirname(path))
+    synced(os.path.dirname(path))
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def whole_folder(folder: str) -> Iterator[Path]:
             # An earlier version was killed as it wrote in place.
             with _partial(folder) as torn, suppress(FileNotFoundError):
                 os.replace(folder, torn)
-    _synced(os.path.dirname(folder))
+    synced(os.path.dirname(folder))
 
 
 def _renamed(folder: str, name: str) -> bool:
@@ -114,18 +114,18 @@ def settle(folder: str) -> None:
     there took it for done.
     """
     for parent, _, _ in os.walk(folder):
-        _synced(parent)
+        synced(parent)
     for above in Path(folder).absolute().parents:
         with suppress(OSError):  # not ours to read, or not on a disk: then it was there before us
-            _synced(above)
+            synced(above)
 
 
 def sync_files(folder: str | Path) -> None:
     """Returns when what others' code wrote below a folder is on the disk, bytes and names."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            _synced(os.path.join(parent, name))
-        _synced(parent)
+            synced(os.path.join(parent, name))
+        synced(parent)
 
 
 def below(folder: str) -> list[str]:
@@ -203,10 +203,10 @@ def _write(path: str, data: bytes) -> None:
     A name that were there before what it names would be an empty file after a power cut, for ever.
     """
     Path(path).write_bytes(data)
-    _synced(path)
+    synced(path)
 
 
-def _synced(path: str | Path) -> None:
+def synced(path: str | Path) -> None:
     """Returns when a file's bytes, or the names in a folder, are on the disk itself."""
     opened = os.open(path, os.O_RDONLY)
     try:
@@ -221,4 +221,4 @@ def make_folder(folder: Path) -> None:
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _synced(folder.parent)
+    synced(folder.parent)

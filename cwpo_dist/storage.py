@@ -283,6 +283,22 @@ class Store:
             else:
                 self.filesystem.put_file(str(path), self.path(name))
 
+    @contextmanager
+    def in_place(self, name: str) -> Iterator[Path]:
+        """The path of a local file, for others' code to write; it is on the disk afterwards.
+
+        A writer that is killed leaves half a file: for folders that count only once a commit file
+        lies in them.
+
+        Raises:
+            StorageError: when storage refuses the write, or another removed the folder meanwhile.
+        """
+        path = Path(self.path(name))
+        with self._writing(name):
+            local_files.make_folder(path.parent)
+            yield path
+            local_files.synced(path)
+
     def fetch(self, name: str, path: Path) -> None:
         """Copies `name` to a local path."""
         path.parent.mkdir(parents=True, exist_ok=True)

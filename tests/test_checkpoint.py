@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -230,6 +232,22 @@ def test_refused_writes_leave_the_last_one(tmp_path: Path, monkeypatch: pytest.M
     found = checkpoint.newest(store)
     assert found is not None
     assert found.step == 1
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "fsync"])
+def test_a_folder_that_another_driver_removes_meanwhile_is_said_as_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Who was stopped, and followed, wakes where the one that followed tidies up."""
+    store = Store(str(tmp_path))
+
+    def gone(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    begun = checkpoint._copied(make_engine())
+    monkeypatch.setattr(os, call, gone)
+    with pytest.raises(StorageError, match="No such file"):
+        begun.write(store.child("checkpoints", "step-000001-a"), "shard-00000.safetensors")
 
 
 @pytest.mark.parametrize("changed", ["key", "seed", "base"])

@@ -8,7 +8,6 @@ another ZeRO stage, seeks to the numbers that it keeps and reads no others, on a
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cwpo_dist.local_files import make_folder
 from cwpo_dist.storage import StorageError, Store
 
 PARAMETERS = "parameters"
@@ -92,12 +90,9 @@ class Shard:
         Raises:
             StorageError: when storage refuses it.
         """
-        if folder.is_local:  # in place: nobody reads the folder before its commit
-            path = Path(folder.path(name))
-            make_folder(path.parent)
-            self._save(path)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        if folder.is_local:  # nobody reads the folder before its commit
+            with folder.in_place(name) as path:
+                self._save(path)
             return
         with tempfile.TemporaryDirectory(prefix="cwpo-checkpoint-") as scratch:
             self._save(Path(scratch) / name)
