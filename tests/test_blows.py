@@ -38,7 +38,7 @@ def strike(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("blows", "seed"),
-    [(40, 469), pytest.param(100, 1, marks=pytest.mark.long)],  # of few, 469 draws each kind
+    [(100, 469), pytest.param(300, 1, marks=pytest.mark.long)],  # of few, 469 draws each kind
 )
 def test_blows_leave_what_a_run_without_any_leaves(tmp_path: Path, blows: int, seed: int) -> None:
     """Each kind of blow, on a disk and on S3; every operation is explained."""
