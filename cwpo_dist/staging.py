@@ -8,9 +8,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from cwpo_dist.canonical import digest
 from cwpo_dist.file_marks import fingerprint
 from cwpo_dist.local_files import is_partial
-from cwpo_dist.storage import Store, digest
+from cwpo_dist.storage import Store
 
 
 def staged(store: Store) -> Path:

@@ -7,8 +7,6 @@ alike. A file either exists whole or not at all, and of two writers of one name 
 from __future__ import annotations
 
 import errno
-import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cwpo_dist import local_files
+from cwpo_dist.canonical import parquet_bytes, to_json
 from cwpo_dist.redaction import has_credential, redacted
 from cwpo_dist.storage_faults import MISSING, damaged, fault_of, told, unanswered, unread, unwritten
 
@@ -340,26 +339,3 @@ def _said_as_ours(why_of: Callable[[Exception], str | None]) -> Iterator[None]:
         if (why := why_of(error)) is None:
             raise
         raise (FileMissing if fault_of(error) is MISSING else StorageError)(why) from error
-
-
-def to_json(value: object) -> bytes:
-    """Canonical JSON: sorted keys, so that equal values have equal bytes."""
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def digest(value: object) -> str:
-    """A short content key: 16 hex digits of the SHA-256 of canonical JSON."""
-    return hashlib.sha256(to_json(value)).hexdigest()[:16]
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as Parquet bytes, deterministic for one version of pyarrow.
-
-    Without rows it has no row group either: `datasets` takes the first one's rows as its batch
-    size, and refuses 0.
-    """
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
-        if table.num_rows:
-            writer.write_table(table)
-    return buffer.getvalue()

@@ -10,6 +10,7 @@ import pytest
 from small_run import small_config
 from tiny import tiny_classifier, tiny_tokenizer
 
+from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.config import Config, ConfigError, Pool
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.pairs.estimate import Census
@@ -20,7 +21,7 @@ from cwpo_dist.planning.plan import Plan, StagePlan, plan
 from cwpo_dist.planning.plan_table import print_plan
 from cwpo_dist.runs.checks import Checked
 from cwpo_dist.runs.stage import Scoring
-from cwpo_dist.storage import Store, parquet_bytes
+from cwpo_dist.storage import Store
 
 DEVICES = 2.0
 

@@ -17,6 +17,7 @@ from test_growth import annotated, growing, place, write
 from tiny import tiny_classifier, tiny_tokenizer, word_tokenizer
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.lm import fixed_shapes
@@ -30,7 +31,7 @@ from cwpo_dist.scoring.growth import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
-from cwpo_dist.storage import Store, parquet_bytes
+from cwpo_dist.storage import Store
 
 Pairs = Sequence[dict[str, Any]]
 ARCHS = ("llama", "bert")  # packed rows by fixed shapes, and each answer alone

@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cwpo_dist.storage import MANIFEST, StorageError, Store, parquet_bytes
+from cwpo_dist.canonical import parquet_bytes
+from cwpo_dist.storage import MANIFEST, StorageError, Store
 
 
 def test_what_has_a_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

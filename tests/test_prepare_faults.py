@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prepared import add_up, config, files, rejects, row, write
 
+from cwpo_dist.canonical import to_json
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs import cutting
 from cwpo_dist.pairs.readers import SourceError
@@ -28,7 +29,7 @@ from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.pairs.sources import source_fingerprints
 from cwpo_dist.stages import prepare as stage
 from cwpo_dist.stages.prepare import prepare
-from cwpo_dist.storage import MANIFEST, StorageError, Store, to_json
+from cwpo_dist.storage import MANIFEST, StorageError, Store
 
 
 @pytest.mark.usefixtures("in_process")

@@ -23,11 +23,11 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import cwpo_dist
 from cwpo_dist import credentials
+from cwpo_dist.canonical import digest, to_json
 from cwpo_dist.cli.job_server import SubmitError, job_server
 from cwpo_dist.cli.portable import portable
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.redaction import redacted
-from cwpo_dist.storage import digest, to_json
 
 PACKAGE = Path(cwpo_dist.__file__).resolve().parent
 CONFIG_NAME = "config.yaml"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cwpo_dist.canonical import digest
 from cwpo_dist.config import ConfigError
-from cwpo_dist.storage import digest
 
 FIELD = "evaluate.gold_function"
 

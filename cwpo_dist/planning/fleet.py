@@ -13,6 +13,7 @@ from random import Random
 
 import pyarrow as pa
 
+from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.config import Config, ConfigError, PoolConfig, TrainingConfig
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.parsing import ParsedPair
@@ -21,7 +22,7 @@ from cwpo_dist.pairs.stored import packed
 from cwpo_dist.planning.costs import START_S, Cost, Estimate, Lengths, gpus, named
 from cwpo_dist.runs.sizes import ModelSize
 from cwpo_dist.runs.stage import Generating, Scoring, Training, Work
-from cwpo_dist.storage import MANIFEST, Store, parquet_bytes
+from cwpo_dist.storage import MANIFEST, Store
 
 ROWS = 4096  # of the made-up tables whose size tells that of a row
 TOKEN_BYTES = 4

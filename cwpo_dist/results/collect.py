@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cwpo_dist.canonical import to_json
 from cwpo_dist.config import Config
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.explorer import EXPLORER
@@ -18,7 +19,6 @@ from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.node import Node, Nodes, members, retry_manifest
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.weigh import chooser_of
-from cwpo_dist.storage import to_json
 
 MOST_CONFIDENCES = 5000  # of the histogram: a sample, so that the page stays small
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cwpo_dist.canonical import digest
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.file_marks import Mark
 from cwpo_dist.lm.fingerprints import model_fingerprint, of_tokenizer
-from cwpo_dist.storage import digest
 
 # Tokens depend on the tokenizer, not on weights, depth or attention implementation.
 _OF_TOKENS = {"model_name_or_path", "revision", "chat_template", "template_date"}

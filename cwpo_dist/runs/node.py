@@ -13,8 +13,8 @@ from typing import ClassVar, Generic, Protocol, runtime_checkable
 
 from typing_extensions import TypeVar
 
+from cwpo_dist.canonical import digest
 from cwpo_dist.config import PoolConfig, TrainingConfig
-from cwpo_dist.storage import digest
 
 _IN_KEY = "in the key"
 

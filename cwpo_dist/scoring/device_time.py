@@ -11,8 +11,9 @@ import logging
 import time
 import uuid
 
+from cwpo_dist.canonical import to_json
 from cwpo_dist.scoring.progress import Progress
-from cwpo_dist.storage import StorageError, Store, to_json
+from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
 

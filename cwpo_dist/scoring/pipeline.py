@@ -17,9 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.pairs.records import REJECT_SCHEMA, Reject, read_rows
 from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
-from cwpo_dist.storage import Store, parquet_bytes
+from cwpo_dist.storage import Store
 
 # Parquet metadata of a commit file: what the shard read and wrote, and the file of its rejects.
 COUNTS = b"cwpo.counts"

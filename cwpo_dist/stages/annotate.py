@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from cwpo_dist.canonical import digest
 from cwpo_dist.config import AnnotateConfig, ModelConfig, Split
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import pair_id
@@ -30,7 +31,7 @@ from cwpo_dist.scoring.pipeline import (
 )
 from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.scoring.set_aside import lasts, refuse_none, refuse_past
-from cwpo_dist.storage import Store, digest
+from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import cast
 
 from cwpo_dist.autoscaling import grows
+from cwpo_dist.canonical import to_json
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs import buckets, cutting, kept_columns
@@ -34,7 +35,7 @@ from cwpo_dist.runs.node import Node, Nodes, Settings
 from cwpo_dist.runs.prepared_counts import PreparedCounts, added, in_words, prepared_counts
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.ray_tasks import run_tasks
-from cwpo_dist.storage import MANIFEST, FileMissing, StorageError, Store, to_json
+from cwpo_dist.storage import MANIFEST, FileMissing, StorageError, Store
 
 logger = logging.getLogger(__name__)
 

@@ -32,11 +32,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 
 from cwpo_dist.autoscaling import grows
+from cwpo_dist.canonical import digest
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import identify
 from cwpo_dist.manifest import Manifest
-from cwpo_dist.storage import MANIFEST, Store, digest
+from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseToken
 from cwpo_dist.training.process_group import STOP_SIGNALS, StoppableTorchConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import ray.train
 import torch
 
-from cwpo_dist.storage import digest
+from cwpo_dist.canonical import digest
 from cwpo_dist.training import held_out, metrics_log, tracking
 from cwpo_dist.training.checkpoint import Saver
 from cwpo_dist.training.courier import Courier

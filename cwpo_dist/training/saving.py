@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from cwpo_dist.canonical import to_json
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity, digests, identify
@@ -32,7 +33,7 @@ from cwpo_dist.lm.sharded import whole_shape
 from cwpo_dist.lm.switches import give_back
 from cwpo_dist.local_files import whole_folder
 from cwpo_dist.staging import staged, upload
-from cwpo_dist.storage import Store, to_json
+from cwpo_dist.storage import Store
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import Head, save_adapter
 from cwpo_dist.training.merge import INDEX, MergeError, base_folder, merge_adapter, merge_in_memory
