@@ -78,16 +78,21 @@ def submit(
     options = _options(stage, planning, retry_rejects)
     _name_other(address)
     loaded = load_config(what[0], what[1:])
-    if "://" not in loaded.output_dir:
-        say(f"output_dir {loaded.output_dir!r} is a local path: every node must see it")
-    if image is not None and (left := credentials.here()):
-        say(f"{', '.join(left)} cannot travel with --image: give the nodes their own")
+    _say_what_stays(loaded.output_dir, image)
     settings = Settings(python, tuple(py_module or ()), tuple(env or ()), options, image)
     job = send(loaded, stage, address, settings)
     say(f"{'attached to' if job.attached else 'submitted'} {job.submission_id}")
     if wait and not follow(job.submission_id, address, sys.stdout.write, pending_timeout):
         say(f"{job.submission_id} did not succeed; the same command starts the next attempt")
         raise typer.Exit(1)
+
+
+def _say_what_stays(output_dir: str, image: str | None) -> None:
+    """What the nodes must have, as it does not go with the job."""
+    if "://" not in output_dir:
+        say(f"output_dir {output_dir!r} is a local path: every node must see it")
+    if image is not None and (left := credentials.here()):
+        say(f"{', '.join(left)} cannot travel with --image: give the nodes their own")
 
 
 def _options(stage: str, planning: list[str], retry_rejects: bool) -> tuple[str, ...]:

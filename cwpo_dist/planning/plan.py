@@ -26,7 +26,7 @@ from cwpo_dist.planning.sampled import (
     ShownRow,
     read_sample,
     reading_notes,
-    shown_row,
+    shown_rows,
     unrendered,
 )
 from cwpo_dist.runs.checks import Checked, check, check_trials, models
@@ -120,11 +120,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
         name: read_sample(model, checked.encoders[name], sample) for name, model in named.items()
     }
     estimates = _estimates(runs, censuses, checked, read)
-    rows = [
-        shown_row(name, model, checked.encoders[name], pair)
-        for pair in sample[:show]
-        for name, model in named.items()
-    ]
+    rows = shown_rows(named, checked.encoders, sample[:show])
     planned_stages = _trial_stages if found else _stages
     notes = [
         *reading_notes(named, checked.encoders, read),

@@ -14,6 +14,8 @@ from cwpo_dist.runs.arms import needs_annotator
 from cwpo_dist.runs.checks import calibrated_arms, models, trainings
 from cwpo_dist.runs.own_checks import own_counts_faults
 
+_GOLD = "evaluate.gold_model"
+
 
 def until_of(config: Config) -> str | None:
     """Without a policy, labelling is the whole of the run; without any model, preparing."""
@@ -70,12 +72,7 @@ def _unread(
     config: Config, counted: Census, name: str, model: ModelConfig, read: SampleRead
 ) -> Iterator[str]:
     """A model that cannot read more pairs than its stage may set aside, or that none fits."""
-    is_gold = name == "evaluate.gold_model"
-    field, fraction = "prepare.max_reject_fraction", config.prepare.max_reject_fraction
-    if name.startswith("annotate."):
-        field, fraction = "annotate.max_reject_fraction", config.annotate.max_reject_fraction
-    if is_gold:  # which reads other answers, and may leave some out
-        fraction = 1.0 if read.refused < read.number else 0.0
+    field, fraction = _most_unread(config, name, read)
     whole = counted.exact and read.number >= sum(counted.splits.values()) and name != "weak"
     none = read.refused == read.number > 0  # which no fraction allows: nothing would be left
     if none or read.exceeds(fraction, whole):
@@ -86,11 +83,20 @@ def _unread(
             f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
             f"another template or model, {more}"
         )
-    elif read.too_long and not read.lengths.fits and not is_gold:
+    elif read.too_long and not read.lengths.fits and name != _GOLD:
         yield (
             f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
             f"set {name}.over_length=truncate"
         )
+
+
+def _most_unread(config: Config, name: str, read: SampleRead) -> tuple[str, float]:
+    """The share of pairs that the stage of a model may set aside, and the field that says so."""
+    if name == _GOLD:  # which reads other answers, and may leave some out
+        return "prepare.max_reject_fraction", 1.0 if read.refused < read.number else 0.0
+    if name.startswith("annotate."):
+        return "annotate.max_reject_fraction", config.annotate.max_reject_fraction
+    return "prepare.max_reject_fraction", config.prepare.max_reject_fraction
 
 
 def _without_pairs(config: Config, counted: Census) -> Iterator[str]:

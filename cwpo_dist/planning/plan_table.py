@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,20 +19,25 @@ def print_plan(plan: Plan) -> None:
     for row in plan.rows:
         console.print(_shown(row), end="\n\n")
     console.print(_table(plan))
+    for line in _below(plan):
+        console.print(line)
+
+
+def _below(plan: Plan) -> Iterator[str]:
+    """What stands below the table."""
     known = [stage.seconds for stage in plan.stages if stage.seconds is not None]
     if len(known) == len(plan.stages):
-        console.print(f"about {_duration(sum(known)) or 'no time'} in all, {plan.where}")
-    for line in plan.fleet_lines():
-        console.print(line)
+        yield f"about {_duration(sum(known)) or 'no time'} in all, {plan.where}"
+    yield from plan.fleet_lines()
     details = {(stage.stage, line): None for stage in plan.stages for line in stage.details}
     for name, line in details:  # arms that train alike need alike
-        console.print(f"{name}: {escape(line)}")
-    console.print(
+        yield f"{name}: {escape(line)}"
+    yield (
         "memory is of one worker, beside Python and its libraries; time and memory are rough, the "
         "checks are not"
     )
     for note in plan.notes:
-        console.print(f"note: {escape(note)}")
+        yield f"note: {escape(note)}"
 
 
 def _table(plan: Plan) -> Table:

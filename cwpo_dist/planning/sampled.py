@@ -78,10 +78,10 @@ def read_sample(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPai
     """Reads the sampled pairs as the stages will."""
     found = encode_pairs(encoder, model, [_given(pair) for pair in sample])
     fitting = [row for row in found if isinstance(row, Row)]
-    errors = [row for row in found if isinstance(row, TokenError) and row.fault is not None]
-    unread = Counter(error.fault for error in errors if error.fault is not None)
+    faults = [(row.fault, str(row)) for row in found if isinstance(row, TokenError) and row.fault]
+    unread = Counter(fault for fault, _ in faults)
     too_long = unread.pop(Fault.OVER_LENGTH, 0)
-    examples = {error.fault: str(error) for error in reversed(errors) if error.fault is not None}
+    examples = dict(reversed(faults))  # the first of each stays
     left_out = Counter(
         role
         for pair, row in zip(sample, found, strict=True)
@@ -153,8 +153,24 @@ def reading_notes(
             )
 
 
-def shown_row(field: str, model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> ShownRow:
-    """One pair as a shared row; what the mask lets through is read off the real mask."""
+def shown_rows(
+    models: Mapping[str, ModelConfig],
+    encoders: Mapping[str, Encoder],
+    pairs: Sequence[ParsedPair],
+) -> Iterator[ShownRow]:
+    """Pairs as shared rows of each model; what the mask lets through is read off the real mask.
+
+    Args:
+        models: by the field that names each.
+        encoders: by the same fields.
+        pairs: one after the other.
+    """
+    for pair in pairs:
+        for name, model in models.items():
+            yield _shown_row(name, model, encoders[name], pair)
+
+
+def _shown_row(field: str, model: ModelConfig, encoder: Encoder, pair: ParsedPair) -> ShownRow:
     (row,) = encode_pairs(encoder, model, [_given(pair)])
     if isinstance(row, TokenError):
         return ShownRow(field, "", (), (f"nothing: the pair is set aside: {row.fault}: {row}",))

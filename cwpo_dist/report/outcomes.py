@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +75,21 @@ def _held_against(found: Found) -> list[tuple[str, dict[str, tuple[str, str]]]]:
             if other != name and frozenset((name, other)) not in seen
         ]
         seen.update(map(frozenset, pairs))
-        others = sorted({other for _, other in pairs})
-        if len(others) == 1:
-            title = f"{opening} {others[0]}" + (f" ({words})" if words else "")
-            told.append((title, {name: (name, other) for name, other in pairs}))
-        elif others:
-            labelled = {f"{name}, against {other}": (name, other) for name, other in pairs}
-            told.append((f"{opening} {words}", labelled))
+        if pairs:
+            told.append(_titled(opening, words, pairs))
     return told
+
+
+def _titled(
+    opening: str, words: str, pairs: Sequence[tuple[str, str]]
+) -> tuple[str, dict[str, tuple[str, str]]]:
+    """A rival of all stands in the title, and several each in their pair's label."""
+    first = pairs[0][1]
+    if all(other == first for _, other in pairs):
+        title = f"{opening} {first}" + (f" ({words})" if words else "")
+        return title, {name: (name, other) for name, other in pairs}
+    labelled = {f"{name}, against {other}": (name, other) for name, other in pairs}
+    return f"{opening} {words}", labelled
 
 
 def _rivals(found: Found) -> list[tuple[str, str, dict[str, str]]]:

@@ -230,7 +230,16 @@ def ensemble_table(metrics: Metrics) -> Table | None:
 
 
 def annotators(metrics: Metrics) -> list[tuple[str, Metrics]]:
-    """(arms in words, evaluation) of each distinct annotator.
+    """(arms in words, evaluation) of each distinct annotator."""
+    groups = _by_annotator(metrics)
+    if len(groups) == 1:
+        record = groups[0][1]
+        return [("ensemble" if at(record, "members") else "annotator", record)]
+    return [(together(names), record) for names, record in groups]
+
+
+def _by_annotator(metrics: Metrics) -> list[tuple[list[str], Metrics]]:
+    """(arms, evaluation) of each.
 
     Arms of the data's own labels are measured beside one, too, but it is not theirs.
     """
@@ -245,7 +254,4 @@ def annotators(metrics: Metrics) -> list[tuple[str, Metrics]]:
             same[0].append(name)
         elif not same:
             groups.append(([name], record))
-    if len(groups) == 1:
-        record = groups[0][1]
-        return [("ensemble" if at(record, "members") else "annotator", record)]
-    return [(together(names), record) for names, record in groups]
+    return groups

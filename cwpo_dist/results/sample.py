@@ -84,11 +84,9 @@ class _Reader:
 
     @classmethod
     def of(cls, context: Context, graphs: Graphs) -> _Reader:
-        annotators = {
-            node.path: node for nodes in graphs.values() for node in members(nodes["evaluate"])
-        }
-        first = next((m for n in graphs.values() if (m := members(n["evaluate"]))), [])
-        joint = {node.path for node in first}
+        by_arm = [members(nodes["evaluate"]) for nodes in graphs.values()]
+        annotators = {node.path: node for nodes in by_arm for node in nodes}
+        joint = {node.path for node in next(filter(None, by_arm), [])}
         return cls(
             joint=[k for k, path in enumerate(annotators) if path in joint],
             names=_names(context, graphs, annotators),

@@ -20,7 +20,7 @@ from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import LabelSource, Opinion
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.numbers import Own
-from cwpo_dist.pairs.records import content_hash, read_records
+from cwpo_dist.pairs.records import content_hash, read_records, table_of
 from cwpo_dist.pairs.stored import Judgement, Pair, pair_schema, read_judgements, read_pairs
 from cwpo_dist.runs.arms import Chooser
 from cwpo_dist.runs.context import Context, Margins, ScoresIn, annotator_name
@@ -214,22 +214,19 @@ def held_out(given: Annotated, split: str) -> HeldOut:
 def _held_out(given: Annotated, split: str, schema: pa.Schema, index: int) -> pa.Table:
     ids, margins_NK = given.margins(index)
     place = {pair_id: i for i, pair_id in enumerate(ids)}
-    pairs = [
-        pair
+    rows = [
+        (
+            pair.pair_id,
+            pair.label,
+            content_hash(pair.prompt),
+            people_share(pair.told),
+            *(len(plain_text(answer)) for answer in pair.answers),
+            *margins_NK[place[pair.pair_id]].tolist(),
+        )
         for pair in given.read(index)
         if pair.split == split and pair.label is not None and pair.pair_id in place
     ]
-    found_NK = margins_NK[[place[pair.pair_id] for pair in pairs]]
-    values = {
-        "pair_id": [pair.pair_id for pair in pairs],
-        "label": [pair.label for pair in pairs],
-        "prompt": [content_hash(pair.prompt) for pair in pairs],
-        "people": [people_share(pair.told) for pair in pairs],
-        "length_a": [len(plain_text(pair.response_a)) for pair in pairs],
-        "length_b": [len(plain_text(pair.response_b)) for pair in pairs],
-        **{f"margin_{k}": found_NK[:, k] for k in range(len(given.scores))},
-    }
-    return pa.table(values, schema=schema)
+    return table_of(rows, schema)
 
 
 def gather(task: Callable[[int], pa.Table], shards: int, schema: pa.Schema) -> pa.Table:

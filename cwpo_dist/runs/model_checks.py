@@ -6,7 +6,7 @@ worker would refuse later is a fault now.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,10 +91,13 @@ def check_model(
         return CheckedModel(None, None, (f"{field}.{error}",))
     except BoundError as error:
         return CheckedModel(None, None, (f"{where}{error}; give another model",))
-    spelled = [
-        [text.replace(str(path), name) for text in each] for each in (found.faults, found.notes)
-    ]
-    return CheckedModel(found.size, encoder, tuple(spelled[0]), tuple(spelled[1]))
+    faults, notes = _as_given(found.faults, path, name), _as_given(found.notes, path, name)
+    return CheckedModel(found.size, encoder, faults, notes)
+
+
+def _as_given(texts: Sequence[str], path: Path, name: str) -> tuple[str, ...]:
+    """With the model's name as people gave it."""
+    return tuple(text.replace(str(path), name) for text in texts)
 
 
 def _inspected(

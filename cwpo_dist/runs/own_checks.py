@@ -89,20 +89,32 @@ def _idle_settings(config: Config) -> Iterator[str]:
 
 def _misfits(config: Config, name: str, own: Own) -> Iterator[str]:
     """What an arm asks of numbers of a kind that cannot give it."""
+    if own == "weight":
+        yield from _misfits_of_weights(config, name)
+    elif own == "confidence":
+        yield from _misfits_of_confidences(config, name)
+
+
+def _misfits_of_weights(config: Config, name: str) -> Iterator[str]:
+    """Of a weight, which is about no answer and has no margin."""
     arm = config.arm(name)
-    how = weighting(config, arm)
-    temperature = how.chooser.temperature
-    asked = _of_margins(config, how)
-    if own == "weight" and arm.with_own:
+    asked = _of_margins(config, weighting(config, arm))
+    if arm.with_own:
         yield (
             "weigh.from: 'both', but a weight says nothing of which answer is better; beside an "
             "annotator the data need two scores, or a confidence"
         )
-    elif own == "weight" and (asked or arm.soft_labels):
+    elif asked or arm.soft_labels:
         what = " and ".join(f"weigh.{k}" for k in asked) or "soft labels"
         yield f"arms: {name!r} has {what}, of margins, but a weight of the data's own is none"
+
+
+def _misfits_of_confidences(config: Config, name: str) -> Iterator[str]:
+    """Of a confidence, whose side is the label's."""
+    arm = config.arm(name)
+    temperature = weighting(config, arm).chooser.temperature
     alone = temperature is not None and not arm.with_own
-    if own == "confidence" and (alone or temperature == "fitted"):
+    if alone or temperature == "fitted":
         yield (
             f"weigh.temperature: {temperature} (arm {name!r}) is for scores; the side "
             "of the data's own confidences is the label's, which no temperature makes more honest"

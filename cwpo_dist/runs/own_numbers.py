@@ -27,11 +27,12 @@ def chosen(column: Own | None, there: Collection[Own]) -> Own:
     Raises:
         OwnNumbersError: where they lack it, or have several and none is named.
     """
-    have = " and ".join(NAMES[own] for own in COLUMNS if own in there) or "no numbers of their own"
-    if column is None and len(there) == 1:
-        return next(iter(there))
+    kinds = [own for own in COLUMNS if own in there]
+    have = " and ".join(NAMES[own] for own in kinds) or "no numbers of their own"
+    if column is None and len(kinds) == 1:
+        return kinds[0]
     if column is None:
-        names = " or ".join(own for own in COLUMNS if own in there) or "map one under `columns`"
+        names = " or ".join(kinds) or "map one under `columns`"
         raise OwnNumbersError(f"weigh.column: the data have {have}; say which acts: {names}")
     if column not in there:
         raise OwnNumbersError(f"weigh.column: {column!r}, but the data have {have}")

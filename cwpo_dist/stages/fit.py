@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cwpo_dist.config import ConfigError, FitConfig, ModelConfig, Split
@@ -145,13 +145,12 @@ class LabelledPairs:
         if labelled and isinstance(labelled[0].prompt, str):
             encoder.travel_as_text()
         found = encode_pairs(encoder, self.model, [_chosen_first(pair) for pair in labelled])
-        faults = Counter(str(row.fault) for row in found if isinstance(row, TokenError))
-        self._tell(len(labelled), faults)
+        left_out = self._left_out(found)
         both = zip(labelled, found, strict=True)
         read = [(pair, row) for pair, row in both if isinstance(row, Row)]
         shares = self._shares([pair for pair, _ in read])
         rows, names = [row for _, row in read], [pair.pair_id for pair, _ in read]
-        return BradleyTerry(rows, names, shares, left_out=faults)
+        return BradleyTerry(rows, names, shares, left_out=left_out)
 
     def _shares(self, pairs: list[Pair]) -> list[float] | None:
         """Of people that prefer the answer that is put first; None: labels are learned."""
@@ -162,8 +161,10 @@ class LabelledPairs:
         logger.info("fit: of %d pairs %d are learned as a share of votes", len(pairs), soft)
         return shares
 
-    def _tell(self, pairs: int, faults: Counter[str]) -> None:
-        """Says what cannot be read, and stops where that is too much."""
+    def _left_out(self, found: Sequence[Row | TokenError]) -> Counter[str]:
+        """Counts, and says, what cannot be read or does not fit; stops where that is too much."""
+        faults = Counter(str(row.fault) for row in found if isinstance(row, TokenError))
+        pairs = len(found)
         told = ", ".join(f"{number} × {fault}" for fault, number in faults.most_common())
         if told:
             logger.warning("fit: of %d labelled pairs are left out: %s", pairs, told)
@@ -174,6 +175,7 @@ class LabelledPairs:
                 f"prepare.max_reject_fraction {self.most:g} allows; give a chat_template that "
                 "writes them, or raise it"
             )
+        return faults
 
     def _labelled(self) -> list[Pair]:
         if self.held_out is not None:
