@@ -1,6 +1,6 @@
 """Training under blows at random moments ends with the weights of an undisturbed run. Long forms.
 
-The short ones, each at one moment: test_workers.py (a rank told to stop, a rank killed, a hang, a
+The short ones, each at one moment: test_ranks.py (a rank told to stop, a rank killed, a hang, a
 loss that is not finite), test_kills.py (the driver), test_lease.py (a second driver).
 """
 

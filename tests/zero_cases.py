@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch
@@ -22,7 +22,7 @@ from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
 from cwpo_dist.storage import Store
 from cwpo_dist.training import held_out
-from cwpo_dist.training.loop import Engine, Hooks, Run
+from cwpo_dist.training.loop import Engine, Hooks, Run, train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
 from cwpo_dist.training.torch_engine import TorchEngine
@@ -186,6 +186,25 @@ def make_run(case: Case, budget: int | None = None, layout: Layout = "shared") -
 def oracle(case: Case, folder: Path) -> TorchEngine:
     """The same case in one plain process."""
     return TorchEngine(make_module(case, folder), case.config())
+
+
+def oracle_weights(name: str, folder: Path) -> dict[str, Tensor]:
+    """A stage of STAGES, trained in one plain process on the model of a folder."""
+    case = STAGES[name]
+    engine = oracle(case, folder)
+    # Adapters of a stage start at B = 0; those of the other tests do not.
+    for parameter_name, parameter in engine.module.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.zero_()
+    train(make_task(case.task), engine, make_run(case), Hooks())
+    return {n.removeprefix("model."): p.detach() for n, p in engine.module.named_parameters()}
+
+
+def assert_close(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Of some of the weights."""
+    assert ours
+    for name, value in ours.items():
+        torch.testing.assert_close(value.float(), wanted[name], atol=1e-5, rtol=0, msg=name)
 
 
 def first_batch(case: Case) -> list[int]:
