@@ -14,7 +14,8 @@ Everything else is read from the source of cwpo_dist, without running it:
   RECORDS, where rows get their types, and of STRANGERS, which read what people bring;
 - Any: each time that the name stands in an annotation of an argument, a result or a variable;
 - places that list stages: a literal, an import or a class body that holds three stages by name;
-- words for a part of the rows: names of functions, arguments and attributes that hold one of WORDS;
+- words for a part of the rows: names of functions, arguments and attributes that hold one of
+  WORDS, but for those of OF_COLUMNS;
 - complex functions: above 10 by ruff's C901, its exceptions too, and by radon where it is on PATH.
 """
 
@@ -49,6 +50,7 @@ WORDS = (
     *("keep", "selected", "wanted", "only", "watched", "held_out", "few", "mine", "subset"),
     "sample",
 )
+OF_COLUMNS = {"keep_columns"}  # the setting is named after `keep`, but it names columns, not rows
 MARK = "zebra"  # in the text of the pair that is followed through prepare
 DEEP = 3  # how far into an argument a pair is looked for
 MOST = 10  # complexity
@@ -222,7 +224,8 @@ def _names(tree: ast.AST) -> Iterator[str]:
 
 def words(trees: dict[Path, ast.AST]) -> Counter[str]:
     """How many names hold each word for a part of the rows."""
-    names = [f"_{name}_" for tree in trees.values() for name in _names(tree)]
+    found_names = (name for tree in trees.values() for name in _names(tree))
+    names = [f"_{name}_" for name in found_names if name not in OF_COLUMNS]
     found = Counter({word: sum(f"_{word}_" in name for name in names) for word in WORDS})
     return +found
 

@@ -87,8 +87,8 @@ def make_engine(seed: int = 0) -> TorchEngine:
     return TorchEngine(nn.Linear(3, 2), CONFIG)
 
 
-def save(store: Store, step: int, attempt: str = "a", keep: int = 2, **changes: object) -> None:
-    arguments = {"keep": keep, "fence": lambda: None} | changes
+def save(store: Store, step: int, attempt: str = "a", **changes: object) -> None:
+    arguments = {"save_total_limit": 2, "fence": lambda: None} | changes
     saver = Saver(store, make_engine(step), IDENTITY, attempt, **arguments)
     saver.begin(step)
     saver.settle(wait=True)
@@ -110,7 +110,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     monkeypatch.setattr(shards, "save_file", slow)
     store, engine = Store(str(tmp_path)), make_engine(3)
-    saver = Saver(store, engine, IDENTITY, "a", keep=2, fence=lambda: None)
+    saver = Saver(store, engine, IDENTITY, "a", save_total_limit=2, fence=lambda: None)
     saver.begin(3)
     engine.module.weight.data.zero_()
     saver.settle()
@@ -156,7 +156,7 @@ def test_newest_counts_whole_commits_only(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     assert checkpoint.newest(store) is None
     for step in (3, 6, 9):
-        save(store, step, keep=5)
+        save(store, step, save_total_limit=5)
     store.remove("checkpoints/step-000009-a/commit.json")
     store.remove("checkpoints/step-000006-a/shard-00000.safetensors")
     found = checkpoint.newest(store)
@@ -197,8 +197,8 @@ def test_what_is_left_beside_a_committed_output_goes(
 
 def test_attempts_never_mix(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    save(store, 4, "a", keep=5)
-    save(store, 4, "b", keep=5)
+    save(store, 4, "a", save_total_limit=5)
+    save(store, 4, "b", save_total_limit=5)
     assert folders(store) == ["step-000004-a", "step-000004-b"]
 
 
@@ -223,7 +223,7 @@ def test_refused_writes_leave_the_last_one(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards, "save_file", full)
-    saver = Saver(store, make_engine(), IDENTITY, "a", keep=2, fence=lambda: None)
+    saver = Saver(store, make_engine(), IDENTITY, "a", save_total_limit=2, fence=lambda: None)
     saver.begin(2)
     while not saver.news:
         time.sleep(0.01)

@@ -144,7 +144,7 @@ class _SaveAt(Hooks):
             engine,
             checkpoint.RunIdentity("key", SEED, "base"),
             f"attempt{engine.world_size}",
-            keep=2,
+            save_total_limit=2,
             fence=lambda: None,
         )
 

@@ -131,7 +131,9 @@ def resume(device: torch.device, shared: str | None) -> Outcome:
     store = Store(shared)
     engine = sharded(2, dtype, device)
     trained(engine, 0, 2)
-    saver = checkpoint.Saver(store, engine, identity, "check", keep=1, fence=lambda: None)
+    saver = checkpoint.Saver(
+        store, engine, identity, "check", save_total_limit=1, fence=lambda: None
+    )
     saver.begin(2)
     saver.settle(wait=True)
     whole = trained(engine, 2)

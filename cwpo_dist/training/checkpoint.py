@@ -115,7 +115,7 @@ class Saver:
         identity: RunIdentity,
         attempt: str,
         *,
-        keep: int,
+        save_total_limit: int,
         fence: Callable[[], None],
     ) -> None:
         """Writes nothing yet.
@@ -125,12 +125,12 @@ class Saver:
             engine: whose state is saved.
             identity: of the run.
             attempt: letters and digits, the same on all ranks, another for each group.
-            keep: older committed checkpoints beyond so many are removed, and whatever other
-                attempts left unfinished.
+            save_total_limit: older committed checkpoints beyond so many are removed, and whatever
+                other attempts left unfinished.
             fence: called right before a commit; raises where this process may no longer commit.
         """
         self._stage, self._engine, self._identity = stage, engine, identity
-        self._attempt, self._keep, self._fence = attempt, keep, fence
+        self._attempt, self._save_total_limit, self._fence = attempt, save_total_limit, fence
         self._upload: _Upload | None = None
 
     @property
@@ -174,7 +174,7 @@ class Saver:
         leads = self._engine.rank == 0
         self._agree(_failure_of(self._commit, upload) if leads else None, upload.step)
         if leads:
-            _tidy(self._stage, self._keep)
+            _tidy(self._stage, self._save_total_limit)
 
     def _commit(self, upload: _Upload) -> None:
         self._fence()
@@ -304,9 +304,9 @@ def _committed(stage: Store) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
 
-def _tidy(stage: Store, keep: int) -> None:
+def _tidy(stage: Store, save_total_limit: int) -> None:
     """Removes what is no longer needed; the commit first, so that no half ever counts."""
-    kept = {checkpoint.store.uri for checkpoint in _committed(stage)[:keep]}
+    kept = {checkpoint.store.uri for checkpoint in _committed(stage)[:save_total_limit]}
     for folder in sorted({name.split("/")[1] for name in stage.names(FOLDER)}):
         store = stage.child(FOLDER, folder)
         if store.uri not in kept:

@@ -45,7 +45,7 @@ class RankHooks(Hooks):
             rank.engine,
             rank.identity,
             attempt,
-            keep=rank.spec.config.save_total_limit,
+            save_total_limit=rank.spec.config.save_total_limit,
             fence=rank.token.check,
         )
         self._records: list[dict[str, float]] = []
