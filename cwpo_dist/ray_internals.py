@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.services import get_ray_address_from_environment
 from ray.data import DataContext
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
@@ -37,6 +38,15 @@ def head_of_this_machine() -> str:
     """
     found: str = get_ray_address_from_environment("auto", None)
     return found
+
+
+def resources_of_this_machine() -> tuple[dict[str, float], dict[str, str]]:
+    """Resources and labels, by Ray's names, of the node that `ray.init` would start here.
+
+    It counts CPUs and GPUs by rules of its own: a container's share, variables of its environment.
+    """
+    found: Any = ResourceAndLabelSpec().resolve(is_head=True)
+    return found.to_resource_dict(), found.labels
 
 
 def one_block_each(block: pa.Table, number: int) -> ray.data.Dataset:

@@ -161,7 +161,7 @@ def stand_in_for_a_cluster() -> None:
         (prepare, "_check_placement", lambda _: None),
         (annotate, "run_shards", shards),
         (annotate, "RewardWorker", worker),
-        (group, "check_placement", lambda _: None),
+        (group, "check_placement", lambda *_: None),
         (group, "_trainer", OneRank),
         (group, "_start_timeout", here),
         (group, "_stop_on_signal", here),

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from cwpo_dist.placement import Machine, described
-from cwpo_dist.runs import cluster, training_checks
+from cwpo_dist.runs import checks, cluster
 from cwpo_dist.runs.checks import available
 from cwpo_dist.runs.cluster import ClusterError, connect, refuse_unreachable
 
@@ -108,12 +108,12 @@ def test_a_folder_too_long_for_sockets(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_cluster_is_never_called_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert described([Machine(2.0, 0.0)]) == "this machine (2 CPUs, 0 GPUs)"
-    assert described([Machine(2.0, 0.0, {})]) == "a cluster of one node (2 CPUs, 0 GPUs)"
-    assert described([Machine(2.0, 1.0, {})] * 3) == "a cluster of 3 nodes (6 CPUs, 3 GPUs)"
-    assert "instead of this machine" in training_checks.elsewhere()
+    assert described([Machine(2.0, 0.0, here=True)]) == "this machine (2 CPUs, 0 GPUs)"
+    assert described([Machine(2.0, 0.0)]) == "a cluster of one node (2 CPUs, 0 GPUs)"
+    assert described([Machine(2.0, 1.0)] * 3) == "a cluster of 3 nodes (6 CPUs, 3 GPUs)"
+    assert "instead of this machine" in checks.elsewhere()
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert training_checks.elsewhere() == ""
+    assert checks.elsewhere() == ""
 
 
 def test_a_node_that_comes_up_too_slowly_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

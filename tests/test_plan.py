@@ -18,12 +18,13 @@ from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import prepare_node
 from cwpo_dist.lm.batches import total_steps
+from cwpo_dist.placement import Machine
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.planning.plan_table import print_plan
 from cwpo_dist.runs import checks
-from cwpo_dist.runs.checks import Machine, check, pool_faults
+from cwpo_dist.runs.checks import check
 from cwpo_dist.runs.cluster import ClusterError
-from cwpo_dist.runs.training_checks import placement_faults, setting_faults
+from cwpo_dist.runs.training_checks import setting_faults
 from cwpo_dist.storage import MANIFEST, Store
 
 
@@ -313,21 +314,6 @@ def test_only_what_a_stage_needs_is_checked_for_it(tmp_path: Path) -> None:
     assert faults(small_config(tmp_path, prepare__num_cpus=1e300)).startswith(
         "prepare.num_cpus: 1e+300, but the largest node of this machine ("
     )
-
-
-def test_workers_are_placed_on_nodes_not_on_a_sum_of_cpus(tmp_path: Path) -> None:
-    config = parse_config(small_config(tmp_path, fit__cpus_per_worker=3.0, fit__num_workers=2))
-    halves = [Machine(4.0, 0.0), Machine(4.0, 0.0)]
-    assert list(placement_faults("fit", config.fit, halves)) == []
-    (fault,) = placement_faults("fit", config.fit, [Machine(2.0, 0.0)] * 4)
-    assert (
-        "2 workers of 3 CPU can never be placed on a cluster of 4 nodes (8 CPUs, 0 GPUs)" in fault
-    )
-    (fault,) = placement_faults("fit", config.fit, [Machine(8.0, 1.0)])  # auto: GPUs are used
-    assert "room for 1" in fault
-    pool = config.annotate.model_copy(update={"gpus_per_actor": 1.0})
-    assert list(pool_faults("annotate.", pool, [Machine(1.0, 1.0)])) == []
-    assert len(list(pool_faults("annotate.", pool, halves))) == 1
 
 
 def test_sizes_count_tied_weights_once(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from cwpo_dist.scoring.progress import Progress, Report
 from cwpo_dist.staging import staged
 from cwpo_dist.storage import Store
 
-PLAIN = Machine(8.0, 0.0, {"CPU": 8.0}, {"zone": "a"})
-GPUS = Machine(16.0, 4.0, {"GPU": 4.0, "accelerator_type:L4": 1.0, "licence": 2.0}, {"zone": "b"})
+PLAIN = Machine(8.0, 0.0, {}, {"zone": "a"})
+GPUS = Machine(16.0, 4.0, {"accelerator_type:L4": 1.0, "licence": 2.0}, {"zone": "b"})
 
 
 def faults(**fields: Any) -> list[str]:
@@ -47,7 +47,7 @@ def faults(**fields: Any) -> list[str]:
         ),
         (
             {"gpus_per_actor": 0.5, "num_actors": [9, 20]},
-            r"annotate\.num_actors: at least 9, but a cluster of 2 nodes .* has room for 8",
+            r"annotate\.num_actors: at least 9, .* 0\.5 GPU, but a cluster of 2 .* room for 8",
         ),
         (
             {"pools": [{"gpus_per_actor": 1}, {"resources": {"tape": 1}}]},
@@ -84,6 +84,7 @@ def test_what_fits_is_not_refused(fields: dict[str, Any]) -> None:
         ({"num_actors": [3, 2]}, "min is above max"),
         ({"gpus_per_actor": 2}, "gpus_per_actor: 2; an actor computes on one GPU .* give 1, or"),
         ({"cpus_per_actor": 2, "pools": [{}]}, "given beside cpus_per_actor"),
+        ({"pools": [{"resources": {"CPU": 2}}]}, r"pools\.0.*resources\.CPU: give cpus_per_actor"),
     ],
 )
 def test_pools_that_make_no_sense_are_refused(annotate: dict[str, Any], said: str) -> None:

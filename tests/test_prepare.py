@@ -138,7 +138,7 @@ def test_where_nodes_come_on_demand_none_is_too_small(monkeypatch: pytest.Monkey
     monkeypatch.setattr(stage, "alive_machines", lambda: [Machine(4.0, 0.0)])
     with pytest.raises(ConfigError, match=r"prepare\.num_cpus: 99"):
         stage._check_placement(99)
-    monkeypatch.setattr(stage, "grows", lambda: True)
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --no-monitor")
     stage._check_placement(99)
 
 

@@ -206,6 +206,13 @@ def test_rays_head_of_this_machine(ray_local: None, monkeypatch: pytest.MonkeyPa
     assert ray_internals.head_of_this_machine() == ray.get_runtime_context().gcs_address
 
 
+def test_rays_count_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 3, "licence": 2}')
+    monkeypatch.setenv("RAY_OVERRIDE_LABELS", '{"zone": "a"}')
+    resources, labels = ray_internals.resources_of_this_machine()
+    assert (resources["CPU"], resources["licence"], labels["zone"]) == (3, 2, "a")
+
+
 def test_rays_backend_of_torch_calls_back_when_training_starts() -> None:
     from ray.train.torch import TorchConfig
 

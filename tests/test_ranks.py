@@ -101,7 +101,7 @@ def test_what_another_driver_has_finished_is_left_alone(
     alone: TrainSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may commit after this one has looked, and before this one has the lease."""
-    monkeypatch.setattr(group, "check_placement", lambda _: None)
+    monkeypatch.setattr(group, "check_placement", lambda *_: None)
     alone.store.create_json(MANIFEST, {"counts": {"steps": 6}})
     summary = group.train(alone)
     assert summary["steps"] == 6
@@ -250,6 +250,6 @@ def test_stopped_killed_and_finished(ray_local: Any, tmp_path: Path) -> None:
 def test_what_can_never_be_placed_is_refused(ray_local: Any, tmp_path: Path) -> None:
     tiny.save_tiny(tmp_path / "model", "llama")
     spec = zero_cases.make_spec("align", tmp_path, num_workers=3, cpus_per_worker=2.0)
-    with pytest.raises(ConfigError, match=r"num_workers: 3 workers .* room for 2"):
+    with pytest.raises(ConfigError, match=r"align\.num_workers: at least 3, .* room for 2"):
         group.train(spec)
     assert not Store(str(tmp_path)).names("stages")

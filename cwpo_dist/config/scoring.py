@@ -50,6 +50,8 @@ class Pool(Section):
                 f"gpus_per_actor: {self.gpus_per_actor:g}; an actor computes on one GPU and would "
                 "hold the others in vain: give 1, or a share of one such as 0.5"
             )
+        for name in self.resources.keys() & {"CPU", "GPU"}:  # which Ray takes by its own words
+            raise ValueError(f"resources.{name}: give {name.lower()}s_per_actor in its place")
         return self
 
 

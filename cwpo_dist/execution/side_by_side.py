@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import ray
 
 from cwpo_dist.execution.run import clear, make
+from cwpo_dist.placement import alive_machines, total
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.node import Node
@@ -43,7 +44,7 @@ def make_all(jobs: Sequence[Job]) -> None:
         return
     connect()
     logger.info("compare: %d stage outputs to make", len(waiting))
-    room = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
+    room = total(alive_machines())
     if not fit_two([job.node for job in waiting], room):
         for made, job in enumerate(waiting, 1):
             make(job.context, job.node)

@@ -13,7 +13,7 @@ from cwpo_dist.config import Config, TrainingConfig
 from cwpo_dist.graph import STAGES
 from cwpo_dist.lm.batches import total_steps
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.placement import Machine
+from cwpo_dist.placement import Machine, gpus, uses_gpu
 from cwpo_dist.planning.memory import (
     Memory,
     by_zero_stage,
@@ -174,7 +174,7 @@ class Estimate:
 
     def _needs(self, training: TrainingConfig, size: ModelSize) -> tuple[Memory, tuple[str, ...]]:
         """Bytes of a worker, and what to know of them."""
-        on_gpu = training.use_gpu is not False and gpus(self.checked.machines) > 0
+        on_gpu = uses_gpu(training, gpus(self.checked.machines))
         memory = training_memory(training, size, on_gpu=on_gpu)
         known = {name: held for name, held in memory.parts().items() if held is not None}
         parts = ", ".join(f"{name} {_gib(held)}" for name, held in known.items())
@@ -254,8 +254,3 @@ def _wait(device: torch.device) -> None:
 
 def _gib(number: float) -> str:
     return f"{number / 2**30:.1f}"
-
-
-def gpus(machines: Sequence[Machine]) -> float:
-    """GPUs of all nodes."""
-    return sum(machine.gpus for machine in machines)

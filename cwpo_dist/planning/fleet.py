@@ -19,7 +19,8 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.pairs.stored import packed
-from cwpo_dist.planning.costs import START_S, Cost, Estimate, Lengths, gpus, named
+from cwpo_dist.placement import gpus, uses_gpu
+from cwpo_dist.planning.costs import START_S, Cost, Estimate, Lengths, named
 from cwpo_dist.runs.sizes import ModelSize
 from cwpo_dist.runs.stage import Generating, Scoring, Training, Work
 from cwpo_dist.storage import MANIFEST, Store
@@ -139,7 +140,7 @@ def _pool_devices(config: PoolConfig) -> dict[str, float]:
 
 
 def _training_devices(training: TrainingConfig, estimate: Estimate) -> dict[str, float]:
-    on_gpu = training.use_gpu is not False and gpus(estimate.checked.machines) > 0
+    on_gpu = uses_gpu(training, gpus(estimate.checked.machines))
     each = 1.0 if on_gpu else training.cpus_per_worker
     return {"GPU" if on_gpu else "CPU": training.max_workers * each}
 

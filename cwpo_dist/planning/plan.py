@@ -15,9 +15,9 @@ from cwpo_dist.graph import graph, prepare_node
 from cwpo_dist.pairs.estimate import Census, census
 from cwpo_dist.pairs.rejects import Tally
 from cwpo_dist.pairs.unread import Unread
-from cwpo_dist.placement import Machine
+from cwpo_dist.placement import Machine, total
 from cwpo_dist.planning import fleet as fleet_costs
-from cwpo_dist.planning.costs import Estimate, Rates, gpus
+from cwpo_dist.planning.costs import Estimate, Rates
 from cwpo_dist.planning.fleet import Fleet
 from cwpo_dist.planning.plan_faults import run_faults, until_of
 from cwpo_dist.planning.plan_notes import graphs, run_notes
@@ -275,7 +275,7 @@ def _hours(stages: Sequence[StagePlan]) -> Counter[str]:
 
 def _shares(outputs: Sequence[Node], machines: Sequence[Machine]) -> dict[str, float]:
     """Of the cluster, what each output takes while it is made; all of it where no two fit."""
-    there = {"CPU": sum(machine.cpus for machine in machines), "GPU": gpus(machines)}
+    there = total(machines)
     if not fit_two(outputs, there):
         return dict.fromkeys((node.path for node in outputs), 1.0)
     return {node.path: share(need(node, there), there) for node in outputs}

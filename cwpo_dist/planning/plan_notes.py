@@ -8,8 +8,8 @@ from cwpo_dist.config import Config
 from cwpo_dist.graph import graph, nodes_until
 from cwpo_dist.lm.batches import total_steps
 from cwpo_dist.pairs.sources import MAP_LABELS
-from cwpo_dist.placement import Machine, gpus_taken
-from cwpo_dist.planning.costs import Estimate, gpus
+from cwpo_dist.placement import Machine, gpus, gpus_taken
+from cwpo_dist.planning.costs import Estimate
 from cwpo_dist.planning.plan_faults import until_of
 from cwpo_dist.runs.arms import needs_annotator
 from cwpo_dist.runs.checks import pools, reached, trainings

@@ -6,14 +6,11 @@ cluster's nodes come first.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
-import torch
 
-from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import (
     Arm,
     Config,
@@ -27,14 +24,21 @@ from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
-from cwpo_dist.placement import Machine, alive_machines, pool_faults, task_faults
+from cwpo_dist.placement import (
+    Machine,
+    alive_machines,
+    pool_faults,
+    task_faults,
+    this_machine,
+    training_faults,
+)
 from cwpo_dist.runs.arms import held_out_split, needs_annotator, weighting
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.nodes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
 from cwpo_dist.runs.sizes import Loader, ModelSize, annotator, policy, reward_model
-from cwpo_dist.runs.training_checks import elsewhere, placement_faults, setting_faults
+from cwpo_dist.runs.training_checks import setting_faults
 from cwpo_dist.runs.trials import Trial, baseline, by_loss
 from cwpo_dist.storage import StorageError, Store
 
@@ -85,7 +89,7 @@ def check(config: Config, until: str | None = None) -> Checked:
             sizes[field], encoders[field] = found.size, found.encoder
     for name, training, trained in trainings(config, until):
         faults += setting_faults(name, training, trained, machines)
-    faults += [] if grows() else _placement_faults(config, until, machines)
+    faults += (f"{fault}{elsewhere()}" for fault in _placement_faults(config, until, machines))
     if faults:
         raise ConfigError("\n".join(faults))
     return Checked(sizes, machines, encoders, tuple(dict.fromkeys(notes)))
@@ -130,11 +134,18 @@ def _placement_faults(
     config: Config, until: str | None, machines: tuple[Machine, ...]
 ) -> Iterator[str]:
     """Tasks, workers and actors that these machines could never hold."""
-    yield from task_faults("prepare.num_cpus", config.prepare.num_cpus, machines)
+    yield from task_faults("prepare.", "num_cpus", config.prepare.num_cpus, machines)
     for name, training, _ in trainings(config, until):
-        yield from placement_faults(name, training, machines)
+        yield from training_faults(name, training, machines)
     for name, pool in pools(config, until):
-        yield from (f"{fault}{elsewhere()}" for fault in pool_faults(f"{name}.", pool, machines))
+        yield from pool_faults(f"{name}.", pool, machines)
+
+
+def elsewhere() -> str:
+    """What else can be asked, where it was this machine; nothing in a cluster."""
+    if named_cluster() is not None:
+        return ""
+    return " (to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL)"
 
 
 def available() -> list[Machine]:
@@ -146,7 +157,7 @@ def available() -> list[Machine]:
     if not ray.is_initialized():
         if named_cluster() is None:
             refuse_unreachable(None)
-            return [Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))]
+            return [this_machine()]
         connect()
     return alive_machines()
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from cwpo_dist.config import TrainingConfig
+from cwpo_dist.placement import actor_takes, worker_takes
 from cwpo_dist.runs.node import Node
 
 Room = dict[str, float]
@@ -18,16 +19,16 @@ def need(node: Node, room: Room) -> Room:
     if section is None:
         return SMALL
     if isinstance(section, TrainingConfig):
-        on_gpu = section.use_gpu is not False and room["GPU"] > 0
-        workers = section.max_workers
-        wanted = {"CPU": workers * section.cpus_per_worker, "GPU": float(workers * on_gpu)}
+        each = worker_takes(section, room["GPU"])
+        wanted = _times(section.max_workers, each)
     else:
-        actors = section.actor_pools()
-        wanted = {
-            "CPU": sum(pool.max_actors * pool.cpus_per_actor for pool in actors),
-            "GPU": sum(pool.max_actors * pool.gpus_per_actor for pool in actors),
-        }
-    return {name: min(amount, room[name]) for name, amount in wanted.items()}
+        pools = section.actor_pools()
+        wanted = plus(*(_times(pool.max_actors, actor_takes(pool)) for pool in pools))
+    return {name: min(amount, room.get(name, 0.0)) for name, amount in wanted.items()}
+
+
+def _times(number: int, each: Room) -> Room:
+    return {name: number * amount for name, amount in each.items()}
 
 
 def fit_two(outputs: Sequence[Node], room: Room) -> bool:
@@ -38,14 +39,16 @@ def fit_two(outputs: Sequence[Node], room: Room) -> bool:
 
 def share(needed: Room, room: Room) -> float:
     """Of the cluster, by what it has least of; all of one that has nothing yet, but grows."""
-    return max((amount / room[name] for name, amount in needed.items() if room[name]), default=1.0)
+    there = {name: amount / room[name] for name, amount in needed.items() if room.get(name)}
+    return max(there.values(), default=1.0)
 
 
 def plus(*needs: Room) -> Room:
     """All of them at once."""
-    return {name: sum(each.get(name, 0.0) for each in needs) for name in ("CPU", "GPU")}
+    names = dict.fromkeys(name for each in needs for name in each)
+    return {name: sum(each.get(name, 0.0) for each in needs) for name in names}
 
 
 def fits(needed: Room, room: Room) -> bool:
     """Whether the cluster has that much."""
-    return all(needed[name] <= room[name] + 1e-9 for name in needed)
+    return all(amount <= room.get(name, 0.0) + 1e-9 for name, amount in needed.items())

@@ -1,4 +1,4 @@
-"""A training section and the machines there are in; each reason why it could not start, out."""
+"""A training section and the machines there are in; what its workers would refuse, out."""
 
 from __future__ import annotations
 
@@ -13,46 +13,12 @@ from ray.exceptions import GetTimeoutError
 
 from cwpo_dist.config import ConfigError, ModelConfig, Tracker, TrainingConfig
 from cwpo_dist.lm.load_settings import dtype_of
-from cwpo_dist.placement import Machine, described
-from cwpo_dist.runs.cluster import named_cluster
+from cwpo_dist.placement import Machine, gpus, uses_gpu
 from cwpo_dist.training.tracking import missing
 
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 60.0  # of a worker on the cluster; later ones will say the same
-
-
-def elsewhere() -> str:
-    """What else can be asked, where it was this machine; nothing in a cluster."""
-    if named_cluster() is not None:
-        return ""
-    return " (to ask a cluster instead of this machine: cwpo submit plan CONFIG --address URL)"
-
-
-def placement_faults(
-    name: str, training: TrainingConfig, machines: Sequence[Machine]
-) -> Iterator[str]:
-    """Workers that these machines could never hold."""
-    gpu = 1.0 if _on_gpu(training, machines) else 0.0
-    places = sum(_places(machine, training.cpus_per_worker, gpu) for machine in machines)
-    if places < training.min_workers:
-        each = f"{training.cpus_per_worker:g} CPU" + (" and a GPU" if gpu else "")
-        yield (
-            f"{name}.num_workers: {training.min_workers} workers of {each} can never be placed on "
-            f"{described(machines)}, which has room for {places}; lower num_workers or "
-            f"cpus_per_worker, or add nodes{elsewhere()}"
-        )
-
-
-def _on_gpu(training: TrainingConfig, machines: Sequence[Machine]) -> bool:
-    there = any(machine.gpus > 0 for machine in machines)
-    return training.use_gpu is True or (training.use_gpu == "auto" and there)
-
-
-def _places(machine: Machine, cpus: float, gpus: float) -> int:
-    """How many workers of this size fit on a node side by side."""
-    rooms = [machine.cpus / cpus] + ([machine.gpus / gpus] if gpus else [])
-    return int(min(rooms) + 1e-9)  # 2 / 0.4 must not become 4.999…
 
 
 def setting_faults(
@@ -61,7 +27,7 @@ def setting_faults(
     """Trackers that are not there, schedules that cannot be, what DeepSpeed would refuse."""
     yield from (f"{name}.report_to: {fault}" for fault in _missing(tuple(training.report_to)))
     if training.deepspeed is not None and model is not None:
-        device = "cuda" if _on_gpu(training, machines) else "cpu"
+        device = "cuda" if uses_gpu(training, gpus(machines)) else "cpu"
         yield from _deepspeed_faults(name, training, dtype_of(model, device))
     if training.max_steps == 0:
         yield f"{name}.max_steps: 0 trains nothing; give -1 for whole epochs, or a number of steps"

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cwpo_dist.autoscaling import grows
 from cwpo_dist.config import ConfigError, PoolConfig
 from cwpo_dist.placement import alive_machines, pool_faults
 from cwpo_dist.scoring.device_time import Held
@@ -48,7 +47,7 @@ def run_shards(
     held, broken = Held(job.output, job.name), Broken()
     if missing:
         faults = [f"{job.name}: {fault}" for fault in pool_faults("", config, alive_machines())]
-        if faults and not grows():
+        if faults:
             raise ConfigError("\n".join(faults))
         with Progress(job.name, len(job.indices), done, config.actor_pools()) as progress:
             try:

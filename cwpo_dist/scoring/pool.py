@@ -32,6 +32,7 @@ from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cwpo_dist.config import Pool
+from cwpo_dist.placement import actor_takes, in_words
 from cwpo_dist.ray_internals import end_pipelines, one_block_each
 from cwpo_dist.scoring.devices import hide_other_gpus, use_own_processors
 from cwpo_dist.scoring.pipeline import ShardJob, commit
@@ -188,11 +189,9 @@ def _told_while_waiting(
     job: ShardJob, pools: Sequence[Pool], shards: ActorHandle[Shards]
 ) -> AbstractContextManager[None]:
     """Of the first pool's actors, where no pool has one yet."""
-    need = {"CPU": pools[0].cpus_per_actor, "GPU": pools[0].gpus_per_actor}
-    need = {name: amount for name, amount in need.items() if amount}
-    amounts = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+    need = actor_takes(pools[0])
     return told_while_waiting(
-        f"{job.name}.num_actors: actors of {amounts} each",
+        f"{job.name}.num_actors: actors of {in_words(need)} each",
         need,
         "lower cpus_per_actor",
         lambda: bool(ray.get(shards.has_begun.remote())),

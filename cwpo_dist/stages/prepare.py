@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-from cwpo_dist.autoscaling import grows
 from cwpo_dist.canonical import to_json
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.manifest import Manifest
@@ -189,10 +188,7 @@ def _refuse_changed(
 
 
 def _check_placement(num_cpus: float) -> None:
-    """Refuses a task that fits on no node: Ray would wait for it for ever, silently."""
-    if grows():  # a node that holds it may come
-        return
-    for fault in task_faults("prepare.num_cpus", num_cpus, alive_machines()):
+    for fault in task_faults("prepare.", "num_cpus", num_cpus, alive_machines()):
         raise ConfigError(fault)
 
 

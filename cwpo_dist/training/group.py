@@ -31,12 +31,12 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from cwpo_dist.autoscaling import grows
 from cwpo_dist.canonical import digest
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import identify
 from cwpo_dist.manifest import Manifest
+from cwpo_dist.placement import alive_machines, in_words, training_faults, uses_gpu, worker_takes
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseToken
@@ -113,7 +113,7 @@ def _run(spec: Spec) -> dict[str, object]:
     config = spec.config.model_copy(update={"deepspeed": spec.config.deepspeed_section()})
     store = Store(spec.store.root) if spec.store.is_local else spec.store  # of no working folder
     spec = replace(spec, config=config, store=store)
-    check_placement(config)
+    check_placement(spec.name, config)
     with Lease.acquire(store) as lease:
         token = lease.token
         if store.exists(MANIFEST):  # another driver has finished it since we looked
@@ -140,38 +140,24 @@ def _run(spec: Spec) -> dict[str, object]:
     return outcome["summary"]
 
 
-def check_placement(config: TrainingConfig) -> None:
+def check_placement(name: str, config: TrainingConfig) -> None:
     """Returns when the cluster, as it is now, can hold all ranks (or the fewest) at once.
 
     Raises:
         ConfigError: naming what lacks; a KubeRay cluster that grows on demand is not refused.
     """
-    need = _resources(config)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(k, 0.0) / v + 1e-9) for k, v in need.items()) for node in nodes)
-    if room < config.min_workers and not grows():
-        raise ConfigError(
-            f"num_workers: {config.min_workers} workers of {need} each; this cluster has room for "
-            f"{room}. Lower num_workers or cpus_per_worker, or add nodes"
-        )
+    for fault in training_faults(name, config, alive_machines()):
+        raise ConfigError(fault)
 
 
-def _uses_gpu(config: TrainingConfig) -> bool:
-    if config.use_gpu == "auto":
-        return bool(ray.cluster_resources().get("GPU", 0) > 0)
-    return config.use_gpu
-
-
-def _resources(config: TrainingConfig) -> dict[str, float]:
-    """What one rank reserves."""
-    gpu = {"GPU": 1.0} if _uses_gpu(config) else {}
-    wanted = {"CPU": config.cpus_per_worker, **gpu, **config.resources_per_worker}
-    return {name: amount for name, amount in wanted.items() if amount > 0}
+def _gpus() -> float:
+    """Of the cluster."""
+    return float(ray.cluster_resources().get("GPU", 0))
 
 
 def _trainer(spec: Spec, token: LeaseToken) -> TorchTrainer:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean what they mean to the driver
-    config, use_gpu = spec.config, _uses_gpu(spec.config)
+    config, use_gpu = spec.config, uses_gpu(spec.config, _gpus())
     # Not as `train_loop_config`: the controller would import all that it names.
     each_rank: Callable[[], Any] = partial(run_rank, spec, token)
     scratch = spec.store.child("ray")  # Ray Train wants a folder, if only for a marker file
@@ -201,8 +187,8 @@ def _quiet() -> dict[str, Any]:
 def _scaling(config: TrainingConfig) -> ScalingConfig:
     settings: dict[str, Any] = {  # Any: Ray shows type checkers an older class
         "num_workers": config.num_workers,
-        "use_gpu": _uses_gpu(config),
-        "resources_per_worker": _resources(config),
+        "use_gpu": uses_gpu(config, _gpus()),
+        "resources_per_worker": worker_takes(config, _gpus()),
     }
     if not isinstance(config.num_workers, int):
         settings["elastic_resize_monitor_interval_s"] = RESIZE_CHECK_S
@@ -210,10 +196,9 @@ def _scaling(config: TrainingConfig) -> ScalingConfig:
 
 
 def _told_while_waiting(spec: Spec, token: LeaseToken) -> AbstractContextManager[None]:
-    each, count = _resources(spec.config), spec.config.min_workers
-    amounts = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
+    each, count = worker_takes(spec.config, _gpus()), spec.config.min_workers
     return told_while_waiting(
-        f"{spec.name}.num_workers: {count} workers of {amounts} each",
+        f"{spec.name}.num_workers: {count} workers of {in_words(each)} each",
         {name: count * amount for name, amount in each.items()},
         "lower num_workers or cpus_per_worker",
         lambda: token.has_group() or all_placed(),
