@@ -15,7 +15,7 @@ from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.runs.arms import ArmRun, needs_annotator
 from cwpo_dist.runs.node import Node, Nodes, ancestors
 from cwpo_dist.runs.stage import Stage
-from cwpo_dist.stages import LISTED
+from cwpo_dist.stage_order import LISTED
 
 
 def _record(name: str) -> Stage[Any]:

@@ -113,7 +113,7 @@ def test_it_is_a_line_of_the_plan(lengths: str, tmp_path: Path) -> None:
 def test_it_is_a_command() -> None:
     does = "Measures answers."
     code = (
-        "from cwpo_dist.stages import LISTED, Listed\n"
+        "from cwpo_dist.stage_order import LISTED, Listed\n"
         f"LISTED['lengths'] = Listed({json.dumps(does)})\n"
         "from cwpo_dist.cli.app import main\n"
         "main(['--help'])"

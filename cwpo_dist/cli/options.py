@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cwpo_dist.redaction import redacted
-from cwpo_dist.stages import LISTED
+from cwpo_dist.stage_order import LISTED
 
 # What each stage does, in its order; `cwpo <stage>` exists for each.
 STAGES = {name: stage.does for name, stage in LISTED.items() if stage.does}

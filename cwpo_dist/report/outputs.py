@@ -18,7 +18,7 @@ from cwpo_dist.report.cells import (
     plain,
     together,
 )
-from cwpo_dist.stages import LISTED
+from cwpo_dist.stage_order import LISTED
 
 # Roles of stage outputs in reading order; a run's other roles come after them.
 _ROLES = [role for name, stage in LISTED.items() for role in stage.roles or (name,)]

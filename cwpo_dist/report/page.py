@@ -17,7 +17,7 @@ from cwpo_dist.report import annotator_plots, cells, explorer, outputs, plots, s
 from cwpo_dist.report.cells import Metrics, at
 from cwpo_dist.report.drawing import Plot
 from cwpo_dist.report.explorer import Sample
-from cwpo_dist.stages import LISTED
+from cwpo_dist.stage_order import LISTED
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),

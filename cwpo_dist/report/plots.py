@@ -33,7 +33,7 @@ from cwpo_dist.report.drawing import (
 from cwpo_dist.report.figures import Share
 from cwpo_dist.report.outputs import numbered, shared_outputs
 from cwpo_dist.report.summary import COMPARISONS
-from cwpo_dist.stages import Curve
+from cwpo_dist.stage_order import Curve
 
 _LONGEST_CURVE = 500  # points; longer curves are averaged in equal stretches
 _ROW = 0.46  # inches: a name, and under it its line
