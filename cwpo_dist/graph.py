@@ -1,7 +1,7 @@
 """A configuration and an arm in; the stage outputs they stand for, each under its content key.
 
 Each stage says how its outputs come about from those before it; here they are put together, in the
-order of `stages/__init__.py`.
+order of `stage_order.py`.
 """
 
 from __future__ import annotations

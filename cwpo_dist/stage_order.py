@@ -1,6 +1,7 @@
-"""One file a stage, each with its record `STAGE`; the one list of them, in their order.
+"""The stages in their order, and what people are told of each; the one list of them.
 
-Nothing is imported here: what a stage needs is heavy, and who tells people of it wants words alone.
+A stage itself is the file of its name in `stages/`. None is imported here: what a stage needs is
+heavy, and who tells people of it wants words alone.
 """
 
 from __future__ import annotations

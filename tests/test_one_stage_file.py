@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from small_run import small_config
 
-from cwpo_dist import graph, stages
+from cwpo_dist import graph, stage_order, stages
 from cwpo_dist.config import ConfigError
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution.run import run
@@ -127,5 +127,5 @@ def test_it_is_a_command() -> None:
 
 def test_every_file_of_a_stage_stands_in_the_list() -> None:
     files = {path.stem for path in Path(stages.__file__).parent.glob("*.py")} - {"__init__"}
-    assert files == set(stages.LISTED)
-    assert all(graph.STAGES[name].name == name for name in stages.LISTED)
+    assert files == set(stage_order.LISTED)
+    assert all(graph.STAGES[name].name == name for name in stage_order.LISTED)

@@ -1,0 +1,1 @@
+"""One file a stage, each with its record `STAGE`; `stage_order.py` has the list of them."""
