@@ -25,7 +25,7 @@ from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.stages.align import AlignSettings, weighted_pairs
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import Preference

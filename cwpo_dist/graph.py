@@ -13,7 +13,7 @@ from typing import Any
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.runs.arms import ArmRun, needs_annotator
-from cwpo_dist.runs.node import Node, Nodes, ancestors
+from cwpo_dist.runs.output_key import Node, Nodes, ancestors
 from cwpo_dist.runs.stage import Stage
 from cwpo_dist.stage_order import LISTED
 

@@ -28,7 +28,7 @@ from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs import cutting, pieces, sources
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA, Score, table_of
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.retries import ShardOutput

@@ -20,7 +20,7 @@ from cwpo_dist.report.summary import annotator_table, ensemble_table
 from cwpo_dist.results import collect, sample
 from cwpo_dist.runs.arms import weighting
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node, Settings
+from cwpo_dist.runs.output_key import Node, Settings
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.weigh import WeighSettings
 from cwpo_dist.storage import MANIFEST, Store

@@ -23,7 +23,7 @@ from cwpo_dist.report.comparison_page import FIGURES
 from cwpo_dist.report.outcomes import verdicts
 from cwpo_dist.report.trial_tables import tables
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.stages.evaluate import ANSWERS, ITEM_SCHEMA, ITEMS, JUDGED_SCHEMA
 from cwpo_dist.storage import MANIFEST, Store
 

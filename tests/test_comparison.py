@@ -31,7 +31,7 @@ from cwpo_dist.report.comparison_page import (
 )
 from cwpo_dist.runs.checks import check_trials
 from cwpo_dist.runs.context import Context, ScoresIn, read_log_probs
-from cwpo_dist.runs.node import members
+from cwpo_dist.runs.output_key import members
 from cwpo_dist.runs.sharing import need, share
 from cwpo_dist.runs.trials import baseline, names, planned, trials, tuning
 from cwpo_dist.storage import Store

@@ -15,7 +15,7 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.pairs.records import PROMPT_SCHEMA, SCORE_SCHEMA
-from cwpo_dist.scoring.growth import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.scoring.earlier_scores import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, ReferenceWorker, RewardWorker
 from cwpo_dist.stages import (

@@ -39,7 +39,7 @@ from cwpo_dist.results.export import export
 from cwpo_dist.results.show import show
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.divergence import kl_divergence
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
 from cwpo_dist.storage import MANIFEST, Store

@@ -15,7 +15,7 @@ from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import graph, nodes_until
 from cwpo_dist.runs import arms, given_model
-from cwpo_dist.runs.node import Node, retry_manifest
+from cwpo_dist.runs.output_key import Node, retry_manifest
 from cwpo_dist.storage import Store
 
 

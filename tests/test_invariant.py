@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from test_growth import annotated, growing, place, write
+from test_earlier_scores import annotated, growing, place, write
 from tiny import tiny_classifier, tiny_tokenizer, word_tokenizer
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -27,7 +27,7 @@ from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.packed import by_row
 from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.planning.plan import plan
-from cwpo_dist.scoring.growth import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.scoring.earlier_scores import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker

@@ -23,7 +23,7 @@ from cwpo_dist.storage import Store
 FILE = """
 from dataclasses import dataclass
 
-from cwpo_dist.runs.node import Node, Settings
+from cwpo_dist.runs.output_key import Node, Settings
 from cwpo_dist.runs.stage import Stage, Work
 
 fails = []

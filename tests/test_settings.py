@@ -18,7 +18,7 @@ from cwpo_dist.config import ARMS, Config, FitConfig, PoolConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import graph
 from cwpo_dist.runs.arms import held_out_split, weighting
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 
 CONFIDENT = {"labels": "annotator", "weight_function": "confidence"}
 # What the README says of each arm, and what of it is not as it is for `weak`.

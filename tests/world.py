@@ -21,7 +21,7 @@ from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.pairs.stored import pair_schema
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import tokens
 from cwpo_dist.storage import MANIFEST, Store

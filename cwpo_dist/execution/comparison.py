@@ -26,8 +26,8 @@ from cwpo_dist.results import collect as report
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.checks import check_trials
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node
-from cwpo_dist.runs.nodes import versions
+from cwpo_dist.runs.node_probes import versions
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.trials import Trial, baseline, names, section, trials, tuned, tuning
 from cwpo_dist.stages.evaluate import (
     ANSWERS,

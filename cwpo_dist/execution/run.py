@@ -20,8 +20,8 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.results import collect
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node, ancestors, retry_manifest
-from cwpo_dist.runs.nodes import versions
+from cwpo_dist.runs.node_probes import versions
+from cwpo_dist.runs.output_key import Node, ancestors, retry_manifest
 from cwpo_dist.runs.stage import Retry
 from cwpo_dist.scoring.device_time import held_hours
 from cwpo_dist.storage import MANIFEST, Store

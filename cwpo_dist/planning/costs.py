@@ -23,7 +23,7 @@ from cwpo_dist.planning.memory import (
 )
 from cwpo_dist.runs.checks import Checked
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.sizes import ModelSize
 from cwpo_dist.runs.stage import Generating, Scoring, Training, Work
 from cwpo_dist.storage import Store

@@ -32,7 +32,7 @@ from cwpo_dist.planning.sampled import (
 from cwpo_dist.runs.checks import Checked, check, check_trials, models
 from cwpo_dist.runs.cluster import named_cluster
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.sharing import fit_two, need, share
 from cwpo_dist.runs.trials import planned, section, trials
 from cwpo_dist.storage import Store

@@ -13,7 +13,7 @@ from cwpo_dist.planning.costs import Estimate
 from cwpo_dist.planning.plan_faults import until_of
 from cwpo_dist.runs.arms import needs_annotator
 from cwpo_dist.runs.checks import pools, reached, trainings
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.own_checks import own_notes
 from cwpo_dist.runs.stage import Training
 from cwpo_dist.runs.trials import section, tuned

@@ -16,7 +16,7 @@ from cwpo_dist.report.page import render
 from cwpo_dist.report.table import print_summary
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node, Nodes, members, retry_manifest
+from cwpo_dist.runs.output_key import Node, Nodes, members, retry_manifest
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.weigh import chooser_of
 

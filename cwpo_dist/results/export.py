@@ -26,7 +26,7 @@ from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import ADAPTER_CONFIG
 from cwpo_dist.training.saving import ADAPTER, BASE, MODEL
-from cwpo_dist.training.stack import StackError, stack_adapters
+from cwpo_dist.training.stacked_adapters import StackError, stack_adapters
 
 logger = logging.getLogger(__name__)
 

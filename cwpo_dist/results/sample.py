@@ -16,7 +16,7 @@ from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.report.cells import together
 from cwpo_dist.report.explorer import MOST_PAIRS, Sample, shortened
 from cwpo_dist.runs.context import Context, ScoresIn, annotator_name, read_answers
-from cwpo_dist.runs.node import Node, Nodes, members
+from cwpo_dist.runs.output_key import Node, Nodes, members
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.weighting import Scale, join

@@ -24,7 +24,7 @@ from cwpo_dist.pairs.records import content_hash, read_records, table_of
 from cwpo_dist.pairs.stored import Judgement, Pair, pair_schema, read_judgements, read_pairs
 from cwpo_dist.runs.arms import Chooser
 from cwpo_dist.runs.context import Context, Margins, ScoresIn, annotator_name
-from cwpo_dist.runs.node import Node, members
+from cwpo_dist.runs.output_key import Node, members
 from cwpo_dist.runs.own_numbers import chosen
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store

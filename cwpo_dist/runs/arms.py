@@ -20,7 +20,7 @@ from cwpo_dist.config import (
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.sources import Fingerprint, source_fingerprints
 from cwpo_dist.runs.given_model import GivenModel
-from cwpo_dist.runs.node import Nodes
+from cwpo_dist.runs.output_key import Nodes
 from cwpo_dist.storage import Store
 
 

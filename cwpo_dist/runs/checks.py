@@ -35,7 +35,7 @@ from cwpo_dist.placement import (
 from cwpo_dist.runs.arms import held_out_split, needs_annotator, weighting
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.runs.model_checks import check_model
-from cwpo_dist.runs.nodes import node_faults
+from cwpo_dist.runs.node_probes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
 from cwpo_dist.runs.sizes import Loader, ModelSize, annotator, policy, reward_model
 from cwpo_dist.runs.training_checks import setting_faults

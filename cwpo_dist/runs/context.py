@@ -17,7 +17,7 @@ from cwpo_dist.pairs.records import (
     Score,
     read_rows,
 )
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import PairsIn
 from cwpo_dist.storage import MANIFEST, FileMissing, Store

@@ -16,7 +16,7 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, PairTokens, Prompt, Text, table_of
 from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table
 from cwpo_dist.runs.context import Context, policy_of, read_answers, read_log_probs
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker

@@ -17,7 +17,7 @@ from cwpo_dist.config import Split, TrainingConfig
 from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.stored import Choice, read_judgements
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import TaskError

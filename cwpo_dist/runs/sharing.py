@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.placement import actor_takes, worker_takes
-from cwpo_dist.runs.node import Node
+from cwpo_dist.runs.output_key import Node
 
 Room = dict[str, float]
 SMALL = {"CPU": 0.5}  # a stage of few tasks

@@ -10,7 +10,7 @@ from cwpo_dist.config import PoolConfig, TrainingConfig
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node, Nodes, Settings
+from cwpo_dist.runs.output_key import Node, Nodes, Settings
 from cwpo_dist.storage import Store
 
 S = TypeVar("S", bound=Settings)

@@ -18,7 +18,7 @@ from cwpo_dist.runs.arms import ArmRun, Weighting, held_out_split, normalization
 from cwpo_dist.runs.context import Context, policy_of, read_log_probs
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
-from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Training
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens

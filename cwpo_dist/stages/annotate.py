@@ -18,10 +18,10 @@ from cwpo_dist.pairs.records import pair_id
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, score_files, trained
 from cwpo_dist.runs.given_model import GivenModel
-from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, retry_manifest
+from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, retry_manifest
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.driver import run_shards
-from cwpo_dist.scoring.growth import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.scoring.earlier_scores import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
     ShardJob,
     committed_counts,

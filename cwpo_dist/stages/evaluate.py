@@ -29,7 +29,7 @@ from cwpo_dist.runs.context import Context, read_answers, read_log_probs
 from cwpo_dist.runs.divergence import Answered, kl_divergence
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.gold_scores import Gold, scores_by_function, scores_by_model
-from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store

@@ -13,7 +13,7 @@ from cwpo_dist.pairs.stored import read_judgements
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
-from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Generating, Stage
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part

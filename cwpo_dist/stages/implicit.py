@@ -10,7 +10,7 @@ from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, table_of
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, read_log_probs
-from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, ancestors
+from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, ancestors
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.pipeline import part
 

@@ -30,7 +30,7 @@ from cwpo_dist.pairs.splits import SplitRule
 from cwpo_dist.placement import alive_machines, task_faults
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import Node, Nodes, Settings
+from cwpo_dist.runs.output_key import Node, Nodes, Settings
 from cwpo_dist.runs.prepared_counts import PreparedCounts, added, in_words, prepared_counts
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.ray_tasks import run_tasks

@@ -16,7 +16,7 @@ from cwpo_dist.runs.arms import ArmRun, Chooser, held_out_split, weighting
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
-from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, scored
+from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, scored
 from cwpo_dist.runs.stage import Stage, Training
 from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.storage import Store

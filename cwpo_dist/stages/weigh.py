@@ -28,7 +28,7 @@ from cwpo_dist.runs.annotations import (
 )
 from cwpo_dist.runs.arms import ArmRun, Chooser, Weighting, weighting
 from cwpo_dist.runs.context import Context
-from cwpo_dist.runs.node import BESIDE_KEY, Node, Nodes, Settings, scored
+from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, scored
 from cwpo_dist.runs.own_numbers import OwnNumbersError, void_fault
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.runs.weighed_shards import CONFIDENCES, WEIGHTS, WRITTEN, Shards, Written

@@ -19,7 +19,7 @@ from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs.records import SCORE_SCHEMA
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.runs.context import Context
-from cwpo_dist.scoring.growth import EarlierScores, ScoreFile, ranged_files
+from cwpo_dist.scoring.earlier_scores import EarlierScores, ScoreFile, ranged_files
 from cwpo_dist.stages.annotate import earlier_scores
 from cwpo_dist.storage import MANIFEST, Store
 
