@@ -18,9 +18,8 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from cwpo_dist.lm.foreign import whole_number
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decoder_of, unwrapped
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, decoder_of, unwrapped, whole_shape
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.sharded import whole_shape
 
 # What configurations call the experts of a token.
 _EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")

@@ -278,6 +278,11 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return inner[0] if len(inner) == 1 else model
 
 
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole: DeepSpeed leaves a sharded parameter empty, and notes it down."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def scores_last_token(classifier: PreTrainedModel) -> bool:
     """Whether a stock classifier reads the last token of a sequence that is no pad.
 

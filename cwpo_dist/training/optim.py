@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from cwpo_dist.config import TrainingConfig
-from cwpo_dist.lm.sharded import whole_shape
+from cwpo_dist.lm.modules import whole_shape
 
 # The state of each optimizer that a checkpoint holds, by torch's names.
 STATE_KEYS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}

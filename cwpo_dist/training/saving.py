@@ -29,7 +29,7 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity, digests, identify
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
-from cwpo_dist.lm.sharded import whole_shape
+from cwpo_dist.lm.modules import whole_shape
 from cwpo_dist.lm.switches import give_back
 from cwpo_dist.local_files import whole_folder
 from cwpo_dist.staging import staged, upload

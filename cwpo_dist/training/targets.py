@@ -23,8 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cwpo_dist.config import LoraConfig
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS
-from cwpo_dist.lm.modules import decoder_of
-from cwpo_dist.lm.sharded import whole_shape
+from cwpo_dist.lm.modules import decoder_of, whole_shape
 
 _ROUTERS = frozenset({"gate", "router"})
 _PAST_ADAPTERS = ("out_proj", "dt_proj")  # of a mixer with a state matrix
