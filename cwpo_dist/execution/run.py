@@ -1,6 +1,7 @@
-"""A configuration in; every stage that is not done yet is done, arm by arm, in order.
+"""Drives a run: what is done stays, what was half done goes on; a manifest says what is whole.
 
-The only place that commits the outputs of stages.
+A configuration in; every stage that is not done yet is done, arm by arm, in order. The only place
+that commits the outputs of stages.
 """
 
 from __future__ import annotations

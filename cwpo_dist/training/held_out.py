@@ -1,4 +1,7 @@
-"""A held-out task and the model in training in; its loss and metrics out, by TRL's names."""
+"""Follows a training by pairs that it does not train on, so that overfitting is seen while it runs.
+
+A held-out task and the model in training in; its loss and metrics out, by TRL's names.
+"""
 
 from __future__ import annotations
 
