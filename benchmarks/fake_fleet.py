@@ -199,7 +199,7 @@ def _role(process: psutil.Process, me: psutil.Process) -> str:
     names = {
         "control store": "gcs_server",
         "raylet": "raylet/raylet",
-        "shards handed out": "ray::Shards",
+        "shards handed out": "ray::TicketShards",
         "devices": "MapWorker",
     }
     return next((name for name, part in names.items() if part in title), "other")

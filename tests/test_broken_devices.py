@@ -18,7 +18,7 @@ from cwpo_dist.pairs.records import REJECT_SCHEMA
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.retries import Input, ShardOutput
-from cwpo_dist.scoring.tickets import Broken, ShardError, Shards
+from cwpo_dist.scoring.tickets import Broken, ShardError, TicketShards
 from cwpo_dist.storage import Store
 
 BROKEN = "CUDA error: uncorrectable ECC error encountered\nand more lines"
@@ -131,7 +131,7 @@ def test_where_every_device_is_broken_the_run_ends(tmp_path: Path) -> None:
 
 
 def test_a_shard_goes_to_another_device_first() -> None:
-    shards = Shards("squares", [0, 1, 2], 9)
+    shards = TicketShards("squares", [0, 1, 2], 9)
     assert shards.take(0, "t0", "n", "bad") == 0
     assert shards.take(0, "t1", "n", "good") == 1
     shards.broke(0, "t0", "bad", "why")
@@ -146,7 +146,7 @@ def test_a_shard_goes_to_another_device_first() -> None:
 
 
 def test_a_device_alone_gets_its_shard_again() -> None:
-    shards = Shards("squares", [0], 9)
+    shards = TicketShards("squares", [0], 9)
     assert shards.take(0, "t0", "n", "only") == 0
     shards.broke(0, "t0", "only", "why")
     assert shards.take(0, "t0", "n", "only") == 0
@@ -155,7 +155,7 @@ def test_a_device_alone_gets_its_shard_again() -> None:
 
 
 def test_three_devices_over_one_shard_are_its_fault() -> None:
-    shards = Shards("squares", [0, 1], 9)
+    shards = TicketShards("squares", [0, 1], 9)
     for number in range(3):
         assert shards.take(0, f"t{number}", "n", f"d{number}") == 0
         if number < 2:
@@ -165,7 +165,7 @@ def test_three_devices_over_one_shard_are_its_fault() -> None:
 
 
 def test_what_another_pool_has_under_way_or_has_done_waits_for_nobody() -> None:
-    shards = Shards("squares", [0, 1], 9)
+    shards = TicketShards("squares", [0, 1], 9)
     assert shards.take(0, "t0", "n", "a") == 0
     assert shards.take(1, "t0", "n", "b") == 1
     assert shards.take(1, "t1", "n", "c") == 0, "as nothing waits any more"
@@ -178,7 +178,7 @@ def test_what_another_pool_has_under_way_or_has_done_waits_for_nobody() -> None:
 
 def test_what_waits_for_a_lost_node_alone_is_stranded() -> None:
     """The caller then comes again with other actors, where a broken device is told of by name."""
-    shards = Shards("squares", [0, 1, 2], 9)
+    shards = TicketShards("squares", [0, 1, 2], 9)
     assert not shards.stranded({"here"}), "no actor has come up yet"
     assert shards.take(0, "t0", "here", "bad") == 0
     assert shards.take(0, "t1", "gone", "good") == 1
@@ -191,7 +191,7 @@ def test_what_waits_for_a_lost_node_alone_is_stranded() -> None:
 
 def test_a_shard_whose_last_tickets_lie_with_a_broken_device_is_stranded() -> None:
     """Ray Data hands them out ahead, and ends the actor on the good one, which has none left."""
-    shards = Shards("squares", [0], 4)
+    shards = TicketShards("squares", [0], 4)
     assert shards.take(0, "t0", "n", "bad") == 0
     assert shards.take(0, "t1", "n", "good") is None, "it goes away"
     shards.broke(0, "t0", "bad", "why")
@@ -203,7 +203,7 @@ def test_a_shard_whose_last_tickets_lie_with_a_broken_device_is_stranded() -> No
     assert shards.stranded({"n"})
     known = shards.close()
     assert (known.breaks, known.over, known.all_that_came) == ({"bad": 2}, {0: {"bad"}}, False)
-    again = Shards("squares", [0], 4, known)
+    again = TicketShards("squares", [0], 4, known)
     assert again.take(0, "t0", "n", "bad") == "later", "it is known"
     assert again.take(0, "t1", "n", "new") == 0
     again.broke(0, "t1", "new", "why")
@@ -213,7 +213,7 @@ def test_a_shard_whose_last_tickets_lie_with_a_broken_device_is_stranded() -> No
 
 
 def test_where_only_broken_devices_come_again_that_is_known() -> None:
-    shards = Shards("squares", [0], 1, Broken({"bad": 2}))
+    shards = TicketShards("squares", [0], 1, Broken({"bad": 2}))
     assert not shards.stranded({"n"}), "the device has not come up yet"
     assert shards.take(0, "t0", "n", "bad") == "later"
     assert shards.stranded({"n"})

@@ -21,7 +21,7 @@ from cwpo_dist.execution.run import run
 from cwpo_dist.graph import graph, nodes_until
 from cwpo_dist.runs import annotations
 from cwpo_dist.runs.checks import weighing_faults
-from cwpo_dist.runs.weighed_shards import Shards
+from cwpo_dist.runs.weighed_shards import Weighing
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import MANIFEST, StorageError, Store
 
@@ -317,13 +317,13 @@ def test_a_shard_that_was_weighed_before_is_not_weighed_again(
     store.remove(MANIFEST)
     store.remove(part("preferences", 1))
     weighed: list[int] = []
-    given = Shards._weighed
+    given = Weighing._weighed
 
-    def watched(shards: Shards, index: int, *rest: Any) -> Any:
+    def watched(weighing: Weighing, index: int, *rest: Any) -> Any:
         weighed.append(index)
-        return given(shards, index, *rest)
+        return given(weighing, index, *rest)
 
-    monkeypatch.setattr(Shards, "_weighed", watched)
+    monkeypatch.setattr(Weighing, "_weighed", watched)
     run(finished, until="weigh")
     assert weighed == [1]
     assert {name: store.read(name) for name in store.names("preferences")} == files

@@ -24,7 +24,7 @@ _OF_EITHER, _OF_CHOSEN = ("votes_a", "votes_b"), ("votes_chosen", "votes_rejecte
 
 
 @dataclass(frozen=True)
-class Judgement:
+class HumanLabel:
     """What people said of a pair, in its source's order; votes are None where nobody counted."""
 
     label: Label
@@ -33,7 +33,7 @@ class Judgement:
     votes_tie: int | None = None
 
 
-def judged(row: Mapping[str, object], layout: Layout, turned: Callable[[], bool]) -> Judgement:
+def judged(row: Mapping[str, object], layout: Layout, turned: Callable[[], bool]) -> HumanLabel:
     """Reads labels and votes.
 
     Without a label column votes make the label: the opinion that most people have. Where a row's
@@ -54,10 +54,10 @@ def judged(row: Mapping[str, object], layout: Layout, turned: Callable[[], bool]
     if "label" in layout.columns:
         return _of_label(row, layout)
     a, b, tie = _votes(row, layout, _OF_EITHER)
-    return Judgement(_SIDES[majority(a or 0, b or 0, tie or 0)], a, b, tie)
+    return HumanLabel(_SIDES[majority(a or 0, b or 0, tie or 0)], a, b, tie)
 
 
-def _of_label(row: Mapping[str, object], layout: Layout) -> Judgement:
+def _of_label(row: Mapping[str, object], layout: Layout) -> HumanLabel:
     """Of a row whose label says which of its answers is the chosen one."""
     verdict = _verdict(layout.optional(row, "label"), layout)
     if "votes_chosen" in layout.columns:
@@ -66,31 +66,31 @@ def _of_label(row: Mapping[str, object], layout: Layout) -> Judgement:
         votes = _votes(row, layout, _OF_EITHER)
     if verdict is None and votes[0] and votes[0] == votes[1]:  # asked, and split evenly
         verdict = "tie"
-    return Judgement(_SIDES[verdict], *votes)
+    return HumanLabel(_SIDES[verdict], *votes)
 
 
-def _of_chosen(row: Mapping[str, object], layout: Layout, turned: Callable[[], bool]) -> Judgement:
+def _of_chosen(row: Mapping[str, object], layout: Layout, turned: Callable[[], bool]) -> HumanLabel:
     """Of a row whose first answer is the chosen one."""
     if "response_a" not in layout.columns:
         names = _OF_CHOSEN if "votes_chosen" in layout.columns else _OF_EITHER
-        return Judgement("first", *_votes(row, layout, names))
+        return HumanLabel("first", *_votes(row, layout, names))
     is_turned = turned()
     verdict = _verdict(layout.optional(row, "label"), layout)
     if verdict not in (None, "b" if is_turned else "a"):
         chosen = "response_b" if is_turned else "response_a"
         raise BadRow(Reason.LABEL, found=f"label says {verdict}, but chosen is {chosen}")
     a, b, tie = _votes(row, layout, _OF_EITHER)
-    return Judgement("first", b if is_turned else a, a if is_turned else b, tie)
+    return HumanLabel("first", b if is_turned else a, a if is_turned else b, tie)
 
 
-def _of_annotators(row: Mapping[str, object], layout: Layout) -> Judgement:
+def _of_annotators(row: Mapping[str, object], layout: Layout) -> HumanLabel:
     """Of several columns with one person's label each: their votes, and what most of them said."""
     said = [_verdict(not_null(cell(row, path)), layout) for path in layout.annotators]
     votes = Counter(said)
     if not votes.total() - votes[None]:
-        return Judgement(None)
+        return HumanLabel(None)
     a, b, tie = votes["a"], votes["b"], votes["tie"]
-    return Judgement(_SIDES[majority(a, b, tie)], a, b, tie)
+    return HumanLabel(_SIDES[majority(a, b, tie)], a, b, tie)
 
 
 def _by_label(

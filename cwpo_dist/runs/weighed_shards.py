@@ -30,8 +30,8 @@ WRITTEN = pa.schema([("shard", pa.int64()), ("refused", pa.string()), ("counts",
 
 
 @dataclass(frozen=True)
-class Shards:
-    """What a task needs to weigh one shard.
+class Weighing:
+    """How one shard is weighed, and all that a task needs for it.
 
     Attributes:
         annotated: the pairs and what the annotators say of them.

@@ -38,7 +38,14 @@ from cwpo_dist.scoring.devices import hide_other_gpus, use_own_processors
 from cwpo_dist.scoring.pipeline import ShardJob, commit
 from cwpo_dist.scoring.progress import Report
 from cwpo_dist.scoring.retries import SUSPICIOUS, ShardWorker, attempt
-from cwpo_dist.scoring.tickets import SPARE, Broken, BrokenDeviceError, Later, ShardError, Shards
+from cwpo_dist.scoring.tickets import (
+    SPARE,
+    Broken,
+    BrokenDeviceError,
+    Later,
+    ShardError,
+    TicketShards,
+)
 from cwpo_dist.waiting import told_while_waiting
 
 logger = logging.getLogger(__name__)
@@ -54,7 +61,7 @@ class _ShardActor:
     Its process holds one shard worker, which knows neither tickets nor pools.
     """
 
-    def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[Shards]) -> None:
+    def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[TicketShards]) -> None:
         hide_other_gpus()
         use_own_processors()
         self.job, self.pool, self.shards = job, pool, shards
@@ -153,7 +160,7 @@ def run_pools(
     settings.execution_no_progress_timeout_s = -1  # nodes may be long in coming
     settings.raise_original_map_exception = True  # ours are written for the user
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    make: Any = ray.remote(num_cpus=0)(Shards)
+    make: Any = ray.remote(num_cpus=0)(TicketShards)
     tickets = sum(len(missing) + SPARE * pool.max_actors for pool in pools)
     shards = make.options(scheduling_strategy=here).remote(job.name, list(missing), tickets, broken)
     inbox: queue.Queue[Report | Exception | None] = queue.Queue()
@@ -186,7 +193,7 @@ def run_pools(
 
 
 def _told_while_waiting(
-    job: ShardJob, pools: Sequence[Pool], shards: ActorHandle[Shards]
+    job: ShardJob, pools: Sequence[Pool], shards: ActorHandle[TicketShards]
 ) -> AbstractContextManager[None]:
     """Of the first pool's actors, where no pool has one yet."""
     need = actor_takes(pools[0])
@@ -232,7 +239,7 @@ def _let_go(error: BaseException) -> None:
 
 def _reports(
     left: set[int],
-    shards: ActorHandle[Shards],
+    shards: ActorHandle[TicketShards],
     inbox: queue.Queue[Report | Exception | None],
     streams: int,
 ) -> Iterator[Report]:
@@ -263,7 +270,7 @@ def _stream(
     tickets: int,
     pool: Pool,
     number: int,
-    shards: ActorHandle[Shards],
+    shards: ActorHandle[TicketShards],
     inbox: queue.Queue[Report | Exception | None],
 ) -> None:
     """Runs one pool's pipeline in a thread of its own; its end, or its error, is a message too."""

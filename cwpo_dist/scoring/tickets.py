@@ -42,7 +42,7 @@ class Broken:
     all_that_came: bool = False
 
 
-class Shards:
+class TicketShards:
     """Which shard each ticket stands for; lives in an actor beside the driver.
 
     A shard is chosen when an actor begins a ticket, not when Ray Data hands it out: that is ahead

@@ -31,7 +31,7 @@ from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, scored
 from cwpo_dist.runs.own_numbers import OwnNumbersError, void_fault
 from cwpo_dist.runs.stage import Stage, Work
-from cwpo_dist.runs.weighed_shards import CONFIDENCES, WEIGHTS, WRITTEN, Shards, Written
+from cwpo_dist.runs.weighed_shards import CONFIDENCES, WEIGHTS, WRITTEN, Weighing, Written
 from cwpo_dist.storage import StorageError
 from cwpo_dist.weighting import Selection, last_of_top
 
@@ -91,7 +91,7 @@ def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
     if own is not None:
         _check_own(context, node, own)
     read = annotated(context, node, chooser)
-    shards = Shards(
+    weighing = Weighing(
         annotated=read,
         output=context.place(node),
         labels=label_source(context, node, chooser),
@@ -101,10 +101,10 @@ def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
         message_keys=tuple(context.counts(node.inputs["prepare"])["message_keys"]),
         messages=node.settings.messages,
     )
-    selection = Selection(_last(shards, how.top_fraction), how.min_confidence)
+    selection = Selection(_last(weighing, how.top_fraction), how.min_confidence)
     if how.divided_by_mean:
-        shards = replace(shards, divisor=_mean_weight(shards, selection))
-    return _summary(_write(shards, selection), shards)
+        weighing = replace(weighing, divisor=_mean_weight(weighing, selection))
+    return _summary(_write(weighing, selection), weighing)
 
 
 def _check_own(context: Context, node: Node[WeighSettings], own: Own) -> None:
@@ -119,15 +119,15 @@ def _check_own(context: Context, node: Node[WeighSettings], own: Own) -> None:
         raise OwnNumbersError(fault)
 
 
-def _mean_weight(shards: Shards, selection: Selection) -> float:
+def _mean_weight(weighing: Weighing, selection: Selection) -> float:
     """Of all preferences; 1 where there is no weight at all, which training refuses."""
-    found = gather(partial(shards.weights, selection), shards.annotated.shards, WEIGHTS)
+    found = gather(partial(weighing.weights, selection), weighing.annotated.shards, WEIGHTS)
     found = found.sort_by("shard")  # so that the sum repeats to the bit
     pairs = sum(found["pairs"].to_pylist())
     return math.fsum(found["weight"].to_pylist()) / max(1, pairs) or 1.0
 
 
-def _last(shards: Shards, top_fraction: float | None) -> tuple[float, str] | None:
+def _last(weighing: Weighing, top_fraction: float | None) -> tuple[float, str] | None:
     """The last pair of the top share.
 
     The driver holds 8 bytes of confidence and 36 of id a pair, and the confidences twice more
@@ -136,18 +136,18 @@ def _last(shards: Shards, top_fraction: float | None) -> tuple[float, str] | Non
     """
     if top_fraction is None:
         return None
-    found = gather(shards.confidences, shards.annotated.shards, CONFIDENCES)
+    found = gather(weighing.confidences, weighing.annotated.shards, CONFIDENCES)
     confidences = found["confidence"].to_numpy()
     return last_of_top(confidences, found["pair_id"], top_fraction)
 
 
-def _write(shards: Shards, selection: Selection) -> Counter[str]:
+def _write(weighing: Weighing, selection: Selection) -> Counter[str]:
     """Writes every shard's preferences and returns the sums of their counts.
 
     Raises:
         StorageError: when storage refuses a write.
     """
-    found = gather(partial(shards.write, selection), shards.annotated.shards, WRITTEN)
+    found = gather(partial(weighing.write, selection), weighing.annotated.shards, WRITTEN)
     totals: Counter[str] = Counter()
     for written in sorted(rows_of(Written, found)):  # by shard, so that sums repeat to the bit
         if written.refused:
@@ -156,9 +156,9 @@ def _write(shards: Shards, selection: Selection) -> Counter[str]:
     return totals
 
 
-def _summary(totals: Counter[str], shards: Shards) -> Mapping[str, object]:
+def _summary(totals: Counter[str], weighing: Weighing) -> Mapping[str, object]:
     """The counts of the manifest; what only few arms have is there for them alone."""
-    scored, selected, read = totals["scored"], totals["selected"], shards.annotated
+    scored, selected, read = totals["scored"], totals["selected"], weighing.annotated
     counts: dict[str, object] = {
         "pairs": totals["pairs"],
         "selected": selected,
@@ -166,11 +166,11 @@ def _summary(totals: Counter[str], shards: Shards) -> Mapping[str, object]:
         "mean_confidence": totals["confidence"] / scored if scored else None,
         "mean_weight": totals["weight"] / selected if selected else None,
     }
-    if shards.divisor != 1.0:
-        counts["weights_divided_by"] = shards.divisor
-    if shards.own:
+    if weighing.divisor != 1.0:
+        counts["weights_divided_by"] = weighing.divisor
+    if weighing.own:
         counts |= {"without_numbers": totals["without"], "against_labels": totals["against"]}
-        _tell_own(totals, shards.labels)
+        _tell_own(totals, weighing.labels)
     if not scored or not read.scores:
         return counts
     counts["temperatures"] = [temperature * read.scale.joint for temperature in read.scale.members]
