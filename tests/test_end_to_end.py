@@ -145,7 +145,7 @@ def test_the_embedded_default_is_compared(compared: Config) -> None:
 def test_a_second_comparison_makes_nothing_and_needs_no_cluster(
     compared: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("init", "cluster_resources"):
+    for name in ("init", "nodes"):
         monkeypatch.setattr(ray, name, must_not_run)
     page = Path(compared.output_dir, PAGE).read_bytes()
     compare(compared)
