@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA, check
-from cwpo_dist.pairs.stored import pairs_of
+from cwpo_dist.pairs.stored import pairs_of, read_whole
 from cwpo_dist.storage import Store
 
 Rows = list[dict[str, Any]]
@@ -36,8 +36,12 @@ def files(store: Store) -> dict[str, bytes]:
 
 
 def pairs(store: Store) -> Rows:
-    names = [name for name in store.names() if name.startswith("pairs/")]
-    return [row for name in names for row in _rows(store.read_table(name))]
+    return list(_rows(whole(store))) if store.names("pairs") else []
+
+
+def whole(store: Store) -> pa.Table:
+    """The pairs of all shards, with their texts."""
+    return pa.concat_tables(read_whole(store, index) for index in range(len(store.names("pairs"))))
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:

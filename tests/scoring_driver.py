@@ -18,9 +18,9 @@ import ray
 from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import ModelConfig, PoolConfig
-from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.scoring.driver import run_shards
-from cwpo_dist.scoring.pipeline import ShardJob, part
+from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
 from cwpo_dist.scoring.scorers import Pairs, PairsIn, RewardWorker
 from cwpo_dist.storage import Store
@@ -71,8 +71,8 @@ def write_inputs(folder: Path) -> None:
         ]
         if index % 3 == 0:
             rows[2]["response_a"], rows[4]["prompt"] = "a <new> word", "long " * 300
-        table = pa.Table.from_pylist(rows, schema=pair_schema("text"))
-        Store(str(folder)).create_table(part("pairs", index), table)
+        table = pa.Table.from_pylist(rows, schema=whole_schema("text"))
+        write_pairs(Store(str(folder)), index, pairs_of(table))
 
 
 def make_job(folder: Path, output: str, seconds: float = 0.3, full_at: int = -1) -> ShardJob:

@@ -16,10 +16,9 @@ from world import World
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA
-from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.scoring import scorers
 from cwpo_dist.scoring.driver import run_here
-from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.retries import TRIES, Input, ShardOutput, attempt
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
 from cwpo_dist.scoring.tickets import ShardError
@@ -125,8 +124,8 @@ def test_a_token_that_the_model_does_not_have_costs_its_row_alone(tmp_path: Path
 
     def scored(folder: str) -> ShardOutput:
         store = Store(str(tmp_path / folder))
-        table = pa.Table.from_pylist(rows, schema=pair_schema("text"))
-        store.create_table(part("pairs", 0), table)
+        table = pa.Table.from_pylist(rows, schema=whole_schema("text"))
+        write_pairs(store, 0, pairs_of(table))
         return attempt(RewardWorker(PairsIn(store), model, "tiny", 512), 0, SOURCE)
 
     for place in (4, 17):

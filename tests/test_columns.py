@@ -11,7 +11,7 @@ from prepared import config, pairs, write
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.layout import Layout, cell
-from cwpo_dist.pairs.records import pair_id
+from cwpo_dist.pairs.records import pair_id, prompt_id
 from cwpo_dist.pairs.sources import check, plan
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -196,8 +196,8 @@ def test_tools_travel_with_the_pair_and_are_part_of_it(tmp_path: Path) -> None:
     assert pair["tools"] == [{"type": "function", "function": tool}]
     assert pair["prompt"] == TALK
     first, second = pair["response_a"], pair["response_b"]
-    assert pair["pair_id"] == pair_id(TALK, first, second, pair["tools"])
-    assert pair["pair_id"] != pair_id(TALK, first, second)
+    assert pair["pair_id"] == pair_id(prompt_id(TALK, pair["tools"]), first, second)
+    assert pair["pair_id"] != pair_id(prompt_id(TALK), first, second)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -16,7 +16,7 @@ from cwpo_dist.pairs.layout import FIELDS
 from cwpo_dist.pairs.messages import CALLS, ROLES
 from cwpo_dist.pairs.records import MESSAGE_KEYS
 from cwpo_dist.pairs.rejects import REMEDIES
-from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.stored import answer_schema, pair_schema, prompt_schema
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 
@@ -231,4 +231,5 @@ def test_roles_and_keys_of_messages_stand_on_the_page() -> None:
 
 def test_the_pair_record_is_that_of_the_page() -> None:
     names = [n for row in table("What `prepare` writes") for n in re.findall(r"`(\w+)`", row[0])]
-    assert [name for name in names if name != "keep_columns"] == pair_schema("text").names
+    records = [prompt_schema("text"), answer_schema("text"), pair_schema()]
+    assert [n for n in names if n != "keep_columns"] == [n for each in records for n in each.names]

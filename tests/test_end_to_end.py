@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepared
 import pyarrow as pa
 import pytest
 import ray
@@ -50,6 +51,8 @@ ARMS = ["human", "cw"]
 
 
 def whole(store: Store, folder: str) -> pa.Table:
+    if folder == "pairs":
+        return prepared.whole(store)
     names = store.names(folder)
     return pa.concat_tables([store.read_table(name) for name in names])
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepared import whole
 from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.cli.app import user_message
@@ -219,6 +220,8 @@ def finished(ray_local: Any, folder: Path) -> Config:
 
 def rows_of(config: Config, role: str, name: str) -> list[dict[str, Any]]:
     store = Store(config.output_dir).child(*graph(config, "ensemble")[role].path.split("/"))
+    if name == "pairs":
+        return whole(store).to_pylist()
     return [row for file in store.names(name) for row in store.read_table(file).to_pylist()]
 
 

@@ -25,7 +25,7 @@ from cwpo_dist.lm.fixed_shapes import BLOCK, TILE, FixedShapes, UnfitError, by_t
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.packed import by_row
-from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.scoring.earlier_scores import EarlierScores, NewPairsWorker, ranged_files
 from cwpo_dist.scoring.invariant import InvariantForward
@@ -86,9 +86,7 @@ class Outputs:
         ordered = sorted(pairs, key=lambda pair: str(pair["pair_id"]))
         for index in range(-(-len(pairs) // rows)):
             held = ordered[index * rows : (index + 1) * rows]
-            store.create_table(
-                part("pairs", index), pa.Table.from_pylist(held, pair_schema("text"))
-            )
+            write_pairs(store, index, pairs_of(pa.Table.from_pylist(held, whole_schema("text"))))
             output = worker(index, worker.read(index))
             assert output.rows.num_rows == len(held), output.counts
             store.create_table(part("scores", index), output.rows)

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepared import row, write
+from prepared import row, whole, write
 from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import load_config, parse_config, to_yaml
 from cwpo_dist.graph import graph, nodes_until
-from cwpo_dist.pairs.records import SCORE_SCHEMA, pair_id
+from cwpo_dist.pairs.records import SCORE_SCHEMA, pair_id, prompt_id
+from cwpo_dist.pairs.stored import read_whole
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.results.show import show
 from cwpo_dist.runs import annotations
@@ -56,7 +57,7 @@ def prepared(config: Config) -> list[dict[str, Any]]:
     if not place.exists(MANIFEST):
         made = {"versions": {}, "device": "cpu", "counts": prepare.make(context, node)}
         place.create_json(MANIFEST, made)
-    return [pair for name in place.names("pairs") for pair in place.read_table(name).to_pylist()]
+    return whole(place).to_pylist()
 
 
 def weighed(config: Config, *scores: dict[str, float]) -> tuple[Preferences, dict[str, Any]]:
@@ -68,7 +69,8 @@ def weighed(config: Config, *scores: dict[str, float]) -> tuple[Preferences, dic
     annotators = [node for node in nodes.values() if node.stage == "annotate"]
     for node, margins in zip(annotators, scores, strict=True):
         for name in place.names("pairs"):
-            pairs = [p for p in place.read_table(name).to_pylist() if p["prompt"] in margins]
+            shard = read_whole(place, int(name[11:16]))
+            pairs = [p for p in shard.to_pylist() if p["prompt"] in margins]
             columns = {
                 "pair_id": [p["pair_id"] for p in pairs],
                 "annotator": ["test"] * len(pairs),
@@ -434,4 +436,4 @@ def test_ids_and_places_do_not_depend_on_numbers(tmp_path: Path) -> None:
         p: r["label"] for p, r in with_numbers.items()
     }
     for r in human.values():
-        assert r["pair_id"] == pair_id(r["prompt"], r["chosen"], r["rejected"])
+        assert r["pair_id"] == pair_id(prompt_id(r["prompt"]), r["chosen"], r["rejected"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from prepared import whole
 from small_run import small_config
 from transformers import AutoModelForSequenceClassification
 
@@ -57,6 +58,8 @@ def finished(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Config
 
 def read(config: Config, arm: str, role: str, name: str) -> list[dict[str, Any]]:
     store = Store(config.output_dir).child(*graph(config, arm)[role].path.split("/"))
+    if name == "pairs":
+        return whole(store).to_pylist()
     return [row for file in store.names(name) for row in store.read_table(file).to_pylist()]
 
 

@@ -19,7 +19,7 @@ from prepared import Rows, add_up, config, files, pairs, rejects, row, write
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs import pieces, sources
 from cwpo_dist.pairs.readers import SourceError
-from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.stored import pair_schema, read_whole, whole_schema
 from cwpo_dist.placement import Machine
 from cwpo_dist.stages import prepare as stage
 from cwpo_dist.stages.prepare import prepare
@@ -233,8 +233,8 @@ def test_mixed_sources_are_conversations(tmp_path: Path) -> None:
     counts = prepare(store, config(text, hh), seed=0)
     assert counts["kind"] == "conversational"
     assert counts["formats"] == {text: "text", hh: "hh"}
-    table = store.read_table("pairs/part-00000.parquet")
-    assert table.schema == pair_schema("conversational")
+    table = read_whole(store, 0)
+    assert table.schema == whole_schema("conversational")
     prompts = {row["prompt"][0]["content"]: row for row in table.to_pylist()}
     assert prompts.keys() == {"prompt 0", "hi"}
     said = {"role": "user", "content": "prompt 0", "extra": None}
@@ -252,7 +252,7 @@ def test_kept_columns_have_one_type_over_all_shards(tmp_path: Path) -> None:
     counts = prepare(store, given_config, seed=0)
     assert counts["keep_columns"] == {"n": "int", "x": "float", "tags": "json"}
     expected = pair_schema(
-        "text", pa.schema([("n", pa.int64()), ("x", pa.float64()), ("tags", pa.string())])
+        pa.schema([("n", pa.int64()), ("x", pa.float64()), ("tags", pa.string())])
     )
     for index in range(counts["shards"]):
         assert store.read_table(f"pairs/part-{index:05d}.parquet").schema == expected

@@ -33,11 +33,11 @@ from cwpo_dist.pairs.stored import (
     Pair,
     Preference,
     Told,
-    pair_schema,
-    pair_table,
     preference_schema,
     read_judgements,
     read_pairs,
+    whole_schema,
+    write_pairs,
 )
 from cwpo_dist.stages.evaluate import ITEM_SCHEMA, JUDGED_SCHEMA, JudgedAnswer, MeasuredPair
 from cwpo_dist.storage import Store
@@ -73,12 +73,13 @@ def test_pairs_are_text_or_messages(tmp_path: Path) -> None:
     messages: Any = [{"role": "user", "content": "Hi"}]
     for kind, text in (("text", "Hi"), ("conversational", messages)):
         pair = Pair("p", text, text, text, label="a", split="test")
-        store.create_table(f"{kind}.parquet", pair_table([pair], pair_schema(kind)))
-        assert read_pairs(store, f"{kind}.parquet") == [pair]
-        assert read_judgements(store, f"{kind}.parquet") == [Judgement("p", "a", "test")]
-    store.create_table("numbers.parquet", pa.table({"pair_id": ["p"], "prompt": [None]}))
+        write_pairs(store.child(kind), 0, [pair])
+        assert read_pairs(store.child(kind), 0) == [pair]
+        judged = read_judgements(store.child(kind), "pairs/part-00000.parquet")
+        assert judged == [Judgement("p", "a", "test")]
+    store.create_table("numbers.parquet", pa.table({"pair_id": ["p"], "label": [None]}))
     with pytest.raises(RecordError, match="split"):
-        read_pairs(store, "numbers.parquet")
+        read_judgements(store, "numbers.parquet")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_pairs_are_text_or_messages(tmp_path: Path) -> None:
         (PromptTokens, PROMPT_SCHEMA),
         (SampledAnswer, ANSWER_SCHEMA),
         (Reject, REJECT_SCHEMA),
-        (Pair, pair_schema("text")),
+        (Pair, whole_schema("text")),
         (Preference, preference_schema("text", tools=True)),
         (MeasuredPair, ITEM_SCHEMA),
         (JudgedAnswer, JUDGED_SCHEMA),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared import whole
 from small_run import small_config, write_config
 from test_kills import finish, kill_when
 from tiny import tiny_classifier, tiny_tokenizer
@@ -75,11 +76,7 @@ def test_annotating_alone_gives_the_stock_models_scores(tmp_path: Path, arch: st
     model, tokenizer = tiny_classifier(arch), tiny_tokenizer()
     nodes = nodes_until(config, "cw", "annotate")
     store = Store(config.output_dir).child(*nodes["prepare"].path.split("/"))
-    pairs = {
-        row["pair_id"]: row
-        for name in store.names("pairs")
-        for row in store.read_table(name).to_pylist()
-    }
+    pairs = {row["pair_id"]: row for row in whole(store).to_pylist()}
     for row in found[::9]:
         pair = pairs[row["pair_id"]]
         for side in ("a", "b"):

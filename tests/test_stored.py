@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.pairs.records import MESSAGES, TEXT_KEYS, pair_id
+from cwpo_dist.pairs.records import MESSAGES, TEXT_KEYS, pair_id, prompt_id
 from cwpo_dist.pairs.stored import (
     Pair,
     Preference,
-    pair_schema,
     pair_table,
     pairs_of,
     preference_schema,
     preference_table,
+    whole_schema,
 )
 
 TEXT = st.text(max_size=8)
@@ -44,23 +44,23 @@ TOOLS = st.none() | st.lists(st.dictionaries(TEXT, JSON), min_size=1, max_size=2
 def test_pairs_come_back_as_they_were(prompt: Any, tools: Any, answer: Any) -> None:
     kind: Any = "text" if isinstance(prompt, str) else "conversational"
     answers = [answer.draw(TEXT if kind == "text" else TALK) for _ in "ab"]
-    pair = Pair(pair_id(prompt, *answers, tools), prompt, *answers, tools)
-    (back,) = pairs_of(pair_table([pair], pair_schema(kind)))
+    pair = Pair(pair_id(prompt_id(prompt, tools), *answers), prompt, *answers, tools)
+    (back,) = pairs_of(pair_table([pair], whole_schema(kind)))
     assert back == pair
-    assert pair_id(back.prompt, *back.answers, back.tools) == pair.pair_id
+    assert pair_id(prompt_id(back.prompt, back.tools), *back.answers) == pair.pair_id
 
 
 def test_a_pairs_identity_is_all_of_its_content() -> None:
     ask, a, b = ([{"role": role, "content": "x"}] for role in ("user", "assistant", "assistant"))
     b = [b[0] | {"content": "y"}]
     call = [{"type": "function", "function": {"name": "f"}}]
-    plain = pair_id(ask, a, b)
-    assert plain == pair_id(ask, b, a) == "7be87e396e8b02674f4f925f24564f77"  # as ever
+    plain = pair_id(prompt_id(ask), a, b)
+    assert plain == pair_id(prompt_id(ask), b, a) == "690822119a28a7fd29d3a14710a4fff2"  # for ever
     others = [
-        pair_id(ask, a, b, call),
-        pair_id(ask, [a[0] | {"tool_calls": call}], b),
-        pair_id(ask, [a[0] | {"reasoning_content": "hm"}], b),
-        pair_id([ask[0] | {"name": "Ada"}], a, b),
+        pair_id(prompt_id(ask, call), a, b),
+        pair_id(prompt_id(ask), [a[0] | {"tool_calls": call}], b),
+        pair_id(prompt_id(ask), [a[0] | {"reasoning_content": "hm"}], b),
+        pair_id(prompt_id([ask[0] | {"name": "Ada"}]), a, b),
     ]
     assert len({plain, *others}) == 5
 
@@ -103,7 +103,7 @@ def test_plain_messages_are_structures_that_any_reader_knows(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["text", "conversational"])
 def test_schemas_of_pairs(kind: Any) -> None:
-    schema = pair_schema(kind)
+    schema = whole_schema(kind)
     assert schema.field("prompt").type == (pa.string() if kind == "text" else MESSAGES)
     names = ["pair_id", "prompt", "response_a", "response_b", "tools", "label", "tie"]
     assert schema.names[:7] == names

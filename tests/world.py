@@ -19,7 +19,7 @@ from cwpo_dist.config import Config
 from cwpo_dist.graph import graph
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
-from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.pipeline import part
@@ -105,8 +105,8 @@ class World:
         store = self.context.place(node)
         for index, splits in enumerate(SHARDS):
             rows = [row for split in splits for row in pairs(split)]
-            table = pa.Table.from_pylist(rows, schema=pair_schema("text"))
-            store.create_table(part("pairs", index), table)
+            table = pa.Table.from_pylist(rows, schema=whole_schema("text"))
+            write_pairs(store, index, pairs_of(table))
         counts = {"shards": 2, "pairs": 12, "splits": dict.fromkeys(SPLITS, 3), "message_keys": []}
         store.create_json(MANIFEST, {"counts": counts})
 

@@ -50,7 +50,7 @@ from zero_cases import (
 
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.pairs.records import REFERENCE_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA
-from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.scoring.pipeline import commit, part
 from cwpo_dist.scoring.retries import ShardOutput
 from cwpo_dist.scoring.sharded import Together
@@ -211,12 +211,9 @@ def write_reference_inputs(folder: Path) -> None:
             answer_a, answer_b = row.answers
             ids = {"prompt": row.prompt, "answer_a": answer_a, "answer_b": answer_b}
             tokens.append({"pair_id": f"{index}-{place}", **ids})
-        for name, made, schema in (
-            ("pairs", pairs, pair_schema("text")),
-            ("tokens", tokens, TOKEN_SCHEMA),
-        ):
-            table = pa.Table.from_pylist(made, schema=schema)
-            Store(str(folder)).create_table(part(name, index), table)
+        store = Store(str(folder))
+        write_pairs(store, index, pairs_of(pa.Table.from_pylist(pairs, whole_schema("text"))))
+        store.create_table(part("tokens", index), pa.Table.from_pylist(tokens, TOKEN_SCHEMA))
     nothing = REFERENCE_SCHEMA.empty_table(), REJECT_SCHEMA.empty_table()
     commit(reference_job(folder), ALREADY_DONE, ShardOutput(*nothing, {"rows_in": 0, "rows": 0}))
 

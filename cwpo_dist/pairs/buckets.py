@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 from cwpo_dist.config import Split
 from cwpo_dist.pairs import kept_columns, numbers
 from cwpo_dist.pairs.chosen import OTHER
-from cwpo_dist.pairs.records import Kind, Reject, rows_of, table_of, unit_hash
+from cwpo_dist.pairs.records import PROMPT_DIGITS, Kind, Reject, rows_of, table_of, unit_hash
 from cwpo_dist.pairs.rejects import row_text, write_rejects
 from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, leaks, merge, split_of
-from cwpo_dist.pairs.stored import Told, pair_schema, pairs_of
+from cwpo_dist.pairs.stored import IDS, Told, pairs_of, whole_schema, write_shard
 from cwpo_dist.storage import Store
 
 LEAKS = "work/leaks"
@@ -42,7 +42,7 @@ class Shards:
     Attributes:
         kind: text or conversational.
         kept: settled type of each kept column.
-        rows_per_shard: rows of every shard but the last of a bucket.
+        rows_per_shard: pairs of a shard, at most; see `cuts`.
         first: number of each bucket's first shard.
         flipped: share of the training pairs' labels to turn round.
         seed: which labels these are.
@@ -110,21 +110,36 @@ def write_leaks(work: Work, part: int) -> None:
     store.create_table(name, leaks(pa.concat_tables(sides)))
 
 
-def count_bucket(work: Work, bucket: int) -> None:
-    """Counts a bucket's pairs by their ids alone; writes `work/counts/<bucket>.json`."""
+def count_shards(work: Work, bucket: int, rows_per_shard: int) -> None:
+    """Counts a bucket's shards by its pairs' ids alone; writes `work/counts/<bucket>.json`."""
     name = _named(COUNTS, bucket, "json")
     if work.store.exists(name):
         return
     rows = _bucket_rows(work, bucket, ["pair_id", *SIDE_SCHEMA.names])
     staying, _ = _without_leaks(rows, _kept_on(work, rows["prompt_hash"]))
-    work.store.create_json(name, pc.count_distinct(staying["pair_id"]).as_py())
+    work.store.create_json(name, len(cuts(pc.unique(staying["pair_id"]), rows_per_shard)))
 
 
-def number_shards(store: Store, count: int, rows_per_shard: int) -> tuple[int, ...]:
+def number_shards(store: Store, count: int) -> tuple[int, ...]:
     """The number of each bucket's first shard, from the counts: shards are numbered from 0."""
-    sizes = [int(store.read_json(_named(COUNTS, at, "json"))) for at in range(count)]
-    shards = (-(-size // rows_per_shard) for size in sizes)
+    shards = (int(store.read_json(_named(COUNTS, at, "json"))) for at in range(count))
     return tuple(itertools.accumulate(shards, initial=0))[:-1]
+
+
+def cuts(pair_ids: pa.Array, rows_per_shard: int) -> list[int]:
+    """Where the shards of sorted pairs begin: a prompt lies in one, if it alone does not fill more.
+
+    One with more pairs than `rows_per_shard` begins a shard and fills as many as it needs; answers
+    of it may stand in several.
+    """
+    prompts = pc.utf8_slice_codeunits(pair_ids, 0, PROMPT_DIGITS)
+    begins, last = [0], 0
+    for end in pc.run_end_encode(prompts).run_ends.to_pylist():
+        if end - begins[-1] > rows_per_shard and last > begins[-1]:
+            begins.append(last)
+        begins += range(begins[-1] + rows_per_shard, end, rows_per_shard)
+        last = end
+    return begins if last else []
 
 
 def write_bucket(work: Work, bucket: int, shards: Shards) -> None:
@@ -251,7 +266,8 @@ def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
 def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
     """Merged rows as the pair record has them."""
     columns = {name: rows[name] for name in rows.column_names} | {
-        "split": pa.array(_splits(rows, shards.learn_ties), pa.string())
+        "split": pa.array(_splits(rows, shards.learn_ties), pa.string()),
+        "prompt_id": pc.utf8_slice_codeunits(rows["pair_id"], 0, PROMPT_DIGITS),
     }
     if shards.kept:
         values = [json.loads(kept) for kept in rows["kept"].to_pylist()]
@@ -259,7 +275,8 @@ def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
             columns[name] = [kept_columns.spell(value.get(name), kind) for value in values]
     if shards.flipped:
         columns["label"] = turned_labels(columns, shards)
-    schema = pair_schema(shards.kind, kept_columns.kept_schema(shards.kept))
+    kept = kept_columns.kept_schema(shards.kept)
+    schema = pa.schema([*whole_schema(shards.kind), *IDS, *kept])
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
@@ -289,8 +306,8 @@ def _is_turned(shards: Shards, pair_id: str) -> bool:
 
 
 def _write_shards(store: Store, pairs: pa.Table, shards: Shards, first: int) -> int:
-    starts = range(0, pairs.num_rows, shards.rows_per_shard)
-    for number, start in enumerate(starts, first):
-        rows = pairs.slice(start, shards.rows_per_shard)
-        store.create_table(f"pairs/part-{number:05d}.parquet", rows)
-    return len(starts)
+    begins = cuts(pairs["pair_id"].combine_chunks(), shards.rows_per_shard)
+    kept = kept_columns.kept_schema(shards.kept)
+    for number, (start, end) in enumerate(itertools.pairwise([*begins, len(pairs)]), first):
+        write_shard(store, number, pairs.slice(start, end - start), kept)
+    return len(begins)

@@ -26,7 +26,7 @@ from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import Kind, Reject, table_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, write_rejects
 from cwpo_dist.pairs.splits import SIDE_SCHEMA, Side, SplitRule, drawn
-from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table
+from cwpo_dist.pairs.stored import Pair, pair_table, whole_schema
 from cwpo_dist.pairs.unread import Unread, columnar, tree
 from cwpo_dist.storage import Store
 
@@ -49,6 +49,8 @@ _BESIDE_PAIRS = pa.schema(
         ("position", pa.int64()),
         *SIDE_SCHEMA,
         ("in_labelled_part", pa.bool_()),
+        ("answer_a", pa.string()),
+        ("answer_b", pa.string()),
         ("kept", pa.string()),
     ]
 )
@@ -262,6 +264,8 @@ class _Filed(NamedTuple):
     prompt_hash: str
     side: int
     in_labelled_part: bool
+    answer_a: str
+    answer_b: str
     kept: str
 
 
@@ -271,7 +275,7 @@ class _PieceFiles:
     def __init__(self, store: Store, index: int, kind: Kind) -> None:
         self._store = store
         self._index = index
-        self._schema = pair_schema(kind)
+        self._schema = whole_schema(kind)
         self._pairs: list[Pair] = []
         self._filed: list[_Filed] = []
         self._tables: list[pa.Table] = []

@@ -158,6 +158,11 @@ class Reject(NamedTuple):
     row: str
 
 
+# Ids are hashes. Those of answers and pairs begin with their prompt's: what is sorted by any id has
+# all of a prompt side by side, and a range of ids is a range of prompts. Of 10^8 prompts two are
+# taken for one with odds of one in a million; of 1,000 answers to one prompt with fewer.
+ID_DIGITS, PROMPT_DIGITS = 32, 18
+
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 R = TypeVar("R", bound=NamedTuple)
@@ -167,12 +172,25 @@ class RecordError(ValueError):
     """A table does not follow its schema; the message names the column and the remedy."""
 
 
-def pair_id(prompt: object, first: object, second: object, tools: object = None) -> str:
-    """32 hex digits of the content's hash, the same whichever answer comes first."""
-    answers = sorted([canonical(first), canonical(second)])
+def prompt_id(prompt: object, tools: object = None) -> str:
+    """18 hex digits of the hash of a prompt with its tools."""
     given = [] if tools is None else [canonical(tools)]
-    content = "\x1e".join([canonical(prompt), *answers, *given])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    return _hash(canonical(prompt), *given)[:PROMPT_DIGITS]
+
+
+def answer_id(prompt: str, answer: object) -> str:
+    """The id of the prompt, then digits of the answer's hash: 32 in all."""
+    return prompt + _hash(canonical(answer))[PROMPT_DIGITS:]
+
+
+def pair_id(prompt: str, first: object, second: object) -> str:
+    """The id of the prompt, then digits that are the same whichever answer comes first."""
+    return prompt + _hash(*sorted([canonical(first), canonical(second)]))[PROMPT_DIGITS:]
+
+
+def _hash(*texts: str) -> str:
+    content = "\x1e".join(texts).encode()
+    return hashlib.blake2b(content, digest_size=ID_DIGITS // 2).hexdigest()
 
 
 def canonical(text: object) -> str:

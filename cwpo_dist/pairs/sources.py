@@ -27,7 +27,7 @@ from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compression_of, read
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
-from cwpo_dist.pairs.stored import pair_schema
+from cwpo_dist.pairs.stored import pair_schema, whole_schema
 from cwpo_dist.pairs.transcripts import is_transcript
 
 logger = logging.getLogger(__name__)
@@ -292,7 +292,7 @@ def _check_settings(config: PrepareConfig) -> None:
 
 
 def _check_kept_columns(config: PrepareConfig, peeked: Sequence[_Peeked]) -> None:
-    reserved = set(pair_schema("text").names)
+    reserved = {*whole_schema("text").names, *pair_schema().names}
     for name in config.keep_columns:
         if name in RECORD:
             raise ConfigError(

@@ -16,7 +16,14 @@ import pyarrow.compute as pc
 from cwpo_dist.config import Split
 from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.parsing import ParsedPair
-from cwpo_dist.pairs.records import canonical, content_hash, pair_id, unit_hash
+from cwpo_dist.pairs.records import (
+    answer_id,
+    canonical,
+    content_hash,
+    pair_id,
+    prompt_id,
+    unit_hash,
+)
 from cwpo_dist.pairs.rejects import Reason
 from cwpo_dist.pairs.stored import Pair, Told
 
@@ -91,11 +98,15 @@ class Drawn(NamedTuple):
         prompt_hash: of its prompt, which lies on one side alone.
         side: its number in SIDES.
         in_labelled_part: whether it is labelled if it is for training and has a label.
+        answer_a: id of its first answer.
+        answer_b: of the other.
     """
 
     prompt_hash: str
     side: int
     in_labelled_part: bool
+    answer_a: str
+    answer_b: str
 
 
 def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) -> tuple[Pair, Drawn]:
@@ -108,8 +119,9 @@ def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) ->
         into: the side to which all of its source goes; None: by hash.
     """
     own = given.numbers
+    asked = prompt_id(given.prompt, given.tools)
     pair = Pair(
-        pair_id(given.prompt, given.first, given.second, given.tools),
+        pair_id(asked, given.first, given.second),
         given.prompt,
         given.first,
         given.second,
@@ -131,7 +143,8 @@ def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) ->
     prompt_hash = content_hash(pair.prompt)
     key = prompt_hash if given.group is None else given.group
     side = SIDES.index(rule.side(key, into))
-    return pair, Drawn(prompt_hash, side, rule.is_labelled(key))
+    answers = (answer_id(asked, answer) for answer in pair.answers)
+    return pair, Drawn(prompt_hash, side, rule.is_labelled(key), *answers)
 
 
 def merge(copies: Sequence[Told]) -> tuple[Told, bool]:

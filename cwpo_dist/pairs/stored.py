@@ -1,5 +1,8 @@
 """Pairs and preferences: their records, their Arrow schemas, and the way from one to the other.
 
+A shard of pairs is three files: a prompt and an answer are stored once, in however many pairs they
+stand. Pairs name them by their ids, and are read whole again, with the texts.
+
 A plain message is a dict of its own keys alone. Arrow has the same fields in every row: of pairs,
 what stands beside role and content lies together in `extra`, as JSON. Preferences, which other
 programs read, have role and content alone, or whole messages as JSON.
@@ -8,20 +11,23 @@ programs read, have role and content alone, or whole messages as JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs.chosen import OTHER, Label, chosen_first
 from cwpo_dist.pairs.records import (
     MESSAGES,
     Kind,
+    RecordError,
     Text,
     Tools,
+    answer_id,
     check,
-    read_columns,
+    prompt_id,
     read_rows,
     table_of,
 )
@@ -31,30 +37,49 @@ TEXTS = ("prompt", "response_a", "response_b")
 _ALWAYS = ("role", "content")
 
 
-def pair_schema(kind: Kind, kept: pa.Schema | None = None) -> pa.Schema:
-    """The columns of a `Pair`, with the user's `keep_columns` at their end; `tools` is JSON."""
-    text = pa.string() if kind == "text" else MESSAGES
-    return pa.schema(
-        [
-            ("pair_id", pa.string()),
-            ("prompt", text),
-            ("response_a", text),
-            ("response_b", text),
-            ("tools", pa.string()),
-            ("label", pa.string()),
-            ("tie", pa.bool_()),
-            ("votes_a", pa.int32()),
-            ("votes_b", pa.int32()),
-            ("votes_tie", pa.int32()),
-            ("weight", pa.float64()),
-            ("confidence", pa.float64()),
-            ("score_a", pa.float64()),
-            ("score_b", pa.float64()),
-            ("split", pa.string()),
-            ("source", pa.string()),
-            *(kept or []),
-        ]
-    )
+_TOLD = pa.schema(
+    [
+        ("label", pa.string()),
+        ("tie", pa.bool_()),
+        ("votes_a", pa.int32()),
+        ("votes_b", pa.int32()),
+        ("votes_tie", pa.int32()),
+        ("weight", pa.float64()),
+        ("confidence", pa.float64()),
+        ("score_a", pa.float64()),
+        ("score_b", pa.float64()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+# What a pair stands for: the ids of its prompt and answers.
+IDS = pa.schema([("prompt_id", pa.string()), ("answer_a", pa.string()), ("answer_b", pa.string())])
+
+
+def _text(kind: Kind) -> pa.DataType:
+    return pa.string() if kind == "text" else MESSAGES
+
+
+def prompt_schema(kind: Kind) -> pa.Schema:
+    """The columns of `prompts/`; `tools` is JSON."""
+    return pa.schema([("prompt_id", pa.string()), ("prompt", _text(kind)), ("tools", pa.string())])
+
+
+def answer_schema(kind: Kind) -> pa.Schema:
+    """The columns of `answers/`; `source` is the first that it came from."""
+    ids = [("answer_id", pa.string()), ("prompt_id", pa.string())]
+    return pa.schema([*ids, ("answer", _text(kind)), ("source", pa.string())])
+
+
+def pair_schema(kept: pa.Schema | None = None) -> pa.Schema:
+    """The columns of `pairs/`, with the user's `keep_columns` at their end."""
+    return pa.schema([("pair_id", pa.string()), *IDS, *_TOLD, *(kept or [])])
+
+
+def whole_schema(kind: Kind) -> pa.Schema:
+    """The columns of a `Pair`: a row with its texts."""
+    texts = [(name, _text(kind)) for name in TEXTS]
+    return pa.schema([("pair_id", pa.string()), *texts, ("tools", pa.string()), *_TOLD])
 
 
 class Pair(NamedTuple):
@@ -155,16 +180,96 @@ class Judgement(NamedTuple):
     confidence: float | None = None
 
 
-def read_pairs(store: Store, name: str) -> list[Pair]:
-    """The pairs of a file.
+def read_pairs(store: Store, index: int) -> list[Pair]:
+    """The pairs of a shard.
+
+    Args:
+        store: the output folder of `prepare`, or any with shards by `write_shard`.
+        index: the shard's number.
 
     Raises:
         RecordError: for a file that does not follow its schema.
     """
-    table = read_columns(store, name, Pair._fields)
-    messages = all(pa.types.is_list(table.schema.field(column).type) for column in TEXTS)
-    schema = pair_schema("conversational" if messages else "text")
-    return pairs_of(check(table, schema, store.path(name)))
+    table = read_whole(store, index)
+    return pairs_of(check(table, whole_schema(_kind(table)), store.path(_file("pairs", index))))
+
+
+def read_whole(store: Store, index: int) -> pa.Table:
+    """A shard's pairs, with texts in the place of their ids, and with kept columns.
+
+    Raises:
+        RecordError: for a pair that names what is not there.
+    """
+    names = {folder: _file(folder, index) for folder in ("prompts", "answers", "pairs")}
+    prompts, answers, pairs = map(store.read_table, names.values())
+    columns = {"pair_id": pairs["pair_id"]}
+    at = _places(pairs["prompt_id"], prompts["prompt_id"], store.path(names["prompts"]))
+    columns["prompt"] = prompts["prompt"].take(at)
+    for ids, text in zip(IDS.names[1:], TEXTS[1:], strict=True):
+        places = _places(pairs[ids], answers["answer_id"], store.path(names["answers"]))
+        columns[text] = answers["answer"].take(places)
+    columns["tools"] = prompts["tools"].take(at)
+    others = pairs.drop_columns(["pair_id", *IDS.names])
+    return pa.table(columns | dict(zip(others.column_names, others.columns, strict=True)))
+
+
+def _places(wanted: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.Array:
+    """Where each id stands."""
+    found = pc.index_in(wanted, value_set=ids.combine_chunks())
+    if found.null_count:
+        missing = wanted.filter(pc.is_null(found))[0]
+        raise RecordError(f"{where}: {missing} is not in it, but pairs name it; make it again")
+    return found
+
+
+def write_shard(store: Store, index: int, whole: pa.Table, kept: pa.Schema | None = None) -> None:
+    """Writes a shard's prompts, answers and pairs, each unless it is there.
+
+    Args:
+        store: where its folders lie.
+        index: the shard's number.
+        whole: pairs with their texts, ids and kept columns.
+        kept: types of the latter.
+    """
+    kind = _kind(whole)
+    told = [
+        whole.select([ids, "prompt_id", text, "source"]).rename_columns(answer_schema(kind).names)
+        for ids, text in zip(IDS.names[1:], TEXTS[1:], strict=True)
+    ]
+    for folder, table, schema in (
+        ("prompts", _first_of_each(whole, "prompt_id"), prompt_schema(kind)),
+        ("answers", _first_of_each(pa.concat_tables(told), "answer_id"), answer_schema(kind)),
+        ("pairs", whole, pair_schema(kept)),
+    ):
+        store.create_table(_file(folder, index), table.select(schema.names).cast(schema))
+
+
+def write_pairs(store: Store, index: int, pairs: Sequence[Pair]) -> None:
+    """Writes a shard of pairs that `prepare` did not make."""
+    kind: Kind = "conversational" if pairs and not isinstance(pairs[0].prompt, str) else "text"
+    whole = pair_table(pairs, whole_schema(kind))
+    asked = [prompt_id(pair.prompt, pair.tools) for pair in pairs]
+    ids = [asked]
+    for answers in zip(*(pair.answers for pair in pairs), strict=True):
+        ids.append([answer_id(of, answer) for of, answer in zip(asked, answers, strict=True)])
+    for field, values in zip(IDS, ids, strict=True):
+        whole = whole.append_column(field, pa.array(values, pa.string()))
+    write_shard(store, index, whole)
+
+
+def _first_of_each(table: pa.Table, column: str) -> pa.Table:
+    """The first row of each value, sorted by them."""
+    places = table.select([column]).append_column("place", pa.array(range(len(table)), pa.int64()))
+    first = places.group_by(column).aggregate([("place", "min")])["place_min"]
+    return table.take(first).sort_by(column)
+
+
+def _kind(table: pa.Table) -> Kind:
+    return "text" if pa.types.is_string(table.schema.field("prompt").type) else "conversational"
+
+
+def _file(folder: str, index: int) -> str:
+    return f"{folder}/part-{index:05d}.parquet"
 
 
 def read_judgements(store: Store, name: str) -> list[Judgement]:
@@ -173,7 +278,7 @@ def read_judgements(store: Store, name: str) -> list[Judgement]:
     Raises:
         RecordError: for a file that does not follow its schema.
     """
-    return read_rows(store, name, Judgement, pair_schema("text"))
+    return read_rows(store, name, Judgement, pair_schema())
 
 
 def pairs_of(table: pa.Table) -> list[Pair]:

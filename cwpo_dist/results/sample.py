@@ -17,7 +17,6 @@ from cwpo_dist.report.cells import together
 from cwpo_dist.report.explorer import MOST_PAIRS, Sample, shortened
 from cwpo_dist.runs.context import Context, ScoresIn, annotator_name, read_answers
 from cwpo_dist.runs.output_key import Node, Nodes, members
-from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.weighting import Scale, join
 
@@ -37,7 +36,7 @@ def sample(context: Context, graphs: Graphs) -> Sample:
     answered: list[dict[str, object]] = []
     others: list[dict[str, object]] = []
     for index in range(int(context.counts(prepare)["shards"])):
-        for pair in reader.pairs(index, read_pairs(store, part("pairs", index))):
+        for pair in reader.pairs(index, read_pairs(store, index)):
             (answered if pair.answers else others).append(asdict(pair))
         if len(answered) + len(others) >= MOST_PAIRS:
             break

@@ -51,7 +51,7 @@ class OwnIn:
 
     def read(self, index: int) -> Margins:
         """Of the pairs of one shard that have any; of a confidence, its margin."""
-        table = read_records(self.pairs, part("pairs", index), pair_schema("text"), _OWN)
+        table = read_records(self.pairs, part("pairs", index), pair_schema(), _OWN)
         if self.kind == "scores":
             table = table.filter(pc.is_valid(table["score_a"]))
             margin = table["score_a"].to_numpy() - table["score_b"].to_numpy()
@@ -80,7 +80,7 @@ class Annotated:
 
     def read(self, index: int) -> list[Pair]:
         """The pairs of one shard."""
-        return read_pairs(self.pairs, part("pairs", index))
+        return read_pairs(self.pairs, index)
 
     def judgements(self, index: int) -> list[Judgement]:
         """What of them decides, without their texts."""

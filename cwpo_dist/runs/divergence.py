@@ -14,7 +14,7 @@ from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, PairTokens, Prompt, Text, table_of
-from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table
+from cwpo_dist.pairs.stored import Pair, write_pairs
 from cwpo_dist.runs.context import Context, policy_of, read_answers, read_log_probs
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.driver import run_shards
@@ -67,7 +67,7 @@ def kl_divergence(
     models = {role: node.inputs[f"answers_{role}"] for role in ("sft", "aligned")}
     told = {role: read_answers(context, given) for role, given in models.items()}
     rows = [Answered(i, prompts[i], told["sft"][i], y) for i, y in told["aligned"].items() if y]
-    shards = write_pairs(store, rows, rows_a_shard)
+    shards = write_answered(store, rows, rows_a_shard)
     aligned = policy_of(context, models["aligned"], policy)
     _write_tokens(store, aligned, rows, rows_a_shard)
     values = {
@@ -93,16 +93,14 @@ def _log_probs(
     return {i: logps.logp_b for each in found for i, logps in each.items()}
 
 
-def write_pairs(store: Store, rows: Sequence[Answered], size: int) -> int:
+def write_answered(store: Store, rows: Sequence[Answered], size: int) -> int:
     """Answers as pairs, the baseline's first, in shards of `size`; how many shards."""
-    text = not rows or isinstance(rows[0].prompt.text, str)
     pairs = [
         Pair(row.pair_id, row.prompt.text, *_wrapped(row), tools=row.prompt.tools) for row in rows
     ]
-    table = pair_table(pairs, pair_schema("text" if text else "conversational"))
     starts = range(0, len(rows), size)
     for index, start in enumerate(starts):
-        store.create_table(part("pairs", index), table.slice(start, size))
+        write_pairs(store, index, pairs[start : start + size])
     return len(starts)
 
 

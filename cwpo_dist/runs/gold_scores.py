@@ -9,7 +9,7 @@ from cwpo_dist.config import EvaluateConfig, ModelConfig
 from cwpo_dist.evaluation.gold_function import load_function
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, read_rows
-from cwpo_dist.runs.divergence import Answered, write_pairs
+from cwpo_dist.runs.divergence import Answered, write_answered
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
@@ -42,7 +42,7 @@ def scores_by_model(
         rows: the answers.
         size: how many of them make a shard.
     """
-    budget, shards = pool.max_tokens_per_batch, write_pairs(store, rows, size)
+    budget, shards = pool.max_tokens_per_batch, write_answered(store, rows, size)
     job = ShardJob(
         name="scores",
         output=store,

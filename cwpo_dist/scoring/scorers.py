@@ -66,7 +66,7 @@ class PairsIn:
 
     def read(self, index: int) -> list[Input[Pair]]:
         """The rows of one shard, in file order."""
-        pairs = read_pairs(self.store, part("pairs", index))
+        pairs = read_pairs(self.store, index)
         names = None if self.selected is None else self.selected(index)
         return [
             Input(pair.pair_id, position, pair)

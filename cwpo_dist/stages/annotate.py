@@ -14,7 +14,7 @@ from typing import Any
 from cwpo_dist.canonical import digest
 from cwpo_dist.config import AnnotateConfig, ModelConfig, Split
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.pairs.records import pair_id
+from cwpo_dist.pairs.records import pair_id, prompt_id
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, score_files, trained
 from cwpo_dist.runs.given_model import GivenModel
@@ -115,7 +115,7 @@ def _scored_before(context: Context, node: Node[AnnotateSettings], counted: Cens
     earlier = earlier_scores(context, node)
     if not earlier.files or context.done(node):
         return 0
-    ids = sorted(pair_id(p.prompt, p.first, p.second, p.tools) for p in counted.sample)
+    ids = sorted(pair_id(prompt_id(p.prompt, p.tools), p.first, p.second) for p in counted.sample)
     ids = ids[:_LOOKED_UP]  # ids are hashes: the first are as good as any, and lie close by
     found = int(earlier.of(ids).num_rows)
     return round(found / len(ids) * sum(counted.splits.values()))
@@ -137,8 +137,8 @@ def make(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object]
     refuse_none("annotate", annotator(context, node), counts)
     logger.info(
         "annotate: %d pairs of %s scored, %d of them before, %d set aside, %d too long; %s/scores "
-        "has score_a and score_b, to be joined by pair_id with response_a and response_b of "
-        "%s/pairs",
+        "has score_a and score_b, to be joined by pair_id with answer_a and answer_b of %s/pairs, "
+        "whose texts are in answers",
         *(counts["rows"], ", ".join(node.settings.splits), counts["reused"]),
         *(counts["rejects"], counts["over_length"]),
         *(job.output.uri, context.prepared(node).uri),

@@ -31,7 +31,6 @@ from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.gold_scores import Gold, scores_by_function, scores_by_model
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Work
-from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 
 ITEMS, ANSWERS = "items.parquet", "answers.parquet"  # what intervals over several runs need
@@ -181,9 +180,7 @@ def _held_out(context: Context, node: Node[EvaluateSettings], index: int) -> lis
     """The pairs of one shard on the evaluated side that carry a human label."""
     pairs, split = context.prepared(node), node.settings.config.split
     return [
-        pair
-        for pair in read_pairs(pairs, part("pairs", index))
-        if pair.split == split and pair.label is not None
+        pair for pair in read_pairs(pairs, index) if pair.split == split and pair.label is not None
     ]
 
 
@@ -320,7 +317,7 @@ def _prompts(context: Context, node: Node, answered: Container[str]) -> dict[str
     return {
         pair.pair_id: Prompt(pair.prompt, pair.tools)
         for index in range(context.shards(node))
-        for pair in read_pairs(store, part("pairs", index))
+        for pair in read_pairs(store, index)
         if pair.pair_id in answered
     }
 

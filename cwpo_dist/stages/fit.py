@@ -23,7 +23,6 @@ from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Training
-from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
@@ -194,7 +193,7 @@ class LabelledPairs:
         return pair.label is not None or (self.by_votes and bool(pair.tie))
 
     def _shard(self, index: int) -> list[Pair]:
-        return read_pairs(self.pairs, part("pairs", index))
+        return read_pairs(self.pairs, index)
 
 
 def _chosen_first(pair: Pair) -> Asked:

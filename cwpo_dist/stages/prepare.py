@@ -54,6 +54,7 @@ class PrepareSettings(Settings):
     """
 
     stage = "prepare"
+    format = 4
 
     config: PrepareConfig
     seed: int
@@ -67,7 +68,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
 
 
 def make(context: Context, node: Node[PrepareSettings]) -> Mapping[str, object]:
-    """Writes `pairs/part-*.parquet` and `rejects/part-*.parquet` and returns the counts."""
+    """Writes `prompts/`, `answers/`, `pairs/` and `rejects/`, and returns the counts."""
     told = node.settings
     return prepare(context.place(node), told.config, told.seed, told.sources_now)
 
@@ -245,8 +246,9 @@ def _write(
         run_tasks(partial(buckets.write_leaks, work), count, config.num_cpus)
     first: tuple[int, ...] = (0,)
     if count > 1:
-        run_tasks(partial(buckets.count_bucket, work), count, config.num_cpus)
-        first = buckets.number_shards(work.store, count, config.rows_per_shard)
+        task = partial(buckets.count_shards, work, rows_per_shard=config.rows_per_shard)
+        run_tasks(task, count, config.num_cpus)
+        first = buckets.number_shards(work.store, count)
     shards = Shards(
         planned.kind,
         kept,
