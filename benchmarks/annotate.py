@@ -38,7 +38,7 @@ from cwpo_dist.config import ModelConfig, PoolConfig
 from cwpo_dist.lm.loading import load_annotator_base, save
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA, Score, table_of
-from cwpo_dist.pairs.stored import Pair, pair_schema, pair_table, read_pairs
+from cwpo_dist.pairs.stored import Pair, read_pairs, write_pairs
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, commit
 from cwpo_dist.scoring.retries import Input, ShardOutput
@@ -159,7 +159,7 @@ class LengthWorker:
 
     def read(self, index: int) -> list[Input[Pair]]:
         """The pairs."""
-        pairs = read_pairs(self.pairs, f"pairs/part-{index:05d}.parquet")
+        pairs = read_pairs(self.pairs, index)
         return [Input(pair.pair_id, position, pair) for position, pair in enumerate(pairs)]
 
     def __call__(self, index: int, rows: Sequence[Input[Pair]]) -> ShardOutput:
@@ -198,8 +198,7 @@ def synthetic_pairs(store: Store, rows: int) -> int:
         text = [[" ".join(line) for line in generator.choice(words, (count, 12))] for _ in range(3)]
         ids = [f"{shard:08x}{row:08x}" for row in range(count)]
         made = [Pair(*texts) for texts in zip(ids, *text, strict=True)]
-        table = pair_table(made, pair_schema("text"))
-        store.create_table(f"pairs/part-{shard:05d}.parquet", table)
+        write_pairs(store, shard, made)
     return shards
 
 

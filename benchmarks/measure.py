@@ -103,7 +103,7 @@ def encoded(store: Store, shards: int, encoder: Encoder, model: ModelConfig) -> 
     """The token rows of all pairs that fit, in the order of the shards."""
     rows = []
     for index in range(shards):
-        for pair in read_pairs(store, f"pairs/part-{index:05d}.parquet"):
+        for pair in read_pairs(store, index):
             row = encoder.encode(pair.prompt, pair.answers, pair.tools)
             fitting = fit_length(row, model.max_length, "drop", bos_id=encoder.bos_id)
             if fitting is not None:
