@@ -249,10 +249,10 @@ def write_pairs(store: Store, index: int, pairs: Sequence[Pair]) -> None:
     kind: Kind = "conversational" if pairs and not isinstance(pairs[0].prompt, str) else "text"
     whole = pair_table(pairs, whole_schema(kind))
     asked = [prompt_id(pair.prompt, pair.tools) for pair in pairs]
-    ids = [asked]
-    for answers in zip(*(pair.answers for pair in pairs), strict=True):
-        ids.append([answer_id(of, answer) for of, answer in zip(asked, answers, strict=True)])
-    for field, values in zip(IDS, ids, strict=True):
+    ids = [
+        [answer_id(of, p.answers[n]) for of, p in zip(asked, pairs, strict=True)] for n in (0, 1)
+    ]
+    for field, values in zip(IDS, (asked, *ids), strict=True):
         whole = whole.append_column(field, pa.array(values, pa.string()))
     write_shard(store, index, whole)
 
