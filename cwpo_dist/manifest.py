@@ -11,7 +11,20 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cwpo_dist.canonical import digest
 from cwpo_dist.storage import MANIFEST, StorageError, Store
+
+
+def key_of(form: int, stage: str, settings: Mapping[str, object], inputs: Mapping[str, str]) -> str:
+    """The key of an output: 16 hex digits.
+
+    Args:
+        form: the number of its stage's format.
+        stage: its name.
+        settings: what decides it beside its inputs.
+        inputs: name → key and retry of the output that is read.
+    """
+    return digest([form, stage, settings, inputs])
 
 
 class Manifest(BaseModel):
@@ -59,6 +72,11 @@ class Manifest(BaseModel):
                 f"{output.path(name)!r} is not what cwpo_dist writes ({field}: {first['msg']}); "
                 "remove it, then run the same command again: what it stood for is made again"
             ) from error
+
+    def has_format(self, form: int) -> bool:
+        """Whether the key is one of this format: else another version of cwpo_dist made it."""
+        inputs = {name: path.partition("/")[2] for name, path in self.inputs.items()}
+        return self.key == key_of(form, self.stage, self.settings, inputs)
 
     def write(self, output: Store, name: str = MANIFEST) -> None:
         """Commits an output."""

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import ray
 
@@ -31,7 +31,6 @@ from cwpo_dist.training.lease import device_hours
 logger = logging.getLogger(__name__)
 
 STARTED = "started.json"  # written first: tells a half-finished output from none
-KEYED: tuple[Literal["settings", "inputs"], ...] = ("settings", "inputs")
 
 
 class Started(TypedDict):
@@ -179,34 +178,46 @@ def _tell_changed(context: Context, node: Node, resume: bool) -> None:
         logger.info("%s: resuming", node.path)
         return
     for key, started in _unfinished(context.root.child(node.stage)):
-        changed = _changed(started, _identity(node))
-        message = (
-            f"{node.stage}: {', '.join(changed)} changed since the unfinished {node.stage}/{key}; "
-            f"this config makes {node.path}"
-        )
+        if started.has_format(node.settings.format):
+            changed = ", ".join(_changed(started, _identity(node)))
+            why = f"{changed} changed since the unfinished {node.stage}/{key}"
+            remedy = "restore what changed"
+        else:
+            why = f"another version of cwpo_dist began the unfinished {node.stage}/{key}"
+            remedy = "finish it with that version"
+        message = f"{node.stage}: {why}; this config makes {node.path}"
         if resume:
             raise ConfigError(
-                f"{message}. --resume refuses to start from scratch: restore what changed, or run "
-                "without --resume"
+                f"{message}. --resume refuses to start from scratch: {remedy}, or run without "
+                "--resume"
             )
         logger.warning("%s: starting from scratch", message)
+    if others := context.others(node):
+        logger.info(
+            "%s: %s of another version of cwpo_dist: this one makes its own beside it",
+            *(node.path, ", ".join(others)),
+        )
 
 
-def _unfinished(stage: Store) -> list[tuple[str, Started]]:
+def _unfinished(stage: Store) -> list[tuple[str, Manifest]]:
     """The outputs of a stage that were started and never committed."""
     names = set(stage.names())
     keys = {name.split("/")[0] for name in names if name.endswith(f"/{STARTED}")}
     half = [key for key in sorted(keys) if f"{key}/{MANIFEST}" not in names]
-    return [(key, stage.read_json(f"{key}/{STARTED}")) for key in half]
+    return [(key, Manifest.read(stage, f"{key}/{STARTED}")) for key in half]
 
 
-def _changed(old: Started, new: Started) -> list[str]:
+def _changed(old: Manifest, new: Started) -> list[str]:
     """Dotted names of the settings and inputs that differ."""
+    parts = {
+        "settings": (old.settings, new["settings"]),
+        "inputs": (old.inputs, new["inputs"]),
+    }
     return [
         f"{part}.{name}"
-        for part in KEYED
-        for name in sorted(old[part].keys() | new[part].keys())
-        if old[part].get(name) != new[part].get(name)
+        for part, (before, now) in parts.items()
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
 
 

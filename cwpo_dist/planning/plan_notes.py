@@ -13,10 +13,12 @@ from cwpo_dist.planning.costs import Estimate
 from cwpo_dist.planning.plan_faults import until_of
 from cwpo_dist.runs.arms import needs_annotator
 from cwpo_dist.runs.checks import pools, reached, trainings
+from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.own_checks import own_notes
 from cwpo_dist.runs.stage import Training
 from cwpo_dist.runs.trials import section, tuned
+from cwpo_dist.storage import Store
 
 
 def graphs(config: Config) -> dict[str, dict[str, Node]]:
@@ -48,8 +50,22 @@ def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
         yield _invariance(config)
     yield from _short_trainings(config, estimates)
     yield from _idle_gpus(config, estimate.checked.machines)
+    yield from _other_versions(config)
     if config.simulated_labels:
         yield "labels are simulated: drawn from a rule, not given by people"
+
+
+def _other_versions(config: Config) -> Iterator[str]:
+    """Why stages are still to be done in a run directory that looks finished."""
+    context = Context(Store(config.output_dir))
+    nodes = (node for of_arm in graphs(config).values() for node in of_arm.values())
+    left = {node.stage: node for node in nodes if not context.done(node)}
+    if others := [path for node in left.values() for path in context.others(node)]:
+        yield (
+            f"output_dir has {len(others)} outputs of another version of cwpo_dist ({others[0]} "
+            "first): `cwpo report` and `cwpo export` read them, and a run makes its own beside "
+            "them; to go on with them, take that version"
+        )
 
 
 def _end(config: Config) -> str:

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.config import Config, ConfigError, ModelConfig
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.lm.identity import Identity, identify
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.card import BESIDE, Figures, annotator_card, model_card
+from cwpo_dist.runs.model_checks import annotator_fault
 from cwpo_dist.signing import check_can_sign, sign, write_digests
 from cwpo_dist.staging import upload
 from cwpo_dist.storage import MANIFEST, Store
@@ -77,7 +79,7 @@ def export(
     chosen = _chosen(root, arm)
     source = _Arm(
         root,
-        Config.model_validate(root.read_json(f"arms/{chosen}/config.json")),
+        _config(root, chosen),
         root.read_json(f"arms/{chosen}/stages.json"),
     )
     figures = root.read_json(f"arms/{chosen}/metrics.json")
@@ -166,8 +168,10 @@ def _annotator(source: _Arm, role: str, figures: Figures, target: Store) -> str:
         known = f"choose from {', '.join(fits)}" if fits else "it was given, or none was needed"
         raise ExportError(f"--annotator: the arm has no {role!r} made by `fit`; {known}")
     fit = source.finished(role, "fit")
-    _copy(fit.child(MODEL), target)
     made, read = Manifest.read(fit), {name: source.keys[name] for name in ("prepare", role)}
+    if fault := annotator_fault(fit):
+        raise ExportError(f"--annotator: {fit.uri}: {fault}")
+    _copy(fit.child(MODEL), target)
     return annotator_card(source.config, read, _alone(figures["annotator"], made), made)
 
 
@@ -258,6 +262,18 @@ def _room(target: Store) -> Iterator[None]:
             f"--to: no room for the export ({error.__cause__ or error}): free some in {target.uri} "
             f"and in {tempfile.gettempdir()} (TMPDIR), or name other disks, and give the command "
             "again"
+        ) from error
+
+
+def _config(root: Store, arm: str) -> Config:
+    """That with which an arm was made."""
+    name = f"arms/{arm}/config.json"
+    try:
+        return parse_config(root.read_json(name))
+    except ConfigError as error:
+        raise ExportError(
+            f"{root.path(name)!r} is not a configuration of this version of cwpo_dist ({error}); "
+            "export with the version that wrote it, or run its configuration with this one"
         ) from error
 
 

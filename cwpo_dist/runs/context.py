@@ -51,6 +51,16 @@ class Context:
             return False
         return True
 
+    def others(self, node: Node) -> list[str]:
+        """The committed outputs of a node's stage that another version of cwpo_dist made."""
+        stage = self.root.child(node.stage)
+        made = [name for name in stage.names() if name.endswith(f"/{MANIFEST}")]
+        return [
+            f"{node.stage}/{name.removesuffix(f'/{MANIFEST}')}"
+            for name in made
+            if not Manifest.read(stage, name).has_format(node.settings.format)
+        ]
+
     def counts(self, node: Node) -> Mapping[str, Any]:
         """The counts in a committed output's manifest."""
         return Manifest.read(self.place(node)).counts

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
+from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.bounded import BoundError, at_most, bounded
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.fitting import shortest_cut
@@ -21,6 +22,8 @@ from cwpo_dist.lm.reading import Role, encoder_for
 from cwpo_dist.lm.switches import unused_losses
 from cwpo_dist.lm.templates import Fault, TokenError
 from cwpo_dist.lm.weights import bytes_of, folder_fault
+from cwpo_dist.manifest import Manifest
+from cwpo_dist.runs.output_key import Settings
 from cwpo_dist.runs.sizes import (
     Loader,
     ModelSize,
@@ -31,6 +34,7 @@ from cwpo_dist.runs.sizes import (
     reward_model,
     trained_size,
 )
+from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training.targets import LoraError
 
 _ROLES: dict[Loader, Role] = {
@@ -79,6 +83,10 @@ def check_model(
         path = Path(model_path(name)).absolute()  # `.` stands in every sentence
         if path.is_dir() and (fault := other_weights(str(path), None) or folder_fault(path)):
             return CheckedModel(None, None, (where + fault,))
+        if load is reward_model and not is_hub_id(name):
+            beside = Store(name.rstrip("/").rpartition("/")[0] or ".")
+            if fault := annotator_fault(beside):
+                return CheckedModel(None, None, (where + fault,))
         local = (
             model.model_copy(update={"model_name_or_path": str(path)}) if path.is_dir() else model
         )
@@ -98,6 +106,24 @@ def check_model(
 def _as_given(texts: Sequence[str], path: Path, name: str) -> tuple[str, ...]:
     """With the model's name as people gave it."""
     return tuple(text.replace(str(path), name) for text in texts)
+
+
+def annotator_fault(output: Store) -> str | None:
+    """Why the annotator in an output of `fit` cannot be given away; None also for other folders.
+
+    Before the format of now, its template did not end at the EOS where it was scored: who reads it
+    by that template, as everybody's reward models are read, gets other scores, and no error.
+    """
+    try:
+        made = Manifest.read(output)
+    except StorageError:  # none is there, or it is somebody else's file of this name
+        return None
+    if made.stage != "fit" or made.has_format(Settings.format):
+        return None
+    return (
+        "another version of cwpo_dist fitted this annotator, and its chat template may not end "
+        "where it is scored; fit it again with this version (`cwpo fit`)"
+    )
 
 
 def _inspected(

@@ -13,8 +13,8 @@ from typing import ClassVar, Generic, Protocol, runtime_checkable
 
 from typing_extensions import TypeVar
 
-from cwpo_dist.canonical import digest
 from cwpo_dist.config import PoolConfig, TrainingConfig
+from cwpo_dist.manifest import key_of
 
 _IN_KEY = "in the key"
 
@@ -96,7 +96,7 @@ class Node(Generic[S_co]):
         """16 hex digits: the same settings and inputs give the same key on any machine."""
         inputs = {name: node.content for name, node in self.inputs.items()}
         told = self.settings
-        return digest([told.format, told.stage, told.identity(), inputs])
+        return key_of(told.format, told.stage, told.identity(), inputs)
 
     @property
     def content(self) -> str:
