@@ -97,7 +97,7 @@ def stock(folder: Path | str) -> PreTrainedModel:
 
 
 def plain(model: Any, given: list[Row]) -> Tensor:
-    """Log-probs [rows, 2] by a stock model, each answer alone, without pads or masks."""
+    """Log-probs of answers by a stock model, each answer alone, without pads or masks."""
     found = []
     rope = getattr(model.config, "rope_parameters", None) or {}
     for row in given:
@@ -108,7 +108,7 @@ def plain(model: Any, given: list[Row]) -> Tensor:
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
             logps = logits[start - 1 : -1].log_softmax(-1)
             found.append(logps.gather(1, ids[0, start:, None]).sum())
-    return torch.stack(found).view(len(given), 2)
+    return torch.stack(found)
 
 
 def walk(name: str, folder: Path) -> Outcome:
@@ -179,7 +179,7 @@ def _trained(
     config = _config(lora)
     engine, run = TorchEngine(module, config), Run(config, 0, layout, 2)
     with torch.no_grad():
-        reference = module(collate(given, layout, 2)).tolist()
+        reference = module(collate(given, layout, 2)).view(-1, 2).tolist()
     names = [f"pair {number}" for number in range(len(given))]
     chosen = [Row(row.prompt, row.answers[:1]) for row in given]
     weights = [0.5 + 0.1 * number for number in range(len(given))]
@@ -193,7 +193,7 @@ def _trained(
     module.eval()
     with torch.no_grad():
         wanted = module(collate(given, layout, 2))
-    if float((wanted - torch.tensor(reference)).abs().max()) < 1e-2:
+    if float((wanted - torch.tensor(reference).flatten()).abs().max()) < 1e-2:
         raise AssertionError("three steps of each moved nothing")
     tokenizer, store = load_tokenizer(model), Store(str(folder))
     if lora is None:
@@ -207,11 +207,11 @@ def _trained(
 
 def _gradient_error(module: AnswerLogProbs, layout: Layout, base: Any, given: list[Row]) -> float:
     """Of the flat gradient of a weighted sum of log-probs, in two micro-batches."""
-    weights = torch.linspace(-1, 1, 2 * len(given)).view(len(given), 2)
+    weights = torch.linspace(-1, 1, 2 * len(given))
     module.requires_grad_(True)
     start_training(module)
-    for part in (slice(0, 2), slice(2, None)):
-        (module(collate(given[part], layout, 2)) * weights[part]).sum().backward()
+    for part, own in ((given[:2], weights[:4]), (given[2:], weights[4:])):
+        (module(collate(part, layout, 2)) * own).sum().backward()
     base.requires_grad_(True)
     (plain(base, given) * weights).sum().backward()
     ours = dict(module.model.named_parameters())

@@ -40,7 +40,7 @@ def make_task(normalization: str = "none", **changes: Any) -> Preference:
     `dataset`: with weights as `weigh` leaves them then, divided by their mean.
     """
     with torch.no_grad():
-        logps = make_engine().module(collate(ROWS, "shared", 2)).tolist()
+        logps = make_engine().module(collate(ROWS, "shared", 2)).view(-1, 2).tolist()
     given = {
         "rows": ROWS,
         "pair_ids": IDS,

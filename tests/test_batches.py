@@ -194,6 +194,27 @@ def test_packed_micro_batches_are_even():
     assert len(tokens) <= -(-sum(lengths) // 4096) + 4
 
 
+rows_st = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 9)), max_size=50)
+
+
+@given(rows_st, st.integers(1, 4096), st.integers(1, 4))
+def test_rows_of_unlike_many_sequences_stay_within_the_budget(rows, max_tokens, world_size):
+    lengths, counts = [n * count for n, count in rows], [count for _, count in rows]
+    plan = plan_micro_batches(lengths, max_tokens, world_size, "plain", counts)
+    flat = [micro for rank in plan for micro in rank]
+    assert sorted(row for micro in flat for row in micro) == list(range(len(rows)))
+    for micro in filter(None, flat):
+        padded = sum(counts[row] for row in micro) * max(rows[row][0] for row in micro)
+        assert padded <= max_tokens or len(micro) == 1
+
+
+@given(lengths_st, st.integers(1, 4), st.integers(1, 4096), st.integers(1, 4))
+def test_rows_of_as_many_sequences_are_planned_as_if_each_were_one(lengths, count, budget, ranks):
+    many = [count * length for length in lengths]
+    counted = plan_micro_batches(many, budget, ranks, "plain", [count] * len(many))
+    assert counted == plan_micro_batches(many, budget, ranks, "plain")
+
+
 def test_no_rows_is_one_empty_micro_step():
     assert plan_micro_batches([], 100, 3, "shared") == [[[]], [[]], [[]]]
 

@@ -21,7 +21,7 @@ def test_a_batchs_gradient_is_that_of_its_own_pairs(budget: int) -> None:
     indices = [20, 7, 15, 9]
     task, engine, oracle = make_task(), make_engine(seed=1), make_engine(seed=1)
     result = gradients(task, engine, make_run(budget), 0, indices)
-    logps = oracle.module(collate([ROWS[i] for i in indices], "shared", 2))
+    logps = oracle.module(collate([ROWS[i] for i in indices], "shared", 2)).view(-1, 2)
     assert task.references is not None
     ratios = logps - torch.tensor([task.references[i] for i in indices])
     losses = -logsigmoid(0.5 * (ratios[:, 0] - ratios[:, 1]))

@@ -237,7 +237,7 @@ def test_products_take_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_attention_by_tiles_is_that_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = ((1, 1, 2), (TILE - 1, 1, TILE), (TILE, TILE + 1, 3), (150, 5, 97))
+    lengths = ((1, 1, 2), (TILE - 1, 1, TILE), (TILE, TILE + 1), (150, 5, 97, 70))
     tokens = sum(map(sum, lengths))
     query, key, value = (torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2))
     expected = by_row(query, key, value, lengths, None)

@@ -24,7 +24,7 @@ MODULES = {"answers": (AnswerLogProbs, tiny_causal_lm), "ends": (AnswerScores, t
 
 
 def test_tokens_that_are_read_are_those_that_batches_name():
-    lengths = BATCH.attention_mask[0, 0]
+    lengths = packed.packed_lengths(BATCH.attention_mask)
     assert read_tokens(lengths, "answers").tolist() == sorted(set(BATCH.source.tolist()))
     assert read_tokens(lengths, "ends").tolist() == BATCH.last.tolist()
 
@@ -43,7 +43,8 @@ def test_only_they_reach_the_last_mlp_and_gradients_stay_the_same(reads, again):
             lambda _module, inputs, seen=seen: seen.append(inputs[0].shape[1])
         )
     found = gradient_of(module, "packed")
-    read, all_tokens = len(read_tokens(BATCH.attention_mask[0, 0], reads)), BATCH.useful_tokens
+    read = len(read_tokens(packed.packed_lengths(BATCH.attention_mask), reads))
+    all_tokens = BATCH.useful_tokens
     assert read < all_tokens
     assert tokens == [[all_tokens] * (2 if again else 1), [read]], "the last layer is never redone"
     assert (found - expected).norm() <= 1e-5 * expected.norm()

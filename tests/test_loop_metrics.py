@@ -32,7 +32,7 @@ def test_objectives_without_a_reference_read_token_counts(loss_type: str) -> Non
     first_record, last = hooks.records[0], hooks.records[-1]
     assert last["rewards/margins"] > first_record["rewards/margins"]
     with torch.no_grad():
-        means = make_engine().module(collate(ROWS, "shared", 2))
+        means = make_engine().module(collate(ROWS, "shared", 2)).view(-1, 2)
     means = means / torch.tensor([[len(answer) for answer in row.answers] for row in ROWS])
     expected = 0.5 * float((means[:, 0] - means[:, 1]).mean())
     assert first_record["rewards/margins"] == pytest.approx(expected, rel=1e-4)
@@ -123,7 +123,7 @@ def test_held_out_numbers_are_those_of_the_whole_set_and_leave_training_alone() 
     assert ["eval_loss" in record for record in hooks.records] == [False, True, False, True]
     watching.module.eval()
     with torch.no_grad():
-        outputs = watching.module(collate(ROWS, "shared", 2)).double()
+        outputs = watching.module(collate(ROWS, "shared", 2)).view(-1, 2).double()
     expected = watched.metrics(outputs, range(len(ROWS)))
     for name in ("rewards/accuracies", "rewards/margins", "kl"):
         assert hooks.records[-1][f"eval_{name}"] == pytest.approx(expected[name], rel=1e-4), name

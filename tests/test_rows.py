@@ -7,18 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cwpo_dist.lm.rows import PAD, Row, collate, planned_length, shared_mask
+from cwpo_dist.lm.rows import PAD, Row, collate, cut, planned_length, shared_mask
 
 PAD_ID = 99
 tokens = st.lists(st.integers(0, 50), min_size=1, max_size=7)
 
 
-def rows_of(n_answers: int) -> st.SearchStrategy[list[Row]]:
-    row = st.builds(Row, tokens, st.tuples(*[tokens] * n_answers))
-    return st.lists(row, min_size=1, max_size=4)
+@st.composite
+def a_row(draw) -> Row:
+    answers = draw(st.lists(tokens, min_size=1, max_size=5))
+    skipped = st.tuples(*[st.integers(0, len(answer) - 1) for answer in answers])
+    return Row(draw(tokens), tuple(answers), draw(st.just(()) | skipped))
 
 
-rows = st.sampled_from([1, 2]).flatmap(rows_of)
+rows = st.lists(a_row(), min_size=1, max_size=4)
+layouts = st.sampled_from(["packed", "shared", "plain"])
 
 
 def read_back(batch, query):
@@ -34,21 +37,22 @@ def read_back(batch, query):
 @settings(max_examples=60)
 def test_shared_token_sees_exactly_its_own_conversation(rows):
     batch = collate(rows, "shared", PAD_ID)
-    n = 0
-    for r, row in enumerate(rows):
-        for k, answer in enumerate(row.answers):
+    n = number = 0
+    for row in rows:
+        for answer, skipped in zip(row.answers, row.skipped or [0] * 5, strict=False):
             conversation = [*row.prompt, *answer]
-            for i, token in enumerate(answer):
-                assert batch.target[n] == token
-                assert batch.answer[n] == r * len(row.answers) + k
+            for i in range(skipped, len(answer)):
+                assert batch.target[n] == answer[i]
+                assert batch.answer[n] == number
                 upto = len(row.prompt) + i
                 ids, positions = read_back(batch, int(batch.source[n]))
                 assert ids == conversation[:upto]
                 assert positions == list(range(upto))
                 n += 1
-            ids, _ = read_back(batch, int(batch.last[r * len(row.answers) + k]))
+            ids, _ = read_back(batch, int(batch.last[number]))
             assert ids == conversation
-    assert n == len(batch.target)
+            number += 1
+    assert (n, number) == (len(batch.target), len(batch.last))
 
 
 @given(rows)
@@ -70,6 +74,7 @@ def test_packed_rows_are_shared_rows_without_their_pads(rows):
 def test_plain_rows_are_stock_right_padded_batches(rows):
     batch = collate(rows, "plain", PAD_ID)
     conversations = [[*row.prompt, *answer] for row in rows for answer in row.answers]
+    answers = [n for row in rows for n in row.n_scored]  # what is skipped is of the prompt's type
     length = max(map(len, conversations))
     for b, conversation in enumerate(conversations):
         pads = [PAD_ID] * (length - len(conversation))
@@ -77,21 +82,45 @@ def test_plain_rows_are_stock_right_padded_batches(rows):
         assert batch.attention_mask[b].tolist() == [1] * len(conversation) + [0] * len(pads)
         assert batch.position_ids[b, : len(conversation)].tolist() == list(range(len(conversation)))
         assert batch.last[b] == b * length + len(conversation) - 1
+        types = [0] * (len(conversation) - answers[b]) + [1] * answers[b] + [0] * len(pads)
+        assert batch.token_type_ids[b].tolist() == types
     # what a source predicts is the token after it
     assert torch.equal(batch.input_ids.flatten()[batch.source + 1], batch.target)
 
 
-@given(rows, st.sampled_from(["packed", "shared", "plain"]))
+@given(rows, layouts)
 @settings(max_examples=40)
 def test_token_counts_and_planned_lengths_are_those_of_the_batch(rows, layout):
     batch = collate(rows, layout, PAD_ID)
     assert batch.padded_tokens == batch.input_ids.numel()
     lengths = [planned_length(row, layout) for row in rows]
-    padded = sum(lengths) if layout == "packed" else len(rows) * max(lengths)
-    assert batch.padded_tokens == padded
+    sequences = [len(row.answers) if layout == "plain" else 1 for row in rows]
+    longest = max(n // count for n, count in zip(lengths, sequences, strict=True))
+    assert batch.padded_tokens == (sum(lengths) if layout == "packed" else sum(sequences) * longest)
     assert batch.useful_tokens == (batch.input_ids != PAD_ID).sum()
-    assert (batch.n_rows, batch.n_answers) == (len(rows), len(rows[0].answers))
-    assert batch.last.shape == (batch.n_rows * batch.n_answers,)
+    assert batch.n_answers == tuple(len(row.answers) for row in rows)
+    assert len(batch.target) == sum(sum(row.n_scored) for row in rows)
+
+
+@given(a_row(), st.integers(1, 60), layouts)
+def test_a_row_is_cut_into_as_few_as_the_budget_allows_and_nothing_is_lost(row, budget, layout):
+    pieces = cut(row, budget, layout)
+    assert [a for piece in pieces for a in piece.answers] == list(row.answers)
+    assert [n for piece in pieces for n in piece.skipped] == list(row.skipped)
+    assert all(piece.prompt == row.prompt for piece in pieces)
+    for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+        assert len(piece.answers) == 1 or planned_length(piece, layout) <= budget
+        if after is not None:  # the next answer would not fit
+            more = Row(row.prompt, (*piece.answers, after.answers[0]))
+            assert planned_length(more, layout) > budget
+    assert cut(row, planned_length(row, layout), layout) == [row]
+
+
+def test_numbers_by_row_need_as_many_answers_in_each():
+    batch = collate([Row([1], ([2], [3])), Row([1], ([4], [5]))], "packed", 0)
+    assert batch.by_row(torch.arange(4)).tolist() == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match="unpack"):
+        collate([Row([1], ([2],)), Row([1], ([3], [4], [5]))], "packed", 0).by_row(torch.arange(4))
 
 
 def test_pads_see_themselves_alone_and_are_seen_by_none():
@@ -115,8 +144,8 @@ def test_mask_worked_by_hand():
 
 
 def test_row_lengths():
-    row = Row([1, 2, 3], ([4], [5, 6]))
-    assert (row.n_tokens, row.n_longest) == (6, 5)
+    row = Row([1, 2, 3], ([4], [5, 6]), (0, 1))
+    assert (row.n_tokens, row.n_longest, row.n_scored) == (6, 5, (1, 1))
     assert (planned_length(row, "shared"), planned_length(row, "plain")) == (6, 10)
 
 
@@ -124,9 +153,11 @@ def test_row_lengths():
     ("rows", "named"),
     [
         ([], "none given"),
-        ([Row([1], ([2],)), Row([1], ([2], [3]))], r"\[1, 2\] answers"),
-        ([Row([], ([2],))], r"rows\[0\]: empty"),
-        ([Row([1], ([2],)), Row([1], ([],))], r"rows\[1\]: empty"),
+        ([Row([1], ())], r"rows\[0\]: no answer"),
+        ([Row([], ([2],))], r"rows\[0\]: .*empty prompt"),
+        ([Row([1], ([2],)), Row([1], ([],))], r"rows\[1\]: .*empty prompt or answer"),
+        ([Row([1], ([2, 3], [4]), (1, 1))], r"rows\[0\]: skipped \(1, 1\)"),
+        ([Row([1], ([2, 3], [4, 5]), (1,))], r"rows\[0\]: skipped \(1,\)"),
     ],
 )
 def test_rows_that_make_no_batch_are_refused(rows, named):

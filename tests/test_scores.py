@@ -54,8 +54,7 @@ def test_scores_equal_a_stock_classifier_reloaded_from_its_folder(arch, tmp_path
                 model.set_attn_implementation(packed.NAME)
             for layout in layouts:
                 found = AnswerScores(model)(collate(rows, layout, pad))
-                assert found.shape == (len(rows), 2)
-                torch.testing.assert_close(found.flatten(), expected, rtol=0, atol=1e-5)
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_with_pad_equal_to_eos_the_stock_classifier_skips_the_eos():
@@ -65,8 +64,8 @@ def test_with_pad_equal_to_eos_the_stock_classifier_skips_the_eos():
     plain = collate(rows, "plain", EOS)
     with torch.no_grad():
         stock = model(plain.input_ids, attention_mask=plain.attention_mask).logits[:, 0]
-        at_eos = AnswerScores(model)(plain).flatten()
-        before_eos = AnswerScores(model)(replace(plain, last=plain.last - 1)).flatten()
+        at_eos = AnswerScores(model)(plain)
+        before_eos = AnswerScores(model)(replace(plain, last=plain.last - 1))
     torch.testing.assert_close(before_eos, stock)
     assert (at_eos - stock).abs().max() > 1e-2
 
@@ -79,7 +78,7 @@ def test_gradients_of_scores_equal_the_stock_classifiers():
     expected = flat_gradient(model, (weights * stock).sum())
     model.set_attn_implementation(packed.NAME)
     for layout in ("packed", "shared"):
-        scores = AnswerScores(model)(collate(rows, layout, PAD)).flatten()
+        scores = AnswerScores(model)(collate(rows, layout, PAD))
         assert_same_gradient(flat_gradient(model, (weights * scores).sum()), expected)
 
 
@@ -94,7 +93,7 @@ def test_encoders_score_plain_rows(arch):
             for answer in row.answers
         ]
         found = AnswerScores(model)(collate(rows, "plain", PAD))
-        torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
         with pytest.raises(ModelError, match="layout 'plain'"):
             AnswerScores(model)(collate(rows, "shared", PAD))
 
@@ -105,7 +104,7 @@ def test_lora_on_a_classifier():
     batch = collate(rows, "plain", PAD)
     stock = wrapped(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     found = AnswerScores(wrapped)(collate(rows, "shared", PAD))
-    torch.testing.assert_close(found.flatten(), stock[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, stock[:, 0], rtol=0, atol=1e-5)
 
 
 def test_models_without_a_scalar_head_are_refused():

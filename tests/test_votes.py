@@ -88,7 +88,7 @@ def test_a_trained_annotator_gives_the_share_of_votes_as_its_probability() -> No
     entropy = sum(-p * math.log(p) - (1 - p) * math.log(1 - p) for p in shares) / 4
     assert hooks.records[-1]["loss"] == pytest.approx(entropy, abs=5e-3)
     with torch.no_grad():
-        scores = engine.module(collate(ROWS[:4], "shared", 2))
+        scores = engine.module(collate(ROWS[:4], "shared", 2)).view(-1, 2)
     probability = torch.sigmoid(scores[:, 0] - scores[:, 1]).tolist()
     assert probability == pytest.approx(shares, abs=0.05)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,6 +144,7 @@ def plan_micro_batches(
     max_tokens: int,
     world_size: int,
     layout: Layout,
+    sequences: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
     """Splits one global batch over ranks and micro-steps by a budget of tokens, pads included.
 
@@ -158,6 +159,8 @@ def plan_micro_batches(
             where they are padded; one row alone may exceed it.
         world_size: ranks.
         layout: how the rows of a micro-batch are laid out.
+        sequences: of each row, which are alike in length and have its length together: for plain
+            rows of unequal numbers of answers; None: all have as many.
 
     Returns:
         plan[rank][micro_step]: positions in `lengths`. All ranks have the same number (≥ 1) of
@@ -166,10 +169,14 @@ def plan_micro_batches(
     if max_tokens < 1 or world_size < 1:
         raise ValueError(f"max_tokens {max_tokens}, world_size {world_size}: both must be positive")
     if layout == "packed":
-        micro_batches, cost = _pack(lengths, max_tokens, world_size), _packed_tokens
+        cost = partial(_packed_tokens, lengths=lengths)
+        micro_batches = _pack(lengths, max_tokens, world_size)
     else:
-        micro_batches, cost = _even_out(_fill(lengths, max_tokens), world_size), _padded_tokens
-    micro_batches.sort(key=lambda rows: (-cost(rows, lengths), rows))
+        counts = sequences or [1] * len(lengths)
+        longest = [int(length) // count for length, count in zip(lengths, counts, strict=True)]
+        cost = partial(_padded_tokens, longest=longest, counts=counts)
+        micro_batches = _even_out(_fill(longest, cost, max_tokens), world_size)
+    micro_batches.sort(key=lambda rows: (-cost(rows), rows))
     n_steps = max(1, -(-len(micro_batches) // world_size))
     micro_batches += [[]] * (n_steps * world_size - len(micro_batches))
     return [
@@ -195,12 +202,12 @@ def _drawn(order: Order, seed: int, epoch: int) -> NDArray[np.int64]:
     return permutation[systematic(shares, order.drawn, int(offset))]
 
 
-def _fill(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> list[list[int]]:
-    """Micro-batches filled to the budget, longest rows first; positions break ties."""
+def _fill(longest: list[int], cost: Callable[[list[int]], int], max_tokens: int) -> list[list[int]]:
+    """Micro-batches filled to the budget, longest sequences first; positions break ties."""
     filled: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-int(lengths[row]), row)):
+    for row in sorted(range(len(longest)), key=lambda row: (-longest[row], row)):
         current = filled[-1] if filled else []
-        if current and (len(current) + 1) * int(lengths[current[0]]) <= max_tokens:
+        if current and cost([*current, row]) <= max_tokens:
             current.append(row)
         else:
             filled.append([row])
@@ -250,5 +257,5 @@ def _packed_tokens(rows: list[int], lengths: Sequence[int] | NDArray[np.integer]
     return sum(int(lengths[row]) for row in rows)
 
 
-def _padded_tokens(rows: list[int], lengths: Sequence[int] | NDArray[np.integer]) -> int:
-    return len(rows) * max(int(lengths[row]) for row in rows)
+def _padded_tokens(rows: list[int], longest: list[int], counts: Sequence[int]) -> int:
+    return sum(counts[row] for row in rows) * max(longest[row] for row in rows)

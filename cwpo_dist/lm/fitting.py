@@ -98,7 +98,7 @@ def fit_length(
     answers = tuple(_cut_right(answer, max_length - len(prompt), closing) for answer in row.answers)
     if len(answers) > 1 and all(answer == answers[0] for answer in answers):
         return None
-    return Row(prompt, answers)
+    return Row(prompt, answers, row.skipped)
 
 
 def shortest_cut(closing: int) -> int:

@@ -15,7 +15,7 @@ product of a forward pass has a shape that the tokens of one answer decide, or t
 Everything else in a decoder is computed token by token. What is neither (a convolution, experts
 that are multiplied in one batched product, another library's kernel) is refused when it is met.
 
-Shapes: T tokens, R rows, K answers a row, H heads, D width of a head.
+Shapes: T tokens, H heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def by_tile(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths_RS: Sequence[Sequence[int]],
+    lengths: Sequence[Sequence[int]],
     scaling: float | None,
 ) -> Tensor:
     """Attention of packed rows, a tile of one answer's queries at a time.
@@ -157,7 +157,7 @@ def by_tile(
         query: [1, H, T, D].
         key: [1, H or fewer, T, D].
         value: as `key`.
-        lengths_RS: tokens of each row's prompt and of its answers.
+        lengths: tokens of each row's prompt and of its answers.
         scaling: of the scores; None: D^(−½).
 
     Returns:
@@ -168,7 +168,7 @@ def by_tile(
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         pieces: list[Tensor] = []
         start = 0
-        for prompt, *answers in lengths_RS:
+        for prompt, *answers in lengths:
             shared = range(start, start + prompt)
             pieces += _tiles(query, key, value, shared[:0], shared, scaling)
             start += prompt

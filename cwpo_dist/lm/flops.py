@@ -34,7 +34,7 @@ class UsefulFlops:
         weights: of the decoder's matrix products; each token meets all of them.
         attention_width: heads × width of a head × layers.
         head_weights: of the output head.
-        head_reads_answers: the head reads every answer token, and not one token an answer.
+        head_reads_answers: the head reads all answer tokens that count, and not one an answer.
     """
 
     weights: int
@@ -49,7 +49,7 @@ class UsefulFlops:
     def _row(self, row: Row) -> int:
         prompt, answers = len(row.prompt), [len(answer) for answer in row.answers]
         seen = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in answers)
-        read = sum(answers) if self.head_reads_answers else len(answers)
+        read = sum(row.n_scored) if self.head_reads_answers else len(answers)
         return (
             2 * self.weights * row.n_tokens
             + 4 * self.attention_width * seen

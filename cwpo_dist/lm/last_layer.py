@@ -5,7 +5,7 @@ only answers are read: for log-probs the states that predict their tokens, for s
 last. So its queries, the projection after its attention and its MLP, most of the layer, take those
 tokens alone, and the others' states are left as they come. Few layers and long prompts gain most.
 
-Shapes: T tokens, M tokens that are read, H width; lengths of packed rows as in packed.py.
+Shapes: T tokens, M tokens that are read, H width; lengths of packed rows as in varlen.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cwpo_dist.lm.packed import packed_lengths
+from cwpo_dist.lm.varlen import Lengths
 
 Reads = Literal["answers", "ends"]
 
@@ -45,24 +46,23 @@ def narrow(decoder: nn.Module, reads: Reads) -> None:
         known.reads = reads
 
 
-def read_tokens(lengths_RS: Tensor, reads: Reads) -> Tensor:
+def read_tokens(lengths: Lengths, reads: Reads) -> Tensor:
     """Which tokens of packed rows are read, int64 [M], ascending.
 
     Args:
-        lengths_RS: [R, 1 + K] on the host, tokens of each row's prompt and of its answers.
+        lengths: tokens of each row's prompt and of its answers.
         reads: see `narrow`.
     """
-    end_RS = lengths_RS.flatten().cumsum(0).view_as(lengths_RS) - 1
-    if reads == "ends":
-        return end_RS[:, 1:].flatten()
-    start_RS = end_RS - lengths_RS + 1
-    read_T = torch.ones(int(lengths_RS.sum()), dtype=torch.bool, device=lengths_RS.device)
-    for prompt_start, prompt_end in zip(
-        start_RS[:, 0].tolist(), end_RS[:, 0].tolist(), strict=True
-    ):
-        read_T[prompt_start:prompt_end] = False  # all but its last, which predicts first tokens
-    read_T[end_RS[:, 1:].flatten()] = False
-    return read_T.nonzero().flatten()
+    read: list[int] = []
+    end = 0
+    for prompt, *answers in lengths:
+        end += prompt
+        if reads == "answers":
+            read.append(end - 1)  # the prompt's last token predicts the first ones
+        for length in answers:
+            start, end = end, end + length
+            read += [end - 1] if reads == "ends" else range(start, end - 1)
+    return torch.tensor(read)
 
 
 class _LastLayer:
@@ -93,12 +93,12 @@ class _LastLayer:
         self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
         found = (packed_lengths(value) for value in (*args, *kwargs.values()))
-        lengths_RS = next((lengths for lengths in found if lengths is not None), None)
-        if lengths_RS is not None:
-            read_M = read_tokens(lengths_RS, self.reads)
+        lengths = next((each for each in found if each is not None), None)
+        if lengths is not None:
+            read_M = read_tokens(lengths, self.reads)
             hidden = args[0] if args else kwargs["hidden_states"]
             self._read_M = read_M.to(hidden.device, non_blocking=True)
-            self._n_tokens = int(lengths_RS.sum())
+            self._n_tokens = sum(map(sum, lengths))
 
     def _after_layer(self, *_: object) -> None:
         self._read_M = None

@@ -4,7 +4,7 @@ Each module is one thing that a training engine can wrap: rows go in, one number
 out, and a weight is read only while a module that holds it runs, which is what ZeRO-3 needs. Only
 answer tokens reach the vocabulary, and never all of them at once.
 
-Shapes: B sequences, L padded length, H width, R rows, K answers a row, N answer tokens, V words.
+Shapes: B sequences, L padded length, H width, A answers, N answer tokens that count, V words.
 """
 
 from __future__ import annotations
@@ -113,10 +113,9 @@ class AnswerLogProbs(nn.Module):
         self.head = ChunkedHead(lm_head, core.config.get_text_config())
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """Σ log p(answer token | what it may see), in nats, fp32 [R, K]."""
+        """Σ log p(answer token | what it may see), in nats, fp32 [A], in the order of the rows."""
         logps_N = self.token_logps(batch)
-        sums = logps_N.new_zeros(batch.n_rows * batch.n_answers)
-        return sums.index_add(0, batch.answer, logps_N).view(batch.n_rows, batch.n_answers)
+        return logps_N.new_zeros(len(batch.last)).index_add(0, batch.answer, logps_N)
 
     def token_logps(self, batch: RowBatch) -> Tensor:
         """Log-prob of each answer token in nats, fp32 [N], in the order of `batch.target`."""
@@ -165,12 +164,12 @@ class AnswerScores(nn.Module):
             _score_in_fp32(core.get_submodule("score"))
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """One score an answer, fp32 [R, K].
+        """One score an answer, fp32 [A], in the order of the rows.
 
         Raises:
             ModelError: for other rows than plain ones where the classifier can read no others.
         """
-        return self._scores(batch).float().view(batch.n_rows, batch.n_answers)
+        return self._scores(batch).float().flatten()
 
     def _scores(self, batch: RowBatch) -> Tensor:
         decoder, score = self._parts
@@ -186,7 +185,7 @@ class AnswerScores(nn.Module):
         return self.stock(batch, one_by_one=self.one_by_one)
 
     def stock(self, batch: RowBatch, *, one_by_one: bool = True) -> Tensor:
-        """What the classifier's own forward makes of plain rows, [R × K, 1].
+        """What the classifier's own forward makes of plain rows, [A, 1].
 
         Args:
             batch: the rows.

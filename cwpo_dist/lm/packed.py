@@ -5,7 +5,7 @@ one sequence cost it nothing for padding; only attention must know where rows be
 computed row by row by torch's own kernels, or, where it can be, by one kernel for all (varlen.py).
 Where scores must not depend on the batch, it goes by tiles of one answer (fixed_shapes.py).
 
-Shapes: T tokens, R rows, K answers a row, H heads, D width of a head.
+Shapes: T tokens, R rows, K answers of the row that has most, H heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def packed_attention(
     Raises:
         ValueError: for a model whose attention is more than a softmax of scaled products.
     """
-    lengths_RS = packed_lengths(attention_mask)
-    if lengths_RS is None or attention_mask is None:
+    lengths = packed_lengths(attention_mask)
+    if lengths is None or attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
@@ -67,11 +67,11 @@ def packed_attention(
     if found:
         raise ValueError(f"packed rows do not support {', '.join(found)}")
     if fixed_shapes.active():
-        output = fixed_shapes.by_tile(query, key, value, lengths_RS.tolist(), scaling)
+        output = fixed_shapes.by_tile(query, key, value, lengths, scaling)
     elif varlen.usable(query, key, value, dropout, by_row):
-        output = varlen.attend(query, key, value, _segments(attention_mask, lengths_RS), scaling)
+        output = varlen.attend(query, key, value, _segments(attention_mask, lengths), scaling)
     else:
-        output = by_row(query, key, value, lengths_RS.tolist(), scaling, dropout)
+        output = by_row(query, key, value, lengths, scaling, dropout)
     return output.transpose(1, 2), None
 
 
@@ -83,7 +83,7 @@ def packed_mask(lengths: Tensor, device: torch.device) -> Tensor:
     travel in its shape and place, and attention that is not ours would fail on it, not misread it.
 
     Args:
-        lengths: int64 [1, 1, R, 1 + K] on the host, tokens of each row's prompt and of its answers.
+        lengths: of a packed batch, as `RowBatch.attention_mask` has them on the host.
         device: of the decoder.
 
     Returns:
@@ -95,19 +95,19 @@ def packed_mask(lengths: Tensor, device: torch.device) -> Tensor:
     return mask
 
 
-def packed_lengths(mask: object) -> Tensor | None:
-    """Lengths [R, 1 + K] on the host out of what `packed_mask` gave; None for anything else."""
+def packed_lengths(mask: object) -> varlen.Lengths | None:
+    """Each row's lengths out of what `packed_mask` gave; None for anything else."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.dim() != 4:
         return None
-    lengths: Tensor = getattr(mask, _HOST, mask)
-    return lengths[0, 0].cpu()
+    lengths_RS: Tensor = getattr(mask, _HOST, mask)[0, 0]
+    return [[length for length in lengths if length] for lengths in lengths_RS.tolist()]
 
 
-def _segments(mask: Tensor, lengths_RS: Tensor) -> varlen.Segments:
+def _segments(mask: Tensor, lengths: varlen.Lengths) -> varlen.Segments:
     """Of the kernel: made once a mask, for all layers."""
     found: varlen.Segments | None = getattr(mask, _SEGMENTS, None)
     if found is None:
-        found = varlen.Segments.of(lengths_RS.tolist(), mask.device)
+        found = varlen.Segments.of(lengths, mask.device)
         setattr(mask, _SEGMENTS, found)
     return found
 
@@ -116,7 +116,7 @@ def by_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths_RS: varlen.Lengths,
+    lengths: varlen.Lengths,
     scaling: float | None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -126,7 +126,7 @@ def by_row(
         query: [1, H, T, D].
         key: [1, H or fewer, T, D].
         value: as `key`.
-        lengths_RS: tokens of each row's prompt and of its answers.
+        lengths: tokens of each row's prompt and of its answers.
         scaling: of the scores; None: D^(−½).
         dropout: probability.
 
@@ -136,10 +136,10 @@ def by_row(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
-    sizes = [sum(lengths) for lengths in lengths_RS]
+    sizes = [sum(each) for each in lengths]
     rows = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
     pieces: list[Tensor] = []
-    for (prompt, first, *further), (q, k, v) in zip(lengths_RS, rows, strict=True):
+    for (prompt, first, *further), (q, k, v) in zip(lengths, rows, strict=True):
         # The prompt with its first answer, then each further answer.
         end = prompt + first
         pieces.append(attend(*(tensor[:, :, :end] for tensor in (q, k, v)), is_causal=True))

@@ -1,12 +1,13 @@
 """Rows of token ids in, one batch of tensors out: packed, with shared prompts, or plain.
 
-A pair is one row: the prompt once, then both answers. Positions of each answer continue from the
-prompt, and an answer sees the prompt and itself, so that a stock model given this batch's mask and
-positions computes exactly what it computes on two plain rows. Packed rows lie end to end in one
-sequence without pads; shared rows are a sequence each under a dense mask; plain ones a sequence an
-answer.
+A row is a prompt, once, and then its answers, however many. Positions of each answer continue from
+the prompt, and an answer sees the prompt and itself, so that a stock model given this batch's mask
+and positions computes exactly what it computes on a plain row an answer. Packed rows lie end to end
+in one sequence without pads; shared rows are a sequence each under a dense mask; plain ones a
+sequence an answer.
 
-Shapes: B sequences, L padded length, R rows, K answers a row, N answer tokens of the batch.
+Shapes: B sequences, L padded length, R rows, K answers of the row that has most, A answers of the
+batch, N tokens of them that count.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ PAD = -1
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of a prompt and its one or two answers (chosen first, where that is known).
+    """Token ids of a prompt and its answers (of a pair: chosen first, where that is known).
 
     Attributes:
         prompt: what all answers share; never empty, as its last token predicts each answer's first.
         answers: the answers' own tokens, each up to the last that is read (a policy's EOS).
+        skipped: how many first tokens of each answer are of its prompt, but not of the others':
+            they are seen, and count for no log-prob; () where there are none.
     """
 
     prompt: list[int]
     answers: tuple[list[int], ...]
+    skipped: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -46,6 +50,16 @@ class Row:
         """Tokens of the prompt and the longest answer: what `max_length` bounds."""
         return len(self.prompt) + max(len(answer) for answer in self.answers)
 
+    @property
+    def n_scored(self) -> tuple[int, ...]:
+        """Tokens of each answer that count for its log-prob: its last ones."""
+        skipped = self.skipped or (0,) * len(self.answers)
+        return tuple(len(answer) - n for answer, n in zip(self.answers, skipped, strict=True))
+
+    def part(self, answers: slice) -> Row:
+        """The row of these of its answers."""
+        return Row(self.prompt, self.answers[answers], self.skipped[answers])
+
 
 @dataclass(frozen=True)
 class RowBatch:
@@ -54,17 +68,17 @@ class RowBatch:
     Attributes:
         input_ids: [B, L] token ids.
         position_ids: [B, L] positions; each answer's continue from its prompt.
-        attention_mask: int64 [1, 1, R, 1 + K], tokens of each row's prompt and answers, for layout
-            'packed', always on the host; bool [B, 1, L, L], True where a query (dim 2) sees a key
-            (dim 3), for 'shared'; int64 [B, L], 1 on tokens and 0 on pads, for 'plain'.
+        attention_mask: for layout 'packed' int64 [1, 1, R, 1 + K], always on the host: tokens of
+            each row's prompt and answers, and 0 where it has fewer; for 'shared' bool [B, 1, L, L],
+            True where a query (dim 2) sees a key (dim 3); for 'plain' int64 [B, L], 1 on tokens and
+            0 on pads.
         token_type_ids: [B, L], 1 on answers, for classifiers of pairs of texts; None unless plain.
         source: [N] flat index (sequence × L + position) of the hidden state that predicts a token.
         target: [N] the predicted answer tokens.
-        answer: [N] row × K + k of the answer each token belongs to.
-        last: [R × K] flat index of each answer's last token.
+        answer: [N] which of the batch's A answers each token belongs to.
+        last: [A] flat index of each answer's last token.
         layout: how rows were laid out.
-        n_rows: R.
-        n_answers: K.
+        n_answers: of each row.
         useful_tokens: tokens that are no pads.
         padded_tokens: B × L.
     """
@@ -78,10 +92,14 @@ class RowBatch:
     answer: Tensor
     last: Tensor
     layout: Layout
-    n_rows: int
-    n_answers: int
+    n_answers: tuple[int, ...]
     useful_tokens: int
     padded_tokens: int
+
+    def by_row(self, numbers_A: Tensor) -> Tensor:
+        """One number an answer as [R, K], for rows that all have as many answers."""
+        (count,) = set(self.n_answers)
+        return numbers_A.view(-1, count)
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on `device`; packed rows' lengths stay on the host."""
@@ -104,21 +122,38 @@ def planned_length(row: Row, layout: Layout) -> int:
     """The length by which a micro-batch planner counts a row.
 
     The sum of planned lengths is the size of a packed batch. Rows × the longest planned length is
-    the padded size of any other: in the plain layout a row of two answers is two sequences.
+    the padded size of any other: in the plain layout a row of K answers is K sequences, so that
+    rows of unequal K are to be planned by their sequences too.
     """
     return len(row.answers) * row.n_longest if layout == "plain" else row.n_tokens
+
+
+def cut(row: Row, budget: int, layout: Layout) -> list[Row]:
+    """The row, or rows of its answers in their order, each with the whole prompt.
+
+    Args:
+        row: with any number of answers.
+        budget: the planned length that no row exceeds which has more than one answer.
+        layout: by which lengths are planned.
+    """
+    rows, start = [], 0
+    for end in range(1, len(row.answers)):
+        if planned_length(row.part(slice(start, end + 1)), layout) > budget:
+            rows.append(row.part(slice(start, end)))
+            start = end
+    return [*rows, row.part(slice(start, None))]
 
 
 def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
     """Lays rows out as one batch, right-padded unless it is packed.
 
     Args:
-        rows: at least one; all with the same number of answers.
+        rows: at least one, of any numbers of answers.
         layout: 'packed', one sequence in all; 'shared', one a row; or 'plain', one an answer.
         pad_id: fills the tail of shorter sequences; no token sees it.
 
     Raises:
-        ValueError: for no rows, rows with unequal numbers of answers, an empty prompt or answer.
+        ValueError: for no rows or answers, an empty prompt, or an answer of which nothing counts.
     """
     _check(rows)
     sequences = _LAYOUTS[layout](rows)
@@ -131,8 +166,7 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         token_type_ids=_token_types(layout, sequences, length),
         **_read_tokens(rows, spans),
         layout=layout,
-        n_rows=len(rows),
-        n_answers=len(rows[0].answers),
+        n_answers=tuple(len(row.answers) for row in rows),
         useful_tokens=sum(len(sequence.tokens) for sequence in sequences),
         padded_tokens=len(sequences) * length,
     )
@@ -140,10 +174,14 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
 
 def _read_tokens(rows: Sequence[Row], spans: Sequence[tuple[int, range]]) -> dict[str, Tensor]:
     """Which states are read, what they should predict, and whose they are (see `RowBatch`)."""
+    answers = [answer for row in rows for answer in row.answers]
+    scored = [n for row in rows for n in row.n_scored]
+    sources = ([before, *span[:-1]][-n:] for (before, span), n in zip(spans, scored, strict=True))
+    targets = (answer[-n:] for answer, n in zip(answers, scored, strict=True))
     return {
-        "source": torch.tensor([i for before, span in spans for i in (before, *span[:-1])]),
-        "target": torch.tensor([token for row in rows for a in row.answers for token in a]),
-        "answer": torch.tensor([a for a, (_, span) in enumerate(spans) for _ in span]),
+        "source": torch.tensor([i for source in sources for i in source]),
+        "target": torch.tensor([token for target in targets for token in target]),
+        "answer": torch.tensor([a for a, n in enumerate(scored) for _ in range(n)]),
         "last": torch.tensor([span[-1] for _, span in spans]),
     }
 
@@ -176,19 +214,24 @@ def shared_mask(segment_BL: Tensor) -> Tensor:
 def _check(rows: Sequence[Row]) -> None:
     if not rows:
         raise ValueError("rows: none given; a micro-batch needs at least one row")
-    counts = {len(row.answers) for row in rows}
-    if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"rows: {sorted(counts)} answers a row; give each row the same number")
     for number, row in enumerate(rows):
-        if not row.prompt or not all(row.answers):
-            raise ValueError(f"rows[{number}]: empty prompt or answer; set such rows aside")
+        if not row.prompt or not row.answers or not all(row.answers):
+            raise ValueError(
+                f"rows[{number}]: no answer, or an empty prompt or answer; set such rows aside"
+            )
+        if len(row.skipped) not in (0, len(row.answers)) or min(row.n_scored) < 1:
+            raise ValueError(
+                f"rows[{number}]: skipped {row.skipped}; give a number for each answer, below that "
+                "of its tokens"
+            )
 
 
 def _attention_mask(
     rows: Sequence[Row], layout: Layout, sequences: Sequence[_Sequence], length: int
 ) -> Tensor:
     if layout == "packed":
-        return torch.tensor([[[[len(row.prompt), *map(len, row.answers)] for row in rows]]])
+        lengths = [[len(row.prompt), *map(len, row.answers)] for row in rows]
+        return _padded(lengths, max(map(len, lengths)), 0)[None, None]
     segment_BL = _padded([sequence.segments for sequence in sequences], length, PAD)
     return shared_mask(segment_BL) if layout == "shared" else (segment_BL != PAD).long()
 
@@ -228,11 +271,11 @@ def _plain(rows: Sequence[Row]) -> list[_Sequence]:
     return [
         _Sequence(
             tokens=[*row.prompt, *answer],
-            segments=[PROMPT] * len(row.prompt) + [1] * len(answer),
+            segments=[PROMPT] * (len(row.prompt) + len(answer) - scored) + [1] * scored,
             positions=list(range(len(row.prompt) + len(answer))),
         )
         for row in rows
-        for answer in row.answers
+        for answer, scored in zip(row.answers, row.n_scored, strict=True)
     ]
 
 

@@ -26,12 +26,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Nats by which our head may differ from the stock model's, whose chunks differ.
 _HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 _SCORED = 2  # rows of the probe that are scored one sequence at a time
-_PROBE_LENGTHS = ((7, (5, 9)), (3, (6, 2)), (12, (1, 4)))
+_PROBE_LENGTHS: tuple[RowLengths, ...] = ((7, (5, 9)), (3, (6, 2, 4, 1)), (12, (4,)))
 SHORT = max(prompt + max(answers) for prompt, answers in _PROBE_LENGTHS)
 
 
 def probe_rows(vocab_size: int, seed: int = 0, longest: int | None = None) -> list[Row]:
-    """Rows of random tokens, two answers each, of unequal lengths.
+    """Rows of random tokens, of unequal lengths and numbers of answers.
 
     Args:
         vocab_size: token ids are below it.
@@ -65,14 +65,14 @@ def drawn_rows(vocab_size: int, lengths: Sequence[RowLengths], seed: int = 0) ->
 
 def apart(rows: list[Row]) -> list[Row]:
     """A row for each answer."""
-    return [Row(row.prompt, (answer,)) for row in rows for answer in row.answers]
+    return [row.part(slice(k, k + 1)) for row in rows for k in range(len(row.answers))]
 
 
 def states(module: AnswerLogProbs | AnswerScores, rows: list[Row], layout: Layout) -> Tensor:
     """What the module reads: states of tokens that predict, or of answers' ends.
 
     Returns:
-        fp32 [N, H], N answer tokens in the order of the rows; or [R × K, H] for scores.
+        fp32 [N, H], N answer tokens in the order of the rows; or [A, H] of A answers.
     """
     batch = collate(rows, layout, 0).to(next(module.parameters()).device)
     hidden = decode(decoder_of(unwrapped(module.model)), batch).flatten(0, 1).float()
@@ -162,7 +162,7 @@ def check_scores(module: AnswerScores) -> None:
     parameter = next(module.parameters())
     rows, pad = closed_rows(core.config.get_text_config(), _PROBE_LENGTHS[:_SCORED])
     batch = collate(rows, "plain", pad).to(parameter.device)
-    padded_S, stock_S = module(batch).flatten(), module.stock(batch).flatten()
+    padded_S, stock_S = module(batch), module.stock(batch).flatten()
     if not bool(stock_S.isfinite().all()):
         return  # its scores are no numbers in any layout: each pair says so
     difference = float((padded_S - stock_S).abs().max() / (1 + stock_S.abs().max()))

@@ -1,12 +1,12 @@
 """Packed rows in; the attention of all of them by one kernel of variable lengths out.
 
-A row is two segments or more: its prompt with the first answer, and each further answer, whose
+A row is a segment or more: its prompt with the first answer, and each further answer, whose
 keys are the prompt's and its own. Queries stay where they are; keys are gathered, a few more than
 tokens. Nothing is compiled and no mask is made. The kernel (flash attention, which torch brings
 along) is for half precision on NVIDIA GPUs; before it is used it is compared, forward and backward,
 with attention row by row. It has not run on a GPU yet: the plan of segments is proved on CPU.
 
-Shapes: T tokens, T_k gathered keys, R rows, K answers a row, S segments, H heads of width D.
+Shapes: T tokens, T_k gathered keys, S segments, H heads of width D.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
 
 logger = logging.getLogger(__name__)
 
-Lengths = Sequence[Sequence[int]]  # [R, 1 + K], tokens of each row's prompt and of its answers
+Lengths = Sequence[Sequence[int]]  # tokens of each row's prompt and of each of its answers
 ByRow = Callable[[Tensor, Tensor, Tensor, Lengths, float | None], Tensor]
 
 _CAUSAL = (-1, 0)  # the last query of a segment sees its last key
@@ -34,7 +34,7 @@ _WIDEST = 256  # D that it knows; it must be a multiple of 8
 # Relative errors that rounding alone explains, of a token's output and of a whole gradient. One
 # key too many or too few is of the order of 1.
 _TOLERANCE = {torch.float16: (2e-2, 1e-2), torch.bfloat16: (1e-1, 5e-2)}
-_PROBED: Lengths = ((130, 131, 3), (1, 1, 2), (63, 1, 64), (5, 270, 1))  # around the kernel's tiles
+_PROBED: Lengths = ((130, 131, 3), (1, 1, 2, 7), (63, 64), (5, 270, 1))  # around the kernel's tiles
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Rows of token ids in, one number per answer out: token-budget batches through a model."""
+"""Rows of token ids in, one number per answer out: token-budget batches through a model.
+
+Shapes: A answers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain, islice
 from typing import Protocol, TypeVar
 
 import torch
@@ -14,7 +18,7 @@ from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout
-from cwpo_dist.lm.rows import Row, RowBatch, collate, planned_length
+from cwpo_dist.lm.rows import Row, RowBatch, collate, cut, planned_length
 
 Module = AnswerLogProbs | AnswerScores
 _Told = TypeVar("_Told")
@@ -25,9 +29,9 @@ class Forwarded:
     """What one pass gives.
 
     Attributes:
-        values: [rows, answers], in the order of the rows.
-        counts: `tokens`, `padded_tokens` (pads included) and useful `flops`; they depend on the
-            rows alone.
+        values: of each row's answers, in their order.
+        counts: `tokens`, those of prompts that were repeated among them; `padded_tokens` (pads
+            included); and useful `flops`, which count a prompt once. They depend on the rows alone.
     """
 
     values: list[list[float]]
@@ -53,7 +57,7 @@ class Ranks(Protocol):
         ...
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """One number an answer [P, K]; called equally often on all ranks."""
+        """One number an answer [A]; called equally often on all ranks."""
         ...
 
     def total(self, numbers: Tensor) -> Tensor:
@@ -72,7 +76,8 @@ class Ranks(Protocol):
 class RowForward:
     """A model that is applied to rows in token-budget batches, without gradients.
 
-    Batches depend on the rows alone, also where several ranks share them.
+    A row that exceeds the budget is cut into rows that repeat its prompt. Batches depend on the
+    rows alone, also where several ranks share them.
     """
 
     def __init__(
@@ -95,53 +100,61 @@ class RowForward:
 
     def __call__(self, rows: Sequence[Row]) -> Forwarded:
         """One number for each answer."""
-        plan = self._plan([planned_length(row, self.layout) for row in rows])
+        pieces = [piece for row in rows for piece in cut(row, self.max_tokens, self.layout)]
+        plan = self._plan(pieces)
         apply = self._alone if self.ranks is None else partial(self._together, self.ranks)
-        values, padded_tokens = apply([micro for micro in plan if micro], rows)
+        found, padded_tokens = apply([[pieces[i] for i in micro] for micro in plan if micro])
+        order = [i for micro in plan for i in micro]
+        by_piece = dict(zip(order, _by_row(found, [pieces[i] for i in order]), strict=True))
         counts = {
-            "tokens": sum(row.n_tokens for row in rows),
+            "tokens": sum(piece.n_tokens for piece in pieces),
             "padded_tokens": padded_tokens,
             "flops": int(self.flops.forward(rows)),
         }
-        return Forwarded(values, counts)
+        in_order = chain.from_iterable(by_piece[i] for i in range(len(pieces)))
+        return Forwarded(_by_row(in_order, rows), counts)
 
-    def _plan(self, lengths: list[int]) -> list[list[int]]:
-        (plan,) = plan_micro_batches(lengths, self.max_tokens, 1, self.layout)
+    def _plan(self, rows: list[Row]) -> list[list[int]]:
+        lengths = [planned_length(row, self.layout) for row in rows]
+        counts = [len(row.answers) for row in rows] if self.layout == "plain" else None
+        (plan,) = plan_micro_batches(lengths, self.max_tokens, 1, self.layout, counts)
         return plan
 
-    def _alone(self, plan: list[list[int]], rows: Sequence[Row]) -> tuple[list[list[float]], int]:
+    def _alone(self, batches: list[list[Row]]) -> tuple[list[float], int]:
         outputs, padded_tokens = [], 0
-        for micro in plan:
-            output_PK, tokens = self._batch([rows[i] for i in micro])
-            outputs.append(output_PK)
+        for rows in batches:
+            output_A, tokens = self._batch(rows)
+            outputs.append(output_A)
             padded_tokens += tokens
         # Read back once: a device computes on while the next batch is laid out.
-        found = torch.cat(outputs).cpu().tolist() if outputs else []
-        order = [i for micro in plan for i in micro]
-        by_row = dict(zip(order, found, strict=True))
-        return [by_row[i] for i in range(len(rows))], padded_tokens
+        return torch.cat(outputs).cpu().tolist() if outputs else [], padded_tokens
 
     @torch.inference_mode()
     def _batch(self, rows: list[Row]) -> tuple[Tensor, int]:
-        """What the model says of one batch of rows, fp32 [P, K], and its tokens, pads included."""
+        """What the model says of one batch of rows, fp32 [A], and its tokens, pads included."""
         batch = collate(rows, self.layout, self.pad_id)
         return self.module(batch.to(self.device)).float(), batch.padded_tokens
 
-    def _together(
-        self, ranks: Ranks, plan: list[list[int]], rows: Sequence[Row]
-    ) -> tuple[list[list[float]], int]:
+    def _together(self, ranks: Ranks, batches: list[list[Row]]) -> tuple[list[float], int]:
         """Batches dealt to ranks in turn; who has none left repeats the last, in vain."""
-        if not plan:
+        if not batches:
             return [], 0
-        values_RK = torch.zeros(len(rows), len(rows[0].answers), device=self.device)
+        answers = (sum(len(row.answers) for row in rows) for rows in batches)
+        ends = list(accumulate(answers, initial=0))
+        values_A = torch.zeros(ends[-1], device=self.device)
         padded = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for first in range(0, len(plan), ranks.world_size):
+        for first in range(0, len(batches), ranks.world_size):
             number = first + ranks.rank
-            micro = plan[min(number, len(plan) - 1)]
-            batch = collate([rows[i] for i in micro], self.layout, self.pad_id)
-            output_PK = ranks.forward(batch)
-            if number < len(plan):
-                values_RK[micro] = output_PK
+            batch = collate(batches[min(number, len(batches) - 1)], self.layout, self.pad_id)
+            output_A = ranks.forward(batch)
+            if number < len(batches):
+                values_A[ends[number] : ends[number + 1]] = output_A
                 padded += batch.padded_tokens
-        found: list[list[float]] = ranks.total(values_RK).cpu().tolist()
+        found: list[float] = ranks.total(values_A).cpu().tolist()
         return found, int(ranks.total(padded))
+
+
+def _by_row(values: Iterable[float], rows: Iterable[Row]) -> list[list[float]]:
+    """One number an answer, in the order of the rows, as a list of each row's."""
+    left = iter(values)
+    return [list(islice(left, len(row.answers))) for row in rows]

@@ -32,7 +32,7 @@ FIELD = "annotate.batch_invariant"
 _WHOLE = 16  # tokens: a vector loop over such a tensor has no rest that goes another way
 # Of probe rows without EOS: around the tiles of attention, as short as can be, a block in all.
 _PROBED: tuple[RowLengths, ...] = (
-    *((7, (5, 9)), (1, (1, 2)), (62, (2, 1)), (70, (61, 3)), (31, (40, 17))),
+    *((7, (5, 9)), (1, (1, 2)), (62, (2, 1)), (70, (61,)), (31, (40, 17, 3))),
 )
 _ALONE = 4  # answers of the probe that are scored by themselves, each at the cost of a block
 
@@ -89,7 +89,7 @@ class InvariantForward(RowForward):
     def _same_in_any_company(self) -> bool:
         """Whether each answer of the probe has the same bits twice, beside others, and alone."""
         rows = self._rows
-        turned = [Row(row.prompt, row.answers[::-1]) for row in reversed(rows)]
+        turned = [row.part(slice(None, None, -1)) for row in reversed(rows)]
         companies = [rows, turned, [*turned, *rows], apart(rows)]
         companies += [[row] for row in apart(rows)[:_ALONE]]
         if self.module.reads_last_token:  # else where its prompt ends is part of what it reads
@@ -103,19 +103,19 @@ class InvariantForward(RowForward):
 
     def _by_answer(self, rows: list[Row]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Each answer's tokens, the prompt's before them, and its number in this batch."""
-        for row, numbers in zip(rows, self._batch(rows)[0], strict=True):
-            for answer, number in zip(row.answers, numbers, strict=True):
-                yield (*row.prompt, *answer), number
+        for row, number in zip(apart(rows), self._batch(rows)[0], strict=True):
+            yield (*row.prompt, *row.answers[0]), number
 
     def _probe_rows(self, max_length: int) -> list[Row]:
         fitting = [each for each in _PROBED if each[0] + max(each[1]) < max_length]
         config = unwrapped(self.module.model).config.get_text_config()
         return closed_rows(config, fitting or [(1, (1, 2))])[0]
 
-    def _plan(self, lengths: list[int]) -> list[list[int]]:
+    def _plan(self, rows: list[Row]) -> list[list[int]]:
         """Batches filled up to whole blocks, longest rows first: only the last has much to fill."""
         if not self.tiled:
-            return super()._plan(lengths)
+            return super()._plan(rows)
+        lengths = [row.n_tokens for row in rows]
         room = max(1, self.max_tokens // BLOCK) * BLOCK - 2 * _WHOLE
         batches: list[list[int]] = []
         filled: list[int] = []
@@ -137,17 +137,16 @@ class InvariantForward(RowForward):
         with torch.inference_mode():
             outputs = [self.module(batch.to(self.device)).float() for batch in batches]
         tokens = sum(batch.padded_tokens for batch in batches)
-        return torch.cat(outputs).view(len(rows), -1), tokens
+        return torch.cat(outputs), tokens
 
     def _packed(self, rows: list[Row], shapes: FixedShapes) -> tuple[Tensor, int]:
         """Of the rows and one of pads behind them, to a whole number of vectors."""
-        answers = len(rows[0].answers)
-        missing = -(sum(row.n_tokens for row in rows) + 1 + answers) % _WHOLE
-        filler = Row([self.pad_id] * (1 + missing), ([self.pad_id],) * answers)
+        missing = -(sum(row.n_tokens for row in rows) + 2) % _WHOLE
+        filler = Row([self.pad_id] * (1 + missing), ([self.pad_id],))
         batch = collate([*rows, filler], "packed", self.pad_id)
         with torch.inference_mode(mode=False), torch.no_grad(), shapes:
-            output_PK = self.module(batch.to(self.device)).float()
-        return output_PK[: len(rows)], -(-batch.padded_tokens // BLOCK) * BLOCK
+            output_A = self.module(batch.to(self.device)).float()
+        return output_A[:-1], -(-batch.padded_tokens // BLOCK) * BLOCK
 
 
 def _longer_prompt(row: Row) -> Row:

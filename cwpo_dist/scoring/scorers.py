@@ -231,7 +231,7 @@ class ReferenceWorker:
             if not (math.isfinite(logp_a) and math.isfinite(logp_b)):
                 rejects.add("non-finite log-probability", row)
                 continue
-            n_a, n_b = (len(answer) for answer in row.given.answers)
+            n_a, n_b = row.given.n_scored
             found.append(LogProbs(row.pair_id, logp_a, logp_b, n_a, n_b))
         counts = {"rows_in": len(rows), "rows": len(found)} | forwarded.counts
         table = table_of(found, REFERENCE_SCHEMA)

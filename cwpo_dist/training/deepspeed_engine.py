@@ -114,9 +114,9 @@ class DeepSpeedEngine:
         return self.stage == 3
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """Outputs [P, K]."""
-        output_PK: Tensor = self._engine(batch)
-        return output_PK
+        """One number an answer [A]."""
+        output_A: Tensor = self._engine(batch)
+        return output_A
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the loss's gradient, averaged over ranks; a collective under ZeRO-2 and -3."""

@@ -87,11 +87,11 @@ class Frozen:
         self.device = torch.device(self._engine.device)
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """Log-probs [P, K] of this rank's batch; a collective, and a sign of life."""
+        """Log-probs [A] of this rank's batch; a collective, and a sign of life."""
         self._watchdog.beat()
         with torch.no_grad():
-            output_PK: Tensor = self._engine(batch.to(self.device))
-        return output_PK.float()
+            output_A: Tensor = self._engine(batch.to(self.device))
+        return output_A.float()
 
     def total(self, numbers: Tensor) -> Tensor:
         """The sum over ranks."""

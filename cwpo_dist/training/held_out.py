@@ -35,7 +35,8 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
         for start in range(0, len(every), BATCH):
             indices = every[start : start + BATCH]
             for micro in micro_batches(task, engine, run, indices):
-                output_PK = engine.forward(micro.batch.to(engine.device))
+                batch = micro.batch.to(engine.device)
+                output_PK = batch.by_row(engine.forward(batch))
                 if micro.weight:
                     rows = [indices[p] for p in micro.positions]
                     outputs_NK[rows] = output_PK.double().cpu()

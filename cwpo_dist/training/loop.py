@@ -3,7 +3,7 @@
 The one training loop of `fit`, `sft` and `align`. It knows neither Ray nor DeepSpeed. What a step
 computes depends on (seed, step) alone: world size and micro-batches change only who computes it.
 
-Shapes: P = rows of a micro-batch or global batch, K = answers a row.
+Shapes: P = rows of a micro-batch or global batch, K = answers a row, A = answers.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Engine(Protocol):
     replicated: bool
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """Outputs [P, K]."""
+        """One number an answer [A], in the order of the rows."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the loss's gradient, averaged over ranks; `last` on a step's last micro-step."""
@@ -225,7 +225,7 @@ def gradients(
         batch = micro.batch.to(engine.device)
         meter.mark("data")
         recompute(engine.module, on=run.config.gradient_checkpointing or micro.over_budget)
-        output_PK = engine.forward(batch)
+        output_PK = batch.by_row(engine.forward(batch))
         loss_P = task.losses(output_PK, [indices[p] for p in micro.positions])
         # DeepSpeed averages over ranks, hence × world size. A pad is a finite row times 0.
         loss = (loss_P.sum() * (micro.weight * engine.world_size)) / denominator

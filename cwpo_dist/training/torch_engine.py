@@ -35,9 +35,9 @@ class TorchEngine:
                 self.optimizer.state[parameter] = fresh_state(parameter, self.state_keys)
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """Outputs [P, K]."""
-        output_PK: Tensor = self.module(batch)
-        return output_PK
+        """One number an answer [A]."""
+        output_A: Tensor = self.module(batch)
+        return output_A
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the loss's gradient."""
