@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -104,6 +105,10 @@ class Steps:
         return stepped
 
 
+# How safetensors calls a file that it is still writing: it gets its name, which is logged, later.
+_UNDER_WAY = re.compile(r"/\.tmp\w{6}$")
+
+
 def synced(log: Log, fsync: Callable[[int], None]) -> Callable[[int], None]:
     """`os.fsync`, and a line for what it brought to the disk."""
 
@@ -180,7 +185,7 @@ def _record_store(noted: Any, place: Callable[[Store, str], str]) -> None:
 
     def listed(self: Store, below: str = "") -> list[str]:
         with noted("names", self, below) as how:
-            found = names(self, below)
+            found = [name for name in names(self, below) if not _UNDER_WAY.search(name)]
             how |= {"outcome": "here", "seen": [place(self, name) for name in found]}
         return found
 

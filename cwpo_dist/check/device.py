@@ -101,6 +101,8 @@ def packed_rows(device: torch.device, dtype: torch.dtype) -> Outcome:
         *tiny_models.rows(3, (200, 300), (40, 150)),
         *tiny_models.rows(3, (1, 20), (1, 30), seed=1),
         *tiny_models.rows(1, (129, 129), (127, 128), seed=2),
+        *tiny_models.rows(1, (30, 60), (1, 90), seed=3, answers=7),
+        *tiny_models.rows(1, (30, 60), (1, 90), seed=4, answers=1),
     ]
     model = tiny_models.policy(dtype, device)
     rounded = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}

@@ -79,14 +79,18 @@ def _placed(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) ->
     return model
 
 
-def rows(count: int, prompt: tuple[int, int], answer: tuple[int, int], seed: int = 0) -> list[Row]:
-    """Rows of two answers, of lengths between the bounds."""
+def rows(
+    count: int, prompt: tuple[int, int], answer: tuple[int, int], seed: int = 0, answers: int = 2
+) -> list[Row]:
+    """Rows of so many answers, of lengths between the bounds."""
     draw = random.Random(seed)
 
     def tokens(bounds: tuple[int, int]) -> list[int]:
         return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(*bounds))]
 
-    return [Row(tokens(prompt), (tokens(answer), tokens(answer))) for _ in range(count)]
+    return [
+        Row(tokens(prompt), tuple(tokens(answer) for _ in range(answers))) for _ in range(count)
+    ]
 
 
 def preferences(given: list[Row]) -> Preference:
