@@ -194,7 +194,8 @@ def test_what_reads_no_log_probs_does_not_care_for_skipped_tokens() -> None:
 def test_rows_that_are_cut_say_what_whole_rows_say(
     arch: str, attention: str, layout: Layout
 ) -> None:
-    rows = rows_of([8, 1, 5, 2, 1, 1])
+    # The last has many short answers: as plain rows they are not to be padded to a long one's.
+    rows = [*rows_of([8, 1, 5, 2, 1, 1]), Row([0, 3], tuple([k, 1] for k in range(4, 12)))]
     module = AnswerScores(tiny_classifier(arch, attn_implementation=attention))
     whole = RowForward(module, PAD, 64, 10_000)(rows)
     for budget in (40, 150):
@@ -204,10 +205,10 @@ def test_rows_that_are_cut_say_what_whole_rows_say(
         with module.register_forward_pre_hook(lambda _module, args, seen=seen: seen.extend(args)):
             found = forward(rows)
         assert all(each.padded_tokens <= budget or len(each.last) == 1 for each in seen)
-        assert [len(values) for values in found.values] == [8, 1, 5, 2, 1, 1]
+        assert [len(values) for values in found.values] == [8, 1, 5, 2, 1, 1, 8]
         for values, wanted in zip(found.values, whole.values, strict=True):
             assert values == pytest.approx(wanted, abs=1e-5)
-        assert sum(len(batch.last) for batch in seen) == 18
+        assert sum(len(batch.last) for batch in seen) == 26
         repeated = sum(len(r.prompt) * (len(cut(r, budget, layout)) - 1) for r in rows)
         assert repeated > 0
         assert found.counts["tokens"] == whole.counts["tokens"] + repeated
