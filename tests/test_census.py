@@ -30,6 +30,59 @@ def rows(draw: random.Random, count: int) -> list[dict[str, Any]]:
     return made
 
 
+def lists(draw: random.Random, count: int, ratings: str | None) -> list[dict[str, Any]]:
+    """Rows of responses to the prompts of `rows`, with faults of every kind."""
+    made = []
+    for _ in range(count):
+        size = draw.choice([1, 2, 3, 5])
+        texts = [draw.choice(["yes", "no", "maybe", "well", "", None, 7]) for _ in range(size)]
+        row: dict[str, Any] = {"prompt": f"p{draw.randrange(30)}", "topic": draw.randrange(9)}
+        row["responses"] = texts
+        if ratings is not None:
+            rated = [draw.choice([1, 2, 3, None, "x"]) for _ in range(size)]
+            row[ratings] = draw.choice([rated, rated, rated, rated[1:], None])
+        made.append(row)
+    return made
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("seed", range(6))
+def test_plan_counts_what_prepare_makes_of_lists(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    ratings = ("scores", "ranks", None)[seed % 3]
+    sources: list[dict[str, Any]] = []
+    for name, into in (("a", None), ("b", "test")):
+        path = tmp_path / f"{name}.jsonl"
+        made_rows = lists(draw, 120, ratings) if name == "a" else rows(draw, 60)
+        path.write_text("".join(json.dumps(row) + "\n" for row in made_rows))
+        sources.append({"path": str(path), "into": into})
+    given = PrepareConfig.model_validate(
+        {
+            "sources": sources,
+            "max_reject_fraction": 1.0,
+            "pairing": "all" if ratings is None else ("all", "best_worst", "adjacent")[seed // 2],
+            "group_column": "topic" if seed % 2 else None,
+        }
+    )
+    store = Store(str(tmp_path / "out"))
+    made = prepare(store, given, seed)
+    found = census(given, seed)
+    of_lists = made["lists"]
+    assert (found.lists.rows, found.lists.responses) == (of_lists["rows"], of_lists["responses"])
+    assert (found.lists.pairs, found.lists.ties) == (of_lists["pairs"], of_lists["ties"])
+    assert (found.lists.ties > 0) is (ratings is not None)
+    assert found.lists.repeated == of_lists["repeated"] > 0
+    assert dict(found.of_lists.reasons) == of_lists["set_aside"]
+    assert found.lists.set_aside == sum(of_lists["set_aside"].values()) > 0
+    assert found.merged == made["merged_duplicates"] > 0
+    assert found.rows == made["rows_in"] - of_lists["rows"] + of_lists["pairs"]
+    assert dict(found.tally.reasons) == made["rejects"]
+    assert {k: n for k, n in found.splits.items() if n} == {
+        k: n for k, n in made["splits"].items() if n
+    }
+    assert {k: sum(n.values()) for k, n in found.own.items()} == made["numbers"]
+
+
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("seed", range(6))
 def test_plan_counts_what_prepare_makes(tmp_path: Path, seed: int) -> None:

@@ -159,11 +159,45 @@ SETS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of the table below a heading."""
+RATED = [(LOST, 2.5, 1, "1"), (WON, 4.0, 9, "5"), ("Rice.", 3.0, 5, "3")]
+# The same of rows with lists of responses.
+LISTS: dict[str, dict[str, Any]] = {
+    "UltraFeedback": {
+        "instruction": ASK,
+        "models": ["x", "y", "z"],
+        "completions": [
+            {
+                "response": text,
+                "fine-grained_score": fine,
+                "overall_score": 10.0 - overall,
+                "annotations": {"helpfulness": {"Rating": rating, "Rationale": "so"}},
+            }
+            for text, fine, overall, rating in RATED
+        ],
+    },
+    "Nectar": {
+        "prompt": hh(""),
+        "answers": [
+            {"answer": text, "rank": 10.0 - good, "model": "x"} for text, _, good, _ in RATED
+        ],
+        "turns": 1,
+        "num_responses": 3,
+    },
+    "Sampled and scored": {
+        "prompt": ASK,
+        "responses": [text for text, *_ in RATED],
+        "scores": [good for _, good, *_ in RATED],
+    },
+}
+LISTS["UltraFeedback, one aspect"] = LISTS["UltraFeedback"]
+
+
+def table(heading: str, first: str = "") -> list[list[str]]:
+    """The cells of the table below a heading: the one whose first column has that name."""
     section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
+    start = next((k for k, line in enumerate(lines) if line.startswith(f"| {first} ")), 0)
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[start + 1 :]]
 
 
 def test_the_page_has_a_recipe_for_each_shape() -> None:
@@ -185,6 +219,24 @@ def test_a_recipe_reads_rows_of_its_shape(tmp_path: Path, name: str) -> None:
         is_tie = f"{ASK} 2." in said(pair["prompt"])  # a third row of a shape is one
         assert pair["tie"] is is_tie
         assert is_tie or said(pair[f"response_{pair['label']}"]) == WON
+
+
+def test_the_page_has_a_recipe_for_each_shape_of_lists() -> None:
+    assert {row[0] for row in table("Lists of responses", "set")} == set(LISTS)
+
+
+@pytest.mark.parametrize("name", list(LISTS))
+@pytest.mark.usefixtures("in_process")
+def test_a_recipe_reads_lists_of_its_shape(tmp_path: Path, name: str) -> None:
+    (lines,) = [row[2] for row in table("Lists of responses", "set") if row[0] == name]
+    given = {} if lines == "none" else yaml.safe_load(lines.strip("`"))
+    store, path = Store(str(tmp_path / "out")), write(tmp_path / "x.jsonl", [LISTS[name]])
+    counts = prepare(store, config({"path": path, **given}, pairing="best_worst"), seed=0)
+    assert (counts["rejects"], counts["lists"]["set_aside"]) == ({}, {})
+    (pair,) = pairs(store)
+    other = "b" if pair["label"] == "a" else "a"
+    assert said(pair[f"response_{pair['label']}"]) == WON
+    assert said(pair[f"response_{other}"]) == LOST
 
 
 @pytest.mark.usefixtures("in_process")
@@ -219,6 +271,14 @@ def test_all_fields_and_their_other_names_stand_on_the_page() -> None:
         assert {f"`{name}`" for name in names} <= set(re.findall(r"`[\w.]+`", cell))
     for name in (*column_names.PROMPTS, *column_names.CONVERSATIONS):
         assert f"`{name}`" in by_field["`prompt`"]
+    for name in column_names.LISTS:
+        assert name == "responses" or f"`{name}`" in by_field["`responses`"]
+    for field, names in column_names.RATINGS.items():
+        assert {f"`{name}`" for name in names} - {f"`{field}`"} == set(
+            by_field[f"`{field}`"].split(", ")
+        )
+    for name in column_names.IN_LISTS:
+        assert f"`{name}`" in PAGE
     for name in column_names.MEDIA:
         assert f"`{name}`" in PAGE
 

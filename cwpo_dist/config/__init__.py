@@ -2,7 +2,7 @@
 
 from cwpo_dist.config.base import ConfigError, Fraction, PositiveFloat, PositiveInt, Section, Split
 from cwpo_dist.config.config import ARMS, TRAINING, Arm, CompareConfig, Config, Grid, WeighConfig
-from cwpo_dist.config.data import LabelColumn, PrepareConfig, Source
+from cwpo_dist.config.data import LabelColumn, Pairing, PrepareConfig, Source
 from cwpo_dist.config.models import TEMPLATE_DATE, LoraConfig, ModelConfig
 from cwpo_dist.config.scoring import (
     AnnotateConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "LabelColumn",
     "LoraConfig",
     "ModelConfig",
+    "Pairing",
     "Pool",
     "PoolConfig",
     "PositiveFloat",

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from cwpo_dist.config.base import Fraction, Place, PositiveFloat, PositiveInt, Section
 
 LabelValue = bool | int | float | str
+Pairing = Literal["given", "all", "best_worst", "adjacent"]
 
 
 class LabelColumn(Section):
@@ -52,8 +53,8 @@ class Source(Section):
     revision: str | None = Field(None, description="commit of a hub data set")
     columns: dict[str, str | LabelColumn | None] = Field(
         default_factory=dict,
-        description="our name → theirs (a.b.0 inside nested ones), or null: not to be read; for "
-        "label also {from: …, a: …, b: …, tie: …}. docs/data.md has the names",
+        description="our name → theirs (a.b.0 inside nested ones, a.*.b of all items), or null: "
+        "not to be read; for label also {from: …, a: …, b: …, tie: …}. docs/data.md has the names",
     )
     format: Literal["auto", "text", "conversational", "hh"] = Field(
         "auto", description="hh: transcripts '\\n\\nHuman: … \\n\\nAssistant: …'"
@@ -106,6 +107,12 @@ class PrepareConfig(Section):
         description="of the labelled prompts, what pairs without a label but as many votes for one "
         "answer as for the other are; labelled: `fit` learns from them with fit.labels: votes",
     )
+    pairing: Pairing = Field(
+        "given",
+        description="what is compared of sources with a list of responses a row: all two of them; "
+        "best_worst: the best and the worst; adjacent: neighbours by score or rank; given: there "
+        "are none, each row is a pair",
+    )
     group_column: str | None = Field(
         None, description="rows that share its value stay on one side; null: the prompt"
     )
@@ -117,10 +124,12 @@ class PrepareConfig(Section):
     num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")
 
     def identity(self) -> dict[str, object]:
-        """As of any section; without the setting that older keys do not know, where it is 0."""
+        """As of any section; without what older keys do not know, where it is as it was."""
         settings = super().identity()
         if not self.flipped_labels:
             del settings["flipped_labels"]
+        if self.pairing == "given":
+            del settings["pairing"]
         return settings
 
     @model_validator(mode="before")

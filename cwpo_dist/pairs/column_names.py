@@ -22,6 +22,21 @@ EITHER = tuple(
 )
 PROMPTS = ("instruction", "question", "query", "input", "user_input", "user_prompt")
 CONVERSATIONS = ("messages", "conversations", "conversation", "conversation_input")
+LISTS = (
+    *("responses", "answers", "completions", "candidates", "generations", "outputs", "output"),
+    *("choices", "replies", "samples", "summaries", "comparisons"),
+)
+IN_LISTS = (  # the text of an object in a list
+    *("response", "answer", "completion", "candidate", "generation", "generated_text", "output"),
+    *("text", "content", "reply", "summary", "message", "messages"),
+)
+RATINGS = {  # columns of their own, or keys of the objects in a list
+    "scores": (
+        *("scores", "score", "ratings", "rating", "rewards", "reward"),
+        *("overall_score", "fine_grained_score"),
+    ),
+    "ranks": ("ranks", "rank"),
+}
 OTHERS: dict[str, tuple[str, ...]] = {
     "system": ("system_prompt", "system_message"),
     "tools": ("functions",),

@@ -8,24 +8,20 @@ is refused with what stands there.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from cwpo_dist.config import ConfigError, LabelColumn
+from cwpo_dist.config import ConfigError, LabelColumn, Pairing
 from cwpo_dist.pairs import column_names, refusals
 from cwpo_dist.pairs.first_rows import FirstRows, plain
-from cwpo_dist.pairs.layout import CHOSEN, EITHER, FIELDS, answer_fields
+from cwpo_dist.pairs.label_values import label_values
+from cwpo_dist.pairs.layout import CHOSEN, EITHER, FIELDS, LISTS, answer_fields
+from cwpo_dist.pairs.list_columns import BESIDE, check_lists, list_columns
 from cwpo_dist.pairs.numbers import NUMBER_FIELDS, number_fields
-from cwpo_dist.pairs.rejects import printable
 from cwpo_dist.pairs.verdicts import (
     LETTERS,
     ValueMap,
-    counts_otherwise,
-    found_in,
-    mapped,
-    spelled,
 )
 from cwpo_dist.pairs.written import is_conversation, messages_in
 
@@ -50,7 +46,10 @@ class Found:
 
 
 def find(
-    first: FirstRows, given: Mapping[str, str | LabelColumn | None], most_unknown: float
+    first: FirstRows,
+    given: Mapping[str, str | LabelColumn | None],
+    most_unknown: float,
+    pairing: Pairing = "given",
 ) -> Found:
     """Finds the columns.
 
@@ -58,6 +57,7 @@ def find(
         first: the source's first rows.
         given: the configuration's `columns`.
         most_unknown: the share of labels that may have a value of no known meaning.
+        pairing: which responses of a list are compared.
 
     Raises:
         ConfigError: naming the field, what is there, and the remedy.
@@ -65,7 +65,10 @@ def find(
     columns = _given(first, given)
     left_out = {ours for ours, theirs in given.items() if theirs is None}
     columns |= _answers(first, columns, left_out)
-    _refuse_other_scores(first, columns)
+    if "responses" in columns:
+        check_lists(first, columns, {*given} - left_out, pairing)
+    else:
+        _refuse_other_scores(first, columns)
     label = given.get("label")
     several = _annotators(label)
     _add_others(columns, first, left_out, several)
@@ -74,7 +77,7 @@ def find(
     columns = _without_doubt(first, columns, given)
     values = LETTERS
     if several or "label" in columns:
-        values = _values(first, columns, several or (columns["label"],), label, most_unknown)
+        values = label_values(first, columns, several or (columns["label"],), label, most_unknown)
     return Found(
         {ours: columns[ours] for ours in FIELDS if ours in columns},
         values,
@@ -130,10 +133,13 @@ def _refuse_unknown(first: FirstRows, ours: str, theirs: str | LabelColumn | Non
 
 
 def _answers(first: FirstRows, given: Mapping[str, str], left_out: set[str]) -> dict[str, str]:
-    """The two answers: those named, else chosen and rejected, else response_a and response_b."""
+    """Those named, else chosen and rejected, else response_a and response_b, else lists."""
     for fields in (EITHER, CHOSEN):
         if set(fields) & set(given):
             return _both(first, {ours: given.get(ours, ours) for ours in fields})
+    lists = list_columns(first, given, left_out)
+    if lists is not None and "responses" in given:
+        return lists
     for fields, tables in ((CHOSEN, column_names.CHOSEN), (EITHER, column_names.EITHER)):
         there = [] if left_out & set(fields) else _complete(first, tables)
         if there:
@@ -142,6 +148,8 @@ def _answers(first: FirstRows, given: Mapping[str, str], left_out: set[str]) -> 
             if fields == EITHER and (more := _siblings(first, there[0])):
                 raise refusals.more_answers(first, [*there[0], *more])
             return dict(zip(fields, there[0], strict=True))
+    if lists is not None:
+        return lists
     raise refusals.no_answers(first)
 
 
@@ -178,7 +186,10 @@ def _refuse_several(first: FirstRows, ours: str, found: Sequence[str]) -> None:
 
 def _beside_answers(columns: Mapping[str, str], annotators: Sequence[str]) -> list[str]:
     """The fields to look for beside the answers, in an order in which none takes another's."""
-    others = {*CHOSEN, *EITHER, "prompt", "input", *NUMBER_FIELDS}.difference(_numbers_of(columns))
+    if "responses" in columns:
+        return [ours for ours in BESIDE if ours not in LISTS]
+    others = {*CHOSEN, *EITHER, *LISTS, "prompt", "input", *NUMBER_FIELDS}
+    others -= {*_numbers_of(columns)}
     if annotators:
         others |= {"label", *(ours for ours in FIELDS if ours.startswith("votes_"))}
     rest = [ours for ours in FIELDS if ours not in others]
@@ -196,6 +207,8 @@ def _refuse_other_scores(first: FirstRows, columns: Mapping[str, str]) -> None:
     """A score is named after its answer, so that it never changes sides."""
     numbers = _numbers_of(columns)
     for ours in columns:
+        if ours in LISTS:
+            raise refusals.says_nothing(first, ours, "says nothing without a list of responses")
         if ours in NUMBER_FIELDS and ours not in numbers:
             raise ConfigError(
                 f"{first.field}.columns.{ours}: scores beside "
@@ -302,38 +315,3 @@ def _saying_nothing(
 def _names_chosen(columns: Mapping[str, str]) -> bool:
     """Whether the columns that are given for votes_a and votes_b say themselves whose they are."""
     return "chosen" in plain(columns["votes_a"]) and "reject" in plain(columns["votes_b"])
-
-
-def _values(
-    first: FirstRows,
-    columns: Mapping[str, str],
-    labels: Sequence[str],
-    label: str | LabelColumn | None,
-    most_unknown: float,
-) -> ValueMap:
-    """What the values of the label columns mean."""
-    seen = Counter(spelled(value) for name in labels for value in first.values(name))
-    values = _meanings(first, columns, seen, label)
-    unknown = {value: count for value, count in seen.items() if value not in values.meanings}
-    share = sum(unknown.values()) / max(seen.total(), 1)
-    if share == 1 or share > most_unknown or (not values.given and counts_otherwise(seen, values)):
-        raise refusals.unknown_values(first, labels, seen, values)
-    counted = {printable(str(value)): count for value, count in seen.most_common()}
-    blank = len(first.rows) * len(labels) - seen.total()
-    return replace(values, seen=counted, blank=blank)
-
-
-def _meanings(
-    first: FirstRows,
-    columns: Mapping[str, str],
-    seen: Counter[str | None],
-    label: str | LabelColumn | None,
-) -> ValueMap:
-    """The map of a label's values: the one given, else what leaves no doubt."""
-    given = label.values() if isinstance(label, LabelColumn) else {}
-    if not given:
-        return found_in(seen, *(columns[name] for name in EITHER))
-    try:
-        return mapped(given)
-    except ValueError as error:
-        raise ConfigError(f"{first.field}.columns.label: {error}; give each value once") from None

@@ -18,9 +18,10 @@ from itertools import chain
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.parsing import ParsedPair
-from cwpo_dist.pairs.pieces import Piece, columns_of, parse_raw
+from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
+from cwpo_dist.pairs.response_lists import ListCounts, RowPairs, parse_raw
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import LEAKED, SIDES, Drawn, SplitRule, drawn, merge, split_of
 from cwpo_dist.pairs.stored import Pair, Told
@@ -52,6 +53,8 @@ class Census:
         unread: of each source, what of the rows that were read nothing reads.
         ties: pairs of those that were read whose answers people found equal.
         merged: rows that are copies of other rows' pairs.
+        lists: what becomes of rows that hold lists of responses.
+        of_lists: why responses of those that were read are set aside.
     """
 
     splits: Mapping[str, int]
@@ -71,6 +74,8 @@ class Census:
     unread: tuple[Unread, ...] = ()
     ties: int = 0
     merged: int = 0
+    lists: ListCounts = field(default_factory=ListCounts)
+    of_lists: Tally = field(default_factory=Tally)
 
     def sentences(self) -> Iterator[str]:
         """How rows are read, what of them is not, and why some are set aside, for people."""
@@ -82,12 +87,17 @@ class Census:
         if self.tally.reasons:
             every = self.tally.lines(most=len(self.tally.reasons))
             yield "\n".join([f"rows that are set aside{of}:", *every])
+        if self.lists.rows:
+            yield self.lists.sentence()
+        if self.of_lists.reasons:
+            every = self.of_lists.lines(most=len(self.of_lists.reasons))
+            yield "\n".join([f"responses in lists that are set aside{of}:", *every])
         if self.ties:
             yield f"{self.ties:,} pairs{of} are ties, kept without a label"
 
     @property
     def rows(self) -> int:
-        """All of them: pairs, copies of pairs, and what is set aside."""
+        """Pairs, copies of pairs, and what is set aside: all of them, a list as its pairs."""
         return sum(self.splits.values()) + self.merged + self.rejects
 
     def pairs(self, *splits: str) -> int:
@@ -132,13 +142,15 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         if raw.fault is Reason.DAMAGED:
             damaged[str(part)] = raw.as_text()
         try:
-            parsed = parse_raw(raw, piece.layout)
+            made = parse_raw(raw, piece.layout)
         except BadRow as bad:
             tally.add(bad.reason, bad.found)
             continue
-        unread[k].note_keys(parsed.unread)
-        if found.add(*drawn(parsed, rule, piece.source, piece.into), parsed.numbers):
-            _sample(sampled, parsed, draw, len(found.copies), sample)
+        unread[k].note_keys(made.unread)
+        found.note(made)
+        for parsed in made.pairs:
+            if found.add(*drawn(parsed, rule, piece.source, piece.into), parsed.numbers):
+                _sample(sampled, parsed, draw, len(found.copies), sample)
     found.gather(tally, learn_ties=config.ties == "labelled")
     for piece, of, paths in zip(pieces, unread, used, strict=True):
         _count_columns(piece, of, paths)
@@ -160,6 +172,8 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         unread=tuple(unread),
         ties=found.ties,
         merged=round(found.merged * reading.scale),
+        lists=found.lists.scaled(reading.scale),
+        of_lists=found.of_lists,
     )
 
 
@@ -185,6 +199,13 @@ class _Counts:
         self.void: Counter[str] = Counter()
         self.most_weight = 0.0
         self.ties = self.merged = self.unlike = 0
+        self.lists, self.of_lists = ListCounts(), Tally()
+
+    def note(self, made: RowPairs) -> None:
+        """Counts a row's list."""
+        self.lists += made.counts or ListCounts()
+        for reason, found, _ in made.set_aside:
+            self.of_lists.add(reason, found)
 
     def add(self, pair: Pair, place: Drawn, own: numbers.Numbers) -> bool:
         """Whether it is the first of its pair."""

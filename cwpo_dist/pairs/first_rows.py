@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from cwpo_dist.pairs.layout import cell, not_null
+from cwpo_dist.pairs.layout import EACH, cell, not_null
+from cwpo_dist.pairs.written import listed
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,17 @@ class FirstRows:
     def values(self, path: str) -> list[object]:
         """What stands in a column, or at a path into a nested one, without nulls."""
         found = (not_null(cell(row, path)) for row in self.rows)
-        return [value for value in found if value is not None]
+        each = EACH in path.split(".")  # into objects of which none has it
+        return [value for value in found if value is not None and not (each and _is_void(value))]
+
+    def items(self, path: str) -> list[object]:
+        """What stands in the lists of a column, without nulls."""
+        found = (item for value in self.values(path) for item in listed(value) or ())
+        return [item for item in found if not_null(item) is not None]
+
+    def texts(self, ours: str, path: str) -> list[object]:
+        """The prompts or answers of a field, each by itself."""
+        return self.items(path) if ours == "responses" else self.values(path)
 
     def has(self, path: str) -> bool:
         """Whether there is such a column, or a value at such a path."""
@@ -41,6 +52,10 @@ class FirstRows:
         """The columns of these names, in their order, whatever their case, spaces and hyphens."""
         mine = {plain(name): name for name in reversed(self.names)}
         return [mine[name] for name in names if name in mine]
+
+
+def _is_void(value: object) -> bool:
+    return isinstance(value, list) and all(item is None for item in value)
 
 
 def plain(name: str) -> str:

@@ -10,17 +10,18 @@ from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.layout import TEXTS, Format, answer_fields, cell
 from cwpo_dist.pairs.refusals import written_as_text
 from cwpo_dist.pairs.transcripts import is_transcript
-from cwpo_dist.pairs.written import messages_in, turns_in
+from cwpo_dist.pairs.written import listed, messages_in, turns_in
 
 _IN_MESSAGES = ("system", "tools", "history")  # what has a place among messages alone
 
 
 def written_in(first: FirstRows, columns: Mapping[str, str]) -> frozenset[str]:
     """The text fields most of whose first cells are messages, or lists of turns, as text."""
-    cells = {name: first.values(columns[name]) for name in TEXTS if name in columns}
+    cells = {name: first.texts(name, columns[name]) for name in TEXTS if name in columns}
     written = {name for name, values in cells.items() if _most(values, messages_in)}
     # A list of strings may be an answer like any other; where all texts are lists, they are turns.
-    if not written and all(_most(values, turns_in) for values in cells.values()):
+    turns = all(_most(values, turns_in) for values in cells.values())
+    if turns and not written and "responses" not in columns:
         return frozenset(cells)
     return frozenset(written)
 
@@ -51,14 +52,21 @@ def format_of(
 
 def _likely(first: FirstRows, columns: Mapping[str, str], written: frozenset[str]) -> Format:
     """The format that most of the first rows follow."""
-    texts = [columns[name] for name in ("prompt", *answer_fields(columns)) if name in columns]
-    found = [[cell(row, path) for path in texts] for row in first.rows]
+    found = [_texts(row, columns) for row in first.rows]
     if written or 2 * sum(map(_holds_messages, found)) > len(found):
         return "conversational"
     # Transcripts show at the start of the whole text: the prompt's where there is one.
-    if 2 * sum(is_transcript(values[0]) for values in found) > len(found):
+    if 2 * sum(is_transcript(next(iter(values), None)) for values in found) > len(found):
         return "hh"
     return "conversational" if set(_IN_MESSAGES) & set(columns) else "text"
+
+
+def _texts(row: Mapping[str, object], columns: Mapping[str, str]) -> list[object]:
+    """A row's prompt, where it has one, and its answers."""
+    names = [name for name in ("prompt", *answer_fields(columns)) if name in columns]
+    cells = {name: cell(row, columns[name]) for name in names}
+    responses = listed(cells.pop("responses", None)) or []
+    return [*cells.values(), *responses]
 
 
 def _holds_messages(values: Sequence[object]) -> bool:

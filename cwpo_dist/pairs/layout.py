@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from cwpo_dist.config import Pairing
 from cwpo_dist.pairs.numbers import NUMBER_FIELDS
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import BadRow, Reason
 from cwpo_dist.pairs.verdicts import LETTERS, ValueMap
 
 Format = Literal["text", "conversational", "hh"]
+EACH = "*"  # the step of a path into all items of a list
 
 CHOSEN, EITHER = ("chosen", "rejected"), ("response_a", "response_b")
+LISTS = ("responses", "scores", "ranks")  # a prompt's responses, and how good each is
 FIELDS = (
     "system",
     "tools",
@@ -24,6 +27,7 @@ FIELDS = (
     "input",
     *CHOSEN,
     *EITHER,
+    *LISTS,
     "label",
     "votes_a",
     "votes_b",
@@ -32,7 +36,7 @@ FIELDS = (
     "votes_tie",
     *NUMBER_FIELDS,
 )
-TEXTS = ("prompt", *CHOSEN, *EITHER)
+TEXTS = ("prompt", *CHOSEN, *EITHER, "responses")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Layout:
 
     Attributes:
         columns: our field → their column, for each field the source has; `a.b.0` is item 0 of `b`
-            in column `a`.
+            in column `a`, and `a.*.b` the list of the `b` of all its items.
         format: what prompts and answers are.
         kind: what the run's pairs are; text rows of a conversational run become messages.
         group: the column whose value decides the split; None: the prompt decides.
@@ -52,6 +56,7 @@ class Layout:
         media: columns of images, sound or video: a row with a value there is no pair of texts.
         nulls_are_absent: whether a null inside tools stands for a key that is not there.
         as_text: whether text that spells messages is text all the same.
+        pairing: which responses of a list are compared; given: the rows are pairs.
     """
 
     columns: Mapping[str, str]
@@ -65,11 +70,17 @@ class Layout:
     media: tuple[str, ...] = ()
     nulls_are_absent: bool = False
     as_text: bool = False
+    pairing: Pairing = "given"
 
     @property
-    def answers(self) -> tuple[str, str]:
-        """The fields of the two answers: chosen and rejected, or response_a and response_b."""
+    def answers(self) -> tuple[str, ...]:
+        """The fields of the answers: chosen and rejected, response_a and response_b, responses."""
         return answer_fields(self.columns)
+
+    @property
+    def rated_by(self) -> str | None:
+        """The field that says how good the responses of a list are."""
+        return next((name for name in LISTS[1:] if name in self.columns), None)
 
     @property
     def needed(self) -> set[str]:
@@ -120,11 +131,14 @@ class Layout:
         named = [ours if ours == theirs else f"{ours} ← {theirs}" for ours, theirs in read.items()]
         each = f"votes of {len(self.annotators)} columns" if self.annotators else "labels"
         meanings = f"; {each}: {self.values}" if "label" in read else ""
-        return f"{', '.join(named)}; format {self.format}{meanings}"
+        pairs = f"; pairs: {self.pairing}" if "responses" in read else ""
+        return f"{', '.join(named)}; format {self.format}{meanings}{pairs}"
 
 
-def answer_fields(columns: Mapping[str, str]) -> tuple[str, str]:
-    """The pair of answer fields that a source has; chosen/rejected where it has both."""
+def answer_fields(columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The fields of answers that a source has; chosen/rejected where it has both."""
+    if "responses" in columns:
+        return ("responses",)
     return CHOSEN if set(CHOSEN) <= set(columns) else EITHER
 
 
@@ -138,8 +152,11 @@ def cell(row: Mapping[str, object], path: str) -> object:
     """What a row holds under a column's name, or under a dotted path into a nested one."""
     if path in row or "." not in path:
         return row.get(path)
-    value: object = row
-    for step in path.split("."):
+    return _inside(row, path.split("."))
+
+
+def _inside(value: object, steps: Sequence[str]) -> object:
+    for at, step in enumerate(steps):
         if isinstance(value, str):  # a nested column written as JSON
             try:
                 value = json.loads(value)
@@ -147,6 +164,8 @@ def cell(row: Mapping[str, object], path: str) -> object:
                 return None
         if isinstance(value, Mapping):
             value = value.get(step)
+        elif isinstance(value, list) and step == EACH:
+            return [_inside(item, steps[at + 1 :]) for item in value]
         elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
             value = value[int(step)]
         else:

@@ -68,7 +68,7 @@ def own_numbers(value_of: Callable[[str], object], answers: Sequence[str]) -> Nu
     names = number_fields(answers)
     for name in names:
         try:
-            found[name] = _number(value_of(name), _MOST.get(name))
+            found[name] = number(value_of(name), _MOST.get(name))
         except ValueError as why:
             found[name], void[name] = None, str(why)
     for one, other in (names[2:], names[:1:-1]):  # a score alone says nothing
@@ -79,7 +79,7 @@ def own_numbers(value_of: Callable[[str], object], answers: Sequence[str]) -> Nu
     return Numbers(weight, confidence, first, second, tuple(map(": ".join, void.items())))
 
 
-def _number(value: object, most: float | None) -> float | None:
+def number(value: object, most: float | None = None) -> float | None:
     """The value as a float; `most` also says that it must not be negative.
 
     Raises:
@@ -87,16 +87,16 @@ def _number(value: object, most: float | None) -> float | None:
     """
     if value is None or value == "":
         return None
-    number = _float(value)
-    if not math.isfinite(number):
+    found = _float(value)
+    if not math.isfinite(found):
         raise ValueError("not finite")
-    if abs(number) > _LARGEST:
+    if abs(found) > _LARGEST:
         raise ValueError("too large")
-    if most is not None and number < 0:
+    if most is not None and found < 0:
         raise ValueError("below 0")
-    if most is not None and number > most:
+    if most is not None and found > most:
         raise ValueError(f"above {most:g}")
-    return number
+    return found
 
 
 def _float(value: object) -> float:
@@ -113,7 +113,7 @@ def kinds(fields: Iterable[str]) -> Iterator[Own]:
     there = set(fields)
     for own, names in COLUMNS.items():
         chosen = {"score_chosen", "score_rejected"} if own == "scores" else set(names)
-        if set(names) <= there or chosen <= there:
+        if set(names) <= there or chosen <= there or own in there:
             yield own
 
 

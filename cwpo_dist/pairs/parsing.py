@@ -10,7 +10,7 @@ from functools import partial
 from math import isfinite
 from typing import Literal
 
-from cwpo_dist.pairs.judging import judged
+from cwpo_dist.pairs.judging import Judgement, judged
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import MessageReader, as_json, checked, has_words
 from cwpo_dist.pairs.numbers import NO_NUMBERS, Numbers, own_numbers
@@ -65,15 +65,41 @@ def parse(row: object, layout: Layout) -> ParsedPair:
     Raises:
         BadRow: with the reason and the field at fault, and what was found there.
     """
+    row = refuse_media(row, layout)
+    reader = MessageReader(nulls_are_absent=layout.nulls_are_absent)
+    prompt, (first, second) = read_texts(row, layout, reader)
+    _refuse_empty(prompt, first, second, layout)
+    verdict = judged(row, layout, lambda: _turned(row, layout, reader, (first, second)))
+    return pair_of(row, layout, reader, (prompt, first, second), verdict)
+
+
+def refuse_media(row: object, layout: Layout) -> Mapping[str, object]:
+    """The row.
+
+    Raises:
+        BadRow: for what is no row of texts.
+    """
     if not isinstance(row, Mapping):
         raise BadRow(Reason.NOT_MAPPING)
     for name in layout.media:
         if row.get(name) not in (None, "", []):
             raise BadRow(Reason.MEDIA, name)
-    reader = MessageReader(nulls_are_absent=layout.nulls_are_absent)
-    prompt, (first, second) = read_texts(row, layout, reader)
-    _refuse_empty(prompt, first, second, layout)
-    verdict = judged(row, layout, lambda: _turned(row, layout, reader, (first, second)))
+    return row
+
+
+def pair_of(
+    row: Mapping[str, object],
+    layout: Layout,
+    reader: MessageReader,
+    texts: tuple[Text, Text, Text],
+    verdict: Judgement,
+) -> ParsedPair:
+    """The pair of a prompt and two answers, with what its row has beside them.
+
+    Raises:
+        BadRow: for what stands there and cannot be read.
+    """
+    prompt, first, second = texts
     return ParsedPair(
         with_system(prompt, row, layout),
         first,

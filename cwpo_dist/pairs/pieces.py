@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 from cwpo_dist.pairs import kept_columns
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import extra_keys
-from cwpo_dist.pairs.parsing import ParsedPair, parse
+from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import Kind, Reject, table_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, write_rejects
+from cwpo_dist.pairs.response_lists import ListCounts, RowPairs, parse_raw
 from cwpo_dist.pairs.splits import SIDE_SCHEMA, Side, SplitRule, drawn
 from cwpo_dist.pairs.stored import Pair, pair_table, whole_schema
 from cwpo_dist.pairs.unread import Unread, columnar, tree
@@ -93,6 +94,9 @@ class PieceSummary:
         keys: rows whose messages have a key that nothing reads.
         message_keys: those that some message has beside role and content, and `tools`.
         votes_against: rows whose label goes against the votes.
+        lists: what became of rows that hold lists of responses.
+        responses: how many of these were set aside, by reason.
+        responses_found: what stood there, by reason, with how often.
     """
 
     source: str = ""
@@ -108,6 +112,9 @@ class PieceSummary:
     keys: dict[str, int] = field(default_factory=dict)
     message_keys: list[str] = field(default_factory=list)
     votes_against: int = 0
+    lists: dict[str, int] = field(default_factory=dict)
+    responses: dict[str, int] = field(default_factory=dict)
+    responses_found: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def unread(self) -> Unread:
@@ -117,7 +124,12 @@ class PieceSummary:
     @property
     def tally(self) -> Tally:
         """What was set aside, and why."""
-        return Tally(Counter(self.rejects), {r: Counter(n) for r, n in self.found.items()})
+        return Tally.of(self.rejects, self.found)
+
+    @property
+    def of_lists(self) -> tuple[ListCounts, Tally]:
+        """What became of lists, and why responses of them were set aside."""
+        return ListCounts(**self.lists), Tally.of(self.responses, self.responses_found)
 
 
 def piece_summaries(store: Store) -> list[PieceSummary]:
@@ -165,21 +177,25 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
         if raw.fault is Reason.DAMAGED:
             summary.damaged[str(part)] = raw.as_text()
         try:
-            parsed = parse_raw(raw, piece.layout)
+            made = parse_raw(raw, piece.layout)
         except BadRow as bad:
             files.reject(Reject(bad.reason, bad.found, str(part), raw.position, raw.as_text()))
             continue
-        notes.add(parsed, part, raw)
-        pair, place = drawn(parsed, rule, piece.source, piece.into)
-        bucket = int(pair.pair_id[:8], 16) * n_buckets >> 32
-        kept = json.dumps(dict(parsed.kept), ensure_ascii=False)
-        files.add(pair, _Filed(bucket, index, number, str(part), raw.position, *place, kept))
+        for reason, found, text in made.set_aside:
+            files.reject(Reject(reason, found, str(part), raw.position, text), files.of_lists)
+        notes.add(made)
+        for parsed in made.pairs:
+            notes.add_pair(parsed, part, raw)
+            pair, place = drawn(parsed, rule, piece.source, piece.into)
+            bucket = int(pair.pair_id[:8], 16) * n_buckets >> 32
+            kept = json.dumps(dict(parsed.kept), ensure_ascii=False)
+            files.add(pair, _Filed(bucket, index, number, str(part), raw.position, *place, kept))
     files.flush()
     for part in piece.parts if columns_of(piece) else ():
         notes.unread.add(columnar(part, notes.used))
     notes.write(summary)
-    summary.rejects = dict(files.tally.reasons)
-    summary.found = {reason: dict(found) for reason, found in files.tally.found.items()}
+    summary.rejects, summary.found = files.tally.plain()
+    summary.responses, summary.responses_found = files.of_lists.plain()
     summary.files = files.written
     store.create_json(name, asdict(summary))
 
@@ -195,13 +211,18 @@ class _Notes:
         self._votes_against = 0
         self._void: Counter[str] = Counter()
         self._void_first: dict[str, str] = {}
+        self._lists = ListCounts()
 
-    def add(self, pair: ParsedPair, part: Part, raw: RawRow) -> None:
+    def add(self, made: RowPairs) -> None:
+        """Notes a row of pairs."""
+        self.unread.note_keys(made.unread)
+        self._lists += made.counts or ListCounts()
+
+    def add_pair(self, pair: ParsedPair, part: Part, raw: RawRow) -> None:
         """Notes a pair."""
         for why in pair.numbers.void:
             self._void[why] += 1
             self._void_first.setdefault(why, f"row {raw.position} of {part}")
-        self.unread.note_keys(pair.unread)
         self._votes_against += pair.voted_against
         self._message_keys |= extra_keys((pair.prompt, pair.first, pair.second))
         if pair.tools is not None:
@@ -218,6 +239,7 @@ class _Notes:
         summary.message_keys = sorted(self._message_keys)
         summary.votes_against = self._votes_against
         summary.void, summary.void_first = dict(self._void), self._void_first
+        summary.lists = asdict(self._lists)
 
 
 def _is_done(store: Store, name: str) -> bool:
@@ -240,17 +262,6 @@ def _raw_rows(piece: Piece) -> Iterator[tuple[Part, RawRow]]:
     columns = columns_of(piece)
     rows = ((part, raw) for part in piece.parts for raw in read(part, columns))
     return itertools.islice(rows, piece.limit)
-
-
-def parse_raw(raw: RawRow, layout: Layout) -> ParsedPair:
-    """The pair of a row.
-
-    Raises:
-        BadRow: also for a row that could not be read.
-    """
-    if raw.fault is not None:
-        raise BadRow(raw.fault)
-    return parse(raw.value, layout)
 
 
 class _Filed(NamedTuple):
@@ -284,7 +295,7 @@ class _PieceFiles:
         self._count = 0
         self._chunk = 0
         self.written: list[str] = []
-        self.tally = Tally()
+        self.tally, self.of_lists = Tally(), Tally()  # rows; responses of lists
 
     def add(self, pair: Pair, filed: _Filed) -> None:
         self._pairs.append(pair)
@@ -293,8 +304,8 @@ class _PieceFiles:
             self._pack()
         self._grow(sum(len(str(value)) for value in (pair.prompt, *pair.answers, pair.tools)))
 
-    def reject(self, reject: Reject) -> None:
-        self.tally.add(reject.reason, reject.found)
+    def reject(self, reject: Reject, tally: Tally | None = None) -> None:
+        (tally or self.tally).add(reject.reason, reject.found)
         self._rejects.append(reject)
         self._grow(len(reject.row))
 

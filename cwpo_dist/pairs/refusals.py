@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypeGuard
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.first_rows import FirstRows
-from cwpo_dist.pairs.layout import Layout
+from cwpo_dist.pairs.layout import EACH, Layout
 from cwpo_dist.pairs.rejects import Tally, printable, shown
 from cwpo_dist.pairs.verdicts import MOST_SHOWN, ValueMap, is_number, spelled
-from cwpo_dist.pairs.written import is_conversation
 
 _SINGLE = ("completion", "response", "answer", "output", "generation", "generated_text", "chosen")
-_LISTS = (
-    *("responses", "answers", "completions", "candidates", "generations", "outputs", "output"),
-    *("choices", "replies", "samples", "summaries", "comparisons"),
-)
 _TAGS = ("label", "kto_tag", "rating", "score")
 
 
@@ -47,24 +41,34 @@ def not_read(first: FirstRows, ours: str, why: str) -> ConfigError:
     )
 
 
+def says_nothing(first: FirstRows, ours: str, why: str) -> ConfigError:
+    """A field that is named, and nothing reads."""
+    return ConfigError(f"{first.field}.columns.{ours}: it {why}; leave it out")
+
+
+def needs_pairing(first: FirstRows, path: str, most: int) -> ConfigError:
+    """Rows with a list of responses, of which nobody said what is compared."""
+    outer, _, key = path.partition(f".{EACH}")
+    two = [f"{outer}.{k}{key}" for k in range(2)]
+    return ConfigError(
+        f"prepare.pairing: in {first.path!r} ({first.field}) {outer!r} holds lists of up to {most} "
+        "answers; say which are compared: all (all two of them), best_worst (one pair a row), or "
+        "adjacent (neighbours by score or rank). Or name two of them: columns: "
+        f"{{response_a: {two[0]}, response_b: {two[1]}}} (chosen and rejected, where their order "
+        "says which is better)"
+    )
+
+
 def no_answers(first: FirstRows) -> ConfigError:
-    """Rows without two answers: of one answer, of several, or under names that we do not know."""
+    """Rows without two answers: of one answer, or under names that we do not know."""
     where = f"{first.field}.columns: {first.path!r} has no columns for two answers; it has "
     head = f"{where}{', '.join(first.names)}. "
-    if listed := _lists(first):
-        name, length = listed
-        return ConfigError(
-            f"{head}{name!r} holds lists of up to {length} answers: rows of several answers are "
-            "not read. Write a row for each comparison, or name two of them: columns: "
-            f"{{response_a: {name}.0, response_b: {name}.1}} (chosen and rejected, where their "
-            "order says which is better)"
-        )
     if single := first.named(*_SINGLE):
         tags = [name for name in first.named(*_TAGS) if _is_tag(first, name)]
         label = f", and {tags[0]!r} says whether it is good (as for KTO)" if tags else ""
         return ConfigError(
             f"{head}Each row has one answer, {single[0]!r}{label}: a pair needs two answers to one "
-            "prompt. Join the rows of a prompt into pairs"
+            "prompt. Join the rows of a prompt into one with a list of responses, and one of scores"
         )
     if len(first.names) == 1 and ";" in first.names[0]:
         return ConfigError(
@@ -80,9 +84,8 @@ def more_answers(first: FirstRows, names: Sequence[str]) -> ConfigError:
     """Rows of more than two answers, a column each."""
     return ConfigError(
         f"{first.field}.columns: {first.path!r} has {len(names)} answers a row, "
-        f"{', '.join(names)}: rows of several answers are not read. Write a row for each "
-        f"comparison, or name two of them: columns: {{response_a: {names[0]}, response_b: "
-        f"{names[1]}}}"
+        f"{', '.join(names)}: write them into one list (responses), or a row for each comparison, "
+        f"or name two of them: columns: {{response_a: {names[0]}, response_b: {names[1]}}}"
     )
 
 
@@ -152,20 +155,6 @@ def _listed(values: Sequence[str]) -> str:
     rest = len(values) - len(shown_here)
     last = f"{rest} more" if rest else shown_here.pop()
     return f"{', '.join(shown_here)} and {last}" if shown_here else last
-
-
-def _lists(first: FirstRows) -> tuple[str, int] | None:
-    """A column that holds lists of answers, and how many at most."""
-    for name in first.named(*_LISTS):
-        lists = [value for value in first.values(name) if _is_list_of_several(value)]
-        texts = all(isinstance(item, str | dict) for value in lists for item in value)
-        if lists and texts and 2 * len(lists) > len(first.rows):
-            return name, max(map(len, lists))
-    return None
-
-
-def _is_list_of_several(value: object) -> TypeGuard[list[object]]:
-    return isinstance(value, list) and len(value) > 1 and not is_conversation(value)
 
 
 def _is_tag(first: FirstRows, name: str) -> bool:

@@ -39,6 +39,11 @@ class Reason(StrEnum):
     LABEL = "bad label value"
     VOTES = "bad votes"
     WHOSE = "whose votes"
+    ALONE = "one response"
+    LENGTHS = "differing lengths"
+    RATING = "bad rating"
+    RATED_TWICE = "differing ratings"
+    TOO_MANY = "too many pairs"
     IN_TEST = "prompt also in test"
     IN_VALIDATION = "prompt also in validation"
 
@@ -55,8 +60,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.UNICODE: "write the file as UTF-8, without half characters (\\ud800 to \\udfff with no "
     "partner)",
     Reason.MISSING: "name the column under prepare.sources.N.columns, or fill it",
-    Reason.TYPE: "prompts and answers are strings or messages; name the columns that hold them "
-    "under prepare.sources.N.columns, or set prepare.sources.N.format",
+    Reason.TYPE: "prompts and answers are strings or messages; responses, scores and ranks are "
+    "lists; name the columns that hold them under prepare.sources.N.columns, or set "
+    "prepare.sources.N.format",
     Reason.KEYS: "a message has role and content, or from and value; rename its keys",
     Reason.ROLE: "roles are system, developer, user, assistant and tool, or names that people "
     "give them (human, gpt, …); rename this one",
@@ -83,6 +89,14 @@ REMEDIES: dict[Reason, str] = {
     Reason.VOTES: "votes are whole numbers from 0 to 1000000, all given or all null",
     Reason.WHOSE: "votes_a and votes_b belong to response_a and response_b, votes_chosen and "
     "votes_rejected to chosen and rejected, and nothing says which is which here; " + _CORRECT,
+    Reason.ALONE: "a pair needs two responses that differ, to one prompt; " + _CORRECT,
+    Reason.LENGTHS: "scores or ranks must be as many as the responses, in their order (null where "
+    "one has none); " + _CORRECT,
+    Reason.RATING: "scores and ranks are finite numbers; " + _CORRECT,
+    Reason.RATED_TWICE: "a list has one response twice, with different scores or ranks; "
+    + _CORRECT,
+    Reason.TOO_MANY: "one row makes at most 100,000 pairs (all two of 447 responses); give shorter "
+    "lists, or set prepare.pairing: best_worst, or adjacent",
     Reason.IN_TEST: _OVERLAP,
     Reason.IN_VALIDATION: _OVERLAP,
 }
@@ -152,6 +166,15 @@ class Tally:
 
     reasons: Counter[str] = field(default_factory=Counter)
     found: dict[str, Counter[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, reasons: Mapping[str, int], found: Mapping[str, Mapping[str, int]]) -> Tally:
+        """From what `plain` made."""
+        return cls(Counter(reasons), {reason: Counter(each) for reason, each in found.items()})
+
+    def plain(self) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+        """As JSON has it."""
+        return dict(self.reasons), {reason: dict(each) for reason, each in self.found.items()}
 
     def add(self, reason: str, found: str | None = None) -> None:
         """Counts a row."""

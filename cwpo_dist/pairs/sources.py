@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +23,11 @@ from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.listing import LeftOut, left_out_lines
 from cwpo_dist.pairs.locate import Found, find
 from cwpo_dist.pairs.numbers import RECORD
-from cwpo_dist.pairs.parsing import parse
 from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compression_of, read
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
+from cwpo_dist.pairs.response_lists import growth, pairs_of_row
 from cwpo_dist.pairs.stored import pair_schema, whole_schema
 from cwpo_dist.pairs.transcripts import is_transcript
 
@@ -115,6 +116,7 @@ def plan(config: PrepareConfig) -> Plan:
     peeked = [_peek(index, source) for index, source in enumerate(config.sources)]
     _check_kept_columns(config, peeked)
     layouts = [_layout(each, config) for each in peeked]
+    _check_pairing(config, layouts)
     _refuse_twice(peeked, [layout.columns for layout in layouts])
     kind = _kind(layouts)
     both = zip(peeked, layouts, strict=True)
@@ -122,7 +124,7 @@ def plan(config: PrepareConfig) -> Plan:
     return Plan(
         pieces,
         kind,
-        _n_buckets(pieces),
+        _n_buckets(pieces, peeked),
         _may_leak(config),
         tuple(tuple(each.first.names) for each in peeked),
         tuple(each for one in peeked for each in one.found.left_out),
@@ -142,9 +144,12 @@ def _piece(peeked: _Peeked, layout: Layout) -> Piece:
     return Piece(source.path, peeked.found.parts, layout, source.into, source.limit)
 
 
-def _n_buckets(pieces: Iterable[Piece]) -> int:
-    size = sum(_text_bytes(part) for piece in pieces for part in piece.parts)
-    return max(1, -(-size // BUCKET_BYTES))
+def _n_buckets(pieces: Sequence[Piece], peeked: Sequence[_Peeked]) -> int:
+    size = sum(
+        growth(each.first.rows, piece.layout) * sum(map(_text_bytes, piece.parts))
+        for piece, each in zip(pieces, peeked, strict=True)
+    )
+    return max(1, math.ceil(size / BUCKET_BYTES))
 
 
 def _may_leak(config: PrepareConfig) -> bool:
@@ -231,7 +236,8 @@ def _why_unreadable(raws: Sequence[RawRow]) -> str:
 def _layout(peeked: _Peeked, config: PrepareConfig) -> Layout:
     """How the source's rows spell a pair; the kind is the whole run's, and not known yet."""
     first, source = peeked.first, peeked.source
-    found = columns.find(first, source.columns, config.max_reject_fraction)
+    most_unknown = config.max_reject_fraction
+    found = columns.find(first, source.columns, most_unknown, config.pairing)
     written = written_in(first, found.columns)
     spelled = format_of(first, found.columns, source.format, written)
     names = dict(found.columns)
@@ -249,6 +255,7 @@ def _layout(peeked: _Peeked, config: PrepareConfig) -> Layout:
         media=found.media,
         nulls_are_absent=any(part.reader in _COLUMNAR for part in peeked.found.parts),
         as_text=source.format == "text",
+        pairing=config.pairing,
     )
 
 
@@ -261,8 +268,8 @@ def _check_prompt(first: FirstRows, layout: Layout) -> None:
             f"{first.field}.format: text transcripts cannot be mixed with conversational "
             "sources; set format: hh"
         )
-    answers = [value for name in layout.answers for value in first.values(layout.columns[name])]
-    if not any(map(is_transcript, answers)):
+    cells = (first.texts(name, layout.columns[name]) for name in layout.answers)
+    if not any(map(is_transcript, itertools.chain.from_iterable(cells))):
         raise ConfigError(
             f"{first.field}.columns.prompt: {first.path!r} has no column 'prompt' and its "
             f"answers are no transcripts; it has {', '.join(first.names)}. Say which it is: "
@@ -275,12 +282,21 @@ def _check_rows(first: FirstRows, layout: Layout) -> None:
     tally = Tally()
     for row in first.rows:
         try:
-            parse(row, layout)
+            pairs_of_row(row, layout)
         except BadRow as bad:
             tally.add(bad.reason, bad.found)
         else:
             return
     raise refusals.no_pair(first, layout, tally)
+
+
+def _check_pairing(config: PrepareConfig, layouts: Iterable[Layout]) -> None:
+    """A setting that nothing reads would be taken for one that acts."""
+    if config.pairing != "given" and not any("responses" in each.columns for each in layouts):
+        raise ConfigError(
+            f"prepare.pairing: {config.pairing!r}, but no source has lists of responses, whose "
+            "column is named under columns: {responses: …}; each row is a pair: set it to given"
+        )
 
 
 def _check_settings(config: PrepareConfig) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cwpo_dist.pairs.layout import not_null
+from cwpo_dist.pairs.layout import EACH, not_null
 from cwpo_dist.pairs.readers import DataSetError, Part, access, opened, out_of_reach
 from cwpo_dist.pairs.rejects import printable
 from cwpo_dist.redaction import redacted
@@ -48,7 +48,7 @@ class Unread:
     def note(self, row: object, used: Tree) -> None:
         """Counts what a row holds beside the paths that are used."""
         if isinstance(row, Mapping):
-            for name in _beside(row, used):
+            for name in dict.fromkeys(_beside(row, used)):  # items of a list have the same names
                 _count(self.columns, name, 1)
 
     def note_keys(self, names: Iterable[str]) -> None:
@@ -98,8 +98,9 @@ def _beside(row: Mapping[str, object], used: Tree, before: str = "") -> Iterator
         elif isinstance(value, Mapping):
             yield from _beside(value, inside, f"{before}{name}.")
         elif isinstance(value, list):
-            items = {str(k): item for k, item in enumerate(value)}
-            yield from _beside(items, inside, f"{before}{name}.")
+            for k, item in enumerate(value):
+                step = EACH if EACH in inside else str(k)
+                yield from _beside({step: item}, inside, f"{before}{name}.")
 
 
 def _is_value(value: object) -> bool:

@@ -108,6 +108,16 @@ def _is_part(value: object) -> bool:
     return (kind in TEXT_PARTS and "text" in value) or kind in _OTHER_PARTS
 
 
+def listed(value: object) -> list[object] | None:
+    """A list, or the one that a text spells; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = decoded(value) if value.lstrip().startswith(("[", "array(")) else None
+        except ValueError:
+            return None
+    return value if isinstance(value, list) else None
+
+
 def turns_in(text: str) -> list[str] | None:
     """The list of strings that a text spells, a turn each; None where it spells none."""
     if text.lstrip()[:1] != "[":

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.graph import graph, prepare_node
 from cwpo_dist.pairs.estimate import Census, census
 from cwpo_dist.pairs.rejects import Tally
+from cwpo_dist.pairs.response_lists import ListCounts
 from cwpo_dist.pairs.unread import Unread
 from cwpo_dist.placement import Machine, total
 from cwpo_dist.planning import fleet as fleet_costs
@@ -171,8 +173,18 @@ def _as_made(run: Config, counted: Census) -> Census:
         rejects=sum(made["rejects"].values()),
         tally=Tally(Counter(made["rejects"])),
         unread=tuple(Unread(**made["not_read"].get(name, {})) for name, _ in counted.sources),
+        **_lists_as_made(made),
         exact=True,
     )
+
+
+def _lists_as_made(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of lists of responses, which most sources do not have."""
+    if "lists" not in made:
+        return {}
+    set_aside = Counter(made["lists"]["set_aside"])
+    lists = ListCounts(**{**made["lists"], "set_aside": set_aside.total()})
+    return {"lists": lists, "of_lists": Tally(set_aside)}
 
 
 def _split(run: Config) -> str:

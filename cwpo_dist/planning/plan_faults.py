@@ -37,6 +37,9 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
             "writes each with its reason to rejects/), or raise it. Most frequent:\n"
             + "\n".join(counted.tally.lines())
         )
+    reasons = counted.of_lists.lines()
+    if counted.exact and (fault := counted.lists.fault(most, reasons)):
+        yield fault
     if fault := damage_fault(counted.damaged, counted.files, most):
         yield fault
     for name, model, _ in models(config, until_of(config)):

@@ -96,7 +96,10 @@ def prepare_table(metrics: Metrics) -> Table:
     found = _prepared(metrics, "count")
     rows = [_rows_of(prepare) for prepare in found.values()]
     cells = tuple((Cell(name), *(count(told[name]) for told in rows)) for name in rows[0])
-    note = "Rows read = pairs + merged + rejected; anything unaccounted for is a fault."
+    note = (
+        "Rows read = pairs + merged + rejected, where a row with a list of responses counts as the "
+        "pairs made of it; anything unaccounted for is a fault."
+    )
     return Table("Rows", ("", *found), cells, note)
 
 
@@ -104,9 +107,11 @@ def _rows_of(prepare: Metrics | None) -> dict[str, int | None]:
     rejects, rows_in = at(prepare, "rejects"), at(prepare, "rows_in")
     rejected = sum(rejects.values()) if rejects is not None else None
     parts = (at(prepare, "pairs"), at(prepare, "merged_duplicates"), rejected)
+    lists = at(prepare, "lists") or {"rows": 0, "pairs": 0}
     lost = None
     if rows_in is not None and None not in parts:
-        lost = rows_in - sum(part for part in parts if part is not None)
+        made = rows_in - lists["rows"] + lists["pairs"]
+        lost = made - sum(part for part in parts if part is not None)
     return {
         "rows read": rows_in,
         "pairs": at(prepare, "pairs"),

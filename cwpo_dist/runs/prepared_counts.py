@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TypedDict, TypeVar
+from typing import NotRequired, TypedDict, TypeVar
 
 from cwpo_dist.config import PrepareConfig, Split
 from cwpo_dist.pairs import numbers
@@ -16,6 +16,7 @@ from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.pieces import PieceSummary
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import Tally
+from cwpo_dist.pairs.response_lists import ListCounts
 from cwpo_dist.pairs.sources import MAP_LABELS, Plan
 from cwpo_dist.pairs.splits import SPLITS
 from cwpo_dist.pairs.unread import Unread
@@ -60,8 +61,24 @@ class _OfPairs(TypedDict):
     shards: int
 
 
+class PreparedLists(TypedDict):
+    """What became of rows that hold lists of responses, by the names of `ListCounts`."""
+
+    rows: int
+    responses: int
+    repeated: int
+    set_aside: dict[str, int]
+    pairs: int
+    ties: int
+
+
 class PreparedCounts(_OfSources, _OfRows, _OfPairs):
-    """What the manifest of `prepare` counts, by the names that it has there."""
+    """What the manifest of `prepare` counts, by the names that it has there.
+
+    `lists` is there where some source has lists of responses.
+    """
+
+    lists: NotRequired[PreparedLists]
 
 
 def prepared_counts(
@@ -72,7 +89,7 @@ def prepared_counts(
     kept: dict[str, str],
     damaged: int,
 ) -> PreparedCounts:
-    """The counts; rows_in = pairs + merged_duplicates + Σ rejects.
+    """The counts; rows_in = pairs + merged_duplicates + Σ rejects, a list counted as its pairs.
 
     Args:
         planned: the sources.
@@ -83,9 +100,29 @@ def prepared_counts(
         damaged: how many files could not be read to their end.
     """
     rows, pairs = _of_rows(read, rejects, damaged), _of_pairs(planned, written)
+    lists, set_aside = of_lists(read)
     accounted = pairs["pairs"] + pairs["merged_duplicates"] + rejects.reasons.total()
-    assert rows["rows_in"] == accounted, (rows, pairs)
-    return {**_of_sources(planned, kept), **rows, **pairs}
+    assert rows["rows_in"] - lists.rows + lists.pairs == accounted, (rows, pairs, lists)
+    counts: PreparedCounts = {**_of_sources(planned, kept), **rows, **pairs}
+    if any("responses" in piece.layout.columns for piece in planned.pieces):
+        counts["lists"] = {
+            "rows": lists.rows,
+            "responses": lists.responses,
+            "repeated": lists.repeated,
+            "set_aside": dict(set_aside.reasons.most_common()),
+            "pairs": lists.pairs,
+            "ties": lists.ties,
+        }
+    return counts
+
+
+def of_lists(read: Iterable[PieceSummary]) -> tuple[ListCounts, Tally]:
+    """What became of all lists, and why responses of them were set aside."""
+    counts, set_aside = ListCounts(), Tally()
+    for piece in read:
+        counts += piece.of_lists[0]
+        set_aside.merge(piece.of_lists[1])
+    return counts, set_aside
 
 
 def _of_sources(planned: Plan, kept: dict[str, str]) -> _OfSources:
@@ -161,6 +198,7 @@ def in_words(
 ) -> Said:
     """What a reader of the log should know of them."""
     yield from _rows_told(counts, rejects)
+    yield from _lists_told(*of_lists(read))
     yield from _numbers_told(counts, read)
     yield from _rest_told(counts)
     yield from _empty_told(counts, config)
@@ -178,6 +216,14 @@ def _rows_told(counts: PreparedCounts, rejects: Tally) -> Said:
         yield logging.INFO, f"set aside:{line.removeprefix(' ')}"
     told = [f"{split} {counts['splits'][split]} ({counts['labelled'][split]})" for split in SPLITS]
     yield logging.INFO, f"pairs by split (with a label): {', '.join(told)}"
+
+
+def _lists_told(lists: ListCounts, set_aside: Tally) -> Said:
+    """What became of lists of responses."""
+    if lists.rows:
+        yield logging.INFO, lists.sentence()
+    for line in set_aside.lines(most=len(set_aside.reasons)):
+        yield logging.INFO, f"responses set aside:{line.removeprefix(' ')}"
 
 
 def _numbers_told(counts: PreparedCounts, read: Sequence[PieceSummary]) -> Said:

@@ -24,14 +24,20 @@ from cwpo_dist.pairs.pieces import (
     read_piece,
 )
 from cwpo_dist.pairs.readers import SourceError
-from cwpo_dist.pairs.rejects import Tally, refuse_past
+from cwpo_dist.pairs.rejects import RejectsError, Tally, refuse_past
 from cwpo_dist.pairs.sources import Fingerprint, Plan, plan, source_fingerprints
 from cwpo_dist.pairs.splits import SplitRule
 from cwpo_dist.placement import alive_machines, task_faults
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node, Nodes, Settings
-from cwpo_dist.runs.prepared_counts import PreparedCounts, added, in_words, prepared_counts
+from cwpo_dist.runs.prepared_counts import (
+    PreparedCounts,
+    added,
+    in_words,
+    of_lists,
+    prepared_counts,
+)
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.ray_tasks import run_tasks
 from cwpo_dist.storage import MANIFEST, FileMissing, StorageError, Store
@@ -99,7 +105,8 @@ def prepare(
         known: the sources' fingerprints of which its key was made; None: as they are now.
 
     Returns:
-        The counts for the manifest; rows_in = pairs + merged_duplicates + Σ rejects.
+        The counts for the manifest; rows_in = pairs + merged_duplicates + Σ rejects, where a list
+        counts as its pairs.
 
     Raises:
         ConfigError: before anything is read in full, for inputs or columns that are missing.
@@ -140,6 +147,9 @@ def _prepare(
     rows_in = sum(piece.rows_in for piece in read)
     valid = rows_in - rejects.reasons.total()
     refuse_past(config.max_reject_fraction, rejects, rows_in, valid, store.uri)
+    lists, set_aside = of_lists(read)
+    if fault := lists.fault(config.max_reject_fraction, set_aside.lines()):
+        raise RejectsError(f"{fault}\n  see {store.uri}/rejects")
     kept = _kept_types(read, config)
     rows = tuple(name for piece in read for name in piece.files)
     leaks = planned.n_buckets if planned.may_leak else 0
@@ -147,7 +157,8 @@ def _prepare(
     written = buckets.bucket_summaries(store, planned.n_buckets)
     rejects.merge(Tally(added(bucket.rejects for bucket in written)))
     counts = prepared_counts(planned, read, written, rejects, kept, damaged)
-    refuse_past(config.max_reject_fraction, rejects, rows_in, counts["pairs"], store.uri)
+    made = rows_in - lists.rows + lists.pairs  # each is a pair now, a copy of one, or a reject
+    refuse_past(config.max_reject_fraction, rejects, made, counts["pairs"], store.uri)
     for level, line in in_words(counts, read, rejects, config):
         logger.log(level, "prepare: %s", line)
     clear(store)

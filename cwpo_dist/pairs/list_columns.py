@@ -1,0 +1,150 @@
+"""The first rows of a source in; which column holds a list of responses, and which rates them, out.
+
+A list of objects is read by paths into all its items: `answers.*.answer`, `answers.*.rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from cwpo_dist.config import ConfigError, Pairing
+from cwpo_dist.pairs import column_names, refusals
+from cwpo_dist.pairs.first_rows import FirstRows
+from cwpo_dist.pairs.layout import EACH, LISTS
+from cwpo_dist.pairs.written import is_conversation, listed
+
+_RATINGS = LISTS[1:]
+# What stands beside lists: all else is about the two answers of a pair.
+BESIDE = ("system", "tools", "history", "prompt", "input", *LISTS)
+
+
+def list_columns(
+    first: FirstRows, given: Mapping[str, str], left_out: set[str]
+) -> dict[str, str] | None:
+    """The columns of responses and of their scores or ranks; None where there are no lists.
+
+    Args:
+        first: the source's first rows.
+        given: the columns that the configuration names.
+        left_out: the fields that it says are not to be read.
+
+    Raises:
+        ConfigError: for what could be several columns.
+    """
+    if "responses" in left_out:
+        return None
+    path = given.get("responses")
+    if path is None:
+        there = [name for name in first.named(*column_names.LISTS) if _holds_lists(first, name)]
+        if not there:
+            return None
+        path = _only(first, "responses", there)
+        assert path is not None, there
+    items = _objects(first, path)
+    if items is not None:
+        path = f"{path}.{EACH}.{_text_key(first, path, items)}"
+    return {"responses": path, **_rating(first, given, left_out, path)}
+
+
+def check_lists(
+    first: FirstRows, columns: Mapping[str, str], named: set[str], pairing: Pairing
+) -> None:
+    """Refuses lists of which nobody said what is compared, and fields that say nothing here.
+
+    Args:
+        first: the source's first rows.
+        columns: those of responses and ratings, and those that the configuration names.
+        named: the fields that the configuration names.
+        pairing: which responses of a list are compared.
+
+    Raises:
+        ConfigError: naming the field and the remedy.
+    """
+    for ours in sorted(named):
+        if ours not in BESIDE:
+            raise refusals.says_nothing(first, ours, "says nothing beside a list of responses")
+    if set(_RATINGS) <= columns.keys():
+        raise refusals.could_be_several(first, "scores", [columns[name] for name in _RATINGS])
+    path = columns["responses"]
+    if pairing == "given":
+        most = max(map(len, _lists(first, path)), default=0)
+        raise refusals.needs_pairing(first, path, most)
+    if pairing != "all" and not set(_RATINGS) & columns.keys():
+        raise ConfigError(
+            f"prepare.pairing: {pairing!r} needs to know how good each response is, and "
+            f"{first.path!r} ({first.field}) has no scores or ranks that we know; name their "
+            "column: columns: {scores: …} (higher is better) or {ranks: …} (lower is better); or "
+            "set pairing: all, whose pairs then have no label"
+        )
+
+
+def _lists(first: FirstRows, path: str) -> Iterator[list[object]]:
+    return (items for value in first.values(path) if (items := listed(value)))
+
+
+def _holds_lists(first: FirstRows, name: str) -> bool:
+    """Whether most of a column's rows hold several texts, or objects with one, in a list."""
+    lists = [
+        items
+        for items in _lists(first, name)
+        if len(items) > 1
+        and not is_conversation(items)
+        and 2 * sum(map(_may_be_response, items)) > len(items)
+    ]
+    return 2 * len(lists) > len(first.rows)
+
+
+def _may_be_response(item: object) -> bool:
+    return item is None or isinstance(item, str | Mapping) or is_conversation(item)
+
+
+def _objects(first: FirstRows, path: str) -> FirstRows | None:
+    """The items of a list as rows of their own, where they are objects and no messages."""
+    items = first.items(path)
+    objects = [each for each in items if isinstance(each, Mapping) and not is_conversation(each)]
+    return replace(first, rows=tuple(objects)) if 2 * len(objects) > len(items) else None
+
+
+def _text_key(first: FirstRows, path: str, items: FirstRows) -> str:
+    there = items.named(*column_names.IN_LISTS)
+    if len(there) != 1:
+        found = [f"{path}.{EACH}.{name}" for name in there or items.names]
+        raise refusals.could_be_several(first, "responses", found)
+    return there[0]
+
+
+def _rating(
+    first: FirstRows, given: Mapping[str, str], left_out: set[str], path: str
+) -> dict[str, str]:
+    """The column that says how good each response is, where it is not named."""
+    if set(_RATINGS) & given.keys():
+        return {}
+    taken = {*given.values(), path}
+    found: dict[str, str] = {}
+    for ours in _RATINGS:
+        there = [] if ours in left_out else list(_could_rate(first, ours, path))
+        name = _only(first, ours, [each for each in there if each not in taken])
+        if name is not None:
+            found[ours] = name
+    if len(found) > 1:
+        raise refusals.could_be_several(first, "scores", list(found.values()))
+    return found
+
+
+def _could_rate(first: FirstRows, ours: str, path: str) -> Iterator[str]:
+    """Columns with a list of ratings; keys of them beside the text of each response."""
+    for name in first.named(*column_names.RATINGS[ours]):
+        values = first.values(name)
+        if 2 * sum(listed(value) is not None for value in values) > len(values):
+            yield name
+    outer = path.partition(f".{EACH}")[0]
+    if (items := _objects(first, outer)) is not None:
+        for name in items.named(*column_names.RATINGS[ours]):
+            yield f"{outer}.{EACH}.{name}"
+
+
+def _only(first: FirstRows, ours: str, found: list[str]) -> str | None:
+    if len(found) > 1:
+        raise refusals.could_be_several(first, ours, found)
+    return found[0] if found else None
