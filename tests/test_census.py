@@ -53,7 +53,7 @@ def test_plan_counts_what_prepare_makes_of_lists(tmp_path: Path, seed: int) -> N
     sources: list[dict[str, Any]] = []
     for name, into in (("a", None), ("b", "test")):
         path = tmp_path / f"{name}.jsonl"
-        made_rows = lists(draw, 120, ratings) if name == "a" else rows(draw, 60)
+        made_rows = lists(draw, 400, ratings) if name == "a" else rows(draw, 60)
         path.write_text("".join(json.dumps(row) + "\n" for row in made_rows))
         sources.append({"path": str(path), "into": into})
     given = PrepareConfig.model_validate(

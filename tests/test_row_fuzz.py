@@ -200,6 +200,45 @@ def transcripts(make: Maker) -> tuple[Row, Any]:
     return row, ([{"role": "user", "content": asked}], won, lost, None, None)
 
 
+def rated(key: str) -> Callable[[Maker], tuple[Row, Any]]:
+    """A list of two responses in either order, one of them twice at times, and a rating of each."""
+
+    def make_row(make: Maker) -> tuple[Row, Any]:
+        talk, (won, lost) = make.talk(), make.answers()
+        more, less = make.pick((2, 1), (0.5, "-0.5"), ("9", 8.75))
+        good, poor = (less, more) if key == "ranks" else (more, less)
+        rated_ones = [(make.one(won), good), (make.one(lost), poor)]
+        rated_ones += [make.pick(*rated_ones)] if make.chance(0.3) else []
+        make.random.shuffle(rated_ones)
+        row = {"messages": make.spelled_all(talk), "candidates": [x for x, _ in rated_ones]}
+        return row | {key: [y for _, y in rated_ones]}, (talk, won, lost, None, None)
+
+    return make_row
+
+
+def objects(make: Maker) -> tuple[Row, Any]:
+    row, pair = rated("ranks")(make)
+    both = zip(row["candidates"], row["ranks"], strict=True)
+    asked = {"messages": row["messages"]}
+    return asked | {"answers": [{"answer": x, "rank": y} for x, y in both]}, pair
+
+
+def dumped(make: Maker) -> tuple[Row, Any]:
+    row, pair = rated("scores")(make)
+    return row | {"candidates": [json.dumps(each) for each in row["candidates"]]}, pair
+
+
+def unrated(make: Maker) -> tuple[Row, Any]:
+    row, (talk, won, lost, _, _) = rated("scores")(make)
+    del row["scores"]
+    return row, (talk, won, lost, None, ("nobody", None))
+
+
+def cells(make: Maker) -> tuple[Row, Any]:
+    row, pair = rated("scores")(make)
+    return {name: json.dumps(value) for name, value in row.items()}, pair
+
+
 def written(spell: Callable[[Any], str]) -> Callable[[Maker], tuple[Row, Any]]:
     def make_row(make: Maker) -> tuple[Row, Any]:
         row, pair = whole_conversations(make)
@@ -224,7 +263,35 @@ SHAPES: dict[str, Callable[[Maker], tuple[Row, Any]]] = {
     "whole.parquet": whole_conversations,
     "tools.parquet": with_tools,
     "label.parquet": labelled,
+    "scored_list.jsonl": rated("scores"),
+    "ranked_list.jsonl": rated("ranks"),
+    "objects_list.jsonl": objects,
+    "unrated_list.jsonl": unrated,
+    "cells_list.csv": cells,
+    "scored_list.parquet": dumped,
 }
+
+
+def spoiled_list(make: Maker, row: Row, name: str) -> tuple[Row, str]:
+    """A row with a list of which no pair can be made, and the reason."""
+    spell = json.dumps if name.endswith(".csv") else lambda value: value
+    key = "answers" if "answers" in row else "candidates"
+    rating = next((each for each in ("scores", "ranks") if each in row), None)
+    two, blank = ["x", "y"], [" ", ""]
+    if name.endswith(".parquet"):  # each response is JSON there
+        two, blank = [list(map(json.dumps, each)) for each in (two, blank)]
+    empty = "one response: responses" if rating is None else f"differing lengths: {rating}"
+    cases: list[tuple[Row, str]] = [({key: spell([])}, empty)]
+    if name.endswith(".jsonl"):
+        nothing = "missing field: responses"  # text has no objects, of which each has its text
+        cases += [({key: "x"}, "wrong type: responses" if key == "candidates" else nothing)]
+        cases += [({key: None}, nothing)]
+    if rating is not None:
+        cases += [({rating: spell([1])}, f"differing lengths: {rating}")]
+        cases += [({key: spell(two), rating: spell([1, "?"])}, "one response: responses")]
+        cases += [({key: spell(blank), rating: spell([1, 2])}, "empty answer: responses")]
+    change, reason = make.pick(*cases)
+    return row | change, reason
 
 
 def spoiled(make: Maker, row: Row, name: str) -> tuple[Row, str]:
@@ -296,11 +363,12 @@ def spoiled(make: Maker, row: Row, name: str) -> tuple[Row, str]:
 def make_source(folder: Path, name: str, seed: int) -> tuple[str, Expected]:
     """A file of one shape, a fifth of its rows spoiled, and what must come of each."""
     make, expected, rows = Maker(seed, name), Expected(), []
+    spoil = spoiled_list if "_list." in name else spoiled
     for position in range(1, ROWS_A_SHAPE + 1):
         make.number, make.keys = position, set()
         row, pair = SHAPES[name](make)
         if position > 20 and make.chance(0.2):  # the first rows show how the source is spelled
-            row, expected.bad[position] = spoiled(make, row, name)
+            row, expected.bad[position] = spoil(make, row, name)
         else:
             expected.good[f"{name}-{position}"] = pair
             expected.keys.update(make.keys)
@@ -355,6 +423,7 @@ def check(name: str, expected: Expected, written_rows: list[Row], set_aside: lis
         assert (row["prompt"], row[f"response_{first}"]) == (talk, won), key
         assert (row[f"response_{other}"], row["tools"]) == (lost, tools), key
         verdict, votes = said or ("won", None)
+        assert (row["score_a"] is not None) == ("scored_list" in name or name == "cells_list.csv")
         assert row["tie"] is (verdict == "tie")
         assert row["label"] == (first if verdict == "won" else None)
         assert votes == (
@@ -370,9 +439,11 @@ def test_ten_thousand_rows_of_messages_and_columns(tmp_path: Path, seed: int) ->
     made = {name: make_source(tmp_path, name, seed) for name in SHAPES}
     store = Store(str(tmp_path / "out"))
     paths = [path for path, _ in made.values()]
-    counts = prepare(store, config(*paths, max_reject_fraction=1.0), seed=seed)
+    counts = prepare(store, config(*paths, max_reject_fraction=1.0, pairing="all"), seed=seed)
     assert counts["rows_in"] == ROWS_A_SHAPE * len(SHAPES) > 10_000
     written_rows, set_aside = pairs(store), rejects(store)
+    assert counts["lists"]["rows"] == counts["lists"]["pairs"], "each of them is one pair"
+    assert counts["lists"]["set_aside"] == {}
     assert counts["rows_in"] == len(written_rows) + counts["merged_duplicates"] + len(set_aside)
     assert counts["merged_duplicates"] == 0
     for name, (path, expected) in made.items():

@@ -214,7 +214,7 @@ def _response(
 
 def _goods(
     row: Mapping[str, object], layout: Layout, count: int
-) -> list[float | None] | list[float | BadRow]:
+) -> list[float | BadRow | None]:
     """How good each response is said to be, or why that cannot be read; nothing for all of them."""
     name = layout.rated_by
     cells = None if name is None else _cells(row, layout, name)
