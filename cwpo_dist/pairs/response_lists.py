@@ -212,9 +212,7 @@ def _response(
     return prompt, Response(text, good)
 
 
-def _goods(
-    row: Mapping[str, object], layout: Layout, count: int
-) -> list[float | BadRow | None]:
+def _goods(row: Mapping[str, object], layout: Layout, count: int) -> list[float | BadRow | None]:
     """How good each response is said to be, or why that cannot be read; nothing for all of them."""
     name = layout.rated_by
     cells = None if name is None else _cells(row, layout, name)

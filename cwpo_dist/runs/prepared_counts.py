@@ -61,7 +61,7 @@ class _OfPairs(TypedDict):
     shards: int
 
 
-class PreparedLists(TypedDict):
+class _Lists(TypedDict):
     """What became of rows that hold lists of responses, by the names of `ListCounts`."""
 
     rows: int
@@ -72,13 +72,14 @@ class PreparedLists(TypedDict):
     ties: int
 
 
-class PreparedCounts(_OfSources, _OfRows, _OfPairs):
-    """What the manifest of `prepare` counts, by the names that it has there.
+class _OfLists(TypedDict):
+    """`lists` is there where some source has lists of responses."""
 
-    `lists` is there where some source has lists of responses.
-    """
+    lists: NotRequired[_Lists]
 
-    lists: NotRequired[PreparedLists]
+
+class PreparedCounts(_OfSources, _OfRows, _OfPairs, _OfLists):
+    """What the manifest of `prepare` counts, by the names that it has there."""
 
 
 def prepared_counts(
@@ -100,12 +101,18 @@ def prepared_counts(
         damaged: how many files could not be read to their end.
     """
     rows, pairs = _of_rows(read, rejects, damaged), _of_pairs(planned, written)
-    lists, set_aside = of_lists(read)
+    lists, _ = of_lists(read)
     accounted = pairs["pairs"] + pairs["merged_duplicates"] + rejects.reasons.total()
     assert rows["rows_in"] - lists.rows + lists.pairs == accounted, (rows, pairs, lists)
-    counts: PreparedCounts = {**_of_sources(planned, kept), **rows, **pairs}
-    if any("responses" in piece.layout.columns for piece in planned.pieces):
-        counts["lists"] = {
+    return {**_of_sources(planned, kept), **rows, **pairs, **_of_lists(planned, read)}
+
+
+def _of_lists(planned: Plan, read: Sequence[PieceSummary]) -> _OfLists:
+    if not any("responses" in piece.layout.columns for piece in planned.pieces):
+        return {}
+    lists, set_aside = of_lists(read)
+    return {
+        "lists": {
             "rows": lists.rows,
             "responses": lists.responses,
             "repeated": lists.repeated,
@@ -113,7 +120,7 @@ def prepared_counts(
             "pairs": lists.pairs,
             "ties": lists.ties,
         }
-    return counts
+    }
 
 
 def of_lists(read: Iterable[PieceSummary]) -> tuple[ListCounts, Tally]:
