@@ -10,7 +10,7 @@ from functools import partial
 from math import isfinite
 from typing import Literal
 
-from cwpo_dist.pairs.judging import Judgement, judged
+from cwpo_dist.pairs.judging import HumanLabel, judged
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import MessageReader, as_json, checked, has_words
 from cwpo_dist.pairs.numbers import NO_NUMBERS, Numbers, own_numbers
@@ -92,7 +92,7 @@ def pair_of(
     layout: Layout,
     reader: MessageReader,
     texts: tuple[Text, Text, Text],
-    verdict: Judgement,
+    verdict: HumanLabel,
 ) -> ParsedPair:
     """The pair of a prompt and two answers, with what its row has beside them.
 

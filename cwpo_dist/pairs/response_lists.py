@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean
 from typing import NamedTuple
 
-from cwpo_dist.pairs.judging import Judgement
+from cwpo_dist.pairs.judging import HumanLabel
 from cwpo_dist.pairs.layout import Layout, not_null
 from cwpo_dist.pairs.messages import MessageReader, has_words
 from cwpo_dist.pairs.numbers import Numbers, number
@@ -147,7 +147,7 @@ def _of_list(row: Mapping[str, object], layout: Layout) -> RowPairs:
     compared = _compared(responses, layout.pairing)
     ties = sum(a.good is not None and a.good == b.good for a, b in compared)
     texts = prompt, responses[0].text, responses[1].text
-    some = pair_of(row, layout, reader, texts, Judgement(None))
+    some = pair_of(row, layout, reader, texts, HumanLabel(None))
     return RowPairs(
         _pairs(some, compared, scored="scores" in layout.columns),
         some.unread,
