@@ -92,6 +92,12 @@ def whole_folder(folder: str) -> Iterator[Path]:
     synced(os.path.dirname(folder))
 
 
+def discard(folder: str) -> None:
+    """Removes a folder: its name goes in one step, so that nobody finds half of what it held."""
+    with _partial(folder) as gone:
+        os.replace(folder, gone)
+
+
 def _renamed(folder: str, name: str) -> bool:
     """Whether a folder got the name; not where a folder with files has it."""
     try:

@@ -126,7 +126,7 @@ def test_align_puts_the_winner_first_with_its_reference_and_weight(
     assert handed == (people if arm == "human" else annotators)("unlabelled")
     assert task.references is not None
     for texts, given in zip(handed.values(), task.references, strict=True):
-        assert given == tuple(map(reference, texts))
+        assert tuple(given) == tuple(map(reference, texts))
     sure = [math.tanh(margin(k) / 2) for k in range(3)]
     weighs = arm in {"cw", "cw_mean", "proportional"}
     mean = sum(sure) / 3 if arm == "cw_mean" else 1.0

@@ -61,4 +61,4 @@ def test_tokens_and_log_probs_of_other_files_are_not_read(
     world.place("tokens").remove(part("tokens", 0))
     world.place("reference").remove(part("reference", 0))
     held_out = specs[0].make_held_out(world.encoder)
-    assert held_out.pair_ids == [f"validation-{k}" for k in range(3)]
+    assert list(held_out.pair_ids) == [f"validation-{k}" for k in range(3)]

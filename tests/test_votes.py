@@ -21,6 +21,7 @@ from cwpo_dist.lm.rows import collate
 from cwpo_dist.objectives import bradley_terry
 from cwpo_dist.pairs.estimate import census
 from cwpo_dist.runs.checks import check
+from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.stages.fit import LabelledPairs
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -154,8 +155,9 @@ def test_fit_learns_the_share_of_each_pairs_votes(tmp_path: Path) -> None:
         Encoder(tiny_tokenizer(), "plain"),
     )
     by_id = {pair["pair_id"]: pair for pair in pairs(store)}
-    soft = LabelledPairs(store, counts["shards"], weak, by_votes=True)(encoder)
-    hard = LabelledPairs(store, counts["shards"], weak)(encoder)
+    given = GivenModel("weak", weak, "plain", [])
+    soft = LabelledPairs(store, counts["shards"], given, by_votes=True)(encoder)
+    hard = LabelledPairs(store, counts["shards"], given)(encoder)
     labelled = {i for i, p in by_id.items() if p["split"] == "labelled"}
     assert set(soft.pair_ids) == labelled
     assert set(hard.pair_ids) == {i for i in labelled if by_id[i]["label"] is not None}

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +75,7 @@ def uniform(rows: int) -> Order:
     return Order(rows, rows)
 
 
-def proportional(weights: Sequence[float]) -> Order:
+def proportional(weights: Sequence[float] | NDArray[np.floating[Any]]) -> Order:
     """An epoch of ⌊ΣC⌋ rows (at least 1), in which a row of weight C is with probability ∝ C.
 
     By systematic sampling: rows lie end to end in the epoch's random order, each as long as its
@@ -88,12 +89,11 @@ def proportional(weights: Sequence[float]) -> Order:
     Raises:
         ValueError: for a weight that would have its row drawn twice.
     """
-    if not weights or min(weights) < 0 or max(weights) > 1:
-        raise ValueError(
-            f"weights: from {min(weights, default=0)} to {max(weights, default=0)}; sampling needs "
-            "them from 0 to 1"
-        )
-    shares = np.rint(np.array(weights, dtype=np.float64) * _UNIT).astype(np.int64)
+    weights_N = np.asarray(weights, dtype=np.float64)
+    lowest, highest = weights_N.min(initial=1), weights_N.max(initial=0)
+    if not len(weights) or lowest < 0 or highest > 1:
+        raise ValueError(f"weights: from {lowest} to {highest}; sampling needs them from 0 to 1")
+    shares = np.rint(weights_N * _UNIT).astype(np.int64)
     if not shares.any():
         raise ValueError("weights: all are zero, or nearly; nothing can be drawn in proportion")
     return Order(len(weights), max(1, int(shares.sum()) // _UNIT), shares)
@@ -185,13 +185,13 @@ def plan_micro_batches(
     ]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)  # a training asks for one epoch after the other
 def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     return generator.permutation(n)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)  # a training asks for one epoch after the other
 def _drawn(order: Order, seed: int, epoch: int) -> NDArray[np.int64]:
     """One epoch of a weighted order: still in the permutation's order, which is random."""
     permutation = _permutation(order.rows, seed, epoch)

@@ -21,6 +21,7 @@ from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import TaskError
+from cwpo_dist.training.token_file import content
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class HeldOutPairs:
             for pair in read_judgements(self.pairs, part("pairs", index)):
                 if pair.split == self.split and pair.label is not None:
                     yield index, pair.pair_id, pair.label
+
+    def identity(self) -> object:
+        """What decides which they are."""
+        return [content(self.pairs), self.split, self.most]
 
     def read(self, index: int) -> list[Choice]:
         """What people chose of those of one shard, with weight 1."""

@@ -9,7 +9,10 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
+
+import pyarrow as pa
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.encoder import Asked, Encoder, fill_id, load_tokenizer
@@ -32,6 +35,7 @@ from cwpo_dist.pairs.records import (
     PromptTokens,
     SampledAnswer,
     Score,
+    read_records,
     read_rows,
     table_of,
 )
@@ -242,6 +246,20 @@ def read_tokens(tokens: Store, index: int) -> dict[str, Row]:
     """The tokens of one shard by pair id; answers in the pair's order (a, b)."""
     found = read_rows(tokens, part("tokens", index), PairTokens, TOKEN_SCHEMA)
     return {each.pair_id: Row(each.prompt, (each.answer_a, each.answer_b)) for each in found}
+
+
+def token_views(tokens: Store, index: int) -> dict[str, Row]:
+    """The same without a Python number a token: views of int32 that read like lists."""
+    table = read_records(tokens, part("tokens", index), TOKEN_SCHEMA)
+    prompt, answer_a, answer_b = (_views(table[name]) for name in PairTokens._fields[1:])
+    names = table["pair_id"].to_pylist()
+    return {name: Row(prompt[i], (answer_a[i], answer_b[i])) for i, name in enumerate(names)}
+
+
+def _views(column: pa.ChunkedArray) -> list[Any]:
+    lists = pa.concat_arrays(column.chunks)
+    ids, ends = memoryview(lists.values.to_numpy()), lists.offsets.to_pylist()
+    return [ids[start:end] for start, end in pairwise(ends)]
 
 
 class AnswerWorker:

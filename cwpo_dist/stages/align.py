@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cwpo_dist.config import AlignConfig, Split
 from cwpo_dist.lm.encoder import Encoder
@@ -21,11 +23,12 @@ from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Training
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.scorers import read_tokens
+from cwpo_dist.scoring.scorers import token_views
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import Normalization, Preference, Sampling
+from cwpo_dist.training.token_file import Example, content, token_file
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,10 @@ class Weighed:
 
     preferences: Store
 
+    def identity(self) -> object:
+        """What decides them."""
+        return content(self.preferences)
+
     def read(self, index: int) -> list[Choice]:
         """Of those of one shard."""
         return read_choices(self.preferences, part("preferences", index))
@@ -175,38 +182,50 @@ class WeightedPairs:
 
     def __call__(self, encoder: Encoder) -> Preference:
         """Tokens of every preference that fits the policy, chosen first."""
-        found = [each for index in range(self.shards) for each in self._shard(index)]
-        choices = [choice for choice, _, _ in found]
-        references = [reference for *_, reference in found if reference is not None]
+        fields: list[tuple[Any, ...]] = [("weight", "f8")]
+        fields += [] if self.reference is None else [("reference", "f4", (2,))]
+        fields += [("probability", "f4")] if self.soft_labels else []
+        found = token_file(self._identity(), 2, fields, self._shards)
         _, settings = objective(self.config, soft_labels=self.soft_labels)
         return Preference(
-            [row for _, row, _ in found],
-            [choice.pair_id for choice in choices],
-            weights=[choice.weight for choice in choices],
-            references=None if self.reference is None else references,
+            found.rows,
+            found.pair_ids,
+            weights=found.numbers("weight"),
+            references=None if self.reference is None else found.numbers("reference"),
             loss_type=self.config.loss_type,
             beta=settings.beta,
             label_smoothing=float(settings.label_smoothing),
             normalization=self.normalization,
             sampling=self.sampling,
-            probabilities=list(map(_probability, choices)) if self.soft_labels else None,
+            probabilities=found.numbers("probability") if self.soft_labels else None,
             simpo_gamma=settings.simpo_gamma,
         )
 
-    def _shard(self, index: int) -> Iterator[tuple[Choice, Row, tuple[float, float] | None]]:
-        """Of one shard; what is over length for the policy is counted where it was tokenised."""
+    def _identity(self) -> list[object]:
+        reference = None if self.reference is None else content(self.reference)
+        return [self.choices.identity(), content(self.tokens), reference]
+
+    def _shards(self, _: Counter[str]) -> Iterator[Iterator[Example]]:
+        """What is over length for the policy is counted where it was tokenised."""
+        return map(self._shard, range(self.shards))
+
+    def _shard(self, index: int) -> Iterator[Example]:
         if not (read := self.choices.read(index)):
             return
         log_probs = None if self.reference is None else read_log_probs(self.reference, index)
-        tokens = read_tokens(self.tokens, index)
+        tokens = token_views(self.tokens, index)
         for choice in read:
             name, label = choice.pair_id, choice.label
             if name not in tokens or (log_probs is not None and name not in log_probs):
                 continue
-            row, reference = tokens[name], None
+            numbers: list[object] = [choice.weight]
             if log_probs is not None:
-                reference = chosen_first(label, *log_probs[name].sums)
-            yield choice, Row(row.prompt, chosen_first(label, *row.answers)), reference
+                numbers.append(chosen_first(label, *log_probs[name].sums))
+            if self.soft_labels:
+                numbers.append(_probability(choice))
+            row = tokens[name]
+            row = Row(row.prompt, chosen_first(label, *row.answers))
+            yield Example(name, row, tuple(numbers))
 
 
 def _probability(choice: Choice) -> float:

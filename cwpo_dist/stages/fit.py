@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
-from cwpo_dist.config import ConfigError, FitConfig, ModelConfig, Split
+import numpy as np
+import tokenizers
+import transformers
+
+from cwpo_dist.config import ConfigError, FitConfig, Split
 from cwpo_dist.evaluation.calibration import people_share
 from cwpo_dist.lm.encoder import Asked, Encoder
 from cwpo_dist.lm.fitting import encode_pairs
@@ -27,6 +32,7 @@ from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import BradleyTerry, TaskError
+from cwpo_dist.training.token_file import Example, content, token_file
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +91,11 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
 
 def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
     """Writes `model/`, which `AutoModelForSequenceClassification` loads; returns the counts."""
-    told, weak = node.settings, node.settings.model.config
+    told = node.settings
     task = LabelledPairs(
         context.prepared(node),
         context.shards(node),
-        weak,
+        told.model,
         by_votes=told.config.labels == "votes",
         most=told.most,
     )
@@ -100,7 +106,7 @@ def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
         key=node.key,
         seed=told.seed,
         config=told.config,
-        model=weak,
+        model=told.model.config,
         head="scores",
         make_task=task,
         make_held_out=replace(task, most=1.0, held_out=held_out),
@@ -129,7 +135,7 @@ class LabelledPairs:
 
     pairs: Store
     shards: int
-    model: ModelConfig
+    model: GivenModel
     by_votes: bool = False
     most: float = 1.0
     held_out: HeldOutPairs | None = None
@@ -140,30 +146,38 @@ class LabelledPairs:
         Raises:
             TaskError: when more than the share `most` of them cannot be read.
         """
-        labelled = self._labelled()
-        if labelled and isinstance(labelled[0].prompt, str):
+        every = itertools.chain.from_iterable(map(self._shard, range(self.shards)))
+        if (first := next(every, None)) is not None and isinstance(first.prompt, str):
             encoder.travel_as_text()
-        found = encode_pairs(encoder, self.model, [_chosen_first(pair) for pair in labelled])
-        left_out = self._left_out(found)
-        both = zip(labelled, found, strict=True)
-        read = [(pair, row) for pair, row in both if isinstance(row, Row)]
-        shares = self._shares([pair for pair, _ in read])
-        rows, names = [row for _, row in read], [pair.pair_id for pair, _ in read]
-        return BradleyTerry(rows, names, shares, left_out=left_out)
+        fields = [("share", "f8")] if self.by_votes else []
+        found = token_file(self._identity(), 2, fields, partial(self._encoded, encoder))
+        self._tell(len(found.rows), Counter(found.left_out))
+        shares = found.numbers("share") if self.by_votes else None
+        if shares is not None:
+            soft = np.count_nonzero((shares != 0) & (shares != 1))
+            logger.info("fit: of %d pairs %d are learned as a share of votes", len(shares), soft)
+        return BradleyTerry(found.rows, found.pair_ids, shares, left_out=found.left_out)
 
-    def _shares(self, pairs: list[Pair]) -> list[float] | None:
-        """Of people that prefer the answer that is put first; None: labels are learned."""
-        if not self.by_votes:
-            return None
-        shares = [_first_share(pair) for pair in pairs]
-        soft = sum(share not in (0.0, 1.0) for share in shares)
-        logger.info("fit: of %d pairs %d are learned as a share of votes", len(pairs), soft)
-        return shares
+    def _identity(self) -> list[object]:
+        chosen = None if self.held_out is None else self.held_out.identity()
+        made_by = transformers.__version__, tokenizers.__version__
+        return [content(self.pairs), self.model.identity(), self.by_votes, made_by, chosen]
 
-    def _left_out(self, found: Sequence[Row | TokenError]) -> Counter[str]:
-        """Counts, and says, what cannot be read or does not fit; stops where that is too much."""
-        faults = Counter(str(row.fault) for row in found if isinstance(row, TokenError))
-        pairs = len(found)
+    def _encoded(self, encoder: Encoder, left_out: Counter[str]) -> Iterator[list[Example]]:
+        """What is learned of each pair file; of what cannot be read, the faults."""
+        for index in range(self.shards) if self.held_out is None else self.held_out.labels:
+            pairs = list(filter(self._is_learned, self._shard(index)))
+            rows = encode_pairs(encoder, self.model.config, list(map(_chosen_first, pairs)))
+            left_out.update(str(row.fault) for row in rows if isinstance(row, TokenError))
+            yield [
+                Example(pair.pair_id, row, (_first_share(pair),) if self.by_votes else ())
+                for pair, row in zip(pairs, rows, strict=True)
+                if isinstance(row, Row)
+            ]
+
+    def _tell(self, read: int, faults: Counter[str]) -> None:
+        """Says what cannot be read, and stops where that is too much."""
+        pairs = read + faults.total()
         told = ", ".join(f"{number} × {fault}" for fault, number in faults.most_common())
         if told:
             logger.warning("fit: of %d labelled pairs are left out: %s", pairs, told)
@@ -174,23 +188,18 @@ class LabelledPairs:
                 f"prepare.max_reject_fraction {self.most:g} allows; give a chat_template that "
                 "writes them, or raise it"
             )
-        return faults
-
-    def _labelled(self) -> list[Pair]:
-        if self.held_out is not None:
-            labels = self.held_out.labels
-            pairs = itertools.chain.from_iterable(map(self._shard, labels))
-            names = {pair_id for of_shard in labels.values() for pair_id in of_shard}
-            return [pair for pair in pairs if pair.pair_id in names]
-        return [
-            pair
-            for index in range(self.shards)
-            for pair in self._shard(index)
-            if pair.split == "labelled" and self._is_learned(pair)
-        ]
 
     def _is_learned(self, pair: Pair) -> bool:
-        return pair.label is not None or (self.by_votes and bool(pair.tie))
+        if self.held_out is not None:
+            return pair.pair_id in self._followed
+        return pair.split == "labelled" and (
+            pair.label is not None or (self.by_votes and bool(pair.tie))
+        )
+
+    @cached_property
+    def _followed(self) -> frozenset[str]:
+        assert self.held_out is not None
+        return frozenset(itertools.chain.from_iterable(self.held_out.labels.values()))
 
     def _shard(self, index: int) -> list[Pair]:
         return read_pairs(self.pairs, index)

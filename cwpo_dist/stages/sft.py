@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from cwpo_dist.config import SftConfig, Split
@@ -13,16 +14,17 @@ from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import LabelSource, decide
 from cwpo_dist.runs.annotations import Annotated, annotated, decided_pairs, label_source
 from cwpo_dist.runs.arms import ArmRun, Chooser, held_out_split, weighting
-from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.context import Context, ScoresIn
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, scored
 from cwpo_dist.runs.stage import Stage, Training
-from cwpo_dist.scoring.scorers import read_tokens
+from cwpo_dist.scoring.scorers import token_views
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
 from cwpo_dist.training.tasks import Sft
+from cwpo_dist.training.token_file import Example, Shards, content, token_file
 
 
 @dataclass(frozen=True)
@@ -118,18 +120,24 @@ class ChosenAnswers:
 
     def __call__(self, encoder: Encoder) -> Sft:
         """Tokens of every decided pair that fits the policy."""
-        rows: list[Row] = []
-        names: list[str] = []
-        for index in range(self.annotated.shards):
-            pairs = self.annotated.judgements(index)
-            opinions, _ = self.annotated.opinions(index)
-            tokens = read_tokens(self.tokens, index)
-            for pair_id, decision in decide(pairs, opinions, self.labels, self.splits).items():
-                if pair_id in tokens:
-                    row = tokens[pair_id]
-                    rows.append(_chosen(row, decision.label))
-                    names.append(pair_id)
-        return Sft(rows, names)
+        return _sft(self._identity(), self._shards)
+
+    def _identity(self) -> list[object]:
+        given = self.annotated
+        scores = [each.store for each in given.scores if isinstance(each, ScoresIn)]
+        return [repr(self), *map(content, [given.pairs, self.tokens, *scores])]
+
+    def _shards(self, _: Counter[str]) -> Iterator[Iterator[Example]]:
+        return map(self._shard, range(self.annotated.shards))
+
+    def _shard(self, index: int) -> Iterator[Example]:
+        pairs = self.annotated.judgements(index)
+        opinions, _ = self.annotated.opinions(index)
+        tokens = token_views(self.tokens, index)
+        for pair_id, decision in decide(pairs, opinions, self.labels, self.splits).items():
+            if pair_id in tokens:
+                row = tokens[pair_id]
+                yield Example(pair_id, _chosen(row, decision.label))
 
 
 @dataclass(frozen=True)
@@ -146,13 +154,20 @@ class HeldOutAnswers:
 
     def __call__(self, encoder: Encoder) -> Sft:
         """Tokens of those that fit the policy."""
-        found = {
-            pair_id: _chosen(row, labels[pair_id])
-            for index, labels in self.held_out.labels.items()
-            for pair_id, row in read_tokens(self.tokens, index).items()
-            if pair_id in labels
-        }
-        return Sft(list(found.values()), list(found))
+        return _sft([self.held_out.identity(), content(self.tokens)], self._shards)
+
+    def _shards(self, _: Counter[str]) -> Iterator[list[Example]]:
+        for index, labels in self.held_out.labels.items():
+            yield [
+                Example(pair_id, _chosen(row, labels[pair_id]))
+                for pair_id, row in token_views(self.tokens, index).items()
+                if pair_id in labels
+            ]
+
+
+def _sft(identity: object, shards: Shards) -> Sft:
+    found = token_file(identity, 1, [], shards)
+    return Sft(found.rows, found.pair_ids)
 
 
 def _chosen(row: Row, label: Label) -> Row:

@@ -13,9 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cwpo_dist.lm.batches import Order, proportional, uniform
@@ -23,6 +25,7 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, bradley_terry
 
 Indices = Sequence[int]
+Numbers = Sequence[float] | NDArray[np.floating[Any]]  # one a row, such as a view of a file
 Normalization = Literal["none", "batch"]
 Sampling = Literal["proportional"] | None
 
@@ -33,10 +36,10 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """An objective over a data set that every rank holds in memory.
+    """An objective over a data set: lists, or views of a file that is mapped (`token_file`).
 
     Attributes:
-        rows: tokens; the chosen answer first.
+        rows: tokens; the chosen answer first. Rows of a file all have the same number of answers.
         pair_ids: the name of each row, for messages.
         left_out: how many pairs are not among them, by reason; empty where nobody counted.
     """
@@ -51,7 +54,8 @@ class Task(ABC):
             raise TaskError("no pairs to train on: check the splits and max_length of the config")
         if len(self.rows) != len(self.pair_ids):
             raise TaskError(f"{len(self.rows)} rows have {len(self.pair_ids)} pair ids")
-        for row, pair in zip(self.rows, self.pair_ids, strict=True):
+        looked_at = len(self.rows) if isinstance(self.rows, list | tuple) else 1
+        for row, pair in zip(self.rows[:looked_at], self.pair_ids, strict=False):
             if len(row.answers) != self.n_answers:
                 raise TaskError(
                     f"pair {pair}: {len(row.answers)} answers, the objective takes {self.n_answers}"
@@ -94,15 +98,18 @@ class BradleyTerry(Task):
             of them do, a hard label.
     """
 
-    shares: Sequence[float] | None = None
+    shares: Numbers | None = None
 
     def __post_init__(self) -> None:
         """Checks the shares, too."""
         super().__post_init__()
-        if self.shares is not None and len(self.shares) != len(self.rows):
-            raise TaskError(f"{len(self.rows)} pairs have {len(self.shares)} shares of votes")
-        if self.shares is not None and not all(0 <= share <= 1 for share in self.shares):
-            raise TaskError(f"shares of votes: from {min(self.shares)} to {max(self.shares)}")
+        if self.shares is None:
+            return
+        shares = np.asarray(self.shares)
+        if len(shares) != len(self.rows):
+            raise TaskError(f"{len(self.rows)} pairs have {len(shares)} shares of votes")
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise TaskError(f"shares of votes: from {shares.min()} to {shares.max()}")
 
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
         """[P]."""
@@ -120,7 +127,7 @@ class BradleyTerry(Task):
 
     def _shares(self, like: Tensor, indices: Indices) -> Tensor | None:
         shares = self.shares
-        return None if shares is None else like.new_tensor([shares[i] for i in indices])
+        return None if shares is None else _of(shares, indices, like)
 
 
 @dataclass(frozen=True)
@@ -164,14 +171,14 @@ class Preference(Task):
         probabilities: soft labels, the annotator's probability of each chosen answer; None: hard.
     """
 
-    weights: Sequence[float]
-    references: Sequence[tuple[float, float]] | None
+    weights: Numbers
+    references: Sequence[tuple[float, float]] | NDArray[np.floating[Any]] | None
     loss_type: str
     beta: float
     label_smoothing: float = 0.0
     normalization: Normalization = "none"
     sampling: Sampling = None
-    probabilities: Sequence[float] | None = None
+    probabilities: Numbers | None = None
     simpo_gamma: float = LossSettings.simpo_gamma
 
     def __post_init__(self) -> None:
@@ -179,29 +186,30 @@ class Preference(Task):
         super().__post_init__()
         for name in ("weights", "references", "probabilities"):
             if getattr(self, name) is not None:
-                self._check_numbers(name, getattr(self, name))
-        if min(self.weights) < 0 or max(self.weights) == 0:
+                self._check_numbers(name, np.asarray(getattr(self, name)))
+        weights = np.asarray(self.weights)
+        if weights.min() < 0 or weights.max() == 0:
             raise TaskError(
-                f"weights: from {min(self.weights)} to {max(self.weights)}; they must not be "
-                "negative and not all zero (all ties?)"
+                f"weights: from {weights.min()} to {weights.max()}; they must not be negative and "
+                "not all zero (all ties?)"
             )
-        if self.sampling and max(self.weights) > 1:
+        if self.sampling and weights.max() > 1:
             raise TaskError(
-                f"weights: up to {max(self.weights)}, but arm 'proportional' draws a pair with its "
+                f"weights: up to {weights.max()}, but arm 'proportional' draws a pair with its "
                 "weight as probability; divide them, or take another arm"
             )
         if self.references is None and OBJECTIVES[self.loss_type].reference:
             raise TaskError(f"loss_type {self.loss_type!r} needs references: run `reference`")
 
-    def _check_numbers(self, name: str, numbers: Sequence[object]) -> None:
+    def _check_numbers(self, name: str, numbers: NDArray[np.floating[Any]]) -> None:
         if len(numbers) != len(self.rows):
             raise TaskError(
                 f"{len(self.rows)} pairs have {len(numbers)} {name}: run `reference` and `weigh` "
                 "again"
             )
-        finite_N = torch.isfinite(torch.tensor(numbers)).reshape(len(self.rows), -1)
-        bad = torch.nonzero(~finite_N.all(dim=1)).flatten().tolist()
-        if bad:
+        finite_N = np.isfinite(numbers).reshape(len(self.rows), -1).all(axis=1)
+        bad = np.flatnonzero(~finite_N)
+        if len(bad):
             pairs = ", ".join(self.pair_ids[i] for i in bad[:5])
             raise TaskError(f"{name}: not finite for {len(bad)} pairs ({pairs}); drop them")
 
@@ -216,7 +224,7 @@ class Preference(Task):
         """[P], each times its weight."""
         epsilon: float | Tensor = self.label_smoothing
         if self.probabilities is not None:
-            epsilon = 1 - outputs_PK.new_tensor([self.probabilities[i] for i in indices])
+            epsilon = 1 - _of(self.probabilities, indices, outputs_PK)
         settings = LossSettings(self.beta, epsilon, self.simpo_gamma)
         loss_P = OBJECTIVES[self.loss_type].loss(self._pairs(outputs_PK, indices), settings)
         return self._weights(outputs_PK, indices) * loss_P
@@ -224,7 +232,7 @@ class Preference(Task):
     def denominator(self, indices: Indices) -> float:
         """By `normalization`; 1 for a batch of ties alone, whose sum is 0 too."""
         if self.normalization == "batch" and not self.sampling:
-            return sum(self.weights[i] for i in indices) or 1.0
+            return float(sum(self.weights[i] for i in indices)) or 1.0
         return float(len(indices))
 
     def metrics(self, outputs_PK: Tensor, indices: Indices) -> dict[str, float]:
@@ -255,7 +263,7 @@ class Preference(Task):
         references_PK = (
             torch.zeros_like(outputs_PK)
             if references is None
-            else outputs_PK.new_tensor([references[i] for i in indices])
+            else _of(references, indices, outputs_PK)
         )
         counts = [[len(answer) for answer in self.rows[i].answers] for i in indices]
         counts_PK = outputs_PK.new_tensor(counts)
@@ -269,7 +277,12 @@ class Preference(Task):
         )
 
     def _weights(self, like: Tensor, indices: Indices) -> Tensor:
-        return like.new_tensor([1.0 if self.sampling else self.weights[i] for i in indices])
+        return like.new_ones(len(indices)) if self.sampling else _of(self.weights, indices, like)
+
+
+def _of(numbers: Sequence[Any] | NDArray[Any], indices: Indices, like: Tensor) -> Tensor:
+    """Those of some rows, [P, …]."""
+    return like.new_tensor(np.array([numbers[i] for i in indices]))
 
 
 def _share(flags: Tensor) -> float:
