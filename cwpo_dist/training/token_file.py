@@ -54,8 +54,6 @@ class TokenFile:
     """The data of one training, mapped.
 
     Attributes:
-        rows: tokens of each pair; they are views of the file, and nothing is read until they are.
-        pair_ids: the id of each.
         left_out: how many pairs are not among them, by reason.
     """
 
@@ -66,8 +64,16 @@ class TokenFile:
         self._tokens: Any = _mapped(folder / "tokens", np.dtype(np.int32)).data
         self._pairs = _mapped(folder / "pairs", layout)
         self.left_out: Mapping[str, int] = json.loads((folder / "left_out.json").read_text())
-        self.rows: Sequence[Row] = _Lazy(len(self._pairs), self._row)
-        self.pair_ids: Sequence[str] = _Lazy(len(self._pairs), self._pair_id)
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """Tokens of each pair: views of the file, of which nothing is read until they are."""
+        return _Lazy(len(self._pairs), self._row)
+
+    @property
+    def pair_ids(self) -> Sequence[str]:
+        """The id of each."""
+        return _Lazy(len(self._pairs), self._pair_id)
 
     def numbers(self, field: str) -> NDArray[Any]:
         """[N, …] one of the numbers of all pairs; a view of the file."""
