@@ -16,13 +16,17 @@ from cwpo_dist.lm.modules import decode, unwrapped
 from cwpo_dist.lm.recompute import let_recompute, recompute
 from cwpo_dist.lm.rows import collate
 from cwpo_dist.lm.stock import probe_rows
+from cwpo_dist.planning.costs import Estimate, Lengths
 from cwpo_dist.planning.memory import (
     activations,
     by_zero_stage,
+    data_memory,
     generating_memory,
     training_memory,
 )
+from cwpo_dist.runs.checks import Checked
 from cwpo_dist.runs.sizes import ModelSize, TrainedSize, _cached
+from cwpo_dist.runs.stage import Training
 from cwpo_dist.training.lora import add_lora
 
 LORA = LoraConfig(r=8)
@@ -156,3 +160,21 @@ def test_recomputed_layers_keep_little_until_told_otherwise(adapted: bool) -> No
     assert kept_in_fact(model) < 0.3 * whole
     recompute(model, on=False)
     assert kept_in_fact(model) == same
+
+
+def test_a_million_pairs_are_a_file_a_node_and_little_in_each_worker() -> None:
+    """By hand: 500 int32 and 100 bytes beside them a pair; the order of an epoch."""
+    pairs, gib = 10**6, 2**30
+    found = data_memory(pairs, 500 * pairs)
+    assert found.node == pairs * (500 * 4 + 100)
+    assert found.worker <= pairs * 100
+    lengths = {"policy": Lengths(1.0, 500.0, 400.0, 300.0)}
+    unread: Any = None  # the configuration, and what was counted
+    estimate = Estimate(unread, unread, Checked({"policy": SIZE}, (), {}), lengths)
+    work = Training("", pairs, None, "policy", training=config())
+    assert estimate.cost(work).details[-1] == (
+        f"and up to {found.node / gib:.1f} GiB of token ids on each node's disk (TMPDIR), which "
+        f"its workers read together, with {found.worker / gib:.1f} GiB of memory in each"
+    )
+    few = replace(work, pairs=1000)
+    assert "token ids" not in " ".join(estimate.cost(few).details)

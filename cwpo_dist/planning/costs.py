@@ -17,8 +17,8 @@ from cwpo_dist.placement import Machine, gpus, uses_gpu
 from cwpo_dist.planning.memory import (
     Memory,
     by_zero_stage,
+    data_memory,
     generating_memory,
-    rows_memory,
     training_memory,
 )
 from cwpo_dist.runs.checks import Checked
@@ -41,7 +41,7 @@ START_S: dict[Kind, float] = {
     "score": 10.0,
     "generate": 10.0,
 }  # actors, workers, models
-TOLD_BYTES = 2**27  # token ids of fewer are not worth a line
+TOLD_BYTES = 2**27  # data of fewer are not worth a line
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,12 @@ class Estimate:
         passes = (3 if training.lora is None else 2) + training.gradient_checkpointing
         kind = "LoRA" if training.lora is not None else "full"
         memory, details = self._needs(training, size)
-        if (rows := rows_memory(pairs * lengths.shared)) >= TOLD_BYTES:
-            details = (*details, f"and {_gib(rows)} GiB of token ids, on the host")
+        if (data := data_memory(pairs, pairs * lengths.shared)).node >= TOLD_BYTES:
+            details = (
+                *details,
+                f"and up to {_gib(data.node)} GiB of token ids on each node's disk (TMPDIR), which "
+                f"its workers read together, with {_gib(data.worker)} GiB of memory in each",
+            )
         text = f"{pairs:,} pairs, {steps:,} steps of {training.global_batch_size} ({kind})"
         if work.sampled and training.max_steps <= 0:  # of C nothing is known
             text += " at most; times the mean confidence"

@@ -19,7 +19,9 @@ LIVE_NUMBERS = 10**9
 # once more, as measured. CUDA's allocator is taken to use all of it again (not measured).
 RETAINED = 1.5
 FEWEST = {False: 0, True: 1}  # the lowest ZeRO stage, by whether it is on GPUs, in bf16
-ROW_BYTES = 36  # a token: 8 of the list that holds its id, 28 of the int itself
+TOKEN_BYTES = 4  # of the file that a node's workers map
+PAIR_BYTES = 100  # of that file: id, places, lengths, weight, log-probs of the reference
+OWN_PAIR_BYTES = 64  # of each worker: the order of an epoch, and what is held while it is drawn
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,19 @@ def generating_memory(size: ModelSize, prompts: int, tokens: int, *, on_gpu: boo
     return number * (size.parameters + prompts * tokens * size.cached) + 4 * prompts * size.words
 
 
-def rows_memory(tokens: float) -> int:
-    """Bytes on the host of the token ids of a training's rows, which each worker holds."""
-    return round(ROW_BYTES * tokens)
+@dataclass(frozen=True)
+class DataMemory:
+    """Bytes that the data of a training take.
+
+    Attributes:
+        node: of a node's disk, and at most as many of its page cache, which its workers share.
+        worker: of each worker's own memory.
+    """
+
+    node: int
+    worker: int
+
+
+def data_memory(pairs: int, tokens: float) -> DataMemory:
+    """Of so many pairs with so many tokens in all; at most, as what repeats may be stored once."""
+    return DataMemory(round(PAIR_BYTES * pairs + TOKEN_BYTES * tokens), OWN_PAIR_BYTES * pairs)
