@@ -22,10 +22,10 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, PairTokens, table_of
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import read_tokens, token_views
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import FileMissing, Store
 from cwpo_dist.training.loop import micro_batches, train
 from cwpo_dist.training.tasks import Preference, TaskError
-from cwpo_dist.training.token_file import Example, TokenFile, token_file
+from cwpo_dist.training.token_file import Example, TokenFile, content, token_file
 
 FIELDS = [("weight", "f8"), ("reference", "f8", (2,))]
 
@@ -195,3 +195,14 @@ def test_tokens_of_a_stage_are_viewed_without_a_number_a_token(tmp_path: Path) -
         found = token_views(store, index)
         assert {name: as_lists(row) for name, row in found.items()} == read_tokens(store, index)
         assert all(isinstance(row.prompt, memoryview) for row in found.values())
+
+
+def test_a_folder_that_is_written_anew_is_staged_anew(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "weigh"))
+    with pytest.raises(FileMissing):
+        content(store)
+    store.write("preferences/part-00000.parquet", b"before")
+    before = content(store)
+    assert content(store) == before
+    store.write("preferences/part-00000.parquet", b"and after")
+    assert content(store) != before

@@ -22,6 +22,7 @@ from cwpo_dist.objectives import bradley_terry
 from cwpo_dist.pairs.estimate import census
 from cwpo_dist.runs.checks import check
 from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.stages import fit
 from cwpo_dist.stages.fit import LabelledPairs
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -147,7 +148,9 @@ def test_ties_are_labelled_where_asked_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_fit_learns_the_share_of_each_pairs_votes(tmp_path: Path) -> None:
+def test_fit_learns_the_share_of_each_pairs_votes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A label without votes is a hard one; the order of a row's answers is told by its share."""
     store, counts, _ = made(tmp_path, "asked", ties="labelled")
     weak, encoder = (
@@ -158,6 +161,8 @@ def test_fit_learns_the_share_of_each_pairs_votes(tmp_path: Path) -> None:
     given = GivenModel("weak", weak, "plain", [])
     soft = LabelledPairs(store, counts["shards"], given, by_votes=True)(encoder)
     hard = LabelledPairs(store, counts["shards"], given)(encoder)
+    monkeypatch.delattr(fit, "encode_pairs")  # the next rank of this node tokenises nothing
+    assert LabelledPairs(store, counts["shards"], given)(encoder).rows[:] == hard.rows[:]
     labelled = {i for i, p in by_id.items() if p["split"] == "labelled"}
     assert set(soft.pair_ids) == labelled
     assert set(hard.pair_ids) == {i for i in labelled if by_id[i]["label"] is not None}
