@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from cwpo_dist.pairs.chosen import chosen_first, signs
+from cwpo_dist.pairs.preferences import Choice, Preference, preference_schema
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     PROMPT_SCHEMA,
@@ -28,12 +29,9 @@ from cwpo_dist.pairs.records import (
     table_of,
 )
 from cwpo_dist.pairs.stored import (
-    Choice,
     Judgement,
     Pair,
-    Preference,
     Told,
-    preference_schema,
     read_judgements,
     read_pairs,
     whole_schema,

@@ -12,16 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cwpo_dist.pairs.preferences import Preference, preference_schema, preference_table
 from cwpo_dist.pairs.records import MESSAGES, TEXT_KEYS, pair_id, prompt_id
-from cwpo_dist.pairs.stored import (
-    Pair,
-    Preference,
-    pair_table,
-    pairs_of,
-    preference_schema,
-    preference_table,
-    whole_schema,
-)
+from cwpo_dist.pairs.stored import Pair, pair_table, pairs_of, whole_schema
 
 TEXT = st.text(max_size=8)
 JSON = st.recursive(

@@ -1,11 +1,10 @@
-"""Pairs and preferences: their records, their Arrow schemas, and the way from one to the other.
+"""Pairs: their records and Arrow schemas; a shard of them in three files, and whole again.
 
 A shard of pairs is three files: a prompt and an answer are stored once, in however many pairs they
 stand. Pairs name them by their ids, and are read whole again, with the texts.
 
 A plain message is a dict of its own keys alone. Arrow has the same fields in every row: of pairs,
-what stands beside role and content lies together in `extra`, as JSON. Preferences, which other
-programs read, have role and content alone, or whole messages as JSON.
+what stands beside role and content lies together in `extra`, as JSON.
 """
 
 from __future__ import annotations
@@ -294,7 +293,7 @@ def pairs_of(table: pa.Table) -> list[Pair]:
 def pair_table(pairs: Iterable[Pair], schema: pa.Schema) -> pa.Table:
     """Pairs as a schema of theirs has them."""
     rows = [
-        (pair.pair_id, *map(packed, (pair.prompt, *pair.answers)), _json(pair.tools), *pair[5:])
+        (pair.pair_id, *map(packed, (pair.prompt, *pair.answers)), as_json(pair.tools), *pair[5:])
         for pair in pairs
     ]
     return table_of(rows, schema)
@@ -308,7 +307,7 @@ def packed(text: Text | None) -> object:
         {
             "role": message["role"],
             "content": message["content"],
-            "extra": _json({k: message[k] for k in message if k not in _ALWAYS} or None),
+            "extra": as_json({k: message[k] for k in message if k not in _ALWAYS} or None),
         }
         for message in text
     ]
@@ -321,122 +320,6 @@ def _unpack(text: object) -> None:
             message.update(json.loads(extra))
 
 
-def preference_schema(kind: Kind, *, keys: bool = False, tools: bool = False) -> pa.Schema:
-    """The columns of a `Preference`: TRL's names and format, with margin, confidence and weight.
-
-    Messages are objects of role and content. Where any message of the run has more (`tool_calls`,
-    `reasoning_content`, …), all of them are Arrow's JSON: `datasets` gives each as the object that
-    the models' templates were given, with its own keys alone, other readers as JSON text; so are
-    `tools`, as a list of tools, in a column that is there where any pair has some.
-
-    Args:
-        kind: text or conversational.
-        keys: whether any message has more than role and content.
-        tools: whether any pair has tools.
-    """
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    text = pa.string() if kind == "text" else pa.list_(pa.json_() if keys else message)
-    return pa.schema(
-        [
-            ("pair_id", pa.string()),
-            ("prompt", text),
-            ("chosen", text),
-            ("rejected", text),
-            *([("tools", pa.json_())] if tools else []),
-            ("label", pa.string()),
-            ("margin", pa.float32()),
-            ("disagreement", pa.float32()),
-            ("probability", pa.float32()),
-            ("confidence", pa.float32()),
-            ("weight", pa.float64()),  # the data's own stay what they are, to the bit
-        ]
-    )
-
-
-class Preference(NamedTuple):
-    """A pair that was decided: what a policy is aligned on.
-
-    Attributes:
-        pair_id: of the pair.
-        prompt: text or messages, as the answers are.
-        chosen: the better answer.
-        rejected: the other.
-        tools: what the conversation could call.
-        label: which answer of the pair was chosen.
-        margin: the annotator's r⁺ − r⁻; like probability and confidence None where a human chose,
-            or where the data's own weight says how much.
-        disagreement: of several annotators.
-        probability: the annotator's that the chosen one is better.
-        confidence: C.
-        weight: what multiplies the pair's loss: Σ weight·loss over a batch, divided by its pairs.
-            Of arms that are normalised by the data set's mean it is divided by that already; of
-            those normalised by batch, and of those that draw pairs in proportion, it is the weight
-            before that.
-    """
-
-    pair_id: str
-    prompt: Text
-    chosen: Text
-    rejected: Text
-    tools: Tools | None
-    label: Label
-    margin: float | None
-    disagreement: float | None
-    probability: float | None
-    confidence: float | None
-    weight: float
-
-    def as_messages(self) -> Preference:
-        """Of a text: as every other trainer renders it by the policy's template, too."""
-        return self._replace(
-            prompt=[{"role": "user", "content": self.prompt}],
-            chosen=[{"role": "assistant", "content": self.chosen}],
-            rejected=[{"role": "assistant", "content": self.rejected}],
-        )
-
-
-class Choice(NamedTuple):
-    """What of a `Preference` training reads: its texts are tokens elsewhere."""
-
-    pair_id: str
-    label: Label
-    weight: float
-    probability: float | None = None
-
-
-def read_choices(store: Store, name: str) -> list[Choice]:
-    """Those of a file of preferences.
-
-    Raises:
-        RecordError: for a file that does not follow its schema.
-    """
-    return read_rows(store, name, Choice, preference_schema("text"))
-
-
-def preference_table(rows: Iterable[Preference], schema: pa.Schema) -> pa.Table:
-    """Preferences as their schema has them."""
-    plain = pa.schema([pa.field(field.name, _without_json(field.type)) for field in schema])
-    places = [Preference._fields.index(name) for name in schema.names]
-    columns = {
-        field.name: [_spelled(row[place], field.type) for row in rows]
-        for field, place in zip(schema, places, strict=True)
-    }
-    return pa.table(columns, schema=plain).cast(schema)
-
-
-def _without_json(kind: pa.DataType) -> pa.DataType:
-    """The type with strings for JSON: Arrow makes JSON of strings, but not of Python's values."""
-    if pa.types.is_list(kind):
-        return pa.list_(_without_json(kind.value_type))
-    return pa.string() if kind == pa.json_() else kind
-
-
-def _spelled(value: object, kind: pa.DataType) -> object:
-    """A value with the text of what is JSON in its type."""
-    if isinstance(value, list) and pa.types.is_list(kind):
-        return [_spelled(each, kind.value_type) for each in value]
-    return _json(value) if kind == pa.json_() else value
-
-
-def _json(value: object) -> str | None:
+def as_json(value: object) -> str | None:
+    """JSON text; None where there is nothing."""
     return None if value is None else json.dumps(value, ensure_ascii=False)

@@ -15,7 +15,8 @@ from functools import cached_property
 
 from cwpo_dist.config import Split, TrainingConfig
 from cwpo_dist.pairs.chosen import Label
-from cwpo_dist.pairs.stored import Choice, read_judgements
+from cwpo_dist.pairs.preferences import Choice
+from cwpo_dist.pairs.stored import read_judgements
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.pipeline import part

@@ -17,8 +17,9 @@ import pyarrow as pa
 from cwpo_dist.evaluation.shares import Floats
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
+from cwpo_dist.pairs.preferences import Preference, preference_schema, preference_table
 from cwpo_dist.pairs.records import Kind, table_of
-from cwpo_dist.pairs.stored import Pair, Preference, preference_schema, preference_table
+from cwpo_dist.pairs.stored import Pair
 from cwpo_dist.runs.annotations import Annotated
 from cwpo_dist.scoring.pipeline import counted, part, read_counts
 from cwpo_dist.storage import StorageError, Store

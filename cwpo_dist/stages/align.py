@@ -14,7 +14,7 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.pairs.stored import Choice, read_choices
+from cwpo_dist.pairs.preferences import Choice, read_choices
 from cwpo_dist.runs.annotations import decided_pairs
 from cwpo_dist.runs.arms import ArmRun, Weighting, held_out_split, normalization, weighting
 from cwpo_dist.runs.context import Context, policy_of, read_log_probs
