@@ -14,7 +14,6 @@ import numpy as np
 import prepared
 import pyarrow as pa
 import pytest
-import ray
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -31,6 +30,7 @@ from cwpo_dist.cli import app as cli
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import load_config
 from cwpo_dist.execution import run as stages
+from cwpo_dist.execution import side_by_side
 from cwpo_dist.execution.comparison import compare
 from cwpo_dist.execution.run import run
 from cwpo_dist.graph import graph
@@ -148,8 +148,8 @@ def test_the_embedded_default_is_compared(compared: Config) -> None:
 def test_a_second_comparison_makes_nothing_and_needs_no_cluster(
     compared: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("init", "nodes"):
-        monkeypatch.setattr(ray, name, must_not_run)
+    for name in ("connect", "alive_machines"):
+        monkeypatch.setattr(side_by_side, name, must_not_run)
     page = Path(compared.output_dir, PAGE).read_bytes()
     compare(compared)
     assert Path(compared.output_dir, PAGE).read_bytes() == page
