@@ -41,6 +41,21 @@ def test_no_file_is_read_behind_the_last_of_them(tmp_path: Path) -> None:
     assert HeldOutPairs(store, shards, "validation", FEW).labels == found
 
 
+@pytest.mark.usefixtures("in_process")
+def test_they_are_of_as_many_prompts_as_there_are(tmp_path: Path) -> None:
+    """All pairs of a prompt lie side by side: the first five would be of one prompt."""
+    rows = [row(i, chosen=f"yes {k}") for i in range(9) for k in range(12)]
+    given = config(write(tmp_path / "x.jsonl", rows), rows_per_shard=20, validation_fraction=1.0,
+        test_fraction=0.0, labelled_fraction=0.5)  # fmt: skip
+    store = Store(tmp_path / "out")
+    shards = prepare(store, given, seed=0)["shards"]
+    prompts = {pair["pair_id"]: pair["prompt"] for pair in pairs(store)}
+    for most, distinct in ((5, 5), (9, 9), (30, 9)):
+        labels = HeldOutPairs(store, shards, "validation", most).labels
+        found = [prompts[pair_id] for of_shard in labels.values() for pair_id in of_shard]
+        assert (len(found), len(set(found))) == (most, distinct)
+
+
 def test_a_split_without_labels_is_refused(tmp_path: Path) -> None:
     world = World(tmp_path, ["human"])
     with pytest.raises(TaskError, match="no pair of split 'validation' has a human label"):

@@ -1,9 +1,10 @@
 """The rows of all pieces in, sorted shards of pairs out, one range of pair ids (bucket) a task.
 
-Pair ids are hashes, so their order is a shuffle. A bucket's files depend on the pieces and the
-arguments alone and are written put-if-absent, the summary last: done twice, by anyone, they stay
-the same. What is read is known by name and never listed: another driver that ends first removes
-`work/`, and of a listing made meanwhile a part would pass for the whole.
+Ids are hashes that begin with their prompt's, so their order is a shuffle of prompts. A bucket's
+files depend on the pieces and the arguments alone and are written put-if-absent, the summary last:
+done twice, by anyone, they stay the same. What is read is known by name and never listed: another
+driver that ends first removes `work/`, and of a listing made meanwhile a part would pass for the
+whole.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -166,6 +166,7 @@ ID_DIGITS, PROMPT_DIGITS = 32, 18
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 R = TypeVar("R", bound=NamedTuple)
+T = TypeVar("T")
 
 
 class RecordError(ValueError):
@@ -186,6 +187,24 @@ def answer_id(prompt: str, answer: object) -> str:
 def pair_id(prompt: str, first: object, second: object) -> str:
     """The id of the prompt, then digits that are the same whichever answer comes first."""
     return prompt + _hash(*sorted([canonical(first), canonical(second)]))[PROMPT_DIGITS:]
+
+
+def one_a_prompt(given: Iterable[T], id_of: Callable[[T], str], most: int) -> list[T]:
+    """So many at most, of as many prompts as there are: a second of one comes behind all firsts.
+
+    What is sorted by id has all of a prompt side by side, so that the first by themselves would be
+    of few prompts. No more is read than that takes.
+    """
+    firsts: dict[str, T] = {}
+    others: list[T] = []
+    for each in given:
+        if (prompt := id_of(each)[:PROMPT_DIGITS]) not in firsts:
+            firsts[prompt] = each
+        elif len(others) < most:
+            others.append(each)
+        if len(firsts) == most:
+            break
+    return [*firsts.values(), *others][:most]
 
 
 def _hash(*texts: str) -> str:

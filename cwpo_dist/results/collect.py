@@ -104,7 +104,7 @@ def device_hours(nodes: Mapping[str, Node], manifests: Mapping[str, Manifest]) -
 
 
 def _weights(context: Context, node: Node) -> dict[str, float | None]:
-    """(Σw)² / (n·Σw²) of the first pairs; ids are hashes, so these are a sample."""
+    """(Σw)² / (n·Σw²) of the first pairs, a sample of prompts as ids are hashes."""
     values = np.array(_column(context, node, "weight"))
     total = float(np.sum(values**2))
     return {"effective": float(values.sum() ** 2 / (len(values) * total)) if total else None}
@@ -142,7 +142,7 @@ def _widest(context: Context, arms: Mapping[str, Node]) -> Node:
 
 
 def _column(context: Context, weigh: Node, name: str) -> list[float]:
-    """A column of the first preferences; ids are hashes, so the first rows are a sample."""
+    """A column of the first preferences; ids are hashes, so these are of a sample of prompts."""
     store, values = context.place(weigh), []
     for index in range(context.shards(weigh)):
         values += store.read_table(part("preferences", index), [name])[name].to_pylist()

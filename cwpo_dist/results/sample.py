@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from operator import attrgetter
 
 import numpy as np
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.messages import message_text
-from cwpo_dist.pairs.records import Text
+from cwpo_dist.pairs.records import Text, one_a_prompt
 from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.report.cells import together
 from cwpo_dist.report.explorer import MOST_PAIRS, Sample, shortened
@@ -20,31 +22,28 @@ from cwpo_dist.runs.output_key import Node, Nodes, members
 from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.weighting import Scale, join
 
+_LOOKED_AT = 20_000  # pairs, of however few prompts
 Graphs = Mapping[str, Nodes]
 # Of a model's answers: before preference optimisation, and after.
 ANSWERS = {"before": "answers_sft", "after": "answers_aligned"}
 
 
 def sample(context: Context, graphs: Graphs) -> Sample:
-    """Pairs as they come (ids are hashes, so any are a sample), those with answers first.
+    """Pairs of as many prompts (ids are hashes, so the first are a sample), those answered first.
 
     The labels of unlabelled pairs are shown only where an arm may have read them.
     """
     reader = _Reader.of(context, graphs)
     prepare = next(iter(graphs.values()))["prepare"]
     store = context.place(prepare)
-    answered: list[dict[str, object]] = []
-    others: list[dict[str, object]] = []
-    for index in range(int(context.counts(prepare)["shards"])):
-        for pair in reader.pairs(index, read_pairs(store, index)):
-            (answered if pair.answers else others).append(asdict(pair))
-        if len(answered) + len(others) >= MOST_PAIRS:
-            break
+    shards = range(int(context.counts(prepare)["shards"]))
+    pairs = chain.from_iterable(reader.pairs(i, read_pairs(store, i)) for i in shards)
+    few = one_a_prompt(islice(pairs, _LOOKED_AT), attrgetter("id"), MOST_PAIRS)
     return {
         "total": int(context.counts(prepare)["pairs"]),
         "annotators": reader.names,
         "arms": list(graphs),
-        "pairs": [*answered, *others][:MOST_PAIRS],
+        "pairs": [asdict(pair) for pair in sorted(few, key=lambda pair: not pair.answers)],
     }
 
 

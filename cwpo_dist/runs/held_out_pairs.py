@@ -1,21 +1,23 @@
 """The few pairs with human labels by which a training is followed: never trained on, cheap to read.
 
 They come from `validation` where the run has such a split, else from the split that `evaluate`
-judges. They are the ones with the smallest ids, which are hashes: a random sample, and the same
-one at every step, in every arm and after every restart. Pair files are sorted by id from the first
-to the last, so they stand in the first files, and no rank reads the others.
+judges: those with the smallest ids, one of each prompt before any second one. Ids are hashes, so
+that is a random sample of prompts, and the same one at every step, in every arm and after every
+restart. Pair files are sorted by id from the first to the last, so they stand in the first files,
+and no rank reads the others, unless there are fewer prompts.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 
 from cwpo_dist.config import Split, TrainingConfig
 from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.preferences import Choice
+from cwpo_dist.pairs.records import one_a_prompt
 from cwpo_dist.pairs.stored import read_judgements
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
@@ -49,7 +51,7 @@ class HeldOutPairs:
             TaskError: when the split has no labelled pair.
         """
         found: dict[int, dict[str, Label]] = {}
-        for index, pair_id, label in itertools.islice(self._labelled(), self.most):
+        for index, pair_id, label in one_a_prompt(self._labelled(), itemgetter(1), self.most):
             found.setdefault(index, {})[pair_id] = label
         if not found:
             raise TaskError(
