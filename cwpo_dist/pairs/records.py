@@ -212,14 +212,20 @@ def _hash(*texts: str) -> str:
     return hashlib.blake2b(content, digest_size=ID_DIGITS // 2).hexdigest()
 
 
-def canonical(text: object) -> str:
+class Canonical(str):
+    """What `canonical` spelled: of several ids that takes most of the time, so it is done once."""
+
+    __slots__ = ()
+
+
+def canonical(text: object) -> Canonical:
     """One spelling of a prompt or answer for hashing: JSON, keys sorted."""
-    return _ENCODER.encode(text)
+    return text if isinstance(text, Canonical) else Canonical(_ENCODER.encode(text))
 
 
 def content_hash(text: object) -> str:
     """32 hex digits of the hash of one prompt or answer."""
-    return hashlib.blake2b(canonical(text).encode(), digest_size=16).hexdigest()
+    return _hash(canonical(text))
 
 
 def unit_hash(seed: int, *parts: str) -> float:

@@ -119,9 +119,11 @@ def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) ->
         into: the side to which all of its source goes; None: by hash.
     """
     own = given.numbers
-    asked = prompt_id(given.prompt, given.tools)
+    prompt, first, second = map(canonical, (given.prompt, given.first, given.second))
+    asked = prompt_id(prompt, given.tools)
+    answers = answer_id(asked, first), answer_id(asked, second)
     pair = Pair(
-        pair_id(asked, given.first, given.second),
+        pair_id(asked, first, second),
         given.prompt,
         given.first,
         given.second,
@@ -137,13 +139,11 @@ def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) ->
         own.score_second,
         source=source,
     )
-    sorts_first = canonical(given.first) < canonical(given.second)
-    if sorts_first == is_swapped(rule.seed, pair.pair_id):
-        pair = pair.swap()
-    prompt_hash = content_hash(pair.prompt)
+    if (first < second) == is_swapped(rule.seed, pair.pair_id):
+        pair, answers = pair.swap(), answers[::-1]
+    prompt_hash = content_hash(prompt)
     key = prompt_hash if given.group is None else given.group
     side = SIDES.index(rule.side(key, into))
-    answers = (answer_id(asked, answer) for answer in pair.answers)
     return pair, Drawn(prompt_hash, side, rule.is_labelled(key), *answers)
 
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -231,12 +232,13 @@ def write_shard(store: Store, index: int, whole: pa.Table, kept: pa.Schema | Non
         kept: types of the latter.
     """
     kind = _kind(whole)
+    asked = whole.select(prompt_schema(kind).names)
     told = [
         whole.select([ids, "prompt_id", text, "source"]).rename_columns(answer_schema(kind).names)
         for ids, text in zip(IDS.names[1:], TEXTS[1:], strict=True)
     ]
     for folder, table, schema in (
-        ("prompts", _first_of_each(whole, "prompt_id"), prompt_schema(kind)),
+        ("prompts", _first_of_each(asked, "prompt_id"), prompt_schema(kind)),
         ("answers", _first_of_each(pa.concat_tables(told), "answer_id"), answer_schema(kind)),
         ("pairs", whole, pair_schema(kept)),
     ):
@@ -258,9 +260,9 @@ def write_pairs(store: Store, index: int, pairs: Sequence[Pair]) -> None:
 
 def _first_of_each(table: pa.Table, column: str) -> pa.Table:
     """The first row of each value, sorted by them."""
-    places = table.select([column]).append_column("place", pa.array(range(len(table)), pa.int64()))
-    first = places.group_by(column).aggregate([("place", "min")])["place_min"]
-    return table.take(first).sort_by(column)
+    places = table.select([column]).append_column("place", pa.array(np.arange(len(table))))
+    first = places.group_by(column).aggregate([("place", "min")]).sort_by(column)
+    return table.take(first["place_min"])
 
 
 def _kind(table: pa.Table) -> Kind:
