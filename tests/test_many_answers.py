@@ -245,8 +245,8 @@ def test_ranks_share_rows_of_unequal_numbers_of_answers() -> None:
     module = AnswerLogProbs(tiny_causal_lm("llama")).eval()
     alone = RowForward(module, PAD, 64, 60)(rows)
     parts: list[Any] = [
-        RowForward(module, PAD, 64, 60, OneOfTwo(rank, module))(rows)  # type: ignore[arg-type]
-        for rank in range(2)
+        RowForward(module, PAD, 64, 60, engine)(rows)  # type: ignore[arg-type]  # part of an engine
+        for engine in (OneOfTwo(rank, module) for rank in range(2))
     ]
     for wanted, *found in zip(alone.values, *(part.values for part in parts), strict=True):
         assert [sum(both) for both in zip(*found, strict=True)] == wanted

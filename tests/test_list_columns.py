@@ -1,0 +1,126 @@
+"""Which columns hold lists of responses and their ratings: what is found, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prepared import config, write
+from test_response_lists import ASK, FAIR, GOOD, POOR, row
+
+from cwpo_dist.config import ConfigError
+from cwpo_dist.pairs.layout import cell
+from cwpo_dist.pairs.response_lists import pairs_of_row
+from cwpo_dist.pairs.sources import check, plan
+from cwpo_dist.pairs.unread import Unread, tree
+
+
+@pytest.mark.parametrize(
+    ("given", "pairing", "columns", "said_so"),
+    [
+        (row(GOOD, POOR), "given", {}, r"pairing: in .*'responses' holds lists of up to 2.*all \("),
+        (row(GOOD, POOR), "best_worst", {}, r"pairing: 'best_worst' needs .* no scores or ranks"),
+        (row(GOOD, POOR), "adjacent", {}, r"pairing: 'adjacent' needs"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": POOR}, "all", {}, "no source has lists"),
+        (
+            row(GOOD, POOR, scores=[1, 2], ranks=[1, 2]),
+            "all",
+            {},
+            r"columns\.scores: .*'scores' and 'ranks', which could each be it",
+        ),
+        (
+            row(GOOD, POOR, scores=[1, 2], ranks=[1, 2]),
+            "all",
+            {"scores": "scores", "ranks": "ranks"},
+            r"columns\.scores: .*'scores' and 'ranks', which could each be it",
+        ),
+        (
+            {
+                "prompt": ASK,
+                "completions": 2
+                * [{"response": GOOD, "overall_score": 1, "fine-grained_score": 2}],
+            },
+            "all",
+            {},
+            r"'completions\.\*\.overall_score' and 'completions\.\*\.fine-grained_score', which",
+        ),
+        (
+            {"prompt": ASK, "answers": 2 * [{"said": GOOD, "by": "x"}]},
+            "all",
+            {},
+            r"columns\.responses: .*'answers\.\*\.said' and 'answers\.\*\.by', which could each",
+        ),
+        (
+            {"prompt": ASK, "answers": 2 * [{"said": GOOD}]},
+            "all",
+            {},
+            r"columns\.responses: .*said",
+        ),
+        (
+            row(GOOD, POOR, samples=[GOOD, FAIR]),
+            "all",
+            {},
+            r"columns\.responses: .*'responses' and 'samples', which could each be it",
+        ),
+        (row(GOOD, POOR), "all", {"responses": "responses.*.text"}, r"no column 'responses\.\*"),
+        (row(GOOD, POOR, label="a"), "all", {"label": "label"}, r"columns\.label: it says nothing"),
+        (
+            row(GOOD, POOR, chosen=GOOD, rejected=POOR),
+            "all",
+            {"responses": "responses", "chosen": "chosen"},
+            r"columns\.chosen: it says nothing beside a list",
+        ),
+        (
+            {"prompt": ASK, "chosen": GOOD, "rejected": POOR, "scores": [1, 2]},
+            "given",
+            {"scores": "scores"},
+            r"columns\.scores: it says nothing without a list",
+        ),
+        (row(GOOD, scores=[2]), "all", {"responses": "responses"}, r"none of the first 1 rows"),
+        (
+            {"prompt": ASK, "response": GOOD, "helpfulness": 4},
+            "all",
+            {},
+            r"Join the rows of a prompt",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, given: Any, pairing: str, columns: Any, said_so: str
+) -> None:
+    source = {"path": write(tmp_path / "x.jsonl", [given]), "columns": columns}
+    with pytest.raises(ConfigError, match=f"(?s){said_so}"):
+        check(config(source, pairing=pairing))
+
+
+def test_named_columns_overrule_what_would_be_found(tmp_path: Path) -> None:
+    given = {
+        "prompt": ASK,
+        "chosen": GOOD,
+        "rejected": POOR,
+        "said": [{"what": [POOR], "how": {"good": 1}}, {"what": [GOOD], "how": {"good": 2}}],
+    }
+    names = {"responses": "said.*.what.0", "scores": "said.*.how.good"}
+    source = {"path": write(tmp_path / "x.jsonl", [given]), "columns": names}
+    (piece,) = plan(config(source, pairing="all")).pieces
+    (pair,) = pairs_of_row(given, piece.layout).pairs
+    assert (pair.first, pair.second, pair.label) == (GOOD, POOR, "first")
+    none = {"responses": None}
+    (piece,) = plan(config({**source, "columns": none})).pieces
+    assert piece.layout.answers == ("chosen", "rejected")
+
+
+def test_a_path_leads_into_all_items_of_a_list() -> None:
+    given = {"a": [{"b": 1}, {"c": 2}, "x", {"b": {"d": 3}}], "j": '[{"b": 1}]', "n": None}
+    assert cell(given, "a.*.b") == [1, None, None, {"d": 3}]
+    assert cell(given, "j.*.b") == [1]
+    assert cell(given, "n.*.b") is None
+    assert cell({"a": {"*": 5}}, "a.*") == 5
+
+
+def test_what_of_a_lists_objects_nothing_reads_counts_once_a_row() -> None:
+    unread = Unread()
+    for _ in range(3):
+        unread.note({"a": [{"b": 1, "c": 2}, {"b": 1, "c": 2, "d": None}]}, tree(["a.*.b"]))
+    assert unread.columns == {"a.*.c": 3}
