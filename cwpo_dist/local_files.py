@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 QUIET_S = 3600.0
 
 _OURS = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(-?\d+)-[0-9a-f]{8}\.partial")
+_settled: set[tuple[str, int]] = set()  # folders by path and inode whose names are on the disk
 _OF_EARLIER_VERSIONS = re.compile(r".+\.[0-9a-f]{32}\.partial")  # seen by readers, so gone at once
 
 
@@ -223,8 +224,20 @@ def synced(path: str | Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """A folder that is there after a power cut, with those above it."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    synced(folder.parent)
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+    _settle_name(folder)
+
+
+def _settle_name(folder: Path) -> None:
+    """Returns when a folder's name is on the disk, once a process.
+
+    Who made it may have been killed before, and what others then put there would go with it. Those
+    above it have theirs: whoever made or used a folder in them saw to that first.
+    """
+    named = str(folder), folder.stat().st_ino
+    if named not in _settled:
+        with suppress(PermissionError):  # not ours: then it was there long before us
+            synced(folder.parent)
+        _settled.add(named)

@@ -37,7 +37,7 @@ def test_what_has_a_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     root.mkdir()
     store = Store(str(root))
     store.create("a/b/x", b"1")
-    folders = [("sync", "root"), ("sync", "a")]
+    folders = [("sync", tmp_path.name), ("sync", "root"), ("sync", "a")]
     assert done == [*folders, ("sync", "partial"), ("link", "x"), ("sync", "b")]
     del done[:]
     store.write("a/b/x", b"2")
@@ -46,6 +46,23 @@ def test_what_has_a_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "given").write_bytes(b"3")
     store.copy_in(tmp_path / "given", "a/y")
     assert done == [("sync", "partial"), ("replace", "y"), ("sync", "a")]
+
+
+def test_a_folder_that_another_made_and_was_killed_is_on_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut takes it, and the file that was put there since, whose writer went on."""
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+    )
+    store = Store(str(tmp_path / "run"))
+    store.create("scores/x", b"1")
+    assert tmp_path / "run" in synced
+    del synced[:]
+    store.create("scores/y", b"1")
+    assert tmp_path / "run" not in synced, "once is enough"
 
 
 @pytest.mark.parametrize(("kept", "said"), [(0, "is empty"), (5, "is torn"), (-9, "is torn")])
