@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import tempfile
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +16,9 @@ from cwpo_dist.canonical import digest
 from cwpo_dist.file_marks import fingerprint
 from cwpo_dist.local_files import is_partial
 from cwpo_dist.storage import Store
+
+STILL_S = 600.0  # longer than a shard takes to be tokenised or a large file's first bytes to come
+POLL_S = 0.1
 
 
 def staged(store: Store) -> Path:
@@ -28,9 +31,11 @@ def staged(store: Store) -> Path:
     with store.reading():
         target = _cache() / digest([store.uri, fingerprint(store.uri)])
     with target.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one copies, others wait; a kill frees it
+        _locked(lock, target)
         if not target.exists():
-            _download(store, target)
+            with local_files.whole_folder(str(target)) as folder:
+                for name in store.names():
+                    store.fetch(name, folder / name)
     return target
 
 
@@ -45,21 +50,55 @@ def shared_data(name: str, make: Callable[[Path], None]) -> tuple[Path, IO[str]]
         make: writes into the folder that it is given.
 
     Returns:
-        The folder, and a file: while that is open the folder stays.
+        The folder, and a file: while that is open the folder stays, as what was mapped of it does
+        in any case.
     """
     target = _cache("data") / name
     with ExitStack() as opened:
         lock = opened.enter_context(target.with_suffix(".lock").open("w"))
         while True:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if target.exists():
+            held = _locked(lock, target)
+            if target.exists() and held != fcntl.LOCK_EX:
                 opened.pop_all()
                 return target, lock
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one makes, others wait; a kill frees it
-            if not target.exists():
+            if target.exists() or held == fcntl.LOCK_SH:
+                continue  # made meanwhile, to be read by all; or removed, to be made anew
+            if held == fcntl.LOCK_EX:
                 _remove_unread(target)
-                with local_files.whole_folder(str(target)) as folder:
-                    make(folder)
+            with local_files.whole_folder(str(target)) as folder:
+                make(folder)
+
+
+def _locked(lock: IO[str], target: Path) -> int | None:
+    """The lock that is ours: of one that makes the target, or of all that read it.
+
+    One makes it, others wait, and a kill frees them. A maker that was stopped, or whose disk hangs,
+    does not: where nothing has grown for STILL_S there is no lock (None), and the target is made
+    once more beside it. Who ends first gives it its name.
+    """
+    fcntl.flock(lock, fcntl.LOCK_UN)  # two that wait must not hold each other up
+    seen, since = -1, time.monotonic()
+    while True:
+        kind = fcntl.LOCK_SH if target.exists() else fcntl.LOCK_EX
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            size = _bytes_below(target.parent)
+            if size != seen:
+                seen, since = size, time.monotonic()
+            elif time.monotonic() - since > STILL_S:
+                return None
+            time.sleep(POLL_S)
+        else:
+            return kind
+
+
+def _bytes_below(folder: Path) -> int:
+    found = 0
+    for path in local_files.below(str(folder)):
+        with suppress(FileNotFoundError):  # others end, or tidy up, meanwhile
+            found += os.path.getsize(path)
+    return found
 
 
 def _remove_unread(target: Path) -> None:
@@ -89,12 +128,3 @@ def upload(folder: Path, store: Store) -> None:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not is_partial(name):
             store.copy_in(path, name)
-
-
-def _download(store: Store, target: Path) -> None:
-    """Copies all files; the folder gets its name when it is whole."""
-    partial = target.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of one who was killed half-way
-    for name in store.names():
-        store.fetch(name, partial / name)
-    partial.rename(target)
