@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,23 @@ import pytest
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import estimate
-from cwpo_dist.pairs.estimate import census
+from cwpo_dist.pairs.estimate import Census, census
+from cwpo_dist.pairs.splits import SPLITS
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
+
+
+def assert_same_by_split(found: Census, made: Mapping[str, Any]) -> None:
+    """Pairs, those with a label, and their different prompts and answers."""
+    for name in ("splits", "labelled", "prompts", "answers"):
+        planned = {split: n for split, n in getattr(found, name).items() if n}
+        assert planned == {split: n for split, n in made[name].items() if n}, name
+    for split, pairs in made["splits"].items():
+        assert made["prompts"][split] <= pairs
+        assert made["answers"][split] <= 2 * pairs
+        assert found.answers_of(split) == made["answers"][split]
+        assert found.prompts_of(split) == made["prompts"][split]
+    assert found.answers_of(*SPLITS) < 2 * found.pairs(*SPLITS), "some stand in several pairs"
 
 
 def rows(draw: random.Random, count: int) -> list[dict[str, Any]]:
@@ -77,9 +92,7 @@ def test_plan_counts_what_prepare_makes_of_lists(tmp_path: Path, seed: int) -> N
     assert found.merged == made["merged_duplicates"] > 0
     assert found.rows == made["rows_in"] - of_lists["rows"] + of_lists["pairs"]
     assert dict(found.tally.reasons) == made["rejects"]
-    assert {k: n for k, n in found.splits.items() if n} == {
-        k: n for k, n in made["splits"].items() if n
-    }
+    assert_same_by_split(found, made)
     assert {k: sum(n.values()) for k, n in found.own.items()} == made["numbers"]
 
 
@@ -107,8 +120,7 @@ def test_plan_counts_what_prepare_makes(tmp_path: Path, seed: int) -> None:
     assert found.exact
     assert found.merged == made["merged_duplicates"] > 0
     assert found.rows == made["rows_in"], "of which the rejects are a share, for both"
-    for ours, theirs in (("splits", found.splits), ("labelled", found.labelled)):
-        assert {k: n for k, n in made[ours].items() if n} == {k: n for k, n in theirs.items() if n}
+    assert_same_by_split(found, made)
     assert dict(found.tally.reasons) == made["rejects"]
     assert found.rejects == sum(made["rejects"].values()) > 0
     assert found.ties == made["ties"]
@@ -154,3 +166,5 @@ def test_where_time_runs_out_the_rest_is_reckoned_but_no_row_behind_a_limit(
     found = census(given, 0, seconds=9)
     assert not found.exact
     assert sum(found.splits.values()) == 40 + 5 + 80
+    assert found.prompts_of(*SPLITS) == 40 + 5 + 80
+    assert found.answers_of(*SPLITS) == 2 * (40 + 5 + 80)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,25 @@ def test_the_pairs_do_not_depend_on_how_the_work_is_cut(
         return [row | {"source": None} for row in pairs(Store(str(tmp_path / name)))]
 
     assert content("whole") == content("cut")
+
+
+@pytest.mark.usefixtures("in_process", "many_files")
+def test_prompts_and_answers_are_counted_once_a_split(tmp_path: Path) -> None:
+    """Six prompts with four answers each, in all pairs; of each prompt one pair has no label."""
+    texts = ("yes", "no", "maybe", "never")
+    rows = [
+        {"prompt": f"p{i}", "response_a": a, "response_b": b, "label": label}
+        for i in range(6)
+        for (a, b), label in zip(combinations(texts, 2), [None, *"ababa"], strict=True)
+    ]
+    given = config(write(tmp_path / "x.jsonl", rows), labelled_fraction=1.0, test_fraction=0)
+    store = Store(str(tmp_path / "out"))
+    counts = prepare(store, given, seed=0)
+    add_up(counts, store)
+    none = dict.fromkeys(("validation", "test"), 0)
+    assert counts["splits"] == {"labelled": 30, "unlabelled": 6} | none
+    assert counts["prompts"] == {"labelled": 6, "unlabelled": 6} | none
+    assert counts["answers"] == {"labelled": 24, "unlabelled": 12} | none
 
 
 @pytest.mark.usefixtures("in_process")

@@ -76,7 +76,11 @@ class Work:
 
 @dataclass
 class BucketSummary:
-    """What became of one bucket."""
+    """What became of one bucket.
+
+    Of each split: its pairs, those with a label, and the different prompts and answers that they
+    are of. A prompt lies in one bucket, so sums over buckets count none of these twice.
+    """
 
     pairs: int = 0
     merged_duplicates: int = 0
@@ -87,6 +91,8 @@ class BucketSummary:
     rejects: dict[str, int] = field(default_factory=dict)
     splits: dict[Split, int] = field(default_factory=dict)
     labelled: dict[Split, int] = field(default_factory=dict)
+    prompts: dict[Split, int] = field(default_factory=dict)
+    answers: dict[Split, int] = field(default_factory=dict)
     numbers: dict[numbers.Own, int] = field(default_factory=dict)
 
 
@@ -164,6 +170,8 @@ def write_bucket(work: Work, bucket: int, shards: Shards) -> None:
         rejects=dict(Counter(reject.reason for reject in rejects)),
         splits=dict(Counter(table["split"].to_pylist())),
         labelled=dict(Counter(table.filter(pc.is_valid(table["label"]))["split"].to_pylist())),
+        prompts=_different(table, "prompt_id"),
+        answers=_different(table, "answer_a", "answer_b"),
         numbers=_with_numbers(table),
     )
     store.create_json(name, asdict(summary))
@@ -228,6 +236,14 @@ def _rejects(leaking: pa.Table) -> Iterator[Reject]:
             or (name in numbers.RECORD and value is not None)
         }
         yield Reject(reason, None, origin, position, row_text(shown))
+
+
+def _different(pairs: pa.Table, *columns: str) -> dict[Split, int]:
+    """How many different ids stand in some columns, by split."""
+    named = [pairs.select(["split", ids]).rename_columns(["split", "id"]) for ids in columns]
+    found = pa.concat_tables(named).group_by("split").aggregate([("id", "count_distinct")])
+    by_split = (found[name].to_pylist() for name in ("split", "id_count_distinct"))
+    return dict(zip(*by_split, strict=True))
 
 
 def _with_numbers(pairs: pa.Table) -> dict[numbers.Own, int]:

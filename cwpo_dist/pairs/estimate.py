@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,6 +20,7 @@ from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
+from cwpo_dist.pairs.records import PROMPT_DIGITS
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.response_lists import ListCounts, RowPairs, parse_raw
 from cwpo_dist.pairs.sources import plan
@@ -37,6 +38,8 @@ class Census:
     Attributes:
         splits: pairs by split.
         labelled: those of them with a human's label.
+        prompts: different prompts that stand in pairs of each split.
+        answers: different answers that do.
         rejects: rows that will be set aside.
         exact: True when everything was read; else the counts are scaled up by file size.
         sample: pairs drawn evenly from what was read.
@@ -62,6 +65,8 @@ class Census:
     rejects: int
     exact: bool
     sample: tuple[ParsedPair, ...]
+    prompts: Mapping[str, int] = field(default_factory=dict)
+    answers: Mapping[str, int] = field(default_factory=dict)
     own: Mapping[numbers.Own, Mapping[str, int]] = field(default_factory=dict)
     void: Mapping[str, int] = field(default_factory=dict)
     unlike: int = 0
@@ -107,6 +112,14 @@ class Census:
     def labelled_pairs(self, *splits: str) -> int:
         """Pairs in these splits that carry a human's label."""
         return sum(self.labelled.get(split, 0) for split in splits)
+
+    def prompts_of(self, *splits: str) -> int:
+        """Different prompts in pairs of these splits; one in two of them counts twice."""
+        return sum(self.prompts.get(split, 0) for split in splits)
+
+    def answers_of(self, *splits: str) -> int:
+        """Different answers in pairs of these splits; one in two of them counts twice."""
+        return sum(self.answers.get(split, 0) for split in splits)
 
     def own_pairs(self, kind: numbers.Own, *splits: str) -> int:
         """Pairs in these splits that can be weighed by numbers of their own."""
@@ -160,6 +173,8 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         round(tally.reasons.total() * reading.scale),
         reading.complete,
         tuple(sampled),
+        prompts=reading.scaled(_sizes(found.prompts)),
+        answers=reading.scaled(_sizes(found.answers)),
         own={own: reading.scaled(found.own[own]) for own in _kinds(pieces)},
         void=reading.scaled(found.void),
         unlike=round(found.unlike * reading.scale),
@@ -195,6 +210,9 @@ class _Counts:
         self.copies: dict[str, list[tuple[Told, Drawn]]] = {}  # by pair id
         self.pairs: Counter[str] = Counter()
         self.labelled: Counter[str] = Counter()
+        # Ids by split. Those of answers are the texts that `copies` holds, and take a reference.
+        self.prompts: defaultdict[str, set[str]] = defaultdict(set)
+        self.answers: defaultdict[str, set[str]] = defaultdict(set)
         self.own: dict[numbers.Own, Counter[str]] = {own: Counter() for own in numbers.COLUMNS}
         self.void: Counter[str] = Counter()
         self.most_weight = 0.0
@@ -220,7 +238,7 @@ class _Counts:
         sides: dict[str, int] = {}
         for _, place in chain.from_iterable(self.copies.values()):
             sides[place.prompt_hash] = max(place.side, sides.get(place.prompt_hash, 0))
-        for copies in self.copies.values():
+        for pair_id, copies in self.copies.items():
             side = sides[copies[0][1].prompt_hash]  # a pair has one prompt
             staying = [(told, place) for told, place in copies if place.side == side]
             for _ in range(len(copies) - len(staying)):
@@ -230,18 +248,24 @@ class _Counts:
                 agreed, unlike = numbers.agreed(all_told)
                 merged, _ = merge([agreed, *all_told[1:]])
                 self.unlike += unlike
-                self._count(merged, staying[0][1], learn_ties=learn_ties)
+                self._count(pair_id, merged, staying[0][1], learn_ties=learn_ties)
                 self.merged += len(staying) - 1
 
-    def _count(self, told: Told, place: Drawn, *, learn_ties: bool) -> None:
+    def _count(self, pair_id: str, told: Told, place: Drawn, *, learn_ties: bool) -> None:
         tie = bool(told.tie)
         side, labelled = SIDES[place.side], place.in_labelled_part
         split = split_of(side, labelled, told.label, learned_tie=learn_ties and tie)
         self.pairs[split] += 1
         self.labelled[split] += told.label is not None
+        self.prompts[split].add(pair_id[:PROMPT_DIGITS])
+        self.answers[split].update((place.answer_a, place.answer_b))
         self.ties += tie
         for kind in numbers.usable(told):
             self.own[kind][split] += 1
+
+
+def _sizes(by_split: Mapping[str, set[str]]) -> dict[str, int]:
+    return {split: len(ids) for split, ids in by_split.items()}
 
 
 class _Reading:

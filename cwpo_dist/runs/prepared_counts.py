@@ -50,6 +50,11 @@ class _OfRows(TypedDict):
 
 
 class _OfPairs(TypedDict):
+    """`prompts` and `answers` are the different ones in pairs of each split.
+
+    A prompt may be in `labelled` and in `unlabelled` and counts in both, as do its answers.
+    """
+
     pairs: int
     merged_duplicates: int
     conflicting_labels: int
@@ -57,6 +62,8 @@ class _OfPairs(TypedDict):
     ties: int
     splits: dict[Split, int]
     labelled: dict[Split, int]
+    prompts: dict[Split, int]
+    answers: dict[Split, int]
     numbers: dict[Own, int]
     shards: int
 
@@ -155,19 +162,25 @@ def _of_rows(read: Sequence[PieceSummary], rejects: Tally, damaged: int) -> _OfR
 
 
 def _of_pairs(planned: Plan, written: Sequence[BucketSummary]) -> _OfPairs:
-    splits = added(bucket.splits for bucket in written)
-    labelled = added(bucket.labelled for bucket in written)
     return {
         "pairs": sum(bucket.pairs for bucket in written),
         "merged_duplicates": sum(bucket.merged_duplicates for bucket in written),
         "conflicting_labels": sum(bucket.conflicting_labels for bucket in written),
         "conflicting_numbers": sum(bucket.conflicting_numbers for bucket in written),
         "ties": sum(bucket.ties for bucket in written),
-        "splits": {split: splits[split] for split in SPLITS},
-        "labelled": {split: labelled[split] for split in SPLITS},
+        "splits": _by_split(bucket.splits for bucket in written),
+        "labelled": _by_split(bucket.labelled for bucket in written),
+        "prompts": _by_split(bucket.prompts for bucket in written),
+        "answers": _by_split(bucket.answers for bucket in written),
         "numbers": _numbers(planned, written),
         "shards": sum(bucket.shards for bucket in written),
     }
+
+
+def _by_split(counts: Iterable[Mapping[Split, int]]) -> dict[Split, int]:
+    """Their sums, of every split."""
+    total = added(counts)
+    return {split: total[split] for split in SPLITS}
 
 
 def _numbers(planned: Plan, written: Iterable[BucketSummary]) -> dict[Own, int]:

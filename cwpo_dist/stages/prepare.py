@@ -60,7 +60,7 @@ class PrepareSettings(Settings):
     """
 
     stage = "prepare"
-    format = 4
+    format = 5
 
     config: PrepareConfig
     seed: int
