@@ -53,7 +53,7 @@ LISTED: dict[str, Listed] = {
             level=math.log(2),
         ),
     ),
-    "annotate": Listed("Score every pair with the annotator or any one-label reward model."),
+    "annotate": Listed("Score every answer with the annotator or any one-label reward model."),
     "implicit": Listed(),
     "weigh": Listed("Scores to preferences: who won, how confidently, with what weight."),
     "tokens": Listed(),

@@ -17,6 +17,12 @@ from small_recipe import STEPS, configured, nodes
 
 from cwpo_dist.storage import MANIFEST, Store
 
+# Folders with the column that names their rows, and the count of these.
+COUNTED = (
+    ("pairs", "pair_id", "pairs"),
+    ("scores", "answer_id", "rows"),
+    ("preferences", "pair_id", "selected"),
+)
 SAME = ("pairs/", "rejects/", "scores/", "tokens/", "preferences/", "model/")  # byte for byte
 PASSING = ("work/", "checkpoints/", "ray/")  # what no ended run has
 STAGES = ("prepare", "annotate", "tokens", "weigh", "align")
@@ -104,9 +110,9 @@ def _unlike_its_counts(run: Run, found: Mapping[str, bytes]) -> list[str]:
             continue
         partial = [path for path in Path(place.root).rglob("*") if path.name.endswith(".partial")]
         told += [f"half-written: {path}" for path in partial]
-        for name, key in (("pairs", "pairs"), ("scores", "rows"), ("preferences", "selected")):
+        for name, of, key in COUNTED:
             if (folder := Path(place.root, name)).is_dir():
-                rows = ds.dataset(folder).to_table(["pair_id"])["pair_id"].to_pylist()
+                rows = ds.dataset(folder).to_table([of])[of].to_pylist()
                 if not len(rows) == len(set(rows)) == counts[key]:
                     told.append(f"{folder}: {len(rows)} rows of {counts[key]}")
     return told

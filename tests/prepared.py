@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from cwpo_dist.config import PrepareConfig
-from cwpo_dist.pairs.records import REJECT_SCHEMA, check
+from cwpo_dist.pairs.records import REJECT_SCHEMA, answer_id, canonical, check, prompt_id
+from cwpo_dist.pairs.splits import SPLITS
 from cwpo_dist.pairs.stored import pairs_of, read_whole
 from cwpo_dist.storage import Store
 
@@ -59,6 +60,20 @@ def rejects(store: Store) -> Rows:
     ]
 
 
+def ids_of(pair: dict[str, Any]) -> tuple[str, str]:
+    """The ids of a pair's answers, by its texts."""
+    asked = prompt_id(pair["prompt"], pair["tools"])
+    return answer_id(asked, pair["response_a"]), answer_id(asked, pair["response_b"])
+
+
+def scores_of(pairs: Rows, scores: Rows) -> dict[str, tuple[float, float]]:
+    """By pair id: the scores of its answers, of pairs both of whose answers have one."""
+    found = {row["answer_id"]: row["score"] for row in scores}
+    assert len(found) == len(scores), "an answer twice"
+    both = {pair["pair_id"]: ids_of(pair) for pair in pairs}
+    return {name: (found[a], found[b]) for name, (a, b) in both.items() if {a, b} <= found.keys()}
+
+
 def add_up(counts: dict[str, Any], store: Store) -> None:
     """What the manifest says is what lies there, and no row is missing."""
     written, set_aside = pairs(store), rejects(store)
@@ -67,8 +82,22 @@ def add_up(counts: dict[str, Any], store: Store) -> None:
     assert sum(counts["rejects"].values()) == len(set_aside)
     assert sum(counts["splits"].values()) == len(written)
     assert sum(counts["labelled"].values()) == sum(row["label"] is not None for row in written)
+    for split in SPLITS:
+        prompts, answers = _of_split(written, split)
+        assert (counts["prompts"][split], counts["answers"][split]) == (prompts, answers), split
     shards = [name for name in store.names() if name.startswith("pairs/")]
     assert shards == [f"pairs/part-{index:05d}.parquet" for index in range(counts["shards"])]
+
+
+def _of_split(written: Rows, split: str) -> tuple[int, int]:
+    """How many different prompts and answers stand in the pairs of a split, by their content."""
+    prompts, answers = set[str](), set[tuple[str, str]]()
+    for row in written:
+        if row["split"] == split:
+            prompt = canonical([row["prompt"], row["tools"]])
+            prompts.add(prompt)
+            answers |= {(prompt, canonical(row[f"response_{x}"])) for x in "ab"}
+    return len(prompts), len(answers)
 
 
 def said(text: Any) -> Any:

@@ -19,10 +19,11 @@ from tiny import tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.config import ModelConfig, PoolConfig
 from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
+from cwpo_dist.scoring.answers_in import Answers, AnswersIn
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
-from cwpo_dist.scoring.scorers import Pairs, PairsIn, RewardWorker
+from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.storage import Store
 
 SHARDS = 16
@@ -42,7 +43,7 @@ class Marked(RewardWorker):
         super().__init__(*args)
         self.marks, self.driver, self.seconds, self.full_at = marks, driver, seconds, full_at
 
-    def __call__(self, index: int, rows: Pairs) -> ShardOutput:
+    def __call__(self, index: int, rows: Answers) -> ShardOutput:
         (self.marks / f"{index}-{os.getpid()}-{self.driver}").touch()
         while held(self.marks).exists():
             time.sleep(0.05)
@@ -66,7 +67,12 @@ def write_inputs(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "reward")
     for index in range(SHARDS):
         rows = [
-            {"pair_id": f"{index}-{i}", "prompt": f"Why {i}?", "response_a": "a", "response_b": "b"}
+            {
+                "pair_id": f"{index}-{i}",
+                "prompt": f"Why {i}?",
+                "response_a": f"a{index}",
+                "response_b": "b",
+            }
             for i in range(ROWS)
         ]
         if index % 3 == 0:
@@ -76,12 +82,12 @@ def write_inputs(folder: Path) -> None:
 
 
 def make_job(folder: Path, output: str, seconds: float = 0.3, full_at: int = -1) -> ShardJob:
-    """The pairs of `folder` into `folder/output`; marks go beside it."""
+    """The answers of `folder` into `folder/output`; marks go beside it."""
     marks = folder / f"{output}-marks"
     marks.mkdir(exist_ok=True)
     model = ModelConfig(model_name_or_path=str(folder / "reward"), max_length=400)
-    pairs = PairsIn(Store(str(folder)))
-    worker = partial(_worker, marks, os.getpid(), seconds, full_at, pairs, model, "tiny", 512)
+    answers = AnswersIn(Store(str(folder)))
+    worker = partial(_worker, marks, os.getpid(), seconds, full_at, answers, model, "tiny", 512)
     return ShardJob("scores", Store(str(folder / output)), SHARDS, worker)
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from tiny import save_tiny
 
+from cwpo_dist import staging
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import run
@@ -29,10 +30,10 @@ from cwpo_dist.pairs import cutting, pieces, sources
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA, Score, table_of
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
+from cwpo_dist.scoring.answers_in import Answers, AnswersIn
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.retries import ShardOutput
-from cwpo_dist.scoring.scorers import Pairs, PairsIn
 from cwpo_dist.stages import annotate, prepare
 from cwpo_dist.storage import Store
 from cwpo_dist.training import group, rank, rank_hooks
@@ -106,23 +107,20 @@ def configured(inputs: Path, output_dir: str) -> Config:
 class PlainWorker:
     """Scores a text by its checksum; fails on one prompt."""
 
-    def __init__(self, pairs: PairsIn, name: str) -> None:
-        self.pairs, self.name = pairs, name
+    def __init__(self, answers: AnswersIn, name: str) -> None:
+        self.answers, self.name = answers, name
 
-    def read(self, index: int) -> Pairs:
-        return self.pairs.read(index)
+    def read(self, index: int) -> Answers:
+        return self.answers.read(index)
 
-    def __call__(self, index: int, rows: Pairs) -> ShardOutput:
+    def __call__(self, index: int, rows: Answers) -> ShardOutput:
         if any(row.given.prompt == UNREADABLE for row in rows):
             raise ValueError("unreadable")
         scores = [
             Score(
-                row.pair_id,
+                row.name,
                 self.name,
-                *(
-                    zlib.crc32(f"{row.given.prompt} {answer}".encode()) / 2**31
-                    for answer in row.given.answers
-                ),
+                zlib.crc32(f"{row.given.prompt} {row.given.answer}".encode()) / 2**31,
             )
             for row in rows
         ]
@@ -141,8 +139,8 @@ def stand_in_for_a_cluster() -> None:
     def shards(job: ShardJob, *_: Any) -> dict[str, Any]:
         return run_here(job)
 
-    def worker(pairs: PairsIn, model: Any, name: str, *_: Any, **__: Any) -> PlainWorker:
-        return PlainWorker(pairs, name)
+    def worker(answers: AnswersIn, model: Any, name: str, *_: Any, **__: Any) -> PlainWorker:
+        return PlainWorker(answers, name)
 
     class OneRank:
         """In Ray Train's place: a group of one rank, in this process."""
@@ -168,6 +166,7 @@ def stand_in_for_a_cluster() -> None:
         (group, "_told_while_waiting", here),
         (rank, "get_device", lambda: torch.device("cpu")),
         (rank_hooks, "ASK_RAY_S", math.inf),  # there is no Ray, however slow the machine is
+        (staging, "STILL_S", 1.0),  # a stopped driver's
         (run, "device", lambda: "cpu"),
         (run, "versions", dict),
         # Small inputs are cut as if they were large.

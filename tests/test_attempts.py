@@ -15,12 +15,13 @@ from tiny import tiny_classifier, tiny_tokenizer
 from world import World
 
 from cwpo_dist.config import ModelConfig
-from cwpo_dist.pairs.records import REJECT_SCHEMA
+from cwpo_dist.pairs.records import REJECT_SCHEMA, answer_id, prompt_id
 from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.scoring import scorers
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.retries import TRIES, Input, ShardOutput, attempt
-from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
+from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.scoring.tickets import ShardError
 from cwpo_dist.stages import generate
 from cwpo_dist.storage import StorageError, Store
@@ -126,16 +127,20 @@ def test_a_token_that_the_model_does_not_have_costs_its_row_alone(tmp_path: Path
         store = Store(str(tmp_path / folder))
         table = pa.Table.from_pylist(rows, schema=whole_schema("text"))
         write_pairs(store, 0, pairs_of(table))
-        return attempt(RewardWorker(PairsIn(store), model, "tiny", 512), 0, SOURCE)
+        return attempt(RewardWorker(AnswersIn(store), model, "tiny", 512), 0, SOURCE)
 
+    bad = set()
     for place in (4, 17):
         rows[place]["response_b"] = "a <new> word"
+        bad.add(answer_id(prompt_id(rows[place]["prompt"]), "a <new> word"))
     output = scored("bad")
     blame = blamed(output)
-    assert blame.keys() == {"04", "17"}
+    assert blame.keys() == bad, "the other answer of each pair has its score"
+    assert output.rows.num_rows == 46
     for reason in blame.values():
         assert reason.startswith("tokens beyond the embeddings: prompt or answer: token '<new>'")
-    rows = [row for row in rows if row["pair_id"] not in {"04", "17"}]
+    for place in (4, 17):
+        rows[place]["response_b"] = rows[place]["response_a"]
     assert output.rows.equals(scored("good").rows), "byte for byte that of a shard without them"
 
 

@@ -30,7 +30,8 @@ from cwpo_dist.report.comparison_page import (
     FIGURES,
 )
 from cwpo_dist.runs.checks import check_trials
-from cwpo_dist.runs.context import Context, ScoresIn, read_log_probs
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.joined import ScoresIn, pair_log_probs
 from cwpo_dist.runs.output_key import members
 from cwpo_dist.runs.sharing import need, share
 from cwpo_dist.runs.trials import baseline, names, planned, trials, tuning
@@ -390,9 +391,12 @@ def test_the_implicit_annotator_labels_and_stages_run_side_by_side(
     (scores,) = members(graph(run, "ws_dpo")["weigh"])
     nodes = graph(run, "ws_dpo")
     context = Context(Store(run.output_dir))
-    told = ScoresIn(context.place(scores), 0).read(0)
-    after = read_log_probs(context.place(nodes["teacher_after"]), 0)
-    before = read_log_probs(context.place(nodes["teacher_before"]), 0)
+    prepared = context.place(nodes["prepare"])
+    told = ScoresIn(context.place(scores), 0, prepared).read(0)
+    after, before = (
+        pair_log_probs(context.place(nodes[f"teacher_{when}"]), prepared, 0)
+        for when in ("after", "before")
+    )
     assert told
     for pair_id, margin in told.items():
         (a, b), (old_a, old_b) = after[pair_id].sums, before[pair_id].sums

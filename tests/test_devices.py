@@ -17,8 +17,9 @@ from tiny import save_tiny
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.load_settings import dtype_of
 from cwpo_dist.scoring import scorers
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.devices import use_own_processors
-from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, ReferenceWorker, RewardWorker
+from cwpo_dist.scoring.scorers import AnswerWorker, ReferenceWorker, RewardWorker
 from cwpo_dist.storage import Store
 from cwpo_dist.training.meter import named_peak
 
@@ -108,8 +109,8 @@ def test_every_worker_loads_its_model_to_that_device(
     monkeypatch.setattr(scorers, "load_policy", load)
     monkeypatch.setattr(scorers, "load_reward_model", load)
     make = {
-        "reward": lambda: RewardWorker(PairsIn(store), model, "rm", 512),
-        "reference": lambda: ReferenceWorker(PairsIn(store), store, model, 512),
+        "reward": lambda: RewardWorker(AnswersIn(store), model, "rm", 512),
+        "reference": lambda: ReferenceWorker(AnswersIn(store), store, model, 512),
         "answers": lambda: AnswerWorker(store, model, {}),
     }[worker]
     with pytest.raises(Loaded) as said:

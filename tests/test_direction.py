@@ -6,6 +6,7 @@ hands on is decoded back to text.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from prepared import pairs as prepared_pairs
 from prepared import write
-from world import HIGHER, LABELS, OTHER, SHARDS, World, answer, margin, reference
+from world import HIGHER, LABELS, OTHER, SHARDS, World, answer, margin, named, reference
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.scoring.pipeline import part
@@ -216,13 +217,12 @@ def test_implicit_rewards_belong_to_their_own_answers(tmp_path) -> None:
     implicit.make(world.context, node)
     beta = world.config.align.beta
     for index, splits in enumerate(SHARDS):
-        rows = world.place("annotate").read_table(part("scores", index)).to_pylist()
-        assert len(rows) == 3 * len(splits)
-        for row in rows:
-            split, k = row["pair_id"].split("-")
-            for side in "ab":
-                word = answer(split, int(k), side).partition(" ")[0]
-                assert row[f"score_{side}"] == pytest.approx(beta * gain[word])
+        table = world.place("annotate").read_table(part("scores", index))
+        found = dict(zip(table["answer_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+        assert len(found) == 3 * 2 * len(splits)
+        for split, k, side in itertools.product(splits, range(3), "ab"):
+            word = answer(split, k, side).partition(" ")[0]
+            assert found[named(split, k, side)] == pytest.approx(beta * gain[word])
 
 
 def test_soft_labels_pull_towards_the_likelier_answer(tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,16 @@ import pyarrow as pa
 import pytest
 import torch
 from tiny import tiny_classifier, tiny_tokenizer
-from world import SHARDS, World, answer
+from world import SHARDS, World, answer, named
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.pairs.records import PROMPT_SCHEMA, SCORE_SCHEMA
-from cwpo_dist.scoring.earlier_scores import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.scoring.answers_in import AnswersIn
+from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.scorers import AnswerWorker, PairsIn, ReferenceWorker, RewardWorker
+from cwpo_dist.scoring.scorers import AnswerWorker, ReferenceWorker, RewardWorker
 from cwpo_dist.stages import (
     annotate,
 )
@@ -37,20 +40,21 @@ def test_each_answer_has_the_log_prob_that_the_model_gives_it(tmp_path: Path) ->
     policy = world.config.policy
     assert policy is not None
     stock, splits = load_policy(policy), ("test", "unlabelled")
-    pairs = PairsIn(world.place("prepare"), splits)
-    worker = ReferenceWorker(pairs, world.place("tokens"), policy, max_tokens=100)
+    answers = AnswersIn(world.place("prepare"), splits)
+    worker = ReferenceWorker(answers, world.place("tokens"), policy, max_tokens=100)
     for index, held in enumerate(SHARDS):
         rows = worker(index, worker.read(index)).rows.to_pylist()
         (split,) = set(held) & set(splits)
-        assert [row["pair_id"] for row in rows] == [f"{split}-{k}" for k in range(3)]
-        for k, row in enumerate(rows):
-            for side in "ab":
-                start, ids = model_input(world, split, k, side)
-                with torch.no_grad():
-                    logps = stock(ids).logits.log_softmax(-1)[0, start - 1 : -1]
-                value = float(logps.gather(1, ids[0, start:, None]).sum())
-                assert row[f"logp_{side}"] == pytest.approx(value, rel=1e-4)
-                assert row[f"n_{side}"] == ids.shape[1] - start
+        found = {row["answer_id"]: row for row in rows}
+        assert list(found) == sorted(named(split, k, side) for k in range(3) for side in "ab")
+        for k, side in itertools.product(range(3), "ab"):
+            row = found[named(split, k, side)]
+            start, ids = model_input(world, split, k, side)
+            with torch.no_grad():
+                logps = stock(ids).logits.log_softmax(-1)[0, start - 1 : -1]
+            value = float(logps.gather(1, ids[0, start:, None]).sum())
+            assert row["logp"] == pytest.approx(value, rel=1e-4)
+            assert row["tokens"] == ids.shape[1] - start
 
 
 def test_each_answer_has_the_score_that_the_model_gives_it(tmp_path: Path) -> None:
@@ -60,31 +64,32 @@ def test_each_answer_has_the_score_that_the_model_gives_it(tmp_path: Path) -> No
     tiny_tokenizer().save_pretrained(tmp_path / "reward")
     model = ModelConfig(model_name_or_path=str(tmp_path / "reward"), chat_template="plain")
     stock = load_reward_model(model)
-    pairs = PairsIn(world.place("prepare"), ("test", "validation"))
+    answers = AnswersIn(world.place("prepare"), ("test", "validation"))
 
     def make_worker() -> RewardWorker:
-        return RewardWorker(pairs, model, "it", max_tokens=150)
+        return RewardWorker(answers, model, "it", max_tokens=150)
 
-    def scored(worker: Any) -> dict[str, tuple[float, float]]:
-        rows = worker(1, worker.read(1)).rows.to_pylist()
-        return {row["pair_id"]: (row["score_a"], row["score_b"]) for row in rows}
+    def scored(worker: Any) -> dict[str, float]:
+        table = worker(1, worker.read(1)).rows
+        return dict(zip(table["answer_id"].to_pylist(), table["score"].to_pylist(), strict=True))
 
     expected = {}
-    for split in SHARDS[1]:
-        for k in range(3):
-            with torch.no_grad():
-                both = [float(stock(model_input(world, split, k, s)[1]).logits) for s in "ab"]
-            expected[f"{split}-{k}"] = pytest.approx(tuple(both), abs=1e-4)
+    for split, k, side in itertools.product(SHARDS[1], range(3), "ab"):
+        with torch.no_grad():
+            score = float(stock(model_input(world, split, k, side)[1]).logits)
+        expected[named(split, k, side)] = pytest.approx(score, abs=1e-4)
     assert scored(make_worker()) == expected
     before = Store(str(tmp_path / "before"))
-    told = [{"pair_id": "test-1", "annotator": "it", "score_a": 9.0, "score_b": 8.0}]
+    one, other = named("test", 1, "a"), named("test", 2, "b")
+    told = [{"answer_id": one, "annotator": "it", "score": 9.0}]
     before.create_table(part("scores", 0), pa.Table.from_pylist(told, schema=SCORE_SCHEMA))
     later = Store(str(tmp_path / "later"))
-    told = [told[0] | {"score_a": 7.0}, told[0] | {"pair_id": "test-2"}]
+    told = [told[0] | {"score": 7.0}, told[0] | {"answer_id": other, "score": 8.0}]
+    told.sort(key=itemgetter("answer_id"))
     later.create_table(part("scores", 0), pa.Table.from_pylist(told, schema=SCORE_SCHEMA))
     earlier = EarlierScores(ranged_files([before, later]))
-    copied = {"test-1": (9.0, 8.0), "test-2": (9.0, 8.0)}
-    assert scored(NewPairsWorker(earlier, make_worker)) == expected | copied
+    copied = {one: 9.0, other: 8.0}
+    assert scored(NewAnswersWorker(earlier, answers, make_worker)) == expected | copied
 
 
 def test_each_prompt_has_the_answer_that_was_sampled_for_it(tmp_path: Path) -> None:
@@ -106,19 +111,21 @@ def test_each_prompt_has_the_answer_that_was_sampled_for_it(tmp_path: Path) -> N
     assert len(set(told.values())) == 3
 
 
-def test_a_retry_is_of_the_pairs_that_it_is_told(tmp_path: Path) -> None:
+def test_a_retry_is_of_the_answers_that_it_is_told(tmp_path: Path) -> None:
     world = World(tmp_path, ["human"])
-    selected = {"test-1", "labelled-0"}
-    read = PairsIn(world.place("prepare"), None, selected=lambda index: selected)
-    assert [[row.pair_id for row in read.read(k)] for k in range(2)] == [
-        ["labelled-0"],
-        ["test-1"],
-    ]
-    assert [row.position for row in read.read(1)] == [4]
+    selected = [named("labelled", 0, "a"), named("test", 1, "b")]
+    prepared = world.place("prepare")
+    read = AnswersIn(prepared, None, selected=lambda index: selected)
+    rows = [read.read(k) for k in range(2)]
+    assert [[row.name for row in of] for of in rows] == [[name] for name in selected]
+    (row,) = rows[1]
+    file = prepared.read_table("answers/part-00001.parquet")
+    assert file["answer_id"][row.position].as_py() == selected[1]
+    assert file["answer"][row.position].as_py() == row.given.answer == answer("test", 1, "b")
 
 
-def test_scores_are_one_annotators_by_weights_settings_and_sides(tmp_path: Path) -> None:
-    """Which answer is a hangs on the seed: under another one, scores would be swapped."""
+def test_scores_are_one_annotators_by_weights_and_settings(tmp_path: Path) -> None:
+    """Not by the seed that draws which answer is a: a score knows no pair."""
 
     def who(**more: Any) -> str:
         weights = more.pop("weights", b"as fitted")
@@ -129,15 +136,14 @@ def test_scores_are_one_annotators_by_weights_settings_and_sides(tmp_path: Path)
 
     same = who()
     assert who() == same
-    assert who(annotate={"splits": ["test"]}) == same, "whatever pairs it is given"
+    assert who(annotate={"splits": ["test"]}) == same, "whatever answers it is given"
     others = {
         who(weights=b"fitted otherwise"),
         who(fit={"learning_rate": 1.0}),
         who(seed=3),
-        # With seeds of its own `fit` is the same, but places are drawn by the run's.
-        who(seed=3, fit={"seeds": [0]}),
     }
-    assert len(others | {same}) == 5
+    assert len(others | {same}) == 4
+    assert who(seed=3, fit={"seeds": [0]}) == same, "with a seed of its own `fit` is the same"
     world = World(tmp_path, ["cw"])
     context, node = world.context, world.node("annotate")
     other = context.root.child("annotate", "earlier")

@@ -57,39 +57,40 @@ def place(config: Config, stage: str) -> Store:
 
 
 def annotated(config: Config) -> tuple[dict[str, Any], Scores]:
-    """Runs until the scores are there; the counts and the scores by pair id."""
+    """Runs until the scores are there; the counts and the scores by answer id."""
     run(config, until="annotate")
     store = place(config, "annotate")
     rows = [row for name in store.names("scores") for row in store.read_table(name).to_pylist()]
-    by_pair = {row["pair_id"]: row for row in rows}
-    assert len(by_pair) == len(rows), "a pair twice"
+    by_answer = {row["answer_id"]: row for row in rows}
+    assert len(by_answer) == len(rows), "an answer twice"
     counts = store.read_json(MANIFEST)["counts"]
     assert counts["rows"] == len(rows) == counts["rows_in"] - counts["over_length"]
-    return counts, by_pair
+    return counts, by_answer
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_only_the_pairs_of_new_files_are_scored(tmp_path: Path) -> None:
+def test_only_the_answers_of_new_files_are_scored(tmp_path: Path) -> None:
     tiny_classifier("llama").save_pretrained(tmp_path / "reward")
     tiny_tokenizer().save_pretrained(tmp_path / "reward")
     for i in range(3):
         write(tmp_path / "in" / f"{i}.jsonl", 30 * i, 30 * i + 30)
     config = growing(tmp_path)
     first, yesterday = annotated(config)
-    assert (first["rows"], first["reused"]) == (90, 0)
+    assert (first["rows"], first["reused"]) == (180, 0)
     write(tmp_path / "in" / "3.jsonl", 85, 110)  # five of yesterday's once more
     said = {stage.stage: stage for stage in plan(config).stages}["annotate"]
-    before = re.fullmatch(r"110 pairs, about (\d+) of them scored before", said.work)
+    told = r"220 answers to 110 prompts, about (\d+) of them scored before"
+    before = re.fullmatch(told, said.work)
     assert before is not None, said.work
-    assert 80 < int(before[1]) < 110
+    assert 160 < int(before[1]) < 220
     grown, today = annotated(config)
-    assert (grown["rows"], grown["reused"]) == (110, 90)
-    assert {pair_id: today[pair_id] for pair_id in yesterday} == yesterday
+    assert (grown["rows"], grown["reused"]) == (220, 180)
+    assert {name: today[name] for name in yesterday} == yesterday
     afresh, all_new = annotated(growing(tmp_path, output_dir=str(tmp_path / "other")))
     assert afresh["reused"] == 0
     assert grown["tokens"] == afresh["tokens"] - first["tokens"] > 0
-    for pair_id, row in all_new.items():
-        assert today[pair_id] == pytest.approx(row, abs=1e-5)
+    for name, row in all_new.items():
+        assert today[name] == pytest.approx(row, abs=1e-5)
 
     # One row changed, one file gone; of what was scored, one output never finished.
     write(tmp_path / "in" / "0.jsonl", 0, 30)
@@ -99,13 +100,20 @@ def test_only_the_pairs_of_new_files_are_scored(tmp_path: Path) -> None:
     for store in (store for store in outputs(tmp_path / "run") if store.exists(MANIFEST)):
         store.remove(MANIFEST)
     changed, left = annotated(config)
-    assert (changed["rows"], changed["reused"]) == (80, 79)
-    assert sum(left[pair_id] == today[pair_id] for pair_id in left.keys() & today.keys()) == 79
+    assert (changed["rows"], changed["reused"]) == (160, 159)
+    assert sum(left[name] == today[name] for name in left.keys() & today.keys()) == 159
 
-    # Another seed draws anew which answer is a, another model scores otherwise.
+    # New pairs of old answers cost nothing.
+    both = [("yes 0", "yes 1"), ("no 0", "yes 1")]
+    rows = [{"prompt": "Question 0?", "response_a": a, "response_b": b} for a, b in both]
+    (tmp_path / "in" / "4.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paired, _ = annotated(config)
+    assert paired["rows"] - paired["reused"] == 1, "'yes 1' is no old answer to this question"
+
+    # Another seed draws other labels and places, which no score knows; another model scores anew.
     more = growing(tmp_path, annotate=config.annotate.model_dump() | {"splits": ["test"]})
     assert len(files_to_reuse(more)) > len(files_to_reuse(config)) > 0
-    assert files_to_reuse(growing(tmp_path, seed=1)) == []
+    assert files_to_reuse(growing(tmp_path, seed=1))
     tiny_classifier("llama", seed=1).save_pretrained(tmp_path / "reward")
     assert files_to_reuse(config) == []
 
@@ -133,12 +141,12 @@ def test_an_annotator_fitted_again_on_the_same_pairs_scores_only_new_ones(
     write(tmp_path / "more" / "1.jsonl", 20, 50)
     grown, today = annotated(config)
     assert grown["reused"] == first["rows"]
-    assert grown["rows"] == first["rows"] + 30
-    assert {pair_id: today[pair_id] for pair_id in yesterday} == yesterday
+    assert grown["rows"] == first["rows"] + 60
+    assert {name: today[name] for name in yesterday} == yesterday
 
 
 def scores(*ids: str, value: float = 0.5) -> pa.Table:
-    columns = [list(ids), ["x"] * len(ids), [value] * len(ids), [-value] * len(ids)]
+    columns = [list(ids), ["x"] * len(ids), [value] * len(ids), [None] * len(ids)]
     return pa.table(columns, schema=SCORE_SCHEMA)
 
 
@@ -154,7 +162,7 @@ def test_scores_are_found_in_the_files_whose_range_holds_them(
     assert [(file.first, file.last) for file in files] == [("a", "c"), ("d", "f"), ("b", "e")]
     earlier = EarlierScores(files)
     found = earlier.of(["b", "c", "d", "zz"]).to_pylist()
-    assert {row["pair_id"]: row["score_a"] for row in found} == {"b": 9, "c": 0.5, "d": 0.5}
+    assert {row["answer_id"]: row["score"] for row in found} == {"b": 9, "c": 0.5, "d": 0.5}
     assert earlier.of([]).num_rows == earlier.of(["0", "00"]).num_rows == 0
     read: list[str] = []
     given = Store.read_table

@@ -41,7 +41,7 @@ from cwpo_dist.results.show import show
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.divergence import kl_divergence
 from cwpo_dist.runs.output_key import Node
-from cwpo_dist.scoring.scorers import read_tokens
+from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
 from cwpo_dist.storage import MANIFEST, Store
 
@@ -121,6 +121,12 @@ def place(config: Config, role: str, arm: str = "cw") -> Store:
     return Store(config.output_dir).child(*graph(config, arm)[role].path.split("/"))
 
 
+def scores_by_pair(config: Config) -> dict[str, tuple[float, float]]:
+    """The annotator's scores of both answers, by pair id."""
+    scores = whole(place(config, "annotate"), "scores").to_pylist()
+    return prepared.scores_of(whole(place(config, "prepare"), "pairs").to_pylist(), scores)
+
+
 def test_the_embedded_default_is_compared(compared: Config) -> None:
     root = Path(compared.output_dir)
     found = json.loads((root / FIGURES).read_text())
@@ -178,10 +184,12 @@ def test_the_explorer_has_pairs_with_scores_labels_and_answers(finished: Config)
     answered = [pair for pair in sample["pairs"] if pair["answers"]]
     assert answered == sample["pairs"][: len(answered)]
     assert set(answered[0]["answers"]["cw"]) == {"before", "after"}
-    scores = {s["pair_id"]: s for s in whole(place(finished, "annotate"), "scores").to_pylist()}
+    scores = scores_by_pair(finished)
+    assert scores.keys() & {pair["id"] for pair in sample["pairs"]}
     for pair in sample["pairs"]:
-        if (score := scores.get(pair["id"])) is not None:
-            assert pair["margin"] == pytest.approx(score["score_a"] - score["score_b"])
+        if pair["id"] in scores:
+            a, b = scores[pair["id"]]
+            assert pair["margin"] == pytest.approx(a - b)
     before = (root / "report.html").read_text()
     assert sample["pairs"][0]["id"] in before
     assert show([str(root)]) == f"{root}/report.html"
@@ -221,7 +229,8 @@ def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None
     ]
     ratios = []
     for row in tokens.values():
-        ids = torch.tensor([[*row.prompt, *row.answers[1]]])
+        (answer,) = row.answers
+        ids = torch.tensor([[*row.prompt, *answer]])
         start = len(row.prompt)
         with torch.no_grad():
             logps = [m(ids).logits.log_softmax(-1)[0, start - 1 : -1] for m in models]
@@ -238,19 +247,20 @@ def test_rows_add_up_from_stage_to_stage(finished: Config) -> None:
     rejected = sum(prepared["rejects"].values())
     assert prepared["rows_in"] == prepared["pairs"] + prepared["merged_duplicates"] + rejected
     assert scored["rows_in"] == scored["rows"] + scored["rejects"] + scored["over_length"]
-    assert tokens["rows_in"] == prepared["pairs"]
-    assert scored["rows_in"] == prepared["pairs"] - prepared["splits"].get("labelled", 0)
+    answers = prepared["answers"]  # no prompt of the demo is in two splits
+    assert tokens["rows_in"] == sum(answers.values())
+    assert scored["rows_in"] == sum(answers.values()) - answers["labelled"]
 
 
 def test_preferences_follow_the_scores_and_the_paper(finished: Config) -> None:
     preferences = whole(place(finished, "weigh"), "preferences").to_pylist()
-    scores = {s["pair_id"]: s for s in whole(place(finished, "annotate"), "scores").to_pylist()}
+    scores = scores_by_pair(finished)
     pairs = {p["pair_id"]: p for p in whole(place(finished, "prepare"), "pairs").to_pylist()}
     assert preferences
     for row in preferences:
-        score, pair = scores[row["pair_id"]], pairs[row["pair_id"]]
-        margin = abs(score["score_a"] - score["score_b"])
-        chosen = "response_a" if score["score_a"] >= score["score_b"] else "response_b"
+        (a, b), pair = scores[row["pair_id"]], pairs[row["pair_id"]]
+        margin = abs(a - b)
+        chosen = "response_a" if a >= b else "response_b"
         assert row["chosen"] == [{"role": "assistant", "content": pair[chosen]}] != row["rejected"]
         assert pair["split"] == "unlabelled"
         expected = 2 * (1 / (1 + math.exp(-margin)) - 0.5)  # eq. 8
@@ -340,18 +350,16 @@ def test_the_annotators_folder_says_how_it_is_read(finished: Config) -> None:
     folder = Path(finished.output_dir) / nodes["fit"].path / "model"
     stock = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prepared = whole(root.child(*nodes["prepare"].path.split("/")), "pairs").to_pylist()
-    pairs = {pair["pair_id"]: pair for pair in prepared}
-    scores = whole(root.child(*nodes["annotate"].path.split("/")), "scores").to_pylist()
-    for score in scores[::7]:
-        pair = pairs[score["pair_id"]]
-        for side in "ab":
+    pairs = whole(root.child(*nodes["prepare"].path.split("/")), "pairs").to_pylist()
+    scores = scores_by_pair(finished)
+    for pair in [pair for pair in pairs if pair["pair_id"] in scores][::7]:
+        for side, score in zip("ab", scores[pair["pair_id"]], strict=True):
             said = {"user": pair["prompt"], "assistant": pair[f"response_{side}"]}
             messages = [{"role": role, "content": text} for role, text in said.items()]
             ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
             with torch.no_grad():
                 expected = float(stock(ids).logits[0, 0])
-            assert score[f"score_{side}"] == pytest.approx(expected, abs=1e-5)
+            assert score == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_adapter_of_sft_and_alignment_stands_on_the_policy(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prepared import whole
+from prepared import scores_of, whole
 from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 
 from cwpo_dist.cli.app import user_message
@@ -226,8 +226,8 @@ def rows_of(config: Config, role: str, name: str) -> list[dict[str, Any]]:
 
 
 def margins_of(config: Config, role: str) -> dict[str, float]:
-    scores = rows_of(config, role, "scores")
-    return {row["pair_id"]: row["score_a"] - row["score_b"] for row in scores}
+    found = scores_of(rows_of(config, "prepare", "pairs"), rows_of(config, role, "scores"))
+    return {name: a - b for name, (a, b) in found.items()}
 
 
 def counts_of(config: Config, role: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cwpo_dist.config import Config, ConfigError, Pool
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import SCORE_SCHEMA
-from cwpo_dist.planning.costs import START_S, Cost, Estimate, Lengths
+from cwpo_dist.planning.costs import START_S, AnswerLengths, Estimate, Lengths
 from cwpo_dist.planning.fleet import Fleet, fleet_notes, hours_lines, seconds, trial_rate
 from cwpo_dist.planning.plan import Plan, StagePlan, plan
 from cwpo_dist.planning.plan_table import print_plan
@@ -24,6 +25,7 @@ from cwpo_dist.runs.stage import Scoring
 from cwpo_dist.storage import Store
 
 DEVICES = 2.0
+EMPTY = Census({}, {}, 0, True, ())
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +56,22 @@ def stage(planned: Plan, name: str) -> StagePlan:
 
 def test_a_measured_rate_gives_time_and_device_hours(planned: Plan) -> None:
     found = stage(planned, "annotate")
-    seconds = START_S["score"] + 96 / (0.5 * DEVICES)
+    answers = int(found.work.split()[0])
+    assert 96 < answers <= 2 * 96
+    seconds = START_S["score"] + answers / 2 / (0.5 * DEVICES)
     assert found.seconds == pytest.approx(seconds, rel=0.02)  # a few pairs may be too long
     assert found.device_hours == pytest.approx({"CPU": seconds * DEVICES / 3600}, rel=0.02)
     assert stage(planned, "prepare").device_hours == {}
 
 
 def test_scores_take_as_much_as_was_said(planned: Plan) -> None:
-    ids = [f"{number * 2654435761 % 2**128:032x}" for number in range(96)]
-    values = [number**0.5 for number in range(96)]
-    table = pa.table([ids, ["reward"] * 96, values, values[::-1]], schema=SCORE_SCHEMA)
+    answers = int(stage(planned, "annotate").work.split()[0])
+    ids = [
+        f"{number * 0x9E3779B97F4A7C15F39CC0605CEDC835 % 2**128:032x}" for number in range(answers)
+    ]
+    scores = [number**0.5 for number in range(answers)]
+    hashes = [int(name, 16) % 2**63 for name in ids]
+    table = pa.table([ids, ["reward"] * answers, scores, hashes], schema=SCORE_SCHEMA)
     rows = len(parquet_bytes(table)) - len(parquet_bytes(table.slice(0, 0)))
     assert stage(planned, "annotate").stored == pytest.approx(rows, rel=0.4)
 
@@ -106,12 +114,13 @@ def test_unlike_pools_annotate_each_at_its_own_rate(config: Config) -> None:
     annotate = config.annotate.model_copy(update={"pools": pools})
     mixed = config.model_copy(update={"annotate": annotate})
     rated = Fleet(rates={"L4": 4.0, "CPU": 1.0})
-    work = Scoring("", 700, "scores", "annotate.model", pool=annotate, passed=700)
-    lengths = {"annotate.model": Lengths(1.0, 10.0, 6.0, 8.0)}
-    estimate = Estimate(mixed, Census({}, {}, 0, True, ()), Checked({}, (), {}), lengths)
-    took = seconds(work, estimate, Cost("", tokens=7000), rated)
-    assert took == pytest.approx(START_S["score"] + 700 / (1 * 4.0 + 3 * 1.0))
-    (note,) = fleet_notes(mixed, Fleet(rates={"": 1.0 * mixed.prepare.rows_per_shard / 60}))
+    work = Scoring("", 2000, "scores", "annotate.model", pool=annotate, answers=1400)
+    lengths = {"annotate.model": Lengths(0.5, 10.0, 6.0, 8.0, AnswerLengths(0.75, 2.0, 4.0))}
+    estimate = Estimate(mixed, EMPTY, Checked({}, (), {}), lengths)
+    took = seconds(work, estimate, rated)
+    pairs = 0.75 * 1400 / 2
+    assert took == pytest.approx(START_S["score"] + pairs / (1 * 4.0 + 3 * 1.0))
+    (note,) = fleet_notes(mixed, EMPTY, Fleet(rates={"": 1.0 * mixed.prepare.rows_per_shard / 60}))
     assert note.startswith("annotate.pools: L4 and CPU are counted at one rate; better: --pairs-")
 
 
@@ -120,15 +129,27 @@ def test_shards_should_be_about_a_minute(config: Config, rate: float, said: int)
     given = config.model_copy(
         update={"prepare": config.prepare.model_copy(update={"rows_per_shard": 60})}
     )
-    notes = list(fleet_notes(given, Fleet(rates={"": rate})))
+    notes = list(fleet_notes(given, EMPTY, Fleet(rates={"": rate})))
     assert len(notes) == said
     assert all(f"{max(1, round(60 * rate)):,} would be a minute" in note for note in notes)
+
+
+def test_a_shard_of_few_answers_is_done_sooner(config: Config) -> None:
+    """600 pairs of 200 answers are the work of 100 pairs that share none."""
+    counted = replace(EMPTY, splits={"test": 600}, answers={"test": 200})
+    given = config.model_copy(
+        update={"prepare": config.prepare.model_copy(update={"rows_per_shard": 60})}
+    )
+    (note,) = fleet_notes(given, counted, Fleet(rates={"": 1.0}))
+    assert "60 pairs are 10.0 s of a device" in note
+    assert "; 360 would be a minute" in note
+    assert not list(fleet_notes(given, counted, Fleet(rates={"": 1 / 6})))
 
 
 def test_a_trial_gives_the_rate_of_one_device(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--trial: .* holds no finished `annotate`"):
         trial_rate(str(tmp_path))
-    throughput = {"device_hours_per_million_pairs": 1e6 / 3600 / 7.0}
+    throughput = {"device_hours_per_million_answers": 1e6 / 3600 / 14.0}
     manifest = {"counts": {"rows": 10, "throughput": throughput}}
     Store(str(tmp_path)).create_json("annotate/key/manifest.json", manifest)
     assert trial_rate(str(tmp_path)) == pytest.approx(7.0)

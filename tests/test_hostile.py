@@ -271,7 +271,7 @@ def test_names_that_mean_something_elsewhere_are_read(cwpo: Run, folder: Path) -
     for given in ([within], files):
         ended = planned(cwpo, folder, *given)
         assert ended.code == 0, ended.said
-        assert "250 pairs, tokenised" in " ".join(ended.said.split())
+        assert "500 answers to 250 prompts, tokenised" in " ".join(ended.said.split())
 
 
 def test_a_bad_file_at_the_head_of_a_glob_stops_nothing(cwpo: Run, folder: Path) -> None:

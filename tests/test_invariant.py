@@ -25,12 +25,14 @@ from cwpo_dist.lm.fixed_shapes import BLOCK, TILE, FixedShapes, UnfitError, by_t
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerScores
 from cwpo_dist.lm.packed import by_row
+from cwpo_dist.pairs.records import pair_id, prompt_id
 from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.planning.plan import plan
-from cwpo_dist.scoring.earlier_scores import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.scoring.answers_in import AnswersIn
+from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
+from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.storage import Store
 
 Pairs = Sequence[dict[str, Any]]
@@ -49,7 +51,8 @@ def made_pairs(number: int) -> list[dict[str, Any]]:
         prompt, answers = f"{text(80)}: ", [f"{len(found)} {k} {text(80)}" for k in range(3)]
         for a, b in itertools.combinations(answers, 2):
             given = {"prompt": prompt, "response_a": a, "response_b": b, "split": "unlabelled"}
-            found.append(given | {"pair_id": f"{draw.getrandbits(64):016x}", "source": "made"})
+            name = pair_id(prompt_id(prompt), a, b)
+            found.append(given | {"pair_id": name, "source": "made"})
     return found[:number]
 
 
@@ -69,7 +72,7 @@ class Outputs:
     def __init__(self, folder: Path, arch: str, *, batch_invariant: bool) -> None:
         self.folder, self.number = folder, itertools.count()
         self.worker = RewardWorker(
-            PairsIn(Store(str(folder))),
+            AnswersIn(Store(str(folder))),
             saved(folder / "model", arch),
             "it",
             4096,
@@ -81,22 +84,27 @@ class Outputs:
     ) -> Store:
         """The scores of so many pairs a shard; those that an earlier output has are copied."""
         store = Store(str(self.folder / str(next(self.number))))
-        self.worker.pairs, self.worker.forward.max_tokens = PairsIn(store), tokens
-        worker = NewPairsWorker(EarlierScores(ranged_files(earlier)), lambda: self.worker)
+        self.worker.answers, self.worker.forward.max_tokens = AnswersIn(store), tokens
+        files = EarlierScores(ranged_files(earlier))
+        worker = NewAnswersWorker(files, self.worker.answers, lambda: self.worker)
         ordered = sorted(pairs, key=lambda pair: str(pair["pair_id"]))
         for index in range(-(-len(pairs) // rows)):
             held = ordered[index * rows : (index + 1) * rows]
             write_pairs(store, index, pairs_of(pa.Table.from_pylist(held, whole_schema("text"))))
             output = worker(index, worker.read(index))
-            assert output.rows.num_rows == len(held), output.counts
+            assert output.rows.num_rows == output.counts["rows_in"], output.counts
             store.create_table(part("scores", index), output.rows)
         return store
 
 
 def content(store: Store) -> bytes:
-    """All scores of an output, however they are cut into shards, as one file."""
-    tables = [store.read_table(name) for name in store.names("scores")]
-    return parquet_bytes(pa.concat_tables(tables).replace_schema_metadata(None))
+    """All scores of an output, however they are cut into shards, as one file.
+
+    An answer whose pairs lie in several shards is scored in each, to the same bits.
+    """
+    table = pa.concat_tables(store.read_table(name) for name in store.names("scores"))
+    once = table.group_by(table.column_names).aggregate([]).sort_by("answer_id")
+    return parquet_bytes(once.combine_chunks().replace_schema_metadata(None))
 
 
 def grown(outputs: Outputs, steps: Sequence[tuple[Pairs, int, int]]) -> Store:
@@ -134,18 +142,16 @@ def test_without_the_setting_bits_depend_on_the_batch(arch: str, tmp_path: Path)
     assert len(others) > 1
 
 
-def test_an_answer_has_one_score_in_all_its_pairs(tmp_path: Path) -> None:
-    """Though the pairs share more or less of it with the other answer."""
+def test_an_answer_has_one_score_wherever_its_pairs_lie(tmp_path: Path) -> None:
+    """Beside other answers of its prompt, or fewer, or none."""
     outputs = Outputs(tmp_path, "llama", batch_invariant=True)
-    rows = outputs.score(PAIRS, 30).read_table(part("scores", 0)).to_pylist()
-    pairs = {str(pair["pair_id"]): pair for pair in PAIRS}
-    found: dict[tuple[str, str], set[float]] = {}
-    for row in rows:
-        pair = pairs[row["pair_id"]]
-        for side in "ab":
-            answer = (pair["prompt"], pair[f"response_{side}"])
-            found.setdefault(answer, set()).add(row[f"score_{side}"])
-    assert len(found) == len(PAIRS)
+    found: dict[str, set[float]] = {}
+    for shard_rows in (30, 1):
+        store = outputs.score(PAIRS, shard_rows)
+        for name in store.names("scores"):
+            for row in store.read_table(name).to_pylist():
+                found.setdefault(row["answer_id"], set()).add(row["score"])
+    assert len(found) == len(PAIRS), "three answers and three pairs a prompt"
     assert all(len(scores) == 1 for scores in found.values())
 
 

@@ -198,7 +198,7 @@ def test_rows_that_are_cut_say_what_whole_rows_say(
     rows = [*rows_of([8, 1, 5, 2, 1, 1]), Row([0, 3], tuple([k, 1] for k in range(4, 12)))]
     module = AnswerScores(tiny_classifier(arch, attn_implementation=attention))
     whole = RowForward(module, PAD, 64, 10_000)(rows)
-    for budget in (40, 150):
+    for budget in (40, 70):
         forward = RowForward(module, PAD, 64, budget)
         assert forward.layout == layout
         seen: list[RowBatch] = []
@@ -209,7 +209,10 @@ def test_rows_that_are_cut_say_what_whole_rows_say(
         for values, wanted in zip(found.values, whole.values, strict=True):
             assert values == pytest.approx(wanted, abs=1e-5)
         assert sum(len(batch.last) for batch in seen) == 26
-        repeated = sum(len(r.prompt) * (len(cut(r, budget, layout)) - 1) for r in rows)
+        # A dense row is no longer than a pair of the longest answers, whatever the budget.
+        longest = 2 * 64 if layout == "shared" else 10_000
+        before, now = ([len(cut(r, at, layout)) for r in rows] for at in (longest, budget))
+        repeated = sum(len(r.prompt) * (n - b) for r, n, b in zip(rows, now, before, strict=True))
         assert repeated > 0
         assert found.counts["tokens"] == whole.counts["tokens"] + repeated
         assert found.counts["flops"] == whole.counts["flops"]

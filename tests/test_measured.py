@@ -16,11 +16,20 @@ from world import HIGHER, LABELS, World, answer, margin
 
 from cwpo_dist.evaluation.annotators import HeldOut
 from cwpo_dist.graph import graph
-from cwpo_dist.pairs.records import ANSWER_SCHEMA, REFERENCE_SCHEMA, Prompt
+from cwpo_dist.pairs.answers import read_compared
+from cwpo_dist.pairs.records import (
+    ANSWER_SCHEMA,
+    LOG_PROB_SCHEMA,
+    LogProb,
+    Prompt,
+    answer_id,
+    prompt_id,
+    table_of,
+)
 from cwpo_dist.results import sample
 from cwpo_dist.runs import divergence
+from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.scorers import read_tokens
 from cwpo_dist.stages import evaluate, generate
 
 OTHER = {"a": "b", "b": "a"}
@@ -187,7 +196,7 @@ def test_lengths_and_gold_scores_stand_on_their_side(tmp_path: Path) -> None:
 def test_kl_is_of_the_aligned_models_answers_aligned_less_sft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both models read both answers; the aligned one's own count: −2 less −7, and −1 less −2."""
+    """Both models read the aligned one's own answers alone: −2 less −7, and −1 less −2."""
     world = World(tmp_path, ["human"], evaluate={"num_prompts": 2, "kl": True})
     lay_answers(world, ANSWERS)
     for role in ("sft", "align"):
@@ -197,19 +206,20 @@ def test_kl_is_of_the_aligned_models_answers_aligned_less_sft(
 
     def run_shards(job: ShardJob, config: Any) -> None:
         role = job.output.uri.rsplit("/", 1)[-1]
-        _, tokens, model, _ = job.make_worker.args  # type: ignore[attr-defined]  # a partial
+        answers, tokens, model, _ = job.make_worker.args  # type: ignore[attr-defined]  # a partial
         models[role] = model.model_name_or_path
         rows = []
-        for pair_id, row in read_tokens(tokens, 0).items():
-            texts = [
-                world.encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in row.answers
-            ]
-            k = int(pair_id[-1])
-            assert texts == [ANSWERS["answers_sft"][k], ANSWERS["answers_aligned"][k]]
-            numbers = {"logp_a": -100.0, "logp_b": read[role][texts[1]], "n_a": 1, "n_b": 1}
-            rows.append({"pair_id": pair_id} | numbers)
-        table = pa.Table.from_pylist(rows, schema=REFERENCE_SCHEMA)
-        job.output.create_table(part("reference", 0), table)
+        found = read_tokens(tokens, 0)
+        for k, pair in enumerate(read_compared(answers.store, 0)):
+            told = [ANSWERS[of][k] for of in ("answers_sft", "answers_aligned")]
+            asked = prompt_id(f"prompt test {k}: ")
+            assert pair[:3] == (f"test-{k}", *(answer_id(asked, text) for text in told))
+            (ids,) = found.pop(pair.answer_b).answers
+            text = world.encoder.tokenizer.decode(ids, skip_special_tokens=True)
+            assert text == told[1]
+            rows += [LogProb(pair.answer_a, -100.0, 1), LogProb(pair.answer_b, read[role][text], 1)]
+        assert not found, "of the baseline's answers there are no tokens"
+        job.output.create_table(part("reference", 0), table_of(rows, LOG_PROB_SCHEMA))
 
     monkeypatch.setattr(divergence, "run_shards", run_shards)
     prompts = {f"test-{k}": Prompt(f"prompt test {k}: ") for k in range(2)}

@@ -16,7 +16,7 @@ from cwpo_dist.lm.modules import decode, unwrapped
 from cwpo_dist.lm.recompute import let_recompute, recompute
 from cwpo_dist.lm.rows import collate
 from cwpo_dist.lm.stock import probe_rows
-from cwpo_dist.planning.costs import Estimate, Lengths
+from cwpo_dist.planning.costs import AnswerLengths, Estimate, Lengths
 from cwpo_dist.planning.memory import (
     activations,
     by_zero_stage,
@@ -168,10 +168,10 @@ def test_a_million_pairs_are_a_file_a_node_and_little_in_each_worker() -> None:
     found = data_memory(pairs, 500 * pairs)
     assert found.node == pairs * (500 * 4 + 100)
     assert found.worker <= pairs * 100
-    lengths = {"policy": Lengths(1.0, 500.0, 400.0, 300.0)}
+    lengths = {"policy": Lengths(1.0, 500.0, 400.0, 300.0, AnswerLengths(1.0, 200.0, 150.0))}
     unread: Any = None  # the configuration, and what was counted
     estimate = Estimate(unread, unread, Checked({"policy": SIZE}, (), {}), lengths)
-    work = Training("", pairs, None, "policy", training=config())
+    work = Training("", model="policy", pairs=pairs, training=config())
     assert estimate.cost(work).details[-1] == (
         f"and up to {found.node / gib:.1f} GiB of token ids on each node's disk (TMPDIR), which "
         f"its workers read together, with {found.worker / gib:.1f} GiB of memory in each"

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepared import row, whole, write
+from prepared import ids_of, row, whole, write
 from tiny import save_tiny
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import load_config, parse_config, to_yaml
 from cwpo_dist.graph import graph, nodes_until
-from cwpo_dist.pairs.records import SCORE_SCHEMA, pair_id, prompt_id
+from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, pair_id, prompt_id, table_of
 from cwpo_dist.pairs.stored import read_whole
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.results.show import show
@@ -71,15 +71,14 @@ def weighed(config: Config, *scores: dict[str, float]) -> tuple[Preferences, dic
         for name in place.names("pairs"):
             shard = read_whole(place, int(name[11:16]))
             pairs = [p for p in shard.to_pylist() if p["prompt"] in margins]
-            columns = {
-                "pair_id": [p["pair_id"] for p in pairs],
-                "annotator": ["test"] * len(pairs),
-                "score_a": [margins[p["prompt"]] for p in pairs],
-                "score_b": [0.0] * len(pairs),
-            }
+            rows = [
+                Score(answer, "test", score)
+                for p in pairs
+                for answer, score in zip(ids_of(p), (margins[p["prompt"]], 0.0), strict=True)
+            ]
             index = int(name[-13:-8])
             context.place(node).create_table(
-                part("scores", index), pa.table(columns, schema=SCORE_SCHEMA)
+                part("scores", index), table_of(sorted(rows), SCORE_SCHEMA)
             )
     counts = weigh.make(context, nodes["weigh"])
     store = context.place(nodes["weigh"])

@@ -64,13 +64,16 @@ def test_plan_has_the_runs_own_counts_once_they_are_there(tmp_path: Path) -> Non
     splits = {"labelled": 70, "unlabelled": 110, "validation": 0, "test": 50}
     counts = {"splits": splits, "labelled": splits, "merged_duplicates": 3, "ties": 1}
     counts |= {"rejects": {"empty answer": 2}, "not_read": {}}
+    counts["prompts"] = {"labelled": 7, "unlabelled": 11, "validation": 0, "test": 5}
+    counts["answers"] = {"labelled": 30, "unlabelled": 44, "validation": 0, "test": 25}
     Store(config.output_dir).child(*node.path.split("/")).create_json(MANIFEST, {"counts": counts})
     planned = {stage.stage: stage for stage in plan(config).stages}
     assert planned["prepare"].done
     assert planned["prepare"].work.startswith("70 labelled, 50 test, 110 unlabelled, 0 validation")
     assert "; 3 copies merged; 2 set aside" in planned["prepare"].work
     assert planned["fit"].work.startswith("70 pairs, ")
-    assert planned["tokens"].work.startswith("230 pairs")
+    assert planned["tokens"].work == "99 answers to 23 prompts, tokenised once"
+    assert planned["annotate"].work == "69 answers to 16 prompts"
 
 
 def test_plan_refuses_what_prepare_would(tmp_path: Path) -> None:

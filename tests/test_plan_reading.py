@@ -103,8 +103,8 @@ def test_one_pair_that_a_template_refuses_is_told_and_set_aside(
     assert note.startswith("annotate.model: 1 of 60 sampled pairs are set aside: 1 × refused by")
     assert "no system here" in note
     counts = annotated(config)
-    assert (counts["rows_in"], counts["rows"], counts["rejects"]) == (60, 59, 1)
-    assert counts["rejects: refused by the chat template"] == 1
+    assert (counts["rows_in"], counts["rows"], counts["rejects"]) == (120, 118, 2)
+    assert counts["rejects: refused by the chat template"] == 2, "both answers to one prompt"
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,7 @@ def test_what_a_fraction_allows_is_a_note_and_a_count(
     (note,) = [note for note in plan(config, show=1).notes if "set aside" in note]
     assert "2 of 40 sampled pairs are set aside: 2 × the same tokens for both answers" in note
     counts = annotated(config)
-    assert (counts["rows"], counts["rejects"]) == (38, 2)
-    assert counts["rejects: the same tokens for both answers"] == 2
+    assert (counts["rows"], counts["rejects"], counts["alike"]) == (80, 0, 2)
 
 
 def test_a_template_that_reads_lists_of_parts_is_no_fault(
@@ -153,7 +152,7 @@ def test_a_template_that_reads_lists_of_parts_is_no_fault(
     config = config_of(tmp_path, PARTS, [row(i) for i in range(12)])
     planned = plan(config, show=1)
     assert "What is" in planned.rows[0].prompt
-    assert annotated(config)["rows"] == 12
+    assert annotated(config)["rows"] == 24
 
 
 def test_which_token_is_read_and_what_is_left_out_is_told(tmp_path: Path) -> None:

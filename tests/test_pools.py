@@ -182,12 +182,12 @@ def test_throughput_is_counted_by_hand() -> None:
             time.sleep(0.1)
     found = progress.throughput()
     assert found["seconds"] == pytest.approx(11.0, abs=0.05)
-    assert found["pairs_per_s"] == pytest.approx(200 / 11.0, rel=0.01)
+    assert found["answers_per_s"] == pytest.approx(200 / 11.0, rel=0.01)
     assert found["padding_share"] == pytest.approx(0.2)
     assert found["useful_flops_per_s"] == pytest.approx(2e9 / 11.0, rel=0.01)
     hours = (0.5 * 11.0 + 3 * 4.0) / 3600
     assert found["device_hours"] == pytest.approx(hours, rel=0.01)
-    assert found["device_hours_per_million_pairs"] == pytest.approx(hours * 5000, rel=0.01)
+    assert found["device_hours_per_million_answers"] == pytest.approx(hours * 5000, rel=0.01)
     assert found["busy_share"] == pytest.approx(9.0 / 15.0, rel=0.01)
     assert found["tail_s"] == pytest.approx(0.1, abs=0.05)
     assert progress.line().startswith("scores: 100%, 0:00:00 left")
@@ -208,4 +208,4 @@ def test_on_a_narrow_terminal_bar_and_rates_have_their_place(
     assert "a log line on the way" in lines, "it stands in a line of its own"
     bar = lines[-1]
     assert len(bar) <= 60
-    assert re.match(r"[━╸╺]{12} scores: 25%, 0:00:06 left, 5\.0 pairs/s, .*…$", bar), bar
+    assert re.match(r"[━╸╺]{12} scores: 25%, 0:00:06 left, 5\.0 answers/s, .*…$", bar), bar

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from scored import scores_of
 from test_templates import DAY, pinned
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_classifier, tiny_tokenizer, word_tokenizer
 from transformers import (
@@ -28,9 +29,7 @@ from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import TokenError
 from cwpo_dist.pairs.stored import Pair
 from cwpo_dist.scoring.forward import RowForward
-from cwpo_dist.scoring.retries import Input
-from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
-from cwpo_dist.storage import Store
+from cwpo_dist.scoring.scorers import RewardWorker
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 Text = Any
@@ -184,17 +183,15 @@ def train_by_stock_means(model: Any, tokenizer: Any, steps: int = 2) -> None:
 
 def worker_scores(model: ModelConfig, pairs: Sequence[Asking], tmp_path: Path) -> list[list[float]]:
     """By the worker that `annotate` runs; pairs of one kind a call, as a run has them."""
-    worker = RewardWorker(PairsIn(Store(str(tmp_path / "none"))), model, "rm", 2048)
     found = {}
     for kind in (str, list):
-        rows = [
-            Input(str(k), k, Pair(str(k), p, a, b))
-            for k, (p, a, b) in enumerate(pairs)
-            if isinstance(p, kind)
-        ]
-        for row in worker(0, rows).rows.to_pylist():
-            found[int(row["pair_id"])] = [row["score_a"], row["score_b"]]
-    return [found[k] for k in range(len(pairs))]
+        of_kind = [Pair(str(k), *p) for k, p in enumerate(pairs) if isinstance(p[0], kind)]
+        found |= scores_of(
+            tmp_path / f"of_{kind.__name__}",
+            of_kind,
+            lambda given: RewardWorker(given, model, "rm", 2048),
+        )
+    return [found[str(k)] for k in range(len(pairs))]
 
 
 def assert_scores(found: list[list[float]], expected: list[list[float]]) -> None:
@@ -310,10 +307,7 @@ def test_what_fit_leaves_is_read_by_its_own_template(
             expected.append([float(stock_score(stock, tokenizer, prompt, y)) for y in answers])
     for read_by in {"tokenizer", "plain" if template == "plain" else "tokenizer"}:
         given = ModelConfig(model_name_or_path=str(tmp_path / "fit"), chat_template=read_by)
-        worker = RewardWorker(PairsIn(Store(str(tmp_path / "none"))), given, "rm", 2048)
-        raw = [Input(str(k), k, Pair(str(k), p, a, b)) for k, (p, a, b) in enumerate(pairs)]
-        found = [[r["score_a"], r["score_b"]] for r in worker(0, raw).rows.to_pylist()]
-        assert_scores(found, expected)
+        assert_scores(worker_scores(given, pairs, tmp_path), expected)
 
 
 def test_what_fit_leaves_of_an_encoder_is_read_as_a_pair_of_texts(tmp_path: Path) -> None:
@@ -385,11 +379,12 @@ def test_scores_by_any_template_of_trls_are_those_of_the_stock_call(
     encoder = RenderingEncoder(tokenizer, pad=2, template_date=DAY)
     rows, expected = [], []
     for prompt, *answers in PAIRS:
-        row = encoder.encode_all([Asked(prompt, answers)])[0]
-        if isinstance(row, TokenError):
-            assert row.fault is not None
+        (found,) = encoder.encode_all([Asked(prompt, answers)])
+        faults = [row.fault for row in found if isinstance(row, TokenError)]
+        if faults:
+            assert None not in faults
             continue
-        rows.append(row)
+        rows.append(encoder.encode(prompt, answers))
         model: Any = tiny_forward.module.model
         with torch.no_grad():
             expected.append(

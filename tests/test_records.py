@@ -8,17 +8,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from cwpo_dist.pairs.answers import Compared
 from cwpo_dist.pairs.chosen import chosen_first, signs
 from cwpo_dist.pairs.preferences import Choice, Preference, preference_schema
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
+    LOG_PROB_SCHEMA,
     PROMPT_SCHEMA,
-    REFERENCE_SCHEMA,
     REJECT_SCHEMA,
     SCORE_SCHEMA,
     TOKEN_SCHEMA,
-    LogProbs,
-    PairTokens,
+    AnswerTokens,
+    LogProb,
     PromptTokens,
     RecordError,
     Reject,
@@ -32,30 +33,32 @@ from cwpo_dist.pairs.stored import (
     Judgement,
     Pair,
     Told,
+    pair_schema,
     read_judgements,
     read_pairs,
     whole_schema,
     write_pairs,
 )
+from cwpo_dist.runs.joined import PairLogProbs
 from cwpo_dist.stages.evaluate import ITEM_SCHEMA, JUDGED_SCHEMA, JudgedAnswer, MeasuredPair
 from cwpo_dist.storage import Store
 
-SCORE = {"pair_id": ["p"], "annotator": ["x"], "score_a": [1.0], "score_b": [2.0]}
+SCORE = {"answer_id": ["p"], "annotator": ["x"], "score": [2.0], "tokens_hash": [7]}
 
 
 def test_columns_come_in_the_schemas_types(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    narrow = pa.table(SCORE | {"score_a": pa.array([1], pa.int32()), "more": ["?"]})
+    narrow = pa.table(SCORE | {"score": pa.array([2], pa.int32()), "more": ["?"]})
     store.create_table("scores/part-00000.parquet", narrow)
     table = read_records(store, "scores/part-00000.parquet", SCORE_SCHEMA)
     assert table.schema.equals(SCORE_SCHEMA)
-    some = read_records(store, "scores/part-00000.parquet", SCORE_SCHEMA, ["score_b", "pair_id"])
-    assert some.to_pylist() == [{"score_b": 2.0, "pair_id": "p"}]
+    some = read_records(store, "scores/part-00000.parquet", SCORE_SCHEMA, ["score", "answer_id"])
+    assert some.to_pylist() == [{"score": 2.0, "answer_id": "p"}]
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"score_b": None}, "cannot read .*score_b"), ({"score_b": ["high"]}, "high")],
+    [({"score": None}, "cannot read .*score"), ({"score": ["high"]}, "high")],
 )
 def test_other_tables_are_refused_by_name(tmp_path: Path, change: dict, named: str) -> None:
     store = Store(str(tmp_path))
@@ -84,8 +87,8 @@ def test_pairs_are_text_or_messages(tmp_path: Path) -> None:
     ("record", "schema"),
     [
         (Score, SCORE_SCHEMA),
-        (LogProbs, REFERENCE_SCHEMA),
-        (PairTokens, TOKEN_SCHEMA),
+        (LogProb, LOG_PROB_SCHEMA),
+        (AnswerTokens, TOKEN_SCHEMA),
         (PromptTokens, PROMPT_SCHEMA),
         (SampledAnswer, ANSWER_SCHEMA),
         (Reject, REJECT_SCHEMA),
@@ -104,12 +107,13 @@ def test_parts_of_a_pair_are_read_from_its_own_columns() -> None:
     assert list(Told._fields) == told
     assert Pair(*range(16)).told == Told(*range(5, 14))  # type: ignore[arg-type]  # to be told apart
     assert set(Judgement._fields) <= set(Pair._fields)
+    assert set(Compared._fields) <= set(pair_schema().names)
     assert set(Choice._fields) <= set(Preference._fields)
 
 
 def test_records_come_back_as_they_went(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    scores = [Score("p", "x", 1.0, 2.0), Score("q", "x", 0.5, 0.25)]
+    scores = [Score("p", "x", 2.0), Score("q", "x", 0.25)]
     store.create_table("some.parquet", table_of(scores, SCORE_SCHEMA))
     store.create_table("none.parquet", table_of([], SCORE_SCHEMA))
     assert read_rows(store, "some.parquet", Score, SCORE_SCHEMA) == scores
@@ -137,6 +141,6 @@ def test_the_chosen_comes_first_and_counts_up() -> None:
 
 
 def test_log_probs_are_sums_or_means_of_tokens() -> None:
-    found = LogProbs("p", -6.0, -8.0, 3, 2)
+    found = PairLogProbs(LogProb("p", -6.0, 3), LogProb("q", -8.0, 2))
     assert found.sums == (-6.0, -8.0)
     assert found.means == (-2.0, -4.0)

@@ -13,7 +13,7 @@ from small_run import small_config
 from cwpo_dist.config import Config
 from cwpo_dist.execution.run import run
 from cwpo_dist.graph import graph
-from cwpo_dist.pairs.records import REFERENCE_SCHEMA
+from cwpo_dist.pairs.records import LOG_PROB_SCHEMA
 from cwpo_dist.scoring.pipeline import committed_counts
 from cwpo_dist.storage import Store
 
@@ -25,10 +25,10 @@ def assert_same(ours: Store, theirs: Store) -> int:
     rows = 0
     for name in names:
         got, wanted = ours.read_table(name), theirs.read_table(name)
-        assert got.schema.remove_metadata() == REFERENCE_SCHEMA
-        for column in REFERENCE_SCHEMA.names[1:]:
+        assert got.schema.remove_metadata() == LOG_PROB_SCHEMA
+        for column in LOG_PROB_SCHEMA.names[1:]:
             np.testing.assert_allclose(got[column], wanted[column], rtol=0, atol=1e-5)
-        assert got["pair_id"] == wanted["pair_id"]
+        assert got["answer_id"] == wanted["answer_id"]
         rows += got.num_rows
     return rows
 
@@ -44,9 +44,9 @@ def test_two_sharded_ranks_give_what_an_actor_gives() -> None:
             assert got.num_rows == 0
             continue
         wanted = worker(index, worker.read(index))
-        assert got.num_rows == wanted.rows.num_rows == number
-        assert got["pair_id"] == wanted.rows["pair_id"]
-        for column in REFERENCE_SCHEMA.names[1:]:
+        assert got.num_rows == wanted.rows.num_rows == 2 * number
+        assert got["answer_id"] == wanted.rows["answer_id"]
+        for column in LOG_PROB_SCHEMA.names[1:]:
             np.testing.assert_allclose(got[column], wanted.rows[column], rtol=0, atol=1e-5)
         assert counts[index] == wanted.counts
 
@@ -70,4 +70,4 @@ def test_a_whole_stage_by_sharded_workers(tmp_path: Path) -> None:
         outputs.append(
             Store(checked.output_dir).child(*graph(checked, "human")["reference"].path.split("/"))
         )
-    assert assert_same(*outputs) > 20
+    assert assert_same(*outputs) > 40

@@ -16,7 +16,7 @@ from cwpo_dist.config import Config
 from cwpo_dist.execution.run import run
 from cwpo_dist.graph import graph
 from cwpo_dist.pairs.rejects import RejectsError
-from cwpo_dist.runs.context import ScoresIn
+from cwpo_dist.runs.joined import ScoresIn
 from cwpo_dist.storage import MANIFEST, Store
 
 SICK = [3, 13, 23, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39]  # those with the digit 3
@@ -46,7 +46,7 @@ def test_what_failed_is_scored_again_and_nothing_else(
     config = Config.model_validate(config.model_dump() | policy)
     weights = tmp_path / "reward" / "model.safetensors"
     spoil(weights, sick=True)
-    said = r"of 40 pairs were set aside \(\d+ × non-finite score\).*--retry-rejects"
+    said = r"of 80 answers were set aside \(\d+ × non-finite score\).*--retry-rejects"
     with pytest.raises(RejectsError, match=said):
         run(config, until="annotate")
     lenient = config.model_copy(
@@ -56,7 +56,7 @@ def test_what_failed_is_scored_again_and_nothing_else(
     nodes = graph(config, "cw")
     output = Store(config.output_dir).child(*nodes["annotate"].path.split("/"))
     first = output.read_json(MANIFEST)["counts"]
-    assert first["rejects"] >= len(SICK)
+    assert first["rejects"] >= 2 * len(SICK)
     files = {name: output.read(name) for name in output.names()}
     spoil(weights, sick=False)
     (tmp_path / "run.json").write_text(config.model_dump_json())
@@ -67,8 +67,9 @@ def test_what_failed_is_scored_again_and_nothing_else(
     retried = output.read_json("manifest.retry-1.json")
     assert retried["device_hours"] > output.read_json(MANIFEST)["device_hours"], "of both together"
     counts = retried["counts"]
-    assert (counts["rows_in"], counts["rows"], counts["rejects"]) == (40, 40, 0)
-    scored = [ScoresIn(output, retries=1).read(i) for i in range(3)]
+    assert (counts["rows_in"], counts["rows"], counts["rejects"]) == (80, 80, 0)
+    prepared = Store(config.output_dir).child(*nodes["prepare"].path.split("/"))
+    scored = [ScoresIn(output, 1, prepared).read(i) for i in range(3)]
     assert sum(map(len, scored)) == 40
     ids = [pair_id for shard in scored for pair_id in shard]
     assert len(set(ids)) == 40

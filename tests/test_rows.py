@@ -178,3 +178,10 @@ def test_lengths_of_packed_rows_stay_where_they_can_be_read_without_waiting(layo
     batch = collate([Row([1, 2], ([3], [4, 5]))], layout, 0).to("meta")
     assert batch.attention_mask.device.type == where
     assert batch.input_ids.device.type == "meta"
+
+
+def test_picked_answers_keep_what_they_skip():
+    row = Row([1], ([2, 3], [4, 5, 6], [7]), (1, 2, 0))
+    assert row.picked((1, 0)) == Row([1], ([4, 5, 6], [2, 3]), (2, 1))
+    assert row.picked((2,)) == Row([1], ([7],), (0,))
+    assert Row([1], ([2], [3])).picked((1, 0)) == Row([1], ([3], [2]))

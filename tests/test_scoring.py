@@ -64,7 +64,7 @@ def test_every_shard_is_committed_and_a_rerun_does_nothing(tmp_path: Path) -> No
     assert counts == {"rows_in": 18, "rows": 18}
     assert speed["shards"] == 6
     assert 1 <= speed["actors"] <= 2, "on a busy machine one may have done all before two is up"
-    assert 0 < speed["pairs_per_s"] == pytest.approx(18 / speed["seconds"], rel=1e-3)
+    assert 0 < speed["answers_per_s"] == pytest.approx(18 / speed["seconds"], rel=1e-3)
     assert 0 < speed["device_hours"] <= 2 * 0.5 * speed["seconds"] / 3600 * 1.001
     calls = len(list((tmp_path / "trace").iterdir()))
     assert calls == 6

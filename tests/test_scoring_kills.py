@@ -16,6 +16,7 @@ import pytest
 from scoring_driver import POOL, ROWS, SHARDS, held, make_job, write_inputs
 
 from cwpo_dist.cli.app import user_message
+from cwpo_dist.pairs.answers import read_answers
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import committed_rejects, total_counts
 from cwpo_dist.storage import StorageError, Store
@@ -83,13 +84,15 @@ def assert_undisturbed(folder: Path, output: str) -> None:
     job = make_job(folder, output)
     rejects = [r for i in range(SHARDS) for r in committed_rejects(job.output, job.file(i))]
     ids = [
-        row["pair_id"]
+        row["answer_id"]
         for i in range(SHARDS)
         for row in job.output.read_table(job.file(i)).to_pylist()
     ] + [row.row for row in rejects]
-    assert sorted(ids) == sorted(f"{shard}-{row}" for shard in range(SHARDS) for row in range(ROWS))
+    given = (read_answers(Store(str(folder)), shard) for shard in range(SHARDS))
+    assert sorted(ids) == sorted(answer.answer_id for answers in given for answer in answers)
+    assert len(ids) == 2 * SHARDS * ROWS
     counts = total_counts(job)
-    assert (counts["rejects"], counts["over_length"]) == (6, 6)
+    assert (counts["rejects"], counts["over_length"]) == (6, 12), "of a long prompt both answers"
 
 
 def test_a_driver_and_its_actor_killed_while_a_second_driver_works(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from prepared import whole
+from prepared import ids_of, whole
 from small_run import small_config, write_config
 from test_kills import finish, kill_when
 from tiny import tiny_classifier, tiny_tokenizer
@@ -72,18 +72,21 @@ def test_annotating_alone_gives_the_stock_models_scores(tmp_path: Path, arch: st
     config = annotate_only(tmp_path, arch)
     run(config, until="annotate")
     found = scores(config)
-    assert len(found) == 40
+    assert len(found) == 80
     model, tokenizer = tiny_classifier(arch), tiny_tokenizer()
     nodes = nodes_until(config, "cw", "annotate")
     store = Store(config.output_dir).child(*nodes["prepare"].path.split("/"))
-    pairs = {row["pair_id"]: row for row in whole(store).to_pylist()}
+    texts = {
+        name: (pair["prompt"], pair[f"response_{side}"])
+        for pair in whole(store).to_pylist()
+        for side, name in zip("ab", ids_of(pair), strict=True)
+    }
+    assert sorted(texts) == sorted(row["answer_id"] for row in found)
     for row in found[::9]:
-        pair = pairs[row["pair_id"]]
-        for side in ("a", "b"):
-            given = _as_it_is_read(arch, tokenizer, pair["prompt"], pair[f"response_{side}"])
-            with torch.no_grad():
-                expected = float(model(**given).logits[0, 0])
-            assert row[f"score_{side}"] == pytest.approx(expected, abs=1e-4)
+        given = _as_it_is_read(arch, tokenizer, *texts[row["answer_id"]])
+        with torch.no_grad():
+            expected = float(model(**given).logits[0, 0])
+        assert row["score"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -93,7 +96,7 @@ def test_a_score_that_is_not_finite_is_set_aside_and_too_many_are_refused(tmp_pa
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "reward")
-    with pytest.raises(RejectsError, match=r" of 40 pairs .* annotate\.max_reject_fraction 0.05"):
+    with pytest.raises(RejectsError, match=r" of 80 answers .* annotate\.max_reject_fraction 0.05"):
         run(config, until="annotate")
     lenient = annotate_only(tmp_path, "llama", max_reject_fraction=1.0)
     model.save_pretrained(tmp_path / "reward")
@@ -103,7 +106,7 @@ def test_a_score_that_is_not_finite_is_set_aside_and_too_many_are_refused(tmp_pa
     rejects = [r for name in store.names("rejects") for r in store.read_table(name).to_pylist()]
     assert {row["reason"] for row in rejects} == {"non-finite score"}
     counts = store.read_json(MANIFEST)["counts"]
-    assert counts["rows_in"] == counts["rows"] + counts["rejects"] == len(rejects) == 40
+    assert counts["rows_in"] == counts["rows"] + counts["rejects"] == len(rejects) == 80
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -122,7 +125,7 @@ def test_inputs_that_changed_half_way_are_refused_for_resume_and_said_otherwise(
     with caplog.at_level(logging.WARNING):
         run(config, until="annotate")
     assert "inputs.prepare changed since the unfinished annotate/" in caplog.text
-    assert len(scores(config)) == 41
+    assert len(scores(config)) == 82
 
 
 @pytest.mark.long

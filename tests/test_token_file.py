@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import signal
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,16 +20,31 @@ import pytest
 import torch
 from plain_loop import IDS, ROWS, WEIGHTS, Record, make_engine, make_run, make_task
 
+from cwpo_dist import staging
 from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.pairs.records import TOKEN_SCHEMA, PairTokens, table_of
+from cwpo_dist.pairs.records import TOKEN_SCHEMA, AnswerTokens, table_of
+from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.scorers import read_tokens, token_views
+from cwpo_dist.staging import shared_data
 from cwpo_dist.storage import FileMissing, Store
 from cwpo_dist.training.loop import micro_batches, train
 from cwpo_dist.training.tasks import Preference, TaskError
 from cwpo_dist.training.token_file import Example, TokenFile, content, token_file
 
+STOPPED = """
+import os, signal, sys, tempfile
+tempfile.tempdir = sys.argv[1]
+from cwpo_dist.staging import shared_data
+
+def make(folder):
+    (folder / "x").write_text("who")
+    print("at work", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    (folder / "x").write_text("whole")
+
+shared_data("it", make)
+"""
 FIELDS = [("weight", "f8"), ("reference", "f8", (2,))]
 
 
@@ -66,7 +84,8 @@ def mapped(task: Preference) -> Preference:
 
 
 def as_lists(row: Row) -> Row:
-    return Row(list(row.prompt), tuple(list(answer) for answer in row.answers))
+    skipped = row.skipped if any(row.skipped) else ()
+    return Row(list(row.prompt), tuple(list(answer) for answer in row.answers), skipped)
 
 
 def folders(disk: Path) -> list[Path]:
@@ -94,6 +113,13 @@ def test_what_repeats_within_a_shard_is_stored_once(disk: Path) -> None:
     assert [as_lists(row) for row in found.rows] == rows
     (folder,) = folders(disk)
     assert (folder / "tokens").stat().st_size == 4 * (7 + 10 + 11 + 12 + 13)
+
+
+def test_what_of_an_answer_is_its_prompts_comes_back_too() -> None:
+    rows = [Row([1, 2], ([3, 4, 5], [6, 7]), (1, 0)), Row([1], ([2], [3, 4]), (0, 1))]
+    found = staged(Preference(rows, ["a", "b"], [1.0] * 2, [(-1.0, -2.0)] * 2, "sigmoid", 0.1))
+    assert [as_lists(row) for row in found.rows] == rows
+    assert [row.n_scored for row in found.rows] == [(2, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("sampling", [None, "proportional"])
@@ -188,12 +214,15 @@ def test_numbers_of_a_file_are_checked_as_those_of_lists() -> None:
 
 def test_tokens_of_a_stage_are_viewed_without_a_number_a_token(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "tokens"))
-    rows = [PairTokens(name, row.prompt, *row.answers) for name, row in zip(IDS, ROWS, strict=True)]
+    rows = [
+        AnswerTokens(name, row.prompt, row.answers[0]) for name, row in zip(IDS, ROWS, strict=True)
+    ]
     store.create_table(part("tokens", 0), table_of(rows, TOKEN_SCHEMA))
     store.create_table(part("tokens", 1), TOKEN_SCHEMA.empty_table())
     for index in range(2):
-        found = token_views(store, index)
-        assert {name: as_lists(row) for name, row in found.items()} == read_tokens(store, index)
+        found = read_tokens(store, index)
+        expected = {name: Row(prompt, (answer,)) for name, prompt, answer, _ in rows if not index}
+        assert {name: as_lists(row) for name, row in found.items()} == expected
         assert all(isinstance(row.prompt, memoryview) for row in found.values())
 
 
@@ -206,3 +235,20 @@ def test_a_folder_that_is_written_anew_is_staged_anew(tmp_path: Path) -> None:
     assert content(store) == before
     store.write("preferences/part-00000.parquet", b"and after")
     assert content(store) != before
+
+
+def test_who_waits_for_one_that_was_stopped_makes_the_data_itself(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "STILL_S", 0.5)
+    stopped = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(disk)], stdout=subprocess.PIPE, text=True
+    )
+    assert stopped.stdout is not None
+    assert stopped.stdout.readline() == "at work\n"
+    folder, in_use = shared_data("it", lambda folder: (folder / "x").write_text("whole"))
+    assert (folder / "x").read_text() == "whole"
+    stopped.send_signal(signal.SIGCONT)
+    assert stopped.wait(20) == 0, "it ends as if nothing had been"
+    assert (folder / "x").read_text() == "whole"
+    in_use.close()

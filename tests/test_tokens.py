@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from cwpo_dist.config import TEMPLATE_DATE, ModelConfig
 from cwpo_dist.lm.encoder import Asked, Encoder, TokenError, load_tokenizer
-from cwpo_dist.lm.fitting import encode_pairs, fit_length
-from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.fitting import encode_answers, encode_pairs, fit_length
+from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.templates import Fault
 
 BOS, EOS = 0, 1
@@ -195,8 +195,8 @@ def test_what_a_template_refuses_is_a_fault_of_the_row(tmp_path):
     path.write_text(
         "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     )
-    with pytest.raises(TokenError, match="refused roles assistant: user first"):
-        Encoder(tiny_tokenizer(), str(path)).encode(assistant("hi"), [])
+    with pytest.raises(TokenError, match="refused roles assistant, assistant: user first"):
+        Encoder(tiny_tokenizer(), str(path)).encode(assistant("hi"), [assistant("x")])
     with pytest.raises(TokenError, match="use one kind"):
         plain.encode("text", [assistant("hi")])
 
@@ -246,27 +246,34 @@ def test_pairs_that_became_equal_or_too_long_have_their_faults():
     assert same.fault is Fault.IDENTICAL
     assert isinstance(read, Row)
     assert long.fault is Fault.OVER_LENGTH
-    # answers that are judged one by one may be equal
-    same, *_ = encode_pairs(encoder, model, pairs, ties=True)
-    assert isinstance(same, Row)
+    # by themselves both answers can be read, and one of them where the other is too long
+    alone = encode_answers(encoder, model, pairs)
+    assert [[isinstance(row, Row) for row in rows] for rows in alone] == [
+        [True, True],
+        [True, True],
+        [False, True],
+    ]
+
+
+def test_a_pair_that_differs_only_beyond_the_cut_is_dropped():
+    encoder = Encoder(tiny_tokenizer(), "plain")
+    model = ModelConfig(model_name_or_path="m", max_length=16, over_length="truncate")
+    pair = Asked("Q", ("ab" * 40 + " one", "ab" * 40 + " two"))
+    (row,) = encode_pairs(encoder, model, [pair])
+    assert row.fault is Fault.OVER_LENGTH
 
 
 ids = st.lists(st.integers(3, 60), min_size=1, max_size=40)
 answers = st.lists(st.integers(3, 60), max_size=40).map(lambda found: [*found, EOS])
-long_rows = st.builds(lambda p, a, b: Row([BOS, *p], (a, b)), ids, answers, answers)
+long_rows = st.builds(lambda p, a: Row([BOS, *p], (a,)), ids, answers)
 
 
 @given(long_rows, st.integers(4, 90))
 @quick
 def test_truncation_keeps_bos_eos_and_something_of_each_answer(row, max_length):
-    cut = fit_length(row, max_length, "truncate", bos_id=BOS)
+    cut = fit_length(row, max_length, "truncate")
     if row.n_longest <= max_length:
         assert cut is row
-        return
-    if cut is None:  # the answers differ beyond the cut only, or not at all
-        first, second = (answer[: max_length - 2] for answer in row.answers)
-        n = min(len(first), len(second), max_length // 4)
-        assert first[: n - 1] == second[: n - 1]
         return
     assert cut.n_longest <= max_length
     assert cut.prompt[0] == BOS
@@ -279,20 +286,15 @@ def test_truncation_keeps_bos_eos_and_something_of_each_answer(row, max_length):
 
 
 def test_truncation_worked_by_hand():
-    row = Row([BOS, 3, 4, 5, 6, 7, 8, 9], ([10, 11, EOS], [12, 13, 14, 15, 16, 17, EOS]))
-    # the prompt gives way first, its oldest tokens before its newest
-    cut = fit_length(row, 12, "truncate", bos_id=BOS)
-    assert cut == Row([BOS, 6, 7, 8, 9], row.answers)
-    # without a BOS to keep
-    assert fit_length(row, 12, "truncate") == Row([5, 6, 7, 8, 9], row.answers)
-    # down to a quarter of the length; then answers lose their ends, and EOS stays
-    cut = fit_length(row, 8, "truncate", bos_id=BOS)
-    assert cut == Row([BOS, 9], ([10, 11, EOS], [12, 13, 14, 15, 16, EOS]))
-
-
-def test_a_pair_that_differs_only_beyond_the_cut_is_dropped():
-    row = Row([BOS, 3], ([7] * 20 + [8, EOS], [7] * 20 + [9, EOS]))
-    assert fit_length(row, 16, "truncate") is None
+    row = Row([BOS, 3, 4, 5, 6, 7, 8, 9], ([12, 13, 14, 15, 16, 17, EOS],))
+    # the prompt gives way first, its oldest tokens before its newest, but for the first of all
+    assert fit_length(row, 12, "truncate") == CutRow([BOS, 6, 7, 8, 9], row.answers)
+    # down to a quarter of the length; then the answer loses its end, and EOS stays
+    cut = fit_length(row, 8, "truncate")
+    assert cut == CutRow([BOS, 9], ([12, 13, 14, 15, 16, EOS],))
+    # a short answer to the same prompt leaves it more room
+    short = Row(row.prompt, ([10, 11, EOS],))
+    assert fit_length(short, 8, "truncate") == CutRow([BOS, 6, 7, 8, 9], short.answers)
 
 
 @given(long_rows, st.integers(1, 90))
@@ -317,8 +319,10 @@ def test_many_pairs_at_once_are_the_same_pairs_one_by_one():
     good = [Asked("Question: ", ("a longer answer", "the")), Asked("Q", ("x", "y and z"))]
     bad = ("", [{"role": "assistant", "content": "a message"}])
     found = encoder.encode_all([good[0], Asked("mixed", bad), good[1]])
-    assert [found[0], found[2]] == [encoder.encode(*pair) for pair in good]
-    assert isinstance(found[1], TokenError)
+    assert [found[0], found[2]] == [
+        [encoder.encode(prompt, [answer]) for answer in answers] for prompt, answers, _ in good
+    ]
+    assert [isinstance(row, TokenError) for row in found[1]] == [False, True]
     assert encoder.encode_all([]) == []
 
 

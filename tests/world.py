@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tiny import save_tiny
 from cwpo_dist.config import Config
 from cwpo_dist.graph import graph
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
-from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.pairs.records import LOG_PROB_SCHEMA, SCORE_SCHEMA, answer_id, prompt_id
 from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
@@ -56,6 +57,11 @@ def pairs(split: str) -> list[dict[str, Any]]:
         }
         for k in range(3)
     ]
+
+
+def named(split: str, k: int, side: str) -> str:
+    """The id of one answer."""
+    return answer_id(prompt_id(f"prompt {split} {k}: "), answer(split, k, side))
 
 
 def margin(k: int) -> float:
@@ -107,19 +113,22 @@ class World:
             rows = [row for split in splits for row in pairs(split)]
             table = pa.Table.from_pylist(rows, schema=whole_schema("text"))
             write_pairs(store, index, pairs_of(table))
-        counts = {"shards": 2, "pairs": 12, "splits": dict.fromkeys(SPLITS, 3), "message_keys": []}
+        counts: dict[str, Any] = {"shards": 2, "pairs": 12, "message_keys": []}
+        for name, of_each in (("splits", 3), ("prompts", 3), ("answers", 6)):
+            counts[name] = dict.fromkeys(SPLITS, of_each)
         store.create_json(MANIFEST, {"counts": counts})
 
     def score(self, role: str = "annotate", arm: str | None = None, factor: float = 1.0) -> None:
-        """Scores of all pairs that no annotator was trained on, the higher one positive."""
+        """Scores of all answers that no annotator was trained on, the higher one positive."""
         for index, splits in enumerate(SHARDS):
             rows = []
-            for split in splits:
-                for k, pair in enumerate(pairs(split)):
-                    higher, lower = f"score_{HIGHER[k]}", f"score_{OTHER[HIGHER[k]]}"
-                    scores = {higher: 0.25, lower: 0.25 - factor * margin(k)}
-                    rows.append({"pair_id": pair["pair_id"], "annotator": "world"} | scores)
-            rows = [row for row in rows if not row["pair_id"].startswith("labelled")]
+            for split in set(splits) - {"labelled"}:
+                for k in range(3):
+                    lower = 0.25 - factor * margin(k)
+                    for side, score in ((HIGHER[k], 0.25), (OTHER[HIGHER[k]], lower)):
+                        told = {"answer_id": named(split, k, side), "annotator": "world"}
+                        rows.append(told | {"score": score})
+            rows.sort(key=itemgetter("answer_id"))
             table = pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
             self.place(role, arm).create_table(part("scores", index), table)
 
@@ -131,18 +140,17 @@ class World:
     def log_probs(self, role: str, arm: str | None, of: Callable[[str], float]) -> None:
         """An output of `reference`: the log-prob of each answer by its text; a letter a token."""
         for index, splits in enumerate(SHARDS):
-            rows = [
-                {
-                    "pair_id": pair["pair_id"],
-                    "logp_a": of(pair["response_a"]),
-                    "logp_b": of(pair["response_b"]),
-                    "n_a": len(pair["response_a"]),
-                    "n_b": len(pair["response_b"]),
-                }
+            texts = {
+                named(split, k, side): answer(split, k, side)
                 for split in splits
-                for pair in pairs(split)
+                for k in range(3)
+                for side in "ab"
+            }
+            rows = [
+                {"answer_id": name, "logp": of(text), "tokens": len(text)}
+                for name, text in sorted(texts.items())
             ]
-            table = pa.Table.from_pylist(rows, schema=REFERENCE_SCHEMA)
+            table = pa.Table.from_pylist(rows, schema=LOG_PROB_SCHEMA)
             self.place(role, arm).create_table(part("reference", index), table)
 
     def handed_on(self, task: Task) -> dict[str, tuple[str, ...]]:

@@ -18,8 +18,9 @@ from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Layout, Row
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.pipeline import ShardJob
-from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
+from cwpo_dist.scoring.scorers import ReferenceWorker
 from cwpo_dist.storage import Store
 from cwpo_dist.training import held_out
 from cwpo_dist.training.loop import Engine, Hooks, Run, train
@@ -254,7 +255,7 @@ def load_task(name: str, encoder: Encoder) -> Task:
 def reference_job(folder: Path) -> ShardJob:
     model = ModelConfig(model_name_or_path=str(folder / "model"), max_length=64)
     store = Store(str(folder))
-    make_worker = partial(ReferenceWorker, PairsIn(store), store, model, 100)
+    make_worker = partial(ReferenceWorker, AnswersIn(store), store, model, 100)
     return ShardJob("reference", store.child("scored"), len(REFERENCE_SHARDS), make_worker)
 
 

@@ -49,7 +49,15 @@ from zero_cases import (
 )
 
 from cwpo_dist.lm.probe import choose_layout
-from cwpo_dist.pairs.records import REFERENCE_SCHEMA, REJECT_SCHEMA, TOKEN_SCHEMA
+from cwpo_dist.pairs.records import (
+    LOG_PROB_SCHEMA,
+    REJECT_SCHEMA,
+    TOKEN_SCHEMA,
+    AnswerTokens,
+    answer_id,
+    prompt_id,
+    table_of,
+)
 from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.scoring.pipeline import commit, part
 from cwpo_dist.scoring.retries import ShardOutput
@@ -201,20 +209,20 @@ def stage(name: str, folder: Path) -> None:
 
 
 def write_reference_inputs(folder: Path) -> None:
-    """Pairs and their tokens, and one shard of the output."""
+    """Pairs, the tokens of their answers, and one shard of the output."""
     rows = iter(make_rows())
     for index, number in enumerate(REFERENCE_SHARDS):
         pairs, tokens = [], []
         for place, row in enumerate(itertools.islice(rows, number)):
-            text = {"prompt": "?", "response_a": "a", "response_b": "b"}
+            text = {"prompt": f"{place}?", "response_a": "a", "response_b": "b"}
             pairs.append({"pair_id": f"{index}-{place}", "split": "unlabelled", **text})
-            answer_a, answer_b = row.answers
-            ids = {"prompt": row.prompt, "answer_a": answer_a, "answer_b": answer_b}
-            tokens.append({"pair_id": f"{index}-{place}", **ids})
+            for answer, ids in zip("ab", row.answers, strict=True):
+                name = answer_id(prompt_id(text["prompt"]), answer)
+                tokens.append(AnswerTokens(name, row.prompt, ids))
         store = Store(str(folder))
         write_pairs(store, index, pairs_of(pa.Table.from_pylist(pairs, whole_schema("text"))))
-        store.create_table(part("tokens", index), pa.Table.from_pylist(tokens, TOKEN_SCHEMA))
-    nothing = REFERENCE_SCHEMA.empty_table(), REJECT_SCHEMA.empty_table()
+        store.create_table(part("tokens", index), table_of(tokens, TOKEN_SCHEMA))
+    nothing = LOG_PROB_SCHEMA.empty_table(), REJECT_SCHEMA.empty_table()
     commit(reference_job(folder), ALREADY_DONE, ShardOutput(*nothing, {"rows_in": 0, "rows": 0}))
 
 

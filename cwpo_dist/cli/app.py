@@ -135,7 +135,7 @@ def annotate(
     resume: Resume = False,
     retry_rejects: RetryRejects = False,
 ) -> None:
-    """Score every pair with the annotator or any one-label reward model.
+    """Score every answer with the annotator or any one-label reward model.
 
     What it needs and is not done yet is done first, and said. --retry-rejects scores again what a
     finished pass set aside for a failure or a score that is not finite, and nothing else.

@@ -53,7 +53,7 @@ PairsPerSecond = Annotated[
     list[str] | None,
     typer.Option(
         metavar="[KIND=]NUMBER",
-        help="Pairs that one device annotates; by kind like --price.",
+        help="Pairs of two answers that one device annotates; by kind like --price.",
         rich_help_panel=_PLAN,
     ),
 ]

@@ -118,7 +118,9 @@ class PrepareConfig(Section):
     )
     keep_columns: list[str] = Field(default_factory=list, description="carried along untouched")
     max_reject_fraction: Fraction = Field(
-        0.05, description="the stage fails when more rows, or more files (damaged), are set aside"
+        0.05,
+        description="the stage fails when more rows, or more files (damaged), are set aside; "
+        "`tokens`, when more answers are",
     )
     rows_per_shard: PositiveInt = Field(1024, description="about a minute's work of an annotator")
     num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")

@@ -29,7 +29,7 @@ class ModelConfig(Section):
     template_date: date = Field(
         TEMPLATE_DATE, description="printed by templates that print today's, the same every day"
     )
-    max_length: PositiveInt = Field(512, description="tokens of prompt + the longer answer")
+    max_length: PositiveInt = Field(512, description="tokens of a prompt + an answer")
     over_length: Literal["drop", "truncate"] = "drop"
 
 

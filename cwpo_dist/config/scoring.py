@@ -88,7 +88,7 @@ class PoolConfig(Pool):
 
 
 class AnnotateConfig(PoolConfig):
-    """Which pairs are scored, and by whom."""
+    """Whose answers are scored, and by whom."""
 
     compute_fields: ClassVar[frozenset[str]] = frozenset(
         {*PoolConfig.model_fields, "max_reject_fraction", "model", "models"}
@@ -103,7 +103,10 @@ class AnnotateConfig(PoolConfig):
     splits: list[Split] | None = Field(
         None, description="null: all, but for an annotator of ours not those it was trained on"
     )
-    max_reject_fraction: Fraction = 0.05
+    max_reject_fraction: Fraction = Field(
+        0.05,
+        description="of answers without a score, and of pairs whose answers are alike to the model",
+    )
     batch_invariant: bool = Field(
         False,
         description="a score has the same bits whatever is scored beside it, on one kind of device",
@@ -123,7 +126,7 @@ class AnnotateConfig(PoolConfig):
             named = sorted(accelerator or ("a GPU" if gpu else "CPU") for gpu, accelerator in kinds)
             raise ValueError(
                 f"batch_invariant: pools on {', '.join(named)}; a score has other bits on another "
-                "kind of device, and either may score a pair: give pools of one kind, or leave "
+                "kind of device, and either may score an answer: give pools of one kind, or leave "
                 "batch_invariant out"
             )
         return self
@@ -143,7 +146,7 @@ class AnnotateConfig(PoolConfig):
         return [(f"annotate.models.{k}", model) for k, model in enumerate(self.models)]
 
     def scored_splits(self) -> list[Split]:
-        """The splits whose pairs are scored."""
+        """The splits whose answers are scored."""
         if self.splits is not None:
             return self.splits
         rest: list[Split] = ["unlabelled", "validation", "test"]

@@ -1,14 +1,16 @@
 """Prompts and answers as text or messages in, token ids that share their prompt out.
 
-A prompt and its answer are tokenised as one conversation and cut where all answers of the prompt
-still agree, so that the tokens are those a stock model would see, and no border is re-tokenised.
+A prompt and its answer are tokenised as one conversation and cut where it leaves the prompt alone,
+so that the tokens are those a stock model would see, and no border is re-tokenised. They depend on
+no other answer of the prompt.
 `Encoder` reads as a policy does; how reward models read stands in `reading`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +21,14 @@ from cwpo_dist.lm.foreign import refused_as
 from cwpo_dist.lm.ids import common_prefix, ids_of, without_eos
 from cwpo_dist.lm.loading import ModelError, model_path
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.templates import ChatTemplate, Fault, Message, TokenError, Tools
+from cwpo_dist.lm.sharing import in_one_row
+from cwpo_dist.lm.templates import ChatTemplate, Fault, Message, TokenError, Tools, attempted
 
 __all__ = ["Asked", "Encoder", "Messages", "Row", "Text", "TokenError", "load_tokenizer"]
 
 Messages = Sequence[Message]
 Text = str | Messages
+Texts = tuple[str, ...]  # of an answer, as they are tokenised
 
 
 class Asked(NamedTuple):
@@ -141,46 +145,60 @@ class Encoder:
         return f"reads the tokens of an answer up to EOS, {self.eos_token!r}"
 
     def encode(self, prompt: Text, answers: Sequence[Text], tools: Tools = None) -> Row:
-        """One row: the tokens all answers share, and each answer's own.
+        """One row: the tokens that all answers begin with, and each answer's own.
 
         Args:
             prompt: text, or a list of messages.
-            answers: one or two, of the prompt's kind.
+            answers: at least one, of the prompt's kind.
             tools: what the assistant may call; JSON schemas.
 
         Raises:
             TokenError: for a prompt without tokens, mixed kinds, or messages that the template
                 refuses or leaves out.
         """
-        (row,) = self.encode_all([Asked(prompt, answers, tools)])
-        if isinstance(row, TokenError):
-            raise row
-        return row
+        (found,) = self.encode_all([Asked(prompt, answers, tools)])
+        rows = []
+        for row in found:
+            if isinstance(row, TokenError):
+                raise row
+            rows.append(row)
+        return in_one_row(rows)
 
-    def encode_all(self, pairs: Sequence[Asked]) -> list[Row | TokenError]:
-        """The rows of many pairs, tokenised in one call that may use several cores.
+    def encode_all(self, asked: Sequence[Asked]) -> list[list[Row | TokenError]]:
+        """The rows of many answers, tokenised in one call that may use several cores.
 
         Args:
-            pairs: prompt, answers and tools of each, as for `encode`.
+            asked: prompts with their answers and tools, as for `encode`.
 
         Returns:
-            A row for each pair, or the error that `encode` would raise.
+            Of each prompt a row for each of its answers, with that one alone, or its error.
         """
-        rendered = [self._rendered(pair) for pair in pairs]
-        texts = [text for each in rendered if not isinstance(each, TokenError) for text in each]
-        try:
-            ids = iter(self._tokens(texts))
-        except TokenError as error:
-            if len(pairs) == 1:
-                return [error]
-            return [row for pair in pairs for row in self.encode_all([pair])]
-        return [self._row_of(each, ids) for each in rendered]
+        rendered = [self._rendered(each) for each in asked]
+        texts = [text for of in rendered for text in of if not isinstance(text, TokenError)]
+        rows = iter(self._rows(texts))
+        return [
+            [text if isinstance(text, TokenError) else next(rows) for text in of] for of in rendered
+        ]
 
-    def _row_of(self, texts: list[str] | TokenError, ids: Iterator[list[int]]) -> Row | TokenError:
-        """The row of a pair, of whose texts the next ids are."""
-        if isinstance(texts, TokenError):
-            return texts
-        return self._within(self._row(texts, [next(ids) for _ in texts]))
+    def parted(self, row: Row, asked: Asked) -> Row:
+        """The row of an answer as it is cut where it is too long: behind its prompt's tokens.
+
+        Args:
+            row: of the answer.
+            asked: its prompt and tools.
+        """
+        return row
+
+    def _rows(self, answers: Sequence[Texts]) -> list[Row | TokenError]:
+        """The rows of rendered answers."""
+        try:
+            ids = self._ids(answers)
+        except TokenError as error:
+            if len(answers) == 1:
+                return [error]
+            return [row for each in answers for row in self._rows([each])]
+        both = zip(answers, ids, strict=True)
+        return [self._within(self._row(texts, found)) for texts, found in both]
 
     def left_out(self, prompt: Text, answer: Text, tools: Tools = None) -> set[str]:
         """The roles of a readable conversation with a message of which the template writes nothing.
@@ -200,15 +218,21 @@ class Encoder:
             if self.template.leaves_out(messages, tools, text, [place])
         }
 
-    def _rendered(self, pair: Asked) -> list[str] | TokenError:
-        """The prompt as text, up to where an answer is asked for, and each conversation."""
-        prompt, answers, tools = pair
-        try:
-            whole = [self._render(prompt, answer, tools) for answer in answers]
-            opening = self._render(prompt, None, tools)
-            return [opening, *(without_eos(text, self.eos_token) for text in whole)]
-        except TokenError as error:
-            return error
+    def _rendered(self, asked: Asked) -> list[Texts | TokenError]:
+        """Of each answer: the prompt as text, up to where it is asked for, and the conversation."""
+        prompt, answers, tools = asked
+        whole = [attempted(self._render, prompt, answer, tools) for answer in answers]
+        opening = attempted(self._render, prompt, None, tools)
+        return [self._both(opening, text) for text in whole]
+
+    def _both(self, opening: str | TokenError, whole: str | TokenError) -> Texts | TokenError:
+        if isinstance(whole, TokenError):
+            return whole
+        return (
+            opening
+            if isinstance(opening, TokenError)
+            else (opening, without_eos(whole, self.eos_token))
+        )
 
     def _render(self, prompt: Text, answer: Text | None, tools: Tools) -> str:
         """The conversation as text; without an answer, up to where one is asked for."""
@@ -232,13 +256,20 @@ class Encoder:
                 )
         return text
 
+    def _ids(self, answers: Sequence[Texts]) -> list[list[list[int]]]:
+        """The ids of each text of answers; of one that several have they are found once."""
+        distinct = list(dict.fromkeys(chain.from_iterable(answers)))
+        ids = dict(zip(distinct, self._tokens(distinct), strict=True))
+        return [[ids[text] for text in texts] for texts in answers]
+
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of what a template wrote, as it wrote it; under 'plain' with the tokenizer's BOS."""
         found = ids_of(self.tokenizer, texts)
         return [self._with_bos(ids) for ids in found] if self.joins_text else found
 
-    def _row(self, texts: Sequence[str], ids: list[list[int]]) -> Row | TokenError:
-        """The tokens that all sequences of a pair share, and each answer's own."""
+    def _row(self, texts: Texts, ids: Sequence[list[int]]) -> Row | TokenError:
+        """The tokens that the prompt alone shares with the conversation, and the answer's own."""
+        opening, whole = ids
         shared = common_prefix(ids)
         if shared == 0:
             return TokenError(
@@ -246,7 +277,7 @@ class Encoder:
                 "answer; give a prompt, or a chat template that writes one",
                 Fault.NO_TOKENS,
             )
-        return Row(ids[0][:shared], tuple([*full[shared:], self.eos_id] for full in ids[1:]))
+        return Row(opening[:shared], ([*whole[shared:], self.eos_id],))
 
     def _within(self, row: Row | TokenError) -> Row | TokenError:
         """The row, unless the model has no embedding of one of its tokens."""

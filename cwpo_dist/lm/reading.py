@@ -1,6 +1,6 @@
 """A model's role, its configuration and its tokenizer in; the encoder that reads as it reads, out.
 
-Pairs are read in three ways, and this is the one place that chooses:
+Answers are read in three ways, and this is the one place that chooses:
 
 - a policy reads prompt and answer, closed by one EOS (`tokens.Encoder`);
 - a reward model that scores the last token reads its own rendering of the whole conversation,
@@ -24,6 +24,7 @@ from cwpo_dist.lm.encoder import (
     Asked,
     Encoder,
     Text,
+    Texts,
     load_tokenizer,
     refuse_mixed,
 )
@@ -32,7 +33,7 @@ from cwpo_dist.lm.ids import common_prefix, ids_of, unread, without_eos
 from cwpo_dist.lm.loading import classifier_skeleton, load_config
 from cwpo_dist.lm.modules import scores_last_token
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.lm.templates import ChatTemplate, Fault, TokenError, Tools, words_of
+from cwpo_dist.lm.templates import ChatTemplate, Fault, TokenError, Tools, attempted, words_of
 
 Role = Literal["policy", "annotator", "reward model"]
 
@@ -40,7 +41,7 @@ Role = Literal["policy", "annotator", "reward model"]
 def encoder_for(
     model: ModelConfig, role: Role, classifier: PreTrainedModel | None = None
 ) -> Encoder:
-    """The encoder that turns pairs into what a model reads.
+    """The encoder that turns prompts and answers into what a model reads.
 
     Args:
         model: where its tokenizer and configuration are, its template and date.
@@ -141,9 +142,10 @@ class RenderingEncoder(Encoder):
         asked = [{"role": "user", "content": "Q"}]
         answers = [[{"role": "assistant", "content": text}] for text in ("x1", "y2")]
         texts = self._rendered(Asked(asked, answers))
-        if isinstance(texts, TokenError):  # it demands more of a conversation
+        rendered = [text[0] for text in texts if not isinstance(text, TokenError)]
+        if len(rendered) < len(answers):  # it demands more of a conversation
             return [[self.eos_id], [self.eos_id]]
-        return self._tokens(texts)
+        return self._tokens(rendered)
 
     def reads(self) -> str:
         """In words, for `plan`: which token is read."""
@@ -156,16 +158,31 @@ class RenderingEncoder(Encoder):
         over = f"; transformers passes over {passed!r} behind it, the pad token" if passed else ""
         return f"reads the last token of its own rendering: {shown}{after}{over}"
 
-    def _rendered(self, pair: Asked) -> list[str] | TokenError:
-        prompt, answers, tools = pair
-        try:
-            texts = [self._render(prompt, answer, tools) for answer in answers]
-        except TokenError as error:
-            return error
+    def _rendered(self, asked: Asked) -> list[Texts | TokenError]:
+        prompt, answers, tools = asked
+        texts = [attempted(self._whole, prompt, answer, tools) for answer in answers]
+        return [text if isinstance(text, TokenError) else (text,) for text in texts]
+
+    def _whole(self, prompt: Text, answer: Text | None, tools: Tools) -> str:
+        """The conversation, or the prompt up to where an answer is asked for, as text."""
+        text = self._render(prompt, answer, tools)
         if not (self.joins_text and isinstance(prompt, str)):
-            return texts
-        ended = [without_eos(text, self.eos_token) + self.eos_token for text in texts]
-        return [text if text.startswith(self._bos) else self._bos + text for text in ended]
+            return text
+        end = "" if answer is None else self.eos_token
+        ended = without_eos(text, self.eos_token) + end
+        return ended if ended.startswith(self._bos) else self._bos + ended
+
+    def parted(self, row: Row, asked: Asked) -> Row:
+        """The row cut where it leaves what is rendered of the prompt alone.
+
+        A score needs no such border, but what is too long is cut on both its sides.
+        """
+        opening = attempted(self._whole, asked.prompt, None, asked.tools)
+        if isinstance(opening, TokenError):
+            return row
+        whole = [*row.prompt, *row.answers[0]]
+        shared = common_prefix([whole[:-1], *self._tokens([opening])])
+        return Row(whole[:shared], (whole[shared:],)) if shared else row
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return ids_of(self.tokenizer, texts)
@@ -177,16 +194,16 @@ class RenderingEncoder(Encoder):
             end -= 1
         return ids[:end]
 
-    def _row(self, texts: Sequence[str], ids: list[list[int]]) -> Row | TokenError:
-        read = [self._read(each) for each in ids]
-        shared = min(common_prefix(read), min(map(len, read)) - 1)
-        if shared < 1:
+    def _row(self, texts: Texts, ids: Sequence[list[int]]) -> Row | TokenError:
+        """The token that is read as the answer's own, and all before it."""
+        read = self._read(ids[0])
+        if len(read) < 2:
             return TokenError(
-                f"prompt: {texts[0][:40]!r} begins with no token that its answers share; give a "
-                "prompt, or a chat template that writes one",
+                f"prompt: of {texts[0][:40]!r} there is no token before the one that is read; give "
+                "a prompt, or a chat template that writes one",
                 Fault.NO_TOKENS,
             )
-        return Row(read[0][:shared], tuple(each[shared:] for each in read))
+        return Row(read[:-1], (read[-1:],))
 
 
 class PairEncoder(Encoder):
@@ -259,16 +276,18 @@ class PairEncoder(Encoder):
             return set()
         return super().left_out(prompt, answer, tools)
 
-    def _rendered(self, pair: Asked) -> list[str] | TokenError:
-        """The question and an answer, for each answer."""
-        prompt, answers, tools = pair
+    def _rendered(self, asked: Asked) -> list[Texts | TokenError]:
+        """Of each answer: the question, and it."""
+        prompt, answers, tools = asked
+        question = attempted(self._question, prompt, tools)
+        return [self._asked(prompt, question, answer) for answer in answers]
+
+    def _asked(self, prompt: Text, question: str | TokenError, answer: Text) -> Texts | TokenError:
         try:
-            for answer in answers:
-                refuse_mixed(prompt, answer)
-            question = self._question(prompt, tools)
+            refuse_mixed(prompt, answer)
         except TokenError as error:
             return error
-        return [text for answer in answers for text in (question, _words(answer))]
+        return question if isinstance(question, TokenError) else (question, _words(answer))
 
     def _question(self, prompt: Text, tools: Tools) -> str:
         if isinstance(prompt, str) or not self._by_template(prompt):
@@ -281,24 +300,25 @@ class PairEncoder(Encoder):
             return False
         return [message["role"] for message in prompt] != ["user"]
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids up to where each pair's second text begins, and from there; none without one."""
-        if not texts:
+    def _ids(self, answers: Sequence[Texts]) -> list[list[list[int]]]:
+        """The ids up to where each second text begins, and from there; none without one."""
+        if not answers:
             return []
+        first, second = (list(texts) for texts in zip(*answers, strict=True))
         with refused_as(unread):
-            found = self.tokenizer(list(texts[::2]), list(texts[1::2]), verbose=False)
+            found = self.tokenizer(first, second, verbose=False)
             whole = [(ids, _border(found, place)) for place, ids in enumerate(found["input_ids"])]
-        return [part for ids, border in whole for part in _parted(ids, border)]
+        return [_parted(ids, border) for ids, border in whole]
 
-    def _row(self, texts: Sequence[str], ids: list[list[int]]) -> Row | TokenError:
-        for question, answer, own in zip(texts[::2], texts[1::2], ids[1::2], strict=True):
-            if not own:
-                return TokenError(
-                    f"answer: the tokenizer makes nothing of {answer[:40]!r} (to "
-                    f"{question[:40]!r}); give answers with text",
-                    Fault.NO_TOKENS,
-                )
-        return Row(ids[0], tuple(ids[1::2]))
+    def _row(self, texts: Texts, ids: Sequence[list[int]]) -> Row | TokenError:
+        (question, answer), (before, own) = texts, ids
+        if not own:
+            return TokenError(
+                f"answer: the tokenizer makes nothing of {answer[:40]!r} (to {question[:40]!r}); "
+                "give answers with text",
+                Fault.NO_TOKENS,
+            )
+        return Row(before, (own,))
 
 
 def _border(encoded: BatchEncoding, place: int) -> int | None:
@@ -310,8 +330,8 @@ def _border(encoded: BatchEncoding, place: int) -> int | None:
     return of.index(1) if 1 in of else None
 
 
-def _parted(ids: list[int], border: int | None) -> tuple[list[int], list[int]]:
-    return (ids, []) if border is None else (ids[:border], ids[border:])
+def _parted(ids: list[int], border: int | None) -> list[list[int]]:
+    return [ids, []] if border is None else [ids[:border], ids[border:]]
 
 
 def _words(text: Text) -> str:

@@ -60,6 +60,16 @@ class Row:
         """The row of these of its answers."""
         return Row(self.prompt, self.answers[answers], self.skipped[answers])
 
+    def picked(self, places: Sequence[int]) -> Row:
+        """The row of its answers at these places, in their order."""
+        skipped = tuple(self.skipped[k] for k in places) if self.skipped else ()
+        return Row(self.prompt, tuple(self.answers[k] for k in places), skipped)
+
+
+@dataclass(frozen=True)
+class CutRow(Row):
+    """A row of one answer that lost tokens to `max_length`."""
+
 
 @dataclass(frozen=True)
 class RowBatch:

@@ -8,16 +8,17 @@ pinned, and for an annotator of ours it ends where it is scored.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+P = ParamSpec("P")
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
 
@@ -97,6 +98,14 @@ class TokenError(ValueError):
     def __init__(self, message: str, fault: Fault | None = None) -> None:
         super().__init__(message)
         self.fault = fault
+
+
+def attempted(render: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> str | TokenError:
+    """What it gives, or its refusal."""
+    try:
+        return render(*args, **kwargs)
+    except TokenError as error:
+        return error
 
 
 class ChatTemplate:

@@ -40,73 +40,66 @@ class Prompt(NamedTuple):
     tools: Tools | None = None
 
 
+# `tokens_hash` is of what was read: of two answers with the same tokens a model cannot say which is
+# better, and that must not hang on which of them was scored when.
 SCORE_SCHEMA = pa.schema(
     [
-        ("pair_id", pa.string()),
+        ("answer_id", pa.string()),
         ("annotator", pa.string()),
-        ("score_a", pa.float32()),
-        ("score_b", pa.float32()),
+        ("score", pa.float32()),
+        ("tokens_hash", pa.int64()),
     ]
 )
 
 
 class Score(NamedTuple):
-    """What an annotator gave the two answers of a pair."""
+    """What an annotator gave an answer."""
 
-    pair_id: str
+    answer_id: str
     annotator: str
-    score_a: float
-    score_b: float
+    score: float
+    tokens_hash: int | None = None
 
 
-REFERENCE_SCHEMA = pa.schema(
+LOG_PROB_SCHEMA = pa.schema(
     [
-        ("pair_id", pa.string()),
-        ("logp_a", pa.float32()),
-        ("logp_b", pa.float32()),
-        ("n_a", pa.int32()),
-        ("n_b", pa.int32()),
+        ("answer_id", pa.string()),
+        ("logp", pa.float32()),
+        ("tokens", pa.int32()),
+        ("tokens_hash", pa.int64()),
     ]
 )
 
 
-class LogProbs(NamedTuple):
-    """Of the two answers of a pair: summed log-probs under a model, in nats, and their tokens."""
+class LogProb(NamedTuple):
+    """The summed log-prob of an answer under a model, in nats, and how many tokens it is of."""
 
-    pair_id: str
-    logp_a: float
-    logp_b: float
-    n_a: int
-    n_b: int
-
-    @property
-    def sums(self) -> tuple[float, float]:
-        """(a, b), in nats."""
-        return self.logp_a, self.logp_b
-
-    @property
-    def means(self) -> tuple[float, float]:
-        """(a, b), in nats a token."""
-        return self.logp_a / self.n_a, self.logp_b / self.n_b
+    answer_id: str
+    logp: float
+    tokens: int
+    tokens_hash: int | None = None
 
 
 TOKEN_SCHEMA = pa.schema(
     [
-        ("pair_id", pa.string()),
+        ("answer_id", pa.string()),
         ("prompt", pa.list_(pa.int32())),
-        ("answer_a", pa.list_(pa.int32())),
-        ("answer_b", pa.list_(pa.int32())),
+        ("answer", pa.list_(pa.int32())),
+        ("cut", pa.bool_()),
     ]
 )
 
 
-class PairTokens(NamedTuple):
-    """Token ids of a pair."""
+class AnswerTokens(NamedTuple):
+    """Token ids of an answer, and of the prompt before it: up to where the two part.
 
-    pair_id: str
+    `cut` says whether some were taken off, as they were too many.
+    """
+
+    answer_id: str
     prompt: list[int]
-    answer_a: list[int]
-    answer_b: list[int]
+    answer: list[int]
+    cut: bool = False
 
 
 PROMPT_SCHEMA = pa.schema([("pair_id", pa.string()), ("tokens", pa.list_(pa.int32()))])

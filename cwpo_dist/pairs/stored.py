@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -191,7 +191,9 @@ def read_pairs(store: Store, index: int) -> list[Pair]:
         RecordError: for a file that does not follow its schema.
     """
     table = read_whole(store, index)
-    return pairs_of(check(table, whole_schema(_kind(table)), store.path(_file("pairs", index))))
+    return pairs_of(
+        check(table, whole_schema(_kind(table)), store.path(shard_file("pairs", index)))
+    )
 
 
 def read_whole(store: Store, index: int) -> pa.Table:
@@ -200,25 +202,34 @@ def read_whole(store: Store, index: int) -> pa.Table:
     Raises:
         RecordError: for a pair that names what is not there.
     """
-    names = {folder: _file(folder, index) for folder in ("prompts", "answers", "pairs")}
+    names = {folder: shard_file(folder, index) for folder in ("prompts", "answers", "pairs")}
     prompts, answers, pairs = map(store.read_table, names.values())
     columns = {"pair_id": pairs["pair_id"]}
-    at = _places(pairs["prompt_id"], prompts["prompt_id"], store.path(names["prompts"]))
+    at = places_of(pairs["prompt_id"], prompts["prompt_id"], store.path(names["prompts"]))
     columns["prompt"] = prompts["prompt"].take(at)
     for ids, text in zip(IDS.names[1:], TEXTS[1:], strict=True):
-        places = _places(pairs[ids], answers["answer_id"], store.path(names["answers"]))
+        places = places_of(pairs[ids], answers["answer_id"], store.path(names["answers"]))
         columns[text] = answers["answer"].take(places)
     columns["tools"] = prompts["tools"].take(at)
     others = pairs.drop_columns(["pair_id", *IDS.names])
     return pa.table(columns | dict(zip(others.column_names, others.columns, strict=True)))
 
 
-def _places(wanted: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.Array:
-    """Where each id stands."""
+def places_of(wanted: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.Array:
+    """Where each id stands among others.
+
+    Args:
+        wanted: ids.
+        ids: among which they are looked for, once each.
+        where: their file, for messages.
+
+    Raises:
+        RecordError: for one that is not there.
+    """
     found = pc.index_in(wanted, value_set=ids.combine_chunks())
     if found.null_count:
         missing = wanted.filter(pc.is_null(found))[0]
-        raise RecordError(f"{where}: {missing} is not in it, but pairs name it; make it again")
+        raise RecordError(f"{where}: {missing} is not in it, but others name it; make it again")
     return found
 
 
@@ -242,7 +253,7 @@ def write_shard(store: Store, index: int, whole: pa.Table, kept: pa.Schema | Non
         ("answers", _first_of_each(pa.concat_tables(told), "answer_id"), answer_schema(kind)),
         ("pairs", whole, pair_schema(kept)),
     ):
-        store.create_table(_file(folder, index), table.select(schema.names).cast(schema))
+        store.create_table(shard_file(folder, index), table.select(schema.names).cast(schema))
 
 
 def write_pairs(store: Store, index: int, pairs: Sequence[Pair]) -> None:
@@ -269,7 +280,8 @@ def _kind(table: pa.Table) -> Kind:
     return "text" if pa.types.is_string(table.schema.field("prompt").type) else "conversational"
 
 
-def _file(folder: str, index: int) -> str:
+def shard_file(folder: str, index: int) -> str:
+    """One of the three files of a shard."""
     return f"{folder}/part-{index:05d}.parquet"
 
 
@@ -284,12 +296,22 @@ def read_judgements(store: Store, name: str) -> list[Judgement]:
 
 def pairs_of(table: pa.Table) -> list[Pair]:
     """The pairs of a table; `pair_table` turns it round."""
-    columns = [table[name].to_pylist() for name in Pair._fields]
-    for texts in columns[1:4]:
-        for text in texts:
-            _unpack(text)
-    columns[4] = [None if tools is None else json.loads(tools) for tools in columns[4]]
+    special = dict.fromkeys(TEXTS, unpacked) | {"tools": tools_of}
+    columns = [special.get(name, pa.ChunkedArray.to_pylist)(table[name]) for name in Pair._fields]
     return list(map(Pair._make, zip(*columns, strict=True)))
+
+
+def unpacked(column: pa.ChunkedArray) -> list[Any]:
+    """Prompts or answers as Arrow holds them, as texts or messages."""
+    texts: list[Any] = column.to_pylist()
+    for text in texts:
+        _unpack(text)
+    return texts
+
+
+def tools_of(column: pa.ChunkedArray) -> list[Tools | None]:
+    """The tools of prompts, which are JSON in a file."""
+    return [None if tools is None else json.loads(tools) for tools in column.to_pylist()]
 
 
 def pair_table(pairs: Iterable[Pair], schema: pa.Schema) -> pa.Table:

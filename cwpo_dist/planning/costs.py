@@ -1,4 +1,4 @@
-"""Counted pairs, token lengths and model sizes in; what a stage costs, roughly, out."""
+"""Counted pairs and answers, token lengths, model sizes in; what a stage costs, roughly, out."""
 
 from __future__ import annotations
 
@@ -45,20 +45,41 @@ TOLD_BYTES = 2**27  # data of fewer are not worth a line
 
 
 @dataclass(frozen=True)
+class AnswerLengths:
+    """The prompts and answers of the sampled pairs, each once, in one model's tokens.
+
+    Attributes:
+        fits: the share of the answers that fits `max_length` with its prompt.
+        prompt: mean tokens of a prompt; none of one whose answers do not fit.
+        answer: mean tokens of an answer; none of one that does not fit.
+    """
+
+    fits: float
+    prompt: float
+    answer: float
+
+    def tokens(self, prompts: int, answers: int) -> float:
+        """Of so many prompts and their answers: all that fit, a prompt once for its answers."""
+        return prompts * self.prompt + answers * self.answer
+
+
+@dataclass(frozen=True)
 class Lengths:
-    """The sampled pairs in one model's tokens.
+    """The sampled pairs in one model's tokens: what trainings read.
 
     Attributes:
         fits: the share that fits `max_length`.
         shared: mean tokens of a row that fits: the prompt once and both answers.
         longest: mean tokens of prompt and longer answer.
         answers: mean tokens of both answers.
+        each: of their prompts and answers, each once: what scoring reads.
     """
 
     fits: float
     shared: float
     longest: float
     answers: float
+    each: AnswerLengths
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers of pairs, tokens and parameters, put together stage by stage."""
+    """Numbers of pairs, answers, tokens and parameters, put together stage by stage."""
 
     config: Config
     counted: Census
@@ -114,16 +135,13 @@ class Estimate:
 
     def trained_on(self, work: Training) -> int:
         """The pairs of a training: those that fit its model."""
-        return round(self._fitting(work.model, work.pairs) * work.kept)
-
-    def _fitting(self, field: str | None, pairs: int) -> int:
-        return round(pairs * self.lengths[named(field)].fits)
+        return round(round(work.pairs * self.lengths[named(work.model)].fits) * work.kept)
 
     def _scoring(self, work: Scoring) -> Cost:
-        size, length = self.checked.sizes[named(work.model)], self.lengths[named(work.model)]
-        tokens = round(self._fitting(work.model, work.passed) * length.shared)
+        size, each = self.checked.sizes[named(work.model)], self.lengths[named(work.model)].each
+        tokens = round(each.tokens(work.prompts, work.answers))
         held = size.parameters + 4 * work.pool.max_tokens_per_batch * size.width
-        flops = tokens * _flops(size, length)
+        flops = _flops(size, tokens, work.answers * each.answer)
         actors = work.pool.most_actors
         return Cost(work.text, tokens, flops, "score", actors, self._number_bytes * held)
 
@@ -168,7 +186,7 @@ class Estimate:
         return Cost(
             text,
             tokens,
-            passes * tokens * _flops(size, lengths),
+            passes * _flops(size, tokens, seen * lengths.answers),
             "train",
             training.max_workers,
             memory.total,
@@ -204,9 +222,9 @@ def named(field: str | None) -> str:
     return field
 
 
-def _flops(size: ModelSize, lengths: Lengths) -> float:
-    """Of one forward pass, a token: only answer tokens reach the output layer."""
-    return 2.0 * (size.matmul + size.head * lengths.answers / lengths.shared)
+def _flops(size: ModelSize, tokens: float, of_answers: float) -> float:
+    """Of one forward pass over so many tokens: only those of answers reach the output layer."""
+    return 2.0 * (size.matmul * tokens + size.head * of_answers)
 
 
 class Rates:

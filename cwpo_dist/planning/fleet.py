@@ -16,15 +16,17 @@ import pyarrow as pa
 from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.config import Config, ConfigError, PoolConfig, TrainingConfig
 from cwpo_dist.manifest import Manifest
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.parsing import ParsedPair
-from cwpo_dist.pairs.records import REFERENCE_SCHEMA, SCORE_SCHEMA
+from cwpo_dist.pairs.records import LOG_PROB_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.pairs.stored import packed
 from cwpo_dist.placement import gpus, uses_gpu
-from cwpo_dist.planning.costs import START_S, Cost, Estimate, Lengths, named
+from cwpo_dist.planning.costs import START_S, AnswerLengths, Estimate, named
 from cwpo_dist.runs.sizes import ModelSize
 from cwpo_dist.runs.stage import Generating, Scoring, Training, Work
 from cwpo_dist.storage import MANIFEST, Store
 
+ANSWERS = 2  # of a pair
 ROWS = 4096  # of the made-up tables whose size tells that of a row
 TOKEN_BYTES = 4
 CHECKPOINT_BYTES = 12  # a trained parameter: its fp32 value and AdamW's two moments
@@ -37,7 +39,7 @@ class Fleet:
 
     Attributes:
         prices: of an hour of one, in any currency.
-        rates: pairs a second that one annotates.
+        rates: pairs a second that one annotates, of two answers each: as people measure it.
     """
 
     prices: Mapping[str, float] = field(default_factory=dict)
@@ -104,15 +106,15 @@ def trial_rate(run: str) -> float:
     store = Store(run).child("annotate")
     names = [name for name in store.names() if name.endswith(f"/{MANIFEST}")]
     throughputs = [Manifest.read(store, name).counts.get("throughput", {}) for name in names]
-    rates = [throughput.get("device_hours_per_million_pairs") for throughput in throughputs]
+    rates = [throughput.get("device_hours_per_million_answers") for throughput in throughputs]
     measured = [rate for rate in rates if rate]
     if not measured:
         raise ConfigError(
-            f"--trial: {run!r} holds no finished `annotate` that scored a pair; run `cwpo "
+            f"--trial: {run!r} holds no finished `annotate` that scored an answer; run `cwpo "
             "annotate` on a sample there first (prepare.sources.0.limit), or give "
             "--pairs-per-second"
         )
-    return 1e6 / (3600.0 * float(min(measured)))
+    return 1e6 / (3600.0 * float(min(measured))) / ANSWERS
 
 
 def devices(work: Work, estimate: Estimate) -> dict[str, float]:
@@ -145,11 +147,14 @@ def _training_devices(training: TrainingConfig, estimate: Estimate) -> dict[str,
     return {"GPU" if on_gpu else "CPU": training.max_workers * each}
 
 
-def seconds(work: Work, estimate: Estimate, cost: Cost, fleet: Fleet) -> float | None:
-    """About how long annotating takes at the measured rates; None where none was measured."""
+def seconds(work: Work, estimate: Estimate, fleet: Fleet) -> float | None:
+    """About how long annotating takes at the measured rates; None where none was measured.
+
+    Rates are of pairs and answers are what is scored: two of them are taken as a pair.
+    """
     if not (isinstance(work, Scoring) and work.leaves == "scores" and fleet.rates):
         return None
-    new = cost.tokens / max(_lengths(work, estimate).shared, 1.0)
+    new = work.answers * _each(work, estimate).fits / ANSWERS
     numbers = _pool_devices(work.pool)
     rate = sum(n * _of(kind, fleet.rates, "--pairs-per-second") for kind, n in numbers.items())
     return START_S["score"] + new / rate
@@ -159,14 +164,14 @@ def stored(work: Work, estimate: Estimate) -> int:
     """About how many bytes the stage leaves behind, rejects apart."""
     match work.leaves:
         case "pairs":
-            return round(work.pairs * _pair_bytes(estimate.counted.sample))
+            return round(work.rows * _pair_bytes(estimate.counted.sample))
         case "scores":
-            fits = _lengths(work, estimate).fits
-            return round(work.pairs * fits * _row_bytes()["scores"])
+            return round(work.rows * _each(work, estimate).fits * _row_bytes(SCORE_SCHEMA))
         case "log_probs":
-            return round(work.pairs * _row_bytes()["log_probs"])
+            return round(work.rows * _each(work, estimate).fits * _row_bytes(LOG_PROB_SCHEMA))
         case "tokens":
-            return round(work.pairs * _lengths(work, estimate).shared * TOKEN_BYTES)
+            # A prompt stands in the rows of all of its answers, and is compressed to one.
+            return round(_each(work, estimate).tokens(work.prompts, work.rows) * TOKEN_BYTES)
     if isinstance(work, Training):
         return (2 if gpus(estimate.checked.machines) else 4) * _size(work, estimate).parameters
     return 0
@@ -181,8 +186,8 @@ def checkpoints(work: Work, estimate: Estimate) -> int:
     return number * CHECKPOINT_BYTES * _size(work, estimate).of(work.training).parameters
 
 
-def _lengths(work: Work, estimate: Estimate) -> Lengths:
-    return estimate.lengths[named(work.model)]
+def _each(work: Work, estimate: Estimate) -> AnswerLengths:
+    return estimate.lengths[named(work.model)].each
 
 
 def _size(work: Work, estimate: Estimate) -> ModelSize:
@@ -205,18 +210,21 @@ def _pair_bytes(sample: tuple[ParsedPair, ...]) -> float:
     return _bytes(pa.Table.from_pylist(rows)) / len(rows)
 
 
-def _row_bytes() -> dict[str, float]:
-    """Of one score and of one pair of log-probs, by writing made-up ones."""
-    draw, ids = Random(0), _ids(ROWS)
-    values = [draw.gauss(0, 3) for _ in range(ROWS)]
-    lengths = [draw.randrange(300) for _ in range(ROWS)]
-    scores = [ids, ["annotator"] * ROWS, values, values[::-1]]
-    logps = [ids, values, values[::-1], lengths, lengths[::-1]]
-    made = {"scores": (scores, SCORE_SCHEMA), "log_probs": (logps, REFERENCE_SCHEMA)}
-    return {
-        name: _bytes(pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema)) / ROWS
-        for name, (columns, schema) in made.items()
-    }
+def _row_bytes(schema: pa.Schema) -> float:
+    """Of a row of ids and numbers in Parquet, by writing made-up ones."""
+    draw = Random(0)
+    columns = {field.name: _made_up(field, draw) for field in schema}
+    return _bytes(pa.table(columns, schema=schema)) / ROWS
+
+
+def _made_up(field: pa.Field, draw: Random) -> list[str] | list[int] | list[float]:
+    """Numbers as they are drawn, ids, or one name in all rows."""
+    if pa.types.is_integer(field.type):
+        most = 2**63 if field.type == pa.int64() else 300  # a hash, or how many tokens
+        return [draw.randrange(most) for _ in range(ROWS)]
+    if pa.types.is_floating(field.type):
+        return [draw.gauss(0, 3) for _ in range(ROWS)]
+    return _ids(ROWS) if field.name.endswith("_id") else [field.name] * ROWS
 
 
 def _bytes(table: pa.Table) -> int:
@@ -228,8 +236,11 @@ def _ids(number: int) -> list[str]:
     return [f"{draw.getrandbits(128):032x}" for _ in range(number)]
 
 
-def fleet_notes(config: Config, fleet: Fleet) -> Iterator[str]:
-    """Where a shard is far from a minute's work of a device, or unlike devices are taken as one."""
+def fleet_notes(config: Config, counted: Census, fleet: Fleet) -> Iterator[str]:
+    """Where a shard is far from a minute's work of a device, or unlike devices are taken as one.
+
+    A shard has so many pairs, and as much work as answers: less where one stands in several pairs.
+    """
     if not fleet.rates:
         return
     kinds = list(_pool_devices(config.annotate))
@@ -237,13 +248,15 @@ def fleet_notes(config: Config, fleet: Fleet) -> Iterator[str]:
         each = " ".join(f"--pairs-per-second {kind}=…" for kind in kinds)
         yield f"annotate.pools: {' and '.join(kinds)} are counted at one rate; better: {each}"
     rows = config.prepare.rows_per_shard
+    pairs = sum(counted.splits.values())
+    work = sum(counted.answers.values()) / (ANSWERS * pairs) if pairs else 1.0
     for rate in dict.fromkeys(_of(kind, fleet.rates, "--pairs-per-second") for kind in kinds):
-        took = rows / rate
+        took = rows * work / rate
         if not SHARD_S[0] <= took <= SHARD_S[1]:
             why = "a load on a large fleet's driver" if took < SHARD_S[0] else "lost with a device"
             yield (
                 f"prepare.rows_per_shard: {rows:,} pairs are {took:,.1f} s of a device, {why}; "
-                f"{max(1, round(60 * rate)):,} would be a minute"
+                f"{max(1, round(60 * rate / work)):,} would be a minute"
             )
 
 

@@ -128,7 +128,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
         *reading_notes(named, checked.encoders, read),
         *run_notes(config, estimates),
         *unrendered(checked.encoders, sample),
-        *fleet_costs.fleet_notes(config, fleet),
+        *fleet_costs.fleet_notes(config, estimates[0].counted, fleet),
     ]
     return Plan(tuple(planned_stages(config, estimates, fleet)), tuple(notes), tuple(rows), fleet)
 
@@ -167,6 +167,8 @@ def _as_made(run: Config, counted: Census) -> Census:
     return replace(
         counted,
         splits=made["splits"],
+        prompts=made["prompts"],
+        answers=made["answers"],
         labelled=made["labelled"],
         merged=made["merged_duplicates"],
         ties=made["ties"],
@@ -211,7 +213,7 @@ def _output(
     """What one stage output takes, with the cluster to itself."""
     work = estimate.work(node)
     cost, done = estimate.cost(work), Context(Store(estimate.config.output_dir)).done(node)
-    measured = fleet_costs.seconds(work, estimate, cost, fleet)
+    measured = fleet_costs.seconds(work, estimate, fleet)
     seconds = 0.0 if done else measured or rates.seconds(cost)
     used = fleet_costs.devices(work, estimate)
     hours = {kind: (seconds or 0.0) * number / 3600 for kind, number in used.items()}

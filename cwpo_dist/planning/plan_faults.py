@@ -74,11 +74,11 @@ def _empty_splits(config: Config, counted: Census) -> Iterator[str]:
 def _unread(
     config: Config, counted: Census, name: str, model: ModelConfig, read: SampleRead
 ) -> Iterator[str]:
-    """A model that cannot read more pairs than its stage may set aside, or that none fits."""
+    """A model that cannot read more than its stage may set aside, or that no pair fits."""
     field, fraction = _most_unread(config, name, read)
     whole = counted.exact and read.number >= sum(counted.splits.values()) and name != "weak"
     none = read.refused == read.number > 0  # which no fraction allows: nothing would be left
-    if none or read.exceeds(fraction, whole):
+    if none or read.exceeds(fraction, whole, of_pairs=name == "weak"):
         raising = f"fix the pairs, or raise {field} ({fraction:g})"
         more = raising if fraction < 1 else "or fix the pairs"
         yield (
@@ -94,7 +94,7 @@ def _unread(
 
 
 def _most_unread(config: Config, name: str, read: SampleRead) -> tuple[str, float]:
-    """The share of pairs that the stage of a model may set aside, and the field that says so."""
+    """The share that the stage of a model may set aside, and the field that says so."""
     if name == _GOLD:  # which reads other answers, and may leave some out
         return "prepare.max_reject_fraction", 1.0 if read.refused < read.number else 0.0
     if name.startswith("annotate."):

@@ -10,13 +10,16 @@ from statistics import fmean
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.encoder import Asked, Encoder
-from cwpo_dist.lm.fitting import encode_pairs
+from cwpo_dist.lm.fitting import encode_answers, encode_pairs
+from cwpo_dist.lm.ids import common_prefix
 from cwpo_dist.lm.reading import PairEncoder
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import Fault, TokenError
+from cwpo_dist.pairs.answers import prompt_of
 from cwpo_dist.pairs.messages import extra_keys
 from cwpo_dist.pairs.parsing import ParsedPair
-from cwpo_dist.planning.costs import Lengths
+from cwpo_dist.pairs.records import Text, answer_id, prompt_id
+from cwpo_dist.planning.costs import AnswerLengths, Lengths
 
 _SPREAD = 3.0  # standard errors by which a sample must exceed a share to say that all pairs do
 
@@ -26,10 +29,12 @@ class SampleRead:
     """What one model makes of the sampled pairs.
 
     Attributes:
-        lengths: of the pairs that fit.
+        lengths: of the pairs that fit, and of their prompts and answers.
         number: how many were sampled.
         too_long: how many it could read, but for their length.
-        unread: how many it cannot read, by reason.
+        unread: how many it cannot read, by reason; of one an answer at least.
+        answers: how many different answers stand in them.
+        unread_answers: how many of these it cannot read.
         examples: what was said of the first of each reason.
         left_out: pairs in which its template leaves out all text of a role's message, by role.
     """
@@ -38,6 +43,8 @@ class SampleRead:
     number: int
     too_long: int
     unread: Mapping[Fault, int]
+    answers: int
+    unread_answers: int
     examples: Mapping[Fault, str]
     left_out: Mapping[str, int]
 
@@ -46,22 +53,31 @@ class SampleRead:
         """How many it cannot read."""
         return sum(self.unread.values())
 
-    def exceeds(self, fraction: float, whole: bool) -> bool:
-        """Whether more than a share of all pairs cannot be read, as far as a sample can tell.
+    def exceeds(self, fraction: float, whole: bool, *, of_pairs: bool) -> bool:
+        """Whether more than a share of all cannot be read, as far as a sample can tell.
 
         Args:
             fraction: the share that may be.
             whole: the sample is all there is.
+            of_pairs: the model is trained on pairs; else it reads answers, and the share holds for
+                them, and for pairs whose answers are alike to it.
         """
-        if not self.refused or self.refused == self.number:
-            return self.refused > fraction * self.number
-        doubt = 0.0 if whole else _SPREAD * sqrt(fraction * (1 - fraction) / self.number)
-        return self.refused / self.number > fraction + doubt
+        alike = self.unread.get(Fault.IDENTICAL, 0)
+        apart = [(self.unread_answers, self.answers), (alike, self.number)]
+        shares = [(self.refused, self.number)] if of_pairs else apart
+        return any(_exceeds(number, of, fraction, whole) for number, of in shares)
 
     def reasons(self) -> str:
         """In words, the most frequent first, each with what was said of its first pair."""
         ordered = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
         return "; ".join(f"{n} × {fault} ({self.examples[fault]})" for fault, n in ordered)
+
+
+def _exceeds(number: int, of: int, fraction: float, whole: bool) -> bool:
+    if not number or number == of:
+        return number > fraction * of
+    doubt = 0.0 if whole else _SPREAD * sqrt(fraction * (1 - fraction) / of)
+    return number / of > fraction + doubt
 
 
 @dataclass(frozen=True)
@@ -88,19 +104,68 @@ def read_sample(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPai
         if isinstance(row, Row)
         for role in encoder.left_out(pair.prompt, pair.first)
     )
-    lengths = _lengths(fitting, len(sample))
-    return SampleRead(lengths, len(sample), too_long, unread, examples, left_out)
+    answers = _each_once(model, encoder, sample)
+    bad = [row for row in answers.values() if isinstance(row, TokenError)]
+    return SampleRead(
+        _lengths(fitting, len(sample), _answer_lengths(answers)),
+        len(sample),
+        too_long,
+        unread,
+        len(answers),
+        sum(row.fault is not Fault.OVER_LENGTH for row in bad),
+        examples,
+        left_out,
+    )
 
 
-def _lengths(rows: Sequence[Row], number: int) -> Lengths:
+def _lengths(rows: Sequence[Row], number: int, each: AnswerLengths) -> Lengths:
     if not rows:
-        return Lengths(0.0, 0.0, 0.0, 0.0)
+        return Lengths(0.0, 0.0, 0.0, 0.0, each)
     return Lengths(
         len(rows) / number,
         fmean(row.n_tokens for row in rows),
         fmean(row.n_longest for row in rows),
         fmean(row.n_tokens - len(row.prompt) for row in rows),
+        each,
     )
+
+
+def _each_once(
+    model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPair]
+) -> dict[str, Row | TokenError]:
+    """Reads the answers of the pairs once, in however many of them they stand; by their ids."""
+    texts: dict[str, dict[str, Text]] = {}
+    asked: dict[str, ParsedPair] = {}
+    for pair in sample:
+        prompt = prompt_id(pair.prompt, pair.tools)
+        asked.setdefault(prompt, pair)
+        named = {answer_id(prompt, text): text for text in (pair.first, pair.second)}
+        texts.setdefault(prompt, {}).update(named)
+    prompts = [
+        Asked(pair.prompt, list(texts[prompt].values()), pair.tools)
+        for prompt, pair in asked.items()
+    ]
+    rows = encode_answers(encoder, model, prompts)
+    return {
+        name: row
+        for prompt, of in zip(asked, rows, strict=True)
+        for name, row in zip(texts[prompt], of, strict=True)
+    }
+
+
+def _answer_lengths(answers: Mapping[str, Row | TokenError]) -> AnswerLengths:
+    """Of those that fit, each once, beside the tokens that the answers of its prompt share."""
+    fitting: dict[str, list[Row]] = {prompt_of(name): [] for name in answers}
+    for name, row in answers.items():
+        if isinstance(row, Row):
+            fitting[prompt_of(name)].append(row)
+    # By itself an answer may count as its prompt's but for its last token: what answers share
+    # is what they begin with alike.
+    shared = {prompt: common_prefix([row.prompt for row in fitting[prompt]]) for prompt in fitting}
+    own = [row.n_tokens - shared[prompt] for prompt, rows in fitting.items() for row in rows]
+    prompts = sum(shared.values()) / max(1, len(shared))
+    number = max(1, len(answers))
+    return AnswerLengths(len(own) / number, prompts, sum(own) / number)
 
 
 def unrendered(encoders: Mapping[str, Encoder], sample: Sequence[ParsedPair]) -> Iterator[str]:

@@ -17,7 +17,8 @@ from cwpo_dist.pairs.records import Text, one_a_prompt
 from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.report.cells import together
 from cwpo_dist.report.explorer import MOST_PAIRS, Sample, shortened
-from cwpo_dist.runs.context import Context, ScoresIn, annotator_name, read_answers
+from cwpo_dist.runs.context import Context, annotator_name, read_sampled
+from cwpo_dist.runs.joined import ScoresIn
 from cwpo_dist.runs.output_key import Node, Nodes, members
 from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.weighting import Scale, join
@@ -88,7 +89,10 @@ class _Reader:
         return cls(
             joint=[k for k, path in enumerate(annotators) if path in joint],
             names=_names(context, graphs, annotators),
-            scores=[ScoresIn(context.place(n), n.retries) for n in annotators.values()],
+            scores=[
+                ScoresIn(context.place(n), n.retries, context.prepared(n))
+                for n in annotators.values()
+            ],
             answers={arm: _answers(context, nodes) for arm, nodes in graphs.items()},
             uncovered=any(_reads_hidden(nodes["weigh"]) for nodes in graphs.values()),
         )
@@ -160,7 +164,7 @@ def _joint(margins: list[float | None]) -> float | None:
 def _answers(context: Context, nodes: Mapping[str, Node]) -> dict[str, dict[str, str]]:
     if "answers_aligned" not in nodes:
         return {}
-    return {when: read_answers(context, nodes[role]) for when, role in ANSWERS.items()}
+    return {when: read_sampled(context, nodes[role]) for when, role in ANSWERS.items()}
 
 
 def transcript(text: Text) -> str:

@@ -23,7 +23,8 @@ from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import content_hash, read_records, table_of
 from cwpo_dist.pairs.stored import Judgement, Pair, pair_schema, read_judgements, read_pairs
 from cwpo_dist.runs.arms import Chooser
-from cwpo_dist.runs.context import Context, Margins, ScoresIn, annotator_name
+from cwpo_dist.runs.context import Context, annotator_name
+from cwpo_dist.runs.joined import Margins, ScoresIn
 from cwpo_dist.runs.output_key import Node, members
 from cwpo_dist.runs.own_numbers import chosen
 from cwpo_dist.scoring.pipeline import part
@@ -127,7 +128,7 @@ def raw(context: Context, node: Node, chooser: Chooser, *, judged: bool = False)
     """
     pairs = context.place(node.inputs["prepare"])
     scores: list[ScoresIn | OwnIn] = [
-        ScoresIn(context.place(member), member.retries) for member in members(node)
+        ScoresIn(context.place(member), member.retries, pairs) for member in members(node)
     ]
     own = own_kind(context, node, chooser)
     if own == "scores" or (own == "confidence" and chooser.own == "beside" and not judged):

@@ -10,19 +10,12 @@ from cwpo_dist.config import ModelConfig, Split
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
-    REFERENCE_SCHEMA,
-    SCORE_SCHEMA,
-    LogProbs,
     SampledAnswer,
-    Score,
     read_rows,
 )
 from cwpo_dist.runs.output_key import Node
-from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.scorers import PairsIn
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.storage import MANIFEST, FileMissing, Store
-
-Margins = dict[str, float]  # by pair id: score difference a − b
 
 
 @dataclass(frozen=True)
@@ -65,9 +58,9 @@ class Context:
         """The counts in a committed output's manifest."""
         return Manifest.read(self.place(node)).counts
 
-    def pairs(self, node: Node, splits: Sequence[Split] | None = None) -> PairsIn:
-        """The pairs that this node descends from; of these splits, or None: all."""
-        return PairsIn(self.prepared(node), None if splits is None else tuple(splits))
+    def answers(self, node: Node, splits: Sequence[Split] | None = None) -> AnswersIn:
+        """The answers that this node descends from; of pairs of these splits, or None: all."""
+        return AnswersIn(self.prepared(node), None if splits is None else tuple(splits))
 
     def prepared(self, node: Node) -> Store:
         """The folder of pairs that this node descends from."""
@@ -111,40 +104,7 @@ def annotator_name(context: Context, node: Node) -> str:
     return str(context.counts(node)["annotator"])
 
 
-@dataclass(frozen=True)
-class ScoresIn:
-    """What one annotator gave.
-
-    Attributes:
-        store: its output folder of `annotate`.
-        retries: how many retries of its rejects count.
-    """
-
-    store: Store
-    retries: int
-
-    def read(self, index: int) -> Margins:
-        """Of the pairs of one shard that it scored."""
-        names = score_files(self.store, index, self.retries)
-        scores = [
-            score for name in names for score in read_rows(self.store, name, Score, SCORE_SCHEMA)
-        ]
-        return {score.pair_id: score.score_a - score.score_b for score in scores}
-
-
-def score_files(store: Store, index: int, retries: int) -> list[str]:
-    """The files with one shard's scores: the first, and one of each retry that it was part of."""
-    again = [part("scores", index, number) for number in range(1, retries + 1)]
-    return [part("scores", index), *(name for name in again if store.exists(name))]
-
-
-def read_log_probs(store: Store, index: int) -> dict[str, LogProbs]:
-    """Those of one shard by pair id, from an output folder of `reference`."""
-    found = read_rows(store, part("reference", index), LogProbs, REFERENCE_SCHEMA)
-    return {each.pair_id: each for each in found}
-
-
-def read_answers(context: Context, node: Node) -> dict[str, str]:
+def read_sampled(context: Context, node: Node) -> dict[str, str]:
     """A model's answers by the id of the pair whose prompt it was given."""
     store = context.place(node)
     names = store.names("answers")

@@ -10,16 +10,19 @@ import numpy as np
 
 from cwpo_dist.config import ModelConfig, ReferenceConfig
 from cwpo_dist.lm.encoder import Asked
-from cwpo_dist.lm.fitting import encode_pairs
+from cwpo_dist.lm.fitting import encode_answers
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.pairs.records import TOKEN_SCHEMA, PairTokens, Prompt, Text, table_of
+from cwpo_dist.pairs.answers import read_answers, read_compared
+from cwpo_dist.pairs.records import TOKEN_SCHEMA, AnswerTokens, Prompt, Text, table_of
 from cwpo_dist.pairs.stored import Pair, write_pairs
-from cwpo_dist.runs.context import Context, policy_of, read_answers, read_log_probs
+from cwpo_dist.runs.context import Context, policy_of, read_sampled
+from cwpo_dist.runs.joined import read_log_probs
 from cwpo_dist.runs.output_key import Node
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.scorers import PairsIn, ReferenceWorker
+from cwpo_dist.scoring.scorers import ReferenceWorker
 from cwpo_dist.storage import Store
 
 
@@ -65,11 +68,11 @@ def kl_divergence(
     """
     store = context.place(node).child("kl")
     models = {role: node.inputs[f"answers_{role}"] for role in ("sft", "aligned")}
-    told = {role: read_answers(context, given) for role, given in models.items()}
+    told = {role: read_sampled(context, given) for role, given in models.items()}
     rows = [Answered(i, prompts[i], told["sft"][i], y) for i, y in told["aligned"].items() if y]
     shards = write_answered(store, rows, rows_a_shard)
     aligned = policy_of(context, models["aligned"], policy)
-    _write_tokens(store, aligned, rows, rows_a_shard)
+    _write_tokens(store, aligned, shards)
     values = {
         role: _log_probs(store, role, shards, policy_of(context, given, policy), pool)
         for role, given in models.items()
@@ -87,10 +90,14 @@ def _log_probs(
 ) -> dict[str, float]:
     """What a model thinks of the aligned one's answers, by pair id."""
     output, budget = store.child(role), pool.max_tokens_per_batch
-    worker = partial(ReferenceWorker, PairsIn(store), store, policy, budget)
+    worker = partial(ReferenceWorker, AnswersIn(store), store, policy, budget)
     run_shards(ShardJob("reference", output, shards, worker), pool)
-    found = [read_log_probs(output, index) for index in range(shards)]
-    return {i: logps.logp_b for each in found for i, logps in each.items()}
+    values: dict[str, float] = {}
+    for index in range(shards):
+        found = read_log_probs(output, index)
+        pairs = read_compared(store, index)
+        values |= {p.pair_id: found[p.answer_b].logp for p in pairs if p.answer_b in found}
+    return values
 
 
 def write_answered(store: Store, rows: Sequence[Answered], size: int) -> int:
@@ -112,17 +119,18 @@ def _wrapped(row: Answered) -> tuple[Text, Text]:
     return before, after
 
 
-def _write_tokens(store: Store, model: ModelConfig, rows: Sequence[Answered], size: int) -> None:
-    """Tokens of prompt and answers, in the same shards; what does not fit is left out."""
+def _write_tokens(store: Store, model: ModelConfig, shards: int) -> None:
+    """Tokens of prompts and the aligned model's answers; what does not fit is left out."""
     encoder = encoder_for(model, "policy")
     whole = model.model_copy(update={"over_length": "drop"})
-    for index, start in enumerate(range(0, len(rows), size)):
-        of_shard = rows[start : start + size]
-        asked = [Asked(row.prompt.text, _wrapped(row), row.prompt.tools) for row in of_shard]
-        read = zip(of_shard, encode_pairs(encoder, whole, asked, ties=True), strict=True)
+    for index in range(shards):
+        told = {pair.answer_b for pair in read_compared(store, index)}
+        answers = [answer for answer in read_answers(store, index) if answer.answer_id in told]
+        asked = [Asked(answer.prompt, [answer.answer], answer.tools) for answer in answers]
+        read = zip(answers, encode_answers(encoder, whole, asked), strict=True)
         tokens = [
-            PairTokens(row.pair_id, found.prompt, *found.answers)
-            for row, found in read
-            if isinstance(found, Row)
+            AnswerTokens(answer.answer_id, row.prompt, row.answers[0])
+            for answer, (row,) in read
+            if isinstance(row, Row)
         ]
         store.create_table(part("tokens", index), table_of(tokens, TOKEN_SCHEMA))

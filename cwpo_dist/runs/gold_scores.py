@@ -7,12 +7,14 @@ from functools import partial
 
 from cwpo_dist.config import EvaluateConfig, ModelConfig
 from cwpo_dist.evaluation.gold_function import load_function
+from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, read_rows
 from cwpo_dist.runs.divergence import Answered, write_answered
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
+from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.storage import Store
 
 Gold = dict[str, tuple[float, float]]  # by pair id: of the aligned answer, of the baseline's
@@ -47,11 +49,16 @@ def scores_by_model(
         name="scores",
         output=store,
         shards=shards,
-        make_worker=partial(RewardWorker, PairsIn(store), model, "gold", budget, ties=True),
+        make_worker=partial(RewardWorker, AnswersIn(store), model, "gold", budget),
     )
     run_shards(job, pool)
-    return {
-        score.pair_id: (score.score_b, score.score_a)
-        for index in range(shards)
-        for score in read_rows(store, part("scores", index), Score, SCORE_SCHEMA)
-    }
+    gold: Gold = {}
+    for index in range(shards):
+        found = read_rows(store, part("scores", index), Score, SCORE_SCHEMA)
+        scores = {score.answer_id: score.score for score in found}
+        gold |= {
+            pair.pair_id: (scores[pair.answer_b], scores[pair.answer_a])
+            for pair in read_compared(store, index)
+            if pair.answer_a in scores and pair.answer_b in scores
+        }
+    return gold

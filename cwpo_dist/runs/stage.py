@@ -24,28 +24,30 @@ class Work:
 
     Attributes:
         text: in words.
-        pairs: of which it leaves something behind, those too that fit no model.
-        leaves: what that is; None: nothing of size.
+        rows: that it leaves behind, of pairs or of answers; those too that fit no model.
+        leaves: what is in them; None: it leaves nothing of size.
         model: the field that names the model whose tokens it reads; None: it reads none.
+        prompts: whose tokens it reads, each once, however many answers it has.
     """
 
     text: str
-    pairs: int = 0
+    rows: int = 0
     leaves: Leaves | None = None
     model: str | None = None
+    prompts: int = 0
 
 
 @dataclass(frozen=True)
 class Scoring(Work):
-    """A model's pass over pairs.
+    """A model's pass over answers and their prompts.
 
     Attributes:
         pool: the actors that share it.
-        passed: pairs that go through the model.
+        answers: that go through the model.
     """
 
     pool: PoolConfig = field(kw_only=True)
-    passed: int = 0
+    answers: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Training(Work):
     """A training, which leaves a model.
 
     Attributes:
+        pairs: that there are to train on, those too that do not fit the model.
         training: its section.
         kept: the share of the pairs that is trained on.
         chosen_alone: whether it reads the better answer alone.
         sampled: whether pairs are drawn, so that these are the most.
     """
 
+    pairs: int = field(kw_only=True)
     training: TrainingConfig = field(kw_only=True)
     kept: float = 1.0
     chosen_alone: bool = False
@@ -71,14 +75,12 @@ class Generating(Work):
 
     Attributes:
         pool: the actors that share it.
-        prompts: how many.
-        together: how many of them at once.
+        together: how many prompts at once.
         new_tokens: of an answer, at most.
         longest: tokens of a prompt and its answer, at most.
     """
 
     pool: PoolConfig = field(kw_only=True)
-    prompts: int = 0
     together: int = 1
     new_tokens: int = 0
     longest: int = 0

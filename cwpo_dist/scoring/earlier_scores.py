@@ -1,8 +1,9 @@
-"""Scores that an annotator gave before in; a worker that leaves only the other pairs to it out.
+"""Scores that an annotator gave before in; a worker that leaves only the other answers to it out.
 
-A pair's id is its content, so what one annotator said of it in an earlier output of the same run
-directory holds for a later one. Pair files are sorted by id: a shard asks only the score files
-whose range of ids it overlaps, so nothing has to fit into memory but those.
+An answer's id is its content, so what one annotator gave it in an earlier output of the same run
+directory holds for a later one: new pairs of old answers cost nothing. Files are sorted by id: a
+shard asks only the score files whose range of ids it overlaps, so nothing has to fit into memory
+but those.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cwpo_dist.pairs.records import SCORE_SCHEMA
-from cwpo_dist.scoring.retries import Input, ShardOutput, ShardWorker, T
+from cwpo_dist.pairs.answers import Answer
+from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, rows_of
+from cwpo_dist.scoring.answers_in import Answers, AnswersIn
+from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
+from cwpo_dist.scoring.set_aside import ALIKE, ALIKE_WHEN_CUT, SetAside, without_pairs
 from cwpo_dist.storage import Store
 
 SCORES = "scores"
@@ -26,7 +29,7 @@ _FOOTERS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """A committed file of scores, and the first and last pair id in it."""
+    """A committed file of scores, and the first and last answer id in it."""
 
     store: Store
     name: str
@@ -34,9 +37,9 @@ class ScoreFile:
     last: str
 
     def rows(self, ids: pa.Array) -> pa.Table:
-        """The scores of those of the pairs that it holds."""
+        """The scores of those of the answers that it holds."""
         table = self.store.read_table(self.name, SCORE_SCHEMA.names)
-        found = table.filter(pc.is_in(table["pair_id"], value_set=ids))
+        found = table.filter(pc.is_in(table["answer_id"], value_set=ids))
         return found.replace_schema_metadata(None)
 
 
@@ -52,7 +55,7 @@ def _ranged(named: tuple[Store, str]) -> list[ScoreFile]:
     store, name = named
     with store.parquet(name) as file:
         footer = file.metadata
-    column = footer.schema.names.index("pair_id")
+    column = footer.schema.names.index("answer_id")
     groups = range(footer.num_row_groups if footer.num_rows else 0)
     ranges = [footer.row_group(group).column(column).statistics for group in groups]
     if not ranges:
@@ -63,23 +66,23 @@ def _ranged(named: tuple[Store, str]) -> list[ScoreFile]:
 
 @dataclass(frozen=True)
 class EarlierScores:
-    """Looks up scores by pair id.
+    """Looks up scores by answer id.
 
     Attributes:
-        files: where they lie; of two that hold a pair the earlier in this tuple counts.
+        files: where they lie; of two that hold an answer the earlier in this tuple counts.
     """
 
     files: Sequence[ScoreFile]
 
     def of(self, ids: Sequence[str]) -> pa.Table:
-        """The rows of SCORE_SCHEMA that there are for these pairs, one a pair."""
+        """The rows of SCORE_SCHEMA that there are for these answers, one each."""
         left = pa.array(ids, pa.string())
         tables = [SCORE_SCHEMA.empty_table()]
         for file in self._overlapping(ids):
             if not len(left):
                 break
             tables.append(file.rows(left))
-            known = tables[-1]["pair_id"].combine_chunks()
+            known = tables[-1]["answer_id"].combine_chunks()
             left = left.filter(pc.invert(pc.is_in(left, value_set=known)))
         return pa.concat_tables(tables)
 
@@ -90,22 +93,36 @@ class EarlierScores:
         yield from (file for file in self.files if file.first <= last and first <= file.last)
 
 
-class NewPairsWorker(Generic[T]):
-    """Copies the scores that there are, and scores the other pairs of a shard."""
+class NewAnswersWorker:
+    """Copies the scores that there are, and scores the other answers of a shard."""
 
-    def __init__(self, earlier: EarlierScores, make_worker: Callable[[], ShardWorker[T]]) -> None:
-        self.earlier, self.worker = earlier, make_worker()
+    def __init__(
+        self,
+        earlier: EarlierScores,
+        answers: AnswersIn,
+        make_worker: Callable[[], ShardWorker[Answer]],
+    ) -> None:
+        """Makes the worker, which reads the same answers."""
+        self.earlier, self.answers, self.worker = earlier, answers, make_worker()
 
-    def read(self, index: int) -> Sequence[Input[T]]:
-        """All pairs of the shard."""
+    def read(self, index: int) -> Answers:
+        """All answers of the shard."""
         return self.worker.read(index)
 
-    def __call__(self, index: int, rows: Sequence[Input[T]]) -> ShardOutput:
-        """The scores of all pairs, in the order of their ids; `reused` counts the copied ones."""
-        copied = self.earlier.of([row.pair_id for row in rows])
-        known = set(copied["pair_id"].to_pylist())
-        output = self.worker(index, [row for row in rows if row.pair_id not in known])
-        table = pa.concat_tables([copied, output.rows]).sort_by("pair_id")
+    def __call__(self, index: int, rows: Answers) -> ShardOutput:
+        """The scores of all answers, in the order of their ids; `reused` counts the copied ones.
+
+        Which pairs are alike is found of all of them, as if they had been scored together.
+        """
+        copied = self.earlier.of([row.name for row in rows])
+        known = set(copied["answer_id"].to_pylist())
+        output = self.worker(index, [row for row in rows if row.name not in known])
+        table = pa.concat_tables([copied, output.rows]).sort_by("answer_id")
         counts = Counter(output.counts)
         counts.update({"rows_in": len(known), "rows": len(known), "reused": len(known)})
-        return ShardOutput(table, output.rejects, dict(counts))
+        alike = SetAside(index)
+        hashes = {score.answer_id: score.tokens_hash for score in rows_of(Score, table)}
+        self.answers.set_alike_aside(index, hashes, alike)
+        rejects = pa.concat_tables([without_pairs(output.rejects), alike.table()])
+        pairs = {name: alike.counts()[name] for name in (ALIKE, ALIKE_WHEN_CUT)}
+        return ShardOutput(table, rejects, counts | pairs)

@@ -96,11 +96,13 @@ class RowForward:
             self.device, self.module = ranks.device, module
         self.pad_id, self.max_tokens = pad_id, max_tokens
         self.layout = choose_layout(self.module, longest=max_length).layout
+        # A dense mask computes what it hides, so that such a row must not be long: as a pair's.
+        self.longest = max_tokens if self.layout != "shared" else min(max_tokens, 2 * max_length)
         self.flops = useful_flops(self.module)
 
     def __call__(self, rows: Sequence[Row]) -> Forwarded:
         """One number for each answer."""
-        pieces = [piece for row in rows for piece in cut(row, self.max_tokens, self.layout)]
+        pieces = [piece for row in rows for piece in cut(row, self.longest, self.layout)]
         plan = self._plan(pieces)
         apply = self._alone if self.ranks is None else partial(self._together, self.ranks)
         found, padded_tokens = apply([[pieces[i] for i in micro] for micro in plan if micro])

@@ -38,7 +38,7 @@ class ShardJob:
         make_worker: builds the worker inside an actor; must be picklable.
         selected: the shards that it is about; None: all.
         retry: 0, or which retry of the rejects this is: its files stand beside the first ones.
-        reads: the folder of its input files (`pairs`, `prompts`), which rejects name.
+        reads: the folder of its input files (`answers`, `prompts`), which rejects name.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ShardJob:
     make_worker: Callable[[], ShardWorker[Any]]
     selected: Sequence[int] | None = None
     retry: int = 0
-    reads: str = "pairs"
+    reads: str = "answers"
 
     @property
     def indices(self) -> Sequence[int]:

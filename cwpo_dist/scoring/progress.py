@@ -141,7 +141,7 @@ class Progress:
         left = timedelta(seconds=round((self.shards - self.done) * seconds / max(self._fresh, 1)))
         return (
             f"{self.name}: {self.done / self.shards:.0%}, {left} left, "
-            f"{self._scored / seconds:,.1f} pairs/s, {counts['tokens'] / seconds:,.0f} tokens/s, "
+            f"{self._scored / seconds:,.1f} answers/s, {counts['tokens'] / seconds:,.0f} tokens/s, "
             f"{counts['rejects']:,} set aside, {self.done:,}/{self.shards:,} shards"
         )
 
@@ -152,10 +152,10 @@ class Progress:
             return "another driver did the rest"
         actors = "1 actor" if took["actors"] == 1 else f"{took['actors']:.0f} actors"
         hours = f"{took['device_hours']:.3g} device-hours"
-        if per_million := took.get("device_hours_per_million_pairs"):
-            hours += f", {per_million:.3g} for a million pairs"
+        if per_million := took.get("device_hours_per_million_answers"):
+            hours += f", {per_million:.3g} for a million answers"
         return (
-            f"{self._scored:,} pairs in {took['seconds']:.0f} s by {actors}, "
+            f"{self._scored:,} answers in {took['seconds']:.0f} s by {actors}, "
             f"{took['busy_share']:.0%} busy, the first idle {took['tail_s']:.1f} s before the end: "
             f"{hours}"
         )
@@ -171,14 +171,14 @@ class Progress:
             "shards": self._fresh,
             "actors": len(actors),
             "seconds": seconds,
-            "pairs_per_s": self._scored / seconds,
+            "answers_per_s": self._scored / seconds,
             "tokens_per_s": counts["tokens"] / seconds,
             "device_hours": held,
             "busy_share": sum(s.busy_s for s in actors) / sum(s.up_s for s in actors),
             "tail_s": end - idle_from,
         }
         if self._scored:
-            numbers["device_hours_per_million_pairs"] = held * 1e6 / self._scored
+            numbers["device_hours_per_million_answers"] = held * 1e6 / self._scored
         if counts["padded_tokens"]:
             numbers["padding_share"] = 1 - counts["tokens"] / counts["padded_tokens"]
         if counts["flops"]:

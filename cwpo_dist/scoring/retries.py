@@ -40,12 +40,12 @@ class Input(NamedTuple, Generic[T]):
     """A row of an input shard.
 
     Attributes:
-        pair_id: whose output it becomes.
+        name: the id of the answer or pair whose output it becomes.
         position: its row in the shard's file, from 0.
         given: what the worker needs of it.
     """
 
-    pair_id: str
+    name: str
     position: int
     given: T
 
@@ -163,7 +163,7 @@ def _reason(error: Exception) -> str:
 def _with_rejects(
     output: ShardOutput, failed: Sequence[tuple[Input[T], str]], source: str
 ) -> ShardOutput:
-    rows = [Reject(reason, None, source, row.position, row.pair_id) for row, reason in failed]
+    rows = [Reject(reason, None, source, row.position, row.name) for row, reason in failed]
     rejects = pa.concat_tables([output.rejects, table_of(rows, REJECT_SCHEMA)])
     counts = Counter(output.counts)
     counts.update({"rows_in": len(rows), "rejects": len(rows)})

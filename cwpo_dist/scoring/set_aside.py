@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.templates import Fault
@@ -18,65 +20,106 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.retries import Input, T
 from cwpo_dist.storage import Store
 
+ALIKE = "alike"  # the count of pairs whose answers are the same to the model
+ALIKE_WHEN_CUT = "alike_when_cut"  # … as what they differ by is beyond `max_length`
 _OF_EACH = "rejects: "  # begins the name of a count of rejects for one reason
 
 
 class SetAside:
-    """Collects the rows that a shard sets aside, and why."""
+    """Collects the answers that a shard sets aside, and the pairs of answers that are alike."""
 
     def __init__(self, index: int) -> None:
-        self.source = part("pairs", index)
-        self.rows: list[Reject] = []
+        self.index = index
+        self.answers: list[Reject] = []
+        self.alike: list[Reject] = []
 
     def add(self, reason: str, row: Input[T]) -> None:
-        """One more row."""
-        self.rows.append(Reject(reason, None, self.source, row.position, row.pair_id))
+        """One more answer."""
+        self.answers.append(_reject(reason, part("answers", self.index), row))
+
+    def add_alike(self, reason: str, row: Input[T]) -> None:
+        """One more pair whose answers are the same to the model."""
+        self.alike.append(_reject(reason, part("pairs", self.index), row))
 
     def table(self) -> pa.Table:
         """They all, as rows of REJECT_SCHEMA."""
-        return table_of(self.rows, REJECT_SCHEMA)
+        return table_of([*self.answers, *self.alike], REJECT_SCHEMA)
 
     def counts(self) -> dict[str, int]:
-        """All of them, and by reason; those over length apart, as good rows of another size."""
-        reasons = Counter(_kind(row.reason) for row in self.rows)
+        """All answers, and by reason; those over length apart, as good ones of another size.
+
+        Pairs are counted apart: both answers of one that are alike may have a number.
+        """
+        reasons = Counter(_kind(row.reason) for row in self.answers)
         over_length = reasons.pop(Fault.OVER_LENGTH, 0)
         of_each = {f"{_OF_EACH}{reason}": number for reason, number in reasons.items()}
-        return {"over_length": over_length, "rejects": sum(reasons.values()), **of_each}
+        told = {"over_length": over_length, "rejects": sum(reasons.values()), **of_each}
+        pairs = Counter(_kind(row.reason) for row in self.alike)
+        return told | {ALIKE: pairs[Fault.IDENTICAL], ALIKE_WHEN_CUT: pairs[Fault.OVER_LENGTH]}
 
 
-def refuse_past(
-    stage: str, field: str, fraction: float, pairs: int, output: Store, counts: Mapping[str, int]
-) -> None:
-    """Stops a stage that had to set aside too many of its pairs.
+def _reject(reason: str, source: str, row: Input[T]) -> Reject:
+    return Reject(reason, None, source, row.position, row.name)
 
-    Args:
+
+def without_pairs(rejects: pa.Table) -> pa.Table:
+    """Those rows of REJECT_SCHEMA that are answers."""
+    return rejects.filter(pc.invert(pc.starts_with(rejects["source"], "pairs/")))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How much a stage may set aside.
+
+    Attributes:
         stage: its name.
         field: the setting that holds `fraction`.
-        fraction: how many may be.
+        fraction: of its answers, and of its pairs.
+        answers: how many different ones there are.
         pairs: how many there are.
         output: the stage's folder.
-        counts: of its shards, as `SetAside.counts` gives them.
-
-    Raises:
-        RejectsError: naming the reasons, the field and what can be done.
     """
-    rejects = counts.get("rejects", 0)
-    if rejects <= fraction * pairs:
-        return
-    found = {k.removeprefix(_OF_EACH): n for k, n in counts.items() if k.startswith(_OF_EACH)}
-    reasons = ", ".join(f"{number} × {reason}" for reason, number in Counter(found).most_common(3))
-    lasting = any(lasts(reason) for reason in found)
-    remedy = "give a chat_template that writes them" if lasting else "mend the model"
-    again = "" if lasting or stage != "annotate" else " and give --retry-rejects"
-    raise RejectsError(
-        f"{stage}: {rejects} of {pairs} pairs were set aside{reasons and f' ({reasons})'}, more "
-        f"than {field} {fraction:g} allows; see {output.uri}/rejects, {remedy}{again}, or raise "
-        "the fraction"
-    )
+
+    stage: str
+    field: str
+    fraction: float
+    answers: int
+    pairs: int
+    output: Store
+
+    def check(self, counts: Mapping[str, int], *, whole: bool = False) -> None:
+        """Stops the stage where it set aside too many.
+
+        Args:
+            counts: of its shards, as `SetAside.counts` gives them, with `rows_in`.
+            whole: of all of them, and not of the first alone.
+
+        Raises:
+            RejectsError: naming the reasons, the field and what can be done.
+        """
+        found = {k.removeprefix(_OF_EACH): n for k, n in counts.items() if k.startswith(_OF_EACH)}
+        alike = {str(Fault.IDENTICAL): counts.get(ALIKE, 0)}
+        # An answer of several shards, or splits, is read in each, or counted in each.
+        read = counts["rows_in"] if whole else max(self.answers, counts.get("rows_in", 0))
+        self._check("answers", counts.get("rejects", 0), read, found)
+        self._check("pairs", alike[Fault.IDENTICAL], self.pairs, alike)
+
+    def _check(self, what: str, rejects: int, of: int, found: Mapping[str, int]) -> None:
+        if rejects <= self.fraction * of and not (what == "pairs" and rejects == of > 0):
+            return
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in Counter(found).most_common(3))
+        lasting = any(lasts(reason) for reason in found)
+        remedy = "give a chat_template that writes them" if lasting else "mend the model"
+        again = "" if lasting or self.stage != "annotate" else " and give --retry-rejects"
+        raise RejectsError(
+            f"{self.stage}: {rejects} of {of} {what} were set aside{reasons and f' ({reasons})'}, "
+            f"more than {self.field} {self.fraction:g} allows; see {self.output.uri}/rejects, "
+            f"{remedy}{again}, or raise the fraction"
+        )
 
 
 def refuse_none(stage: str, model: ModelConfig, counts: Mapping[str, int]) -> None:
-    """Stops a stage that has made nothing of any pair, and would not on another try either.
+    """Stops a stage that has made nothing of any answer, and would not on another try either.
 
     Args:
         stage: its name.
@@ -91,10 +134,12 @@ def refuse_none(stage: str, model: ModelConfig, counts: Mapping[str, int]) -> No
         return
     too_long, rejects = counts.get("over_length", 0), counts.get("rejects", 0)
     if not too_long and not rejects:
-        raise RejectsError(f"{stage}: prepare left it no pair to read; see its rejects and splits")
+        raise RejectsError(
+            f"{stage}: prepare left it no answer to read; see its rejects and splits"
+        )
     name = repr(model.model_name_or_path)
     raise RejectsError(
-        f"{stage}: no pair is left: {too_long} are longer than max_length {model.max_length} of "
+        f"{stage}: no answer is left: {too_long} are longer than max_length {model.max_length} of "
         f"{name} (raise it, or set over_length to truncate), {rejects} are set aside"
     )
 

@@ -10,20 +10,19 @@ from typing import Any
 from cwpo_dist.config import AlignConfig, Split
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.identity import Identity
-from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.preferences import Choice, read_choices
 from cwpo_dist.runs.annotations import decided_pairs
 from cwpo_dist.runs.arms import ArmRun, Weighting, held_out_split, normalization, weighting
-from cwpo_dist.runs.context import Context, policy_of, read_log_probs
+from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
+from cwpo_dist.runs.joined import pair_log_probs, pair_rows
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Training
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.scorers import token_views
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
@@ -91,9 +90,8 @@ def work(context: Context, node: Node[AlignSettings], counted: Census) -> Traini
     told = node.settings
     return Training(
         "",
-        decided_pairs(told.weighting.chooser, counted),
-        None,
-        told.model.field,
+        model=told.model.field,
+        pairs=decided_pairs(told.weighting.chooser, counted),
         training=told.config,
         kept=told.weighting.top_fraction or 1.0,
         sampled=told.sampling is not None,
@@ -127,6 +125,7 @@ def weighted_pairs(context: Context, node: Node[AlignSettings]) -> WeightedPairs
     told, reference = node.settings, node.inputs.get("reference")
     return WeightedPairs(
         choices=Weighed(context.place(node.inputs["weigh"])),
+        pairs=context.prepared(node),
         tokens=context.place(node.inputs["tokens"]),
         reference=None if reference is None else context.place(reference),
         shards=context.shards(node),
@@ -162,7 +161,8 @@ class WeightedPairs:
 
     Attributes:
         choices: which answers are the chosen ones, and their weights.
-        tokens: the output folder of `tokens`.
+        pairs: the output folder of `prepare`.
+        tokens: that of `tokens`.
         reference: that of `reference`; None for an objective without one.
         shards: how many pair files there are.
         config: loss, β, ε.
@@ -172,6 +172,7 @@ class WeightedPairs:
     """
 
     choices: Weighed | HeldOutPairs
+    pairs: Store
     tokens: Store
     reference: Store | None
     shards: int
@@ -203,7 +204,7 @@ class WeightedPairs:
 
     def _identity(self) -> list[object]:
         reference = None if self.reference is None else content(self.reference)
-        return [self.choices.identity(), content(self.tokens), reference]
+        return [self.choices.identity(), content(self.pairs), content(self.tokens), reference]
 
     def _shards(self, _: Counter[str]) -> Iterator[Iterator[Example]]:
         """What is over length for the policy is counted where it was tokenised."""
@@ -212,20 +213,20 @@ class WeightedPairs:
     def _shard(self, index: int) -> Iterator[Example]:
         if not (read := self.choices.read(index)):
             return
-        log_probs = None if self.reference is None else read_log_probs(self.reference, index)
-        tokens = token_views(self.tokens, index)
+        log_probs = None
+        if self.reference is not None:
+            log_probs = pair_log_probs(self.reference, self.pairs, index)
+        rows = pair_rows(self.tokens, self.pairs, index)
         for choice in read:
             name, label = choice.pair_id, choice.label
-            if name not in tokens or (log_probs is not None and name not in log_probs):
+            if name not in rows or (log_probs is not None and name not in log_probs):
                 continue
             numbers: list[object] = [choice.weight]
             if log_probs is not None:
                 numbers.append(chosen_first(label, *log_probs[name].sums))
             if self.soft_labels:
                 numbers.append(_probability(choice))
-            row = tokens[name]
-            row = Row(row.prompt, chosen_first(label, *row.answers))
-            yield Example(name, row, tuple(numbers))
+            yield Example(name, rows[name].picked(chosen_first(label, 0, 1)), tuple(numbers))
 
 
 def _probability(choice: Choice) -> float:

@@ -1,4 +1,4 @@
-"""pairs, annotator → scores: a raw score for each answer, kept apart from any weighting."""
+"""answers, annotator → scores: a raw score for each, kept apart from any weighting."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 from cwpo_dist.canonical import digest
 from cwpo_dist.config import AnnotateConfig, ModelConfig, Split
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.pairs.records import pair_id, prompt_id
+from cwpo_dist.pairs.records import answer_id, prompt_id
 from cwpo_dist.runs.arms import ArmRun
-from cwpo_dist.runs.context import Context, score_files, trained
+from cwpo_dist.runs.context import Context, trained
 from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.joined import score_files
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, retry_manifest
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.driver import run_shards
-from cwpo_dist.scoring.earlier_scores import EarlierScores, NewPairsWorker, ranged_files
+from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
     ShardJob,
     committed_counts,
@@ -30,14 +31,14 @@ from cwpo_dist.scoring.pipeline import (
     total_counts,
 )
 from cwpo_dist.scoring.scorers import RewardWorker
-from cwpo_dist.scoring.set_aside import lasts, refuse_none, refuse_past
+from cwpo_dist.scoring.set_aside import ALIKE, Limit, lasts, refuse_none
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
 
 ANNOTATOR = "annotator.json"  # who scores here: written before the first score
 _BLOCK_BYTES = 2**23
-_LOOKED_UP = 64  # sampled pairs, each perhaps in a file of scores of its own
+_LOOKED_UP = 64  # sampled answers, each perhaps in a file of scores of its own
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,19 @@ class AnnotateSettings(Settings):
 
     Attributes:
         config: its section.
-        splits: whose pairs are scored.
+        splits: whose pairs' answers are scored.
         ready: the given reward model; None: the one that its input `fit` made.
         weak: what `fit` made that of.
-        seed: of the run, by which answers are a or b: the key of `prepare` has it.
     """
 
     stage = "annotate"
-    format = 4
+    format = 5
     scores = True
 
     config: AnnotateConfig
     splits: tuple[Split, ...]
     ready: GivenModel | None
     weak: ModelConfig | None = field(metadata=BESIDE_KEY)
-    seed: int = field(metadata=BESIDE_KEY)
 
     @property
     def place(self) -> AnnotateConfig:
@@ -76,14 +75,14 @@ class AnnotateSettings(Settings):
 def nodes(run: ArmRun, given: Nodes) -> Nodes:
     """One for each annotator, numbered where there are several.
 
-    Each has a key of its own, which knows nothing of the others: to add one scores no pair anew by
-    those that are there.
+    Each has a key of its own, which knows nothing of the others: to add one scores no answer anew
+    by those that are there.
     """
     if not run.annotates:
         return {}
     config, read = run.config, {"prepare": given["prepare"]}
     splits: tuple[Split, ...] = tuple(sorted(config.annotate.scored_splits()))
-    told = AnnotateSettings(config.annotate, splits, None, config.weak, config.seed)
+    told = AnnotateSettings(config.annotate, splits, None, config.weak)
     made = [Node(replace(told, ready=model), read) for model in run.ready] or [
         Node(told, read | {"fit": node}) for node in given.values() if node.stage == "fit"
     ]
@@ -104,53 +103,68 @@ def work(context: Context, node: Node[AnnotateSettings], counted: Census) -> Sco
     """A pass of the annotator over what it has not scored before."""
     told = node.settings
     model = "weak" if told.ready is None else told.ready.field
-    pairs = counted.pairs(*told.splits)
-    before = min(pairs, _scored_before(context, node, counted))
-    text = f"{pairs:,} pairs" + (f", about {before:,} of them scored before" if before else "")
-    return Scoring(text, pairs, "scores", model, pool=told.config, passed=pairs - before)
+    answers, prompts = counted.answers_of(*told.splits), counted.prompts_of(*told.splits)
+    before = min(answers, _scored_before(context, node, counted))
+    text = f"{answers:,} answers to {prompts:,} prompts"
+    if before:
+        text += f", about {before:,} of them scored before"
+    left = answers - before
+    return Scoring(
+        text,
+        answers,
+        "scores",
+        model,
+        round(prompts * left / max(1, answers)),  # new answers mostly come with new prompts
+        pool=told.config,
+        answers=left,
+    )
 
 
 def _scored_before(context: Context, node: Node[AnnotateSettings], counted: Census) -> int:
-    """Pairs whose scores lie in this run directory already, by a look-up of sampled ones."""
+    """Answers whose scores lie in this run directory already, by a look-up of sampled ones."""
     earlier = earlier_scores(context, node)
     if not earlier.files or context.done(node):
         return 0
-    ids = sorted(pair_id(prompt_id(p.prompt, p.tools), p.first, p.second) for p in counted.sample)
-    ids = ids[:_LOOKED_UP]  # ids are hashes: the first are as good as any, and lie close by
+    sampled = {
+        answer_id(prompt_id(pair.prompt, pair.tools), text)
+        for pair in counted.sample
+        for text in (pair.first, pair.second)
+    }
+    # Ids are hashes: the first are as good as any, and lie close by.
+    ids = sorted(sampled)[:_LOOKED_UP]
     found = int(earlier.of(ids).num_rows)
-    return round(found / len(ids) * sum(counted.splits.values()))
+    return round(found / len(ids) * sum(counted.answers.values()))
 
 
 def make(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object]:
     """Writes `scores/part-*.parquet` and returns the counts.
 
     Raises:
-        RejectsError: when more rows than `annotate.max_reject_fraction` have no score.
+        RejectsError: when more answers than `annotate.max_reject_fraction` have no score, or more
+            pairs two that are alike.
     """
     job = _job(context, node)
-    config, pairs = node.settings.config, _pairs(context, node)
-    field, output = "annotate.max_reject_fraction", context.place(node)
-    check = partial(refuse_past, "annotate", field, config.max_reject_fraction, pairs, output)
-    counts = run_shards(_of_new_pairs(context, node, job), config, check)
+    config, limit = node.settings.config, _limit(context, node)
+    counts = run_shards(_of_new_answers(context, node, job), config, limit.check)
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
-    check(counts)
+    limit.check(counts, whole=True)
     refuse_none("annotate", annotator(context, node), counts)
     logger.info(
-        "annotate: %d pairs of %s scored, %d of them before, %d set aside, %d too long; %s/scores "
-        "has score_a and score_b, to be joined by pair_id with answer_a and answer_b of %s/pairs, "
-        "whose texts are in answers",
+        "annotate: %d answers of %s scored, %d of them before, %d set aside, %d too long, %d pairs "
+        "of answers that are alike to it; %s/scores has a score for each answer_id, texts and "
+        "pairs are in %s",
         *(counts["rows"], ", ".join(node.settings.splits), counts["reused"]),
-        *(counts["rejects"], counts["over_length"]),
+        *(counts["rejects"], counts["over_length"], counts.get(ALIKE, 0)),
         *(job.output.uri, context.prepared(node).uri),
     )
     return counts | {"annotator": _name(context, node)}
 
 
 def retry(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object] | None:
-    """Scores again the pairs that were set aside for other reasons than their tokens.
+    """Scores again the answers that were set aside for other reasons than their tokens.
 
     What a retry scores goes into files of its own, `scores/part-00012.retry-1.parquet`, one a shard
-    that has such pairs; what was committed before stays as it is. Readers read the files of those
+    that has such answers; what was committed before stays as it is. Readers read the files of those
     retries that were committed (by `manifest.retry-N.json`, by the caller) when their stage's key
     was made. The key of `annotate` stays, as settings and inputs do; the keys of all that reads the
     scores change with each retry, so what was made of the earlier scores is made again beside it.
@@ -177,11 +191,11 @@ def _job(
     retry: int = 0,
     selected: Sequence[int] | None = None,
 ) -> ShardJob:
-    """The scoring of all pairs, or of those that the retries before `retry` left aside."""
+    """The scoring of all answers, or of those that the retries before `retry` left aside."""
     told, output = node.settings, context.place(node)
-    pairs = context.pairs(node, told.splits)
+    answers = context.answers(node, told.splits)
     if retry:
-        pairs = replace(pairs, selected=partial(_set_aside, output, retry - 1))
+        answers = replace(answers, selected=partial(_set_aside, output, retry - 1))
     model, config = annotator(context, node), told.config
     scorer = partial(RewardWorker, batch_invariant=config.batch_invariant)
     who, budget = _name(context, node), config.max_tokens_per_batch
@@ -189,25 +203,30 @@ def _job(
         name="scores",
         output=output,
         shards=context.shards(node),
-        make_worker=partial(scorer, pairs, model, who, budget),
+        make_worker=partial(scorer, answers, model, who, budget),
         selected=selected,
         retry=retry,
     )
 
 
-def _pairs(context: Context, node: Node[AnnotateSettings]) -> int:
-    """How many pairs there are to score."""
-    splits = context.counts(node.inputs["prepare"])["splits"]
-    return sum(splits[split] for split in node.settings.splits)
+def _limit(context: Context, node: Node[AnnotateSettings]) -> Limit:
+    """How much may be set aside."""
+    told, prepared = node.settings, context.counts(node.inputs["prepare"])
+    answers, pairs = (
+        sum(prepared[of][split] for split in told.splits) for of in ("answers", "splits")
+    )
+    most, field = told.config.max_reject_fraction, "annotate.max_reject_fraction"
+    return Limit("annotate", field, most, answers, pairs, context.place(node))
 
 
-def _of_new_pairs(context: Context, node: Node[AnnotateSettings], job: ShardJob) -> ShardJob:
+def _of_new_answers(context: Context, node: Node[AnnotateSettings], job: ShardJob) -> ShardJob:
     """The job without what the same annotator scored in other outputs: that is copied."""
     context.place(node).create_json(ANNOTATOR, _who(context, node))
     earlier = earlier_scores(context, node)
     if not earlier.files:
         return job
-    return replace(job, make_worker=partial(NewPairsWorker, earlier, job.make_worker))
+    answers = context.answers(node, node.settings.splits)
+    return replace(job, make_worker=partial(NewAnswersWorker, earlier, answers, job.make_worker))
 
 
 def earlier_scores(context: Context, node: Node[AnnotateSettings]) -> EarlierScores:
@@ -235,7 +254,7 @@ def _says(store: Store, who: str) -> bool:
 
 
 def _who(context: Context, node: Node[AnnotateSettings]) -> str:
-    """One annotator, whatever pairs it is given: its settings, its weights, and which answer is a.
+    """One annotator, whatever answers it is given: its settings and its weights.
 
     An annotator of ours is known by its weights: fitted again on the same labelled pairs, it is
     the same one.
@@ -246,7 +265,7 @@ def _who(context: Context, node: Node[AnnotateSettings]) -> str:
     if "fit" in node.inputs:
         fit = node.inputs["fit"]
         trained_on = [fit.settings.identity(), _weights(context.place(fit))]
-    return digest([told.format, settings, trained_on, told.seed])
+    return digest([told.format, settings, trained_on])
 
 
 def _weights(fit: Store) -> str:
@@ -267,7 +286,7 @@ def _name(context: Context, node: Node[AnnotateSettings]) -> str:
 
 
 def _set_aside(output: Store, retries: int, index: int) -> frozenset[str]:
-    """The ids of a shard's pairs that have no score after so many retries, and might have."""
+    """The ids of a shard's answers that have no score after so many retries, and might have."""
     last = score_files(output, index, retries)[-1]
     rejects = committed_rejects(output, last)
     return frozenset(each.row for each in rejects if not lasts(each.reason))

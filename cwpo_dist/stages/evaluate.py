@@ -25,10 +25,11 @@ from cwpo_dist.pairs.records import (
 from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.runs.annotations import held_out, names, raw
 from cwpo_dist.runs.arms import ArmRun, Chooser, weighting
-from cwpo_dist.runs.context import Context, read_answers, read_log_probs
+from cwpo_dist.runs.context import Context, read_sampled
 from cwpo_dist.runs.divergence import Answered, kl_divergence
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.gold_scores import Gold, scores_by_function, scores_by_model
+from cwpo_dist.runs.joined import pair_log_probs
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.storage import Store
@@ -232,13 +233,14 @@ def _log_probs(
 ) -> Iterator[tuple[Pair, tuple[float, float], tuple[float, float]]]:
     """Pairs with their answers' log-probs after the alignment and before, for the reward."""
     aligned, reference = context.place(node.inputs["aligned"]), node.inputs.get("reference")
+    prepared = context.prepared(node)
     for index, pairs in enumerate(shards):
-        new = read_log_probs(aligned, index)
+        new = pair_log_probs(aligned, prepared, index)
         if reference is None:
             known = (pair for pair in pairs if pair.pair_id in new)
             yield from ((pair, new[pair.pair_id].means, (0.0, 0.0)) for pair in known)
             continue
-        old = read_log_probs(context.place(reference), index)
+        old = pair_log_probs(context.place(reference), prepared, index)
         for pair in pairs:
             if pair.pair_id in new and pair.pair_id in old:
                 yield pair, new[pair.pair_id].sums, old[pair.pair_id].sums
@@ -257,11 +259,11 @@ def _answered(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, ob
     told = node.settings
     if "answers_aligned" not in node.inputs:
         return {"gra": None, "answers": None, "kl": None}
-    aligned = read_answers(context, node.inputs["answers_aligned"])
+    aligned = read_sampled(context, node.inputs["answers_aligned"])
     prompts = _prompts(context, node, aligned)
     judged, figures, tables = {}, {}, []
     for name, role in BASELINES.items():
-        baseline = read_answers(context, node.inputs[role])
+        baseline = read_sampled(context, node.inputs[role])
         rows = [Answered(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
         gold = _gold(told, context.place(node).child(name), rows)
         answers = _judged(name, rows, gold)

@@ -117,7 +117,8 @@ def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
 def work(context: Context, node: Node[FitSettings], counted: Census) -> Training:
     """A training on the labelled pairs."""
     pairs = counted.pairs("labelled")
-    return Training("", pairs, None, node.settings.model.field, training=node.settings.config)
+    told = node.settings
+    return Training("", model=told.model.field, pairs=pairs, training=told.config)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from cwpo_dist.config import EvaluateConfig, Split
+from cwpo_dist.pairs.answers import prompt_of, read_compared
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import PROMPT_SCHEMA, PromptTokens, table_of
-from cwpo_dist.pairs.stored import read_judgements
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.joined import pair_prompts
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Generating, Stage
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.scorers import AnswerWorker, read_tokens
+from cwpo_dist.scoring.scorers import AnswerWorker
 
 CUT = "cut.json"  # how many prompts a file has: written before the first file
 
@@ -118,16 +119,16 @@ def _prompts(context: Context, node: Node[GenerateSettings]) -> list[PromptToken
     """The first `num_prompts` distinct prompts of the split; ids are hashes, so any sample."""
     told, tokens = node.settings, context.place(node.inputs["tokens"])
     pairs = context.prepared(node)
-    seen: dict[tuple[int, ...], str] = {}
+    seen: dict[str, PromptTokens] = {}
     for index in range(context.shards(node)):
-        rows = read_tokens(tokens, index)
-        for pair in read_judgements(pairs, part("pairs", index)):
-            if pair.split == told.split and pair.pair_id in rows:
-                seen.setdefault(tuple(rows[pair.pair_id].prompt), pair.pair_id)
+        found = pair_prompts(tokens, pairs, index)
+        for pair in read_compared(pairs, index, [told.split]):
+            if pair.pair_id in found:
+                asked = PromptTokens(pair.pair_id, found[pair.pair_id])
+                seen.setdefault(prompt_of(pair.pair_id), asked)
         if len(seen) >= told.num_prompts:
             break
-    chosen = list(seen.items())[: told.num_prompts]
-    return [PromptTokens(pair_id, list(prompt)) for prompt, pair_id in chosen]
+    return list(seen.values())[: told.num_prompts]
 
 
 STAGE = Stage(GenerateSettings, nodes, make, work)

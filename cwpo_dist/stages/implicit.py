@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, table_of
+from cwpo_dist.pairs.records import SCORE_SCHEMA, LogProb, Score, table_of
 from cwpo_dist.runs.arms import ArmRun
-from cwpo_dist.runs.context import Context, read_log_probs
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.joined import read_log_probs
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, ancestors
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.pipeline import part
@@ -25,7 +26,7 @@ class ImplicitSettings(Settings):
     """
 
     stage = "implicit"
-    format = 4
+    format = 5
     scores = True
 
     beta: float
@@ -47,28 +48,30 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
 def make(context: Context, node: Node[ImplicitSettings]) -> Mapping[str, object]:
     """Writes `scores/part-*.parquet` and returns the counts."""
     before, after = (context.place(node.inputs[name]) for name in ("before", "after"))
-    beta, annotator, rows = node.settings.beta, f"implicit/{node.key}", 0
+    annotator, rows = f"implicit/{node.key}", 0
     for index in range(context.shards(node)):
-        old, new = read_log_probs(before, index), read_log_probs(after, index)
-        scores = [
-            Score(
-                pair_id,
-                annotator,
-                beta * (log_probs.logp_a - old[pair_id].logp_a),
-                beta * (log_probs.logp_b - old[pair_id].logp_b),
-            )
-            for pair_id, log_probs in new.items()
-            if pair_id in old
-        ]
+        log_probs = read_log_probs(before, index), read_log_probs(after, index)
+        scores = rewards(*log_probs, node.settings.beta, annotator)
         table = table_of(scores, SCORE_SCHEMA)
         context.place(node).create_table(part("scores", index), table)
         rows += len(scores)
     return {"rows": rows, "annotator": annotator}
 
 
+def rewards(
+    before: Mapping[str, LogProb], after: Mapping[str, LogProb], beta: float, annotator: str
+) -> list[Score]:
+    """β·log π/π_SFT of each answer that has both log-probs, by their ids."""
+    return [
+        Score(name, annotator, beta * (new.logp - before[name].logp), new.tokens_hash)
+        for name, new in after.items()
+        if name in before
+    ]
+
+
 def work(context: Context, node: Node[ImplicitSettings], counted: Census) -> Work:
-    """A difference of two numbers a pair."""
-    return Work(f"{counted.pairs(*node.settings.splits):,} pairs")
+    """A difference of two numbers an answer."""
+    return Work(f"{counted.answers_of(*node.settings.splits):,} answers")
 
 
 STAGE = Stage(ImplicitSettings, nodes, make, work)

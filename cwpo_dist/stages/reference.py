@@ -27,12 +27,13 @@ class ReferenceSettings(Settings):
 
     Attributes:
         model: the policy as it was given; an input may have trained it.
-        splits: whose pairs get log-probs.
+        splits: whose pairs' answers get log-probs.
         pool: its section.
         sharded_as: the section whose workers hold a policy that exceeds one device.
     """
 
     stage = "reference"
+    format = 4
 
     model: GivenModel
     splits: tuple[Split, ...]
@@ -79,11 +80,11 @@ def _measured(config: Config) -> list[Split]:
 
 
 def work(context: Context, node: Node[ReferenceSettings], counted: Census) -> Scoring:
-    """A pass of the policy over the pairs."""
+    """A pass of the policy over the answers."""
     told = node.settings
-    pairs = counted.pairs(*told.splits)
-    text, field = f"{pairs:,} pairs", told.model.field
-    return Scoring(text, pairs, "log_probs", field, pool=told.pool, passed=pairs)
+    answers, prompts = counted.answers_of(*told.splits), counted.prompts_of(*told.splits)
+    text, field = f"{answers:,} answers to {prompts:,} prompts", told.model.field
+    return Scoring(text, answers, "log_probs", field, prompts, pool=told.pool, answers=answers)
 
 
 def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object]:
@@ -92,7 +93,7 @@ def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object
     config, policy = told.pool, policy_of(context, node, told.model.config)
     make_worker = partial(
         ReferenceWorker,
-        context.pairs(node, told.splits),
+        context.answers(node, told.splits),
         context.place(node.inputs["tokens"]),
         policy,
         config.max_tokens_per_batch,

@@ -14,12 +14,12 @@ from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import LabelSource, decide
 from cwpo_dist.runs.annotations import Annotated, annotated, decided_pairs, label_source
 from cwpo_dist.runs.arms import ArmRun, Chooser, held_out_split, weighting
-from cwpo_dist.runs.context import Context, ScoresIn
+from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
+from cwpo_dist.runs.joined import ScoresIn, pair_rows
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, scored
 from cwpo_dist.runs.stage import Stage, Training
-from cwpo_dist.scoring.scorers import token_views
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
@@ -73,7 +73,9 @@ def work(context: Context, node: Node[SftSettings], counted: Census) -> Training
     """A training on the better answers."""
     told = node.settings
     pairs = decided_pairs(told.chooser, counted)
-    return Training("", pairs, None, told.model.field, training=told.config, chosen_alone=True)
+    return Training(
+        "", model=told.model.field, pairs=pairs, training=told.config, chosen_alone=True
+    )
 
 
 def make(context: Context, node: Node[SftSettings]) -> Mapping[str, object]:
@@ -133,11 +135,10 @@ class ChosenAnswers:
     def _shard(self, index: int) -> Iterator[Example]:
         pairs = self.annotated.judgements(index)
         opinions, _ = self.annotated.opinions(index)
-        tokens = token_views(self.tokens, index)
+        rows = pair_rows(self.tokens, self.annotated.pairs, index)
         for pair_id, decision in decide(pairs, opinions, self.labels, self.splits).items():
-            if pair_id in tokens:
-                row = tokens[pair_id]
-                yield Example(pair_id, _chosen(row, decision.label))
+            if pair_id in rows:
+                yield Example(pair_id, _chosen(rows[pair_id], decision.label))
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class HeldOutAnswers:
         for index, labels in self.held_out.labels.items():
             yield [
                 Example(pair_id, _chosen(row, labels[pair_id]))
-                for pair_id, row in token_views(self.tokens, index).items()
+                for pair_id, row in pair_rows(self.tokens, self.held_out.pairs, index).items()
                 if pair_id in labels
             ]
 
@@ -172,7 +173,7 @@ def _sft(identity: object, shards: Shards) -> Sft:
 
 def _chosen(row: Row, label: Label) -> Row:
     """A pair's prompt with the chosen answer alone."""
-    return Row(row.prompt, chosen_first(label, *row.answers)[:1])
+    return row.picked(chosen_first(label, 0, 1)[:1])
 
 
 STAGE = Stage(SftSettings, nodes, make, work, clear)

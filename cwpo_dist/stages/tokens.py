@@ -1,4 +1,4 @@
-"""pairs → tokens, once: what `sft`, `reference`, `align` and `generate` read."""
+"""answers → their tokens, once: what `sft`, `reference`, `align` and `generate` read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.driver import run_here, run_shards
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import TokenWorker
-from cwpo_dist.scoring.set_aside import refuse_none, refuse_past
+from cwpo_dist.scoring.set_aside import Limit, refuse_none
 
-FEW_PAIRS = 2000  # a second or two; an actor takes longer to start
+FEW_ANSWERS = 4000  # a second or two; an actor takes longer to start
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class TokensSettings(Settings):
     Attributes:
         policy: whose tokens they are.
         pool: the section of the reference pass, which has as many actors.
-        most: the share of pairs that the policy may be unable to read
+        most: the share of answers that the policy may be unable to read
             (`prepare.max_reject_fraction`).
     """
 
     stage = "tokens"
-    format = 5
+    format = 6
 
     policy: GivenModel
     pool: ReferenceConfig = field(metadata=BESIDE_KEY)
@@ -50,7 +50,7 @@ class TokensSettings(Settings):
 
 
 def nodes(run: ArmRun, given: Nodes) -> Nodes:
-    """The policy's tokens of all pairs."""
+    """The policy's tokens of all answers."""
     if run.policy is None:
         return {}
     config = run.config
@@ -59,34 +59,35 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
 
 
 def work(context: Context, node: Node[TokensSettings], counted: Census) -> Work:
-    """Each pair once."""
-    pairs = sum(counted.splits.values())
-    return Work(f"{pairs:,} pairs, tokenised once", pairs, "tokens", node.settings.policy.field)
+    """Each answer once."""
+    answers, prompts = sum(counted.answers.values()), sum(counted.prompts.values())
+    text, field = f"{answers:,} answers to {prompts:,} prompts", node.settings.policy.field
+    return Work(f"{text}, tokenised once", answers, "tokens", field, prompts)
 
 
 def make(context: Context, node: Node[TokensSettings]) -> Mapping[str, object]:
     """Writes `tokens/part-*.parquet` and returns the counts.
 
     Raises:
-        RejectsError: when the policy cannot read more pairs than `prepare.max_reject_fraction`.
+        RejectsError: when the policy cannot read more answers than `prepare.max_reject_fraction`.
     """
     told, policy = node.settings, node.settings.policy.config
     job = ShardJob(
         name="tokens",
         output=context.place(node),
         shards=context.shards(node),
-        make_worker=partial(TokenWorker, context.pairs(node), policy),
+        make_worker=partial(TokenWorker, context.answers(node), policy),
     )
-    pairs = context.counts(node.inputs["prepare"])["pairs"]
-    field = "prepare.max_reject_fraction"
-    check = partial(refuse_past, "tokens", field, told.most, pairs, job.output)
-    if pairs <= FEW_PAIRS:
+    prepared = context.counts(node.inputs["prepare"])
+    answers, field = sum(prepared["answers"].values()), "prepare.max_reject_fraction"
+    limit = Limit("tokens", field, told.most, answers, prepared["pairs"], job.output)
+    if answers <= FEW_ANSWERS:
         counts = run_here(job)
     else:
         # Tokenising needs no accelerator; as many actors as the reference pass has.
         pool = PoolConfig(num_actors=told.pool.most_actors)
-        counts = run_shards(job, pool, check)
-    check(counts)
+        counts = run_shards(job, pool, limit.check)
+    limit.check(counts, whole=True)
     refuse_none("tokens", policy, counts)
     return counts
 

@@ -145,7 +145,7 @@ class Sft(Task):
 
     def denominator(self, indices: Indices) -> float:
         """Answer tokens of the global batch."""
-        return float(sum(len(self.rows[i].answers[0]) for i in indices))
+        return float(sum(self.rows[i].n_scored[0] for i in indices))
 
     def metrics(self, outputs_PK: Tensor, indices: Indices) -> dict[str, float]:
         """None beside the loss."""
@@ -265,7 +265,7 @@ class Preference(Task):
             if references is None
             else _of(references, indices, outputs_PK)
         )
-        counts = [[len(answer) for answer in self.rows[i].answers] for i in indices]
+        counts = [self.rows[i].n_scored for i in indices]
         counts_PK = outputs_PK.new_tensor(counts)
         return PairLogps(
             chosen=outputs_PK[:, 0],

@@ -28,7 +28,7 @@ from cwpo_dist.staging import shared_data
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import TaskError
 
-FORMAT = 1
+FORMAT = 2
 ID_BYTES = 32  # `prepare` names a pair by so many hex digits
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class TokenFile:
         starts, lengths = pair["starts"].tolist(), pair["lengths"].tolist()
         spans = zip(starts, lengths, strict=True)
         prompt, *answers = (self._tokens[start : start + length] for start, length in spans)
-        return Row(prompt, tuple(answers))
+        return Row(prompt, tuple(answers), tuple(pair["skipped"].tolist()))
 
     def _pair_id(self, i: int) -> str:
         return bytes(self._pairs[i]["pair_id"]).decode()
@@ -112,7 +112,8 @@ def token_file(
         TaskError: where this node's disk has no room.
     """
     spans = ("starts", "i8", (1 + n_answers,)), ("lengths", "i4", (1 + n_answers,))
-    layout = np.dtype([("pair_id", f"S{ID_BYTES}"), *spans, *numbers])
+    skipped = ("skipped", "i4", (n_answers,))
+    layout = np.dtype([("pair_id", f"S{ID_BYTES}"), *spans, skipped, *numbers])
     name = digest([FORMAT, __version__, str(layout.descr), identity])
     try:
         folder, in_use = shared_data(name, partial(_write, layout, shards))
@@ -142,7 +143,8 @@ def _write(layout: np.dtype[np.void], shards: Shards, folder: Path) -> None:
                         start += len(text) // 4
                         tokens.write(text)
                 starts, lengths = [placed[text] for text in texts], [len(t) // 4 for t in texts]
-                records.append((pair_id.encode(), starts, lengths, *numbers))
+                skipped = row.skipped or (0,) * len(row.answers)
+                records.append((pair_id.encode(), starts, lengths, skipped, *numbers))
             pairs.write(np.array(records, layout).tobytes())
     (folder / "left_out.json").write_text(json.dumps(left_out))
 

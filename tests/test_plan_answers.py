@@ -1,0 +1,121 @@
+"""What plan says where an answer stands in many pairs: models read it once, and its prompt once."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from small_run import small_config
+
+from cwpo_dist.config import Config
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.graph import prepare_node
+from cwpo_dist.pairs.estimate import census
+from cwpo_dist.planning.fleet import TOKEN_BYTES
+from cwpo_dist.planning.plan import StagePlan, plan
+from cwpo_dist.planning.sampled import read_sample
+from cwpo_dist.runs.checks import check
+from cwpo_dist.runs.context import Context
+from cwpo_dist.stages import annotate
+from cwpo_dist.stages.prepare import prepare
+from cwpo_dist.storage import MANIFEST, Store
+
+PROMPTS, SPLITS = 6, ("labelled", "unlabelled", "validation", "test")
+ANSWERS = ("yes", "not at all", "it may be so", "nobody can tell")
+
+
+def given(folder: Path, **changes: Any) -> Config:
+    """Six prompts of one length, of each all six pairs of its four answers."""
+    config = small_config(folder, annotate__splits=list(SPLITS), **changes)
+    rows = [
+        {"prompt": f"Is {k} enough?", "response_a": a, "response_b": b, "label": "a"}
+        for k in range(PROMPTS)
+        for a, b in combinations(ANSWERS, 2)
+    ]
+    source = Path(config["prepare"]["sources"][0]["path"])
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse_config(config)
+
+
+def stages(config: Config) -> dict[str, StagePlan]:
+    return {stage.stage: stage for stage in plan(config).stages}
+
+
+def a_prompt(config: Config, field: str) -> int:
+    """A model's tokens of a prompt and its four answers, in one row."""
+    return check(config).encoders[field].encode("Is 0 enough?", ANSWERS).n_tokens
+
+
+def test_an_answer_of_many_pairs_goes_through_a_model_once(tmp_path: Path) -> None:
+    config = given(tmp_path)
+    found, once = stages(config), {name: a_prompt(config, name) for name in ("weak", "policy")}
+    assert found["annotate"].work == "24 answers to 6 prompts"
+    assert found["annotate"].tokens == PROMPTS * once["weak"]
+    assert found["tokens"].work == "24 answers to 6 prompts, tokenised once"
+    assert found["tokens"].stored == PROMPTS * once["policy"] * TOKEN_BYTES
+    reference = found["reference"]
+    answers, _, _, prompts, _ = reference.work.split()
+    assert int(answers) == 4 * int(prompts) > 0
+    assert reference.tokens == int(prompts) * once["policy"]
+    assert found["fit"].work.endswith("steps of 8 (full)"), "trainings are of pairs"
+    assert int(found["fit"].work.split()[0]) % 6 == 0
+
+
+@pytest.mark.usefixtures("in_process")
+def test_it_says_the_same_once_prepare_is_done(tmp_path: Path) -> None:
+    config = given(tmp_path)
+    before, node = stages(config), prepare_node(config)
+    store = Context(Store(config.output_dir)).place(node)
+    counts = prepare(store, config.prepare, config.seed)
+    store.create_json(MANIFEST, {"counts": counts})
+    after = stages(config)
+    assert after["prepare"].done
+    for name in ("annotate", "tokens", "reference"):
+        told = [(s.work, s.tokens, s.stored) for s in (before[name], after[name])]
+        assert told[0] == told[1]
+
+
+def test_an_answer_fits_by_itself_whatever_it_is_compared_with(tmp_path: Path) -> None:
+    config = given(tmp_path)
+    encoder, sample = check(config).encoders["policy"], census(config.prepare, config.seed).sample
+    every = {answer: encoder.encode("Is 0 enough?", [answer]) for answer in ANSWERS}
+    longest = max(every.values(), key=lambda row: row.n_tokens)
+    short = config.policy.model_copy(update={"max_length": longest.n_tokens - 1})
+    lengths = read_sample(short, encoder, sample).lengths
+    assert lengths.fits == 3 / 6
+    assert lengths.each.fits == 3 / 4
+    assert lengths.each.prompt == len(longest.prompt)
+    fitting = [len(row.answers[0]) for row in every.values() if row is not longest]
+    assert lengths.each.answer == sum(fitting) / 4
+    assert lengths.each.tokens(2, 8) == 2 * (len(longest.prompt) + sum(fitting))
+    none = config.policy.model_copy(update={"max_length": 5})
+    assert read_sample(none, encoder, sample).lengths.each.tokens(6, 24) == 0
+
+
+def test_answers_that_were_scored_before_go_through_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def half(ids: list[str]) -> pa.Table:
+        asked.extend(ids)
+        return pa.table({"answer_id": ids[::2]})
+
+    earlier = SimpleNamespace(files=["one"], of=half)
+    config = given(tmp_path)
+    all_new = stages(config)["annotate"]
+    monkeypatch.setattr(annotate, "earlier_scores", lambda context, node: earlier)
+    found = stages(config)["annotate"]
+    assert len(asked) == len(set(asked)) == 24
+    assert found.work == "24 answers to 6 prompts, about 12 of them scored before"
+    assert found.tokens == all_new.tokens / 2
+    assert found.stored == all_new.stored > 0
+    monkeypatch.setattr(annotate, "_LOOKED_UP", 4)
+    asked.clear()
+    assert stages(config)["annotate"].work.endswith("about 12 of them scored before")
+    assert len(asked) == 4
