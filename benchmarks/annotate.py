@@ -1,10 +1,14 @@
 """How fast pairs are scored: our forward pass against the stock loop, Ray around it against none.
 
-Usage: python benchmarks/annotate.py [--part forward|pipeline|scale|all] [--help]
+Usage: python benchmarks/annotate.py [--part forward|answers|pipeline|scale|all] [--help]
 
 forward: one process, one thread, fp32. Our packed rows against the stock Hugging Face loop (right-
     padded batches of 16 sequences) on the same token ids, interleaved, in arrival order and sorted
     by length.
+answers: all pairs of some prompts, each of whose answers stands in several: every answer once, in
+    rows that share its prompt, from text to scores, against the stock loop on the same pairs'
+    sequences. `--data ukp`: people's arguments. `--data demo`: four answers that the model samples
+    to each of the demo's prompts, and all six pairs of them.
 pipeline: two Ray Data actors against two bare processes, each scoring the same shards from Parquet
     to Parquet; interleaved. Start-up is apart: a process's clock starts with its first shard.
 scale: a scorer that only reads lengths, at 20,000 and at 1,000,000 synthetic rows: what Ray costs a
@@ -23,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import combinations, groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,17 +37,28 @@ import measure
 import numpy as np
 import torch
 import typer
-from forward import Scorer, forward_part, peers
+from forward import Scorer, answers_part, forward_part, peers
 
 from cwpo_dist.config import ModelConfig, PoolConfig
-from cwpo_dist.lm.loading import load_annotator_base, save
+from cwpo_dist.lm.generation import generate
+from cwpo_dist.lm.loading import load_annotator_base, load_policy, save
 from cwpo_dist.lm.reading import encoder_for
-from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA, Score, table_of
+from cwpo_dist.pairs.answers import Answer, read_answers
+from cwpo_dist.pairs.records import (
+    PROMPT_DIGITS,
+    REJECT_SCHEMA,
+    SCORE_SCHEMA,
+    Score,
+    pair_id,
+    prompt_id,
+    table_of,
+)
 from cwpo_dist.pairs.stored import Pair, read_pairs, write_pairs
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, commit
 from cwpo_dist.scoring.retries import Input, ShardOutput
-from cwpo_dist.scoring.scorers import PairsIn, RewardWorker
+from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.storage import Store
 
 SMALL, LARGE = 20_000, 1_000_000  # rows of the scale part
@@ -57,6 +73,35 @@ def annotator_folder(folder: Path, base: Path, layers: int) -> ModelConfig:
     save(load_annotator_base(settings, tokenizer, seed=0), tokenizer, folder)
     return settings.model_copy(
         update={"model_name_or_path": str(folder), "num_hidden_layers": None}
+    )
+
+
+def compared_pairs(folder: Path, data: str, model: Path, prompts: int) -> Store:
+    """A shard of all pairs of some prompts."""
+    store = Store(str(folder))
+    if data == "demo":
+        write_pairs(store, 0, sampled_pairs(model, prompts))
+        return store
+    whole, _ = measure.with_ray(partial(measure.prepared, folder / "whole", data, None, 10**6))
+    by_prompt = groupby(read_pairs(whole, 0), lambda pair: pair.pair_id[:PROMPT_DIGITS])
+    write_pairs(store, 0, [pair for _, of in islice(by_prompt, prompts) for pair in of])
+    return store
+
+
+def sampled_pairs(model: Path, prompts: int) -> list[Pair]:
+    """All six pairs of four answers that a model samples to each of the demo's first prompts."""
+    given = ModelConfig(model_name_or_path=str(model))
+    policy, encoder = load_policy(given), encoder_for(given, "policy")
+    lines = map(json.loads, measure.DEMO.read_text().splitlines())
+    texts = list(islice(dict.fromkeys(line["prompt"] for line in lines), prompts))
+    asked = [encoder.encode(text, ["."]).prompt for text in texts]
+    sampling: dict[str, Any] = {"max_new_tokens": 96, "temperature": 1.0, "batch_size": 16}
+    # What is drawn depends on seed and prompt alone.
+    told = [generate(policy, encoder.tokenizer, asked, seed=seed, **sampling) for seed in range(4)]
+    return sorted(
+        Pair(pair_id(prompt_id(text), a, b), text, a, b)
+        for text, *answers in zip(texts, *told, strict=True)
+        for a, b in combinations(dict.fromkeys(answers), 2)
     )
 
 
@@ -127,7 +172,7 @@ def pipeline_part(
 ) -> dict[str, Any]:
     """Interleaved rounds of bare processes and Ray actors over the same shards."""
     rates: dict[str, list[float]] = {"bare": [], "ray": []}
-    make = partial(RewardWorker, PairsIn(pairs), model, "bench", tokens)
+    make = partial(RewardWorker, AnswersIn(pairs), model, "bench", tokens)
     for number in range(rounds):
         for name in ("bare", "ray"):
             notes = scratch / f"{name}-{number}-notes"
@@ -139,12 +184,12 @@ def pipeline_part(
             else:
                 measure.with_ray(partial(run_shards, job, PoolConfig(num_actors=2)))
             rates[name].append(rate_of(notes, shared_end=name == "ray"))
-            print(f"  round {number + 1}: {name} {rates[name][-1]:.2f} pairs/s", flush=True)
+            print(f"  round {number + 1}: {name} {rates[name][-1]:.2f} answers/s", flush=True)
     shares = [ray / bare for ray, bare in zip(rates["ray"], rates["bare"], strict=True)]
     return {
         "shards": shards,
-        "bare_pairs_s": statistics.median(rates["bare"]),
-        "ray_pairs_s": statistics.median(rates["ray"]),
+        "bare_answers_s": statistics.median(rates["bare"]),
+        "ray_answers_s": statistics.median(rates["ray"]),
         "ray_efficiency": statistics.median(shares),
         "ray_efficiency_rounds": [round(share, 3) for share in shares],
     }
@@ -157,14 +202,14 @@ class LengthWorker:
         """Reads from the folder `pairs`."""
         self.pairs = pairs
 
-    def read(self, index: int) -> list[Input[Pair]]:
-        """The pairs."""
-        pairs = read_pairs(self.pairs, index)
-        return [Input(pair.pair_id, position, pair) for position, pair in enumerate(pairs)]
+    def read(self, index: int) -> list[Input[Answer]]:
+        """The answers."""
+        answers = read_answers(self.pairs, index)
+        return [Input(answer.answer_id, place, answer) for place, answer in enumerate(answers)]
 
-    def __call__(self, index: int, rows: Sequence[Input[Pair]]) -> ShardOutput:
-        """The lengths of both answers of each pair."""
-        scores = [Score(row.pair_id, "length", *map(len, row.given.answers)) for row in rows]
+    def __call__(self, index: int, rows: Sequence[Input[Answer]]) -> ShardOutput:
+        """The length of each answer."""
+        scores = [Score(row.name, "length", len(row.given.answer)) for row in rows]
         counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0}
         return ShardOutput(table_of(scores, SCORE_SCHEMA), REJECT_SCHEMA.empty_table(), counts)
 
@@ -232,7 +277,10 @@ def main(
     ] = "hh",
     scorer: Annotated[Scorer, typer.Option(help="of the forward part")] = "reward",
     pairs: Annotated[int, typer.Option(help="rows read")] = 160,
-    part: Annotated[Literal["forward", "pipeline", "scale", "all"], typer.Option()] = "all",
+    part: Annotated[
+        Literal["forward", "answers", "pipeline", "scale", "all"], typer.Option()
+    ] = "all",
+    prompts: Annotated[int, typer.Option(help="of the answers part")] = 4,
     max_tokens: Annotated[int, typer.Option(help="of one forward pass")] = 2048,
     repeats: Annotated[int, typer.Option(help="of the forward part")] = 3,
     rounds: Annotated[int, typer.Option(help="of the pipeline part")] = 5,
@@ -253,6 +301,11 @@ def main(
             scored = annotator if scorer == "reward" else given
             both = peers(scorer, scored, store, shards, max_tokens)
             figures |= forward_part(both, repeats)
+            print(json.dumps(figures, indent=1), flush=True)
+        if part in {"answers", "all"}:
+            compared = compared_pairs(scratch / "compared", data, model, prompts)
+            scored = annotator if scorer == "reward" else given
+            figures |= answers_part(scorer, scored, compared, max_tokens, repeats)
             print(json.dumps(figures, indent=1), flush=True)
         if part in {"pipeline", "all"}:
             prepare = partial(measure.prepared, scratch / "pipeline-pairs", data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,11 @@ from cwpo_dist.lm.loading import load_policy, load_reward_model
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.sharing import SharedRows
+from cwpo_dist.pairs.answers import prompt_of, read_compared
+from cwpo_dist.scoring.answers_in import AnswersIn, encoded
 from cwpo_dist.scoring.forward import RowForward
+from cwpo_dist.scoring.set_aside import SetAside
 from cwpo_dist.storage import Store
 
 STOCK_BATCH = 16  # sequences
@@ -144,4 +149,57 @@ def forward_part(both: Peers, repeats: int) -> dict[str, Any]:
         "useful_gflop_s": flops / 1e9,
         "useful_flops_share": flops / rate,
         "max_score_diff": difference,
+    }
+
+
+def answers_part(
+    scorer: Scorer, model: ModelConfig, pairs: Store, tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Every answer once against the stock loop on both sequences of every pair, interleaved.
+
+    Ours is the worker of the stage, from text to numbers; the stock loop is given token ids, and
+    sorted by length, as is best for it.
+    """
+    both = peers(scorer, model, pairs, 1, tokens)
+    encoder = encoder_for(model, "reward model" if scorer == "reward" else "policy")
+    compared = read_compared(pairs, 0)
+
+    def run_ours() -> list[float]:
+        values: dict[str, float] = {}
+        answers = AnswersIn(pairs).read(0)
+        for read in encoded(encoder, model, answers, SetAside(0)):
+            shared = SharedRows.of([(prompt_of(each.name), row) for each, row in read])
+            forwarded = both.ours(shared.rows)
+            counted.update(forwarded.counts)
+            names = (each.name for each, _ in read)
+            values |= dict(zip(names, shared.of_each(forwarded.values), strict=True))
+        known = [p for p in compared if p.answer_a in values and p.answer_b in values]
+        return [values[name] for p in known for name in (p.answer_a, p.answer_b)]
+
+    counted: Counter[str] = Counter()
+    seconds: dict[str, list[float]] = {"ours": [], "stock": []}
+    difference = 0.0
+    for _ in range(repeats):
+        counted.clear()
+        elapsed, values = timed(run_ours)
+        seconds["ours"].append(elapsed)
+        elapsed, stock = timed(partial(both.run_stock, True))
+        seconds["stock"].append(elapsed)
+        difference = max(difference, float(np.abs(np.subtract(values, stock)).max()))
+        print(f"  {seconds}", flush=True)
+    took = {name: statistics.median(each) for name, each in seconds.items()}
+    by_pair = sum(row.n_tokens for row in both.rows)
+    return {
+        "answers_part": {
+            "pairs": len(compared),
+            "answers": len({name for p in compared for name in (p.answer_a, p.answer_b)}),
+            "prompts": len({prompt_of(p.pair_id) for p in compared}),
+            "tokens": counted["tokens"],
+            "tokens_by_pair": by_pair,
+            "tokens_ratio": by_pair / counted["tokens"],
+            "ours_pairs_s": len(compared) / took["ours"],
+            "stock_pairs_s": len(compared) / took["stock"],
+            "ratio": took["stock"] / took["ours"],
+            "max_score_diff": difference,
+        }
     }

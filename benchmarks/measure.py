@@ -16,8 +16,8 @@ import psutil
 import torch
 
 from cwpo_dist.config import ModelConfig, PrepareConfig, Source
-from cwpo_dist.lm.encoder import Encoder
-from cwpo_dist.lm.fitting import fit_length
+from cwpo_dist.lm.encoder import Asked, Encoder
+from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.pairs.stored import read_pairs
 from cwpo_dist.storage import Store
@@ -101,14 +101,9 @@ def prepared(folder: Path, data: str, pairs: int | None, rows_per_shard: int) ->
 
 def encoded(store: Store, shards: int, encoder: Encoder, model: ModelConfig) -> list[Row]:
     """The token rows of all pairs that fit, in the order of the shards."""
-    rows = []
-    for index in range(shards):
-        for pair in read_pairs(store, index):
-            row = encoder.encode(pair.prompt, pair.answers, pair.tools)
-            fitting = fit_length(row, model.max_length, "drop", bos_id=encoder.bos_id)
-            if fitting is not None:
-                rows.append(fitting)
-    return rows
+    pairs = [pair for index in range(shards) for pair in read_pairs(store, index)]
+    asked = [Asked(pair.prompt, pair.answers, pair.tools) for pair in pairs]
+    return [row for row in encode_pairs(encoder, model, asked) if isinstance(row, Row)]
 
 
 class PeakMemory:
