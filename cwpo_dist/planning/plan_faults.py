@@ -77,7 +77,10 @@ def _unread(
     """A model that cannot read more than its stage may set aside, or that no pair fits."""
     field, fraction = _most_unread(config, name, read)
     whole = counted.exact and read.number >= sum(counted.splits.values()) and name != "weak"
-    none = read.refused == read.number > 0  # which no fraction allows: nothing would be left
+    # A policy needs pairs; without one, what of each can be scored is what was asked for.
+    alone = config.policy is None and name != "weak"
+    none = read.reads_none(of_pairs=not alone)  # which no fraction allows: nothing would be left
+    fits = read.lengths.each.fits if alone else read.lengths.fits
     if none or read.exceeds(fraction, whole, of_pairs=name == "weak"):
         raising = f"fix the pairs, or raise {field} ({fraction:g})"
         more = raising if fraction < 1 else "or fix the pairs"
@@ -86,9 +89,10 @@ def _unread(
             f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
             f"another template or model, {more}"
         )
-    elif read.too_long and not read.lengths.fits and name != _GOLD:
+    elif read.number and not fits and name != _GOLD:
+        what = "answer" if alone else "pair"
         yield (
-            f"{name}.max_length: no sampled pair fits {model.max_length} tokens; raise it, or "
+            f"{name}.max_length: no sampled {what} fits {model.max_length} tokens; raise it, or "
             f"set {name}.over_length=truncate"
         )
 

@@ -53,6 +53,12 @@ class SampleRead:
         """How many it cannot read."""
         return sum(self.unread.values())
 
+    def reads_none(self, *, of_pairs: bool) -> bool:
+        """Whether it can read nothing, but for lengths: no answer of them, or no pair."""
+        alike = self.unread.get(Fault.IDENTICAL, 0)
+        apart = [(self.unread_answers, self.answers), (alike, self.number)]
+        return any(n == of > 0 for n, of in ([(self.refused, self.number)] if of_pairs else apart))
+
     def exceeds(self, fraction: float, whole: bool, *, of_pairs: bool) -> bool:
         """Whether more than a share of all cannot be read, as far as a sample can tell.
 
