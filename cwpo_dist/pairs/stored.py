@@ -215,20 +215,20 @@ def read_whole(store: Store, index: int) -> pa.Table:
     return pa.table(columns | dict(zip(others.column_names, others.columns, strict=True)))
 
 
-def places_of(wanted: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.Array:
+def places_of(named: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.Array:
     """Where each id stands among others.
 
     Args:
-        wanted: ids.
+        named: ids.
         ids: among which they are looked for, once each.
         where: their file, for messages.
 
     Raises:
         RecordError: for one that is not there.
     """
-    found = pc.index_in(wanted, value_set=ids.combine_chunks())
+    found = pc.index_in(named, value_set=ids.combine_chunks())
     if found.null_count:
-        missing = wanted.filter(pc.is_null(found))[0]
+        missing = named.filter(pc.is_null(found))[0]
         raise RecordError(f"{where}: {missing} is not in it, but others name it; make it again")
     return found
 

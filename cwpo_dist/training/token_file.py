@@ -81,11 +81,11 @@ class TokenFile:
         return self._pairs[field]
 
     def _row(self, i: int) -> Row:
-        pair = self._pairs[i]
-        starts, lengths = pair["starts"].tolist(), pair["lengths"].tolist()
+        at = self._pairs[i]
+        starts, lengths = at["starts"].tolist(), at["lengths"].tolist()
         spans = zip(starts, lengths, strict=True)
         prompt, *answers = (self._tokens[start : start + length] for start, length in spans)
-        return Row(prompt, tuple(answers), tuple(pair["skipped"].tolist()))
+        return Row(prompt, tuple(answers), tuple(at["skipped"].tolist()))
 
     def _pair_id(self, i: int) -> str:
         return bytes(self._pairs[i]["pair_id"]).decode()
