@@ -39,7 +39,7 @@ def list_columns(
         there = [name for name in first.named(*column_names.LISTS) if _holds_lists(first, name)]
         if not there:
             return None
-        path = _only(first, "responses", there)
+        path = _the_one(first, "responses", there)
         assert path is not None, there
     items = _objects(first, path)
     if items is not None:
@@ -124,7 +124,7 @@ def _rating(
     found: dict[str, str] = {}
     for ours in _RATINGS:
         there = [] if ours in left_out else list(_could_rate(first, ours, path))
-        name = _only(first, ours, [each for each in there if each not in taken])
+        name = _the_one(first, ours, [each for each in there if each not in taken])
         if name is not None:
             found[ours] = name
     if len(found) > 1:
@@ -144,7 +144,7 @@ def _could_rate(first: FirstRows, ours: str, path: str) -> Iterator[str]:
             yield f"{outer}.{EACH}.{name}"
 
 
-def _only(first: FirstRows, ours: str, found: list[str]) -> str | None:
+def _the_one(first: FirstRows, ours: str, found: list[str]) -> str | None:
     if len(found) > 1:
         raise refusals.could_be_several(first, ours, found)
     return found[0] if found else None

@@ -143,7 +143,7 @@ def _of_list(row: Mapping[str, object], layout: Layout) -> RowPairs:
     responses, repeated, differing = _distinct(read, cells, layout)
     set_aside += differing
     if len(responses) < 2:
-        raise _too_few(len(responses), len(cells), set_aside)
+        raise _not_enough(len(responses), len(cells), set_aside)
     compared = _compared(responses, layout.pairing)
     ties = sum(a.good is not None and a.good == b.good for a, b in compared)
     texts = prompt, responses[0].text, responses[1].text
@@ -263,7 +263,7 @@ def _aside(bad: BadRow, place: int, cell: object) -> SetAside:
     )
 
 
-def _too_few(usable: int, count: int, set_aside: Sequence[SetAside]) -> BadRow:
+def _not_enough(usable: int, count: int, set_aside: Sequence[SetAside]) -> BadRow:
     why = f" ({set_aside[0].reason})" if set_aside else ""
     return BadRow(Reason.ALONE, "responses", f"{usable} of {count} can be used{why}")
 
