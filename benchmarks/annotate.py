@@ -45,12 +45,12 @@ from cwpo_dist.lm.loading import load_annotator_base, load_policy, save
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.pairs.answers import Answer, read_answers
 from cwpo_dist.pairs.records import (
-    PROMPT_DIGITS,
     REJECT_SCHEMA,
     SCORE_SCHEMA,
     Score,
     pair_id,
     prompt_id,
+    prompt_of,
     table_of,
 )
 from cwpo_dist.pairs.stored import Pair, read_pairs, write_pairs
@@ -83,7 +83,7 @@ def compared_pairs(folder: Path, data: str, model: Path, prompts: int) -> Store:
         write_pairs(store, 0, sampled_pairs(model, prompts))
         return store
     whole, _ = measure.with_ray(partial(measure.prepared, folder / "whole", data, None, 10**6))
-    by_prompt = groupby(read_pairs(whole, 0), lambda pair: pair.pair_id[:PROMPT_DIGITS])
+    by_prompt = groupby(read_pairs(whole, 0), lambda pair: prompt_of(pair.pair_id))
     write_pairs(store, 0, [pair for _, of in islice(by_prompt, prompts) for pair in of])
     return store
 

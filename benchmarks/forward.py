@@ -22,7 +22,8 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.sharing import SharedRows
-from cwpo_dist.pairs.answers import prompt_of, read_compared
+from cwpo_dist.pairs.answers import read_compared
+from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.scoring.answers_in import AnswersIn, encoded
 from cwpo_dist.scoring.forward import RowForward
 from cwpo_dist.scoring.set_aside import SetAside

@@ -332,7 +332,7 @@ def test_what_a_template_leaves_out_is_a_fault_of_the_answer(
     for encoder in (of_text(template), RenderingEncoder(of_text(template).tokenizer, pad=None)):
         (found,) = encoder.encode_all([Asked(prompt, answers)])
         faults = [row for row in found if isinstance(row, TokenError)]
-        assert faults
+        assert len(faults) == 2 or (faults and what == "answer")
         for fault in faults:
             assert fault.fault is Fault.LEFT_OUT
             assert str(fault).startswith(f"{what}: the chat template leaves nothing of its text")

@@ -43,9 +43,15 @@ def unread(why: str) -> TokenError:
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:
     """How many tokens all sequences begin with."""
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
+    if not sequences:
+        return 0
+    first, length = sequences[0], len(sequences[0])
+    for other in sequences[1:]:
+        low, length = 0, min(length, len(other))
+        while low < length:  # halved each time, as slices are compared in C
+            middle = (low + length + 1) // 2
+            if first[low:middle] == other[low:middle]:
+                low = middle
+            else:
+                length = middle - 1
     return length

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from cwpo_dist.lm.ids import common_prefix
 from cwpo_dist.lm.rows import CutRow, Row
 
 N = TypeVar("N")
@@ -42,9 +43,7 @@ def in_one_row(rows: Sequence[Row]) -> Row:
     if all(row.prompt == rows[0].prompt for row in rows):
         return Row(rows[0].prompt, tuple(row.answers[0] for row in rows))
     starts, wholes = [len(row.prompt) for row in rows], [_whole(row) for row in rows]
-    shared = min(starts)
-    for whole in wholes[1:]:
-        shared = _common(wholes[0], whole, shared)
+    shared = min(*starts, common_prefix(wholes))
     return Row(
         wholes[0][:shared],
         tuple(whole[shared:] for whole in wholes),
@@ -98,7 +97,7 @@ def _joined(rows: list[Row]) -> list[Row]:
     """
     wholes = [_whole(row) for row in rows]
     both = zip(pairwise(wholes), pairwise(rows), strict=True)
-    shared = [_common(a, b, min(len(r.prompt) for r in of)) for (a, b), of in both]
+    shared = [min(common_prefix(two), *(len(row.prompt) for row in of)) for two, of in both]
     lengths = [min(len(a), len(b)) for a, b in pairwise(wholes)]
     ends = [
         at + 1
@@ -116,15 +115,3 @@ def _spelled(row: Row) -> tuple[bytes, bytes]:
     """The tokens of prompt and answer."""
     prompt, answer = (np.asarray(ids, np.int32).tobytes() for ids in (row.prompt, *row.answers))
     return prompt, answer
-
-
-def _common(one: list[int], other: list[int], most: int) -> int:
-    """How many of the first tokens, `most` at most, are the same; slices are compared in C."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

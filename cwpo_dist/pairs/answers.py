@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from cwpo_dist.config import Split
-from cwpo_dist.pairs.records import PROMPT_DIGITS, Text, Tools, read_rows
+from cwpo_dist.pairs.records import Text, Tools, read_rows
 from cwpo_dist.pairs.stored import pair_schema, places_of, shard_file, tools_of, unpacked
 from cwpo_dist.storage import Store
 
@@ -40,11 +40,6 @@ class Compared(NamedTuple):
     split: Split | None = None
 
 
-def prompt_of(name: str) -> str:
-    """The id of the prompt of an answer or pair, by its own id."""
-    return name[:PROMPT_DIGITS]
-
-
 def read_answers(store: Store, index: int) -> list[Answer]:
     """The answers of a shard, in the order of their ids.
 
@@ -58,7 +53,7 @@ def read_answers(store: Store, index: int) -> list[Answer]:
     named = shard_file("prompts", index)
     asked, answers = store.read_table(named), store.read_table(shard_file("answers", index))
     places = places_of(answers["prompt_id"], asked["prompt_id"], store.path(named)).to_pylist()
-    # One object a prompt: who reads many answers to it in turn sees that it is the same.
+    # One object a prompt, however many answers it has.
     prompts, tools = unpacked(asked["prompt"]), tools_of(asked["tools"])
     texts = zip(answers["answer_id"].to_pylist(), places, unpacked(answers["answer"]), strict=True)
     return [Answer(name, prompts[place], text, tools[place]) for name, place, text in texts]

@@ -20,7 +20,7 @@ from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
-from cwpo_dist.pairs.records import PROMPT_DIGITS
+from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.response_lists import ListCounts, RowPairs, parse_raw
 from cwpo_dist.pairs.sources import plan
@@ -257,7 +257,7 @@ class _Counts:
         split = split_of(side, labelled, told.label, learned_tie=learn_ties and tie)
         self.pairs[split] += 1
         self.labelled[split] += told.label is not None
-        self.prompts[split].add(pair_id[:PROMPT_DIGITS])
+        self.prompts[split].add(prompt_of(pair_id))
         self.answers[split].update((place.answer_a, place.answer_b))
         self.ties += tie
         for kind in numbers.usable(told):

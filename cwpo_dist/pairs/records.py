@@ -182,6 +182,11 @@ def pair_id(prompt: str, first: object, second: object) -> str:
     return prompt + _hash(*sorted([canonical(first), canonical(second)]))[PROMPT_DIGITS:]
 
 
+def prompt_of(name: str) -> str:
+    """The id of the prompt of an answer or pair, by its own id."""
+    return name[:PROMPT_DIGITS]
+
+
 def one_a_prompt(given: Iterable[T], id_of: Callable[[T], str], most: int) -> list[T]:
     """So many at most, of as many prompts as there are: a second of one comes behind all firsts.
 
@@ -191,7 +196,7 @@ def one_a_prompt(given: Iterable[T], id_of: Callable[[T], str], most: int) -> li
     firsts: dict[str, T] = {}
     others: list[T] = []
     for each in given:
-        if (prompt := id_of(each)[:PROMPT_DIGITS]) not in firsts:
+        if (prompt := prompt_of(id_of(each))) not in firsts:
             firsts[prompt] = each
         elif len(others) < most:
             others.append(each)

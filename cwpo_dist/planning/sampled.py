@@ -15,10 +15,9 @@ from cwpo_dist.lm.ids import common_prefix
 from cwpo_dist.lm.reading import PairEncoder
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.pairs.answers import prompt_of
 from cwpo_dist.pairs.messages import extra_keys
 from cwpo_dist.pairs.parsing import ParsedPair
-from cwpo_dist.pairs.records import Text, answer_id, prompt_id
+from cwpo_dist.pairs.records import Text, answer_id, prompt_id, prompt_of
 from cwpo_dist.planning.costs import AnswerLengths, Lengths
 
 _SPREAD = 3.0  # standard errors by which a sample must exceed a share to say that all pairs do

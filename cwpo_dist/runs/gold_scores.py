@@ -11,6 +11,7 @@ from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, read_rows
 from cwpo_dist.runs.divergence import Answered, write_answered
+from cwpo_dist.runs.joined import both_known
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
@@ -56,9 +57,6 @@ def scores_by_model(
     for index in range(shards):
         found = read_rows(store, part("scores", index), Score, SCORE_SCHEMA)
         scores = {score.answer_id: score.score for score in found}
-        gold |= {
-            pair.pair_id: (scores[pair.answer_b], scores[pair.answer_a])
-            for pair in read_compared(store, index)
-            if pair.answer_a in scores and pair.answer_b in scores
-        }
+        pairs = both_known(read_compared(store, index), scores)
+        gold |= {pair.pair_id: (b, a) for pair, a, b in pairs}
     return gold

@@ -118,12 +118,14 @@ def pair_prompts(tokens: Store, prepared: Store, index: int) -> dict[str, list[i
 def _pairs_of_rows(
     tokens: Store, prepared: Store, index: int
 ) -> Iterator[tuple[str, tuple[Row, Row]]]:
-    for pair, *both in _both(read_compared(prepared, index), read_tokens(tokens, index)):
+    for pair, *both in both_known(read_compared(prepared, index), read_tokens(tokens, index)):
         if not are_alike(both):
             yield pair.pair_id, (both[0], both[1])
 
 
-def _both(pairs: Iterable[Compared], known: Mapping[str, T]) -> Iterator[tuple[Compared, T, T]]:
+def both_known(
+    pairs: Iterable[Compared], known: Mapping[str, T]
+) -> Iterator[tuple[Compared, T, T]]:
     """The pairs both of whose answers are known, with what is known of each."""
     for pair in pairs:
         if pair.answer_a in known and pair.answer_b in known:
@@ -134,6 +136,6 @@ def _told_apart(
     pairs: Iterable[Compared], known: Mapping[str, N]
 ) -> Iterator[tuple[Compared, N, N]]:
     """Those of them whose answers are not the same tokens."""
-    for pair, a, b in _both(pairs, known):
+    for pair, a, b in both_known(pairs, known):
         if a.tokens_hash is None or a.tokens_hash != b.tokens_hash:
             yield pair, a, b

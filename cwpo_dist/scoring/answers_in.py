@@ -17,8 +17,8 @@ from cwpo_dist.lm.fitting import alike, encode_answers
 from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.sharing import was_cut
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.pairs.answers import Answer, prompt_of, read_answers, read_compared
-from cwpo_dist.pairs.records import TOKEN_SCHEMA, read_records
+from cwpo_dist.pairs.answers import Answer, read_answers, read_compared
+from cwpo_dist.pairs.records import TOKEN_SCHEMA, prompt_of, read_records
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.retries import Input
 from cwpo_dist.scoring.set_aside import SetAside

@@ -15,7 +15,6 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.sharing import SharedRows, tokens_hash
-from cwpo_dist.pairs.answers import prompt_of
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     LOG_PROB_SCHEMA,
@@ -28,6 +27,7 @@ from cwpo_dist.pairs.records import (
     PromptTokens,
     SampledAnswer,
     Score,
+    prompt_of,
     read_rows,
     table_of,
 )

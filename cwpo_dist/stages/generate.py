@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from cwpo_dist.config import EvaluateConfig, Split
-from cwpo_dist.pairs.answers import prompt_of, read_compared
+from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.pairs.records import PROMPT_SCHEMA, PromptTokens, table_of
+from cwpo_dist.pairs.records import PROMPT_SCHEMA, PromptTokens, prompt_of, table_of
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
