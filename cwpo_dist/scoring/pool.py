@@ -19,9 +19,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from functools import cached_property
+from types import FrameType
 from typing import Any
 
 import pyarrow as pa
@@ -227,14 +228,24 @@ def _let_go(error: BaseException) -> None:
     """Frees Ray Data's actors, which live as long as anybody keeps the error that ended them.
 
     They would keep their devices while others of this process, another arm say, wait for them.
-    What leads to them are the variables of the frames in its traceback; log records keep it too.
+    What leads to them are the variables of the frames in its traceback, which log records keep too,
+    and of their callers, which are in no traceback where the error was caught below them.
     """
     links: list[BaseException | None] = [error]
     while links:
         if link := links.pop():
-            traceback.clear_frames(link.__traceback__)
+            for frame, _ in traceback.walk_tb(link.__traceback__):
+                _forget(frame)
             links += [link.__cause__, link.__context__]
     gc.collect()  # Ray Data's own objects name each other
+
+
+def _forget(frame: FrameType | None) -> None:
+    """Drops the variables of a frame and of its callers, where they have ended."""
+    while frame is not None:
+        with suppress(RuntimeError):  # it has not ended
+            frame.clear()
+        frame = frame.f_back
 
 
 def _reports(
