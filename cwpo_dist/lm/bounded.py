@@ -9,6 +9,7 @@ imported is there.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import resource
@@ -18,15 +19,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from cwpo_dist.lm.foreign import one_line
 
+logger = logging.getLogger(__name__)
+
 _Found = TypeVar("_Found")
 _MEMORY = 4 * 2**30  # bytes beyond what the process has and its weights, which are mapped
 _WAITED_S = 900.0  # by the clock: only what waits, for a pipe or a network, takes so long
+_STILL_S = 30.0  # without any processor time
+_TRIES = 3  # the last of which may stand still for longer: a slow disk, say
+_LOOK_S = 0.5
 _EVER_S = 10**6  # of processor time
 _PAGE = resource.getpagesize()
 
@@ -39,33 +46,61 @@ def bounded(call: Callable[[], _Found], mapped: int = 0) -> _Found:
     """What a function returns, computed in a child with bounds on time and memory.
 
     Args:
-        call: returns what can be pickled; `at_most` bounds the time of its parts.
+        call: returns what can be pickled, and changes nothing; `at_most` bounds the time of its
+            parts.
         mapped: bytes of files that it may map, which are no memory.
 
     Raises:
         BoundError: for a time or memory beyond the bounds, for a child that died, and for all that
             `call` raised.
     """
+    for left in reversed(range(_TRIES)):
+        with _forked(call, mapped) as (pipe, child):
+            if left == 0 or _comes(pipe, child):
+                found: _Found = _received(pipe, child)
+                break
+        logger.warning("a check of a model stood still for %.0f s and is begun anew", _STILL_S)
+    return found
+
+
+@contextmanager
+def _forked(
+    call: Callable[[], object], mapped: int
+) -> Iterator[tuple[Connection[object, Any], multiprocessing.process.BaseProcess]]:
+    """A child that calls it, and the pipe through which it says what it found."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(call, theirs, mapped), daemon=True)
     with warnings.catch_warnings():
-        # Of threads that hold a lock while we fork: the child only reads files and computes.
+        # Of threads that hold a lock while we fork, for which `_comes` has a remedy.
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     theirs.close()
     try:
-        received: _Found = _received(ours, child)
-        return received
+        yield ours, child
     finally:
         child.kill()
         child.join()
         ours.close()
 
 
-def _received(
-    pipe: Connection[object, tuple[_Found, str | None]], child: multiprocessing.process.BaseProcess
-) -> _Found:
+def _comes(pipe: Connection[object, Any], child: multiprocessing.process.BaseProcess) -> bool:
+    """Waits for the child; False once it has used no processor time for a while.
+
+    It may wait for a lock that one of our other threads held at the fork: that thread is not in the
+    child, and nobody gives the lock back. Another fork meets another moment.
+    """
+    used, since = -1.0, time.monotonic()
+    while not pipe.poll(_LOOK_S):
+        times = psutil.Process(child.pid).cpu_times()
+        if times.user + times.system > used:
+            used, since = times.user + times.system, time.monotonic()
+        elif time.monotonic() - since >= _STILL_S:
+            return False
+    return True
+
+
+def _received(pipe: Connection[object, Any], child: multiprocessing.process.BaseProcess) -> Any:
     if not pipe.poll(_WAITED_S):
         raise BoundError(f"it does not end, after {_WAITED_S:.0f} s of waiting")
     try:
