@@ -1,15 +1,17 @@
 """How fast and lean a policy is aligned: our loop against TRL's DPOTrainer on the same pairs.
 
-Usage: python benchmarks/align.py [--models 4:96,30:24] [--help]
+Usage: python benchmarks/align.py [--models 4:96,30:24] [--answers 4] [--help]
 
-One process, one thread, fp32, no gradient checkpointing, global batch 8, one epoch of DPO with the
-policy as its own reference. Everything after tokenising counts: the reference pass, every forward
-and backward pass, every optimizer step. Both sides get the same token ids in the same order, and no
-pair is truncated. Each run is a process of its own, so that its peak memory is its own; sides are
-interleaved. TRL tries each micro-batch on some of the pairs; the fastest then runs on all of them,
-once computing its reference beside the policy (its default) and once before it
-(`precompute_ref_log_probs`). Ratios and memory are against that fastest one. Ours runs once more
-with activation checkpoints: slower, and the least memory.
+One process, one thread, fp32, no gradient checkpointing, one epoch of DPO in global batches of 8
+with the policy as its own reference. With `--answers 4` the model samples so many answers to each
+prompt, and all their pairs are trained on in batches of 24, prompt by prompt (`batch_by: prompt`).
+Everything after tokenising counts: the reference pass, every forward and backward pass, every
+optimizer step. Both sides get the same token ids in the same order, and no pair is truncated. Each
+run is a process of its own, so that its peak memory is its own; sides are interleaved. TRL tries
+each micro-batch on some of the pairs; the fastest then runs on all of them, once computing its
+reference beside the policy (its default) and once before it (`precompute_ref_log_probs`). Ratios
+and memory are against that fastest one. Ours runs once more with activation checkpoints: slower,
+and the least memory.
 
 The last line is one JSON object with all figures.
 """
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,14 +39,18 @@ from safetensors.torch import load_file, save_file
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch, steps_per_epoch
-from cwpo_dist.lm.encoder import Encoder, load_tokenizer
+from cwpo_dist.lm.encoder import Asked, Encoder, load_tokenizer
+from cwpo_dist.lm.fitting import encode_pairs
 from cwpo_dist.lm.flops import useful_flops
+from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_policy, save
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.pairs.records import Text, prompt_of
+from cwpo_dist.pairs.stored import Pair, read_pairs
 
-BATCH, BETA, RATE, SEED = 8, 0.1, 5e-6, 0
+BETA, RATE, SEED = 0.1, 5e-6, 0
 MAX_LENGTH = 1024
 LORA = LoraConfig(lora_dropout=0.0)
 
@@ -55,7 +62,7 @@ def training_config(spec: dict[str, Any]) -> TrainingConfig:
     return TrainingConfig(
         learning_rate=RATE,
         num_train_epochs=spec["epochs"],
-        global_batch_size=BATCH,
+        global_batch_size=spec["batch"],
         max_tokens_per_micro_batch=spec["max_tokens"],
         gradient_checkpointing=spec["checkpoints"],
         lr_scheduler_type="linear",
@@ -76,18 +83,29 @@ def policy(spec: dict[str, Any]) -> Any:
     return model
 
 
-def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+def preferences(rows: dict[str, Row], references: list[tuple[float, float]]) -> Any:
+    """Pairs of weight 1, whose order keeps those of a prompt together."""
+    from cwpo_dist.training.tasks import Preference
+
+    by: Any = {"loss_type": "sigmoid", "beta": BETA, "batch_by": "prompt"}
+    return Preference(list(rows.values()), list(rows), [1.0] * len(rows), references, **by)
+
+
+def ours(spec: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
     """The reference pass, then the loop in DeepSpeed's engine: what `align` does in one worker."""
     from cwpo_dist.scoring.forward import RowForward
     from cwpo_dist.training import deepspeed_engine
     from cwpo_dist.training.loop import Hooks, Run, gradients, train
-    from cwpo_dist.training.tasks import Preference
+    from cwpo_dist.training.micro_batches import Part
     from cwpo_dist.training.torch_engine import TorchEngine
 
     config, model = training_config(spec), policy(spec)
     let_recompute(model)
     module = AnswerLogProbs(model)
-    flops = useful_flops(module).forward(rows)
+    by_prompt = groupby(enumerate(rows.items()), lambda pair: prompt_of(pair[1][0]))
+    parts = [Part.of([(at, row) for at, (_, row) in pairs]) for _, pairs in by_prompt]
+    answers = [row for part in parts for row in part.rows]  # each once, as they are stored
+    flops = useful_flops(module).forward(answers)
     if spec["engine"] == "torch":
         engine: Any = TorchEngine(module, config)
     else:
@@ -98,14 +116,13 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
         engine = deepspeed_engine.DeepSpeedEngine(module, config, settings)
     started = time.perf_counter()
     forward = RowForward(module, 0, MAX_LENGTH, spec["max_tokens"])
-    references = [(pair[0], pair[1]) for pair in forward(rows).values]
+    references = of_pairs(forward(answers).values, parts)
     reference_s = time.perf_counter() - started
     run = Run(config, SEED, forward.layout, 0)
-    names = [str(i) for i in range(len(rows))]
-    task = Preference(rows, names, [1.0] * len(rows), references, "sigmoid", BETA)
+    task = preferences(rows, references)
     start_training(module)
     if spec["gradient"]:
-        _, first = global_batch(len(rows), BATCH, SEED, 0)
+        _, first = global_batch(task.order, spec["batch"], SEED, 0)
         gradients(task, engine, run, 0, first.tolist())
         _keep_gradient(module.model, spec["gradient"])
         return {}
@@ -119,7 +136,16 @@ def ours(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def trl(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+def of_pairs(values: list[list[float]], parts: list[Any]) -> list[tuple[float, float]]:
+    """What each pair's answers were given, from that of the answers of all rows."""
+    flat, found = iter(values), []
+    for part in parts:
+        own = [value for _ in part.rows for value in next(flat)]
+        found += [(own[a], own[b]) for a, b in part.places]
+    return found
+
+
+def trl(spec: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
     """TRL's trainer on token ids; its tokenising is left out, as ours is."""
     import datasets
     import transformers
@@ -152,17 +178,18 @@ def trl(spec: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
             _keep_gradient(kw["model"], spec["gradient"])
 
-    steps = range(steps_per_epoch(len(rows), BATCH))
-    order = [i for step in steps for i in global_batch(len(rows), BATCH, SEED, step)[1].tolist()]
+    batch, task = spec["batch"], preferences(rows, [(0.0, 0.0)] * len(rows))
+    steps = range(steps_per_epoch(len(rows), batch))
+    order = [i for step in steps for i in global_batch(task.order, batch, SEED, step)[1].tolist()]
     pairs = [
         {"prompt_ids": r.prompt, "chosen_ids": r.answers[0], "rejected_ids": r.answers[1]}
-        for r in (rows[i] for i in order)
+        for r in (task.rows[i] for i in order)
     ]
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             output_dir=folder,
             per_device_train_batch_size=spec["micro_batch"],
-            gradient_accumulation_steps=BATCH // spec["micro_batch"],
+            gradient_accumulation_steps=batch // spec["micro_batch"],
             num_train_epochs=spec["epochs"],
             max_steps=1 if spec["gradient"] else -1,
             max_grad_norm=1e9 if spec["gradient"] else 1.0,
@@ -208,9 +235,8 @@ def side(spec_json: str) -> None:
     torch.set_num_threads(1)
     Path("/proc/self/oom_score_adj").write_text("1000")  # the first to go when memory is short
     spec = json.loads(spec_json)
-    rows = [
-        Row(r["prompt"], tuple(r["answers"])) for r in json.loads(Path(spec["rows"]).read_text())
-    ]
+    told = json.loads(Path(spec["rows"]).read_text())
+    rows = {name: Row(each["prompt"], tuple(each["answers"])) for name, each in told.items()}
     figures = (ours if spec["side"] == "ours" else trl)(spec, rows)
     print(json.dumps(figures | {"peak_gib": measure.peak_resident() / 2**30}))
 
@@ -243,20 +269,60 @@ def first_layers(model: Path, layers: int, folder: Path) -> str:
     return str(folder)
 
 
-def drawn_rows(data: str, model: str, count: int, folder: Path) -> Path:
-    """So many pairs, drawn by a seed among those that neither side truncates, as a file of ids."""
-    settings = ModelConfig(model_name_or_path=model, max_length=MAX_LENGTH)
+def drawn_pairs(data: str, settings: ModelConfig, folder: Path) -> list[Pair]:
+    """All pairs, in an order that a seed decides."""
     store, shards = measure.with_ray(lambda: measure.prepared(folder / "pairs", data, None, 1024))
-    encoder = Encoder(load_tokenizer(settings), settings.chat_template)
-    rows = measure.encoded(store, shards, encoder, settings)
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))[:count]
-    path = folder / "rows.json"
-    path.write_text(
-        json.dumps(
-            [{"prompt": rows[i].prompt, "answers": rows[i].answers} for i in chosen.tolist()]
-        )
+    pairs = [pair for index in range(shards) for pair in read_pairs(store, index)]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED))
+    return [pairs[i] for i in order.tolist()]
+
+
+def drawn_rows(
+    data: str, model: str, count: int, answers: int, sampler: Path, folder: Path
+) -> Path:
+    """So many pairs that neither side truncates, as a file of ids.
+
+    Two answers: the data's own pairs, each taken for the only one of its prompt. More: all pairs of
+    so many that `sampler` samples to each prompt.
+    """
+    settings = ModelConfig(model_name_or_path=model, max_length=MAX_LENGTH)
+    encoder, drawn = (
+        Encoder(load_tokenizer(settings), settings.chat_template),
+        drawn_pairs(data, settings, folder),
     )
+    asked = [Asked(pair.prompt, pair.answers, pair.tools) for pair in drawn]
+    each = list(combinations(range(answers), 2))
+    if answers > 2:
+        asked = sampled(sampler, encoder, asked[: count // len(each)], answers)
+    rows: dict[str, Any] = {}
+    for number, row in enumerate(encode_pairs(encoder, settings, asked)):
+        if isinstance(row, Row) and len(rows) < count:
+            prompt, k = divmod(number, len(each))
+            rows[f"{prompt:018x}{k:014x}"] = {"prompt": row.prompt, "answers": row.answers}
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
     return path
+
+
+def sampled(sampler: Path, encoder: Encoder, asked: list[Asked], answers: int) -> list[Asked]:
+    """All pairs of so many answers that a model samples to each prompt."""
+    policy = load_policy(ModelConfig(model_name_or_path=str(sampler)))
+    prompts = [encoder.encode(each.prompt, each.answers).prompt for each in asked]
+    told: dict[str, Any] = {"max_new_tokens": 96, "temperature": 1.0, "batch_size": 16}
+    # What is drawn depends on seed and prompt alone.
+    seeds = range(answers)
+    each = [generate(policy, encoder.tokenizer, prompts, seed=seed, **told) for seed in seeds]
+    texts = zip(asked, *each, strict=True)
+    return [
+        Asked(of.prompt, tuple(_spoken(of.prompt, text) for text in two))
+        for of, *found in texts
+        for two in combinations(found, 2)
+    ]
+
+
+def _spoken(prompt: Text, text: str) -> Text:
+    """An answer in the kind of its prompt."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def gradient_difference(spec: dict[str, Any], folder: Path) -> float:
@@ -303,7 +369,7 @@ def measured(
     figures: dict[str, Any] = {"max_grad_diff": gradient_difference(common, folder)}
     print(f"gradients of the first step differ by {figures['max_grad_diff']:.1e}", flush=True)
     few = folder / "few.json"
-    few.write_text(json.dumps(json.loads(rows.read_text())[:trial]))
+    few.write_text(json.dumps(dict(list(json.loads(rows.read_text()).items())[:trial])))
     trials = {}
     for size in sizes:
         try:
@@ -375,20 +441,22 @@ def compare(
     lora: Annotated[bool, typer.Option(help="LoRA on both sides, in place of all weights")] = False,
     engine: Annotated[Literal["deepspeed", "torch"], typer.Option(help="ours")] = "deepspeed",
     repeats: Annotated[int, typer.Option(help="interleaved runs of each side")] = 1,
+    answers: Annotated[int, typer.Option(help="sampled to a prompt; 2: the data's own")] = 2,
     micro_batches: Annotated[str, typer.Option(help="TRL's, to choose from")] = "1,2,4,8",
     trial: Annotated[int, typer.Option(help="pairs on which TRL's micro-batch is chosen")] = 16,
 ) -> None:
     """Measures and prints; see the head of this file for what is compared with what."""
     torch.set_num_threads(1)
     options = {"lora": lora, "epochs": epochs, "max_tokens": max_tokens, "engine": engine}
-    figures: dict[str, Any] = {"benchmark": "align", "data": data, **options}
+    options |= {"batch": 8 if answers == 2 else 24}
+    figures: dict[str, Any] = {"benchmark": "align", "data": data, "answers": answers, **options}
     figures["environment"] = measure.environment()
     sizes = [int(size) for size in micro_batches.split(",")]
     found: dict[int, dict[str, Any]] = {}
     for layers, pairs in (map(int, each.split(":")) for each in models.split(",")):
         with tempfile.TemporaryDirectory() as scratch:
             name = first_layers(model, layers, Path(scratch) / "model")
-            rows = drawn_rows(data, name, pairs, Path(scratch))
+            rows = drawn_rows(data, name, pairs, answers, model, Path(scratch))
             print(f"{layers} layers, {pairs} pairs", flush=True)
             found[layers] = measured(name, rows, options, sizes, trial, repeats)
     print(json.dumps(figures | {"models": found} | headline(found)))

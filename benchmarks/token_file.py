@@ -21,17 +21,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import measure
 import numpy as np
 import psutil
 
-from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.training.loop import MicroBatch, Run, micro_batches
+from cwpo_dist.training.micro_batches import Limits, MicroBatch, micro_batches, parts_of
 from cwpo_dist.training.tasks import Preference
 from cwpo_dist.training.token_file import Example, TokenFile, token_file
 
@@ -51,7 +49,7 @@ def examples(pairs: int, tokens: int) -> Iterator[list[Example]]:
             middle = at + half + quarter
             answers: Any = (block[at + half : middle], block[middle : at + tokens])
             numbers = (0.1 + i % 9 / 10, (-float(i % 100), -50.0))
-            shard.append(Example(f"{i:032x}", Row(prompt, answers), numbers))
+            shard.append(Example(f"{i:018x}{0:014x}", Row(prompt, answers), numbers))
         yield shard
 
 
@@ -107,10 +105,10 @@ def rank(number: int, args: argparse.Namespace, barrier: Any, told: Any) -> None
 
 def batches(task: Preference, step: int, number: int, world_size: int) -> Iterator[MicroBatch]:
     """A rank's micro-batches of one step."""
-    config = TrainingConfig(learning_rate=1e-5, max_tokens_per_micro_batch=16384)
+    limits = Limits("packed", 16384)
     indices = global_batch(task.order, BATCH, 0, step)[1].tolist()
-    engine: Any = SimpleNamespace(rank=number, world_size=world_size)
-    return micro_batches(task, engine, Run(config, 0, "packed", 0), indices)
+    parts = parts_of(task, indices, limits, world_size)
+    return micro_batches(parts, limits, number, world_size, 0)
 
 
 def orders(task: Preference) -> list[str]:

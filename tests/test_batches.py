@@ -229,8 +229,7 @@ def test_impossible_numbers_are_refused(n, batch):
 
 def test_another_seed_draws_from_another_offset(monkeypatch):
     """Beside another order: in one order, too, other rows are drawn."""
-    monkeypatch.setattr(batches, "_permutation", lambda rows, _seed, _epoch: np.arange(rows))
+    monkeypatch.setattr(batches, "_permutation", lambda of, _seed, _epoch: np.arange(of.rows))
     order = proportional([0.5] * 64)
-    drawn = {tuple(batches._drawn(order, seed, 0)) for seed in range(16)}
+    drawn = {tuple(order.epoch(seed, 0)) for seed in range(16)}
     assert len(drawn) == 2, "of evenly spaced rows of half a weight: every second, from 0 or 1"
-    batches._drawn.cache_clear()

@@ -66,6 +66,24 @@ def test_an_answer_of_many_pairs_goes_through_a_model_once(tmp_path: Path) -> No
     assert int(found["fit"].work.split()[0]) % 6 == 0
 
 
+def test_pairs_of_a_prompt_that_meet_in_a_batch_are_computed_together(tmp_path: Path) -> None:
+    config = given(tmp_path)
+    told = given(tmp_path, fit__batch_by="prompt", align__batch_by="prompt")
+    apart, together = stages(config), stages(told)
+    for stage, field in (("fit", "weak"), ("align", "policy")):
+        encode = check(config).encoders[field].encode
+        pairs = [encode("Is 0 enough?", both).n_tokens for both in combinations(ANSWERS, 2)]
+        saved = a_prompt(config, field) / sum(pairs)
+        assert saved < 0.5
+        assert together[stage].tokens == pytest.approx(saved * apart[stage].tokens, abs=1)
+        assert together[stage].work == apart[stage].work, "as many steps of as many pairs"
+    assert together["sft"].tokens == apart["sft"].tokens
+    few = given(tmp_path, fit__batch_by="prompt", fit__global_batch_size=3)
+    assert stages(few)["fit"].tokens == pytest.approx(2 * together["fit"].tokens, abs=2), (
+        "a prompt's six pairs lie in two batches"
+    )
+
+
 @pytest.mark.usefixtures("in_process")
 def test_it_says_the_same_once_prepare_is_done(tmp_path: Path) -> None:
     config = given(tmp_path)

@@ -98,7 +98,6 @@ def test_token_counts_and_planned_lengths_are_those_of_the_batch(rows, layout):
     longest = max(n // count for n, count in zip(lengths, sequences, strict=True))
     assert batch.padded_tokens == (sum(lengths) if layout == "packed" else sum(sequences) * longest)
     assert batch.useful_tokens == (batch.input_ids != PAD_ID).sum()
-    assert batch.n_answers == tuple(len(row.answers) for row in rows)
     assert len(batch.target) == sum(sum(row.n_scored) for row in rows)
 
 
@@ -114,13 +113,6 @@ def test_a_row_is_cut_into_as_few_as_the_budget_allows_and_nothing_is_lost(row, 
             more = Row(row.prompt, (*piece.answers, after.answers[0]))
             assert planned_length(more, layout) > budget
     assert cut(row, planned_length(row, layout), layout) == [row]
-
-
-def test_numbers_by_row_need_as_many_answers_in_each():
-    batch = collate([Row([1], ([2], [3])), Row([1], ([4], [5]))], "packed", 0)
-    assert batch.by_row(torch.arange(4)).tolist() == [[0, 1], [2, 3]]
-    with pytest.raises(ValueError, match="unpack"):
-        collate([Row([1], ([2],)), Row([1], ([3], [4], [5]))], "packed", 0).by_row(torch.arange(4))
 
 
 def test_pads_see_themselves_alone_and_are_seen_by_none():

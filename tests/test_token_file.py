@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,8 @@ from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.staging import shared_data
 from cwpo_dist.storage import FileMissing, Store
-from cwpo_dist.training.loop import micro_batches, train
+from cwpo_dist.training.loop import train
+from cwpo_dist.training.micro_batches import micro_batches, parts_of
 from cwpo_dist.training.tasks import Preference, TaskError
 from cwpo_dist.training.token_file import Example, TokenFile, content, token_file
 
@@ -132,8 +132,8 @@ def test_ranks_read_the_batches_that_lists_would_give_them(sampling, world_size)
         assert one == two
         assert task.denominator(one) == from_file.denominator(one)
         for rank in range(world_size):
-            engine: Any = SimpleNamespace(rank=rank, world_size=world_size)
-            both = (micro_batches(t, engine, run, one) for t in (task, from_file))
+            parts = (parts_of(t, one, run.limits, world_size) for t in (task, from_file))
+            both = (micro_batches(each, run.limits, rank, world_size, 2) for each in parts)
             for listed, read in zip(*both, strict=True):
                 assert listed.positions == read.positions
                 assert torch.equal(listed.batch.input_ids, read.batch.input_ids)

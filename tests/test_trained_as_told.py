@@ -49,6 +49,7 @@ def preferences(world: World, spec: TrainSpec) -> tuple[Preference, Preference]:
         ({"loss_type": "robust", "label_smoothing": 0.2}, ("robust", 0.5, 0.2, 0.5)),
         ({"loss_type": "simpo", "simpo_gamma": 0.9, "beta": 2.0}, ("simpo", 2.0, 0.0, 0.9)),
         ({"loss_type": "ipo"}, ("ipo", 0.5, 0.0, 0.5)),
+        ({"loss_type": "sigmoid", "batch_by": "prompt"}, ("sigmoid", 0.5, 0.0, 0.5)),
     ],
 )
 def test_workers_are_told_the_loss_and_its_numbers(
@@ -66,6 +67,7 @@ def test_workers_are_told_the_loss_and_its_numbers(
     for task in preferences(world, spec_of(world, align, "align", monkeypatch)):
         told = (task.loss_type, task.beta, task.label_smoothing, task.simpo_gamma)
         assert told == numbers
+        assert task.batch_by == section.get("batch_by", "pair")
         assert (task.references is None) == (section["loss_type"] == "simpo")
 
 
@@ -90,7 +92,7 @@ def test_what_follows_training_counts_each_pair_once(
 def test_each_training_has_its_seed_and_starts_where_it_should(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(tmp_path, ["cw"], fit={"seeds": [7]}, seed=5)
+    world = World(tmp_path, ["cw"], fit={"seeds": [7], "batch_by": "prompt"}, seed=5)
     world.score()
     fitted, tuned, aligned = (
         spec_of(world, stage, role, monkeypatch)
@@ -102,6 +104,7 @@ def test_each_training_has_its_seed_and_starts_where_it_should(
     assert tuned.model == given
     assert fitted.model == world.config.weak
     assert aligned.model.model_name_or_path == world.place("sft").child("model").uri
+    assert fitted.make_task(world.encoder).batch_by == "prompt"
     assert (fitted.head, tuned.head, aligned.head) == ("scores", "logps", "logps")
     seeds = {
         role: world.node(role).settings.identity()["seed"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from zero_cases import ALONE_CASES, MATRIX_CASES, ZERO_CASES, Case
 
 from cwpo_dist.config import ConfigError, TrainingConfig
-from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.training.checkpoint import trainable
 from cwpo_dist.training.loop import gradients, train
+from cwpo_dist.training.micro_batches import Limits, micro_batches, parts_of
 
 ALL_AT_ONCE = 10**6
 
@@ -63,10 +63,11 @@ def got(group: Group) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def wanted(group: Group) -> dict[str, Tensor]:
-    """The oracle: one process, one micro-batch a step."""
+    """The oracle: one process, one micro-batch a step, and a row for each pair."""
     case = group.case
     engine = zero_cases.oracle(case, group.folder)
     task, run = zero_cases.make_task(case.task), zero_cases.make_run(case, ALL_AT_ONCE)
+    task = replace(task, pair_ids=[f"{i} is of no other's prompt" for i in range(len(task.rows))])
     result = gradients(task, engine, run, 0, zero_cases.first_batch(case))
     found = {f"gradient.{name}": p.grad.clone() for name, p in trainable(engine.module)}
     found["loss"] = torch.tensor([result.loss])
@@ -115,13 +116,12 @@ def test_shards_and_layout(group: Group, got: dict[str, Tensor]) -> None:
 
 
 def micro_steps(case: Case, world: int) -> list[int]:
-    rows = zero_cases.make_rows()
-    lengths = [rows[i].n_tokens for i in zero_cases.first_batch(case)]
-    plans = [
-        plan_micro_batches(lengths, budget, world, "packed")
-        for budget in zero_cases.budgets(case, world)
-    ]
-    return [len(plan[0]) for plan in plans]
+    task, found = zero_cases.make_task(case.task), []
+    for budget in zero_cases.budgets(case, world):
+        limits = Limits("packed", budget)
+        parts = parts_of(task, zero_cases.first_batch(case), limits, world)
+        found.append(sum(1 for _ in micro_batches(parts, limits, 0, world, 2)))
+    return found
 
 
 def test_budgets_split_as_meant() -> None:

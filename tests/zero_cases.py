@@ -33,7 +33,7 @@ N_ROWS, BATCH = 22, 8
 BUDGETS = (10_000, 130, 61)  # one micro-batch, some, many: up to one row each
 # Of a batch of 16 rows in 1 to 7 micro-steps a rank; test_zero.py says so.
 MATRIX_BATCH = 16
-MATRIX_BUDGETS = {1: (10_000, 400, 250, 180, 140, 120, 100), 2: (10_000, 250, 130, 100, 75, 63, 50)}
+MATRIX_BUDGETS = {1: (10_000, 400, 200, 150, 115, 100, 85), 2: (10_000, 200, 110, 80, 65, 54, 45)}
 SEED = 5
 
 
@@ -44,7 +44,7 @@ class Case:
     name: str
     stage: int
     lora: bool = False
-    task: str = "none"  # a weight normalisation, 'sft' or 'fit'
+    task: str = "none"  # a weight normalisation, 'prompt', 'sft' or 'fit'
     budget: int = 130
     optim: str = "sgd"
     steps: int = 20
@@ -97,8 +97,8 @@ ZERO_CASES = [
 # What a group of one does, too.
 ALONE_CASES = [case for case in ZERO_CASES if case.name.startswith("full-")]
 RESUME_CASES = [
-    *(Case(f"adamw-{stage}", stage, optim="adamw", steps=6) for stage in range(4)),
-    Case("adamw-lora-3", 3, lora=True, optim="adamw", steps=6),
+    *(Case(f"adamw-{stage}", stage, task="prompt", optim="adamw", steps=6) for stage in range(4)),
+    Case("adamw-lora-3", 3, lora=True, task="prompt", optim="adamw", steps=6),
 ]
 # All that can be switched, each with all: the long form of ZERO_CASES.
 MATRIX_CASES = [
@@ -119,7 +119,7 @@ MATRIX_CASES = [
 # (resumed by, written by) of another ZeRO stage, at the same world size.
 ACROSS_STAGES = [("adamw-0", "adamw-3"), ("adamw-3", "adamw-1"), ("adamw-2", "adamw-0")]
 # With masters and gradient sums in fp32, by yet another optimizer of DeepSpeed's; two ranks only.
-BF16_CASE = Case("adamw-bf16-1", 1, optim="adamw", steps=6, dtype="bfloat16")
+BF16_CASE = Case("adamw-bf16-1", 1, task="prompt", optim="adamw", steps=6, dtype="bfloat16")
 
 
 def make_rows(n_answers: int = 2) -> list[Row]:
@@ -133,23 +133,35 @@ def make_rows(n_answers: int = 2) -> list[Row]:
     return [Row(row.prompt, row.answers[:n_answers]) for row in rows]
 
 
+def couples(rows: list[Row]) -> list[Row]:
+    """Two rows of each prompt, with an answer in common where each has two."""
+    twice = [rows[i - i % 2] for i in range(len(rows))]
+    both = zip(rows, twice, strict=True)
+    return [Row(two.prompt, row.answers[:1] + two.answers[1:]) for row, two in both]
+
+
 def make_task(name: str) -> Task:
-    """Bradley-Terry, SFT, or preferences with unequal weights and references."""
-    ids = [f"pair{i}" for i in range(N_ROWS)]
+    """Bradley-Terry, SFT, or preferences with unequal weights and references.
+
+    `prompt`: preferences whose order keeps the pairs of a prompt together.
+    """
+    ids = [f"{i // 2:018x}{i:014x}" for i in range(N_ROWS)]
     if name == "sft":
-        return Sft(make_rows(1), ids)
+        return Sft(couples(make_rows(1)), ids)
     if name == "fit":
-        return BradleyTerry(make_rows(), ids)
+        return BradleyTerry(couples(make_rows()), ids)
     draw = np.random.default_rng(SEED + 1)
     weights = (draw.random(N_ROWS) ** 2).tolist()
-    rows = make_rows()
+    rows = couples(make_rows())
     references = [
         (-5.0 * len(r.answers[0]) + draw.normal(), -5.0 * len(r.answers[1])) for r in rows
     ]
     if name == "dataset":  # as `weigh` leaves them
         weights = (np.array(weights) / np.mean(weights)).tolist()
     by = "batch" if name == "batch" else "none"
-    return Preference(rows, ids, weights, references, "sigmoid", 0.3, normalization=by)
+    order: Any = "prompt" if name == "prompt" else "pair"
+    told = {"normalization": by, "batch_by": order}
+    return Preference(rows, ids, weights, references, "sigmoid", 0.3, **told)
 
 
 def make_module(case: Case, folder: Path) -> nn.Module:

@@ -11,7 +11,15 @@ from cwpo_dist.config.scoring import (
     PoolConfig,
     ReferenceConfig,
 )
-from cwpo_dist.config.training import AlignConfig, FitConfig, SftConfig, Tracker, TrainingConfig
+from cwpo_dist.config.training import (
+    AlignConfig,
+    BatchBy,
+    FitConfig,
+    PairsConfig,
+    SftConfig,
+    Tracker,
+    TrainingConfig,
+)
 
 __all__ = [
     "ARMS",
@@ -20,6 +28,7 @@ __all__ = [
     "AlignConfig",
     "AnnotateConfig",
     "Arm",
+    "BatchBy",
     "CompareConfig",
     "Config",
     "ConfigError",
@@ -31,6 +40,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "Pairing",
+    "PairsConfig",
     "Pool",
     "PoolConfig",
     "PositiveFloat",

@@ -12,6 +12,7 @@ from cwpo_dist.config.deepspeed import decides_weights, read_section
 from cwpo_dist.config.models import LoraConfig
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
+BatchBy = Literal["pair", "prompt"]
 _WHOLE: TypeAdapter[int] = TypeAdapter(PositiveInt)
 BUCKET_NUMBERS = 2**24  # that DeepSpeed sends at once: 64 MiB in fp32; its 2 GB stall small devices
 
@@ -172,7 +173,25 @@ class TrainingConfig(Section):
         return {**data, "global_batch_size": total}
 
 
-class FitConfig(TrainingConfig):
+class PairsConfig(TrainingConfig):
+    """What those share that train on pairs."""
+
+    batch_by: BatchBy = Field(
+        "pair",
+        description="what is shuffled; prompt: pairs of a prompt meet in one batch, in which each "
+        "of their answers goes through the model once: less to compute, the same losses in another "
+        "order",
+    )
+
+    def identity(self) -> dict[str, object]:
+        """As of any training; without what older keys do not know, where it is as it was."""
+        settings = super().identity()
+        if self.batch_by == "pair":
+            del settings["batch_by"]
+        return settings
+
+
+class FitConfig(PairsConfig):
     """The annotator's training, Bradley–Terry (paper eq. 4–5, table 7)."""
 
     # Each seed is in the key of the annotator that it makes.
@@ -208,7 +227,7 @@ class SftConfig(TrainingConfig):
     lora: LoraConfig | None = LoraConfig()
 
 
-class AlignConfig(TrainingConfig):
+class AlignConfig(PairsConfig):
     """Confidence-weighted preference optimisation (paper eq. 7–11, table 9)."""
 
     learning_rate: PositiveFloat = 5e-6

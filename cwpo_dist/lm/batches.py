@@ -58,24 +58,28 @@ class Order:
         drawn: rows of an epoch; all of them, each once, unless `shares` draws among them.
         shares: [rows] whole numbers, as often as a row is drawn in Σ shares / drawn epochs of ever
             other offsets; None: each row once an epoch.
+        groups: [rows] numbers from 0; rows of a group are side by side in every epoch, groups and
+            the rows of each at random; None: all rows are.
     """
 
     rows: int
     drawn: int
     shares: NDArray[np.int64] | None = None
+    groups: NDArray[np.int64] | None = None
 
     def epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """The row indices of one epoch, in their order."""
-        permutation = _permutation(self.rows, seed, epoch)
-        return permutation if self.shares is None else _drawn(self, seed, epoch)
+        return _epoch(self, seed, epoch)
 
 
-def uniform(rows: int) -> Order:
+def uniform(rows: int, groups: NDArray[np.int64] | None = None) -> Order:
     """Every row once an epoch."""
-    return Order(rows, rows)
+    return Order(rows, rows, groups=groups)
 
 
-def proportional(weights: Sequence[float] | NDArray[np.floating[Any]]) -> Order:
+def proportional(
+    weights: Sequence[float] | NDArray[np.floating[Any]], groups: NDArray[np.int64] | None = None
+) -> Order:
     """An epoch of ⌊ΣC⌋ rows (at least 1), in which a row of weight C is with probability ∝ C.
 
     By systematic sampling: rows lie end to end in the epoch's random order, each as long as its
@@ -85,6 +89,7 @@ def proportional(weights: Sequence[float] | NDArray[np.floating[Any]]) -> Order:
 
     Args:
         weights: C of each row, from 0 (never drawn) to 1.
+        groups: as of an `Order`.
 
     Raises:
         ValueError: for a weight that would have its row drawn twice.
@@ -96,7 +101,7 @@ def proportional(weights: Sequence[float] | NDArray[np.floating[Any]]) -> Order:
     shares = np.rint(weights_N * _UNIT).astype(np.int64)
     if not shares.any():
         raise ValueError("weights: all are zero, or nearly; nothing can be drawn in proportion")
-    return Order(len(weights), max(1, int(shares.sum()) // _UNIT), shares)
+    return Order(len(weights), max(1, int(shares.sum()) // _UNIT), shares, groups)
 
 
 def systematic(shares: NDArray[np.int64], drawn: int, offset: int) -> NDArray[np.int64]:
@@ -186,20 +191,27 @@ def plan_micro_batches(
 
 
 @lru_cache(maxsize=1)  # a training asks for one epoch after the other
-def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(n)
-
-
-@lru_cache(maxsize=1)  # a training asks for one epoch after the other
-def _drawn(order: Order, seed: int, epoch: int) -> NDArray[np.int64]:
-    """One epoch of a weighted order: still in the permutation's order, which is random."""
-    permutation = _permutation(order.rows, seed, epoch)
-    assert order.shares is not None, "a uniform order draws nothing"
+def _epoch(order: Order, seed: int, epoch: int) -> NDArray[np.int64]:
+    """What is drawn of the permutation, still in its order, which is random."""
+    permutation = _permutation(order, seed, epoch)
+    if order.shares is None:
+        return permutation
     shares = order.shares[permutation]
-    sequence = np.random.SeedSequence([seed, epoch, 1])  # another stream than the permutation's
-    offset = np.random.Generator(np.random.Philox(sequence)).integers(int(shares.sum()))
+    offset = _generator(seed, epoch, 1).integers(int(shares.sum()))
     return permutation[systematic(shares, order.drawn, int(offset))]
+
+
+def _permutation(order: Order, seed: int, epoch: int) -> NDArray[np.int64]:
+    permutation = _generator(seed, epoch).permutation(order.rows)
+    if order.groups is None:
+        return permutation
+    rank = _generator(seed, epoch, 2).permutation(int(order.groups.max(initial=-1)) + 1)
+    return permutation[np.argsort(rank[order.groups[permutation]], kind="stable")]
+
+
+def _generator(*seeds: int) -> np.random.Generator:
+    """A stream of its own for each purpose."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seeds)))
 
 
 def _fill(longest: list[int], cost: Callable[[list[int]], int], max_tokens: int) -> list[list[int]]:

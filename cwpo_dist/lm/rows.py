@@ -88,7 +88,6 @@ class RowBatch:
         answer: [N] which of the batch's A answers each token belongs to.
         last: [A] flat index of each answer's last token.
         layout: how rows were laid out.
-        n_answers: of each row.
         useful_tokens: tokens that are no pads.
         padded_tokens: B × L.
     """
@@ -102,14 +101,8 @@ class RowBatch:
     answer: Tensor
     last: Tensor
     layout: Layout
-    n_answers: tuple[int, ...]
     useful_tokens: int
     padded_tokens: int
-
-    def by_row(self, numbers_A: Tensor) -> Tensor:
-        """One number an answer as [R, K], for rows that all have as many answers."""
-        (count,) = set(self.n_answers)
-        return numbers_A.view(-1, count)
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on `device`; packed rows' lengths stay on the host."""
@@ -176,7 +169,6 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         token_type_ids=_token_types(layout, sequences, length),
         **_read_tokens(rows, spans),
         layout=layout,
-        n_answers=tuple(len(row.answers) for row in rows),
         useful_tokens=sum(len(sequence.tokens) for sequence in sequences),
         padded_tokens=len(sequences) * length,
     )

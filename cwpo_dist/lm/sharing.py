@@ -51,6 +51,14 @@ def in_one_row(rows: Sequence[Row]) -> Row:
     )
 
 
+def unshared(row: Row) -> list[Row]:
+    """A row for each answer of one, which `in_one_row` would join again."""
+    ends = [len(row.prompt) + skipped for skipped in row.skipped or (0,) * len(row.answers)]
+    wholes = ([*row.prompt, *answer] for answer in row.answers)
+    both = zip(wholes, ends, strict=True)
+    return [Row(whole[:end], (whole[end:],)) for whole, end in both]
+
+
 @dataclass(frozen=True)
 class SharedRows:
     """Answers in rows, those of a prompt beside each other; the same tokens stand there once.

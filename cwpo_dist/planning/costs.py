@@ -166,6 +166,8 @@ class Estimate:
         size, lengths = self.checked.sizes[named(work.model)], self.lengths[named(work.model)]
         if work.chosen_alone:
             lengths = replace(lengths, shared=lengths.longest, answers=lengths.answers / 2)
+        if work.prompts:
+            lengths = together(lengths, work)
         steps = total_steps(training, pairs)
         seen = min(steps * training.global_batch_size, pairs * training.num_train_epochs)
         tokens = round(seen * lengths.shared)
@@ -214,6 +216,18 @@ class Estimate:
     @property
     def _number_bytes(self) -> int:
         return 2 if gpus(self.checked.machines) else 4
+
+
+def together(lengths: Lengths, work: Training) -> Lengths:
+    """Tokens a pair where those of a prompt meet in a batch, in as many as they fill."""
+    batches = max(1.0, work.pairs / work.prompts / work.training.global_batch_size)
+    every = batches * lengths.each.tokens(work.prompts, work.answers)
+    answers = batches * work.answers * lengths.each.answer
+    return replace(
+        lengths,
+        shared=min(lengths.shared, every / work.pairs),
+        answers=min(lengths.answers, answers / work.pairs),
+    )
 
 
 def named(field: str | None) -> str:

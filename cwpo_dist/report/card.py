@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from cwpo_dist.config import Config, ModelConfig, TrainingConfig
+from cwpo_dist.config import Config, ModelConfig, PairsConfig, TrainingConfig
 from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.cells import at
@@ -107,7 +107,7 @@ def annotator_card(
         ("loss", "Bradley–Terry"),
         ("learning rate", f"{fit.learning_rate:g}, {fit.lr_scheduler_type}"),
         ("length", _length(fit)),
-        ("global batch", f"{fit.global_batch_size} pairs"),
+        ("global batch", _batch(fit)),
         ("parameters", _parameters(fit)),
         ("seed", str(training.settings["seed"])),
     ]
@@ -237,7 +237,7 @@ def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
             yield name, f"{getattr(align, name):g}"
     yield "learning rate", f"{align.learning_rate:g}, {align.lr_scheduler_type}"
     yield "length", _length(align)
-    yield "global batch", f"{align.global_batch_size} pairs"
+    yield "global batch", _batch(align)
     yield "parameters", _parameters(align)
     yield "SFT before", "no" if config.sft is None else _length(config.sft)
     yield "seed", str(config.seed)
@@ -246,6 +246,11 @@ def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
 def _parameters(training: TrainingConfig) -> str:
     lora = training.lora
     return "all" if lora is None else f"LoRA, r {lora.r}, α {lora.lora_alpha}"
+
+
+def _batch(section: PairsConfig) -> str:
+    by = "" if section.batch_by == "pair" else ", those of a prompt together"
+    return f"{section.global_batch_size} pairs{by}"
 
 
 def _length(training: TrainingConfig) -> str:

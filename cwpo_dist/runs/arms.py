@@ -117,10 +117,9 @@ def needs_annotator(config: Config) -> bool:
 
 def teacher_config(config: Config) -> Config:
     """The run in which the weak model is the policy: on its schedule as an annotator, twice."""
-    schedule = config.fit.model_dump(exclude={"seeds", "labels"})
-    align = AlignConfig.model_validate(
-        schedule | {"beta": config.align.beta, "lora": config.fit.lora}
-    )
+    schedule = config.fit.model_dump(exclude={"seeds", "labels", "batch_by"})
+    of_pairs = {"beta": config.align.beta, "lora": config.fit.lora, "batch_by": config.fit.batch_by}
+    align = AlignConfig.model_validate(schedule | of_pairs)
     return config.model_copy(
         update={
             "policy": config.weak,

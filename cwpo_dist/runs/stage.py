@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
-from cwpo_dist.config import PoolConfig, TrainingConfig
+from cwpo_dist.config import PairsConfig, PoolConfig, TrainingConfig
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context
@@ -60,6 +60,7 @@ class Training(Work):
         kept: the share of the pairs that is trained on.
         chosen_alone: whether it reads the better answer alone.
         sampled: whether pairs are drawn, so that these are the most.
+        answers: to the prompts, where pairs of one are computed together; else both are 0.
     """
 
     pairs: int = field(kw_only=True)
@@ -67,6 +68,16 @@ class Training(Work):
     kept: float = 1.0
     chosen_alone: bool = False
     sampled: bool = False
+    answers: int = 0
+
+
+def by_prompt(work: Training, counted: Census, *splits: str) -> Training:
+    """The same work, with the prompts of these splits' pairs where they are computed together."""
+    section = work.training
+    if not isinstance(section, PairsConfig) or section.batch_by == "pair":
+        return work
+    prompts, answers = counted.prompts_of(*splits), counted.answers_of(*splits)
+    return replace(work, prompts=prompts, answers=answers)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.runs.joined import pair_log_probs, pair_rows
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
-from cwpo_dist.runs.stage import Stage, Training
+from cwpo_dist.runs.stage import Stage, Training, by_prompt
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
@@ -88,7 +88,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
 def work(context: Context, node: Node[AlignSettings], counted: Census) -> Training:
     """A training on the preferences."""
     told = node.settings
-    return Training(
+    training = Training(
         "",
         model=told.model.field,
         pairs=decided_pairs(told.weighting.chooser, counted),
@@ -96,6 +96,7 @@ def work(context: Context, node: Node[AlignSettings], counted: Census) -> Traini
         kept=told.weighting.top_fraction or 1.0,
         sampled=told.sampling is not None,
     )
+    return by_prompt(training, counted, *told.weighting.chooser.splits)
 
 
 def make(context: Context, node: Node[AlignSettings]) -> Mapping[str, object]:
@@ -200,6 +201,7 @@ class WeightedPairs:
             sampling=self.sampling,
             probabilities=found.numbers("probability") if self.soft_labels else None,
             simpo_gamma=settings.simpo_gamma,
+            batch_by=self.config.batch_by,
         )
 
     def _identity(self) -> list[object]:

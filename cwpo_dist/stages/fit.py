@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from cwpo_dist.config import ConfigError, FitConfig, Split
+from cwpo_dist.config import BatchBy, ConfigError, FitConfig, Split
 from cwpo_dist.evaluation.calibration import people_share
 from cwpo_dist.lm.encoder import Asked, Encoder
 from cwpo_dist.lm.fitting import encode_pairs
@@ -27,7 +27,7 @@ from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
-from cwpo_dist.runs.stage import Stage, Training
+from cwpo_dist.runs.stage import Stage, Training, by_prompt
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
@@ -98,6 +98,7 @@ def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
         told.model,
         by_votes=told.config.labels == "votes",
         most=told.most,
+        batch_by=told.config.batch_by,
     )
     held_out = held_out_pairs(context, node, told.config, told.followed_on)
     spec = TrainSpec(
@@ -118,7 +119,8 @@ def work(context: Context, node: Node[FitSettings], counted: Census) -> Training
     """A training on the labelled pairs."""
     pairs = counted.pairs("labelled")
     told = node.settings
-    return Training("", model=told.model.field, pairs=pairs, training=told.config)
+    training = Training("", model=told.model.field, pairs=pairs, training=told.config)
+    return by_prompt(training, counted, "labelled")
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class LabelledPairs:
         model: whose lengths and template apply.
         by_votes: learn the share of people that chose an answer, where there are votes; ties, too.
         most: the share of them that it may be unable to read (`prepare.max_reject_fraction`).
+        batch_by: what is shuffled.
         held_out: the pairs to load instead; None: what is trained on.
     """
 
@@ -139,6 +142,7 @@ class LabelledPairs:
     model: GivenModel
     by_votes: bool = False
     most: float = 1.0
+    batch_by: BatchBy = "pair"
     held_out: HeldOutPairs | None = None
 
     def __call__(self, encoder: Encoder) -> BradleyTerry:
@@ -157,7 +161,9 @@ class LabelledPairs:
         if shares is not None:
             soft = np.count_nonzero((shares != 0) & (shares != 1))
             logger.info("fit: of %d pairs %d are learned as a share of votes", len(shares), soft)
-        return BradleyTerry(found.rows, found.pair_ids, shares, left_out=found.left_out)
+        return BradleyTerry(
+            found.rows, found.pair_ids, shares, left_out=found.left_out, batch_by=self.batch_by
+        )
 
     def _identity(self) -> list[object]:
         chosen = None if self.held_out is None else self.held_out.identity()

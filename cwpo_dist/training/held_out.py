@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from cwpo_dist.lm.recompute import start_training
-from cwpo_dist.training.loop import Engine, Run, finite_loss, micro_batches
+from cwpo_dist.training.loop import Engine, Run, finite_loss
+from cwpo_dist.training.micro_batches import micro_batches, parts_of
 from cwpo_dist.training.tasks import Task
 
 BATCH = 64  # rows at a time, over all ranks
@@ -34,9 +35,10 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
     with torch.no_grad():
         for start in range(0, len(every), BATCH):
             indices = every[start : start + BATCH]
-            for micro in micro_batches(task, engine, run, indices):
-                batch = micro.batch.to(engine.device)
-                output_PK = batch.by_row(engine.forward(batch))
+            parts = parts_of(task, indices, run.limits, engine.world_size)
+            ranks = engine.rank, engine.world_size
+            for micro in micro_batches(parts, run.limits, *ranks, run.pad_id):
+                output_PK = micro.by_pair(engine.forward(micro.batch.to(engine.device)))
                 if micro.weight:
                     rows = [indices[p] for p in micro.positions]
                     outputs_NK[rows] = output_PK.double().cpu()

@@ -3,7 +3,7 @@
 The one training loop of `fit`, `sft` and `align`. It knows neither Ray nor DeepSpeed. What a step
 computes depends on (seed, step) alone: world size and micro-batches change only who computes it.
 
-Shapes: P = rows of a micro-batch or global batch, K = answers a row, A = answers.
+Shapes: P = rows of a micro-batch or global batch, K = answers a row.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from cwpo_dist.config import TrainingConfig
-from cwpo_dist.lm.batches import global_batch, plan_micro_batches, steps_per_epoch, total_steps
+from cwpo_dist.lm.batches import global_batch, steps_per_epoch, total_steps
 from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.recompute import recompute
-from cwpo_dist.lm.rows import Layout, RowBatch, collate, planned_length
+from cwpo_dist.lm.rows import Layout, Row, RowBatch
 from cwpo_dist.training.meter import Meter
+from cwpo_dist.training.micro_batches import Limits, micro_batches, parts_of
 from cwpo_dist.training.optim import learning_rates
 from cwpo_dist.training.shards import Share
 from cwpo_dist.training.tasks import Indices, Task
@@ -87,6 +88,7 @@ class Run:
         layout: how pairs are laid out for the model.
         pad_id: the tokenizer's pad.
         flops: what a forward pass costs, for the log; None: not said.
+        longest_shared: tokens of a row that several pairs share, at most, under a dense mask.
     """
 
     config: TrainingConfig
@@ -94,6 +96,12 @@ class Run:
     layout: Layout
     pad_id: int
     flops: UsefulFlops | None = None
+    longest_shared: float = math.inf
+
+    @property
+    def limits(self) -> Limits:
+        """Of a micro-batch."""
+        return Limits(self.layout, self.config.max_tokens_per_micro_batch, self.longest_shared)
 
 
 class Hooks:
@@ -155,7 +163,7 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
                 f"{_names(task, result.indices)}; the last checkpoint stays good: lower the "
                 "learning rate, or look at these pairs"
             )
-        meter.add([task.rows[i] for i in indices], result.useful_tokens, result.padded_tokens)
+        meter.add(len(indices), result.rows, result.useful_tokens, result.padded_tokens)
         done = step + 1
         judged = _due(run.config.eval_steps, done, total)
         if judged or _due(run.config.logging_steps, done, total):
@@ -177,6 +185,7 @@ class StepResult:
     Attributes:
         indices: rows of the global batch.
         outputs_PK: float64 outputs of all its rows, whichever rank computed them.
+        rows: that went through the model for them.
         loss: of the global batch.
         useful_tokens: over all ranks.
         padded_tokens: over all ranks.
@@ -186,6 +195,7 @@ class StepResult:
 
     indices: list[int]
     outputs_PK: Tensor
+    rows: list[Row]
     loss: float
     useful_tokens: float
     padded_tokens: float
@@ -220,12 +230,13 @@ def gradients(
     denominator = task.denominator(indices)
     outputs_PK = torch.zeros(len(indices), task.n_answers, dtype=torch.float64)
     tokens = torch.zeros(2, dtype=torch.float64)
-    for micro in micro_batches(task, engine, run, indices):
+    parts = parts_of(task, indices, run.limits, engine.world_size)
+    for micro in micro_batches(parts, run.limits, engine.rank, engine.world_size, run.pad_id):
         torch.manual_seed(_dropout_seed(run.seed, step, engine.rank, micro.number))
         batch = micro.batch.to(engine.device)
         meter.mark("data")
         recompute(engine.module, on=run.config.gradient_checkpointing or micro.over_budget)
-        output_PK = batch.by_row(engine.forward(batch))
+        output_PK = micro.by_pair(engine.forward(batch))
         loss_P = task.losses(output_PK, [indices[p] for p in micro.positions])
         # DeepSpeed averages over ranks, hence × world size. A pad is a finite row times 0.
         loss = (loss_P.sum() * (micro.weight * engine.world_size)) / denominator
@@ -237,67 +248,20 @@ def gradients(
         useful = micro.batch.useful_tokens * micro.weight
         tokens += torch.tensor([useful, micro.batch.padded_tokens])
     flags = torch.tensor([hooks.wants_stop(), hooks.wants_poll()], dtype=torch.float64)
-    # Each row was computed by one rank and is 0 on the others: the sum tells all of them all.
+    # Each pair was computed by one rank and is 0 on the others: the sum tells all of them all.
     summed = engine.total(torch.cat([flags, tokens, outputs_PK.flatten()]))
     meter.mark("communication")
     outputs_PK = summed[4:].reshape(outputs_PK.shape)
     return StepResult(
         indices=indices,
         outputs_PK=outputs_PK,
+        rows=[row for part in parts for row in part.rows],
         loss=finite_loss(task, step, indices, outputs_PK) / denominator,
         useful_tokens=float(summed[2]),
         padded_tokens=float(summed[3]),
         stop=bool(summed[0]),
         poll=bool(summed[1]),
     )
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-step of one rank.
-
-    Attributes:
-        number: from 0 in each step.
-        positions: of its rows in the global batch.
-        batch: these rows.
-        weight: 0 marks a pad.
-        last: of the step.
-        over_budget: whether a rank has a row in it that alone exceeds the budget of tokens.
-    """
-
-    number: int
-    positions: list[int]
-    batch: RowBatch
-    weight: float
-    last: bool
-    over_budget: bool
-
-
-def micro_batches(task: Task, engine: Engine, run: Run, indices: list[int]) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a global batch: as many as every other rank has.
-
-    Args:
-        task: whose rows they are.
-        engine: says which rank this is, of how many.
-        run: layout, pad, and the budget of tokens of one micro-batch.
-        indices: rows of the global batch.
-    """
-    rows = [task.rows[i] for i in indices]
-    lengths = [planned_length(row, run.layout) for row in rows]
-    budget = run.config.max_tokens_per_micro_batch
-    plans = plan_micro_batches(lengths, budget, engine.world_size, run.layout)
-    shortest = min(range(len(rows)), key=lengths.__getitem__)
-    for number, positions in enumerate(plans[engine.rank]):
-        filled = positions or [shortest]
-        longest = max(lengths[p] for other in plans for p in other[number])
-        yield MicroBatch(
-            number=number,
-            positions=filled,
-            batch=collate([rows[p] for p in filled], run.layout, run.pad_id),
-            weight=1.0 if positions else 0.0,
-            last=number == len(plans[0]) - 1,
-            over_budget=longest > budget,
-        )
 
 
 def finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> float:

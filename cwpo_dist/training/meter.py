@@ -72,16 +72,17 @@ class Meter:
         """Marks the end of a part of a step."""
         self._marks.append((part, self._now()))
 
-    def add(self, rows: list[Row], useful_tokens: float, padded_tokens: float) -> None:
+    def add(self, pairs: int, rows: list[Row], useful_tokens: float, padded_tokens: float) -> None:
         """Counts a step that is done.
 
         Args:
-            rows: of its global batch.
+            pairs: of its global batch.
+            rows: that went through the model for them.
             useful_tokens: over all ranks.
             padded_tokens: over all ranks.
         """
         self._steps += 1
-        self._pairs += len(rows)
+        self._pairs += pairs
         self._useful += useful_tokens
         self._padded += padded_tokens
         if self._flops is not None:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cwpo_dist.config import BatchBy
 from cwpo_dist.lm.batches import Order, proportional, uniform
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, bradley_terry
+from cwpo_dist.pairs.records import prompt_of
 
 Indices = Sequence[int]
 Numbers = Sequence[float] | NDArray[np.floating[Any]]  # one a row, such as a view of a file
@@ -42,11 +45,13 @@ class Task(ABC):
         rows: tokens; the chosen answer first. Rows of a file all have the same number of answers.
         pair_ids: the name of each row, for messages.
         left_out: how many pairs are not among them, by reason; empty where nobody counted.
+        batch_by: 'prompt': pairs of a prompt, which lie side by side, stay so in every epoch.
     """
 
     rows: Sequence[Row]
     pair_ids: Sequence[str]
     left_out: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    batch_by: BatchBy = field(default="pair", kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks that every row can be trained on."""
@@ -69,7 +74,14 @@ class Task(ABC):
     @cached_property
     def order(self) -> Order:
         """Which rows an epoch goes through, and in what order."""
-        return uniform(len(self.rows))
+        return uniform(len(self.rows), self._prompts())
+
+    def _prompts(self) -> NDArray[np.int64] | None:
+        """[N] the number of each row's prompt, where the order asks for it."""
+        if self.batch_by == "pair":
+            return None
+        sizes = [sum(1 for _ in pairs) for _, pairs in groupby(self.pair_ids, prompt_of)]
+        return np.repeat(np.arange(len(sizes)), sizes)
 
     @abstractmethod
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
@@ -217,7 +229,7 @@ class Preference(Task):
     def order(self) -> Order:
         """All pairs, or as many as ΣC of them, each as often as its C asks."""
         if self.sampling == "proportional":
-            return proportional(self.weights)
+            return proportional(self.weights, self._prompts())
         return super().order
 
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:

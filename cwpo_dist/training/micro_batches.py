@@ -1,0 +1,175 @@
+"""Pairs of a global batch in; one rank's micro-batches out, with each answer of a part once.
+
+Pairs of a prompt that meet in a global batch are a part of it, which is computed at once: an answer
+that stands in several of them goes through the model once, and its gradient is the sum of what they
+ask of it. Without others of its prompt a pair is a part by itself.
+
+Shapes: P = pairs of a micro-batch, K = answers a pair, A = answers of the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from cwpo_dist.lm.batches import plan_micro_batches
+from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate, planned_length
+from cwpo_dist.lm.sharing import SharedRows, unshared
+from cwpo_dist.pairs.records import prompt_of
+from cwpo_dist.training.tasks import Indices, Task
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a micro-batch.
+
+    Attributes:
+        layout: how its rows are laid out.
+        max_tokens: of it, with any padding.
+        longest: tokens of a row that several pairs share: a dense mask computes what it hides.
+    """
+
+    layout: Layout
+    max_tokens: int
+    longest: float = math.inf
+
+    def length(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """By which rows are planned that stay together, and how many sequences that length is."""
+        lengths = [planned_length(row, self.layout) for row in rows]
+        if self.layout == "packed":
+            return sum(lengths), 1
+        if self.layout == "shared":
+            return len(rows) * max(lengths), len(rows)
+        sequences = sum(len(row.answers) for row in rows)
+        return sequences * max(row.n_longest for row in rows), sequences
+
+    def allow(self, rows: Sequence[Row]) -> bool:
+        """Whether they may be computed at once, for several pairs."""
+        longest = max(row.n_tokens for row in rows)
+        return self.length(rows)[0] <= self.max_tokens and longest <= self.longest
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pairs of one prompt, and the rows that hold their answers.
+
+    Attributes:
+        pairs: the position of each in the global batch, and its own row.
+        rows: with any number of answers.
+        places: of each pair, those of its answers among the answers of all rows.
+    """
+
+    pairs: list[tuple[int, Row]]
+    rows: list[Row]
+    places: list[list[int]]
+
+    @classmethod
+    def of(cls, pairs: list[tuple[int, Row]]) -> Part:
+        """The answers of these pairs, each once."""
+        if len(pairs) == 1:
+            ((_, row),) = pairs
+            return cls(pairs, [row], [list(range(len(row.answers)))])
+        answers = [unshared(row) for _, row in pairs]
+        shared = SharedRows.of([("", answer) for answer in chain.from_iterable(answers)])
+        places = iter(shared.places)
+        return cls(pairs, shared.rows, [[next(places) for _ in each] for each in answers])
+
+    def halves(self) -> tuple[Part, Part]:
+        """The same pairs in two parts; those that share answers stay together where they can."""
+        order = sorted(range(len(self.pairs)), key=self.places.__getitem__)
+        pairs, half = [self.pairs[i] for i in order], (len(order) + 1) // 2
+        return Part.of(pairs[:half]), Part.of(pairs[half:])
+
+    def within(self, limits: Limits) -> list[Part]:
+        """Itself, or as many as it takes for each to be within the limits or a pair alone."""
+        if len(self.pairs) == 1 or limits.allow(self.rows):
+            return [self]
+        return [part for half in self.halves() for part in half.within(limits)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-step of one rank.
+
+    Attributes:
+        number: from 0 in each step.
+        positions: of its pairs in the global batch.
+        places_PK: of their answers among those of the batch.
+        batch: the rows that hold them.
+        weight: 0 marks a pad.
+        last: of the step.
+        over_budget: whether a rank has a pair in it that alone exceeds the budget of tokens.
+    """
+
+    number: int
+    positions: list[int]
+    places_PK: Tensor
+    batch: RowBatch
+    weight: float
+    last: bool
+    over_budget: bool
+
+    def by_pair(self, numbers_A: Tensor) -> Tensor:
+        """One number an answer as [P, K]; an answer's gradient is the sum over its pairs."""
+        return numbers_A[self.places_PK.to(numbers_A.device)]
+
+
+def parts_of(task: Task, indices: Indices, limits: Limits, world_size: int) -> list[Part]:
+    """A global batch, part by part; the same on all ranks.
+
+    Args:
+        task: whose rows they are.
+        indices: rows of the global batch.
+        limits: of a micro-batch.
+        world_size: ranks; there are as many parts at least, where the pairs suffice.
+    """
+    by_prompt: dict[str, list[tuple[int, Row]]] = {}
+    for position, i in enumerate(indices):
+        by_prompt.setdefault(prompt_of(task.pair_ids[i]), []).append((position, task.rows[i]))
+    parts = [part for pairs in by_prompt.values() for part in Part.of(pairs).within(limits)]
+    while len(parts) < min(world_size, len(indices)):  # else ranks would have nothing to do
+        largest = max(range(len(parts)), key=lambda i: len(parts[i].pairs))
+        parts[largest : largest + 1] = parts[largest].halves()
+    return parts
+
+
+def micro_batches(
+    parts: Sequence[Part], limits: Limits, rank: int, world_size: int, pad_id: int
+) -> Iterator[MicroBatch]:
+    """A rank's micro-batches of a global batch: as many as every other rank has.
+
+    Args:
+        parts: of the global batch.
+        limits: of a micro-batch.
+        rank: whose they are.
+        world_size: of how many.
+        pad_id: the tokenizer's.
+    """
+    lengths, sequences = zip(*(limits.length(part.rows) for part in parts), strict=True)
+    plans = plan_micro_batches(lengths, limits.max_tokens, world_size, limits.layout, sequences)
+    shortest = min(range(len(parts)), key=lengths.__getitem__)
+    for number, chosen in enumerate(plans[rank]):
+        filled = [parts[i] for i in chosen or [shortest]]
+        longest = max(lengths[i] for plan in plans for i in plan[number])
+        yield MicroBatch(
+            number=number,
+            positions=[position for part in filled for position, _ in part.pairs],
+            places_PK=_places(filled),
+            batch=collate([row for part in filled for row in part.rows], limits.layout, pad_id),
+            weight=1.0 if chosen else 0.0,
+            last=number == len(plans[0]) - 1,
+            over_budget=longest > limits.max_tokens,
+        )
+
+
+def _places(parts: Sequence[Part]) -> Tensor:
+    """[P, K] among the answers of all parts' rows."""
+    answers = (sum(len(row.answers) for row in part.rows) for part in parts)
+    starts = accumulate(answers, initial=0)
+    each = zip(parts, starts, strict=False)  # the last start is the end
+    return torch.tensor([[at + k for k in pair] for part, at in each for pair in part.places])
