@@ -1,7 +1,16 @@
 """What a run is told: one typed, frozen section a stage, each field with its default."""
 
 from cwpo_dist.config.base import ConfigError, Fraction, PositiveFloat, PositiveInt, Section, Split
-from cwpo_dist.config.config import ARMS, TRAINING, Arm, CompareConfig, Config, Grid, WeighConfig
+from cwpo_dist.config.config import (
+    ARMS,
+    TRAINING,
+    Arm,
+    CompareConfig,
+    Config,
+    Grid,
+    WeighConfig,
+    WeighPairing,
+)
 from cwpo_dist.config.data import LabelColumn, Pairing, PrepareConfig, Source
 from cwpo_dist.config.models import TEMPLATE_DATE, LoraConfig, ModelConfig
 from cwpo_dist.config.scoring import (
@@ -54,4 +63,5 @@ __all__ = [
     "Tracker",
     "TrainingConfig",
     "WeighConfig",
+    "WeighPairing",
 ]

@@ -15,6 +15,9 @@ from cwpo_dist.config.training import AlignConfig, FitConfig, SftConfig
 S = TypeVar("S", bound=Section)
 
 
+WeighPairing = Literal["given", "best_worst"]
+
+
 class WeighConfig(Section):
     """margin → confidence → weight."""
 
@@ -36,6 +39,11 @@ class WeighConfig(Section):
     ) = Field(
         None,
         description="overrides the arm's; C, σ(m), min(m,1), min(0.2m,1), 1, C(m − disagreement)",
+    )
+    pairing: WeighPairing = Field(
+        "given",
+        description="best_worst: of each prompt only the pair whose scores lie furthest apart, "
+        "which with prepare.pairing: all is the best answer against the worst; given: every pair",
     )
     top_fraction: Fraction | None = Field(None, description="keep the most confident share")
     min_confidence: Fraction | None = Field(None, description="keep pairs at least so confident")

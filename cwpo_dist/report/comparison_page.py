@@ -87,6 +87,7 @@ def _overridden(found: Found) -> list[str]:
     weigh = at(found, "config", "weigh") or {}
     keys = ("weight_function", "top_fraction", "min_confidence", "temperature")
     named = ["weigh.from"] if weigh.get("from", "annotator") != "annotator" else []
+    named += ["weigh.pairing"] if weigh.get("pairing", "given") != "given" else []
     named += [f"weigh.{key}" for key in keys if weigh.get(key) is not None]
     normalised = at(found, "config", "align", "weight_normalization") is not None
     return [*named, *(["align.weight_normalization"] if normalised else [])]

@@ -22,7 +22,7 @@ from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.records import content_hash, read_records, table_of
 from cwpo_dist.pairs.stored import Judgement, Pair, pair_schema, read_judgements, read_pairs
-from cwpo_dist.runs.arms import Chooser
+from cwpo_dist.runs.arms import Chooser, Weighting
 from cwpo_dist.runs.context import Context, annotator_name
 from cwpo_dist.runs.joined import Margins, ScoresIn
 from cwpo_dist.runs.output_key import Node, members
@@ -169,6 +169,14 @@ def decided_pairs(chooser: Chooser, counted: Census) -> int:
         return counted.own_pairs(chosen(chooser.column, counted.own), *chooser.splits)
     count = counted.labelled_pairs if chooser.labels == "human" else counted.pairs
     return count(*chooser.splits)
+
+
+def kept_pairs(how: Weighting, counted: Census) -> int:
+    """Those of them that `weigh` keeps at the most, before it drops what is too unsure."""
+    decided = decided_pairs(how.chooser, counted)
+    if how.pairing == "given":
+        return decided
+    return min(decided, counted.prompts_of(*how.chooser.splits))
 
 
 def annotated(context: Context, node: Node, chooser: Chooser) -> Annotated:

@@ -16,6 +16,7 @@ from cwpo_dist.config import (
     SftConfig,
     Split,
     WeighConfig,
+    WeighPairing,
 )
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.sources import Fingerprint, source_fingerprints
@@ -181,39 +182,46 @@ class Weighting:
     Attributes:
         chooser: whose margins they are.
         weight_function: its name.
-        top_fraction: the share of pairs that is kept; None: all.
+        pairing: which pairs of a prompt are kept.
+        top_fraction: the share of pairs that is kept of these; None: all.
         min_confidence: pairs below are left out; None: none is.
         divided_by_mean: whether weights are divided by their mean.
     """
 
     chooser: Chooser
     weight_function: str
+    pairing: WeighPairing
     top_fraction: float | None
     min_confidence: float | None
     divided_by_mean: bool
 
     def identity(self) -> dict[str, object]:
-        """All of it; division is there where it is done."""
+        """All of it; division and pairing are there where they are done."""
         content = self.chooser.identity() | {
             "weight_function": self.weight_function,
             "top_fraction": self.top_fraction,
             "min_confidence": self.min_confidence,
             "temperature": self.chooser.temperature,
         }
-        return content | ({"divided_by_mean": True} if self.divided_by_mean else {})
+        if self.divided_by_mean:
+            content["divided_by_mean"] = True
+        if self.pairing != "given":
+            content["pairing"] = self.pairing
+        return content
 
 
 def weighting(config: Config, arm: Arm) -> Weighting:
     """How an arm weighs.
 
-    Another weight function is for arms that weigh at all (`weak` stays at 1); a selection and a
-    temperature are for every arm that has confidences.
+    Another weight function is for arms that weigh at all (`weak` stays at 1); a selection, a
+    pairing and a temperature are for every arm that has confidences.
     """
     user = config.weigh
     weighs, scored = arm.weight_function != "one", arm.labels != "human"
     return Weighting(
         chooser=_chooser(user, arm),
         weight_function=(weighs and user.weight_function) or arm.weight_function,
+        pairing=user.pairing if scored else "given",
         top_fraction=(user.top_fraction if scored else None) or arm.top_fraction,
         min_confidence=user.min_confidence if scored else None,
         divided_by_mean=weighs and arm.sampling is None and normalization(config, arm) == "dataset",

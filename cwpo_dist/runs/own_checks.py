@@ -124,6 +124,7 @@ def _misfits_of_confidences(config: Config, name: str) -> Iterator[str]:
 def _of_margins(config: Config, how: Weighting) -> list[str]:
     """The settings of `weigh` that an arm has and that are about margins."""
     told = {
+        "pairing": None if how.pairing == "given" else how.pairing,
         "top_fraction": how.top_fraction,
         "min_confidence": how.min_confidence,
         "temperature": how.chooser.temperature,

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from cwpo_dist.config import WeighPairing
 from cwpo_dist.evaluation.shares import Floats
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
 from cwpo_dist.pairs.preferences import Preference, preference_schema, preference_table
-from cwpo_dist.pairs.records import Kind, table_of
+from cwpo_dist.pairs.records import Kind, prompt_of, table_of
 from cwpo_dist.pairs.stored import Pair
 from cwpo_dist.runs.annotations import Annotated
 from cwpo_dist.scoring.pipeline import counted, part, read_counts
@@ -28,6 +29,11 @@ from cwpo_dist.weighting import Selection, confidence, margin_of, sigmoid, weigh
 CONFIDENCES = pa.schema([("pair_id", pa.string()), ("confidence", pa.float64())])
 WEIGHTS = pa.schema([("shard", pa.int64()), ("weight", pa.float64()), ("pairs", pa.int64())])
 WRITTEN = pa.schema([("shard", pa.int64()), ("refused", pa.string()), ("counts", pa.string())])
+ENDS = pa.schema([("negative_margin", pa.float64()), ("pair_id", pa.string())])
+
+# (−margin, pair_id) of the pair of a prompt whose scores lie furthest apart: the least of them all,
+# so that of several such it is that of the least id.
+Furthest = tuple[float, str]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Weighing:
         divisor: the mean weight, where weights are divided by it.
         message_keys: what the run's messages have beside role and content, and `tools`.
         messages: whether text is written as the messages that the policy's template gets of it.
+        pairing: which pairs of a prompt are kept.
+        elsewhere: prompt → the pair that is kept of it, where its pairs lie in several shards.
     """
 
     annotated: Annotated
@@ -55,16 +63,28 @@ class Weighing:
     divisor: float = 1.0
     message_keys: tuple[str, ...] = ()
     messages: bool = False
+    pairing: WeighPairing = "given"
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+
+    def at_the_ends(self, index: int) -> pa.Table:
+        """The furthest pair of a shard's first prompt and of its last, which others may have too.
+
+        Pairs are sorted by ids that begin with their prompt's, so that no other prompt has any
+        elsewhere.
+        """
+        found = list(self._furthest(self._decided(index)).values())
+        ends = dict.fromkeys(found[:1] + found[-1:])
+        return pa.table([*zip(*ends, strict=True)] or [[], []], schema=ENDS)
 
     def confidences(self, index: int) -> pa.Table:
         """Ids and confidences of one shard's pairs."""
-        decisions = self._decided(index)
+        decisions = self._kept(self._decided(index))
         found = {"pair_id": list(decisions), "confidence": self._numbers(decisions).confidence}
         return pa.table(found, schema=CONFIDENCES)
 
     def weights(self, selection: Selection, index: int) -> pa.Table:
         """The sum of one shard's weights, and of how many pairs."""
-        decisions = self._decided(index)
+        decisions = self._kept(self._decided(index))
         numbers = self._numbers(decisions)
         sure = zip(decisions, numbers.confidence.tolist(), strict=True)
         selected = numbers.weight[[selection.selects(value, pair_id) for pair_id, value in sure]]
@@ -74,6 +94,25 @@ class Weighing:
     def _decided(self, index: int) -> dict[str, Decision]:
         opinions, _ = self.annotated.opinions(index)
         return decide(self.annotated.judgements(index), opinions, self.labels, self.splits)
+
+    def _furthest(self, decisions: dict[str, Decision]) -> dict[str, Furthest]:
+        """Of each prompt of one shard, in the order of the shard."""
+        found: dict[str, Furthest] = {}
+        for pair_id, number in zip(decisions, self._numbers(decisions).rows(), strict=True):
+            assert number.margin is not None, (
+                "plan refuses to pair by what has no margin"
+            )
+            this, prompt = (-number.margin, pair_id), prompt_of(pair_id)
+            found[prompt] = min(found.get(prompt, this), this)
+        return found
+
+    def _kept(self, decisions: dict[str, Decision]) -> dict[str, Decision]:
+        """All of them, or one a prompt."""
+        if self.pairing == "given":
+            return decisions
+        kept = {prompt: pair_id for prompt, (_, pair_id) in self._furthest(decisions).items()}
+        kept |= {prompt: self.elsewhere[prompt] for prompt in kept.keys() & self.elsewhere.keys()}
+        return {i: decision for i, decision in decisions.items() if kept[prompt_of(i)] == i}
 
     def write(self, selection: Selection, index: int) -> pa.Table:
         """Writes one shard's preferences; says what was counted, and what storage had against it.
@@ -97,7 +136,7 @@ class Weighing:
         opinions, alone = self.annotated.opinions(index)
         decisions = decide(pairs, opinions, self.labels, self.splits)
         numbers = dict(zip(decisions, self._numbers(decisions).rows(), strict=True))
-        selected = list(self._preferences(pairs, decisions, numbers, selection))
+        selected = list(self._preferences(pairs, self._kept(decisions), numbers, selection))
         of_splits = {pair.pair_id: pair for pair in pairs if pair.split in self.splits}
         counts = self._counts(decisions, opinions or {}, numbers)
         counts |= {

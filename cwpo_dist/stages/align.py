@@ -14,7 +14,7 @@ from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.preferences import Choice, read_choices
-from cwpo_dist.runs.annotations import decided_pairs
+from cwpo_dist.runs.annotations import kept_pairs
 from cwpo_dist.runs.arms import ArmRun, Weighting, held_out_split, normalization, weighting
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
@@ -91,7 +91,7 @@ def work(context: Context, node: Node[AlignSettings], counted: Census) -> Traini
     training = Training(
         "",
         model=told.model.field,
-        pairs=decided_pairs(told.weighting.chooser, counted),
+        pairs=kept_pairs(told.weighting, counted),
         training=told.config,
         kept=told.weighting.top_fraction or 1.0,
         sampled=told.sampling is not None,

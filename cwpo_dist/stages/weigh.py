@@ -1,8 +1,9 @@
 """pairs, scores → preferences: who won, by what margin, how confidently, with what weight.
 
 Each shard is a Ray task that decides alone (`runs/weighed_shards.py`). What a pair's weight needs
-to know of all others is three numbers, found in passes of their own where they are asked for: the
-fitted temperature, the last pair of the top share, and the mean weight.
+to know of all others is found in passes of their own where it is asked for: the fitted temperature,
+the pair that is kept of a prompt whose pairs lie in several shards, the last pair of the top share,
+and the mean weight.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from functools import partial
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import LabelSource
 from cwpo_dist.pairs.numbers import Own
-from cwpo_dist.pairs.records import rows_of
+from cwpo_dist.pairs.records import prompt_of, rows_of
 from cwpo_dist.runs.annotations import (
     annotated,
     decided_pairs,
     gather,
+    kept_pairs,
     label_source,
     own_kind,
 )
@@ -31,7 +33,15 @@ from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, scored
 from cwpo_dist.runs.own_numbers import OwnNumbersError, void_fault
 from cwpo_dist.runs.stage import Stage, Work
-from cwpo_dist.runs.weighed_shards import CONFIDENCES, WEIGHTS, WRITTEN, Weighing, Written
+from cwpo_dist.runs.weighed_shards import (
+    CONFIDENCES,
+    ENDS,
+    WEIGHTS,
+    WRITTEN,
+    Furthest,
+    Weighing,
+    Written,
+)
 from cwpo_dist.storage import StorageError
 from cwpo_dist.weighting import Selection, last_of_top
 
@@ -75,9 +85,11 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
 
 def work(context: Context, node: Node[WeighSettings], counted: Census) -> Work:
     """All pairs whose better answer somebody knows."""
-    chooser = node.settings.weighting.chooser
-    text = f"{decided_pairs(chooser, counted):,} pairs"
-    return Work(text, counted.pairs(*chooser.splits), "pairs")
+    how = node.settings.weighting
+    decided, kept = decided_pairs(how.chooser, counted), kept_pairs(how, counted)
+    text = f"{decided:,} pairs" + (f", of which {kept:,} are kept" if kept < decided else "")
+    pairs = counted.pairs(*how.chooser.splits)
+    return Work(text, pairs if how.pairing == "given" else kept, "pairs")
 
 
 def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
@@ -100,7 +112,10 @@ def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
         weight_function=how.weight_function,
         message_keys=tuple(context.counts(node.inputs["prepare"])["message_keys"]),
         messages=node.settings.messages,
+        pairing=how.pairing,
     )
+    if how.pairing == "best_worst":
+        weighing = replace(weighing, elsewhere=_across_shards(weighing))
     selection = Selection(_last(weighing, how.top_fraction), how.min_confidence)
     if how.divided_by_mean:
         weighing = replace(weighing, divisor=_mean_weight(weighing, selection))
@@ -117,6 +132,16 @@ def _check_own(context: Context, node: Node[WeighSettings], own: Own) -> None:
     fault = void_fault(own, counts["void_numbers"], counts["rows_in"], most)
     if fault is not None:
         raise OwnNumbersError(fault)
+
+
+def _across_shards(weighing: Weighing) -> dict[str, str]:
+    """The pair that is kept of each prompt whose pairs may lie in several shards, by the prompt."""
+    found = gather(weighing.at_the_ends, weighing.annotated.shards, ENDS)
+    ends = zip(*(found[name].to_pylist() for name in ENDS.names), strict=True)
+    best: dict[str, Furthest] = {}
+    for furthest in sorted(ends, reverse=True):  # the least last
+        best[prompt_of(furthest[1])] = furthest
+    return {prompt: pair_id for prompt, (_, pair_id) in best.items()}
 
 
 def _mean_weight(weighing: Weighing, selection: Selection) -> float:
