@@ -3,8 +3,10 @@
 Usage: python benchmarks/align.py [--models 4:96,30:24] [--answers 4] [--help]
 
 One process, one thread, fp32, no gradient checkpointing, one epoch of DPO in global batches of 8
-with the policy as its own reference. With `--answers 4` the model samples so many answers to each
-prompt, and all their pairs are trained on in batches of 24, prompt by prompt (`batch_by: prompt`).
+with the policy as its own reference, pairs drawn at random. With `--answers 4` the model samples so
+many answers to each prompt, and all their pairs are trained on in batches of 24, prompt by prompt
+(`batch_by: prompt`).
+
 Everything after tokenising counts: the reference pass, every forward and backward pass, every
 optimizer step. Both sides get the same token ids in the same order, and no pair is truncated. Each
 run is a process of its own, so that its peak memory is its own; sides are interleaved. TRL tries
@@ -83,12 +85,14 @@ def policy(spec: dict[str, Any]) -> Any:
     return model
 
 
-def preferences(rows: dict[str, Row], references: list[tuple[float, float]]) -> Any:
-    """Pairs of weight 1, whose order keeps those of a prompt together."""
+def preferences(
+    spec: dict[str, Any], rows: dict[str, Row], references: list[tuple[float, float]]
+) -> Any:
+    """Pairs of weight 1."""
     from cwpo_dist.training.tasks import Preference
 
-    by: Any = {"loss_type": "sigmoid", "beta": BETA, "batch_by": "prompt"}
-    return Preference(list(rows.values()), list(rows), [1.0] * len(rows), references, **by)
+    told: Any = {"loss_type": "sigmoid", "beta": BETA, "batch_by": spec["batch_by"]}
+    return Preference(list(rows.values()), list(rows), [1.0] * len(rows), references, **told)
 
 
 def ours(spec: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def ours(spec: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
     references = of_pairs(forward(answers).values, parts)
     reference_s = time.perf_counter() - started
     run = Run(config, SEED, forward.layout, 0)
-    task = preferences(rows, references)
+    task = preferences(spec, rows, references)
     start_training(module)
     if spec["gradient"]:
         _, first = global_batch(task.order, spec["batch"], SEED, 0)
@@ -178,7 +182,7 @@ def trl(spec: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
             _keep_gradient(kw["model"], spec["gradient"])
 
-    batch, task = spec["batch"], preferences(rows, [(0.0, 0.0)] * len(rows))
+    batch, task = spec["batch"], preferences(spec, rows, [(0.0, 0.0)] * len(rows))
     steps = range(steps_per_epoch(len(rows), batch))
     order = [i for step in steps for i in global_batch(task.order, batch, SEED, step)[1].tolist()]
     pairs = [
@@ -286,11 +290,9 @@ def drawn_rows(
     so many that `sampler` samples to each prompt.
     """
     settings = ModelConfig(model_name_or_path=model, max_length=MAX_LENGTH)
-    encoder, drawn = (
-        Encoder(load_tokenizer(settings), settings.chat_template),
-        drawn_pairs(data, settings, folder),
-    )
-    asked = [Asked(pair.prompt, pair.answers, pair.tools) for pair in drawn]
+    encoder = Encoder(load_tokenizer(settings), settings.chat_template)
+    pairs = drawn_pairs(data, settings, folder)
+    asked = [Asked(pair.prompt, pair.answers, pair.tools) for pair in pairs]
     each = list(combinations(range(answers), 2))
     if answers > 2:
         asked = sampled(sampler, encoder, asked[: count // len(each)], answers)
@@ -447,8 +449,14 @@ def compare(
 ) -> None:
     """Measures and prints; see the head of this file for what is compared with what."""
     torch.set_num_threads(1)
-    options = {"lora": lora, "epochs": epochs, "max_tokens": max_tokens, "engine": engine}
-    options |= {"batch": 8 if answers == 2 else 24}
+    options: dict[str, Any] = {
+        "lora": lora,
+        "epochs": epochs,
+        "max_tokens": max_tokens,
+        "engine": engine,
+    }
+    several = answers > 2
+    options |= {"batch": 24 if several else 8, "batch_by": "prompt" if several else "pair"}
     figures: dict[str, Any] = {"benchmark": "align", "data": data, "answers": answers, **options}
     figures["environment"] = measure.environment()
     sizes = [int(size) for size in micro_batches.split(",")]

@@ -22,6 +22,7 @@ from torch import Tensor
 from cwpo_dist.config import AlignConfig, FitConfig
 from cwpo_dist.lm import packed
 from cwpo_dist.lm.batches import global_batch, proportional, uniform
+from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import Layout, Row, collate
 from cwpo_dist.lm.sharing import in_one_row, unshared
@@ -210,7 +211,8 @@ def test_a_step_by_prompt_is_a_function_of_seed_and_step_alone() -> None:
     assert [global_batch(again, 12, 5, step)[1].tolist() for step in reversed(range(30))] == (
         steps[::-1]
     )
-    assert steps != [global_batch(order, 12, 6, step)[1].tolist() for step in range(30)]
+    prompts = [list(dict.fromkeys(GROUPS[order.epoch(seed, 0)].tolist())) for seed in (5, 6)]
+    assert prompts[0] != prompts[1], "another seed, another order of the prompts"
 
 
 def test_by_prompt_a_pair_is_drawn_as_often_as_its_weight_asks() -> None:
@@ -245,10 +247,22 @@ def test_a_training_by_prompt_that_was_stopped_ends_as_one_that_was_not(sampling
         assert torch.equal(ours, theirs)
 
 
-def test_what_is_said_counts_pairs_and_the_tokens_that_were_computed() -> None:
-    task, hooks = preferences(batch_by="prompt"), Record()
-    train(task, engine_of(task), run_of("packed", 10**6), hooks)
-    assert [record["pairs_per_step"] for record in hooks.records][:2] == [12, 12]
+def test_what_is_said_is_of_pairs_and_of_the_rows_that_were_computed() -> None:
+    task, run = preferences(batch_by="prompt"), run_of("packed", 10**6)
+    flops = UsefulFlops(weights=1, attention_width=0, head_weights=0, head_reads_answers=True)
+    indices = global_batch(task.order, 12, run.seed, 0)[1].tolist()
+    found = gradients(task, engine_of(task), run, 0, indices)
+    assert found.useful_tokens == sum(row.n_tokens for row in found.rows)
+    assert found.useful_tokens < sum(task.rows[i].n_tokens for i in indices)
+    hooks = Record()
+    train(task, engine_of(task), replace(run, flops=flops), hooks)
+    first = hooks.records[0]
+    assert first["pairs_per_step"] == 12
+    # Two operations a weight and token, and a backward pass of twice as many.
+    assert first["useful_flops_per_second"] == pytest.approx(3 * 2 * first["tokens_per_second"])
+    assert first["tokens_per_second"] / first["pairs_per_second"] == pytest.approx(
+        found.useful_tokens / 12
+    )
 
 
 def test_keys_of_runs_by_pair_are_what_they_were() -> None:

@@ -12,15 +12,17 @@ import pyarrow as pa
 import pytest
 from small_run import small_config
 
-from cwpo_dist.config import Config
+from cwpo_dist.config import Config, FitConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import prepare_node
 from cwpo_dist.pairs.estimate import census
+from cwpo_dist.planning.costs import AnswerLengths, Lengths, together
 from cwpo_dist.planning.fleet import TOKEN_BYTES
 from cwpo_dist.planning.plan import StagePlan, plan
 from cwpo_dist.planning.sampled import read_sample
 from cwpo_dist.runs.checks import check
 from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.stage import Training
 from cwpo_dist.stages import annotate
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import MANIFEST, Store
@@ -46,6 +48,10 @@ def stages(config: Config) -> dict[str, StagePlan]:
     return {stage.stage: stage for stage in plan(config).stages}
 
 
+def labelled_prompts(config: Config) -> int:
+    return census(config.prepare, config.seed).prompts_of("labelled")
+
+
 def a_prompt(config: Config, field: str) -> int:
     """A model's tokens of a prompt and its four answers, in one row."""
     return check(config).encoders[field].encode("Is 0 enough?", ANSWERS).n_tokens
@@ -69,19 +75,31 @@ def test_an_answer_of_many_pairs_goes_through_a_model_once(tmp_path: Path) -> No
 def test_pairs_of_a_prompt_that_meet_in_a_batch_are_computed_together(tmp_path: Path) -> None:
     config = given(tmp_path)
     told = given(tmp_path, fit__batch_by="prompt", align__batch_by="prompt")
-    apart, together = stages(config), stages(told)
+    apart, shared = stages(config), stages(told)
     for stage, field in (("fit", "weak"), ("align", "policy")):
         encode = check(config).encoders[field].encode
         pairs = [encode("Is 0 enough?", both).n_tokens for both in combinations(ANSWERS, 2)]
-        saved = a_prompt(config, field) / sum(pairs)
-        assert saved < 0.5
-        assert together[stage].tokens == pytest.approx(saved * apart[stage].tokens, abs=1)
-        assert together[stage].work == apart[stage].work, "as many steps of as many pairs"
-    assert together["sft"].tokens == apart["sft"].tokens
-    few = given(tmp_path, fit__batch_by="prompt", fit__global_batch_size=3)
-    assert stages(few)["fit"].tokens == pytest.approx(2 * together["fit"].tokens, abs=2), (
-        "a prompt's six pairs lie in two batches"
-    )
+        batches = 1 + 5 / 8  # that a prompt of six pairs touches, of eight pairs each
+        saved = batches * a_prompt(config, field) / sum(pairs)
+        assert saved < 0.8
+        assert shared[stage].tokens == pytest.approx(saved * apart[stage].tokens, abs=1)
+        assert shared[stage].work == apart[stage].work, "as many steps of as many pairs"
+    assert shared["sft"].tokens == apart["sft"].tokens
+    whole = given(tmp_path, fit__batch_by="prompt", fit__global_batch_size=10**6)
+    assert stages(whole)["fit"].tokens == labelled_prompts(config) * a_prompt(config, "weak")
+    few = given(tmp_path, fit__batch_by="prompt", fit__global_batch_size=1)
+    assert stages(few)["fit"].tokens == apart["fit"].tokens, "no more than pair by pair"
+
+
+def test_a_prompts_answers_are_shared_by_the_pairs_that_are_trained_on() -> None:
+    """By hand: of a hundred prompts of four answers a sixth of the pairs fits the model."""
+    each = AnswerLengths(0.5, 100.0, 75.0)  # 150 tokens of each answer that fits
+    lengths = Lengths(1 / 6, 400.0, 250.0, 300.0, each)
+    config = FitConfig(global_batch_size=50, num_train_epochs=1.0)
+    work = Training("", model="weak", pairs=600, training=config, prompts=100, answers=400)
+    assert together(lengths, work, 100).shared == 100 * 100.0 / 100 + 400 * 75.0 / 100
+    assert together(lengths, work, 100).answers == 300.0
+    assert together(lengths, work, 30).shared == lengths.shared
 
 
 @pytest.mark.usefixtures("in_process")

@@ -178,9 +178,9 @@ class PairsConfig(TrainingConfig):
 
     batch_by: BatchBy = Field(
         "pair",
-        description="what is shuffled; prompt: pairs of a prompt meet in one batch, in which each "
-        "of their answers goes through the model once: less to compute, the same losses in another "
-        "order",
+        description="what is shuffled; prompt: pairs of a prompt stay side by side, so that they "
+        "mostly meet in a batch, where an answer of several pairs is computed once, as far as they "
+        "fit a micro-batch: the same losses in another order",
     )
 
     def identity(self) -> dict[str, object]:

@@ -59,7 +59,7 @@ class Order:
         shares: [rows] whole numbers, as often as a row is drawn in Σ shares / drawn epochs of ever
             other offsets; None: each row once an epoch.
         groups: [rows] numbers from 0; rows of a group are side by side in every epoch, groups and
-            the rows of each at random; None: all rows are.
+            the rows of each at random; None: rows lie in any order.
     """
 
     rows: int

@@ -166,8 +166,9 @@ class Estimate:
         size, lengths = self.checked.sizes[named(work.model)], self.lengths[named(work.model)]
         if work.chosen_alone:
             lengths = replace(lengths, shared=lengths.longest, answers=lengths.answers / 2)
-        if work.prompts:
-            lengths = together(lengths, work)
+        data = data_memory(pairs, pairs * lengths.shared)
+        if work.prompts and pairs:
+            lengths = together(lengths, work, pairs)
         steps = total_steps(training, pairs)
         seen = min(steps * training.global_batch_size, pairs * training.num_train_epochs)
         tokens = round(seen * lengths.shared)
@@ -176,7 +177,7 @@ class Estimate:
         passes = (3 if training.lora is None else 2) + training.gradient_checkpointing
         kind = "LoRA" if training.lora is not None else "full"
         memory, details = self._needs(training, size)
-        if (data := data_memory(pairs, pairs * lengths.shared)).node >= TOLD_BYTES:
+        if data.node >= TOLD_BYTES:
             details = (
                 *details,
                 f"and up to {_gib(data.node)} GiB of token ids on each node's disk (TMPDIR), which "
@@ -218,15 +219,24 @@ class Estimate:
         return 2 if gpus(self.checked.machines) else 4
 
 
-def together(lengths: Lengths, work: Training) -> Lengths:
-    """Tokens a pair where those of a prompt meet in a batch, in as many as they fill."""
-    batches = max(1.0, work.pairs / work.prompts / work.training.global_batch_size)
+def together(lengths: Lengths, work: Training, pairs: int) -> Lengths:
+    """About how many tokens a pair takes where those of a prompt lie side by side in an epoch.
+
+    A prompt of n pairs touches 1 + (n − 1) / B batches of B in the mean, in each of which its
+    answers are computed once. What is cut further, for a micro-batch or for ranks, is not counted.
+
+    Args:
+        lengths: of pairs by themselves.
+        work: with the prompts and answers of its pairs.
+        pairs: those that are trained on.
+    """
+    batches = 1 + max(0.0, pairs / work.prompts - 1) / work.training.global_batch_size
     every = batches * lengths.each.tokens(work.prompts, work.answers)
     answers = batches * work.answers * lengths.each.answer
     return replace(
         lengths,
-        shared=min(lengths.shared, every / work.pairs),
-        answers=min(lengths.answers, answers / work.pairs),
+        shared=min(lengths.shared, every / pairs),
+        answers=min(lengths.answers, answers / pairs),
     )
 
 

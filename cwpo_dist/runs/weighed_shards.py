@@ -51,7 +51,7 @@ class Weighing:
         message_keys: what the run's messages have beside role and content, and `tools`.
         messages: whether text is written as the messages that the policy's template gets of it.
         pairing: which pairs of a prompt are kept.
-        elsewhere: prompt → the pair that is kept of it, where its pairs lie in several shards.
+        elsewhere: prompt → the pair that is kept of it, where its pairs may lie in several shards.
     """
 
     annotated: Annotated
@@ -99,9 +99,7 @@ class Weighing:
         """Of each prompt of one shard, in the order of the shard."""
         found: dict[str, Furthest] = {}
         for pair_id, number in zip(decisions, self._numbers(decisions).rows(), strict=True):
-            assert number.margin is not None, (
-                "plan refuses to pair by what has no margin"
-            )
+            assert number.margin is not None, "plan refuses to pair by what has no margin"
             this, prompt = (-number.margin, pair_id), prompt_of(pair_id)
             found[prompt] = min(found.get(prompt, this), this)
         return found

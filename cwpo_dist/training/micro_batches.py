@@ -2,7 +2,8 @@
 
 Pairs of a prompt that meet in a global batch are a part of it, which is computed at once: an answer
 that stands in several of them goes through the model once, and its gradient is the sum of what they
-ask of it. Without others of its prompt a pair is a part by itself.
+ask of it. They are several parts where limits or the number of ranks ask for it; and without others
+of its prompt a pair is a part by itself.
 
 Shapes: P = pairs of a micro-batch, K = answers a pair, A = answers of the rows.
 """
@@ -80,8 +81,8 @@ class Part:
         return cls(pairs, shared.rows, [[next(places) for _ in each] for each in answers])
 
     def halves(self) -> tuple[Part, Part]:
-        """The same pairs in two parts; those that share answers stay together where they can."""
-        order = sorted(range(len(self.pairs)), key=self.places.__getitem__)
+        """The same pairs in two parts, the first of them with few different answers."""
+        order = sorted(range(len(self.pairs)), key=lambda i: sorted(self.places[i], reverse=True))
         pairs, half = [self.pairs[i] for i in order], (len(order) + 1) // 2
         return Part.of(pairs[:half]), Part.of(pairs[half:])
 

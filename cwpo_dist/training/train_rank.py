@@ -156,9 +156,9 @@ class TrainRank:
                 f"model_name_or_path: {spec.model.model_name_or_path!r}: its scores depend on the "
                 "pads of a batch, so it can score but not be trained here; give another weak model"
             )
-        flops, longest = useful_flops(self.module), spec.model.max_length
-        shared = 2.0 * longest if layout == "shared" else math.inf  # as long as a pair may be
-        return loop.Run(spec.config, spec.seed, layout, self.encoder.pad_id, flops, shared)
+        flops, as_a_pair = useful_flops(self.module), 2.0 * spec.model.max_length
+        longest_shared = as_a_pair if layout == "shared" else math.inf
+        return loop.Run(spec.config, spec.seed, layout, self.encoder.pad_id, flops, longest_shared)
 
     def resume(self) -> tuple[int, str]:
         """Restores the newest checkpoint; the steps done, and a name for this attempt.
