@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from listed_rows import listed_batch
 
 from cwpo_dist.lm.rows import PAD, Row, collate, cut, planned_length, shared_mask
 
@@ -177,3 +181,26 @@ def test_picked_answers_keep_what_they_skip():
     assert row.picked((1, 0)) == Row([1], ([4, 5, 6], [2, 3]), (2, 1))
     assert row.picked((2,)) == Row([1], ([7],), (0,))
     assert Row([1], ([2], [3])).picked((1, 0)) == Row([1], ([3], [2]))
+
+
+def view(ids: list[int]) -> memoryview:
+    return np.asarray(ids, np.int32).data
+
+
+@given(
+    rows=st.lists(a_row(), min_size=1, max_size=5),
+    layout=st.sampled_from(["packed", "shared", "plain"]),
+    mapped=st.booleans(),
+)
+def test_arrays_give_what_lists_give_token_by_token(rows, layout, mapped):
+    """Also of rows that are views of a mapped file."""
+    expected = listed_batch(rows, layout, 7)
+    if mapped:
+        rows = [Row(view(r.prompt), tuple(map(view, r.answers)), r.skipped) for r in rows]
+    found = collate(rows, layout, 7)
+    for field in fields(found):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(theirs, torch.Tensor):
+            torch.testing.assert_close(ours, theirs, atol=0, rtol=0, msg=field.name)
+        else:
+            assert ours == theirs, field.name

@@ -12,11 +12,14 @@ batch, N tokens of them that count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Layout = Literal["packed", "shared", "plain"]
@@ -112,15 +115,6 @@ class RowBatch:
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in tensors})
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """One sequence of a batch: tokens, and the segment and position of each."""
-
-    tokens: list[int]
-    segments: list[int]
-    positions: list[int]
-
-
 def planned_length(row: Row, layout: Layout) -> int:
     """The length by which a micro-batch planner counts a row.
 
@@ -159,32 +153,130 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         ValueError: for no rows or answers, an empty prompt, or an answer of which nothing counts.
     """
     _check(rows)
-    sequences = _LAYOUTS[layout](rows)
-    length = max(len(sequence.tokens) for sequence in sequences)
-    spans = _answer_spans(rows, layout, length)
+    laid = _laid_out(rows, layout)
+    ids_BL = laid.spread(np.concatenate(laid.pieces), pad_id)
+    segment_BL = laid.spread(np.repeat(laid.segment, laid.length), PAD)
     return RowBatch(
-        input_ids=_padded([sequence.tokens for sequence in sequences], length, pad_id),
-        position_ids=_padded([sequence.positions for sequence in sequences], length, 0),
-        attention_mask=_attention_mask(rows, layout, sequences, length),
-        token_type_ids=_token_types(layout, sequences, length),
-        **_read_tokens(rows, spans),
+        input_ids=ids_BL,
+        position_ids=laid.spread(_counted(laid.position, laid.length), 0),
+        attention_mask=_attention_mask(rows, layout, segment_BL),
+        token_type_ids=segment_BL.clamp(min=PROMPT) if layout == "plain" else None,
+        **_read_tokens(rows, laid, ids_BL.flatten()),
         layout=layout,
-        useful_tokens=sum(len(sequence.tokens) for sequence in sequences),
-        padded_tokens=len(sequences) * length,
+        useful_tokens=int(laid.length.sum()),
+        padded_tokens=ids_BL.numel(),
     )
 
 
-def _read_tokens(rows: Sequence[Row], spans: Sequence[tuple[int, range]]) -> dict[str, Tensor]:
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """Pieces of rows, which are prompts and answers, and where each lies; arrays of one a piece.
+
+    Attributes:
+        pieces: their token ids.
+        length: tokens of each.
+        start: place of its first token in all sequences, end to end with their pads.
+        position: of its first token, as the model counts.
+        segment: of each.
+        first: [A] place of each answer's first token.
+        before: [A] that of the token that predicts it.
+        sequences: B.
+        longest: L.
+    """
+
+    pieces: list[Numbers]
+    length: Numbers
+    start: Numbers
+    position: Numbers
+    segment: Numbers
+    first: Numbers
+    before: Numbers
+    sequences: int
+    longest: int
+
+    @cached_property
+    def places(self) -> Numbers:
+        """[N] of all tokens, in the order of the pieces."""
+        return _counted(self.start, self.length)
+
+    def spread(self, values_N: Numbers, fill: int) -> Tensor:
+        """[B, L] one number a token; `fill` on pads."""
+        spread = np.full(self.sequences * self.longest, fill)
+        spread[self.places] = values_N
+        return torch.from_numpy(spread).view(self.sequences, self.longest)
+
+
+def _laid_out(rows: Sequence[Row], layout: Layout) -> _LaidOut:
+    """Where all goes: what loops over tokens is NumPy, this loop is of pieces."""
+    pieces: list[Numbers] = []
+    told: list[tuple[int, int, int, int]] = []  # sequence, place in it, position, segment
+    read: list[tuple[int, int, int]] = []  # sequence, places of an answer's first and before it
+    sequence, end, longest = 0, 0, 0
+
+    def put(piece: Numbers, position: int, segment: int) -> None:
+        nonlocal end, longest
+        pieces.append(piece)
+        told.append((sequence, end, position, segment))
+        end += len(piece)
+        longest = max(longest, end)
+
+    for row, numbers in _sequences(rows, layout):
+        if layout != "packed" and pieces:
+            sequence, end = sequence + 1, 0
+        put(np.asarray(row.prompt, np.int64), 0, PROMPT)
+        prompt_end, n = end, len(row.prompt)
+        for k in numbers:
+            answer = np.asarray(row.answers[k], np.int64)
+            read.append((sequence, end, prompt_end - 1))
+            # A plain model's token types say of an answer only what counts.
+            skipped = row.skipped[k] if row.skipped and layout == "plain" else 0
+            put(answer[:skipped], n, PROMPT)
+            put(answer[skipped:], n + skipped, 1 if layout == "plain" else k + 1)
+    of, at, position, segment = np.array(told).T
+    answers, first, before = np.array(read).T
+    return _LaidOut(
+        pieces,
+        np.array([len(piece) for piece in pieces]),
+        of * longest + at,
+        position,
+        segment,
+        answers * longest + first,
+        answers * longest + before,
+        sequence + 1,
+        longest,
+    )
+
+
+def _sequences(rows: Sequence[Row], layout: Layout) -> Iterator[tuple[Row, Sequence[int]]]:
+    """Each row with the numbers of those of its answers that follow one prompt."""
+    for row in rows:
+        numbers = range(len(row.answers))
+        yield from ((row, [k]) for k in numbers) if layout == "plain" else [(row, numbers)]
+
+
+def _counted(starts: Numbers, lengths: Numbers) -> Numbers:
+    """start, start + 1, … for each, end to end."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+
+
+def _read_tokens(rows: Sequence[Row], laid: _LaidOut, ids: Tensor) -> dict[str, Tensor]:
     """Which states are read, what they should predict, and whose they are (see `RowBatch`)."""
-    answers = [answer for row in rows for answer in row.answers]
-    scored = [n for row in rows for n in row.n_scored]
-    sources = ([before, *span[:-1]][-n:] for (before, span), n in zip(spans, scored, strict=True))
-    targets = (answer[-n:] for answer, n in zip(answers, scored, strict=True))
+    lengths = np.array([len(answer) for row in rows for answer in row.answers])
+    scored = np.array([n for row in rows for n in row.n_scored])
+    last = laid.first + lengths - 1
+    target = _counted(last + 1 - scored, scored)
+    # What predicts an answer's first token lies at the end of its prompt, wherever that is.
+    begins = target == np.repeat(laid.first, scored)
+    source = np.where(begins, np.repeat(laid.before, scored), target - 1)
     return {
-        "source": torch.tensor([i for source in sources for i in source]),
-        "target": torch.tensor([token for target in targets for token in target]),
-        "answer": torch.tensor([a for a, n in enumerate(scored) for _ in range(n)]),
-        "last": torch.tensor([span[-1] for _, span in spans]),
+        "source": torch.from_numpy(source),
+        "target": ids[torch.from_numpy(target)],
+        "answer": torch.from_numpy(np.repeat(np.arange(len(scored)), scored)),
+        "last": torch.from_numpy(last),
     }
 
 
@@ -228,81 +320,9 @@ def _check(rows: Sequence[Row]) -> None:
             )
 
 
-def _attention_mask(
-    rows: Sequence[Row], layout: Layout, sequences: Sequence[_Sequence], length: int
-) -> Tensor:
+def _attention_mask(rows: Sequence[Row], layout: Layout, segment_BL: Tensor) -> Tensor:
     if layout == "packed":
         lengths = [[len(row.prompt), *map(len, row.answers)] for row in rows]
-        return _padded(lengths, max(map(len, lengths)), 0)[None, None]
-    segment_BL = _padded([sequence.segments for sequence in sequences], length, PAD)
+        most = max(map(len, lengths))
+        return torch.tensor([each + [0] * (most - len(each)) for each in lengths])[None, None]
     return shared_mask(segment_BL) if layout == "shared" else (segment_BL != PAD).long()
-
-
-def _token_types(layout: Layout, sequences: Sequence[_Sequence], length: int) -> Tensor | None:
-    if layout != "plain":
-        return None
-    return _padded([sequence.segments for sequence in sequences], length, 0)
-
-
-def _packed(rows: Sequence[Row]) -> list[_Sequence]:
-    shared = _shared(rows)
-    return [
-        _Sequence(
-            tokens=[token for sequence in shared for token in sequence.tokens],
-            segments=[segment for sequence in shared for segment in sequence.segments],
-            positions=[position for sequence in shared for position in sequence.positions],
-        )
-    ]
-
-
-def _shared(rows: Sequence[Row]) -> list[_Sequence]:
-    return [_shared_row(row) for row in rows]
-
-
-def _shared_row(row: Row) -> _Sequence:
-    start = len(row.prompt)
-    tokens, segments, positions = list(row.prompt), [PROMPT] * start, list(range(start))
-    for k, answer in enumerate(row.answers):
-        tokens += answer
-        segments += [k + 1] * len(answer)
-        positions += range(start, start + len(answer))
-    return _Sequence(tokens, segments, positions)
-
-
-def _plain(rows: Sequence[Row]) -> list[_Sequence]:
-    return [
-        _Sequence(
-            tokens=[*row.prompt, *answer],
-            segments=[PROMPT] * (len(row.prompt) + len(answer) - scored) + [1] * scored,
-            positions=list(range(len(row.prompt) + len(answer))),
-        )
-        for row in rows
-        for answer, scored in zip(row.answers, row.n_scored, strict=True)
-    ]
-
-
-_LAYOUTS: dict[Layout, Callable[[Sequence[Row]], list[_Sequence]]] = {
-    "packed": _packed,
-    "shared": _shared,
-    "plain": _plain,
-}
-
-
-def _padded(values: list[list[int]], length: int, fill: int) -> Tensor:
-    return torch.tensor([value + [fill] * (length - len(value)) for value in values])
-
-
-def _answer_spans(rows: Sequence[Row], layout: Layout, length: int) -> list[tuple[int, range]]:
-    """For each answer: the flat index of the prompt's last token, and those of its own tokens."""
-    spans = []
-    start = 0  # flat index of the row's first token
-    for row in rows:
-        written = 0  # tokens of earlier answers in the same sequence
-        for k, answer in enumerate(row.answers):
-            base = start + len(row.prompt) + (k * length if layout == "plain" else written)
-            before = base - 1 if layout == "plain" else start + len(row.prompt) - 1
-            spans.append((before, range(base, base + len(answer))))
-            written += len(answer)
-        sequences = len(row.answers) if layout == "plain" else 1
-        start += row.n_tokens if layout == "packed" else sequences * length
-    return spans
