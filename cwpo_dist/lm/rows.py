@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, Self
 
 import numpy as np
@@ -133,12 +134,14 @@ def cut(row: Row, budget: int, layout: Layout) -> list[Row]:
         budget: the planned length that no row exceeds which has more than one answer.
         layout: by which lengths are planned.
     """
-    rows, start = [], 0
-    for end in range(1, len(row.answers)):
-        if planned_length(row.part(slice(start, end + 1)), layout) > budget:
-            rows.append(row.part(slice(start, end)))
-            start = end
-    return [*rows, row.part(slice(start, None))]
+    prompt, starts, total, longest = len(row.prompt), [0], 0, 0
+    for k, answer in enumerate(row.answers):
+        count, total, longest = k + 1 - starts[-1], total + len(answer), max(longest, len(answer))
+        planned = count * (prompt + longest) if layout == "plain" else prompt + total
+        if planned > budget and count > 1:
+            starts.append(k)
+            total = longest = len(answer)
+    return [row.part(slice(*ends)) for ends in pairwise([*starts, len(row.answers)])]
 
 
 def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
