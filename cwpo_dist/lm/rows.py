@@ -137,6 +137,7 @@ def cut(row: Row, budget: int, layout: Layout) -> list[Row]:
     prompt, starts, total, longest = len(row.prompt), [0], 0, 0
     for k, answer in enumerate(row.answers):
         count, total, longest = k + 1 - starts[-1], total + len(answer), max(longest, len(answer))
+        # `planned_length` of this part, kept up along the way: anew each time would be quadratic.
         planned = count * (prompt + longest) if layout == "plain" else prompt + total
         if planned > budget and count > 1:
             starts.append(k)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cwpo_dist.lm.batches import plan_micro_batches
-from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate, planned_length
+from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate
 from cwpo_dist.lm.sharing import SharedRows, unshared
 from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.training.tasks import Indices, Task
@@ -41,11 +41,10 @@ class Limits:
 
     def length(self, rows: Sequence[Row]) -> tuple[int, int]:
         """By which rows are planned that stay together, and how many sequences that length is."""
-        lengths = [planned_length(row, self.layout) for row in rows]
         if self.layout == "packed":
-            return sum(lengths), 1
+            return sum(row.n_tokens for row in rows), 1
         if self.layout == "shared":
-            return len(rows) * max(lengths), len(rows)
+            return len(rows) * max(row.n_tokens for row in rows), len(rows)
         sequences = sum(len(row.answers) for row in rows)
         return sequences * max(row.n_longest for row in rows), sequences
 
