@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import combinations, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,23 +37,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided b
 import measure
 import torch
 import typer
+from align_rows import MAX_LENGTH, SEED, drawn_rows, first_layers
 from safetensors.torch import load_file, save_file
 
 from cwpo_dist.config import LoraConfig, ModelConfig, TrainingConfig
 from cwpo_dist.lm.batches import global_batch, steps_per_epoch
-from cwpo_dist.lm.encoder import Asked, Encoder, load_tokenizer
-from cwpo_dist.lm.fitting import encode_pairs
+from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.generation import generate
-from cwpo_dist.lm.loading import load_policy, save
+from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.recompute import let_recompute, start_training
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.pairs.records import Text, prompt_of
-from cwpo_dist.pairs.stored import Pair, read_pairs
+from cwpo_dist.pairs.records import prompt_of
 
-BETA, RATE, SEED = 0.1, 5e-6, 0
-MAX_LENGTH = 1024
+BETA, RATE = 0.1, 5e-6
 LORA = LoraConfig(lora_dropout=0.0)
 
 app = typer.Typer(add_completion=False)
@@ -264,67 +261,6 @@ def run_side(spec: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
-
-
-def first_layers(model: Path, layers: int, folder: Path) -> str:
-    """The model's first layers as a folder of its own: TRL loads its reference from the name."""
-    settings = ModelConfig(model_name_or_path=str(model), num_hidden_layers=layers)
-    save(load_policy(settings), load_tokenizer(settings), folder)
-    return str(folder)
-
-
-def drawn_pairs(data: str, settings: ModelConfig, folder: Path) -> list[Pair]:
-    """All pairs, in an order that a seed decides."""
-    store, shards = measure.with_ray(lambda: measure.prepared(folder / "pairs", data, None, 1024))
-    pairs = [pair for index in range(shards) for pair in read_pairs(store, index)]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED))
-    return [pairs[i] for i in order.tolist()]
-
-
-def drawn_rows(
-    data: str, model: str, count: int, answers: int, sampler: Path, folder: Path
-) -> Path:
-    """So many pairs that neither side truncates, as a file of ids.
-
-    Two answers: the data's own pairs, each taken for the only one of its prompt. More: all pairs of
-    so many that `sampler` samples to each prompt.
-    """
-    settings = ModelConfig(model_name_or_path=model, max_length=MAX_LENGTH)
-    encoder = Encoder(load_tokenizer(settings), settings.chat_template)
-    pairs = drawn_pairs(data, settings, folder)
-    asked = [Asked(pair.prompt, pair.answers, pair.tools) for pair in pairs]
-    each = list(combinations(range(answers), 2))
-    if answers > 2:
-        asked = sampled(sampler, encoder, asked[: count // len(each)], answers)
-    rows: dict[str, Any] = {}
-    for number, row in enumerate(encode_pairs(encoder, settings, asked)):
-        if isinstance(row, Row) and len(rows) < count:
-            prompt, k = divmod(number, len(each))
-            rows[f"{prompt:018x}{k:014x}"] = {"prompt": row.prompt, "answers": row.answers}
-    path = folder / "rows.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
-def sampled(sampler: Path, encoder: Encoder, asked: list[Asked], answers: int) -> list[Asked]:
-    """All pairs of so many answers that a model samples to each prompt."""
-    policy = load_policy(ModelConfig(model_name_or_path=str(sampler)))
-    prompts = [encoder.encode(each.prompt, each.answers).prompt for each in asked]
-    told: dict[str, Any] = {"max_new_tokens": 96, "temperature": 1.0, "batch_size": 16}
-    # What is drawn depends on seed and prompt alone.
-    seeds = range(answers)
-    each = [generate(policy, encoder.tokenizer, prompts, seed=seed, **told) for seed in seeds]
-    texts = zip(asked, *each, strict=True)
-    return [
-        Asked(of.prompt, tuple(_spoken(of.prompt, text) for text in two))
-        for of, *found in texts
-        for two in combinations(found, 2)
-    ]
-
-
-def _spoken(prompt: Text, text: str) -> Text:
-    """An answer in the kind of its prompt."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def gradient_difference(spec: dict[str, Any], folder: Path) -> float:

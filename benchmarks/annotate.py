@@ -40,8 +40,7 @@ import typer
 from forward import Scorer, answers_part, forward_part, peers
 
 from cwpo_dist.config import ModelConfig, PoolConfig
-from cwpo_dist.lm.generation import generate
-from cwpo_dist.lm.loading import load_annotator_base, load_policy, save
+from cwpo_dist.lm.loading import load_annotator_base, save
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.pairs.answers import Answer, read_answers
 from cwpo_dist.pairs.records import (
@@ -90,17 +89,13 @@ def compared_pairs(folder: Path, data: str, model: Path, prompts: int) -> Store:
 
 def sampled_pairs(model: Path, prompts: int) -> list[Pair]:
     """All six pairs of four answers that a model samples to each of the demo's first prompts."""
-    given = ModelConfig(model_name_or_path=str(model))
-    policy, encoder = load_policy(given), encoder_for(given, "policy")
+    encoder = encoder_for(ModelConfig(model_name_or_path=str(model)), "policy")
     lines = map(json.loads, measure.DEMO.read_text().splitlines())
     texts = list(islice(dict.fromkeys(line["prompt"] for line in lines), prompts))
     asked = [encoder.encode(text, ["."]).prompt for text in texts]
-    sampling: dict[str, Any] = {"max_new_tokens": 96, "temperature": 1.0, "batch_size": 16}
-    # What is drawn depends on seed and prompt alone.
-    told = [generate(policy, encoder.tokenizer, asked, seed=seed, **sampling) for seed in range(4)]
     return sorted(
         Pair(pair_id(prompt_id(text), a, b), text, a, b)
-        for text, *answers in zip(texts, *told, strict=True)
+        for text, answers in zip(texts, measure.sampled(model, asked, 4), strict=True)
         for a, b in combinations(dict.fromkeys(answers), 2)
     )
 

@@ -16,8 +16,10 @@ import psutil
 import torch
 
 from cwpo_dist.config import ModelConfig, PrepareConfig, Source
-from cwpo_dist.lm.encoder import Asked, Encoder
+from cwpo_dist.lm.encoder import Asked, Encoder, load_tokenizer
 from cwpo_dist.lm.fitting import encode_pairs
+from cwpo_dist.lm.generation import generate
+from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.pairs.stored import read_pairs
 from cwpo_dist.storage import Store
@@ -104,6 +106,15 @@ def encoded(store: Store, shards: int, encoder: Encoder, model: ModelConfig) -> 
     pairs = [pair for index in range(shards) for pair in read_pairs(store, index)]
     asked = [Asked(pair.prompt, pair.answers, pair.tools) for pair in pairs]
     return [row for row in encode_pairs(encoder, model, asked) if isinstance(row, Row)]
+
+
+def sampled(model: Path, prompts: list[list[int]], answers: int) -> list[tuple[str, ...]]:
+    """So many answers of a model to each prompt; what is drawn depends on seed and prompt alone."""
+    given = ModelConfig(model_name_or_path=str(model))
+    policy, tokenizer = load_policy(given), load_tokenizer(given)
+    how: dict[str, Any] = {"max_new_tokens": 96, "temperature": 1.0, "batch_size": 16}
+    each = [generate(policy, tokenizer, prompts, seed=seed, **how) for seed in range(answers)]
+    return list(zip(*each, strict=True))
 
 
 class PeakMemory:

@@ -308,10 +308,11 @@ def test_json_cells_of_datasets_are_values_in_all_it_writes(tmp_path: Path) -> N
     (cache,) = (tmp_path / "saved").glob("*.arrow")
     given = [Part(str(tmp_path / "x.parquet"), "parquet"), Part(str(tmp_path / "saved"), "saved")]
     given += [Part(str(cache), "arrow"), Part(str(tmp_path), "hub", split="train")]
-    wanted = [made[i] for i in range(3)]  # datasets 4.7 spells JSON in an object twice
-    assert {name: wanted[0][name] for name in ("messages", "plain")} == {
-        name: JSON_ROW[name] for name in ("messages", "plain")
-    }
+    wanted = [made[i] for i in range(3)]
+    first = made[0]
+    if isinstance(first["inner"]["any"], str):  # datasets 4.7 spells JSON in an object twice
+        first["inner"]["any"] = json.loads(first["inner"]["any"])
+    assert first == JSON_ROW
     for part in given:
         assert [row.value for row in read(part)] == wanted, part
         assert [row.fault for row in read(part)] == [None] * 3, part
