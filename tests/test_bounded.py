@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -90,3 +92,28 @@ def test_what_it_raises_and_how_it_dies_is_said(tmp_path: Path) -> None:
     with pytest.raises(BoundError, match="no such thing"):
         bounded.bounded(counted(tmp_path, raises))
     assert tries(tmp_path) == 1
+
+
+class _Gone:
+    """Says in which process it was collected, as Ray's references give themselves back there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.itself = folder, self
+
+    def __del__(self) -> None:
+        (self.folder / f"gone-{os.getpid()}").touch()
+
+
+def test_garbage_of_the_parent_is_left_to_the_parent(tmp_path: Path) -> None:
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        _Gone(tmp_path)
+        assert bounded.bounded(lambda: (gc.collect(), gc.isenabled())[1]), "the child's own goes"
+        assert not list(tmp_path.glob("gone-*"))
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.glob("gone-*")] == [f"gone-{os.getpid()}"]
+    bounded.bounded(lambda: 0)
+    assert gc.isenabled()

@@ -9,6 +9,7 @@ imported is there.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -71,10 +72,16 @@ def _forked(
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(call, theirs, mapped), daemon=True)
-    with warnings.catch_warnings():
-        # Of threads that hold a lock while we fork, for which `_comes` has a remedy.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child.start()
+    collects = gc.isenabled()
+    gc.disable()  # until the child has frozen what it inherits
+    try:
+        with warnings.catch_warnings():
+            # Of threads that hold a lock while we fork, for which `_comes` has a remedy.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child.start()
+    finally:
+        if collects:
+            gc.enable()
     theirs.close()
     try:
         yield ours, child
@@ -121,6 +128,10 @@ def _death(exitcode: int) -> str:
 
 
 def _work(call: Callable[[], object], pipe: Connection, mapped: int) -> None:
+    # What is garbage here is the parent's: Ray's references would be given back over its sockets,
+    # which breaks them (`ray.nodes()` there then waits for ever), or wait for locks of its threads.
+    gc.freeze()
+    gc.enable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads stayed behind
     torch.set_num_threads(1)  # and so did those of OpenMP
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
