@@ -254,13 +254,13 @@ def test_a_path_leads_through_objects_lists_and_json() -> None:
         ),
         (
             {"prompt": ASK, "completion": LONG, "label": True},
-            r"one answer, 'completion', and 'label' says .*KTO.*two answers",
+            r"one answer, 'completion', and 'label' says .*KTO.*score: label",
         ),
         (
             {"instruction": ASK, "output": LONG, "kto_tag": False},
             "one answer, 'output', and 'kto_tag'",
         ),
-        ({"prompt": ASK, "response": LONG}, r"one answer, 'response': a pair needs two"),
+        ({"prompt": ASK, "response": LONG}, r"one answer, 'response'. Where other rows"),
         (
             {"prompt": ASK, "images": ["a.png"], **BOTH},
             r"none of the first 1 rows.*image, sound or video: images",

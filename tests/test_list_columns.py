@@ -22,7 +22,7 @@ from cwpo_dist.pairs.unread import Unread, tree
         (row(GOOD, POOR), "given", {}, r"pairing: in .*'responses' holds lists of up to 2.*all \("),
         (row(GOOD, POOR), "best_worst", {}, r"pairing: 'best_worst' needs .* no scores or ranks"),
         (row(GOOD, POOR), "adjacent", {}, r"pairing: 'adjacent' needs"),
-        ({"prompt": ASK, "chosen": GOOD, "rejected": POOR}, "all", {}, "no source has lists"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": POOR}, "all", {}, "no source has responses"),
         (
             row(GOOD, POOR, scores=[1, 2], ranks=[1, 2]),
             "all",
@@ -75,14 +75,14 @@ from cwpo_dist.pairs.unread import Unread, tree
             {"prompt": ASK, "chosen": GOOD, "rejected": POOR, "scores": [1, 2]},
             "given",
             {"scores": "scores"},
-            r"columns\.scores: it says nothing without a list",
+            r"columns\.scores: it says nothing without responses",
         ),
         (row(GOOD, scores=[2]), "all", {"responses": "responses"}, r"none of the first 1 rows"),
         (
             {"prompt": ASK, "response": GOOD, "helpfulness": 4},
-            "all",
+            "given",
             {},
-            r"Join the rows of a prompt",
+            r"Where other rows answer the same prompt, set prepare\.pairing: all",
         ),
     ],
 )

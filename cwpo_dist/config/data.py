@@ -109,9 +109,9 @@ class PrepareConfig(Section):
     )
     pairing: Pairing = Field(
         "given",
-        description="what is compared of sources with a list of responses a row: all two of them; "
-        "best_worst: the best and the worst; adjacent: neighbours by score or rank; given: there "
-        "are none, each row is a pair",
+        description="what is compared of responses to one prompt, of a list or a row each: all two "
+        "of them; best_worst: the best and the worst; adjacent: neighbours by score or rank; "
+        "given: none, each row is a pair, or an answer that is scored in no pair",
     )
     group_column: str | None = Field(
         None, description="rows that share its value stay on one side; null: the prompt"

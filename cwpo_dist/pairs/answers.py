@@ -10,8 +10,9 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from cwpo_dist.config import Split
+from cwpo_dist.pairs.packing import tools_of, unpacked
 from cwpo_dist.pairs.records import Text, Tools, read_rows
-from cwpo_dist.pairs.stored import pair_schema, places_of, shard_file, tools_of, unpacked
+from cwpo_dist.pairs.stored import pair_schema, places_of, shard_file
 from cwpo_dist.storage import Store
 
 
@@ -23,12 +24,14 @@ class Answer(NamedTuple):
         prompt: text or messages, as the answer is.
         answer: it.
         tools: what the conversation could call.
+        alone: the split of one that stands in no pair; None: it stands in some.
     """
 
     answer_id: str
     prompt: Text
     answer: Text
     tools: Tools | None = None
+    alone: Split | None = None
 
 
 class Compared(NamedTuple):
@@ -56,7 +59,11 @@ def read_answers(store: Store, index: int) -> list[Answer]:
     # One object a prompt, however many answers it has.
     prompts, tools = unpacked(asked["prompt"]), tools_of(asked["tools"])
     texts = zip(answers["answer_id"].to_pylist(), places, unpacked(answers["answer"]), strict=True)
-    return [Answer(name, prompts[place], text, tools[place]) for name, place, text in texts]
+    found = [Answer(name, prompts[place], text, tools[place]) for name, place, text in texts]
+    if "split" not in answers.column_names:
+        return found
+    splits = answers["split"].to_pylist()
+    return [each._replace(alone=split) for each, split in zip(found, splits, strict=True)]
 
 
 def read_compared(

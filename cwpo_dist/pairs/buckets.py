@@ -15,16 +15,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs import kept_columns, numbers
+from cwpo_dist.pairs.alone import Comparing
 from cwpo_dist.pairs.chosen import OTHER
-from cwpo_dist.pairs.records import PROMPT_DIGITS, Kind, Reject, rows_of, table_of, unit_hash
+from cwpo_dist.pairs.copies import gathered
+from cwpo_dist.pairs.records import PROMPT_DIGITS, Kind, Reject, rows_of, unit_hash
 from cwpo_dist.pairs.rejects import row_text, write_rejects
-from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, leaks, merge, split_of
+from cwpo_dist.pairs.splits import LEAKED, SIDE_SCHEMA, SIDES, leaks, split_of
 from cwpo_dist.pairs.stored import IDS, Told, pairs_of, whole_schema, write_shard
 from cwpo_dist.storage import Store
 
@@ -67,11 +68,13 @@ class Work:
         store: of the stage.
         rows: the files of all pieces, in their order.
         leaks: in how many files the prompts stand that lie on several sides; 0: none can.
+        comparing: how answers in rows of their own make pairs; None: no source has such rows.
     """
 
     store: Store
     rows: tuple[str, ...]
     leaks: int
+    comparing: Comparing | None = None
 
 
 @dataclass
@@ -79,7 +82,8 @@ class BucketSummary:
     """What became of one bucket.
 
     Of each split: its pairs, those with a label, and the different prompts and answers that they
-    are of. A prompt lies in one bucket, so sums over buckets count none of these twice.
+    are of; the answers that stand in no pair, and their prompts. A prompt lies in one bucket, so
+    sums over buckets count none of these twice.
     """
 
     pairs: int = 0
@@ -94,6 +98,9 @@ class BucketSummary:
     prompts: dict[Split, int] = field(default_factory=dict)
     answers: dict[Split, int] = field(default_factory=dict)
     numbers: dict[numbers.Own, int] = field(default_factory=dict)
+    alone: dict[str, int] = field(default_factory=dict)
+    answers_alone: dict[Split, int] = field(default_factory=dict)
+    prompts_alone: dict[Split, int] = field(default_factory=dict)
 
 
 def bucket_summaries(store: Store, count: int) -> list[BucketSummary]:
@@ -122,9 +129,13 @@ def count_shards(work: Work, bucket: int, rows_per_shard: int) -> None:
     name = _named(COUNTS, bucket, "json")
     if work.store.exists(name):
         return
-    rows = _bucket_rows(work, bucket, ["pair_id", *SIDE_SCHEMA.names])
+    needed = ["pair_id", *SIDE_SCHEMA.names] if work.comparing is None else None
+    rows = _bucket_rows(work, bucket, needed)
     staying, _ = _without_leaks(rows, _kept_on(work, rows["prompt_hash"]))
-    work.store.create_json(name, len(cuts(pc.unique(staying["pair_id"]), rows_per_shard)))
+    ids = pc.unique(staying["pair_id"])
+    if work.comparing is not None:
+        ids = gathered(staying, work.comparing).ids
+    work.store.create_json(name, len(cuts(ids, rows_per_shard)))
 
 
 def number_shards(store: Store, count: int) -> tuple[int, ...]:
@@ -158,21 +169,24 @@ def write_bucket(work: Work, bucket: int, shards: Shards) -> None:
     staying, leaking = _without_leaks(rows, _kept_on(work, rows["prompt_hash"]))
     rejects = list(_rejects(leaking))
     write_rejects(store, f"part-leak-{bucket:05d}.parquet", rejects)
-    pairs, conflicts, differing = _merge_copies(staying)
-    table = _as_pairs(pairs, shards)
+    found = gathered(staying, work.comparing)
+    table, alone = (_as_pairs(rows, shards) for rows in (found.pairs, found.alone))
     summary = BucketSummary(
-        pairs=pairs.num_rows,
-        merged_duplicates=staying.num_rows - pairs.num_rows,
-        conflicting_labels=conflicts,
-        conflicting_numbers=differing,
+        pairs=len(table),
+        merged_duplicates=found.copies,
+        conflicting_labels=found.conflicts,
+        conflicting_numbers=found.differing,
         ties=pc.sum(table["tie"]).as_py() or 0,
-        shards=_write_shards(store, table, shards, shards.first[bucket]),
+        shards=_write_shards(work, pa.concat_tables([table, alone]), shards, bucket),
         rejects=dict(Counter(reject.reason for reject in rejects)),
         splits=dict(Counter(table["split"].to_pylist())),
         labelled=dict(Counter(table.filter(pc.is_valid(table["label"]))["split"].to_pylist())),
         prompts=_different(table, "prompt_id"),
         answers=_different(table, "answer_a", "answer_b"),
         numbers=_with_numbers(table),
+        alone=asdict(found.counts),
+        answers_alone=_different(alone, "answer_a"),
+        prompts_alone=_different(alone, "prompt_id"),
     )
     store.create_json(name, asdict(summary))
 
@@ -235,6 +249,8 @@ def _rejects(leaking: pa.Table) -> Iterator[Reject]:
             if name not in ("split", "source", *numbers.RECORD)
             or (name in numbers.RECORD and value is not None)
         }
+        if pair.response_a == pair.response_b:  # of a row of its own
+            shown = {"prompt": pair.prompt, "response": pair.response_a}
         yield Reject(reason, None, origin, position, row_text(shown))
 
 
@@ -251,33 +267,6 @@ def _with_numbers(pairs: pa.Table) -> dict[numbers.Own, int]:
     if all(pairs[name].null_count == len(pairs) for name in numbers.RECORD):  # as most data are
         return {}
     return dict(Counter(own for told in rows_of(Told, pairs) for own in numbers.usable(told)))
-
-
-def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
-    """One row for all copies of a pair, which lie side by side.
-
-    Returns:
-        The rows, and of how many the labels conflicted, and the data's own numbers.
-    """
-    ids = rows["pair_id"].combine_chunks()
-    is_first = np.ones(len(ids), bool)
-    is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
-    starts = np.flatnonzero(is_first)
-    if len(starts) == len(ids):
-        return rows, 0, 0
-    ends = np.append(starts[1:], len(ids))
-    pairs, all_copies = rows.take(starts), rows.select(Told._fields)
-    values = rows_of(Told, pairs)
-    conflicts = differing = 0
-    for place in np.flatnonzero(ends - starts > 1):
-        copies = rows_of(Told, all_copies.slice(starts[place], ends[place] - starts[place]))
-        agreed, differ = numbers.agreed(copies)
-        values[place], conflict = merge([agreed, *copies[1:]])
-        conflicts, differing = conflicts + conflict, differing + differ
-    merged = table_of(values, all_copies.schema)
-    for name in Told._fields:
-        pairs = pairs.set_column(pairs.schema.get_field_index(name), name, merged[name])
-    return pairs, conflicts, differing
 
 
 def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
@@ -322,9 +311,12 @@ def _is_turned(shards: Shards, pair_id: str) -> bool:
     return unit_hash(shards.seed, "flipped", pair_id) < shards.flipped
 
 
-def _write_shards(store: Store, pairs: pa.Table, shards: Shards, first: int) -> int:
-    begins = cuts(pairs["pair_id"].combine_chunks(), shards.rows_per_shard)
-    kept = kept_columns.kept_schema(shards.kept)
-    for number, (start, end) in enumerate(itertools.pairwise([*begins, len(pairs)]), first):
-        write_shard(store, number, pairs.slice(start, end - start), kept)
+def _write_shards(work: Work, rows: pa.Table, shards: Shards, bucket: int) -> int:
+    """Writes pairs, and answers that stand in none as pairs with themselves; how many shards."""
+    alone = work.comparing is not None
+    rows = rows.sort_by("pair_id") if alone else rows
+    begins = cuts(rows["pair_id"].combine_chunks(), shards.rows_per_shard)
+    kept, ends = kept_columns.kept_schema(shards.kept), [*begins, len(rows)]
+    for number, (start, end) in enumerate(itertools.pairwise(ends), shards.first[bucket]):
+        write_shard(work.store, number, rows.slice(start, end - start), kept, alone=alone)
     return len(begins)

@@ -30,6 +30,7 @@ IN_LISTS = (  # the text of an object in a list
     *("response", "answer", "completion", "candidate", "generation", "generated_text", "output"),
     *("text", "content", "reply", "summary", "message", "messages"),
 )
+ONE = IN_LISTS[:7]  # a response in a row of its own
 RATINGS = {  # columns of their own, or keys of the objects in a list
     "scores": (
         *("scores", "score", "ratings", "rating", "rewards", "reward"),

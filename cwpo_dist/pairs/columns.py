@@ -16,8 +16,8 @@ from cwpo_dist.config import ConfigError, LabelColumn, Pairing
 from cwpo_dist.pairs import column_names, refusals
 from cwpo_dist.pairs.first_rows import FirstRows, plain
 from cwpo_dist.pairs.label_values import label_values
-from cwpo_dist.pairs.layout import CHOSEN, EITHER, FIELDS, LISTS, answer_fields
-from cwpo_dist.pairs.list_columns import BESIDE, check_lists, list_columns
+from cwpo_dist.pairs.layout import ALONE, CHOSEN, EITHER, FIELDS, LISTS, answer_fields
+from cwpo_dist.pairs.list_columns import BESIDE, check_responses, list_columns, one_response
 from cwpo_dist.pairs.numbers import NUMBER_FIELDS, number_fields
 from cwpo_dist.pairs.verdicts import (
     LETTERS,
@@ -25,6 +25,7 @@ from cwpo_dist.pairs.verdicts import (
 )
 from cwpo_dist.pairs.written import is_conversation, messages_in
 
+_RESPONSES = {"responses", "response"}
 _VOTES_OF_EITHER, _VOTES_OF_CHOSEN = ("votes_a", "votes_b"), ("votes_chosen", "votes_rejected")
 
 
@@ -57,16 +58,16 @@ def find(
         first: the source's first rows.
         given: the configuration's `columns`.
         most_unknown: the share of labels that may have a value of no known meaning.
-        pairing: which responses of a list are compared.
+        pairing: which responses of a prompt are compared.
 
     Raises:
         ConfigError: naming the field, what is there, and the remedy.
     """
     columns = _given(first, given)
     left_out = {ours for ours, theirs in given.items() if theirs is None}
-    columns |= _answers(first, columns, left_out)
-    if "responses" in columns:
-        check_lists(first, columns, {*given} - left_out, pairing)
+    columns |= _answers(first, columns, left_out, pairing)
+    if _RESPONSES & columns.keys():
+        check_responses(first, columns, {*given} - left_out, pairing)
     else:
         _refuse_other_scores(first, columns)
     label = given.get("label")
@@ -132,14 +133,19 @@ def _refuse_unknown(first: FirstRows, ours: str, theirs: str | LabelColumn | Non
         )
 
 
-def _answers(first: FirstRows, given: Mapping[str, str], left_out: set[str]) -> dict[str, str]:
-    """Those named, else chosen and rejected, else response_a and response_b, else lists."""
+def _answers(
+    first: FirstRows, given: Mapping[str, str], left_out: set[str], pairing: Pairing
+) -> dict[str, str]:
+    """Those named, else chosen and rejected, else response_a and response_b, else responses."""
     for fields in (EITHER, CHOSEN):
         if set(fields) & set(given):
             return _both(first, {ours: given.get(ours, ours) for ours in fields})
     lists = list_columns(first, given, left_out)
     if lists is not None and "responses" in given:
         return lists
+    one = one_response(first, given, left_out, pairing)
+    if one is not None and "response" in given:
+        return one
     for fields, tables in ((CHOSEN, column_names.CHOSEN), (EITHER, column_names.EITHER)):
         there = [] if left_out & set(fields) else _complete(first, tables)
         if there:
@@ -148,8 +154,8 @@ def _answers(first: FirstRows, given: Mapping[str, str], left_out: set[str]) -> 
             if fields == EITHER and (more := _siblings(first, there[0])):
                 raise refusals.more_answers(first, [*there[0], *more])
             return dict(zip(fields, there[0], strict=True))
-    if lists is not None:
-        return lists
+    if lists is not None or one is not None:
+        return lists or one or {}
     raise refusals.no_answers(first)
 
 
@@ -186,9 +192,9 @@ def _refuse_several(first: FirstRows, ours: str, found: Sequence[str]) -> None:
 
 def _beside_answers(columns: Mapping[str, str], annotators: Sequence[str]) -> list[str]:
     """The fields to look for beside the answers, in an order in which none takes another's."""
-    if "responses" in columns:
-        return [ours for ours in BESIDE if ours not in LISTS]
-    others = {*CHOSEN, *EITHER, *LISTS, "prompt", "input", *NUMBER_FIELDS}
+    if _RESPONSES & columns.keys():
+        return [*BESIDE]
+    others = {*CHOSEN, *EITHER, *LISTS, *ALONE, "prompt", "input", *NUMBER_FIELDS}
     others -= {*_numbers_of(columns)}
     if annotators:
         others |= {"label", *(ours for ours in FIELDS if ours.startswith("votes_"))}
@@ -207,8 +213,8 @@ def _refuse_other_scores(first: FirstRows, columns: Mapping[str, str]) -> None:
     """A score is named after its answer, so that it never changes sides."""
     numbers = _numbers_of(columns)
     for ours in columns:
-        if ours in LISTS:
-            raise refusals.says_nothing(first, ours, "says nothing without a list of responses")
+        if ours in (*LISTS, *ALONE):
+            raise refusals.says_nothing(first, ours, "says nothing without responses")
         if ours in NUMBER_FIELDS and ours not in numbers:
             raise ConfigError(
                 f"{first.field}.columns.{ours}: scores beside "

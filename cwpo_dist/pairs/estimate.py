@@ -10,22 +10,22 @@ import itertools
 import math
 import random
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import numbers
+from cwpo_dist.pairs.alone import AloneCounts, Answer, Comparing, comparing, decided
+from cwpo_dist.pairs.counted_rows import CountedRows, sizes
+from cwpo_dist.pairs.pairing import pair_with
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
-from cwpo_dist.pairs.response_lists import ListCounts, RowPairs, parse_raw
+from cwpo_dist.pairs.response_lists import ListCounts, parse_raw
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import LEAKED, SIDES, Drawn, SplitRule, drawn, merge, split_of
-from cwpo_dist.pairs.stored import Pair, Told
+from cwpo_dist.pairs.splits import SplitRule, drawn
 from cwpo_dist.pairs.unread import Tree, Unread, columnar, tree
 
 LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
@@ -56,6 +56,9 @@ class Census:
         unread: of each source, what of the rows that were read nothing reads.
         ties: pairs of those that were read whose answers people found equal.
         merged: rows that are copies of other rows' pairs.
+        alone: what becomes of responses in rows of their own.
+        answers_alone: those of them that stand in no pair, by split.
+        prompts_alone: their different prompts.
         lists: what becomes of rows that hold lists of responses.
         of_lists: why responses of those that were read are set aside.
     """
@@ -79,6 +82,9 @@ class Census:
     unread: tuple[Unread, ...] = ()
     ties: int = 0
     merged: int = 0
+    alone: AloneCounts = field(default_factory=AloneCounts)
+    answers_alone: Mapping[str, int] = field(default_factory=dict)
+    prompts_alone: Mapping[str, int] = field(default_factory=dict)
     lists: ListCounts = field(default_factory=ListCounts)
     of_lists: Tally = field(default_factory=Tally)
 
@@ -94,6 +100,8 @@ class Census:
             yield "\n".join([f"rows that are set aside{of}:", *every])
         if self.lists.rows:
             yield self.lists.sentence()
+        if self.alone.rows:
+            yield from self.alone.sentences()
         if self.of_lists.reasons:
             every = self.of_lists.lines(most=len(self.of_lists.reasons))
             yield "\n".join([f"responses in lists that are set aside{of}:", *every])
@@ -102,8 +110,12 @@ class Census:
 
     @property
     def rows(self) -> int:
-        """Pairs, copies of pairs, and what is set aside: all of them, a list as its pairs."""
-        return sum(self.splits.values()) + self.merged + self.rejects
+        """Pairs, copies of pairs, and what is set aside: all of them, a list as its pairs.
+
+        Responses in rows of their own count as they are, and not as the pairs made of them.
+        """
+        pairs = sum(self.splits.values()) - self.alone.pairs + self.alone.rows
+        return pairs + self.merged + self.rejects
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
@@ -120,6 +132,12 @@ class Census:
     def answers_of(self, *splits: str) -> int:
         """Different answers in pairs of these splits; one in two of them counts twice."""
         return sum(self.answers.get(split, 0) for split in splits)
+
+    def alone_of(self, *splits: str) -> tuple[int, int]:
+        """Answers that stand in no pair, of these splits, and their different prompts."""
+        counts = (self.answers_alone, self.prompts_alone)
+        answers, prompts = (sum(of.get(split, 0) for split in splits) for of in counts)
+        return answers, prompts
 
     def own_pairs(self, kind: numbers.Own, *splits: str) -> int:
         """Pairs in these splits that can be weighed by numbers of their own."""
@@ -141,7 +159,8 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     rule = SplitRule(
         seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
     )
-    found, tally, sampled = _Counts(), Tally(), list[ParsedPair]()
+    found, tally, sampled = CountedRows(), Tally(), list[ParsedPair]()
+    of_prompts = _OfPrompts(sample)
     damaged: dict[str, str] = {}
     draw = random.Random(seed)
     planned = plan(config)
@@ -162,9 +181,14 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         unread[k].note_keys(made.unread)
         found.note(made)
         for parsed in made.pairs:
-            if found.add(*drawn(parsed, rule, piece.source, piece.into), parsed.numbers):
+            pair, place = drawn(parsed, rule, piece.source, piece.into)
+            is_first = found.add(pair, place, parsed.numbers)
+            if is_first and place.alone:
+                of_prompts.add(place.answer_a, parsed)
+            elif is_first:
                 _sample(sampled, parsed, draw, len(found.copies), sample)
-    found.gather(tally, learn_ties=config.ties == "labelled")
+    how = comparing((piece.layout for piece in pieces), config.pairing, seed, planned.kind)
+    found.gather(tally, how, learn_ties=config.ties == "labelled")
     for piece, of, paths in zip(pieces, unread, used, strict=True):
         _count_columns(piece, of, paths)
     return Census(
@@ -172,9 +196,9 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         reading.scaled(found.labelled),
         round(tally.reasons.total() * reading.scale),
         reading.complete,
-        tuple(sampled),
-        prompts=reading.scaled(_sizes(found.prompts)),
-        answers=reading.scaled(_sizes(found.answers)),
+        (*sampled, *of_prompts.pairs(how))[: 2 * sample],
+        prompts=reading.scaled(sizes(found.prompts)),
+        answers=reading.scaled(sizes(found.answers)),
         own={own: reading.scaled(found.own[own]) for own in _kinds(pieces)},
         void=reading.scaled(found.void),
         unlike=round(found.unlike * reading.scale),
@@ -187,6 +211,9 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         unread=tuple(unread),
         ties=found.ties,
         merged=round(found.merged * reading.scale),
+        alone=found.alone.scaled(reading.scale),
+        answers_alone=reading.scaled(sizes(found.answers_alone)),
+        prompts_alone=reading.scaled(sizes(found.prompts_alone)),
         lists=found.lists.scaled(reading.scale),
         of_lists=found.of_lists,
     )
@@ -203,69 +230,38 @@ def _kinds(pieces: Iterable[Piece]) -> list[numbers.Own]:
     return [own for own in numbers.COLUMNS if own in there]
 
 
-class _Counts:
-    """What was read: rows, without their texts; and, when all are there, pairs by split."""
+class _OfPrompts:
+    """Responses in rows of their own, with their texts, to a few prompts: those of the least ids.
 
-    def __init__(self) -> None:
-        self.copies: dict[str, list[tuple[Told, Drawn]]] = {}  # by pair id
-        self.pairs: Counter[str] = Counter()
-        self.labelled: Counter[str] = Counter()
-        # Ids by split. Those of answers are the texts that `copies` holds, and take a reference.
-        self.prompts: defaultdict[str, set[str]] = defaultdict(set)
-        self.answers: defaultdict[str, set[str]] = defaultdict(set)
-        self.own: dict[numbers.Own, Counter[str]] = {own: Counter() for own in numbers.COLUMNS}
-        self.void: Counter[str] = Counter()
-        self.most_weight = 0.0
-        self.ties = self.merged = self.unlike = 0
-        self.lists, self.of_lists = ListCounts(), Tally()
+    Ids are hashes, so that these prompts are drawn evenly, and all of their responses are there.
+    """
 
-    def note(self, made: RowPairs) -> None:
-        """Counts a row's list."""
-        self.lists += made.counts or ListCounts()
-        for reason, found, _ in made.set_aside:
-            self.of_lists.add(reason, found)
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._found: dict[str, dict[str, ParsedPair]] = {}
 
-    def add(self, pair: Pair, place: Drawn, own: numbers.Numbers) -> bool:
-        """Whether it is the first of its pair."""
-        self.void.update(own.void)
-        self.most_weight = max(self.most_weight, own.weight or 0.0)
-        copies = self.copies.setdefault(pair.pair_id, [])
-        copies.append((pair.told, place))
-        return len(copies) == 1
+    def add(self, answer: str, alone: ParsedPair) -> None:
+        """Adds one, by its id, if its prompt is among the least."""
+        prompt = prompt_of(answer)
+        if prompt not in self._found and len(self._found) == self._most:
+            greatest = max(self._found)
+            if prompt > greatest:
+                return
+            del self._found[greatest]
+        self._found.setdefault(prompt, {})[answer] = alone
 
-    def gather(self, tally: Tally, *, learn_ties: bool) -> None:
-        """Sets aside prompts of two sides, merges copies and splits, as `buckets` does."""
-        sides: dict[str, int] = {}
-        for _, place in chain.from_iterable(self.copies.values()):
-            sides[place.prompt_hash] = max(place.side, sides.get(place.prompt_hash, 0))
-        for pair_id, copies in self.copies.items():
-            side = sides[copies[0][1].prompt_hash]  # a pair has one prompt
-            staying = [(told, place) for told, place in copies if place.side == side]
-            for _ in range(len(copies) - len(staying)):
-                tally.add(LEAKED[SIDES[side]])
-            if staying:
-                all_told = [told for told, _ in staying]
-                agreed, unlike = numbers.agreed(all_told)
-                merged, _ = merge([agreed, *all_told[1:]])
-                self.unlike += unlike
-                self._count(pair_id, merged, staying[0][1], learn_ties=learn_ties)
-                self.merged += len(staying) - 1
-
-    def _count(self, pair_id: str, told: Told, place: Drawn, *, learn_ties: bool) -> None:
-        tie = bool(told.tie)
-        side, labelled = SIDES[place.side], place.in_labelled_part
-        split = split_of(side, labelled, told.label, learned_tie=learn_ties and tie)
-        self.pairs[split] += 1
-        self.labelled[split] += told.label is not None
-        self.prompts[split].add(prompt_of(pair_id))
-        self.answers[split].update((place.answer_a, place.answer_b))
-        self.ties += tie
-        for kind in numbers.usable(told):
-            self.own[kind][split] += 1
-
-
-def _sizes(by_split: Mapping[str, set[str]]) -> dict[str, int]:
-    return {split: len(ids) for split, ids in by_split.items()}
+    def pairs(self, how: Comparing | None) -> Iterator[ParsedPair]:
+        """The pairs that are made of them; of what makes none each response with itself."""
+        if how is None:
+            return
+        for prompt in sorted(self._found):
+            rows = sorted(self._found[prompt].items())
+            answers = [Answer(i, row.first, row.numbers.score_first, row) for i, row in rows]
+            made = decided(answers, how.pairing, AloneCounts())
+            for better, worse in made:
+                yield pair_with(better.row, better, worse, scored=how.scored)
+            if not made:
+                yield from (row for _, row in rows)
 
 
 class _Reading:

@@ -19,6 +19,7 @@ EACH = "*"  # the step of a path into all items of a list
 
 CHOSEN, EITHER = ("chosen", "rejected"), ("response_a", "response_b")
 LISTS = ("responses", "scores", "ranks")  # a prompt's responses, and how good each is
+ALONE = ("response", "score", "rank")  # the same of one response, in a row of its own
 FIELDS = (
     "system",
     "tools",
@@ -28,6 +29,7 @@ FIELDS = (
     *CHOSEN,
     *EITHER,
     *LISTS,
+    *ALONE,
     "label",
     "votes_a",
     "votes_b",
@@ -36,7 +38,7 @@ FIELDS = (
     "votes_tie",
     *NUMBER_FIELDS,
 )
-TEXTS = ("prompt", *CHOSEN, *EITHER, "responses")
+TEXTS = ("prompt", *CHOSEN, *EITHER, "responses", "response")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Layout:
         media: columns of images, sound or video: a row with a value there is no pair of texts.
         nulls_are_absent: whether a null inside tools stands for a key that is not there.
         as_text: whether text that spells messages is text all the same.
-        pairing: which responses of a list are compared; given: the rows are pairs.
+        pairing: which responses of a prompt are compared; given: none, but for rows of pairs.
     """
 
     columns: Mapping[str, str]
@@ -74,13 +76,13 @@ class Layout:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The fields of the answers: chosen and rejected, response_a and response_b, responses."""
+        """The fields of the answers: chosen and rejected, response_a and response_b, or one."""
         return answer_fields(self.columns)
 
     @property
     def rated_by(self) -> str | None:
-        """The field that says how good the responses of a list are."""
-        return next((name for name in LISTS[1:] if name in self.columns), None)
+        """The field that says how good responses are, of a list or of a row each."""
+        return next((name for name in (*LISTS[1:], *ALONE[1:]) if name in self.columns), None)
 
     @property
     def needed(self) -> set[str]:
@@ -131,14 +133,15 @@ class Layout:
         named = [ours if ours == theirs else f"{ours} ← {theirs}" for ours, theirs in read.items()]
         each = f"votes of {len(self.annotators)} columns" if self.annotators else "labels"
         meanings = f"; {each}: {self.values}" if "label" in read else ""
-        pairs = f"; pairs: {self.pairing}" if "responses" in read else ""
+        pairs = f"; pairs: {self.pairing}" if {"responses", "response"} & read.keys() else ""
         return f"{', '.join(named)}; format {self.format}{meanings}{pairs}"
 
 
 def answer_fields(columns: Mapping[str, str]) -> tuple[str, ...]:
     """The fields of answers that a source has; chosen/rejected where it has both."""
-    if "responses" in columns:
-        return ("responses",)
+    for one in ("responses", "response"):
+        if one in columns:
+            return (one,)
     return CHOSEN if set(CHOSEN) <= set(columns) else EITHER
 
 

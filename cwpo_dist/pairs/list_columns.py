@@ -1,6 +1,7 @@
 """The first rows of a source in; which column holds a list of responses, and which rates them, out.
 
-A list of objects is read by paths into all its items: `answers.*.answer`, `answers.*.rank`.
+Or which holds a response that has a row of its own. A list of objects is read by paths into all its
+items: `answers.*.answer`, `answers.*.rank`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from dataclasses import replace
 from cwpo_dist.config import ConfigError, Pairing
 from cwpo_dist.pairs import column_names, refusals
 from cwpo_dist.pairs.first_rows import FirstRows
-from cwpo_dist.pairs.layout import EACH, LISTS
+from cwpo_dist.pairs.layout import ALONE, EACH, LISTS
 from cwpo_dist.pairs.written import is_conversation, listed
 
 _RATINGS = LISTS[1:]
-# What stands beside lists: all else is about the two answers of a pair.
-BESIDE = ("system", "tools", "history", "prompt", "input", *LISTS)
+# What stands beside responses: all else is about the two answers of a pair.
+BESIDE = ("system", "tools", "history", "prompt", "input")
 
 
 def list_columns(
@@ -47,10 +48,46 @@ def list_columns(
     return {"responses": path, **_rating(first, given, left_out, path)}
 
 
-def check_lists(
+def one_response(
+    first: FirstRows, given: Mapping[str, str], left_out: set[str], pairing: Pairing
+) -> dict[str, str] | None:
+    """The columns of one response a row, and of its score or rank; None where there is none.
+
+    One that the configuration does not name is read where pairs are to be made: of rows with one
+    answer nobody else says what they are for.
+
+    Args:
+        first: the source's first rows.
+        given: the columns that the configuration names.
+        left_out: the fields that it says are not to be read.
+        pairing: which responses of a prompt are compared.
+
+    Raises:
+        ConfigError: for what could be several columns.
+    """
+    path = given.get("response")
+    if path is None:
+        if pairing == "given" or "response" in left_out:
+            return None
+        path = _the_one(first, "response", first.named(*column_names.ONE))
+        if path is None:
+            return None
+    ratings = ALONE[1:]
+    if set(ratings) & given.keys():
+        return {"response": path}
+    there = {
+        ours: [name for name in first.named(*column_names.RATINGS[of]) if name != path]
+        for ours, of in zip(ratings, _RATINGS, strict=True)
+        if ours not in left_out
+    }
+    found = {ours: _the_one(first, ours, names) for ours, names in there.items()}
+    return {"response": path, **{ours: name for ours, name in found.items() if name is not None}}
+
+
+def check_responses(
     first: FirstRows, columns: Mapping[str, str], named: set[str], pairing: Pairing
 ) -> None:
-    """Refuses lists of which nobody said what is compared, and fields that say nothing here.
+    """Refuses responses of which nobody said what is compared, and fields that say nothing here.
 
     Args:
         first: the source's first rows.
@@ -61,21 +98,25 @@ def check_lists(
     Raises:
         ConfigError: naming the field and the remedy.
     """
+    fields = LISTS if "responses" in columns else ALONE
+    what, ratings = "a list of responses" if fields is LISTS else "a response", fields[1:]
     for ours in sorted(named):
-        if ours not in BESIDE:
-            raise refusals.says_nothing(first, ours, "says nothing beside a list of responses")
-    if set(_RATINGS) <= columns.keys():
-        raise refusals.could_be_several(first, "scores", [columns[name] for name in _RATINGS])
-    path = columns["responses"]
-    if pairing == "given":
+        if ours not in (*BESIDE, *fields):
+            raise refusals.says_nothing(first, ours, f"says nothing beside {what}")
+    if set(ratings) <= columns.keys():
+        raise refusals.could_be_several(first, ratings[0], [columns[name] for name in ratings])
+    path = columns[fields[0]]
+    if pairing == "given" and fields is LISTS:
         most = max(map(len, _lists(first, path)), default=0)
         raise refusals.needs_pairing(first, path, most)
-    if pairing != "all" and not set(_RATINGS) & columns.keys():
+    if pairing in ("best_worst", "adjacent") and not set(ratings) & columns.keys():
+        score, rank = ratings
         raise ConfigError(
             f"prepare.pairing: {pairing!r} needs to know how good each response is, and "
-            f"{first.path!r} ({first.field}) has no scores or ranks that we know; name their "
-            "column: columns: {scores: …} (higher is better) or {ranks: …} (lower is better); or "
-            "set pairing: all, whose pairs then have no label"
+            f"{first.path!r} ({first.field}) has no {score} or {rank} that we know; name the "
+            f"column: columns: {{{score}: …}} (higher is better) or {{{rank}: …}} (lower is "
+            "better); or set pairing: all, whose pairs then have no label (weigh.pairing: "
+            "best_worst keeps of them the best and the worst by the annotator's scores)"
         )
 
 

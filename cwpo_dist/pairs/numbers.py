@@ -110,7 +110,7 @@ def _float(value: object) -> float:
 
 def kinds(fields: Iterable[str]) -> Iterator[Own]:
     """What the numbers of these fields say; of two scores both must be there."""
-    there = set(fields)
+    there = {"scores" if name == "score" else name for name in fields}  # of one response a row
     for own, names in COLUMNS.items():
         chosen = {"score_chosen", "score_rejected"} if own == "scores" else set(names)
         if set(names) <= there or chosen <= there or own in there:

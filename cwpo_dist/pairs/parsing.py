@@ -53,6 +53,11 @@ class ParsedPair:
     unread: frozenset[str] = frozenset()
 
     @property
+    def alone(self) -> bool:
+        """Whether it is an answer in a row of its own, which goes as a pair with itself."""
+        return self.first == self.second
+
+    @property
     def voted_against(self) -> bool:
         """Whether more people voted for the other answer than for the one that the label names."""
         a, b = self.votes_first or 0, self.votes_second or 0

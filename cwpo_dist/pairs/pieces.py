@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ CHUNK_CHARS = 32 * 2**20
 # Rows as Python objects take several times the memory of their text.
 _ROWS_AS_PYTHON = 2048
 
-_BESIDE_PAIRS = pa.schema(
+BESIDE_PAIRS = pa.schema(
     [
         ("bucket", pa.int32()),
         ("piece", pa.int32()),
@@ -189,7 +189,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
             pair, place = drawn(parsed, rule, piece.source, piece.into)
             bucket = int(pair.pair_id[:8], 16) * n_buckets >> 32
             kept = json.dumps(dict(parsed.kept), ensure_ascii=False)
-            files.add(pair, _Filed(bucket, index, number, str(part), raw.position, *place, kept))
+            files.add(pair, Filed(bucket, index, number, str(part), raw.position, *place, kept))
     files.flush()
     for part in piece.parts if columns_of(piece) else ():
         notes.unread.add(columnar(part, notes.used))
@@ -264,8 +264,8 @@ def _raw_rows(piece: Piece) -> Iterator[tuple[Part, RawRow]]:
     return itertools.islice(rows, piece.limit)
 
 
-class _Filed(NamedTuple):
-    """What stands beside a pair in a piece's files: the columns of _BESIDE_PAIRS."""
+class Filed(NamedTuple):
+    """What stands beside a pair in a piece's files: the columns of BESIDE_PAIRS."""
 
     bucket: int
     piece: int
@@ -280,15 +280,23 @@ class _Filed(NamedTuple):
     kept: str
 
 
+def filed_table(pairs: Sequence[Pair], filed: Sequence[Filed], kind: Kind) -> pa.Table:
+    """Pairs with what stands beside them."""
+    table, beside = pair_table(pairs, whole_schema(kind)), table_of(filed, BESIDE_PAIRS)
+    for field_ in BESIDE_PAIRS:
+        table = table.append_column(field_, beside[field_.name])
+    return table
+
+
 class _PieceFiles:
     """The rows and rejects of one piece, written in files of bounded size."""
 
     def __init__(self, store: Store, index: int, kind: Kind) -> None:
         self._store = store
         self._index = index
-        self._schema = whole_schema(kind)
+        self._kind = kind
         self._pairs: list[Pair] = []
-        self._filed: list[_Filed] = []
+        self._filed: list[Filed] = []
         self._tables: list[pa.Table] = []
         self._rejects: list[Reject] = []
         self._chars = 0
@@ -297,7 +305,7 @@ class _PieceFiles:
         self.written: list[str] = []
         self.tally, self.of_lists = Tally(), Tally()  # rows; responses of lists
 
-    def add(self, pair: Pair, filed: _Filed) -> None:
+    def add(self, pair: Pair, filed: Filed) -> None:
         self._pairs.append(pair)
         self._filed.append(filed)
         if len(self._pairs) == _ROWS_AS_PYTHON:
@@ -316,11 +324,7 @@ class _PieceFiles:
             self.flush()
 
     def _pack(self) -> None:
-        table = pair_table(self._pairs, self._schema)
-        beside = table_of(self._filed, _BESIDE_PAIRS)
-        for name in _BESIDE_PAIRS.names:
-            table = table.append_column(_BESIDE_PAIRS.field(name), beside[name])
-        self._tables.append(table)
+        self._tables.append(filed_table(self._pairs, self._filed, self._kind))
         self._pairs, self._filed = [], []
 
     def flush(self) -> None:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from cwpo_dist.pairs.chosen import Label
+from cwpo_dist.pairs.packing import as_json
 from cwpo_dist.pairs.records import Kind, Text, Tools, read_rows
-from cwpo_dist.pairs.stored import as_json
 from cwpo_dist.storage import Store
 
 

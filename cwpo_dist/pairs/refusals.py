@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from cwpo_dist.config import ConfigError
+from cwpo_dist.pairs import column_names
 from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.layout import EACH, Layout
 from cwpo_dist.pairs.rejects import Tally, printable, shown
 from cwpo_dist.pairs.verdicts import MOST_SHOWN, ValueMap, is_number, spelled
 
-_SINGLE = ("completion", "response", "answer", "output", "generation", "generated_text", "chosen")
+_SINGLE = (*column_names.ONE, "chosen")
 _TAGS = ("label", "kto_tag", "rating", "score")
 
 
@@ -66,9 +67,11 @@ def no_answers(first: FirstRows) -> ConfigError:
     if single := first.named(*_SINGLE):
         tags = [name for name in first.named(*_TAGS) if _is_tag(first, name)]
         label = f", and {tags[0]!r} says whether it is good (as for KTO)" if tags else ""
+        score = f", score: {tags[0]}" if tags else ""
         return ConfigError(
-            f"{head}Each row has one answer, {single[0]!r}{label}: a pair needs two answers to one "
-            "prompt. Join the rows of a prompt into one with a list of responses, and one of scores"
+            f"{head}Each row has one answer, {single[0]!r}{label}. Where other rows answer the "
+            "same prompt, set prepare.pairing: all, best_worst or adjacent, to make pairs of them; "
+            f"or name it, to have it scored alone: columns: {{response: {single[0]}{score}}}"
         )
     if len(first.names) == 1 and ";" in first.names[0]:
         return ConfigError(

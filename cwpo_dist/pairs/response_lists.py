@@ -1,8 +1,9 @@
-"""A row with a prompt and a list of responses in; the pairs of them that are to be compared out.
+"""A row with a prompt and a list of responses, or one, in; the pairs that are to be compared out.
 
 The responses of a row are texts, messages or conversations, as the answers of a pair are; their
 scores (higher is better) or ranks (lower is better) say which of two is the better one. One that
-cannot be used is set aside by itself, the others stay.
+cannot be used is set aside by itself, the others stay. One in a row of its own goes as a pair with
+itself, until those of its prompt are together (`alone`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from cwpo_dist.pairs.judging import HumanLabel
 from cwpo_dist.pairs.layout import Layout, not_null
 from cwpo_dist.pairs.messages import MessageReader, has_words
 from cwpo_dist.pairs.numbers import Numbers, number
+from cwpo_dist.pairs.pairing import compared, is_tie, pair_with
 from cwpo_dist.pairs.parsing import ParsedPair, pair_of, parse, refuse_media
 from cwpo_dist.pairs.readers import RawRow
-from cwpo_dist.pairs.records import Text, canonical, content_hash
+from cwpo_dist.pairs.records import Text, answer_id, canonical
 from cwpo_dist.pairs.rejects import BadRow, Reason, row_text, shown
 from cwpo_dist.pairs.texts import read_texts
 from cwpo_dist.pairs.written import listed
 
-MOST_PAIRS = 100_000  # of one row: all two of 447 responses
 _GROWN_ROWS, _GROWN_PAIRS = 100, 20  # first rows, and pairs of each, whose text is measured
 
 
@@ -39,6 +40,11 @@ class Response(NamedTuple):
 
     text: Text
     good: float | None
+
+    @property
+    def hashed(self) -> str:
+        """The digits that end its answer's id."""
+        return answer_id("", self.text)
 
 
 class SetAside(NamedTuple):
@@ -114,15 +120,16 @@ class RowPairs:
 
 
 def pairs_of_row(row: object, layout: Layout) -> RowPairs:
-    """The pairs of a row: the one that it is, or those of its list.
+    """The pairs of a row: the one that it is, those of its list, or its response with itself.
 
     Raises:
         BadRow: where it is none, or has none, with the reason and the field at fault.
     """
-    if "responses" not in layout.columns:
-        pair = parse(row, layout)
-        return RowPairs((pair,), pair.unread)
-    return _of_list(refuse_media(row, layout), layout)
+    if "responses" in layout.columns:
+        return _of_list(refuse_media(row, layout), layout)
+    alone = "response" in layout.columns
+    pair = _of_one(refuse_media(row, layout), layout) if alone else parse(row, layout)
+    return RowPairs((pair,), pair.unread)
 
 
 def parse_raw(raw: RawRow, layout: Layout) -> RowPairs:
@@ -136,6 +143,18 @@ def parse_raw(raw: RawRow, layout: Layout) -> RowPairs:
     return pairs_of_row(raw.value, layout)
 
 
+def _of_one(row: Mapping[str, object], layout: Layout) -> ParsedPair:
+    """A response with itself, rated or not."""
+    reader = MessageReader(nulls_are_absent=layout.nulls_are_absent)
+    name = layout.rated_by
+    rating = None if name is None else layout.optional(row, name)
+    good = None if name is None or rating is None else _good(rating, name)
+    prompt, response = _response(row, layout, reader, layout.present(row, "response"), good)
+    texts = prompt, response.text, response.text
+    numbers = Numbers(score_first=response.good, score_second=response.good)
+    return replace(pair_of(row, layout, reader, texts, HumanLabel(None)), numbers=numbers)
+
+
 def _of_list(row: Mapping[str, object], layout: Layout) -> RowPairs:
     reader = MessageReader(nulls_are_absent=layout.nulls_are_absent)
     cells = _cells(row, layout, "responses") or []
@@ -144,14 +163,14 @@ def _of_list(row: Mapping[str, object], layout: Layout) -> RowPairs:
     set_aside += differing
     if len(responses) < 2:
         raise _not_enough(len(responses), len(cells), set_aside)
-    compared = _compared(responses, layout.pairing)
-    ties = sum(a.good is not None and a.good == b.good for a, b in compared)
+    both = compared(responses, layout.pairing)
+    ties = sum(map(is_tie, both))
     texts = prompt, responses[0].text, responses[1].text
     some = pair_of(row, layout, reader, texts, HumanLabel(None))
     return RowPairs(
-        _pairs(some, compared, scored="scores" in layout.columns),
+        _pairs(some, both, scored="scores" in layout.columns),
         some.unread,
-        ListCounts(1, len(cells), repeated, len(set_aside), len(compared) - ties, ties),
+        ListCounts(1, len(cells), repeated, len(set_aside), len(both) - ties, ties),
         tuple(set_aside),
     )
 
@@ -200,13 +219,14 @@ def _response(
     good: float | BadRow | None,
 ) -> tuple[Text, Response]:
     """One response, and the prompt that it replies to."""
+    (field,) = layout.answers
     if not_null(cell) is None:
-        raise BadRow(Reason.EMPTY_ANSWER, "responses")
+        raise BadRow(Reason.EMPTY_ANSWER, field)
     prompt, (text,) = read_texts(row, layout, reader, lambda _: cell)
     if not has_words(prompt):
         raise BadRow(Reason.EMPTY_PROMPT)
     if not has_words(text):
-        raise BadRow(Reason.EMPTY_ANSWER, "responses")
+        raise BadRow(Reason.EMPTY_ANSWER, field)
     if isinstance(good, BadRow):
         raise good
     return prompt, Response(text, good)
@@ -229,12 +249,12 @@ def _good(cell: object, name: str) -> float | BadRow:
     if not_null(cell) is None:
         return BadRow(Reason.MISSING, name)
     try:
-        value = number(cell)
+        value = float(cell) if cell in (True, False) and name == "score" else number(cell)
     except ValueError:
         value = None
     if value is None:
         return BadRow(Reason.RATING, name, shown(cell))
-    return value if name == "scores" else -value
+    return value if name in ("scores", "score") else -value
 
 
 def _distinct(
@@ -268,46 +288,13 @@ def _not_enough(usable: int, count: int, set_aside: Sequence[SetAside]) -> BadRo
     return BadRow(Reason.ALONE, "responses", f"{usable} of {count} can be used{why}")
 
 
-Compared = Sequence[tuple[Response, Response]]
-
-
-def _compared(responses: Sequence[Response], pairing: str) -> Compared:
-    """Which two are compared, the better one first.
-
-    Of several that are equally good, a hash decides which comes first.
-    """
-    if pairing == "all" and len(responses) * (len(responses) - 1) > 2 * MOST_PAIRS:
-        raise BadRow(
-            Reason.TOO_MANY, "responses", f"{len(responses)} responses, all two of them compared"
-        )
-    ordered = sorted(responses, key=lambda one: (-(one.good or 0.0), content_hash(one.text)))
-    if pairing == "all":
-        return list(itertools.combinations(ordered, 2))
-    if pairing == "adjacent":
-        return list(itertools.pairwise(ordered))
-    return [(ordered[0], ordered[-1])]
-
-
-def _pairs(some: ParsedPair, compared: Compared, *, scored: bool) -> Iterator[ParsedPair]:
-    """The pairs of those that are not equally good; without a label where nobody said.
-
-    Args:
-        some: any pair of the row.
-        compared: the better one first.
-        scored: what says so are scores, which the pairs then have.
-    """
-    for better, worse in compared:
-        if better.good is None or worse.good is None:
-            yield replace(some, first=better.text, second=worse.text)
-        elif better.good > worse.good:
-            scores = (better.good, worse.good) if scored else (None, None)
-            yield replace(
-                some,
-                first=better.text,
-                second=worse.text,
-                label="first",
-                numbers=Numbers(score_first=scores[0], score_second=scores[1]),
-            )
+def _pairs(
+    some: ParsedPair, both: Iterable[tuple[Response, Response]], *, scored: bool
+) -> Iterator[ParsedPair]:
+    """The pairs of those that are not equally good, of any pair of the row."""
+    for better, worse in both:
+        if not is_tie((better, worse)):
+            yield pair_with(some, better, worse, scored=scored)
 
 
 def growth(rows: Iterable[object], layout: Layout) -> float:

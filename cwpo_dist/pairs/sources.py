@@ -292,10 +292,17 @@ def _check_rows(first: FirstRows, layout: Layout) -> None:
 
 def _check_pairing(config: PrepareConfig, layouts: Iterable[Layout]) -> None:
     """A setting that nothing reads would be taken for one that acts."""
-    if config.pairing != "given" and not any("responses" in each.columns for each in layouts):
+    fields = {field for each in layouts for field in each.columns}
+    if config.pairing != "given" and not fields & {"responses", "response"}:
         raise ConfigError(
-            f"prepare.pairing: {config.pairing!r}, but no source has lists of responses, whose "
-            "column is named under columns: {responses: …}; each row is a pair: set it to given"
+            f"prepare.pairing: {config.pairing!r}, but no source has responses to make pairs of, "
+            "whose column is named under columns: {responses: …} for lists, or {response: …} for "
+            "one a row; each row is a pair: set it to given"
+        )
+    if {"score", "rank"} <= fields and config.pairing != "given":
+        raise ConfigError(
+            "prepare.sources: some rate a response by its score, and others by its rank, so that "
+            "two of one prompt could not be compared; set one of them to null under columns"
         )
 
 

@@ -17,6 +17,7 @@ from cwpo_dist.config import Split
 from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import (
+    Canonical,
     answer_id,
     canonical,
     content_hash,
@@ -99,7 +100,7 @@ class Drawn(NamedTuple):
         side: its number in SIDES.
         in_labelled_part: whether it is labelled if it is for training and has a label.
         answer_a: id of its first answer.
-        answer_b: of the other.
+        answer_b: of the other; the same one of an answer in a row of its own.
     """
 
     prompt_hash: str
@@ -107,6 +108,11 @@ class Drawn(NamedTuple):
     in_labelled_part: bool
     answer_a: str
     answer_b: str
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is of an answer in a row of its own, which goes as a pair with itself."""
+        return self.answer_a == self.answer_b
 
 
 def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) -> tuple[Pair, Drawn]:
@@ -118,8 +124,25 @@ def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) ->
         source: where it comes from.
         into: the side to which all of its source goes; None: by hash.
     """
+    prompt = canonical(given.prompt)
+    pair, *answers = ordered(given, prompt, rule.seed, source)
+    prompt_hash = content_hash(prompt)
+    key = prompt_hash if given.group is None else given.group
+    side = SIDES.index(rule.side(key, into))
+    return pair, Drawn(prompt_hash, side, rule.is_labelled(key), *answers)
+
+
+def ordered(given: ParsedPair, prompt: Canonical, seed: int, source: str) -> tuple[Pair, str, str]:
+    """A pair in the order that its content and the seed decide, and the ids of its answers.
+
+    Args:
+        given: as its source has it.
+        prompt: its prompt's canonical spelling.
+        seed: of the order.
+        source: where it comes from.
+    """
     own = given.numbers
-    prompt, first, second = map(canonical, (given.prompt, given.first, given.second))
+    first, second = map(canonical, (given.first, given.second))
     asked = prompt_id(prompt, given.tools)
     answers = answer_id(asked, first), answer_id(asked, second)
     pair = Pair(
@@ -139,12 +162,9 @@ def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) ->
         own.score_second,
         source=source,
     )
-    if (first < second) == is_swapped(rule.seed, pair.pair_id):
+    if (first < second) == is_swapped(seed, pair.pair_id):
         pair, answers = pair.swap(), answers[::-1]
-    prompt_hash = content_hash(prompt)
-    key = prompt_hash if given.group is None else given.group
-    side = SIDES.index(rule.side(key, into))
-    return pair, Drawn(prompt_hash, side, rule.is_labelled(key), *answers)
+    return pair, *answers
 
 
 def merge(copies: Sequence[Told]) -> tuple[Told, bool]:

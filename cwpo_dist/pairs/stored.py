@@ -2,16 +2,12 @@
 
 A shard of pairs is three files: a prompt and an answer are stored once, in however many pairs they
 stand. Pairs name them by their ids, and are read whole again, with the texts.
-
-A plain message is a dict of its own keys alone. Arrow has the same fields in every row: of pairs,
-what stands beside role and content lies together in `extra`, as JSON.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +15,7 @@ import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs.chosen import OTHER, Label, chosen_first
+from cwpo_dist.pairs.packing import as_json, packed, tools_of, unpacked
 from cwpo_dist.pairs.records import (
     MESSAGES,
     Kind,
@@ -34,7 +31,6 @@ from cwpo_dist.pairs.records import (
 from cwpo_dist.storage import Store
 
 TEXTS = ("prompt", "response_a", "response_b")
-_ALWAYS = ("role", "content")
 
 
 _TOLD = pa.schema(
@@ -65,10 +61,16 @@ def prompt_schema(kind: Kind) -> pa.Schema:
     return pa.schema([("prompt_id", pa.string()), ("prompt", _text(kind)), ("tools", pa.string())])
 
 
-def answer_schema(kind: Kind) -> pa.Schema:
-    """The columns of `answers/`; `source` is the first that it came from."""
+def answer_schema(kind: Kind, *, alone: bool = False) -> pa.Schema:
+    """The columns of `answers/`; `source` is the first that it came from.
+
+    Args:
+        kind: text or conversational.
+        alone: whether some may stand in no pair: `split` is theirs, and null for the others.
+    """
     ids = [("answer_id", pa.string()), ("prompt_id", pa.string())]
-    return pa.schema([*ids, ("answer", _text(kind)), ("source", pa.string())])
+    split = [("split", pa.string())] if alone else []
+    return pa.schema([*ids, ("answer", _text(kind)), ("source", pa.string()), *split])
 
 
 def pair_schema(kept: pa.Schema | None = None) -> pa.Schema:
@@ -233,7 +235,14 @@ def places_of(named: pa.ChunkedArray, ids: pa.ChunkedArray, where: str) -> pa.Ar
     return found
 
 
-def write_shard(store: Store, index: int, whole: pa.Table, kept: pa.Schema | None = None) -> None:
+def write_shard(
+    store: Store,
+    index: int,
+    whole: pa.Table,
+    kept: pa.Schema | None = None,
+    *,
+    alone: bool = False,
+) -> None:
     """Writes a shard's prompts, answers and pairs, each unless it is there.
 
     Args:
@@ -241,17 +250,22 @@ def write_shard(store: Store, index: int, whole: pa.Table, kept: pa.Schema | Non
         index: the shard's number.
         whole: pairs with their texts, ids and kept columns.
         kept: types of the latter.
+        alone: whether some are pairs of an answer with itself: it stands in none.
     """
     kind = _kind(whole)
-    asked = whole.select(prompt_schema(kind).names)
+    asked, answers = whole.select(prompt_schema(kind).names), answer_schema(kind, alone=True)
+    of_none = pc.equal(whole["answer_a"], whole["answer_b"])
+    splits = pc.if_else(of_none, whole["split"], pa.scalar(None, pa.string()))
     told = [
-        whole.select([ids, "prompt_id", text, "source"]).rename_columns(answer_schema(kind).names)
+        whole.select([ids, "prompt_id", text, "source"]).append_column("split", splits)
         for ids, text in zip(IDS.names[1:], TEXTS[1:], strict=True)
     ]
+    told = [table.rename_columns(answers.names) for table in told]
+    answers = answer_schema(kind, alone=alone)
     for folder, table, schema in (
         ("prompts", _first_of_each(asked, "prompt_id"), prompt_schema(kind)),
-        ("answers", _first_of_each(pa.concat_tables(told), "answer_id"), answer_schema(kind)),
-        ("pairs", whole, pair_schema(kept)),
+        ("answers", _first_of_each(pa.concat_tables(told), "answer_id"), answers),
+        ("pairs", whole.filter(pc.invert(of_none)), pair_schema(kept)),
     ):
         store.create_table(shard_file(folder, index), table.select(schema.names).cast(schema))
 
@@ -301,19 +315,6 @@ def pairs_of(table: pa.Table) -> list[Pair]:
     return list(map(Pair._make, zip(*columns, strict=True)))
 
 
-def unpacked(column: pa.ChunkedArray) -> list[Any]:
-    """Prompts or answers as Arrow holds them, as texts or messages."""
-    texts: list[Any] = column.to_pylist()
-    for text in texts:
-        _unpack(text)
-    return texts
-
-
-def tools_of(column: pa.ChunkedArray) -> list[Tools | None]:
-    """The tools of prompts, which are JSON in a file."""
-    return [None if tools is None else json.loads(tools) for tools in column.to_pylist()]
-
-
 def pair_table(pairs: Iterable[Pair], schema: pa.Schema) -> pa.Table:
     """Pairs as a schema of theirs has them."""
     rows = [
@@ -321,29 +322,3 @@ def pair_table(pairs: Iterable[Pair], schema: pa.Schema) -> pa.Table:
         for pair in pairs
     ]
     return table_of(rows, schema)
-
-
-def packed(text: Text | None) -> object:
-    """A prompt or answer as Arrow holds it."""
-    if text is None or isinstance(text, str):
-        return text
-    return [
-        {
-            "role": message["role"],
-            "content": message["content"],
-            "extra": as_json({k: message[k] for k in message if k not in _ALWAYS} or None),
-        }
-        for message in text
-    ]
-
-
-def _unpack(text: object) -> None:
-    for message in text if isinstance(text, list) else ():
-        extra = message.pop("extra")
-        if extra is not None:
-            message.update(json.loads(extra))
-
-
-def as_json(value: object) -> str | None:
-    """JSON text; None where there is nothing."""
-    return None if value is None else json.dumps(value, ensure_ascii=False)

@@ -17,9 +17,9 @@ from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.config import Config, ConfigError, PoolConfig, TrainingConfig
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.pairs.packing import packed
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import LOG_PROB_SCHEMA, SCORE_SCHEMA
-from cwpo_dist.pairs.stored import packed
 from cwpo_dist.placement import gpus, uses_gpu
 from cwpo_dist.planning.costs import START_S, AnswerLengths, Estimate, named
 from cwpo_dist.runs.sizes import ModelSize

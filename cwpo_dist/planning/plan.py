@@ -13,6 +13,7 @@ from typing import Any
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.graph import graph, prepare_node
+from cwpo_dist.pairs.alone import AloneCounts
 from cwpo_dist.pairs.estimate import Census, census
 from cwpo_dist.pairs.rejects import Tally
 from cwpo_dist.pairs.response_lists import ListCounts
@@ -176,6 +177,9 @@ def _as_made(run: Config, counted: Census) -> Census:
         tally=Tally(Counter(made["rejects"])),
         unread=tuple(Unread(**made["not_read"].get(name, {})) for name, _ in counted.sources),
         **_lists_as_made(made),
+        alone=AloneCounts(**made.get("alone", {})),
+        answers_alone=made.get("answers_alone", {}),
+        prompts_alone=made.get("prompts_alone", {}),
         exact=True,
     )
 

@@ -39,10 +39,11 @@ def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     if not estimate.counted.exact:
         yield "counts are estimates: the sources are too large to read in a few seconds"
     yield from estimate.counted.sentences()
-    if not any(estimate.counted.labelled.values()) and not estimate.counted.own:
+    pairs = sum(estimate.counted.splits.values())
+    if pairs and not any(estimate.counted.labelled.values()) and not estimate.counted.own:
         yield f"no pair has a label, or a number of its own to weigh it by; {MAP_LABELS}"
     if config.policy is None:
-        yield _end(config)
+        yield _end(config, pairs)
     if until_of(config) in {None, "weigh"}:
         yield from own_notes(config, estimate.counted)
     yield from estimate.checked.notes
@@ -68,12 +69,13 @@ def _other_versions(config: Config) -> Iterator[str]:
         )
 
 
-def _end(config: Config) -> str:
+def _end(config: Config, pairs: int) -> str:
     """Up to where a run without a policy is planned."""
+    follows = "; `weigh` can follow" if pairs else ", which scores answers that stand in no pair"
     if until_of(config) == "prepare":
         return "no model is given: planned up to `prepare`"
     if needs_annotator(config):
-        return "no policy is given: planned up to `annotate`; `weigh` can follow"
+        return f"no policy is given: planned up to `annotate`{follows}"
     return "no policy is given: planned up to `weigh`"
 
 

@@ -97,7 +97,8 @@ class ShownRow:
 
 def read_sample(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPair]) -> SampleRead:
     """Reads the sampled pairs as the stages will."""
-    found = encode_pairs(encoder, model, [_given(pair) for pair in sample])
+    pairs = [pair for pair in sample if not pair.alone]
+    found = encode_pairs(encoder, model, [_given(pair) for pair in pairs])
     fitting = [row for row in found if isinstance(row, Row)]
     faults = [(row.fault, str(row)) for row in found if isinstance(row, TokenError) and row.fault]
     unread = Counter(fault for fault, _ in faults)
@@ -105,15 +106,15 @@ def read_sample(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPai
     examples = dict(reversed(faults))  # the first of each stays
     left_out = Counter(
         role
-        for pair, row in zip(sample, found, strict=True)
+        for pair, row in zip(pairs, found, strict=True)
         if isinstance(row, Row)
         for role in encoder.left_out(pair.prompt, pair.first)
     )
     answers = _each_once(model, encoder, sample)
     bad = [row for row in answers.values() if isinstance(row, TokenError)]
     return SampleRead(
-        _lengths(fitting, len(sample), _answer_lengths(answers)),
-        len(sample),
+        _lengths(fitting, len(pairs), _answer_lengths(answers)),
+        len(pairs),
         too_long,
         unread,
         len(answers),
@@ -236,7 +237,7 @@ def shown_rows(
         pairs: one after the other.
     """
     for pair in pairs:
-        for name, model in models.items():
+        for name, model in models.items() if not pair.alone else ():
             yield _shown_row(name, model, encoders[name], pair)
 
 

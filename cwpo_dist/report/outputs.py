@@ -95,22 +95,27 @@ def prepare_table(metrics: Metrics) -> Table:
     """Where every input row went."""
     found = _prepared(metrics, "count")
     rows = [_rows_of(prepare) for prepare in found.values()]
-    cells = tuple((Cell(name), *(count(told[name]) for told in rows)) for name in rows[0])
+    names = [name for name in rows[0] if name != _ALONE or any(told[name] for told in rows)]
+    cells = tuple((Cell(name), *(count(told[name]) for told in rows)) for name in names)
     note = (
-        "Rows read = pairs + merged + rejected, where a row with a list of responses counts as the "
-        "pairs made of it; anything unaccounted for is a fault."
+        "Rows read = pairs + merged + rejected, where rows with responses, of a list or of one "
+        "each, count as the pairs made of them; anything unaccounted for is a fault."
     )
     return Table("Rows", ("", *found), cells, note)
+
+
+_ALONE = "answers that stand in no pair"
 
 
 def _rows_of(prepare: Metrics | None) -> dict[str, int | None]:
     rejects, rows_in = at(prepare, "rejects"), at(prepare, "rows_in")
     rejected = sum(rejects.values()) if rejects is not None else None
     parts = (at(prepare, "pairs"), at(prepare, "merged_duplicates"), rejected)
-    lists = at(prepare, "lists") or {"rows": 0, "pairs": 0}
+    alone = at(prepare, "alone") or {"rows": 0, "pairs": 0, "in_no_pair": 0}
+    compared = (at(prepare, "lists") or {"rows": 0, "pairs": 0}, alone)
     lost = None
     if rows_in is not None and None not in parts:
-        made = rows_in - lists["rows"] + lists["pairs"]
+        made = rows_in + sum(of["pairs"] - of["rows"] for of in compared)
         lost = made - sum(part for part in parts if part is not None)
     return {
         "rows read": rows_in,
@@ -118,6 +123,7 @@ def _rows_of(prepare: Metrics | None) -> dict[str, int | None]:
         "duplicates merged into them": at(prepare, "merged_duplicates"),
         "rejected": rejected,
         "unaccounted for": lost,
+        _ALONE: alone["in_no_pair"],
         "pairs with conflicting labels": at(prepare, "conflicting_labels"),
     }
 

@@ -6,10 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import NotRequired, TypedDict, TypeVar
+from typing import NotRequired, TypedDict, TypeVar, cast
 
 from cwpo_dist.config import PrepareConfig, Split
 from cwpo_dist.pairs import numbers
+from cwpo_dist.pairs.alone import AloneCounts
 from cwpo_dist.pairs.buckets import BucketSummary
 from cwpo_dist.pairs.listing import LeftOut
 from cwpo_dist.pairs.numbers import Own
@@ -85,7 +86,30 @@ class _OfLists(TypedDict):
     lists: NotRequired[_Lists]
 
 
-class PreparedCounts(_OfSources, _OfRows, _OfPairs, _OfLists):
+class _Alone(TypedDict):
+    """What became of responses in rows of their own, by the names of `AloneCounts`."""
+
+    rows: int
+    answers: int
+    rated_twice: int
+    pairs: int
+    ties: int
+    too_many: int
+    in_no_pair: int
+
+
+class _OfAlone(TypedDict):
+    """These are there where some source has responses in rows of their own.
+
+    `answers_alone` are those that stand in no pair, and `prompts_alone` their prompts, by split.
+    """
+
+    alone: NotRequired[_Alone]
+    answers_alone: NotRequired[dict[Split, int]]
+    prompts_alone: NotRequired[dict[Split, int]]
+
+
+class PreparedCounts(_OfSources, _OfRows, _OfPairs, _OfLists, _OfAlone):
     """What the manifest of `prepare` counts, by the names that it has there."""
 
 
@@ -97,7 +121,9 @@ def prepared_counts(
     kept: dict[str, str],
     damaged: int,
 ) -> PreparedCounts:
-    """The counts; rows_in = pairs + merged_duplicates + Σ rejects, a list counted as its pairs.
+    """The counts; rows_in = pairs + merged_duplicates + Σ rejects.
+
+    A list, and all rows of one response, count as the pairs that are made of them.
 
     Args:
         planned: the sources.
@@ -108,10 +134,27 @@ def prepared_counts(
         damaged: how many files could not be read to their end.
     """
     rows, pairs = _of_rows(read, rejects, damaged), _of_pairs(planned, written)
-    lists, _ = of_lists(read)
+    (lists, _), alone = of_lists(read), of_alone(written)
     accounted = pairs["pairs"] + pairs["merged_duplicates"] + rejects.reasons.total()
-    assert rows["rows_in"] - lists.rows + lists.pairs == accounted, (rows, pairs, lists)
-    return {**_of_sources(planned, kept), **rows, **pairs, **_of_lists(planned, read)}
+    made = rows["rows_in"] - lists.rows + lists.pairs - alone.rows + alone.pairs
+    assert made == accounted, (rows, pairs, lists, alone)
+    beside: _OfAlone = _of_alone(planned, written, alone)
+    return {**_of_sources(planned, kept), **rows, **pairs, **_of_lists(planned, read), **beside}
+
+
+def _of_alone(planned: Plan, written: Sequence[BucketSummary], alone: AloneCounts) -> _OfAlone:
+    if not any("response" in piece.layout.columns for piece in planned.pieces):
+        return {}
+    return {
+        "alone": cast("_Alone", asdict(alone)),
+        "answers_alone": _by_split(bucket.answers_alone for bucket in written),
+        "prompts_alone": _by_split(bucket.prompts_alone for bucket in written),
+    }
+
+
+def of_alone(written: Iterable[BucketSummary]) -> AloneCounts:
+    """What became of all responses in rows of their own."""
+    return sum((AloneCounts(**bucket.alone) for bucket in written), AloneCounts())
 
 
 def _of_lists(planned: Plan, read: Sequence[PieceSummary]) -> _OfLists:
@@ -219,6 +262,9 @@ def in_words(
     """What a reader of the log should know of them."""
     yield from _rows_told(counts, rejects)
     yield from _lists_told(*of_lists(read))
+    if "alone" in counts:
+        for line in AloneCounts(**counts["alone"]).sentences():
+            yield logging.INFO, line
     yield from _numbers_told(counts, read)
     yield from _rest_told(counts)
     yield from _empty_told(counts, config)

@@ -36,11 +36,13 @@ class AnswersIn:
         store: the output folder of `prepare` (or any with shards by `write_shard`).
         splits: those alone that stand in a pair of these splits; None: all.
         selected: given a shard, the ids of those of its answers that are read; None: all.
+        alone: whether also those that stand in no pair, of these splits.
     """
 
     store: Store
     splits: tuple[str, ...] | None = None
     selected: Callable[[int], Container[str]] | None = None
+    alone: bool = False
 
     def read(self, index: int) -> list[Input[Answer]]:
         """The answers of one shard, in the order of its file."""
@@ -52,9 +54,14 @@ class AnswersIn:
         return [
             Input(answer.answer_id, position, answer)
             for position, answer in enumerate(read_answers(self.store, index))
-            if (names is None or answer.answer_id in names)
-            and (asked is None or answer.answer_id in asked)
+            if (names is None or answer.answer_id in names) and self._reads(answer, asked)
         ]
+
+    def _reads(self, answer: Answer, asked: Container[str] | None) -> bool:
+        """Whether it stands in a pair of the splits, `asked`; or in none, if that is asked for."""
+        if answer.alone is None:
+            return asked is None or answer.answer_id in asked
+        return self.alone and (self.splits is None or answer.alone in self.splits)
 
     def set_alike_aside(
         self, index: int, hashes: Mapping[str, int | None], rejects: SetAside

@@ -21,6 +21,7 @@ from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.joined import score_files
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, retry_manifest
 from cwpo_dist.runs.stage import Scoring, Stage
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
@@ -104,6 +105,8 @@ def work(context: Context, node: Node[AnnotateSettings], counted: Census) -> Sco
     told = node.settings
     model = "weak" if told.ready is None else told.ready.field
     answers, prompts = counted.answers_of(*told.splits), counted.prompts_of(*told.splits)
+    alone, prompts_alone = counted.alone_of(*told.splits)
+    answers, prompts = answers + alone, prompts + prompts_alone
     before = min(answers, _scored_before(context, node, counted))
     text = f"{answers:,} answers to {prompts:,} prompts"
     if before:
@@ -193,7 +196,7 @@ def _job(
 ) -> ShardJob:
     """The scoring of all answers, or of those that the retries before `retry` left aside."""
     told, output = node.settings, context.place(node)
-    answers = context.answers(node, told.splits)
+    answers = _answers(context, node)
     if retry:
         answers = replace(answers, selected=partial(_set_aside, output, retry - 1))
     model, config = annotator(context, node), told.config
@@ -209,14 +212,20 @@ def _job(
     )
 
 
+def _answers(context: Context, node: Node[AnnotateSettings]) -> AnswersIn:
+    """What is scored: the answers of pairs, and those that stand in none."""
+    return replace(context.answers(node, node.settings.splits), alone=True)
+
+
 def _limit(context: Context, node: Node[AnnotateSettings]) -> Limit:
     """How much may be set aside."""
     told, prepared = node.settings, context.counts(node.inputs["prepare"])
-    answers, pairs = (
-        sum(prepared[of][split] for split in told.splits) for of in ("answers", "splits")
+    answers, alone, pairs = (
+        sum(prepared.get(of, {}).get(split, 0) for split in told.splits)
+        for of in ("answers", "answers_alone", "splits")
     )
     most, field = told.config.max_reject_fraction, "annotate.max_reject_fraction"
-    return Limit("annotate", field, most, answers, pairs, context.place(node))
+    return Limit("annotate", field, most, answers + alone, pairs, context.place(node))
 
 
 def _of_new_answers(context: Context, node: Node[AnnotateSettings], job: ShardJob) -> ShardJob:
@@ -225,7 +234,7 @@ def _of_new_answers(context: Context, node: Node[AnnotateSettings], job: ShardJo
     earlier = earlier_scores(context, node)
     if not earlier.files:
         return job
-    answers = context.answers(node, node.settings.splits)
+    answers = _answers(context, node)
     return replace(job, make_worker=partial(NewAnswersWorker, earlier, answers, job.make_worker))
 
 

@@ -13,6 +13,7 @@ from cwpo_dist.canonical import to_json
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs import buckets, cutting, kept_columns
+from cwpo_dist.pairs.alone import comparing
 from cwpo_dist.pairs.buckets import Shards
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.pieces import (
@@ -81,7 +82,10 @@ def make(context: Context, node: Node[PrepareSettings]) -> Mapping[str, object]:
 
 def work(context: Context, node: Node[PrepareSettings], counted: Census) -> Work:
     """How many pairs go where."""
-    splits = ", ".join(f"{n:,} {name}" for name, n in sorted(counted.splits.items()))
+    found = [(n, name) for name, n in sorted(counted.splits.items())]
+    if counted.alone.in_no_pair:
+        found.append((counted.alone.in_no_pair, "answers in no pair"))
+    splits = ", ".join(f"{n:,} {name}" for n, name in found)
     own = "".join(
         f"; {kind} of its own: {sum(found.values()):,} pairs" for kind, found in counted.own.items()
     )
@@ -153,12 +157,15 @@ def _prepare(
     kept = _kept_types(read, config)
     rows = tuple(name for piece in read for name in piece.files)
     leaks = planned.n_buckets if planned.may_leak else 0
-    _write(buckets.Work(store, rows, leaks), planned, config, kept, seed)
+    layouts = [piece.layout for piece in planned.pieces]
+    together = comparing(layouts, config.pairing, seed, planned.kind)
+    _write(buckets.Work(store, rows, leaks, together), planned, config, kept, seed)
     written = buckets.bucket_summaries(store, planned.n_buckets)
     rejects.merge(Tally(added(bucket.rejects for bucket in written)))
     counts = prepared_counts(planned, read, written, rejects, kept, damaged)
-    made = rows_in - lists.rows + lists.pairs  # each is a pair now, a copy of one, or a reject
-    refuse_past(config.max_reject_fraction, rejects, made, counts["pairs"], store.uri)
+    made = rows_in - lists.rows + lists.pairs  # each is used now, a copy, or a reject
+    left = counts["pairs"] + sum(counts.get("answers_alone", {}).values())
+    refuse_past(config.max_reject_fraction, rejects, made, left, store.uri)
     for level, line in in_words(counts, read, rejects, config):
         logger.log(level, "prepare: %s", line)
     clear(store)

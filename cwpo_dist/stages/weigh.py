@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.labels import LabelSource
 from cwpo_dist.pairs.numbers import Own
@@ -96,9 +97,16 @@ def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
     """Writes `preferences/part-*.parquet` (TRL's names) and returns the counts.
 
     Raises:
+        ConfigError: where the sources have answers alone, and no pair to weigh.
         OwnNumbersError: where the data's own numbers are asked for and hardly any can be used.
     """
     how, chooser = node.settings.weighting, node.settings.weighting.chooser
+    if not context.counts(node.inputs["prepare"])["pairs"]:
+        raise ConfigError(
+            "prepare.pairing: no pair is made of the responses, so that there is nothing to weigh; "
+            "set it to all (weigh.pairing: best_worst then keeps the best and the worst of each "
+            "prompt)"
+        )
     own = own_kind(context, node, chooser)
     if own is not None:
         _check_own(context, node, own)

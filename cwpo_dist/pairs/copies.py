@@ -1,0 +1,85 @@
+"""The rows of a bucket in; a row for all copies of a pair, given or made, and answers alone out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cwpo_dist.pairs import numbers
+from cwpo_dist.pairs.alone import AloneCounts, Comparing, are_alone, in_no_pair, pairs_made
+from cwpo_dist.pairs.records import rows_of, table_of
+from cwpo_dist.pairs.splits import merge
+from cwpo_dist.pairs.stored import Told
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A bucket's pairs, a row each in the order of their ids, and its answers that stand in none.
+
+    Attributes:
+        pairs: given and made.
+        alone: the answers, as pairs with themselves.
+        copies: how many rows of pairs were merged into others.
+        conflicts: pairs whose copies have different labels.
+        differing: those whose copies have different numbers.
+        counts: what became of answers in rows of their own.
+    """
+
+    pairs: pa.Table
+    alone: pa.Table
+    copies: int
+    conflicts: int
+    differing: int
+    counts: AloneCounts
+
+    @property
+    def ids(self) -> pa.Array:
+        """The ids by which shards are cut, sorted."""
+        both = [*self.pairs["pair_id"].chunks, *self.alone["pair_id"].chunks]
+        return pa.chunked_array(both, pa.string()).combine_chunks().sort()
+
+
+def gathered(rows: pa.Table, comparing: Comparing | None) -> Gathered:
+    """The rows that stay, put together."""
+    counts, alone = AloneCounts(), rows.slice(0, 0)
+    if comparing is not None:
+        are = are_alone(rows)
+        given, single = rows.filter(pc.invert(are)), rows.filter(are)
+        alone, _, counts.rated_twice = _merge_copies(single)
+        counts.rows, counts.answers = len(single), len(alone)
+        made = pairs_made(alone, comparing, counts)
+        rows = pa.concat_tables([given, made]).sort_by("pair_id")  # stable: those given come first
+    pairs, conflicts, differing = _merge_copies(rows)
+    alone = in_no_pair(alone, pairs)
+    counts.in_no_pair = len(alone)
+    return Gathered(pairs, alone, len(rows) - len(pairs), conflicts, differing, counts)
+
+
+def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
+    """One row for all copies of a pair, which lie side by side.
+
+    Returns:
+        The rows, and of how many the labels conflicted, and the data's own numbers.
+    """
+    ids = rows["pair_id"].combine_chunks()
+    is_first = np.ones(len(ids), bool)
+    is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(is_first)
+    if len(starts) == len(ids):
+        return rows, 0, 0
+    ends = np.append(starts[1:], len(ids))
+    pairs, all_copies = rows.take(starts), rows.select(Told._fields)
+    values = rows_of(Told, pairs)
+    conflicts = differing = 0
+    for place in np.flatnonzero(ends - starts > 1):
+        copies = rows_of(Told, all_copies.slice(starts[place], ends[place] - starts[place]))
+        agreed, differ = numbers.agreed(copies)
+        values[place], conflict = merge([agreed, *copies[1:]])
+        conflicts, differing = conflicts + conflict, differing + differ
+    merged = table_of(values, all_copies.schema)
+    for name in Told._fields:
+        pairs = pairs.set_column(pairs.schema.get_field_index(name), name, merged[name])
+    return pairs, conflicts, differing
