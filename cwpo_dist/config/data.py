@@ -40,7 +40,7 @@ _MAP = {"from", "a", "b", "tie", "none"}
 
 
 class Source(Section):
-    """One source of pairs: files, a folder, or a hub id; README.md says which files are read."""
+    """One source of pairs: files, a folder, or a hub id; docs/data.md says which files are read."""
 
     path: Place = Field(description="file, glob, folder, URI, or a Hugging Face hub id")
     name: str | None = Field(None, description="subset of a data set")
