@@ -46,6 +46,32 @@ def test_tabs_separate_the_fields_of_a_tsv_file(tmp_path: Path) -> None:
     assert row.value == {"prompt": "a, b", "chosen": "two\nlines", "rejected": "r"}
 
 
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_semicolons_separate_the_fields_where_the_header_says_so(
+    tmp_path: Path, start: bytes
+) -> None:
+    data = (
+        start + b'prompt;"chosen, best";rejected\n"a, b";"two\nlines; of text";r\n' + b"p;c;r\n" * 9
+    )
+    path = write(tmp_path / "x.csv", data)
+    rows = [row.value for row in read(path)]
+    assert rows[0] == {"prompt": "a, b", "chosen, best": "two\nlines; of text", "rejected": "r"}
+    assert rows[1:] == [{"prompt": "p", "chosen, best": "c", "rejected": "r"}] * 9
+    with (tmp_path / "x.csv").open("rb") as file:
+        spans = list(csv_files.csv_spans(file, 16))
+    assert len(spans) > 2
+    found = []
+    for begin, end, _ in spans:
+        with (tmp_path / "x.csv").open("rb") as file:
+            found += [row for row, _ in csv_files.csv_rows(file, (begin, end))]
+    assert found == rows
+
+
+def test_a_header_with_a_comma_keeps_commas(tmp_path: Path) -> None:
+    (row,) = read(write(tmp_path / "x.csv", b"prompt,chosen;x,rejected\np,c;d,r\n"))
+    assert row.value == {"prompt": "p", "chosen;x": "c;d", "rejected": "r"}
+
+
 def test_csv_does_not_lose_the_file_to_one_open_quote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

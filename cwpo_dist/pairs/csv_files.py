@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from typing import IO
@@ -29,19 +31,20 @@ def csv_rows(
     Args:
         file: at its start, where the header is.
         span: one of `csv_spans`, to which it keeps; None: all rows.
-        delimiter: what stands between two fields.
+        delimiter: what stands between two fields; of ',' the header may say ';'.
 
     Raises:
         HeaderError: for a header that is none.
     """
     seen: list[str] = []
-    reader = _reader(_lines(file), seen, delimiter)
+    lines, delimiter = _separated(file, delimiter)
+    reader = _reader(lines, seen, delimiter)
     header = _header(reader)
     if span is not None:
         file.seek(span[0])
         rows = io.BytesIO(file.read(span[1] - span[0]))
-        lines = io.TextIOWrapper(rows, "utf-8", "surrogateescape", newline="")
-        reader = _reader(lines, seen, delimiter)
+        spanned = io.TextIOWrapper(rows, "utf-8", "surrogateescape", newline="")
+        reader = _reader(spanned, seen, delimiter)
     for fields in _records(reader, seen) if header else ():
         yield from _rows(fields, seen, header, delimiter)
 
@@ -54,12 +57,13 @@ def csv_spans(file: IO[bytes], size: int, delimiter: str = ",") -> Iterator[tupl
     Args:
         file: at its start; not compressed.
         size: bytes that a range has at least, but for the last.
-        delimiter: what stands between two fields.
+        delimiter: what stands between two fields; of ',' the header may say ';'.
     """
     seen: list[str] = []
     has_mark = file.read(len(BOM_UTF8)) == BOM_UTF8
     file.seek(0)
-    reader = _reader(_lines(file), seen, delimiter)
+    lines, delimiter = _separated(file, delimiter)
+    reader = _reader(lines, seen, delimiter)
     try:
         header = _header(reader)
     except HeaderError:  # whoever reads the rows says so
@@ -79,6 +83,18 @@ def csv_spans(file: IO[bytes], size: int, delimiter: str = ",") -> Iterator[tupl
 def _lines(file: IO[bytes]) -> io.TextIOWrapper:
     """Bytes that are no UTF-8 become lone surrogates, which parsing sets aside row by row."""
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+
+
+def _separated(file: IO[bytes], delimiter: str) -> tuple[Iterable[str], str]:
+    """All lines, and what separates their fields: ';' where the header has it and no comma.
+
+    So do spreadsheets write where a comma is the decimal point.
+    """
+    lines = _lines(file)
+    first = next(lines, "")
+    bare = re.sub(r'"[^"]*"', "", first)  # without what column names hold
+    found = ";" if delimiter == "," and ";" in bare and "," not in bare else delimiter
+    return itertools.chain([first] if first else [], lines), found
 
 
 def _reader(lines: Iterable[str], seen: list[str], delimiter: str) -> Iterator[list[str]]:

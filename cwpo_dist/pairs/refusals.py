@@ -73,10 +73,6 @@ def no_answers(first: FirstRows) -> ConfigError:
             "same prompt, set prepare.pairing: all, best_worst or adjacent, to make pairs of them; "
             f"or name it, to have it scored alone: columns: {{response: {single[0]}{score}}}"
         )
-    if len(first.names) == 1 and ";" in first.names[0]:
-        return ConfigError(
-            f"{head}They are separated by ';': write them with commas, or tabs (.tsv)"
-        )
     return ConfigError(
         f"{head}Say which they are: columns: {{chosen: …, rejected: …}}, or {{response_a: …, "
         "response_b: …}"
