@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tiny import save_tiny
 
-from cwpo_dist import staging
+from cwpo_dist import node_disk
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import run
@@ -166,7 +166,7 @@ def stand_in_for_a_cluster() -> None:
         (group, "_told_while_waiting", here),
         (rank, "get_device", lambda: torch.device("cpu")),
         (rank_hooks, "ASK_RAY_S", math.inf),  # there is no Ray, however slow the machine is
-        (staging, "STILL_S", 1.0),  # a stopped driver's
+        (node_disk, "STILL_S", 1.0),  # a stopped driver's
         (run, "device", lambda: "cpu"),
         (run, "versions", dict),
         # Small inputs are cut as if they were large.

@@ -17,8 +17,8 @@ from small_run import small_config
 
 from cwpo_dist.config import Config, ConfigError, EvaluateConfig
 from cwpo_dist.config.load import parse_config
-from cwpo_dist.evaluation.answers import answer_figures, length_controlled, won
 from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired, student
+from cwpo_dist.evaluation.win_rates import answer_figures, length_controlled, won
 from cwpo_dist.execution import comparison
 from cwpo_dist.execution.comparison import compare
 from cwpo_dist.graph import graph
@@ -30,10 +30,10 @@ from cwpo_dist.report.comparison_page import (
     FIGURES,
 )
 from cwpo_dist.runs.checks import check_trials
+from cwpo_dist.runs.cluster_share import need, share
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.joined import ScoresIn, pair_log_probs
 from cwpo_dist.runs.output_key import members
-from cwpo_dist.runs.sharing import need, share
 from cwpo_dist.runs.trials import baseline, names, planned, trials, tuning
 from cwpo_dist.storage import Store
 

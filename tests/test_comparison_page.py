@@ -10,7 +10,7 @@ from markupsafe import escape
 from rich.console import Console
 
 from cwpo_dist.config import ARMS
-from cwpo_dist.report.arms import in_words, is_weighted
+from cwpo_dist.report.arms_in_words import in_words, is_weighted
 from cwpo_dist.report.cells import written
 from cwpo_dist.report.comparison_page import print_comparison, render_comparison
 from cwpo_dist.report.outcomes import _rivals, verdicts

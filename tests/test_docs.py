@@ -18,7 +18,7 @@ from typer.main import get_command
 from cwpo_dist.cli.app import app
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.pairs.layout import Layout
-from cwpo_dist.pairs.response_lists import pairs_of_row
+from cwpo_dist.pairs.row_forms import pairs_of_row
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN = [page for page in PAGES if page.name != "architectures.md"]  # which a program writes

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cwpo_dist.config import LoraConfig, ModelConfig
 from cwpo_dist.lm.identity import Identity, identify
 from cwpo_dist.manifest import Manifest
+from cwpo_dist.node_disk import upload
 from cwpo_dist.results.export import ExportError, _alone, export
-from cwpo_dist.staging import upload
 from cwpo_dist.storage import Store
 
 FORMS = ("full", "merged", "adapter")

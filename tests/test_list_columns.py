@@ -11,7 +11,7 @@ from test_response_lists import ASK, FAIR, GOOD, POOR, row
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.layout import cell
-from cwpo_dist.pairs.response_lists import pairs_of_row
+from cwpo_dist.pairs.row_forms import pairs_of_row
 from cwpo_dist.pairs.sources import check, plan
 from cwpo_dist.pairs.unread import Unread, tree
 

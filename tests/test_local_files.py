@@ -17,8 +17,8 @@ import pytest
 
 from cwpo_dist import local_files
 from cwpo_dist.file_marks import fingerprint
+from cwpo_dist.node_disk import upload
 from cwpo_dist.processes import Process
-from cwpo_dist.staging import upload
 from cwpo_dist.storage import Store
 
 KILLED = """

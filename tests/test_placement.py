@@ -17,7 +17,7 @@ from cwpo_dist.placement import Machine, alive_machines, this_machine, total, tr
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.runs import checks
 from cwpo_dist.runs.checks import check
-from cwpo_dist.runs.sharing import fit_two, need, share
+from cwpo_dist.runs.cluster_share import fit_two, need, share
 from cwpo_dist.training import group
 
 LICENCE = {"resources_per_worker": {"licence": 1.0}}

@@ -19,9 +19,9 @@ from fleet import SHARDS
 
 from cwpo_dist.config import ConfigError, Pool, PoolConfig
 from cwpo_dist.config.load import parse_config
+from cwpo_dist.node_disk import staged
 from cwpo_dist.placement import Machine, pool_faults
 from cwpo_dist.scoring.progress import Progress, Report
-from cwpo_dist.staging import staged
 from cwpo_dist.storage import Store
 
 PLAIN = Machine(8.0, 0.0, {}, {"zone": "a"})

@@ -19,7 +19,7 @@ from cwpo_dist.pairs import sources
 from cwpo_dist.pairs.estimate import census
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.rejects import BadRow, RejectsError
-from cwpo_dist.pairs.response_lists import growth, pairs_of_row
+from cwpo_dist.pairs.row_forms import growth, pairs_of_row
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store

@@ -18,9 +18,9 @@ from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import load_config, parse_config
 from cwpo_dist.execution.run import run
 from cwpo_dist.graph import graph, nodes_until
+from cwpo_dist.node_disk import upload
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.staging import upload
 from cwpo_dist.storage import MANIFEST, Store
 
 

@@ -20,7 +20,7 @@ from s3fs.core import S3File, S3FileSystem
 
 from cwpo_dist.canonical import digest, parquet_bytes, to_json
 from cwpo_dist.file_marks import fingerprint
-from cwpo_dist.staging import staged, upload
+from cwpo_dist.node_disk import staged, upload
 from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training.lease import Lease, LeaseHeld
 

@@ -19,13 +19,13 @@ import pytest
 import torch
 from plain_loop import IDS, ROWS, WEIGHTS, Record, make_engine, make_run, make_task
 
-from cwpo_dist import staging
+from cwpo_dist import node_disk
 from cwpo_dist.lm.batches import global_batch
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.node_disk import shared_data
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, AnswerTokens, table_of
 from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.staging import shared_data
 from cwpo_dist.storage import FileMissing, Store
 from cwpo_dist.training.loop import train
 from cwpo_dist.training.micro_batches import micro_batches, parts_of
@@ -35,7 +35,7 @@ from cwpo_dist.training.token_file import Example, TokenFile, content, token_fil
 STOPPED = """
 import os, signal, sys, tempfile
 tempfile.tempdir = sys.argv[1]
-from cwpo_dist.staging import shared_data
+from cwpo_dist.node_disk import shared_data
 
 def make(folder):
     (folder / "x").write_text("who")
@@ -240,7 +240,7 @@ def test_a_folder_that_is_written_anew_is_staged_anew(tmp_path: Path) -> None:
 def test_who_waits_for_one_that_was_stopped_makes_the_data_itself(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "STILL_S", 0.5)
+    monkeypatch.setattr(node_disk, "STILL_S", 0.5)
     stopped = subprocess.Popen(
         [sys.executable, "-c", STOPPED, str(disk)], stdout=subprocess.PIPE, text=True
     )

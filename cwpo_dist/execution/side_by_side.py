@@ -16,9 +16,9 @@ import ray
 from cwpo_dist.execution.run import clear, make
 from cwpo_dist.placement import alive_machines, total
 from cwpo_dist.runs.cluster import connect
+from cwpo_dist.runs.cluster_share import Room, fit_two, fits, need, plus
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
-from cwpo_dist.runs.sharing import Room, fit_two, fits, need, plus
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Answers are read in three ways, and this is the one place that chooses:
 
-- a policy reads prompt and answer, closed by one EOS (`tokens.Encoder`);
+- a policy reads prompt and answer, closed by one EOS (`encoder.Encoder`);
 - a reward model that scores the last token reads its own rendering of the whole conversation,
   token for token what `apply_chat_template` gives (`RenderingEncoder`). An annotator of ours is
   one, whose template ends at the EOS where it is scored: so its folder says how it is read;

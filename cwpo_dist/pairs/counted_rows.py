@@ -14,7 +14,7 @@ from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.alone import AloneCounts, Answer, Comparing, decided
 from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.pairs.rejects import Tally
-from cwpo_dist.pairs.response_lists import ListCounts, RowPairs
+from cwpo_dist.pairs.row_forms import ListCounts, RowPairs
 from cwpo_dist.pairs.splits import LEAKED, SIDES, Drawn, merge, split_of
 from cwpo_dist.pairs.stored import Pair, Told
 

@@ -23,7 +23,7 @@ from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
-from cwpo_dist.pairs.response_lists import ListCounts, parse_raw
+from cwpo_dist.pairs.row_forms import ListCounts, parse_raw
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import SplitRule, drawn
 from cwpo_dist.pairs.unread import Tree, Unread, columnar, tree

@@ -25,7 +25,7 @@ from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import Kind, Reject, table_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, write_rejects
-from cwpo_dist.pairs.response_lists import ListCounts, RowPairs, parse_raw
+from cwpo_dist.pairs.row_forms import ListCounts, RowPairs, parse_raw
 from cwpo_dist.pairs.splits import SIDE_SCHEMA, Side, SplitRule, drawn
 from cwpo_dist.pairs.stored import Pair, pair_table, whole_schema
 from cwpo_dist.pairs.unread import Unread, columnar, tree

@@ -17,8 +17,8 @@ from functools import cache
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
 from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.pairs import columns, refusals
+from cwpo_dist.pairs.detected_format import format_of, written_in
 from cwpo_dist.pairs.first_rows import FirstRows
-from cwpo_dist.pairs.formats import format_of, written_in
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.listing import LeftOut, left_out_lines
 from cwpo_dist.pairs.locate import Found, find
@@ -27,7 +27,7 @@ from cwpo_dist.pairs.pieces import Piece
 from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compression_of, read
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
-from cwpo_dist.pairs.response_lists import growth, pairs_of_row
+from cwpo_dist.pairs.row_forms import growth, pairs_of_row
 from cwpo_dist.pairs.stored import pair_schema, whole_schema
 from cwpo_dist.pairs.transcripts import is_transcript
 

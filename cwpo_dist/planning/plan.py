@@ -16,7 +16,7 @@ from cwpo_dist.graph import graph, prepare_node
 from cwpo_dist.pairs.alone import AloneCounts
 from cwpo_dist.pairs.estimate import Census, census
 from cwpo_dist.pairs.rejects import Tally
-from cwpo_dist.pairs.response_lists import ListCounts
+from cwpo_dist.pairs.row_forms import ListCounts
 from cwpo_dist.pairs.unread import Unread
 from cwpo_dist.placement import Machine, total
 from cwpo_dist.planning import fleet as fleet_costs
@@ -34,9 +34,9 @@ from cwpo_dist.planning.sampled import (
 )
 from cwpo_dist.runs.checks import Checked, check, check_trials, models
 from cwpo_dist.runs.cluster import named_cluster
+from cwpo_dist.runs.cluster_share import fit_two, need, share
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
-from cwpo_dist.runs.sharing import fit_two, need, share
 from cwpo_dist.runs.trials import planned, section, trials
 from cwpo_dist.storage import Store
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cwpo_dist.config import ARMS
-from cwpo_dist.report.arms import NOTE, in_words
+from cwpo_dist.report.arms_in_words import NOTE, in_words
 from cwpo_dist.report.cells import Cell, Table, at, plain
 from cwpo_dist.report.figures import Mean
 from cwpo_dist.report.outcomes import CHANCE, Found, dot, verdicts

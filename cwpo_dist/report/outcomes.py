@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cwpo_dist.report.arms import ALL_HUMAN, UNWEIGHTED, is_weighted
+from cwpo_dist.report.arms_in_words import ALL_HUMAN, UNWEIGHTED, is_weighted
 from cwpo_dist.report.cells import at, interval, written
 from cwpo_dist.report.figures import Mean
 from cwpo_dist.report.plots import Dot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cwpo_dist.report.arms import has_own_labels, is_human
+from cwpo_dist.report.arms_in_words import has_own_labels, is_human
 from cwpo_dist.report.cells import (
     AS_GIVEN,
     NOT_RUN,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cwpo_dist.report.arms import ALL_HUMAN, has_own_labels
+from cwpo_dist.report.arms_in_words import ALL_HUMAN, has_own_labels
 from cwpo_dist.report.cells import (
     AS_GIVEN,
     NOT_RUN,

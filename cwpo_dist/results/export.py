@@ -20,10 +20,10 @@ from cwpo_dist.config import Config, ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.lm.identity import Identity, identify
 from cwpo_dist.manifest import Manifest
+from cwpo_dist.node_disk import upload
 from cwpo_dist.report.card import BESIDE, Figures, annotator_card, model_card
 from cwpo_dist.runs.model_checks import annotator_fault
 from cwpo_dist.signing import check_can_sign, sign, write_digests
-from cwpo_dist.staging import upload
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import ADAPTER_CONFIG

@@ -17,7 +17,7 @@ from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.pieces import PieceSummary
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import Tally
-from cwpo_dist.pairs.response_lists import ListCounts
+from cwpo_dist.pairs.row_forms import ListCounts
 from cwpo_dist.pairs.sources import MAP_LABELS, Plan
 from cwpo_dist.pairs.splits import SPLITS
 from cwpo_dist.pairs.unread import Unread

@@ -12,8 +12,8 @@ import pyarrow as pa
 from cwpo_dist.config import EvaluateConfig, ReferenceConfig, Split
 from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
-from cwpo_dist.evaluation.answers import answer_figures
 from cwpo_dist.evaluation.gold_function import load_function
+from cwpo_dist.evaluation.win_rates import answer_figures
 from cwpo_dist.pairs.chosen import signs
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.messages import plain_text

@@ -32,7 +32,7 @@ from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import whole_shape
 from cwpo_dist.lm.switches import give_back
 from cwpo_dist.local_files import whole_folder
-from cwpo_dist.staging import staged, upload
+from cwpo_dist.node_disk import staged, upload
 from cwpo_dist.storage import Store
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import Head, save_adapter

@@ -24,7 +24,7 @@ from cwpo_dist import __version__
 from cwpo_dist.canonical import digest
 from cwpo_dist.file_marks import fingerprint
 from cwpo_dist.lm.rows import Row
-from cwpo_dist.staging import shared_data
+from cwpo_dist.node_disk import shared_data
 from cwpo_dist.storage import Store
 from cwpo_dist.training.tasks import TaskError
 
