@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from prepared import Rows, config, files, pairs, rejects, whole, write
-from test_response_lists import ASK, FAIR, FOUR, GOOD, POOR, SCORES, WHO_WINS, WORST, labelled
+from test_row_forms import ASK, FAIR, FOUR, GOOD, POOR, SCORES, WHO_WINS, WORST, labelled
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs import sources

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from prepared import config, write
-from test_response_lists import ASK, FAIR, GOOD, POOR, row
+from test_row_forms import ASK, FAIR, GOOD, POOR, row
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.layout import cell
