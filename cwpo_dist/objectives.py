@@ -50,6 +50,12 @@ class PairLogps:
         return chosen - rejected
 
     @property
+    def h_per_token(self) -> Tensor:
+        """H of each log-ratio divided by its answer's tokens."""
+        chosen, rejected = self.ratios
+        return chosen / self.n_chosen - rejected / self.n_rejected
+
+    @property
     def means(self) -> tuple[Tensor, Tensor]:
         """Both answers' log π(y)/|y|, chosen first."""
         return self.chosen / self.n_chosen, self.rejected / self.n_rejected
@@ -83,6 +89,14 @@ def dpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     return _cross_entropy(settings.beta * pairs.h, settings.label_smoothing)  # eq. 9 at ε = 0
 
 
+def dpo_per_token(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """DPO of each log-ratio divided by its answer's tokens, [P]: so that length counts for nothing.
+
+    Length-normalized DPO of Tülu 3 (arXiv 2411.15124) and OLMo 2; TRL calls it `sigmoid_norm`.
+    """
+    return _cross_entropy(settings.beta * pairs.h_per_token, settings.label_smoothing)
+
+
 def ipo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """IPO (eq. 10 without C), [P], of log-probs summed over tokens, as the paper writes it."""
     return torch.square(pairs.h - 1 / (2 * settings.beta))  # eq. 10; its printed minus is a typo
@@ -90,9 +104,7 @@ def ipo(pairs: PairLogps, settings: LossSettings) -> Tensor:
 
 def ipo_per_token(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """IPO of each log-ratio divided by its answer's tokens, [P]: what TRL calls `ipo`."""
-    chosen, rejected = pairs.ratios
-    h_P = chosen / pairs.n_chosen - rejected / pairs.n_rejected
-    return torch.square(h_P - 1 / (2 * settings.beta))
+    return torch.square(pairs.h_per_token - 1 / (2 * settings.beta))
 
 
 def robust(pairs: PairLogps, settings: LossSettings) -> Tensor:
@@ -183,6 +195,7 @@ class Objective:
 # Keyed by `align.loss_type`: TRL's names, but for IPO, whose two forms TRL does not tell apart.
 OBJECTIVES: dict[str, Objective] = {
     "sigmoid": Objective(dpo, label_smoothing=0.0, soft_labels=True),
+    "sigmoid_norm": Objective(dpo_per_token, label_smoothing=0.0, soft_labels=True),
     "ipo": Objective(ipo),
     "ipo_norm": Objective(ipo_per_token),
     "robust": Objective(robust, label_smoothing=0.1),

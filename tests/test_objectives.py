@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, sigmoid
 
 from cwpo_dist.config import ARMS, AlignConfig, ConfigError
 from cwpo_dist.lm.rows import Row
@@ -122,6 +122,7 @@ def _trl_loss(batch: _Batch, loss_type: str) -> Tensor:
 # Ours → TRL's DPO of that name, with its numbers.
 IN_DPO = {
     "sigmoid": ("sigmoid", LossSettings(BETA)),
+    "sigmoid_norm": ("sigmoid_norm", LossSettings(BETA)),
     "ipo_norm": ("ipo", SETTINGS),
     "robust": ("robust", SETTINGS),
     "hinge": ("hinge", SETTINGS),
@@ -224,26 +225,23 @@ def test_summed_ipo_differs_from_trl() -> None:
 
 
 def test_a_new_objective_is_one_function_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CONTRIBUTING.md's example, TRL's `sigmoid_norm`, all the way to a weighted task's losses."""
+    """CONTRIBUTING.md's example, TRL's `apo_zero`, all the way to a weighted task's losses."""
 
-    def dpo_per_token(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    def apo_zero(pairs: PairLogps, settings: LossSettings) -> Tensor:
         chosen, rejected = pairs.ratios
-        h_P = chosen / pairs.n_chosen - rejected / pairs.n_rejected
-        return -torch.nn.functional.logsigmoid(settings.beta * h_P)
+        return 1 - sigmoid(settings.beta * chosen) + sigmoid(settings.beta * rejected)
 
-    monkeypatch.setitem(OBJECTIVES, "sigmoid_norm", Objective(dpo_per_token))
+    monkeypatch.setitem(OBJECTIVES, "apo_zero", Objective(apo_zero))
     batch = _Batch(4)
     pairs, weights = batch.ours(), [0.1, 0.5, 1.0, 0.0, 0.7]
-    found, settings = objective(AlignConfig(loss_type="sigmoid_norm", beta=BETA))
-    _same(found.loss(pairs, settings).mean(), _trl_loss(batch, "sigmoid_norm"), batch.policy)
+    found, settings = objective(AlignConfig(loss_type="apo_zero", beta=BETA))
+    _same(found.loss(pairs, settings).mean(), _trl_loss(batch, "apo_zero"), batch.policy)
     rows = [
         Row([1], ([0] * int(a), [0] * int(b)))
         for a, b in zip(pairs.n_chosen, pairs.n_rejected, strict=True)
     ]
     references = torch.stack([pairs.ref_chosen, pairs.ref_rejected], dim=1)
-    task = Preference(
-        rows, list("abcde"), weights, references.tolist(), "sigmoid_norm", settings.beta
-    )
+    task = Preference(rows, list("abcde"), weights, references.tolist(), "apo_zero", settings.beta)
     outputs = torch.stack([pairs.chosen, pairs.rejected], dim=1)
     expected = found.loss(pairs, settings) * torch.tensor(weights, dtype=torch.float64)
     torch.testing.assert_close(task.losses(outputs, range(PAIRS)), expected)
@@ -270,11 +268,15 @@ def test_soft_labels_are_each_pairs_own_smoothing() -> None:
             False,
             [
                 "align.label_smoothing: 0.2 is not read by loss_type 'hinge'",
-                "sigmoid or robust or simpo",
+                "sigmoid or sigmoid_norm or robust or simpo",
             ],
         ),
         ({"simpo_gamma": 1.0}, False, ["align.simpo_gamma: 1.0", "'sigmoid'", "take simpo"]),
-        ({"loss_type": "robust"}, True, ["'robust' takes no soft labels", "sigmoid or simpo"]),
+        (
+            {"loss_type": "robust"},
+            True,
+            ["'robust' takes no soft labels", "sigmoid or sigmoid_norm or simpo"],
+        ),
         ({"label_smoothing": 0.1}, True, ["align.label_smoothing: 0.1 beside arm 'soft'"]),
     ],
 )
