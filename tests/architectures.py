@@ -310,7 +310,8 @@ def table(outcomes: list[Outcome]) -> str:
         "Of each: the layout of its rows ([packed, shared or plain](training.md#rows)); the "
         "largest difference of an answer's log-prob from the stock model's, for which each answer "
         f"is a sequence by itself, in nats; the relative error of the gradient; after {STEPS} "
-        f"steps of SFT and {STEPS} of DPO, whole and with LoRA on all linear layers, the largest difference "
+        f"steps of SFT and {STEPS} of DPO, whole and with LoRA on all linear layers, the largest "
+        "difference "
         "between the model in training and its exported folder, as transformers alone reads it; "
         "and how answers are sampled. What is refused, `cwpo plan` refuses in these words.",
         "",
