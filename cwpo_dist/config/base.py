@@ -28,7 +28,14 @@ PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]  # as torch and Arrow hold t
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
-Epochs = Annotated[float, Field(gt=0.0, le=1e6)]
+Epochs = Annotated[
+    float,
+    Field(
+        gt=0.0,
+        le=1e6,
+        description="passes over the training rows, a part of one also; max_steps goes first",
+    ),
+]
 
 
 Place = Annotated[str, Field(min_length=1)]  # a path, URI or id: "" would be where we are
@@ -90,3 +97,11 @@ class Section(BaseModel):
     def identity(self) -> dict[str, object]:
         """The settings that decide a stage's output, ready to be hashed into its key."""
         return self.model_dump(mode="json", exclude=set(self.compute_fields))
+
+
+def section_in(annotation: object) -> type[Section] | None:
+    """The section that a field holds, also in a list or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (section_in(inner) for inner in get_args(annotation))
+    return next((section for section in found if section is not None), None)

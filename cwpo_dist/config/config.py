@@ -38,15 +38,20 @@ class WeighConfig(Section):
         | None
     ) = Field(
         None,
-        description="overrides the arm's; C, σ(m), min(m,1), min(0.2m,1), 1, C(m − disagreement)",
+        description="of arms that weigh, in this order: C, σ(m), min(m,1), min(0.2m,1), 1, "
+        "C(m − disagreement); null: the arm's",
     )
     pairing: WeighPairing = Field(
         "given",
         description="best_worst: of each prompt only the pair whose scores lie furthest apart, "
         "which with prepare.pairing: all is the best answer against the worst; given: every pair",
     )
-    top_fraction: Fraction | None = Field(None, description="keep the most confident share")
-    min_confidence: Fraction | None = Field(None, description="keep pairs at least so confident")
+    top_fraction: Fraction | None = Field(
+        None, description="keep the most confident share of pairs; null: the arm's"
+    )
+    min_confidence: Fraction | None = Field(
+        None, description="keep pairs at least so confident; null: all"
+    )
     temperature: PositiveFloat | Literal["fitted"] | None = Field(
         None, description="margins are divided by it; fitted: to human labels; null: the arm's"
     )
@@ -58,19 +63,23 @@ class WeighConfig(Section):
 class Grid(Section):
     """Trials to compare: every arm × loss × labelled share × share of flipped labels."""
 
-    arms: list[str] = Field(min_length=1)
-    losses: list[str] | None = Field(None, description="null: align.loss_type")
+    arms: list[str] = Field(min_length=1, description="names of arms, as under `arms` of the run")
+    losses: list[str] | None = Field(None, description="as align.loss_type; null: that alone")
     labelled_fractions: list[Fraction] | None = Field(
-        None, description="null: prepare.labelled_fraction"
+        None, description="as prepare.labelled_fraction; null: that alone"
     )
-    flipped_labels: list[Fraction] | None = Field(None, description="null: prepare.flipped_labels")
+    flipped_labels: list[Fraction] | None = Field(
+        None, description="as prepare.flipped_labels; null: that alone"
+    )
 
 
 class CompareConfig(Section):
     """What `cwpo compare` runs, each trial once a seed."""
 
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
-    grids: list[Grid] = Field(default_factory=list, description="none: the run's arms")
+    seeds: list[int] = Field(
+        [0, 1, 2], min_length=1, description="each takes the place of `seed`, in every trial"
+    )
+    grids: list[Grid] = Field(default_factory=list, description="trials; none: the run's arms")
     learning_rates: list[PositiveFloat] = Field(
         default_factory=list,
         description="of align: each trial takes the best on validation, with the first seed; "
@@ -94,31 +103,52 @@ class CompareConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    output_dir: Place
-    seed: int = 0
-    arms: list[str] = Field(default_factory=lambda: ["cw"], min_length=1)
-    simulated_labels: bool = Field(False, description="labels come from a rule; shown everywhere")
-    prepare: PrepareConfig
-    weak: ModelConfig | None = Field(None, description="the weak model that becomes the annotator")
-    policy: ModelConfig | None = Field(None, description="the policy to align")
-    fit: FitConfig = FitConfig()
-    annotate: AnnotateConfig = AnnotateConfig()
-    weigh: WeighConfig = WeighConfig()
-    sft: SftConfig | None = Field(
-        default_factory=SftConfig, description="null (or none) for policies already instructed"
+    output_dir: Place = Field(
+        description="the run directory, a path or URI; a later run adds to it"
     )
-    reference: ReferenceConfig = ReferenceConfig()
-    align: AlignConfig = AlignConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    compare: CompareConfig | None = Field(None, description="read by `cwpo compare` and `plan`")
+    seed: int = Field(
+        0, description="of splits, flipped labels, adapters, the order of training, sampled answers"
+    )
+    arms: list[str] = Field(
+        default_factory=lambda: ["cw"],
+        min_length=1,
+        description="ways to use the labels, each with a policy of its own: human, weak, cw, …; "
+        "where one reads an annotator, almost all keep to the pairs that it could read",
+    )
+    simulated_labels: bool = Field(
+        False,
+        description="say in plan, report and cards that the labels come from a rule, not people",
+    )
+    prepare: PrepareConfig = Field(description="what is read and how it is split")
+    weak: ModelConfig | None = Field(
+        None, description="the weak model that becomes the annotator; null: none"
+    )
+    policy: ModelConfig | None = Field(
+        None, description="the policy to align; null: the run ends before it"
+    )
+    fit: FitConfig = Field(FitConfig(), description="training of the weak model")
+    annotate: AnnotateConfig = Field(AnnotateConfig(), description="scores of all answers")
+    weigh: WeighConfig = Field(WeighConfig(), description="scores to preferences and weights")
+    sft: SftConfig | None = Field(
+        default_factory=SftConfig,
+        description="fine-tuning of the policy; null (or none) for policies already instructed",
+    )
+    reference: ReferenceConfig = Field(
+        ReferenceConfig(), description="log-probs of the policy as it was before `align`"
+    )
+    align: AlignConfig = Field(AlignConfig(), description="preference optimisation of the policy")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="held-out figures")
+    compare: CompareConfig | None = Field(
+        None, description="trials; read by `cwpo compare` and `plan` alone"
+    )
 
-    @model_validator(mode="before")
+    @field_validator(
+        "sft", mode="before", json_schema_input_type=SftConfig | Literal["none"] | None
+    )
     @classmethod
-    def _sft_none(cls, data: object) -> object:
+    def _sft_none(cls, given: object) -> object:
         """`sft: none` is how people write it."""
-        if isinstance(data, dict) and data.get("sft") == "none":
-            return {**data, "sft": None}
-        return data
+        return None if given == "none" else given
 
     @model_validator(mode="after")
     def _ties_are_learned(self) -> Self:

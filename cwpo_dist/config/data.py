@@ -21,10 +21,18 @@ class LabelColumn(Section):
     columns: str | list[str] = Field(
         alias="from", description="their column; several, one an annotator: the majority counts"
     )
-    a: LabelValue | list[LabelValue] | None = Field(None, description="response_a is better")
-    b: LabelValue | list[LabelValue] | None = Field(None, description="response_b is better")
-    tie: LabelValue | list[LabelValue] | None = Field(None, description="neither is better")
-    none: LabelValue | list[LabelValue] | None = Field(None, description="nobody judged")
+    a: LabelValue | list[LabelValue] | None = Field(
+        None, description="values that say: response_a is better"
+    )
+    b: LabelValue | list[LabelValue] | None = Field(
+        None, description="values that say: response_b is better"
+    )
+    tie: LabelValue | list[LabelValue] | None = Field(
+        None, description="values that say: neither is better"
+    )
+    none: LabelValue | list[LabelValue] | None = Field(
+        None, description="values that say: nobody judged"
+    )
 
     def values(self) -> dict[str, list[LabelValue]]:
         """a, b, tie, none → the values that mean it; empty where they are to be found."""
@@ -43,26 +51,32 @@ class Source(Section):
     """One source of pairs: files, a folder, or a hub id; docs/data.md says which files are read."""
 
     path: Place = Field(description="file, glob, folder, URI, or a Hugging Face hub id")
-    name: str | None = Field(None, description="subset of a data set")
-    data_dir: str | None = Field(None, description="folder inside a data set (harmless-base)")
+    name: str | None = Field(None, description="subset of a data set; null: its default")
+    data_dir: str | None = Field(
+        None, description="folder inside a data set (harmless-base); null: all"
+    )
     split: str | None = Field(
         None,
         description="split of a data set or folder; null: where there are several, that of `into`, "
         "else train",
     )
-    revision: str | None = Field(None, description="commit of a hub data set")
+    revision: str | None = Field(
+        None, description="commit of a hub data set; null: main, which may change"
+    )
     columns: dict[str, str | LabelColumn | None] = Field(
         default_factory=dict,
         description="our name → theirs (a.b.0 inside nested ones, a.*.b of all items), or null: "
         "not to be read; for label also {from: …, a: …, b: …, tie: …}. docs/data.md has the names",
     )
     format: Literal["auto", "text", "conversational", "hh"] = Field(
-        "auto", description="hh: transcripts '\\n\\nHuman: … \\n\\nAssistant: …'"
+        "auto",
+        description="how prompts and answers are spelled; conversational: lists of messages; hh: "
+        "transcripts '\\n\\nHuman: … \\n\\nAssistant: …'; auto: as most of the first rows are",
     )
     into: Literal["train", "validation", "test"] | None = Field(
         None, description="every row of this source goes to this side; null: split by hash"
     )
-    limit: PositiveInt | None = Field(None, description="read at most this many rows")
+    limit: PositiveInt | None = Field(None, description="read at most this many rows; null: all")
 
     @field_validator("columns", mode="before")
     @classmethod
@@ -91,13 +105,19 @@ class PrepareConfig(Section):
 
     compute_fields: ClassVar[frozenset[str]] = frozenset({"num_cpus", "max_reject_fraction"})
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[Source] = Field(min_length=1, description="what is read, all of it together")
     labelled_fraction: Fraction = Field(
         0.3, description="share of training prompts whose labels may be used; 1: all there are"
     )
-    validation_fraction: Fraction = 0.0
+    validation_fraction: Fraction = Field(
+        0.0,
+        description="share of prompts held out to fit temperatures, choose rates and follow "
+        "training",
+    )
     test_fraction: Fraction = Field(
-        0.1, description="0 unless told where a source goes `into: test`, which is the test part"
+        0.1,
+        description="share of prompts held out for the figures; 0 unless told where a source goes "
+        "`into: test`, which is the test part",
     )
     flipped_labels: Fraction = Field(
         0.0, description="share of training labels turned round, for experiments with poisoned ones"
@@ -116,13 +136,18 @@ class PrepareConfig(Section):
     group_column: str | None = Field(
         None, description="rows that share its value stay on one side; null: the prompt"
     )
-    keep_columns: list[str] = Field(default_factory=list, description="carried along untouched")
+    keep_columns: list[str] = Field(
+        default_factory=list, description="columns that are carried along untouched"
+    )
     max_reject_fraction: Fraction = Field(
         0.05,
-        description="the stage fails when more rows, or more files (damaged), are set aside; "
-        "`tokens`, when more answers are",
+        description="share; the stage fails when more rows, or more files (damaged), are set "
+        "aside; `tokens`, when more answers are",
     )
-    rows_per_shard: PositiveInt = Field(1024, description="about a minute's work of an annotator")
+    rows_per_shard: PositiveInt = Field(
+        1024,
+        description="pairs a shard, the unit of scoring; about a minute's work of an annotator",
+    )
     num_cpus: PositiveFloat = Field(0.5, description="CPUs of one reading task")
 
     def identity(self) -> dict[str, object]:

@@ -7,11 +7,11 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from typing import get_args
 
 from pydantic_core import ErrorDetails
 
 from cwpo_dist.config import Config, Section
+from cwpo_dist.config.base import section_in
 
 _NUMBER, _WHOLE, _TRUTH = "a number", "a whole number", "true or false"
 _SECTION = "a section, `key: value` lines below it, or leave it out"
@@ -117,13 +117,5 @@ def _section_at(loc: Sequence[str | int]) -> type[Section] | None:
     for part in loc:
         field = None if section is None else section.model_fields.get(str(part))
         if field is not None:  # not a place in a list
-            section = _section_in(field.annotation)
+            section = section_in(field.annotation)
     return section
-
-
-def _section_in(annotation: object) -> type[Section] | None:
-    """The section that a field holds, also in a list or beside None."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    found = (_section_in(inner) for inner in get_args(annotation))
-    return next((section for section in found if section is not None), None)

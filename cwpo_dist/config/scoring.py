@@ -15,14 +15,16 @@ class Pool(Section):
 
     num_actors: PositiveInt | tuple[Annotated[int, Field(ge=0)], PositiveInt] = Field(
         1,
-        description="so many, or as many of them as there is room for; [min, max]: at least min "
-        "(0: its nodes may come later), at most max",
+        description="actors: so many, or as many of them as there is room for; [min, max]: at "
+        "least min (0: its nodes may come later), at most max",
     )
-    cpus_per_actor: PositiveFloat = 1.0
+    cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs that one actor reserves")
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="0.5: two actors share a GPU"
+        0.0, description="GPUs that one actor reserves, at most 1; 0.5: two share one; 0: on CPUs"
     )
-    accelerator_type: str | None = Field(None, description="as Ray names it: H100, L4, …")
+    accelerator_type: str | None = Field(
+        None, description="GPU as Ray names it: H100, L4, …; null: any"
+    )
     labels: dict[str, str] = Field(
         default_factory=dict,
         description="labels of the nodes: a value, !value, in(a,b) or !in(a,b)",
@@ -101,11 +103,14 @@ class AnnotateConfig(PoolConfig):
         default_factory=list, description="several reward models, an ensemble; instead of `model`"
     )
     splits: list[Split] | None = Field(
-        None, description="null: all, but for an annotator of ours not those it was trained on"
+        None,
+        description="whose answers are scored; null: all, but for an annotator of ours not "
+        "those it was trained on",
     )
     max_reject_fraction: Fraction = Field(
         0.05,
-        description="of answers without a score, and of pairs whose answers are alike to the model",
+        description="share of answers without a score, and of pairs whose answers are alike to the "
+        "model, above which the stage fails",
     )
     batch_invariant: bool = Field(
         False,
@@ -172,13 +177,25 @@ class EvaluateConfig(PoolConfig):
         {*PoolConfig.model_fields, "generation_batch_size"}
     )
 
-    split: Literal["validation", "test"] = "test"
-    gold_function: str | None = Field(None, description="'package.module:function(prompt, answer)'")
-    gold_model: ModelConfig | None = Field(None, description="a one-label reward model as gold")
-    num_prompts: Annotated[int, Field(ge=0)] = Field(256, description="prompts to generate for")
-    max_new_tokens: PositiveInt = 512
-    temperature: Annotated[float, Field(ge=0.0)] = Field(0.95, description="0: greedy")
-    generation_batch_size: PositiveInt = 16
+    split: Literal["validation", "test"] = Field("test", description="whose pairs give the figures")
+    gold_function: str | None = Field(
+        None,
+        description="'package.module:function(prompt, answer)', a number as gold reward; read "
+        "where there is no gold_model; null: none",
+    )
+    gold_model: ModelConfig | None = Field(
+        None, description="a one-label reward model as gold; null: none"
+    )
+    num_prompts: Annotated[int, Field(ge=0)] = Field(
+        256, description="prompts to generate answers for; 0: none, so there is no GRA"
+    )
+    max_new_tokens: PositiveInt = Field(512, description="tokens of an answer, at most")
+    temperature: Annotated[float, Field(ge=0.0)] = Field(
+        0.95, description="of sampled answers; 0: greedy"
+    )
+    generation_batch_size: PositiveInt = Field(16, description="prompts answered side by side")
     kl: bool = Field(
-        False, description="also estimate the KL divergence from the SFT model, on sampled answers"
+        False,
+        description="also estimate the KL divergence from the SFT model, in nats, on sampled "
+        "answers",
     )

@@ -17,6 +17,23 @@ _WHOLE: TypeAdapter[int] = TypeAdapter(PositiveInt)
 BUCKET_NUMBERS = 2**24  # that DeepSpeed sends at once: 64 MiB in fp32; its 2 GB stall small devices
 
 
+LearningRate = Annotated[
+    float, Field(gt=0.0, description="of the optimizer, at the height of its schedule")
+]
+WarmupSteps = Annotated[
+    int, Field(ge=0, description="steps in which the learning rate rises from 0; constant has none")
+]
+WeightDecay = Annotated[
+    float,
+    Field(ge=0, description="of AdamW, decoupled, of sgd L2; biases and norms have none; 0: none"),
+]
+Adapters = Annotated[
+    LoraConfig | None,
+    Field(description="adapters, trained alone (in `fit` with the head); null: all weights are"),
+]
+PairsAStep = Annotated[int, Field(gt=0, lt=2**63, description="pairs a step, over all workers")]
+
+
 class TrainingConfig(Section):
     """What `fit`, `sft` and `align` share: schedule, batch, DeepSpeed and workers."""
 
@@ -44,55 +61,86 @@ class TrainingConfig(Section):
         }
     )
 
-    learning_rate: PositiveFloat
+    learning_rate: LearningRate
     num_train_epochs: Epochs = 1.0
-    max_steps: int = Field(-1, description="stop after this many steps; -1: by epochs")
-    global_batch_size: PositiveInt = Field(64, description="pairs a step, over all workers")
+    max_steps: int = Field(-1, description="stop after this many steps; -1: by num_train_epochs")
+    global_batch_size: PairsAStep = 64
     per_device_train_batch_size: PositiveInt | None = Field(
-        None, description="TRL's name; with gradient_accumulation_steps it sets global_batch_size"
+        None,
+        description="pairs, TRL's name: times gradient_accumulation_steps and num_workers it is "
+        "global_batch_size; null: that is given",
     )
-    gradient_accumulation_steps: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None, description="see per_device_train_batch_size; null: 1"
+    )
     max_tokens_per_micro_batch: PositiveInt = Field(
         4096,
         description="tokens, with any padding; a longer row goes alone, its activations recomputed",
     )
-    optim: Literal["adamw", "sgd"] = "adamw"
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    gradient_checkpointing: bool = False
-    lora: LoraConfig | None = None
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    optim: Literal["adamw", "sgd"] = Field(
+        "adamw", description="AdamW with torch's betas, or gradient descent without momentum"
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine",
+        description="how the learning rate goes on after its warm-up; the first two fall to 0",
+    )
+    warmup_steps: WarmupSteps = 0
+    weight_decay: WeightDecay = 0.0
+    max_grad_norm: PositiveFloat = Field(
+        1.0, description="a step's gradient, all together, is cut to this length"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    lora: Adapters = None
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="what DeepSpeed divides among workers; 0: nothing, 1: the optimizer's state, "
+        "2: also gradients, 3: also weights",
+    )
     deepspeed: dict[str, object] | str | None = Field(
-        None, description="a section, or a Hugging Face DeepSpeed JSON file, merged over ours"
+        None,
+        description="a section, or a Hugging Face DeepSpeed JSON file, laid over ours; null: ours",
     )
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1,
-        description="so many; [min, max]: as many as there is room for, fewer when nodes are lost, "
-        "more when they come; what is computed stays the same, but for what dropout hides",
+        description="workers: so many; [min, max]: as many as there is room for, fewer when nodes "
+        "are lost, more when they come; the numbers stay the same, but for what dropout hides",
     )
-    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has GPUs")
-    cpus_per_worker: PositiveFloat = 1.0
-    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    save_steps: PositiveInt = 100
+    use_gpu: bool | Literal["auto"] = Field(
+        "auto", description="whether workers compute on GPUs; auto: when the cluster has some"
+    )
+    cpus_per_worker: PositiveFloat = Field(
+        1.0, description="CPUs that one worker reserves, and threads with which it computes"
+    )
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="Ray resources of one worker, laid over its CPUs and GPU"
+    )
+    save_steps: PositiveInt = Field(
+        100, description="a checkpoint every so many steps, and at the end"
+    )
     save_minutes: PositiveFloat | None = Field(
-        None, description="a checkpoint also when the last one is so old"
+        None, description="a checkpoint also when the last one is so many minutes old; null: no"
     )
-    save_total_limit: PositiveInt = 2
-    logging_steps: PositiveInt = 1
+    save_total_limit: PositiveInt = Field(2, description="checkpoints that are kept, the last ones")
+    logging_steps: PositiveInt = Field(
+        1, description="a line of metrics every so many steps, and at the end"
+    )
     report_to: list[Tracker] = Field(
-        ["tensorboard"], description="tensorboard, mlflow, wandb; none: metrics.jsonl alone"
+        ["tensorboard"], description="trackers; none: metrics.jsonl alone"
     )
     eval_steps: PositiveInt | None = Field(
         None, description="held-out loss and accuracy every so many steps; null: never"
     )
     eval_pairs: PositiveInt = Field(
-        128, description="of `validation`, else of evaluate.split; the same ones each time"
+        128,
+        description="held-out pairs, of `validation`, else of evaluate.split; each time the same",
     )
-    max_failures: Annotated[int, Field(ge=-1)] = 3
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        3, description="so often the workers are begun anew after a failure; -1: without end"
+    )
     step_timeout_s: PositiveFloat = Field(
-        1800.0, description="no step for so long: stacks are dumped, the workers restarted"
+        1800.0, description="seconds; no step for so long: stacks are dumped, the workers restarted"
     )
 
     @property
@@ -128,7 +176,11 @@ class TrainingConfig(Section):
             raise ValueError(f"num_workers: {self.num_workers}; give [min, max], min first")
         return self
 
-    @field_validator("report_to", mode="before")
+    @field_validator(
+        "report_to",
+        mode="before",
+        json_schema_input_type=list[Tracker] | Tracker | Literal["none"] | None,
+    )
     @classmethod
     def _one_or_none(cls, value: object) -> object:
         """`report_to: wandb` and `report_to: none` are how people write it."""
@@ -197,13 +249,13 @@ class FitConfig(PairsConfig):
     # Each seed is in the key of the annotator that it makes.
     compute_fields: ClassVar[frozenset[str]] = TrainingConfig.compute_fields | {"seeds"}
 
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: LearningRate = 1e-5
     num_train_epochs: Epochs = 5.0
-    global_batch_size: PositiveInt = 32
+    global_batch_size: PairsAStep = 32
     labels: Literal["hard", "votes"] = Field(
         "hard",
-        description="votes: pairs that were voted on are learned as the share of votes, "
-        "soft Bradley–Terry",
+        description="hard: of each pair its label; votes: pairs that were voted on are learned "
+        "as the share of votes, soft Bradley–Terry",
     )
     seeds: list[int] | None = Field(
         None, min_length=1, description="an ensemble, one annotator a seed; null: the run's seed"
@@ -220,27 +272,30 @@ class FitConfig(PairsConfig):
 class SftConfig(TrainingConfig):
     """Supervised fine-tuning of the policy on the chosen answers (paper table 8)."""
 
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: LearningRate = 1e-5
     num_train_epochs: Epochs = 3.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    lora: LoraConfig | None = LoraConfig()
+    warmup_steps: WarmupSteps = 100
+    weight_decay: WeightDecay = 0.05
+    lora: Adapters = LoraConfig()
 
 
 class AlignConfig(PairsConfig):
     """Confidence-weighted preference optimisation (paper eq. 7–11, table 9)."""
 
-    learning_rate: PositiveFloat = 5e-6
+    learning_rate: LearningRate = 5e-6
     num_train_epochs: Epochs = 5.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    lora: LoraConfig | None = LoraConfig()
+    warmup_steps: WarmupSteps = 100
+    weight_decay: WeightDecay = 0.05
+    lora: Adapters = LoraConfig()
     loss_type: str = Field(
         "sigmoid",
-        description="TRL's names: sigmoid (DPO), ipo (summed, the paper's), ipo_norm (per token, "
-        "TRL's ipo), robust (rDPO), hinge, simpo, orpo",
+        description="the loss, by TRL's names: sigmoid (DPO), ipo (summed, the paper's), "
+        "ipo_norm (per token, TRL's ipo), robust (rDPO), hinge, simpo, orpo",
     )
-    beta: PositiveFloat = 0.5
+    beta: PositiveFloat = Field(
+        0.5,
+        description="β of the loss, how strongly it holds to the reference; of orpo the paper's λ",
+    )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
         None,
         description="ε: of robust its share of flipped labels (null: the paper's 0.1), of sigmoid "
@@ -250,5 +305,7 @@ class AlignConfig(PairsConfig):
         None, description="γ, SimPO's target margin (null: TRL's 0.5)"
     )
     weight_normalization: Literal["none", "batch", "dataset"] | None = Field(
-        None, description="overrides the arm's: none (paper), by ΣC of the batch, by mean C"
+        None,
+        description="what weights are divided by: 1 (none, the paper), ΣC of the batch, mean C of "
+        "the data set; null: as the arm says",
     )
