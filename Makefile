@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest blows mutants architectures lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest blows mutants architectures reference lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -116,6 +116,10 @@ mutants: $(STAMP)  ## does a test notice each of some 140 edits that would turn 
 
 architectures: $(STAMP)  ## docs/architectures.md: all of transformers' causal models, tiny; a quarter of an hour
 	PYTHONPATH=. $(BIN)/python tests/architectures.py docs/architectures.md
+
+reference: $(STAMP)  ## docs/configuration.md and docs/schema.json anew, from the configuration's models
+	$(BIN)/python -m cwpo_dist.config.reference docs/configuration.md
+	$(BIN)/cwpo config --schema > docs/schema.json
 
 lint: $(STAMP)  ## style, safety, formatting, types, layers, secrets
 	$(BIN)/ruff check .

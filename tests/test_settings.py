@@ -16,6 +16,7 @@ from tiny import save_tiny
 import cwpo_dist
 from cwpo_dist.config import ARMS, Config, FitConfig, PoolConfig
 from cwpo_dist.config.load import parse_config
+from cwpo_dist.config.reference import everything
 from cwpo_dist.graph import graph
 from cwpo_dist.runs.arms import held_out_split, weighting
 from cwpo_dist.runs.output_key import Node
@@ -345,6 +346,16 @@ def test_no_field_of_the_configuration_is_dead() -> None:
         what_nobody_asked: int = 0
 
     assert unread(WithDead) == {"how_nobody_asked", "what_nobody_asked"}
+
+
+def test_the_reference_calls_the_same_settings_those_that_change_no_result() -> None:
+    """But for what of a DeepSpeed section decides numbers."""
+    told: dict[str, set[str]] = {}
+    for each in everything():
+        section, _, name = each.path.partition(".")
+        if name and "." not in name and each.effect in ("no", "in part"):
+            told.setdefault(section, set()).add(name)
+    assert {section: told[section] for section in HOW} == HOW
 
 
 def test_a_setting_changes_the_key_of_the_first_output_that_it_decides(

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cwpo_dist import __version__, credentials
-from cwpo_dist.cli import jobs
+from cwpo_dist.cli import configuration, jobs
 from cwpo_dist.cli.options import (
     STAGES,
     ConfigPath,
@@ -32,7 +32,7 @@ from cwpo_dist.cli.options import (
 )
 from cwpo_dist.cli.terminal_log import log_to_terminal, told_without_credentials
 from cwpo_dist.config import Config
-from cwpo_dist.config.load import load_config, to_yaml
+from cwpo_dist.config.load import load_config
 from cwpo_dist.redaction import redacted
 
 USER_ERROR = 2
@@ -234,13 +234,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command("config")
-def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show the whole configuration as YAML: files and overrides merged, defaults filled in.
-
-    Example: cwpo config run.yaml fit.num_train_epochs=2 > whole.yaml
-    """
-    typer.echo(to_yaml(load_config(config, overrides)), nl=False)
+app.command()(configuration.config)
 
 
 @app.command()
