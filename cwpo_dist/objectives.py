@@ -70,11 +70,13 @@ class LossSettings:
         label_smoothing: ε, the share of labels taken to be flipped; a tensor [P] gives each pair
             its own: 1 − the annotator's probability, for soft labels.
         simpo_gamma: γ, SimPO's target margin in units of reward.
+        sft_coefficient: λ of the chosen answer's own likelihood, beside any loss.
     """
 
     beta: float
     label_smoothing: float | Tensor = 0.0
     simpo_gamma: float = 0.5
+    sft_coefficient: float = 0.0
 
 
 PreferenceLoss = Callable[[PairLogps, LossSettings], Tensor]
@@ -186,6 +188,17 @@ class Objective:
     soft_labels: bool = False
     gamma: bool = False
 
+    def losses(self, pairs: PairLogps, settings: LossSettings) -> Tensor:
+        """The loss of each pair, [P]: ℓ − λ·log π(y⁺)/|y⁺| with λ = `sft_coefficient`.
+
+        That keeps the chosen answer likely where ℓ could make both less so (arXiv 2404.19733, eq. 1,
+        up to a factor).
+        """
+        loss_P = self.loss(pairs, settings)
+        if not settings.sft_coefficient:  # as most: not even a rounding apart
+            return loss_P
+        return loss_P - settings.sft_coefficient * pairs.means[0]
+
     def rewards(self, pairs: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
         """The implicit rewards of both answers, [P] each, chosen first."""
         chosen, rejected = pairs.ratios if self.reference else pairs.means
@@ -228,7 +241,7 @@ def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objecti
     given = align.label_smoothing
     epsilon = found.label_smoothing or 0.0 if given is None else given
     gamma = LossSettings.simpo_gamma if align.simpo_gamma is None else align.simpo_gamma
-    return found, LossSettings(align.beta, epsilon, gamma)
+    return found, LossSettings(align.beta, epsilon, gamma, align.sft_coefficient)
 
 
 def _refuse_unread(align: AlignConfig, found: Objective) -> None:

@@ -224,6 +224,22 @@ def test_summed_ipo_differs_from_trl() -> None:
     assert summed != pytest.approx(_trl_loss(batch, "ipo").item(), abs=1e-3)
 
 
+@pytest.mark.parametrize("loss_type", OBJECTIVES)
+def test_the_sft_term_is_the_mean_of_the_chosen_answers_tokens(loss_type: str) -> None:
+    batch, found = _Batch(3), OBJECTIVES[loss_type]
+    plain = found.losses(batch.ours(), SETTINGS)
+    torch.testing.assert_close(plain, found.loss(batch.ours(), SETTINGS), rtol=0, atol=0)
+    ours = found.losses(batch.ours(), replace(SETTINGS, sft_coefficient=0.3))
+    chosen, mask = batch.policy[:PAIRS], batch.completion_mask[:PAIRS, 1:].bool()
+    of_tokens = [tokens[kept] for tokens, kept in zip(chosen, mask, strict=True)]
+    assert len({len(each) for each in of_tokens}) > 1, "a mean over all tokens would be another"
+    expected = plain + torch.stack([-0.3 * each.mean() for each in of_tokens])
+    torch.testing.assert_close(ours, expected)
+    up = torch.autograd.grad(ours.sum() - plain.sum(), batch.policy)[0]
+    assert (up[:PAIRS].sum(1) < 0).all(), "a step makes chosen answers likelier"
+    assert not up[PAIRS:].any(), "and leaves the rejected ones alone"
+
+
 def test_a_new_objective_is_one_function_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """CONTRIBUTING.md's example, TRL's `apo_zero`, all the way to a weighted task's losses."""
 
@@ -245,6 +261,9 @@ def test_a_new_objective_is_one_function_and_one_line(monkeypatch: pytest.Monkey
     outputs = torch.stack([pairs.chosen, pairs.rejected], dim=1)
     expected = found.loss(pairs, settings) * torch.tensor(weights, dtype=torch.float64)
     torch.testing.assert_close(task.losses(outputs, range(PAIRS)), expected)
+    beside = replace(task, sft_coefficient=0.5).losses(outputs, range(PAIRS)) - expected
+    nll = -pairs.chosen / pairs.n_chosen * torch.tensor(weights, dtype=torch.float64)
+    torch.testing.assert_close(beside, 0.5 * nll)
 
 
 def test_soft_labels_are_each_pairs_own_smoothing() -> None:

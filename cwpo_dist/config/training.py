@@ -290,7 +290,8 @@ class AlignConfig(PairsConfig):
     loss_type: str = Field(
         "sigmoid",
         description="the loss, by TRL's names: sigmoid (DPO), ipo (summed, the paper's), "
-        "ipo_norm (per token, TRL's ipo), robust (rDPO), hinge, simpo, orpo",
+        "ipo_norm (per token, TRL's ipo), sigmoid_norm (DPO per token), robust (rDPO), hinge, "
+        "simpo, orpo",
     )
     beta: PositiveFloat = Field(
         0.5,
@@ -304,8 +305,20 @@ class AlignConfig(PairsConfig):
     simpo_gamma: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="γ, SimPO's target margin (null: TRL's 0.5)"
     )
+    sft_coefficient: Annotated[float, Field(ge=0.0)] = Field(
+        0.0,
+        description="λ of −log π(y⁺)/|y⁺|, in nats a token, added to a pair's loss before its "
+        "weight; 0: none",
+    )
     weight_normalization: Literal["none", "batch", "dataset"] | None = Field(
         None,
         description="what weights are divided by: 1 (none, the paper), ΣC of the batch, mean C of "
         "the data set; null: as the arm says",
     )
+
+    def identity(self) -> dict[str, object]:
+        """As of any training; without the term that older keys do not know, where there is none."""
+        settings = super().identity()
+        if not self.sft_coefficient:
+            del settings["sft_coefficient"]
+        return settings

@@ -235,6 +235,8 @@ def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
     for name in ("label_smoothing", "simpo_gamma"):
         if getattr(align, name) is not None:
             yield name, f"{getattr(align, name):g}"
+    if align.sft_coefficient:
+        yield "sft_coefficient", f"{align.sft_coefficient:g}"
     yield "learning rate", f"{align.learning_rate:g}, {align.lr_scheduler_type}"
     yield "length", _length(align)
     yield "global batch", _batch(align)

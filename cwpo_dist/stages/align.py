@@ -201,6 +201,7 @@ class WeightedPairs:
             sampling=self.sampling,
             probabilities=found.numbers("probability") if self.soft_labels else None,
             simpo_gamma=settings.simpo_gamma,
+            sft_coefficient=settings.sft_coefficient,
             batch_by=self.config.batch_by,
         )
 

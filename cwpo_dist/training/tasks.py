@@ -177,6 +177,7 @@ class Preference(Task):
         beta: β.
         label_smoothing: ε of the losses that read it.
         simpo_gamma: γ of SimPO.
+        sft_coefficient: λ of the chosen answer's own likelihood, beside the loss.
         normalization: the denominator of Σ C·ℓ over a global batch: 'none', its pairs (the
             paper); 'batch', its ΣC.
         sampling: 'proportional': C is how often a pair is drawn, and its weight is then 1.
@@ -192,6 +193,7 @@ class Preference(Task):
     sampling: Sampling = None
     probabilities: Numbers | None = None
     simpo_gamma: float = LossSettings.simpo_gamma
+    sft_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks numbers and their count, too."""
@@ -237,8 +239,8 @@ class Preference(Task):
         epsilon: float | Tensor = self.label_smoothing
         if self.probabilities is not None:
             epsilon = 1 - _of(self.probabilities, indices, outputs_PK)
-        settings = LossSettings(self.beta, epsilon, self.simpo_gamma)
-        loss_P = OBJECTIVES[self.loss_type].loss(self._pairs(outputs_PK, indices), settings)
+        settings = LossSettings(self.beta, epsilon, self.simpo_gamma, self.sft_coefficient)
+        loss_P = OBJECTIVES[self.loss_type].losses(self._pairs(outputs_PK, indices), settings)
         return self._weights(outputs_PK, indices) * loss_P
 
     def denominator(self, indices: Indices) -> float:
