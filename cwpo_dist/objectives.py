@@ -191,8 +191,8 @@ class Objective:
     def losses(self, pairs: PairLogps, settings: LossSettings) -> Tensor:
         """The loss of each pair, [P]: ℓ − λ·log π(y⁺)/|y⁺| with λ = `sft_coefficient`.
 
-        That keeps the chosen answer likely where ℓ could make both less so (arXiv 2404.19733, eq. 1,
-        up to a factor).
+        That keeps the chosen answer likely where ℓ could make both less so (arXiv 2404.19733,
+        eq. 1, up to a factor).
         """
         loss_P = self.loss(pairs, settings)
         if not settings.sft_coefficient:  # as most: not even a rounding apart

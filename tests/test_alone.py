@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 from prepared import Rows, config, files, pairs, rejects, whole, write
+from small_run import small_config
 from test_row_forms import ASK, FAIR, FOUR, GOOD, POOR, SCORES, WHO_WINS, WORST, labelled
 
 from cwpo_dist.config import ConfigError
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.pairs import sources
 from cwpo_dist.pairs.answers import read_answers
 from cwpo_dist.pairs.estimate import census
 from cwpo_dist.pairs.records import answer_id, prompt_id
 from cwpo_dist.pairs.splits import SPLITS
+from cwpo_dist.runs.checks import check
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -299,6 +302,71 @@ def test_the_census_counts_what_prepare_makes(
     add_up(counts, store)
 
 
+@pytest.mark.usefixtures("in_process")
+def test_an_answer_keeps_the_source_and_columns_of_its_own_row(tmp_path: Path) -> None:
+    listed = [
+        {"path": write(tmp_path / f"{name}.jsonl", [one(text, score, id=name)]), "columns": NAMED}
+        for name, text, score in (("x", GOOD, 2), ("y", POOR, 1))
+    ]
+    listed.append({"path": write(tmp_path / "z.jsonl", [one("soon", prompt="When?", id="z")])})
+    store = Store(str(tmp_path / "out"))
+    prepare(store, config(*listed, pairing="all", keep_columns=["id"]), seed=0)
+    table = store.read_table("answers/part-00000.parquet")
+    found = {row["answer"]: row for row in table.to_pylist()}
+    for name, text in (("x", GOOD), ("y", POOR), ("z", "soon")):
+        assert (found[text]["source"], found[text]["id"]) == (str(tmp_path / f"{name}.jsonl"), name)
+    assert [found[text]["split"] for text in (GOOD, POOR)] == [None, None]
+    assert found["soon"]["split"] is not None
+
+
+@pytest.mark.usefixtures("in_process")
+def test_true_and_false_in_cells_are_scores(tmp_path: Path) -> None:
+    (path := tmp_path / "x.csv").write_text(
+        f"prompt,completion,label\np,{GOOD},True\np,{POOR},False\n"
+    )
+    source = {"path": str(path), "columns": {"response": "completion", "score": "label"}}
+    store = Store(str(tmp_path / "out"))
+    prepare(store, config(source, pairing="all"), seed=0)
+    assert list(labelled(store)) == [(GOOD, POOR)]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_rating_that_nobody_reads_takes_no_answer_out(tmp_path: Path) -> None:
+    rows = [one(GOOD, "n/a", reward="?"), one(POOR, 3)]
+    store, counts = prepared(tmp_path, rows, "given", max_reject_fraction=0.0)
+    assert left(store).keys() == {GOOD, POOR}
+    assert counts["rejects"] == {}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASK, "chosen": GOOD, "rejected": POOR, "answer": "x", "output": "y"},
+        {
+            "prompt": ASK,
+            "responses": [GOOD, POOR],
+            "scores": [2, 1],
+            "response": "x",
+            "answer": "y",
+        },
+        {"prompt": ASK, "responses": [GOOD, POOR], "scores": [2, 1], "answer": "x", "score": 1},
+    ],
+)
+def test_what_has_pairs_or_lists_is_no_response_a_row(tmp_path: Path, row: dict[str, Any]) -> None:
+    lists = {"prompt": "Which?", "responses": [FAIR, WORST], "scores": [1, 0]}
+    listed = [write(tmp_path / "x.jsonl", [row]), write(tmp_path / "y.jsonl", [lists])]
+    planned = sources.plan(config(*listed, pairing="all"))
+    assert not any("response" in piece.layout.columns for piece in planned.pieces)
+
+
+def test_what_makes_no_pair_is_refused_before_it_is_scored(tmp_path: Path) -> None:
+    given = small_config(tmp_path)
+    write(Path(given["prepare"]["sources"][0]["path"]), [one(GOOD), one(POOR)])
+    given["prepare"]["sources"][0]["columns"] = NAMED
+    with pytest.raises(ConfigError, match="prepare.pairing: given, but its sources have one"):
+        check(parse_config(given), "weigh")
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "pairing", "says"),
     [
@@ -314,6 +382,8 @@ def test_the_census_counts_what_prepare_makes(
         ([one(GOOD, 1, rank=2)], NAMED, "all", "columns.score: .*'score' and 'rank'"),
         ([one(GOOD, label="a")], {**NAMED, "label": "label"}, "all", "label: it says nothing"),
         ([one(GOOD, 1)], {**NAMED, "scores": "score"}, "all", "scores: it says nothing"),
+        ([one(GOOD, 1)], {**NAMED, "score": "score"}, "given", "score: it says nothing while"),
+        ([one([GOOD, POOR])], NAMED, "all", "name it as a list of responses"),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -23,7 +23,9 @@ from cwpo_dist.pairs.pieces import Filed, filed_table
 from cwpo_dist.pairs.records import PROMPT_DIGITS, Kind, canonical, prompt_of, rows_of
 from cwpo_dist.pairs.rejects import BadRow
 from cwpo_dist.pairs.splits import ordered
-from cwpo_dist.pairs.stored import Pair, pairs_of
+from cwpo_dist.pairs.stored import TEXTS, Pair, pairs_of
+
+_CHUNK = 2048  # pairs that are Python objects at once
 
 T = TypeVar("T")
 
@@ -136,26 +138,31 @@ def are_alone(rows: pa.Table) -> pa.ChunkedArray:
 
 
 def pairs_made(alone: pa.Table, how: Comparing, counts: AloneCounts) -> pa.Table:
-    """The pairs of answers, with what stands beside them as pieces write it.
+    """The pairs of answers, without texts, and what stands beside them as pieces write it.
 
     Args:
         alone: a row an answer, sorted by their ids.
         how: which are compared.
         counts: to which what becomes of them is added.
     """
-    if how.pairing == "given":
-        return alone.slice(0, 0)
+    made = _made(alone, how, counts) if how.pairing != "given" else iter(())
+    chunks = iter(lambda: list(itertools.islice(made, _CHUNK)), [])
+    tables = [_without_texts(chunk, how.kind).select(alone.column_names) for chunk in chunks]
+    return pa.concat_tables([alone.slice(0, 0), *tables])
+
+
+def _made(alone: pa.Table, how: Comparing, counts: AloneCounts) -> Iterator[tuple[Pair, Filed]]:
     rows = zip(pairs_of(alone), rows_of(Filed, alone), strict=True)
     answers = (
         Answer(filed.answer_a, pair.response_a, pair.score_a, (pair, filed)) for pair, filed in rows
     )
-    made = [
-        _pair(better, worse, how)
-        for _, group in itertools.groupby(answers, lambda each: prompt_of(each.answer_id))
-        for better, worse in decided(group, how.pairing, counts)
-    ]
-    pairs, beside = [pair for pair, _ in made], [filed for _, filed in made]
-    return filed_table(pairs, beside, how.kind).select(alone.column_names)
+    for _, group in itertools.groupby(answers, lambda each: prompt_of(each.answer_id)):
+        of_prompt = list(group)
+        # One draw for all of a prompt, also where its rows are of several groups.
+        labelled = of_prompt[0].row[1].in_labelled_part
+        for better, worse in decided(of_prompt, how.pairing, counts):
+            pair, filed = _pair(better, worse, how)
+            yield pair, filed._replace(in_labelled_part=labelled)
 
 
 def _pair(
@@ -166,13 +173,29 @@ def _pair(
     some = ParsedPair(pair.prompt, pair.response_a, pair.response_b, None, tools=pair.tools)
     parsed = pair_with(some, better, worse, scored=how.scored)
     made, a, b = ordered(parsed, canonical(pair.prompt), how.seed, pair.source or "")
-    kept, others = json.loads(filed.kept), json.loads(other.kept)
-    both = {name: kept[name] for name in kept if name in others and kept[name] == others[name]}
-    kept_by_both = json.dumps(both, ensure_ascii=False)
-    return made, filed._replace(answer_a=a, answer_b=b, kept=kept_by_both)
+    return made, filed._replace(answer_a=a, answer_b=b, kept=_kept_by_both(filed.kept, other.kept))
 
 
-def in_no_pair(alone: pa.Table, pairs: pa.Table) -> pa.Table:
-    """The answers of which no pair tells."""
+def _kept_by_both(one: str, other: str) -> str:
+    """Of two rows' kept columns, as JSON, those with one value: 1 and true are two."""
+    if one == other:
+        return one
+    kept, others = json.loads(one), json.loads(other)
+    spelled = {name: json.dumps(value) for name, value in others.items()}
+    both = {name: kept[name] for name in kept if json.dumps(kept[name]) == spelled.get(name)}
+    return json.dumps(both, ensure_ascii=False)
+
+
+def _without_texts(made: Sequence[tuple[Pair, Filed]], kind: Kind) -> pa.Table:
+    """Pairs as a table, by ids: of K answers each text would stand in K − 1 of them."""
+    table = filed_table([pair for pair, _ in made], [filed for _, filed in made], kind)
+    for name in TEXTS:
+        at, field_ = table.schema.get_field_index(name), table.schema.field(name)
+        table = table.set_column(at, field_, pa.nulls(len(table), field_.type))
+    return table
+
+
+def are_named(alone: pa.Table, pairs: pa.Table) -> pa.ChunkedArray:
+    """Which of the answers stand in some of the pairs."""
     told = pa.chunked_array([*pairs["answer_a"].chunks, *pairs["answer_b"].chunks], pa.string())
-    return alone.filter(pc.invert(pc.is_in(alone["answer_a"], value_set=told)))
+    return pc.is_in(alone["answer_a"], value_set=told)

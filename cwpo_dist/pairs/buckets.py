@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs import kept_columns, numbers
-from cwpo_dist.pairs.alone import Comparing
+from cwpo_dist.pairs.alone import Comparing, are_named
 from cwpo_dist.pairs.chosen import OTHER
 from cwpo_dist.pairs.copies import gathered
 from cwpo_dist.pairs.records import PROMPT_DIGITS, Kind, Reject, rows_of, unit_hash
@@ -170,14 +170,16 @@ def write_bucket(work: Work, bucket: int, shards: Shards) -> None:
     rejects = list(_rejects(leaking))
     write_rejects(store, f"part-leak-{bucket:05d}.parquet", rejects)
     found = gathered(staying, work.comparing)
-    table, alone = (_as_pairs(rows, shards) for rows in (found.pairs, found.alone))
+    table, alone, paired = (
+        _as_pairs(rows, shards) for rows in (found.pairs, found.alone, found.paired)
+    )
     summary = BucketSummary(
         pairs=len(table),
         merged_duplicates=found.copies,
         conflicting_labels=found.conflicts,
         conflicting_numbers=found.differing,
         ties=pc.sum(table["tie"]).as_py() or 0,
-        shards=_write_shards(work, pa.concat_tables([table, alone]), shards, bucket),
+        shards=_write_shards(work, pa.concat_tables([table, alone]), paired, shards, bucket),
         rejects=dict(Counter(reject.reason for reject in rejects)),
         splits=dict(Counter(table["split"].to_pylist())),
         labelled=dict(Counter(table.filter(pc.is_valid(table["label"]))["split"].to_pylist())),
@@ -311,12 +313,30 @@ def _is_turned(shards: Shards, pair_id: str) -> bool:
     return unit_hash(shards.seed, "flipped", pair_id) < shards.flipped
 
 
-def _write_shards(work: Work, rows: pa.Table, shards: Shards, bucket: int) -> int:
-    """Writes pairs, and answers that stand in none as pairs with themselves; how many shards."""
+def _write_shards(work: Work, rows: pa.Table, paired: pa.Table, shards: Shards, bucket: int) -> int:
+    """Writes a bucket's shards.
+
+    Args:
+        work: where they go.
+        rows: pairs, and answers that stand in none as pairs with themselves.
+        paired: answers that stand in some and came in rows of their own, as these: they go in
+            front of the pairs that are made of them, and have their texts.
+        shards: how they are cut.
+        bucket: its number.
+
+    Returns:
+        How many there are.
+    """
     alone = work.comparing is not None
-    rows = rows.sort_by("pair_id") if alone else rows
+    if alone:
+        rows = rows.sort_by("pair_id")
+        place = paired.schema.get_field_index("split")  # for it says that an answer is in no pair
+        paired = paired.set_column(place, "split", pa.nulls(len(paired), pa.string()))
     begins = cuts(rows["pair_id"].combine_chunks(), shards.rows_per_shard)
     kept, ends = kept_columns.kept_schema(shards.kept), [*begins, len(rows)]
     for number, (start, end) in enumerate(itertools.pairwise(ends), shards.first[bucket]):
-        write_shard(work.store, number, rows.slice(start, end - start), kept, alone=alone)
+        part = rows.slice(start, end - start)
+        if alone:
+            part = pa.concat_tables([paired.filter(are_named(paired, part)), part])
+        write_shard(work.store, number, part, kept, alone=alone)
     return len(begins)

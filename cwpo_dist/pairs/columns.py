@@ -143,9 +143,8 @@ def _answers(
     lists = list_columns(first, given, left_out)
     if lists is not None and "responses" in given:
         return lists
-    one = one_response(first, given, left_out, pairing)
-    if one is not None and "response" in given:
-        return one
+    if "response" in given:
+        return one_response(first, given, left_out, pairing) or {}
     for fields, tables in ((CHOSEN, column_names.CHOSEN), (EITHER, column_names.EITHER)):
         there = [] if left_out & set(fields) else _complete(first, tables)
         if there:
@@ -154,8 +153,9 @@ def _answers(
             if fields == EITHER and (more := _siblings(first, there[0])):
                 raise refusals.more_answers(first, [*there[0], *more])
             return dict(zip(fields, there[0], strict=True))
-    if lists is not None or one is not None:
-        return lists or one or {}
+    found = lists or one_response(first, given, left_out, pairing)
+    if found is not None:
+        return found
     raise refusals.no_answers(first)
 
 

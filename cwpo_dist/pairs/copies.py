@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.pairs import numbers
-from cwpo_dist.pairs.alone import AloneCounts, Comparing, are_alone, in_no_pair, pairs_made
+from cwpo_dist.pairs.alone import AloneCounts, Comparing, are_alone, are_named, pairs_made
 from cwpo_dist.pairs.records import rows_of, table_of
 from cwpo_dist.pairs.splits import merge
 from cwpo_dist.pairs.stored import Told
@@ -20,8 +20,9 @@ class Gathered:
     """A bucket's pairs, a row each in the order of their ids, and its answers that stand in none.
 
     Attributes:
-        pairs: given and made.
+        pairs: given, and made ones without texts.
         alone: the answers, as pairs with themselves.
+        paired: those that stand in pairs, the same way: theirs are the texts of made ones.
         copies: how many rows of pairs were merged into others.
         conflicts: pairs whose copies have different labels.
         differing: those whose copies have different numbers.
@@ -30,6 +31,7 @@ class Gathered:
 
     pairs: pa.Table
     alone: pa.Table
+    paired: pa.Table
     copies: int
     conflicts: int
     differing: int
@@ -53,9 +55,10 @@ def gathered(rows: pa.Table, comparing: Comparing | None) -> Gathered:
         made = pairs_made(alone, comparing, counts)
         rows = pa.concat_tables([given, made]).sort_by("pair_id")  # stable: those given come first
     pairs, conflicts, differing = _merge_copies(rows)
-    alone = in_no_pair(alone, pairs)
+    named = are_named(alone, pairs)
+    paired, alone = alone.filter(named), alone.filter(pc.invert(named))
     counts.in_no_pair = len(alone)
-    return Gathered(pairs, alone, len(rows) - len(pairs), conflicts, differing, counts)
+    return Gathered(pairs, alone, paired, len(rows) - len(pairs), conflicts, differing, counts)
 
 
 def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:

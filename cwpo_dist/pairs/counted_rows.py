@@ -105,7 +105,9 @@ class CountedRows:
             for _, place in copies[:1]
         }
         for _, group in itertools.groupby(alone, lambda each: prompt_of(each.answer_id)):
-            for better, worse in decided(group, how.pairing, self.alone):
+            of_prompt = list(group)
+            labelled = of_prompt[0].row[1].in_labelled_part
+            for better, worse in decided(of_prompt, how.pairing, self.alone):
                 a, b = better.answer_id, worse.answer_id
                 pair_id, first = given.get(frozenset((a, b)), (a + b, a))
                 rated = better.good is not None and worse.good is not None
@@ -115,7 +117,7 @@ class CountedRows:
                     score_a=scores[first != a],
                     score_b=scores[first == a],
                 )
-                place = better.row[1]._replace(answer_a=a, answer_b=b)
+                place = better.row[1]._replace(answer_a=a, answer_b=b, in_labelled_part=labelled)
                 self.copies.setdefault(pair_id, []).append((told, place))
 
     def _count(self, pair_id: str, told: Told, place: Drawn, *, learn_ties: bool) -> None:

@@ -72,11 +72,13 @@ def one_response(
         path = _the_one(first, "response", first.named(*column_names.ONE))
         if path is None:
             return None
-    ratings = ALONE[1:]
-    if set(ratings) & given.keys():
+    if (items := first.items(path)) and not any(map(is_conversation, first.values(path))):
+        raise refusals.holds_lists(first, path, items)
+    ratings, taken = ALONE[1:], {*given.values(), path}
+    if pairing == "given" or set(ratings) & given.keys():  # without pairs nobody reads a rating
         return {"response": path}
     there = {
-        ours: [name for name in first.named(*column_names.RATINGS[of]) if name != path]
+        ours: [name for name in first.named(*column_names.RATINGS[of]) if name not in taken]
         for ours, of in zip(ratings, _RATINGS, strict=True)
         if ours not in left_out
     }
@@ -103,6 +105,9 @@ def check_responses(
     for ours in sorted(named):
         if ours not in (*BESIDE, *fields):
             raise refusals.says_nothing(first, ours, f"says nothing beside {what}")
+    rating = sorted(set(ratings) & named)
+    if pairing == "given" and fields is ALONE and rating:
+        raise refusals.says_nothing(first, rating[0], "says nothing while prepare.pairing is given")
     if set(ratings) <= columns.keys():
         raise refusals.could_be_several(first, ratings[0], [columns[name] for name in ratings])
     path = columns[fields[0]]

@@ -47,6 +47,14 @@ def says_nothing(first: FirstRows, ours: str, why: str) -> ConfigError:
     return ConfigError(f"{first.field}.columns.{ours}: it {why}; leave it out")
 
 
+def holds_lists(first: FirstRows, path: str, items: Sequence[object]) -> ConfigError:
+    """A column of one response a row that holds lists of them."""
+    return ConfigError(
+        f"{first.field}.columns.response: {path!r} of {first.path!r} holds lists "
+        f"({shown(items[0])} is in one); name it as a list of responses: columns: {{responses: {path}}}"
+    )
+
+
 def needs_pairing(first: FirstRows, path: str, most: int) -> ConfigError:
     """Rows with a list of responses, of which nobody said what is compared."""
     outer, _, key = path.partition(f".{EACH}")
@@ -123,9 +131,10 @@ def _unknown(seen: Counter[str | None], values: ValueMap) -> list[str]:
 def no_pair(first: FirstRows, layout: Layout, tally: Tally) -> ConfigError:
     """First rows of which none is a pair, each with its reason."""
     lines = "\n".join(tally.lines())
+    what = "can be used" if "response" in layout.columns else "is a pair"
     return ConfigError(
-        f"{first.field}: none of the first {tally.reasons.total()} rows of {first.path!r} is a "
-        f"pair:\n{lines}\n  its columns are {', '.join(first.names)}; we read {layout.described()}"
+        f"{first.field}: none of the first {tally.reasons.total()} rows of {first.path!r} {what}:"
+        f"\n{lines}\n  its columns are {', '.join(first.names)}; we read {layout.described()}"
     )
 
 

@@ -245,11 +245,15 @@ def _goods(row: Mapping[str, object], layout: Layout, count: int) -> list[float 
     return [_good(cell, name) for cell in cells]
 
 
+_TRUTH = {"true": 1.0, "false": 0.0}  # as KTO writes it, also in the cells of a CSV file
+
+
 def _good(cell: object, name: str) -> float | BadRow:
     if not_null(cell) is None:
         return BadRow(Reason.MISSING, name)
     try:
-        value = float(cell) if cell in (True, False) and name == "score" else number(cell)
+        truth = _TRUTH.get(str(cell).lower()) if name == "score" else None
+        value = number(cell) if truth is None else truth
     except ValueError:
         value = None
     if value is None:

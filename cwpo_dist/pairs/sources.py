@@ -28,7 +28,7 @@ from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compressi
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.row_forms import growth, pairs_of_row
-from cwpo_dist.pairs.stored import pair_schema, whole_schema
+from cwpo_dist.pairs.stored import answer_schema, pair_schema, whole_schema
 from cwpo_dist.pairs.transcripts import is_transcript
 
 logger = logging.getLogger(__name__)
@@ -114,8 +114,8 @@ def plan(config: PrepareConfig) -> Plan:
     """
     _check_settings(config)
     peeked = [_peek(index, source) for index, source in enumerate(config.sources)]
-    _check_kept_columns(config, peeked)
     layouts = [_layout(each, config) for each in peeked]
+    _check_kept_columns(config, peeked, layouts)
     _check_pairing(config, layouts)
     _refuse_twice(peeked, [layout.columns for layout in layouts])
     kind = _kind(layouts)
@@ -314,8 +314,12 @@ def _check_settings(config: PrepareConfig) -> None:
         )
 
 
-def _check_kept_columns(config: PrepareConfig, peeked: Sequence[_Peeked]) -> None:
+def _check_kept_columns(
+    config: PrepareConfig, peeked: Sequence[_Peeked], layouts: Sequence[Layout]
+) -> None:
     reserved = {*whole_schema("text").names, *pair_schema().names}
+    if any("response" in layout.columns for layout in layouts):  # whose answers keep them, too
+        reserved |= {*answer_schema("text").names}
     for name in config.keep_columns:
         if name in RECORD:
             raise ConfigError(
@@ -324,7 +328,7 @@ def _check_kept_columns(config: PrepareConfig, peeked: Sequence[_Peeked]) -> Non
             )
         if name in reserved:
             raise ConfigError(
-                f"prepare.keep_columns: {name!r} is a column of the pair record itself; rename it "
+                f"prepare.keep_columns: {name!r} is a column of the record itself; rename it "
                 "in the source"
             )
         if not any(name in each.first.names for each in peeked):

@@ -61,16 +61,17 @@ def prompt_schema(kind: Kind) -> pa.Schema:
     return pa.schema([("prompt_id", pa.string()), ("prompt", _text(kind)), ("tools", pa.string())])
 
 
-def answer_schema(kind: Kind, *, alone: bool = False) -> pa.Schema:
+def answer_schema(kind: Kind, alone: pa.Schema | None = None) -> pa.Schema:
     """The columns of `answers/`; `source` is the first that it came from.
 
     Args:
         kind: text or conversational.
-        alone: whether some may stand in no pair: `split` is theirs, and null for the others.
+        alone: the user's `keep_columns`, where answers may come in rows of their own: these are of
+            such rows, and `split` of those that stand in no pair; null for the others.
     """
     ids = [("answer_id", pa.string()), ("prompt_id", pa.string())]
-    split = [("split", pa.string())] if alone else []
-    return pa.schema([*ids, ("answer", _text(kind)), ("source", pa.string()), *split])
+    own = [] if alone is None else [("split", pa.string()), *alone]
+    return pa.schema([*ids, ("answer", _text(kind)), ("source", pa.string()), *own])
 
 
 def pair_schema(kept: pa.Schema | None = None) -> pa.Schema:
@@ -250,22 +251,25 @@ def write_shard(
         index: the shard's number.
         whole: pairs with their texts, ids and kept columns.
         kept: types of the latter.
-        alone: whether some are pairs of an answer with itself: it stands in none.
+        alone: whether some are pairs of an answer with itself, as it came in a row of its own;
+            such go first, and have the texts that the others lack.
     """
     kind = _kind(whole)
-    asked, answers = whole.select(prompt_schema(kind).names), answer_schema(kind, alone=True)
-    of_none = pc.equal(whole["answer_a"], whole["answer_b"])
-    splits = pc.if_else(of_none, whole["split"], pa.scalar(None, pa.string()))
+    asked, answers = whole.select(prompt_schema(kind).names), answer_schema(kind, kept or [])
+    single = pc.equal(whole["answer_a"], whole["answer_b"])
+    own = whole.select(answers.names[4:])
+    for at, field in enumerate(own.schema):
+        values = pc.if_else(single, own[field.name], pa.scalar(None, field.type))
+        own = own.set_column(at, field, values)
     told = [
-        whole.select([ids, "prompt_id", text, "source"]).append_column("split", splits)
+        pa.table([*whole.select([ids, "prompt_id", text, "source"]).columns, *own.columns], answers)
         for ids, text in zip(IDS.names[1:], TEXTS[1:], strict=True)
     ]
-    told = [table.rename_columns(answers.names) for table in told]
-    answers = answer_schema(kind, alone=alone)
+    answers = answer_schema(kind, kept or []) if alone else answer_schema(kind)
     for folder, table, schema in (
         ("prompts", _first_of_each(asked, "prompt_id"), prompt_schema(kind)),
         ("answers", _first_of_each(pa.concat_tables(told), "answer_id"), answers),
-        ("pairs", whole.filter(pc.invert(of_none)), pair_schema(kept)),
+        ("pairs", whole.filter(pc.invert(single)), pair_schema(kept)),
     ):
         store.create_table(shard_file(folder, index), table.select(schema.names).cast(schema))
 

@@ -14,7 +14,6 @@ from cwpo_dist.runs.arms import needs_annotator
 from cwpo_dist.runs.checks import calibrated_arms, models, trainings
 from cwpo_dist.runs.own_checks import own_counts_faults
 
-_SHARE = "give a share that does"
 _GOLD = "evaluate.gold_model"
 
 
@@ -116,12 +115,7 @@ def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
         count = counted.labelled_pairs if of_people else counted.pairs
         if not count(*preset.splits):
             splits = " and ".join(preset.splits)
-            remedy = _labels_remedy(counted) if of_people else _SHARE
-            if counted.alone.in_no_pair and not sum(counted.splits.values()):
-                remedy = (
-                    "its sources have one response a row: set prepare.pairing to all, to make "
-                    "pairs of those to one prompt"
-                )
+            remedy = _labels_remedy(counted) if of_people else "give a share that does"
             yield (
                 f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves arm "
                 f"{arm!r} no pair of the {splits} part to train on; {remedy}"
@@ -132,4 +126,4 @@ def _labels_remedy(counted: Census) -> str:
     """What gives a part labels: another share, unless no pair has any."""
     if not counted.labelled_pairs("labelled", "unlabelled"):
         return f"no training pair has a label: {MAP_LABELS}"
-    return _SHARE
+    return "give a share that does"

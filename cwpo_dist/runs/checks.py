@@ -225,6 +225,13 @@ def _source_faults(config: Config, stages: set[str]) -> Iterator[str]:
         yield str(error)
         return
     yield from own_faults(config, planned) if "weigh" in stages else ()
+    alone = all("response" in piece.layout.columns for piece in planned.pieces)
+    if alone and config.prepare.pairing == "given" and stages & {"fit", "weigh"}:
+        yield (
+            "prepare.pairing: given, but its sources have one response a row, of which no pair is "
+            "made to learn from or to weigh; set it to all (weigh.pairing: best_worst then keeps "
+            "the best and the worst of each prompt), or end with `cwpo annotate`"
+        )
     voted = any("votes_a" in piece.layout.columns for piece in planned.pieces)
     if "fit" in stages and config.fit.labels == "votes" and not voted:
         yield (

@@ -265,9 +265,11 @@ def in_words(
     if "alone" in counts:
         for line in AloneCounts(**counts["alone"]).sentences():
             yield logging.INFO, line
-    yield from _numbers_told(counts, read)
+    if counts["pairs"]:
+        yield from _numbers_told(counts, read)
     yield from _rest_told(counts)
-    yield from _empty_told(counts, config)
+    if counts["pairs"]:
+        yield from _empty_told(counts, config)
 
 
 def _rows_told(counts: PreparedCounts, rejects: Tally) -> Said:

@@ -103,9 +103,8 @@ def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
     how, chooser = node.settings.weighting, node.settings.weighting.chooser
     if not context.counts(node.inputs["prepare"])["pairs"]:
         raise ConfigError(
-            "prepare.pairing: no pair is made of the responses, so that there is nothing to weigh; "
-            "set it to all (weigh.pairing: best_worst then keeps the best and the worst of each "
-            "prompt)"
+            "prepare.pairing: no prompt has two responses that make a pair, so that there is "
+            "nothing to weigh; give more responses, or another pairing"
         )
     own = own_kind(context, node, chooser)
     if own is not None:
