@@ -18,6 +18,7 @@ from cwpo_dist.pairs import sources
 from cwpo_dist.pairs.answers import read_answers
 from cwpo_dist.pairs.estimate import census
 from cwpo_dist.pairs.records import answer_id, prompt_id
+from cwpo_dist.pairs.row_forms import growth
 from cwpo_dist.pairs.splits import SPLITS
 from cwpo_dist.runs.checks import check
 from cwpo_dist.scoring.answers_in import AnswersIn
@@ -363,7 +364,7 @@ def test_what_makes_no_pair_is_refused_before_it_is_scored(tmp_path: Path) -> No
     given = small_config(tmp_path)
     write(Path(given["prepare"]["sources"][0]["path"]), [one(GOOD), one(POOR)])
     given["prepare"]["sources"][0]["columns"] = NAMED
-    with pytest.raises(ConfigError, match="prepare.pairing: given, but its sources have one"):
+    with pytest.raises(ConfigError, match=r"prepare\.pairing: given, but its sources have one"):
         check(parse_config(given), "weigh")
 
 
@@ -392,6 +393,14 @@ def test_what_could_be_read_in_two_ways_is_refused(
     source = {"path": write(tmp_path / "x.jsonl", rows), "columns": columns}
     with pytest.raises(ConfigError, match=says):
         sources.plan(config(source, pairing=pairing))
+
+
+def test_many_responses_to_a_prompt_are_parted_into_more_buckets(tmp_path: Path) -> None:
+    rows = [one("x" * 600 + str(k), prompt=f"{k // 60}") for k in range(600)]
+    source = {"path": write(tmp_path / "x.jsonl", rows), "columns": NAMED}
+    layout = sources.plan(config(source, pairing="all")).pieces[0].layout
+    assert growth(rows, layout) == pytest.approx(600 * 59 / 2 * 300 / (600 * 660), rel=0.1)
+    assert growth(rows[::60], layout) == 1.0
 
 
 def test_scores_and_ranks_of_one_prompt_are_not_compared(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def holds_lists(first: FirstRows, path: str, items: Sequence[object]) -> ConfigE
     """A column of one response a row that holds lists of them."""
     return ConfigError(
         f"{first.field}.columns.response: {path!r} of {first.path!r} holds lists "
-        f"({shown(items[0])} is in one); name it as a list of responses: columns: {{responses: {path}}}"
+        f"({shown(items[0])} is in one); name it as a list of responses: columns: {{responses: "
+        f"{path}}}"
     )
 
 

@@ -9,7 +9,7 @@ itself, until those of its prompt are together (`alone`).
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean
@@ -28,6 +28,7 @@ from cwpo_dist.pairs.texts import read_texts
 from cwpo_dist.pairs.written import listed
 
 _GROWN_ROWS, _GROWN_PAIRS = 100, 20  # first rows, and pairs of each, whose text is measured
+_PAIR_BYTES = 300  # of a pair by its ids
 
 
 class Response(NamedTuple):
@@ -302,7 +303,9 @@ def _pairs(
 
 
 def growth(rows: Iterable[object], layout: Layout) -> float:
-    """How much text the pairs of rows have over the rows: a list's responses stand in many."""
+    """How much the pairs of rows hold over the rows: a list's responses stand in many."""
+    if layout.pairing == "all" and "response" in layout.columns:
+        return _growth_alone(rows, layout)
     if "responses" not in layout.columns:
         return 1.0
     read = made = 0.0
@@ -315,6 +318,23 @@ def growth(rows: Iterable[object], layout: Layout) -> float:
         read += len(row_text(row))
         made += fmean(some) * found.counts.pairs if some and found.counts else 0.0
     return max(1.0, made / read) if read else 1.0
+
+
+def _growth_alone(rows: Iterable[object], layout: Layout) -> float:
+    """The same of responses in rows of their own, whose pairs are ids: as many as stand together.
+
+    A prompt's other rows may lie far apart, of which the first ones tell nothing.
+    """
+    of_prompts, read = Counter[str](), 0
+    for row in rows:
+        try:
+            (pair,) = pairs_of_row(row, layout).pairs
+        except BadRow:
+            continue
+        of_prompts[canonical(pair.prompt)] += 1
+        read += len(row_text(row))
+    pairs = sum(count * (count - 1) // 2 for count in of_prompts.values())
+    return max(1.0, pairs * _PAIR_BYTES / read) if read else 1.0
 
 
 def _texts(pair: ParsedPair) -> list[Text]:
