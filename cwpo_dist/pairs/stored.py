@@ -266,10 +266,12 @@ def write_shard(
         for ids, text in zip(IDS.names[1:], TEXTS[1:], strict=True)
     ]
     answers = answer_schema(kind, kept or []) if alone else answer_schema(kind)
+    # What `prepare` did not make may compare an answer with itself: two models wrote the same.
+    pairs = whole.filter(pc.invert(single)) if alone else whole
     for folder, table, schema in (
         ("prompts", _first_of_each(asked, "prompt_id"), prompt_schema(kind)),
         ("answers", _first_of_each(pa.concat_tables(told), "answer_id"), answers),
-        ("pairs", whole.filter(pc.invert(single)), pair_schema(kept)),
+        ("pairs", pairs, pair_schema(kept)),
     ):
         store.create_table(shard_file(folder, index), table.select(schema.names).cast(schema))
 
