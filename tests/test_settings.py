@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "weak": {},
     "cw": CONFIDENT,
     "cw_mean": CONFIDENT | {"weight_normalization": "dataset"},
+    "semi": CONFIDENT | {"with_human": True, "splits": ("labelled", "unlabelled")},
     "cw_calibrated": CONFIDENT | {"temperature": "fitted"},
     "ensemble": {"weight_function": "lower_confidence"},
     "proportional": CONFIDENT | {"sampling": "proportional"},
@@ -41,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 WEAK = {
     "labels": "annotator",
     "with_own": False,
+    "with_human": False,
     "annotator": "fitted",
     "splits": ("unlabelled",),
     "weight_function": "one",

@@ -7,13 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from world import HIGHER, World, margin
+from prepared import said
+from world import HIGHER, LABELS, World, margin
 
 from cwpo_dist.runs import annotations
 from cwpo_dist.stages import weigh
-from cwpo_dist.weighting import Scale
+from cwpo_dist.weighting import WEIGHT_FUNCTIONS, Scale, weights
 
 SIGN = {"a": 1, "b": -1}
 
@@ -95,3 +97,44 @@ def test_a_least_confidence_keeps_pairs_at_or_above_it(tmp_path: Path) -> None:
     assert set(rows) == {"unlabelled-1", "unlabelled-2"}
     assert (counts["pairs"], counts["selected"]) == (3, 2)
     assert len(weighed(world, "human")[1]) == 3, "people are certain"
+
+
+@pytest.mark.parametrize("top_fraction", [None, 0.5])
+def test_people_decide_the_labelled_part_and_the_annotator_the_rest(
+    tmp_path: Path, top_fraction: float | None
+) -> None:
+    """Arm `semi`; its annotator has scored no labelled pair, and nobody reads a hidden label."""
+    world = World(tmp_path, ["semi", "cw"], weigh={"top_fraction": top_fraction})
+    world.score()
+    counts, rows = weighed(world)
+    people = {f"labelled-{k}" for k in range(3)}
+    assert people <= rows.keys(), "what is certain is kept first"
+    for k in range(3):
+        row = rows[f"labelled-{k}"]
+        assert said(row["chosen"]).startswith("won"), k
+        assert said(row["rejected"]).startswith("lost")
+        assert (row["label"], row["weight"]) == (LABELS[k], 1.0)
+        assert (row["margin"], row["confidence"], row["probability"]) == (None, None, None)
+    if top_fraction is not None:
+        assert rows.keys() == people
+        return
+    assert counts["pairs"] == len(rows) == 6
+    _, alone = weighed(world, "cw")
+    assert {name: rows[name] for name in alone} == alone, "as arm `cw` has them"
+    for k in range(3):
+        row = rows[f"unlabelled-{k}"]
+        assert row["label"] == HIGHER[k]
+        assert row["weight"] == pytest.approx(confidence(margin(k)))
+    assert counts["mean_weight"] == pytest.approx((3 + sum(map(weight, range(3)))) / 6)
+
+
+def weight(k: int) -> float:
+    return confidence(margin(k))
+
+
+@pytest.mark.parametrize("name", WEIGHT_FUNCTIONS)
+def test_what_is_certain_has_the_largest_weight_of_every_function(name: str) -> None:
+    margins, none = np.array([np.inf, 50.0]), np.zeros(2)
+    certain, sure = weights(name, margins, none)
+    assert certain == pytest.approx(sure)
+    assert certain == pytest.approx(1.0)

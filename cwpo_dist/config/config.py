@@ -199,6 +199,7 @@ class Arm(Section):
 
     labels: Literal["human", "annotator", "own"]  # own: by the numbers that the data have
     with_own: bool = False  # … beside the annotators', as one more of them
+    with_human: bool = False  # people's of the labelled part, C = 1; the annotators' of the rest
     annotator: Literal["fitted", "implicit"] = "fitted"  # implicit: rewards of a weak DPO policy
     splits: tuple[Split, ...] = ("unlabelled",)
     weight_function: Literal["confidence", "one", "lower_confidence"] = "one"
@@ -226,6 +227,7 @@ ARMS: dict[str, Arm] = {
     "cw_mean": Arm(
         labels="annotator", weight_function="confidence", weight_normalization="dataset"
     ),
+    "semi": Arm(labels="annotator", with_human=True, splits=TRAINING, weight_function="confidence"),
     "cw_calibrated": Arm(labels="annotator", weight_function="confidence", temperature="fitted"),
     "ensemble": Arm(labels="annotator", weight_function="lower_confidence"),
     "proportional": Arm(labels="annotator", weight_function="confidence", sampling="proportional"),

@@ -10,7 +10,8 @@ from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.stored import Judgement, Pair
 
 # The data's own scores are an annotator's; a weight or confidence of theirs is about their label.
-LabelSource = Literal["human", "annotator", "weight", "confidence"]
+# Mixed: people's of the labelled part, the annotators' elsewhere.
+LabelSource = Literal["human", "annotator", "mixed", "weight", "confidence"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ def decide(
         opinion = None if opinions is None else opinions.get(pair.pair_id)
         if opinions is not None and opinion is None and pair.split != "labelled":
             continue
-        decision = _annotator(opinion) if labels == "annotator" else _labelled(pair, labels)
+        by_people = labels == "human" or (labels == "mixed" and pair.split == "labelled")
+        if by_people or labels in ("weight", "confidence"):
+            decision = _labelled(pair, "human" if by_people else labels)
+        else:
+            decision = _annotator(opinion)
         if decision is not None:
             decisions[pair.pair_id] = decision
     return decisions

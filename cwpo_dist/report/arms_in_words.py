@@ -67,6 +67,8 @@ def _labels(preset: Arm) -> str:
         return "the data's own labels, or those of their own scores,"
     if preset.annotator == "implicit":
         return "the labels of a weak model after DPO (its implicit reward)"
+    if preset.with_human:
+        return "the data's own labels of the labelled part, as certain, and the annotator's"
     return f"the annotator's {'probabilities, as soft labels,' if preset.soft_labels else 'labels'}"
 
 

@@ -152,7 +152,7 @@ def label_source(context: Context, node: Node, chooser: Chooser) -> LabelSource:
     """Who decides the pairs of a `weigh` or `sft` node; of two scores the higher one does."""
     own = own_kind(context, node, chooser)
     if chooser.labels != "own":
-        return chooser.labels
+        return "mixed" if chooser.with_human else chooser.labels
     assert own is not None, "who chooses by own numbers has some"
     return "annotator" if own == "scores" else own
 

@@ -151,6 +151,7 @@ class Chooser:
         labels: people, the annotators, or the data's own numbers.
         splits: of which pairs.
         own: whether the data's own numbers act alone or beside annotators; None: not at all.
+        with_human: whether people decide the labelled part all the same.
         column: which of them; None: those that there are.
         temperature: what divides margins; None: nothing.
         calibration_split: where it is fitted, if it is.
@@ -159,6 +160,7 @@ class Chooser:
     labels: Literal["human", "annotator", "own"]
     splits: tuple[Split, ...]
     own: Literal["alone", "beside"] | None = None
+    with_human: bool = False
     column: Own | None = None
     temperature: float | Literal["fitted"] | None = None
     calibration_split: Split | None = None
@@ -168,6 +170,8 @@ class Chooser:
         content: dict[str, object] = {"labels": self.labels, "splits": list(self.splits)}
         if self.own is not None:
             content |= {"own": self.own, "column": self.column}
+        if self.with_human:
+            content["with_human"] = True
         if self.temperature is not None:
             content["temperature"] = self.temperature
         if self.calibration_split is not None:
@@ -218,10 +222,11 @@ def weighting(config: Config, arm: Arm) -> Weighting:
     """
     user = config.weigh
     weighs, scored = arm.weight_function != "one", arm.labels != "human"
+    paired = scored and not arm.with_human  # of people's pairs none is furthest apart
     return Weighting(
         chooser=_chooser(user, arm),
         weight_function=(weighs and user.weight_function) or arm.weight_function,
-        pairing=user.pairing if scored else "given",
+        pairing=user.pairing if paired else "given",
         top_fraction=(user.top_fraction if scored else None) or arm.top_fraction,
         min_confidence=user.min_confidence if scored else None,
         divided_by_mean=weighs and arm.sampling is None and normalization(config, arm) == "dataset",
@@ -235,6 +240,7 @@ def _chooser(user: WeighConfig, arm: Arm) -> Chooser:
         labels=arm.labels,
         splits=arm.splits,
         own=("beside" if arm.with_own else "alone") if has_own else None,
+        with_human=arm.with_human,
         column=user.column if has_own else None,
         temperature=temperature,
         calibration_split=user.calibration_split if temperature == "fitted" else None,

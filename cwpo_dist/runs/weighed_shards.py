@@ -43,7 +43,7 @@ class Weighing:
     Attributes:
         annotated: the pairs and what the annotators say of them.
         output: the folder of this stage.
-        labels: whose choice counts.
+        labels: whose choice counts; that of people is certain.
         own: whether the data's own numbers decide alone.
         splits: the splits to train on.
         weight_function: its name.
@@ -199,7 +199,9 @@ class Weighing:
             as_given = self.weight_function == "confidence"
             weight = given if as_given else weights(self.weight_function, margin, disagreement)
             return _Numbers(margin, given, weight)
-        margin = np.array([d.margin for d in decisions.values()], dtype=np.float64)
+        # Where people decided there is none: of a label that is certain it would be infinite.
+        known = (np.inf if d.margin is None else d.margin for d in decisions.values())
+        margin = np.fromiter(known, np.float64, count)
         disagreement = np.array([d.disagreement or 0.0 for d in decisions.values()])
         weight = weights(self.weight_function, margin, disagreement)
         return _Numbers(margin, confidence(margin), weight)
@@ -251,6 +253,7 @@ class _Numbers:
     def rows(self) -> Iterator[_Number]:
         """Pair by pair."""
         margins = [None] * len(self.weight) if self.margin is None else self.margin.tolist()
+        margins = [None if m == np.inf else m for m in margins]
         columns = (margins, self.confidence.tolist(), self.weight.tolist())
         return (_Number(*row) for row in zip(*columns, strict=True))
 
