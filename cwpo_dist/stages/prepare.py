@@ -35,10 +35,10 @@ from cwpo_dist.runs.output_key import Node, Nodes, Settings
 from cwpo_dist.runs.prepared_counts import (
     PreparedCounts,
     added,
-    in_words,
     of_lists,
     prepared_counts,
 )
+from cwpo_dist.runs.prepared_words import in_words
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.scoring.ray_tasks import run_tasks
 from cwpo_dist.storage import MANIFEST, FileMissing, StorageError, Store
