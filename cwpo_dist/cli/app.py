@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cwpo_dist import __version__, credentials
-from cwpo_dist.cli import configuration, jobs
+from cwpo_dist.cli import configuration, jobs, starting_file
 from cwpo_dist.cli.options import (
     STAGES,
     ConfigPath,
@@ -41,7 +41,7 @@ USER_ERROR = 2
 app = typer.Typer(
     name="cwpo",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Confidence-weighted preference optimisation over Ray and DeepSpeed.\n\n"
@@ -234,6 +234,7 @@ def check(
         raise typer.Exit(1)
 
 
+app.command()(starting_file.init)
 app.command()(configuration.config)
 
 
