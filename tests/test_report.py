@@ -21,7 +21,7 @@ from cwpo_dist.report.summary import (
     annotator_table,
     arms_table,
 )
-from cwpo_dist.report.table import print_summary
+from cwpo_dist.report.table import print_short, print_summary
 
 ATTACK = "<script>alert('$x^$ [bold]')</script>"
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -176,6 +176,19 @@ def _terminal(metrics: dict[str, Any]) -> str:
     print_summary(metrics, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def test_a_run_ends_in_few_lines() -> None:
+    """On a terminal of usual width, with three arms; each annotator beside chance and length."""
+    metrics, console = sample_metrics(), Console(file=io.StringIO(), width=80)
+    print_short(metrics, "runs/mine", console)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert len(metrics["arms"]) > 1
+    assert len(lines) <= 25
+    assert all(any(arm in line for line in lines) for arm in metrics["arms"])
+    assert any("chance; the longer answer wins in" in line for line in lines)
+    assert "cwpo report runs/mine" in lines[-1]
 
 
 @pytest.fixture(scope="module")

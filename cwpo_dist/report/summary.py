@@ -23,12 +23,14 @@ from cwpo_dist.report.cells import (
     together,
     without_empty,
 )
+from cwpo_dist.report.figures import Share
 from cwpo_dist.report.outputs import cost_table, data_tables
 
 COMPARISONS = {
     "own_sft": "its own SFT model",
     "common": "the common reference",
 }
+CHANCE = 0.5
 PARTS = ("unanimous", "contested")  # of an ensemble's held-out pairs
 SIMULATED = (
     "SIMULATED LABELS: the preferences come from a rule, not from people. The figures say how "
@@ -236,6 +238,26 @@ def annotators(metrics: Metrics) -> list[tuple[str, Metrics]]:
         record = groups[0][1]
         return [("ensemble" if at(record, "members") else "annotator", record)]
     return [(together(names), record) for names, record in groups]
+
+
+def in_short(metrics: Metrics) -> list[str]:
+    """What a run says of its annotators, a line each: beside chance, and beside length alone."""
+    return [
+        f"{name}: right in {cell.text} of {held_out(metrics)} ({cell.details[0]}), "
+        f"{_beside_chance(at(record, 'agreement'))}; the longer answer wins in "
+        f"{share(at(record, 'length_baseline')).text}"
+        for name, record in annotators(metrics)
+        if len((cell := share(at(record, "agreement"))).details)
+    ]
+
+
+def _beside_chance(record: Metrics) -> str:
+    found = Share.of(record)
+    assert found is not None, "it has an interval"
+    if found.low is not None and found.low > CHANCE:
+        return "better than chance"
+    worse = found.high is not None and found.high < CHANCE
+    return "worse than chance" if worse else "not told from chance"
 
 
 def _by_annotator(metrics: Metrics) -> list[tuple[list[str], Metrics]]:

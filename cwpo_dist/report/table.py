@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cwpo_dist.report.cells import Cell, Metrics, Table
-from cwpo_dist.report.summary import SIMULATED, is_simulated, tables
+from cwpo_dist.report.cells import Cell, Metrics, Table, without_empty
+from cwpo_dist.report.summary import SIMULATED, arms_table, in_short, is_simulated, tables
 
 _NOTE_WIDTH = 100
 
@@ -20,6 +22,25 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
         console.print(Text(SIMULATED, style="bold reverse"))
     for table in tables(metrics):
         print_table(table, console, simulated=simulated)
+
+
+def print_short(metrics: Metrics, place: str, console: Console | None = None) -> None:
+    """Prints what a run ends with: its arms, its annotators, and where the rest is.
+
+    Args:
+        metrics: of the run.
+        place: its directory.
+        console: where it is printed.
+    """
+    console = console or Console()
+    if is_simulated(metrics):
+        console.print(Text(SIMULATED, style="bold reverse"))
+    arms = replace(without_empty(arms_table(metrics)), note="")
+    print_table(arms, console, simulated=False)
+    for line in in_short(metrics):
+        console.print(Text(line), soft_wrap=True)
+    rest = f"all figures: cwpo report {place}; whether arms differ, over seeds: cwpo compare"
+    console.print(Text(rest, style="dim"), soft_wrap=True)
 
 
 def print_table(table: Table, console: Console, *, simulated: bool) -> None:

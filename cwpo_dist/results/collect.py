@@ -13,7 +13,7 @@ from cwpo_dist.config import Config
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.page import render
-from cwpo_dist.report.table import print_summary
+from cwpo_dist.report.table import print_short
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node, Nodes, members, retry_manifest
@@ -37,7 +37,7 @@ def run(context: Context, config: Config, graphs: Mapping[str, Nodes]) -> str:
     context.root.write("metrics.json", to_json(metrics))
     context.root.write(EXPLORER, json.dumps(pairs).encode())
     context.root.write("report.html", render(metrics, pairs).encode())
-    print_summary(metrics)
+    print_short(metrics, config.output_dir)
     return context.root.child("report.html").uri
 
 
