@@ -203,7 +203,7 @@ def test_columns_named_in_the_config_win_over_those_found(tmp_path: Path) -> Non
         ({"columns": {"winner": "chosen"}}, r"sources\.0\.columns: 'winner' is unknown"),
         ({"group_column": "topic"}, r"prepare\.group_column: .*no column 'topic'"),
         ({"keep_columns": ["topic"]}, r"prepare\.keep_columns: .*no column 'topic'"),
-        ({"keep_columns": ["prompt"]}, r"'prompt' is a column of the pair record"),
+        ({"keep_columns": ["prompt"]}, r"'prompt' is a column of the record"),
         ({"test_fraction": 0.7, "validation_fraction": 0.5}, r"= 1\.2: at most 1"),
     ],
 )
