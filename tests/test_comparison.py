@@ -170,10 +170,17 @@ def test_an_arm_that_knows_all_labels_stands_once_whatever_the_share(tmp_path: P
         "human, 20 % labelled",
     ]
     assert baseline(made, trials(made)) == "human100"
+
     given = made.model_copy(
         update={"compare": made.compare.model_copy(update={"baseline": "cw, 20% labelled"})}
     )
     assert baseline(given, trials(given)) == "cw, 20 % labelled"
+
+
+def test_an_arm_of_both_parts_stands_once_a_share(tmp_path: Path) -> None:
+    grids = [{"arms": ["semi", "human100"], "labelled_fractions": [0.2, 0.5]}]
+    found = list(names(trials(config(tmp_path, {"grids": grids}))).values())
+    assert found == ["semi, 20 % labelled", "human100", "semi, 50 % labelled"]
 
 
 def test_arms_of_people_keep_to_the_pairs_that_the_annotator_can_read(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cwpo_dist.cli.app import app, main
 from cwpo_dist.cli.starting_file import Answers, Labels, starting_file
-from cwpo_dist.config import Config
+from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import parse_config
 
 
@@ -51,7 +51,7 @@ def test_what_no_option_says_is_asked(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     config = parse_config(yaml.safe_load(to.read_text()))
     assert (config.prepare.sources[0].path, config.policy) == ("my pairs.jsonl", None)
-    assert "cwpo plan new.yaml" in to.read_text()
+    assert f"cwpo plan {to}" in to.read_text()
 
 
 def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,3 +62,22 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert ended.value.code == 2
     assert "is there already" in capsys.readouterr().err
     assert to.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["missing/run.yaml"], "there is no folder"),
+        (["a\nb.yaml"], "cannot be shown"),
+        (["run.yaml", "--data", " "], "names nothing"),
+        (["run.yaml", "--data", "x", "--labels", "some", "--annotator", ""], "names nothing"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_more_is_asked(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, ["init", *words])
+    assert isinstance(found.exception, ConfigError), found.output
+    assert says in str(found.exception)
+    assert not list(tmp_path.iterdir())

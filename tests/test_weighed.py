@@ -13,7 +13,12 @@ import pytest
 from prepared import said
 from world import HIGHER, LABELS, World, margin
 
+from cwpo_dist.config import ARMS
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs import annotations
+from cwpo_dist.runs.annotations import decided_pairs
+from cwpo_dist.runs.arms import weighting
+from cwpo_dist.runs.checks import weighing_faults
 from cwpo_dist.stages import weigh
 from cwpo_dist.weighting import WEIGHT_FUNCTIONS, Scale, weights
 
@@ -138,3 +143,22 @@ def test_what_is_certain_has_the_largest_weight_of_every_function(name: str) -> 
     certain, sure = weights(name, margins, none)
     assert certain == pytest.approx(sure)
     assert certain == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "weigh_section",
+    [{"from": "columns"}, {"from": "both"}, {"pairing": "best_worst"}, {"top_fraction": 0.5}],
+)
+def test_what_would_choose_by_margins_of_peoples_pairs_is_refused(
+    tmp_path: Path, weigh_section: dict[str, Any]
+) -> None:
+    (name,) = weigh_section
+    for arm, refused in (("semi", True), ("cw", False)):
+        found = list(weighing_faults(World(tmp_path / arm, [arm], weigh=weigh_section).config))
+        assert any(fault.startswith(f"weigh.{name}: arm 'semi'") for fault in found) == refused
+
+
+def test_plan_counts_the_labelled_pairs_that_have_a_label(tmp_path: Path) -> None:
+    chooser = weighting(World(tmp_path, ["semi"]).config, ARMS["semi"]).chooser
+    counted = Census({"labelled": 41, "unlabelled": 38}, {"labelled": 20}, 0, True, ())
+    assert decided_pairs(chooser, counted) == 58

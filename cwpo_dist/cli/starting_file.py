@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -61,7 +62,7 @@ class Answers:
 
 
 def starting_file(answers: Answers, name: str) -> str:
-    """The text of a configuration by that name."""
+    """The text of a configuration, whose place is `name` as a shell takes it."""
     fraction, why = _FRACTION[answers.labels]
     test = 0.1 if answers.policy else 0.0
     return "".join(
@@ -112,37 +113,74 @@ def _spelled(text: str) -> str:
     return yaml.safe_dump(text, width=10**6).removesuffix("...\n").strip()
 
 
+def _free(to: Path) -> Path:
+    """Refused before anything is asked.
+
+    Raises:
+        ConfigError: for what is there, or has no folder, or a name that no comment can hold.
+    """
+    if to.exists() or to.is_symlink():
+        raise ConfigError(f"init: {str(to)!r} is there already; name another file, or remove it")
+    if not to.parent.is_dir():
+        raise ConfigError(f"init: there is no folder {str(to.parent)!r}; make it first")
+    if not str(to).isprintable():
+        raise ConfigError(f"init: {str(to)!r} has characters that cannot be shown; name another")
+    return to
+
+
+def _named(text: str) -> str:
+    """Refused as soon as it is answered."""
+    if not text.strip() or "\x00" in text:
+        raise ConfigError(f"init: {text!r} names nothing; give a name")
+    return text
+
+
 def init(
-    to: Annotated[Path, typer.Argument(metavar="FILE", help="What to write.")] = Path("run.yaml"),
+    to: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="What to write.", callback=_free, is_eager=True),
+    ] = Path("run.yaml"),
     data: Annotated[
-        str, typer.Option(prompt="Where are the pairs (file, folder, URI)", help="The pairs.")
+        str,
+        typer.Option(
+            prompt="Where are the pairs (file, folder, URI)", callback=_named, help="The pairs."
+        ),
     ] = "pairs.jsonl",
     labels: Annotated[
         Labels,
-        typer.Option(prompt="How many have a label of people", help="Of the pairs, labelled."),
+        typer.Option(
+            prompt="How many pairs have a label of people", help="Of the pairs, labelled."
+        ),
     ] = "some",
+    *,
     annotator: Annotated[
         str,
         typer.Option(
-            prompt="Model that labels the others (weak one to train; labels none: a reward model)",
+            prompt="Model that labels the others (a weak one to train, such as Qwen/Qwen2.5-0.5B; "
+            "where no pair has a label a reward model)",
+            callback=_named,
             help="Weak model to train, or with labels none a ready reward model.",
         ),
-    ] = "Qwen/Qwen2.5-0.5B",
+    ],
     policy: Annotated[
         str, typer.Option(prompt="Policy to align (empty: scores alone)", help="The policy.")
     ] = "",
     gpus: Annotated[
         int, typer.Option(prompt="GPUs of the cluster (0: CPUs)", min=0, help="GPUs.")
     ] = 0,
-    output_dir: Annotated[str, typer.Option(help="The run directory.")] = "runs/mine",
+    output_dir: Annotated[
+        str, typer.Option(help="The run directory.", callback=_named)
+    ] = "runs/mine",
 ) -> None:
     """Write a configuration to begin with; asks what no option says.
 
     Example: cwpo init run.yaml --data 'pairs/*.jsonl' --labels some --annotator Qwen/Qwen2.5-0.5B
     --policy Qwen/Qwen2.5-7B --gpus 8
     """
-    if to.exists():
-        raise ConfigError(f"init: {str(to)!r} is there already; name another file, or remove it")
     answers = Answers(data, labels, annotator, policy.strip(), gpus, output_dir)
-    to.write_text(starting_file(answers, to.name))
-    typer.echo(f"{to} is written; next: cwpo plan {to} --show 3")
+    name = shlex.quote(str(to))
+    try:
+        to.write_text(starting_file(answers, name), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"init: {str(to)!r} cannot be written: {error.strerror}") from error
+    typer.echo(f"{to} is written; next: cwpo plan {name} --show 3")

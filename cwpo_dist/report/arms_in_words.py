@@ -56,6 +56,11 @@ def in_words(arm: str) -> str:
     where = f"the {' and the '.join(preset.splits)} part"
     if preset.top_fraction is not None:
         where = f"the {100 * preset.top_fraction:g} % most confident pairs of {where}"
+    if preset.with_human:
+        return (
+            "the data's own labels of the labelled part, with weight 1, and the annotator's of the "
+            f"unlabelled part, with weight {_weight(preset)}"
+        )
     return f"{_labels(preset)} of {where}; weight {_weight(preset)}"
 
 
@@ -67,8 +72,6 @@ def _labels(preset: Arm) -> str:
         return "the data's own labels, or those of their own scores,"
     if preset.annotator == "implicit":
         return "the labels of a weak model after DPO (its implicit reward)"
-    if preset.with_human:
-        return "the data's own labels of the labelled part, as certain, and the annotator's"
     return f"the annotator's {'probabilities, as soft labels,' if preset.soft_labels else 'labels'}"
 
 

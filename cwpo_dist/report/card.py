@@ -187,7 +187,8 @@ def _provenance(
     yield "base model", _model(given, policy)
     yield "data", ", ".join(public_name(path) for path in _data(config))
     yield "pairs trained on", f"{at(figures, 'pairs')}"
-    yield "labels of", _WHOSE[preset.labels]
+    people = "people on the labelled part, elsewhere " if preset.with_human else ""
+    yield "labels of", people + _WHOSE[preset.labels]
     if preset.labels == "own":
         yield "weight of a pair", _weight(config, arm)
         yield "mean weight", _mean_weight(figures)
@@ -218,7 +219,8 @@ def _weight(config: Config, arm: str) -> str:
     how = "drawn in proportion to it" if preset.sampling else f"normalised by {normalised}"
     if preset.labels == "own" and name == "confidence":
         return f"the data's own, or `confidence` of their own scores, {how}"
-    return f"`{name}` of the margin, {how}"
+    people = "1 where people decided, else " if preset.with_human else ""
+    return f"{people}`{name}` of the margin, {how}"
 
 
 def _mean_weight(figures: Figures) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 from rich.console import Console, JustifyMethod
@@ -39,7 +40,8 @@ def print_short(metrics: Metrics, place: str, console: Console | None = None) ->
     print_table(arms, console, simulated=False)
     for line in in_short(metrics):
         console.print(Text(line), soft_wrap=True)
-    rest = f"all figures: cwpo report {place}; whether arms differ, over seeds: cwpo compare"
+    run = shlex.quote(place)
+    rest = f"all figures: cwpo report {run}; whether arms differ, over seeds: cwpo compare"
     console.print(Text(rest, style="dim"), soft_wrap=True)
 
 

@@ -167,8 +167,12 @@ def decided_pairs(chooser: Chooser, counted: Census) -> int:
     """The pairs of which an arm's labels say which answer is chosen, before any work is done."""
     if chooser.labels == "own":
         return counted.own_pairs(chosen(chooser.column, counted.own), *chooser.splits)
-    count = counted.labelled_pairs if chooser.labels == "human" else counted.pairs
-    return count(*chooser.splits)
+    if chooser.labels == "human":
+        return counted.labelled_pairs(*chooser.splits)
+    if chooser.with_human:
+        others = [split for split in chooser.splits if split != "labelled"]
+        return counted.labelled_pairs("labelled") + counted.pairs(*others)
+    return counted.pairs(*chooser.splits)
 
 
 def kept_pairs(how: Weighting, counted: Census) -> int:

@@ -274,8 +274,26 @@ def weighing_faults(config: Config) -> Iterator[str]:
             "arms: 'ensemble' weighs by what several annotators differ by, but there is one; give "
             "fit.seeds, annotate.models, or weigh.from: both"
         )
+    yield from _mixed_faults(config)
     if fitted := calibrated_arms(config):
         yield from _calibration_faults(config, fitted)
+
+
+def _mixed_faults(config: Config) -> Iterator[str]:
+    """What does not go with arms that join people's labels with an annotator's."""
+    mixed = [arm for arm in config.arms if config.arm(arm).with_human]
+    weigh = config.weigh
+    unfit = {
+        "from": weigh.from_ != "annotator",
+        "pairing": weigh.pairing != "given",
+        "top_fraction": weigh.top_fraction is not None,
+    }
+    for name, given in unfit.items():
+        if mixed and given:
+            yield (
+                f"weigh.{name}: arm {mixed[0]!r} has people's pairs beside the annotator's, which "
+                "have no margin to choose by; leave the setting out, or the arm"
+            )
 
 
 def _calibration_faults(config: Config, fitted: list[str]) -> Iterator[str]:

@@ -38,7 +38,8 @@ class Trial:
     @property
     def work(self) -> tuple[str, str, float | None, float]:
         """The same for trials that do the same: the share is nothing to who knows all labels."""
-        knows_all = len(ARMS[self.arm].splits) > 1
+        arm = ARMS[self.arm]
+        knows_all = len(arm.splits) > 1 and not arm.with_human
         return self.arm, self.loss, None if knows_all else self.labelled, self.flipped
 
     def configured(self, config: Config, seed: int, learning_rate: float | None = None) -> Config:
