@@ -115,7 +115,7 @@ def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
         count = counted.labelled_pairs if of_people else counted.pairs
         if not count(*preset.splits):
             splits = " and ".join(preset.splits)
-            remedy = _labels_remedy(counted) if of_people else "give a share that does"
+            remedy = _labels_remedy(counted) if of_people else "give a smaller share"
             yield (
                 f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves arm "
                 f"{arm!r} no pair of the {splits} part to train on; {remedy}"
