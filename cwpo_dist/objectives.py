@@ -51,7 +51,7 @@ class PairLogps:
 
     @property
     def h_per_token(self) -> Tensor:
-        """H of each log-ratio divided by its answer's tokens."""
+        """The same difference, of each log-ratio divided by its answer's tokens."""
         chosen, rejected = self.ratios
         return chosen / self.n_chosen - rejected / self.n_rejected
 

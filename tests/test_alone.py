@@ -368,45 +368,9 @@ def test_what_makes_no_pair_is_refused_before_it_is_scored(tmp_path: Path) -> No
         check(parse_config(given), "weigh")
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "pairing", "says"),
-    [
-        ([one(GOOD)], {}, "given", "Each row has one answer, 'completion'"),
-        ([one(GOOD)], NAMED, "best_worst", "has no score or rank that we know"),
-        (
-            [{"prompt": ASK, "completion": GOOD, "output": GOOD}],
-            {},
-            "all",
-            "columns.response: .* could each be it",
-        ),
-        ([one(GOOD, 1, reward=2)], NAMED, "all", "columns.score: .* could each be it"),
-        ([one(GOOD, 1, rank=2)], NAMED, "all", "columns.score: .*'score' and 'rank'"),
-        ([one(GOOD, label="a")], {**NAMED, "label": "label"}, "all", "label: it says nothing"),
-        ([one(GOOD, 1)], {**NAMED, "scores": "score"}, "all", "scores: it says nothing"),
-        ([one(GOOD, 1)], {**NAMED, "score": "score"}, "given", "score: it says nothing while"),
-        ([one([GOOD, POOR])], NAMED, "all", "name it as a list of responses"),
-    ],
-)
-def test_what_could_be_read_in_two_ways_is_refused(
-    tmp_path: Path, rows: Rows, columns: dict[str, str], pairing: str, says: str
-) -> None:
-    source = {"path": write(tmp_path / "x.jsonl", rows), "columns": columns}
-    with pytest.raises(ConfigError, match=says):
-        sources.plan(config(source, pairing=pairing))
-
-
 def test_many_responses_to_a_prompt_are_parted_into_more_buckets(tmp_path: Path) -> None:
     rows = [one("x" * 600 + str(k), prompt=f"{k // 60}") for k in range(600)]
     source = {"path": write(tmp_path / "x.jsonl", rows), "columns": NAMED}
     layout = sources.plan(config(source, pairing="all")).pieces[0].layout
     assert growth(rows, layout) == pytest.approx(600 * 59 / 2 * 300 / (600 * 660), rel=0.1)
     assert growth(rows[::60], layout) == 1.0
-
-
-def test_scores_and_ranks_of_one_prompt_are_not_compared(tmp_path: Path) -> None:
-    listed = [
-        {"path": write(tmp_path / f"{name}.jsonl", [{"prompt": ASK, "completion": GOOD, name: 1}])}
-        for name in ("score", "rank")
-    ]
-    with pytest.raises(ConfigError, match="by its score, and others by its rank"):
-        sources.plan(config(*listed, pairing="all"))

@@ -124,3 +124,47 @@ def test_what_of_a_lists_objects_nothing_reads_counts_once_a_row() -> None:
     for _ in range(3):
         unread.note({"a": [{"b": 1, "c": 2}, {"b": 1, "c": 2, "d": None}]}, tree(["a.*.b"]))
     assert unread.columns == {"a.*.c": 3}
+
+
+NAMED = {"response": "completion"}
+
+
+def _one(text: Any, score: Any = None, **more: Any) -> dict[str, Any]:
+    rated = {} if score is None else {"score": score}
+    return {"prompt": ASK, "completion": text, **rated, **more}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "pairing", "says"),
+    [
+        ([_one(GOOD)], {}, "given", "Each row has one answer, 'completion'"),
+        ([_one(GOOD)], NAMED, "best_worst", "has no score or rank that we know"),
+        (
+            [{"prompt": ASK, "completion": GOOD, "output": GOOD}],
+            {},
+            "all",
+            "columns.response: .* could each be it",
+        ),
+        ([_one(GOOD, 1, reward=2)], NAMED, "all", "columns.score: .* could each be it"),
+        ([_one(GOOD, 1, rank=2)], NAMED, "all", "columns.score: .*'score' and 'rank'"),
+        ([_one(GOOD, label="a")], {**NAMED, "label": "label"}, "all", "label: it says nothing"),
+        ([_one(GOOD, 1)], {**NAMED, "scores": "score"}, "all", "scores: it says nothing"),
+        ([_one(GOOD, 1)], {**NAMED, "score": "score"}, "given", "score: it says nothing while"),
+        ([_one([GOOD, POOR])], NAMED, "all", "name it as a list of responses"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(
+    tmp_path: Path, rows: list[dict[str, Any]], columns: dict[str, str], pairing: str, says: str
+) -> None:
+    source = {"path": write(tmp_path / "x.jsonl", rows), "columns": columns}
+    with pytest.raises(ConfigError, match=says):
+        plan(config(source, pairing=pairing))
+
+
+def test_scores_and_ranks_of_one_prompt_are_not_compared(tmp_path: Path) -> None:
+    listed = [
+        {"path": write(tmp_path / f"{name}.jsonl", [{"prompt": ASK, "completion": GOOD, name: 1}])}
+        for name in ("score", "rank")
+    ]
+    with pytest.raises(ConfigError, match="by its score, and others by its rank"):
+        plan(config(*listed, pairing="all"))

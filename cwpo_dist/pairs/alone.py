@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.config import Pairing
+from cwpo_dist.pairs.counts import Counts
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.pairing import compared, is_tie, pair_with
 from cwpo_dist.pairs.parsing import ParsedPair
@@ -51,12 +52,12 @@ def comparing(
     layouts: Iterable[Layout], pairing: Pairing, seed: int, kind: Kind
 ) -> Comparing | None:
     """How rows of all sources are compared; None where none has answers in rows of their own."""
-    fields_ = {name for layout in layouts for name in layout.columns}
-    return Comparing(pairing, "rank" not in fields_, seed, kind) if "response" in fields_ else None
+    found = {name for layout in layouts for name in layout.columns}
+    return Comparing(pairing, "rank" not in found, seed, kind) if "response" in found else None
 
 
 @dataclass
-class AloneCounts:
+class AloneCounts(Counts):
     """What became of answers in rows of their own.
 
     Attributes:
@@ -76,14 +77,6 @@ class AloneCounts:
     ties: int = 0
     too_many: int = 0
     in_no_pair: int = 0
-
-    def __add__(self, other: AloneCounts) -> AloneCounts:
-        """Both together."""
-        return AloneCounts(*(getattr(self, x.name) + getattr(other, x.name) for x in fields(self)))
-
-    def scaled(self, scale: float) -> AloneCounts:
-        """Counts of a part, as they will be of the whole."""
-        return AloneCounts(*(round(getattr(self, x.name) * scale) for x in fields(self)))
 
     def sentences(self) -> Iterator[str]:
         """What became of them, for people."""

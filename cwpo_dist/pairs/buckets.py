@@ -129,12 +129,10 @@ def count_shards(work: Work, bucket: int, rows_per_shard: int) -> None:
     name = _named(COUNTS, bucket, "json")
     if work.store.exists(name):
         return
-    needed = ["pair_id", *SIDE_SCHEMA.names] if work.comparing is None else None
-    rows = _bucket_rows(work, bucket, needed)
+    alone = work.comparing is not None  # then pairs are still to be made, of whole rows
+    rows = _bucket_rows(work, bucket, None if alone else ["pair_id", *SIDE_SCHEMA.names])
     staying, _ = _without_leaks(rows, _kept_on(work, rows["prompt_hash"]))
-    ids = pc.unique(staying["pair_id"])
-    if work.comparing is not None:
-        ids = gathered(staying, work.comparing).ids
+    ids = gathered(staying, work.comparing).ids if alone else pc.unique(staying["pair_id"])
     work.store.create_json(name, len(cuts(ids, rows_per_shard)))
 
 

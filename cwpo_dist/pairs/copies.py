@@ -46,14 +46,16 @@ class Gathered:
 
 def gathered(rows: pa.Table, comparing: Comparing | None) -> Gathered:
     """The rows that stay, put together."""
-    counts, alone = AloneCounts(), rows.slice(0, 0)
-    if comparing is not None:
-        are = are_alone(rows)
-        given, single = rows.filter(pc.invert(are)), rows.filter(are)
-        alone, _, counts.rated_twice = _merge_copies(single)
-        counts.rows, counts.answers = len(single), len(alone)
-        made = pairs_made(alone, comparing, counts)
-        rows = pa.concat_tables([given, made]).sort_by("pair_id")  # stable: those given come first
+    counts, none = AloneCounts(), rows.slice(0, 0)
+    if comparing is None:  # as most data are
+        pairs, conflicts, differing = _merge_copies(rows)
+        return Gathered(pairs, none, none, len(rows) - len(pairs), conflicts, differing, counts)
+    are = are_alone(rows)
+    given, single = rows.filter(pc.invert(are)), rows.filter(are)
+    alone, _, counts.rated_twice = _merge_copies(single)
+    counts.rows, counts.answers = len(single), len(alone)
+    made = pairs_made(alone, comparing, counts)
+    rows = pa.concat_tables([given, made]).sort_by("pair_id")  # stable: those given come first
     pairs, conflicts, differing = _merge_copies(rows)
     named = are_named(alone, pairs)
     paired, alone = alone.filter(named), alone.filter(pc.invert(named))

@@ -72,11 +72,10 @@ def decide(
         opinion = None if opinions is None else opinions.get(pair.pair_id)
         if opinions is not None and opinion is None and pair.split != "labelled":
             continue
-        by_people = labels == "human" or (labels == "mixed" and pair.split == "labelled")
-        if by_people or labels in ("weight", "confidence"):
-            decision = _labelled(pair, "human" if by_people else labels)
-        else:
-            decision = _annotator(opinion)
+        who = labels
+        if labels == "mixed":
+            who = "human" if pair.split == "labelled" else "annotator"
+        decision = _annotator(opinion) if who == "annotator" else _labelled(pair, who)
         if decision is not None:
             decisions[pair.pair_id] = decision
     return decisions

@@ -76,11 +76,11 @@ def no_answers(first: FirstRows) -> ConfigError:
     if single := first.named(*_SINGLE):
         tags = [name for name in first.named(*_TAGS) if _is_tag(first, name)]
         label = f", and {tags[0]!r} says whether it is good (as for KTO)" if tags else ""
-        score = f", score: {tags[0]}" if tags else ""
+        score = f", with columns: {{response: {single[0]}, score: {tags[0]}}}" if tags else ""
         return ConfigError(
             f"{head}Each row has one answer, {single[0]!r}{label}. Where other rows answer the "
-            "same prompt, set prepare.pairing: all, best_worst or adjacent, to make pairs of them; "
-            f"or name it, to have it scored alone: columns: {{response: {single[0]}{score}}}"
+            "same prompt, set prepare.pairing: all, best_worst or adjacent, to make pairs of them"
+            f"{score}; or name it, to have it scored alone: columns: {{response: {single[0]}}}"
         )
     return ConfigError(
         f"{head}Say which they are: columns: {{chosen: …, rejected: …}}, or {{response_a: …, "

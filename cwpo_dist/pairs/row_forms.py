@@ -11,10 +11,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
+from cwpo_dist.pairs.counts import Counts
 from cwpo_dist.pairs.judging import HumanLabel
 from cwpo_dist.pairs.layout import Layout, not_null
 from cwpo_dist.pairs.messages import MessageReader, has_words
@@ -57,7 +58,7 @@ class SetAside(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ListCounts:
+class ListCounts(Counts):
     """What became of the rows that hold lists; pairs + ties are all that were to be compared.
 
     Attributes:
@@ -75,14 +76,6 @@ class ListCounts:
     set_aside: int = 0
     pairs: int = 0
     ties: int = 0
-
-    def __add__(self, other: ListCounts) -> ListCounts:
-        """Both together."""
-        return ListCounts(*(getattr(self, x.name) + getattr(other, x.name) for x in fields(self)))
-
-    def scaled(self, scale: float) -> ListCounts:
-        """Counts of a part, as they will be of the whole."""
-        return ListCounts(**{name: round(n * scale) for name, n in asdict(self).items()})
 
     def sentence(self) -> str:
         """What became of them, for people."""

@@ -254,20 +254,18 @@ def write_shard(
         alone: whether some are pairs of an answer with itself, as it came in a row of its own;
             such go first, and have the texts that the others lack.
     """
-    kind = _kind(whole)
-    asked, answers = whole.select(prompt_schema(kind).names), answer_schema(kind, kept or [])
-    single = pc.equal(whole["answer_a"], whole["answer_b"])
-    own = whole.select(answers.names[4:])
-    for at, field in enumerate(own.schema):
-        values = pc.if_else(single, own[field.name], pa.scalar(None, field.type))
-        own = own.set_column(at, field, values)
+    kind, pairs, own = _kind(whole), whole, list[pa.ChunkedArray]()
+    asked, answers = whole.select(prompt_schema(kind).names), answer_schema(kind)
+    # What `prepare` did not make may compare an answer with itself: two models wrote the same.
+    if alone:
+        single = pc.equal(whole["answer_a"], whole["answer_b"])
+        pairs, answers = whole.filter(pc.invert(single)), answer_schema(kind, kept or [])
+        columns = [whole["split"], *(whole[field.name] for field in kept or [])]
+        own = [pc.if_else(single, each, pa.scalar(None, each.type)) for each in columns]
     told = [
-        pa.table([*whole.select([ids, "prompt_id", text, "source"]).columns, *own.columns], answers)
+        pa.table([*whole.select([ids, "prompt_id", text, "source"]).columns, *own], answers)
         for ids, text in zip(IDS.names[1:], TEXTS[1:], strict=True)
     ]
-    answers = answer_schema(kind, kept or []) if alone else answer_schema(kind)
-    # What `prepare` did not make may compare an answer with itself: two models wrote the same.
-    pairs = whole.filter(pc.invert(single)) if alone else whole
     for folder, table, schema in (
         ("prompts", _first_of_each(asked, "prompt_id"), prompt_schema(kind)),
         ("answers", _first_of_each(pa.concat_tables(told), "answer_id"), answers),

@@ -30,7 +30,6 @@ COMPARISONS = {
     "own_sft": "its own SFT model",
     "common": "the common reference",
 }
-CHANCE = 0.5
 PARTS = ("unanimous", "contested")  # of an ensemble's held-out pairs
 SIMULATED = (
     "SIMULATED LABELS: the preferences come from a rule, not from people. The figures say how "
@@ -253,11 +252,10 @@ def in_short(metrics: Metrics) -> list[str]:
 
 def _beside_chance(record: Metrics) -> str:
     found = Share.of(record)
-    assert found is not None, "it has an interval"
-    if found.low is not None and found.low > CHANCE:
+    assert found is not None, "it is shown"
+    if (found.low or 0.0) > 0.5:
         return "better than chance"
-    worse = found.high is not None and found.high < CHANCE
-    return "worse than chance" if worse else "not told from chance"
+    return "worse than chance" if (found.high or 1.0) < 0.5 else "not told from chance"
 
 
 def _by_annotator(metrics: Metrics) -> list[tuple[list[str], Metrics]]:

@@ -222,11 +222,10 @@ def weighting(config: Config, arm: Arm) -> Weighting:
     """
     user = config.weigh
     weighs, scored = arm.weight_function != "one", arm.labels != "human"
-    paired = scored and not arm.with_human  # of people's pairs none is furthest apart
     return Weighting(
         chooser=_chooser(user, arm),
         weight_function=(weighs and user.weight_function) or arm.weight_function,
-        pairing=user.pairing if paired else "given",
+        pairing=user.pairing if scored else "given",
         top_fraction=(user.top_fraction if scored else None) or arm.top_fraction,
         min_confidence=user.min_confidence if scored else None,
         divided_by_mean=weighs and arm.sampling is None and normalization(config, arm) == "dataset",

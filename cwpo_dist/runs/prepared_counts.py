@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import NotRequired, TypedDict, TypeVar, cast
+from typing import NotRequired, TypedDict, TypeVar
 
 from cwpo_dist.config import Split
 from cwpo_dist.pairs import numbers
@@ -84,25 +84,14 @@ class _OfLists(TypedDict):
     lists: NotRequired[_Lists]
 
 
-class _Alone(TypedDict):
-    """What became of responses in rows of their own, by the names of `AloneCounts`."""
-
-    rows: int
-    answers: int
-    rated_twice: int
-    pairs: int
-    ties: int
-    too_many: int
-    in_no_pair: int
-
-
 class _OfAlone(TypedDict):
     """These are there where some source has responses in rows of their own.
 
-    `answers_alone` are those that stand in no pair, and `prompts_alone` their prompts, by split.
+    `alone` has what became of them, by the names of `AloneCounts`. `answers_alone` are those that
+    stand in no pair, and `prompts_alone` their prompts, by split.
     """
 
-    alone: NotRequired[_Alone]
+    alone: NotRequired[dict[str, int]]
     answers_alone: NotRequired[dict[Split, int]]
     prompts_alone: NotRequired[dict[Split, int]]
 
@@ -136,7 +125,7 @@ def prepared_counts(
     accounted = pairs["pairs"] + pairs["merged_duplicates"] + rejects.reasons.total()
     made = rows["rows_in"] - lists.rows + lists.pairs - alone.rows + alone.pairs
     assert made == accounted, (rows, pairs, lists, alone)
-    beside: _OfAlone = _of_alone(planned, written, alone)
+    beside = _of_alone(planned, written, alone)
     return {**_of_sources(planned, kept), **rows, **pairs, **_of_lists(planned, read), **beside}
 
 
@@ -144,7 +133,7 @@ def _of_alone(planned: Plan, written: Sequence[BucketSummary], alone: AloneCount
     if not any("response" in piece.layout.columns for piece in planned.pieces):
         return {}
     return {
-        "alone": cast("_Alone", asdict(alone)),
+        "alone": asdict(alone),
         "answers_alone": _by_split(bucket.answers_alone for bucket in written),
         "prompts_alone": _by_split(bucket.prompts_alone for bucket in written),
     }
