@@ -79,12 +79,7 @@ def find(
     values = LETTERS
     if several or "label" in columns:
         values = label_values(first, columns, several or (columns["label"],), label, most_unknown)
-    return Found(
-        {ours: columns[ours] for ours in FIELDS if ours in columns},
-        values,
-        several,
-        _media(first, {*columns.values()}, left_out),
-    )
+    return Found(columns, values, several, _media(first, {*columns.values()}, left_out))
 
 
 def _annotators(label: str | LabelColumn | None) -> tuple[str, ...]:
@@ -139,12 +134,30 @@ def _answers(
     """Those named, else chosen and rejected, else response_a and response_b, else responses."""
     for fields in (EITHER, CHOSEN):
         if set(fields) & set(given):
-            return _both(first, {ours: given.get(ours, ours) for ours in fields})
+            return _both(first, given, fields)
     lists = list_columns(first, given, left_out)
     if lists is not None and "responses" in given:
         return lists
     if "response" in given:
         return one_response(first, given, left_out, pairing) or {}
+    found = _by_their_names(first, left_out) or lists
+    found = found or one_response(first, given, left_out, pairing)
+    if found is None:
+        raise refusals.no_answers(first)
+    return found
+
+
+def _both(first: FirstRows, given: Mapping[str, str], fields: tuple[str, str]) -> dict[str, str]:
+    """The columns of the two answers, which must be there."""
+    columns = {ours: given.get(ours, ours) for ours in fields}
+    for ours, theirs in columns.items():
+        if not first.has(theirs):
+            raise refusals.no_column(f"{first.field}.columns.{ours}", first, theirs)
+    return columns
+
+
+def _by_their_names(first: FirstRows, left_out: set[str]) -> dict[str, str] | None:
+    """The columns of two answers, which the configuration does not name; None: there are none."""
     for fields, tables in ((CHOSEN, column_names.CHOSEN), (EITHER, column_names.EITHER)):
         there = [] if left_out & set(fields) else _complete(first, tables)
         if there:
@@ -153,18 +166,7 @@ def _answers(
             if fields == EITHER and (more := _siblings(first, there[0])):
                 raise refusals.more_answers(first, [*there[0], *more])
             return dict(zip(fields, there[0], strict=True))
-    found = lists or one_response(first, given, left_out, pairing)
-    if found is not None:
-        return found
-    raise refusals.no_answers(first)
-
-
-def _both(first: FirstRows, columns: dict[str, str]) -> dict[str, str]:
-    """The columns of the two answers, which must be there."""
-    for ours, theirs in columns.items():
-        if not first.has(theirs):
-            raise refusals.no_column(f"{first.field}.columns.{ours}", first, theirs)
-    return columns
+    return None
 
 
 def _complete(first: FirstRows, tables: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -290,7 +292,7 @@ def _holds_conversations(first: FirstRows, name: str) -> bool:
 def _without_doubt(
     first: FirstRows, columns: Mapping[str, str], given: Mapping[str, object]
 ) -> dict[str, str]:
-    """The columns that say something together: votes with the answers that they belong to."""
+    """The columns that say something together, in the order of FIELDS: votes with their answers."""
     found = dict(columns)
     if {"votes_a", "votes_b"} <= found.keys() & given.keys() and _names_chosen(found):
         found["votes_chosen"], found["votes_rejected"] = found.pop("votes_a"), found.pop("votes_b")
@@ -299,7 +301,7 @@ def _without_doubt(
     for ours in dropped:
         if ours in found and given.get(ours) is not None:
             raise refusals.not_read(first, ours, f"it says nothing beside {', '.join(found)}")
-    return {ours: theirs for ours, theirs in found.items() if ours not in dropped}
+    return {ours: found[ours] for ours in FIELDS if ours in found.keys() - dropped}
 
 
 def _saying_nothing(

@@ -6,7 +6,7 @@ items: `answers.*.answer`, `answers.*.rank`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from cwpo_dist.config import ConfigError, Pairing
@@ -45,7 +45,11 @@ def list_columns(
     items = _objects(first, path)
     if items is not None:
         path = f"{path}.{EACH}.{_text_key(first, path, items)}"
-    return {"responses": path, **_rating(first, given, left_out, path)}
+    could = {ours: _could_rate(first, ours, path) for ours in _RATINGS}
+    rating = _rating(first, given, left_out, path, could)
+    if len(rating) > 1:
+        raise refusals.could_be_several(first, "scores", list(rating.values()))
+    return {"responses": path, **rating}
 
 
 def one_response(
@@ -66,24 +70,17 @@ def one_response(
         ConfigError: for what could be several columns.
     """
     path = given.get("response")
-    if path is None:
-        if pairing == "given" or "response" in left_out:
-            return None
+    if path is None and pairing != "given" and "response" not in left_out:
         path = _the_one(first, "response", first.named(*column_names.ONE))
-        if path is None:
-            return None
+    if path is None:
+        return None
     if (items := first.items(path)) and not any(map(is_conversation, first.values(path))):
         raise refusals.holds_lists(first, path, items)
-    ratings, taken = ALONE[1:], {*given.values(), path}
-    if pairing == "given" or set(ratings) & given.keys():  # without pairs nobody reads a rating
+    if pairing == "given":  # without pairs nobody reads a rating
         return {"response": path}
-    there = {
-        ours: [name for name in first.named(*column_names.RATINGS[of]) if name not in taken]
-        for ours, of in zip(ratings, _RATINGS, strict=True)
-        if ours not in left_out
-    }
-    found = {ours: _the_one(first, ours, names) for ours, names in there.items()}
-    return {"response": path, **{ours: name for ours, name in found.items() if name is not None}}
+    names = (first.named(*column_names.RATINGS[of]) for of in _RATINGS)
+    could = dict(zip(ALONE[1:], names, strict=True))
+    return {"response": path, **_rating(first, given, left_out, path, could)}
 
 
 def check_responses(
@@ -101,20 +98,15 @@ def check_responses(
         ConfigError: naming the field and the remedy.
     """
     fields = LISTS if "responses" in columns else ALONE
-    what, ratings = "a list of responses" if fields is LISTS else "a response", fields[1:]
-    for ours in sorted(named):
-        if ours not in (*BESIDE, *fields):
-            raise refusals.says_nothing(first, ours, f"says nothing beside {what}")
-    rating = sorted(set(ratings) & named)
-    if pairing == "given" and fields is ALONE and rating:
-        raise refusals.says_nothing(first, rating[0], "says nothing while prepare.pairing is given")
-    if set(ratings) <= columns.keys():
-        raise refusals.could_be_several(first, ratings[0], [columns[name] for name in ratings])
-    path = columns[fields[0]]
+    _refuse_silent(first, fields, named, pairing)
+    path, ratings = columns[fields[0]], fields[1:]
+    rated_by = [columns[name] for name in ratings if name in columns]
+    if len(rated_by) > 1:
+        raise refusals.could_be_several(first, ratings[0], rated_by)
     if pairing == "given" and fields is LISTS:
         most = max(map(len, _lists(first, path)), default=0)
         raise refusals.needs_pairing(first, path, most)
-    if pairing in ("best_worst", "adjacent") and not set(ratings) & columns.keys():
+    if pairing in ("best_worst", "adjacent") and not rated_by:
         score, rank = ratings
         raise ConfigError(
             f"prepare.pairing: {pairing!r} needs to know how good each response is, and "
@@ -123,6 +115,19 @@ def check_responses(
             "better); or set pairing: all, whose pairs then have no label (weigh.pairing: "
             "best_worst keeps of them the best and the worst by the annotator's scores)"
         )
+
+
+def _refuse_silent(
+    first: FirstRows, fields: tuple[str, ...], named: set[str], pairing: Pairing
+) -> None:
+    """Refuses fields that the configuration names and that say nothing beside such responses."""
+    what = "a list of responses" if fields is LISTS else "a response"
+    for ours in sorted(named):
+        if ours not in (*BESIDE, *fields):
+            raise refusals.says_nothing(first, ours, f"says nothing beside {what}")
+    rating = sorted(named.intersection(fields[1:]))
+    if pairing == "given" and fields is ALONE and rating:
+        raise refusals.says_nothing(first, rating[0], "says nothing while prepare.pairing is given")
 
 
 def _lists(first: FirstRows, path: str) -> Iterator[list[object]]:
@@ -161,20 +166,22 @@ def _text_key(first: FirstRows, path: str, items: FirstRows) -> str:
 
 
 def _rating(
-    first: FirstRows, given: Mapping[str, str], left_out: set[str], path: str
+    first: FirstRows,
+    given: Mapping[str, str],
+    left_out: set[str],
+    path: str,
+    could: Mapping[str, Iterable[str]],
 ) -> dict[str, str]:
-    """The column that says how good each response is, where it is not named."""
-    if set(_RATINGS) & given.keys():
+    """Of the columns that could, those that say how good each response is; none if one is named."""
+    if could.keys() & given.keys():
         return {}
     taken = {*given.values(), path}
     found: dict[str, str] = {}
-    for ours in _RATINGS:
-        there = [] if ours in left_out else list(_could_rate(first, ours, path))
-        name = _the_one(first, ours, [each for each in there if each not in taken])
+    for ours, names in could.items():
+        free = [] if ours in left_out else [name for name in names if name not in taken]
+        name = _the_one(first, ours, free)
         if name is not None:
             found[ours] = name
-    if len(found) > 1:
-        raise refusals.could_be_several(first, "scores", list(found.values()))
     return found
 
 
