@@ -17,7 +17,8 @@ from cwpo_dist.runs.sizes import ModelSize
 LIVE_NUMBERS = 10**9
 # On the host glibc holds on to what is freed between two live blocks: about half of the activations
 # once more, as measured. CUDA's allocator is taken to use all of it again (not measured).
-RETAINED = 1.5
+RETAINED = {False: 1.5, True: 1.0}  # by whether it is on GPUs
+NUMBER_BYTES = {False: 4, True: 2}  # of a weight or activation, by the same: fp32 or bf16
 FEWEST = {False: 0, True: 1}  # the lowest ZeRO stage, by whether it is on GPUs, in bf16
 TOKEN_BYTES = 4  # of the file that a node's workers map
 PAIR_BYTES = 100  # of that file: id, places, lengths, weight, log-probs of the reference
@@ -62,28 +63,26 @@ def training_memory(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) 
         size: of its model.
         on_gpu: in bf16 there, whose gradients are summed in fp32, else in fp32.
     """
-    number = 2 if on_gpu else 4
-    trained, workers = size.of(training), training.min_workers
+    number, trained, workers = NUMBER_BYTES[on_gpu], size.of(training), training.min_workers
     zero = max(training.zero_stage, FEWEST[on_gpu])
     changed = trained.parameters
     weights = size.parameters + (changed if training.lora is not None else 0)
     held = weights / workers + min(size.parameters, LIVE_NUMBERS) if zero >= 3 else weights
     shard = changed / (workers if zero >= 1 else 1)
     bucket = min(BUCKET_NUMBERS, changed) if zero >= 1 else 0
-    held_for_backward = activations(training, size, on_gpu=on_gpu)
-    retained = 1.0 if on_gpu else RETAINED
+    kept = activations(training, size, on_gpu=on_gpu)
     return Memory(
         weights=round(number * held),
         gradients=round(4 * changed / (workers if zero >= 2 else 1) + number * bucket),
         optimizer=round(4 * shard * (3 if zero >= 1 else 2)),
-        activations=None if held_for_backward is None else round(held_for_backward * retained),
+        activations=None if kept is None else round(kept * RETAINED[on_gpu]),
         update=round(4 * shard) if zero >= 1 else 0,
     )
 
 
 def activations(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> float | None:
     """Bytes that a full micro-batch keeps for its backward pass; None: not known."""
-    trained, layers, number = size.of(training), max(1, size.layers), 2 if on_gpu else 4
+    trained, layers, number = size.of(training), max(1, size.layers), NUMBER_BYTES[on_gpu]
     if trained.kept is None:
         return None
     kept = trained.kept.half_bytes if on_gpu else number * trained.kept.numbers
@@ -109,7 +108,7 @@ def generating_memory(size: ModelSize, prompts: int, tokens: int, *, on_gpu: boo
 
     The weights, keys and values of all tokens, and one row of logits a prompt.
     """
-    number = 2 if on_gpu else 4
+    number = NUMBER_BYTES[on_gpu]
     return number * (size.parameters + prompts * tokens * size.cached) + 4 * prompts * size.words
 
 

@@ -265,22 +265,26 @@ def _trial_stages(
 
 def _summed(name: str, stages: Sequence[StagePlan]) -> StagePlan:
     """Outputs of one kind as one line; the memory is that of the largest."""
-    times = [stage.seconds for stage in stages if stage.seconds is not None]
-    made = sum(stage.done for stage in stages)
-    known = len(times) == len(stages)
+    made, seconds = sum(stage.done for stage in stages), _seconds(stages)
     return StagePlan(
         name,
         ("all trials",),
         made == len(stages),
         f"{len(stages)} outputs" + (f", {made} of them done" if made else ""),
         sum(stage.tokens for stage in stages),
-        sum(times) if known else None,
+        seconds,
         max((stage.memory for stage in stages if stage.memory is not None), default=None),
         any(stage.at_least for stage in stages),
-        device_hours=_hours(stages) if known else None,
+        device_hours=None if seconds is None else _hours(stages),
         stored=sum(stage.stored for stage in stages),
         checkpoints=max(stage.checkpoints for stage in stages),
     )
+
+
+def _seconds(stages: Sequence[StagePlan]) -> float | None:
+    """Of all, one after the other; None where that of one is not known."""
+    times = [stage.seconds for stage in stages if stage.seconds is not None]
+    return sum(times) if len(times) == len(stages) else None
 
 
 def _hours(stages: Sequence[StagePlan]) -> Counter[str]:

@@ -29,19 +29,7 @@ def until_of(config: Config) -> str | None:
 def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[str]:
     """Stages that would find no pair, or too many rows that are none."""
     config, counted = estimate.config, estimate.counted
-    most = config.prepare.max_reject_fraction
-    if counted.exact and counted.rejects > most * counted.rows:
-        yield (
-            f"prepare.max_reject_fraction: {counted.rejects:,} of {counted.rows:,} rows are set "
-            f"aside: more than {most:g} of them. Fix them (`cwpo prepare` "
-            "writes each with its reason to rejects/), or raise it. Most frequent:\n"
-            + "\n".join(counted.tally.lines())
-        )
-    reasons = counted.of_lists.lines()
-    if counted.exact and (fault := counted.lists.fault(most, reasons)):
-        yield fault
-    if fault := damage_fault(counted.damaged, counted.files, most):
-        yield fault
+    yield from _set_aside(counted, config.prepare.max_reject_fraction)
     for name, model, _ in models(config, until_of(config)):
         yield from _unread(config, counted, name, model, read[name])
     names = {name for name, *_ in trainings(config, until_of(config))}
@@ -54,6 +42,22 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
     if until_of(config) in {None, "weigh"}:
         yield from own_counts_faults(config, counted)
     yield from _empty_splits(config, counted) if config.policy is not None else ()
+
+
+def _set_aside(counted: Census, most: float) -> Iterator[str]:
+    """Rows, responses in lists or files that are bad, of which more than this share are."""
+    if counted.exact and counted.rejects > most * counted.rows:
+        yield (
+            f"prepare.max_reject_fraction: {counted.rejects:,} of {counted.rows:,} rows are set "
+            f"aside: more than {most:g} of them. Fix them (`cwpo prepare` "
+            "writes each with its reason to rejects/), or raise it. Most frequent:\n"
+            + "\n".join(counted.tally.lines())
+        )
+    reasons = counted.of_lists.lines()
+    if counted.exact and (fault := counted.lists.fault(most, reasons)):
+        yield fault
+    if fault := damage_fault(counted.damaged, counted.files, most):
+        yield fault
 
 
 def _empty_splits(config: Config, counted: Census) -> Iterator[str]:
@@ -80,7 +84,6 @@ def _unread(
     # A policy needs pairs; without one, what of each can be scored is what was asked for.
     alone = config.policy is None and name != "weak"
     none = read.reads_none(of_pairs=not alone)  # which no fraction allows: nothing would be left
-    fits = read.lengths.each.fits if alone else read.lengths.fits
     if none or read.exceeds(fraction, whole, of_pairs=name == "weak"):
         raising = f"fix the pairs, or raise {field} ({fraction:g})"
         more = raising if fraction < 1 else "or fix the pairs"
@@ -89,8 +92,16 @@ def _unread(
             f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
             f"another template or model, {more}"
         )
-    elif (read.answers if alone else read.number) and not fits and name != _GOLD:
-        what = "answer" if alone else "pair"
+    elif name != _GOLD:
+        yield from _too_long(name, model, read, alone)
+
+
+def _too_long(name: str, model: ModelConfig, read: SampleRead, alone: bool) -> Iterator[str]:
+    """A model that no pair fits or, where answers stand alone, no answer."""
+    what, number, fits = "pair", read.number, read.lengths.fits
+    if alone:
+        what, number, fits = "answer", read.answers, read.lengths.each.fits
+    if number and not fits:
         yield (
             f"{name}.max_length: no sampled {what} fits {model.max_length} tokens; raise it, or "
             f"set {name}.over_length=truncate"

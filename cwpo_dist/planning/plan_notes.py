@@ -7,6 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 from cwpo_dist.config import Config
 from cwpo_dist.graph import graph, nodes_until
 from cwpo_dist.lm.batches import total_steps
+from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.placement import Machine, gpus, gpus_taken
 from cwpo_dist.planning.costs import Estimate
@@ -36,14 +37,9 @@ def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     yield from (f"prepare: {remark}" for remark in estimate.counted.remarks)
     if config.compare:
         yield _size_of_comparison(config, len(estimates))
-    if not estimate.counted.exact:
-        yield "counts are estimates: the sources are too large to read in a few seconds"
-    yield from estimate.counted.sentences()
-    pairs = sum(estimate.counted.splits.values())
-    if pairs and not any(estimate.counted.labelled.values()) and not estimate.counted.own:
-        yield f"no pair has a label, or a number of its own to weigh it by; {MAP_LABELS}"
+    yield from _of_sources(estimate.counted)
     if config.policy is None:
-        yield _end(config, pairs)
+        yield _end(config, estimate.counted)
     if until_of(config) in {None, "weigh"}:
         yield from own_notes(config, estimate.counted)
     yield from estimate.checked.notes
@@ -54,6 +50,15 @@ def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     yield from _other_versions(config)
     if config.simulated_labels:
         yield "labels are simulated: drawn from a rule, not given by people"
+
+
+def _of_sources(counted: Census) -> Iterator[str]:
+    """What was read of the sources, and that their pairs have nothing to weigh them by."""
+    if not counted.exact:
+        yield "counts are estimates: the sources are too large to read in a few seconds"
+    yield from counted.sentences()
+    if any(counted.splits.values()) and not any(counted.labelled.values()) and not counted.own:
+        yield f"no pair has a label, or a number of its own to weigh it by; {MAP_LABELS}"
 
 
 def _other_versions(config: Config) -> Iterator[str]:
@@ -69,8 +74,9 @@ def _other_versions(config: Config) -> Iterator[str]:
         )
 
 
-def _end(config: Config, pairs: int) -> str:
+def _end(config: Config, counted: Census) -> str:
     """Up to where a run without a policy is planned."""
+    pairs = any(counted.splits.values())
     follows = "; `weigh` can follow" if pairs else ", which scores answers that stand in no pair"
     if until_of(config) == "prepare":
         return "no model is given: planned up to `prepare`"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean
@@ -100,27 +100,35 @@ def read_sample(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPai
     pairs = [pair for pair in sample if not pair.alone]
     found = encode_pairs(encoder, model, [_given(pair) for pair in pairs])
     fitting = [row for row in found if isinstance(row, Row)]
-    faults = [(row.fault, str(row)) for row in found if isinstance(row, TokenError) and row.fault]
+    faults = [(error.fault, str(error)) for error in _errors(found) if error.fault]
     unread = Counter(fault for fault, _ in faults)
     too_long = unread.pop(Fault.OVER_LENGTH, 0)
-    examples = dict(reversed(faults))  # the first of each stays
-    left_out = Counter(
-        role
-        for pair, row in zip(pairs, found, strict=True)
-        if isinstance(row, Row)
-        for role in encoder.left_out(pair.prompt, pair.first)
-    )
     answers = _each_once(model, encoder, sample)
-    bad = [row for row in answers.values() if isinstance(row, TokenError)]
     return SampleRead(
         _lengths(fitting, len(pairs), _answer_lengths(answers)),
         len(pairs),
         too_long,
         unread,
         len(answers),
-        sum(row.fault is not Fault.OVER_LENGTH for row in bad),
-        examples,
-        left_out,
+        sum(error.fault is not Fault.OVER_LENGTH for error in _errors(answers.values())),
+        examples=dict(reversed(faults)),  # the first of each stays
+        left_out=_left_out(encoder, pairs, found),
+    )
+
+
+def _errors(rows: Iterable[Row | TokenError]) -> list[TokenError]:
+    return [row for row in rows if isinstance(row, TokenError)]
+
+
+def _left_out(
+    encoder: Encoder, pairs: Sequence[ParsedPair], rows: Sequence[Row | TokenError]
+) -> Counter[str]:
+    """The roles of which the template leaves out all text, in the pairs that it can read."""
+    return Counter(
+        role
+        for pair, row in zip(pairs, rows, strict=True)
+        if isinstance(row, Row)
+        for role in encoder.left_out(pair.prompt, pair.first)
     )
 
 
