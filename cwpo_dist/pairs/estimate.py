@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cwpo_dist.config import PrepareConfig
@@ -25,7 +25,7 @@ from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.row_forms import ListCounts, parse_raw
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import SplitRule, drawn
+from cwpo_dist.pairs.splits import Drawn, SplitRule, drawn
 from cwpo_dist.pairs.unread import Tree, Unread, columnar, tree
 
 LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
@@ -159,20 +159,15 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     rule = SplitRule(
         seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
     )
-    found, tally, sampled = CountedRows(), Tally(), list[ParsedPair]()
-    of_prompts = _OfPrompts(sample)
-    damaged: dict[str, str] = {}
-    draw = random.Random(seed)
+    found, tally, sampled = CountedRows(), Tally(), _Sample(sample, seed)
     planned = plan(config)
     pieces = planned.pieces
     reading = _Reading(pieces, seconds)
     unread = [Unread() for _ in pieces]
     used = [tree(piece.layout.paths) for piece in pieces]
-    for k, part, raw in reading:
+    for k, raw in reading:
         piece = pieces[k]
         unread[k].note(raw.value, used[k])
-        if raw.fault is Reason.DAMAGED:
-            damaged[str(part)] = raw.as_text()
         try:
             made = parse_raw(raw, piece.layout)
         except BadRow as bad:
@@ -182,21 +177,17 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         found.note(made)
         for parsed in made.pairs:
             pair, place = drawn(parsed, rule, piece.source, piece.into)
-            is_first = found.add(pair, place, parsed.numbers)
-            if is_first and place.alone:
-                of_prompts.add(place.answer_a, parsed)
-            elif is_first:
-                _sample(sampled, parsed, draw, len(found.copies), sample)
+            if found.add(pair, place, parsed.numbers):
+                sampled.add(parsed, place, len(found.copies))
     how = comparing((piece.layout for piece in pieces), config.pairing, seed, planned.kind)
     found.gather(tally, how, learn_ties=config.ties == "labelled")
-    for piece, of, paths in zip(pieces, unread, used, strict=True):
-        _count_columns(piece, of, paths)
+    _count_columns(pieces, unread, used)
     return Census(
         reading.scaled(found.pairs),
         reading.scaled(found.labelled),
         round(tally.reasons.total() * reading.scale),
         reading.complete,
-        (*sampled, *of_prompts.pairs(how))[: 2 * sample],
+        sampled.pairs(how),
         prompts=reading.scaled(sizes(found.prompts)),
         answers=reading.scaled(sizes(found.answers)),
         own={own: reading.scaled(found.own[own]) for own in _kinds(pieces)},
@@ -204,7 +195,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         unlike=round(found.unlike * reading.scale),
         most_weight=found.most_weight,
         files=reading.files,
-        damaged=damaged,
+        damaged=reading.damaged,
         remarks=planned.remarks,
         tally=tally,
         sources=tuple((piece.source, piece.layout.described()) for piece in pieces),
@@ -219,15 +210,38 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     )
 
 
-def _count_columns(piece: Piece, unread: Unread, used: Tree) -> None:
+def _count_columns(pieces: Sequence[Piece], unread: Sequence[Unread], used: Sequence[Tree]) -> None:
     """Adds the columns of columnar files, of which rows come without those that are not needed."""
-    for part in piece.parts if columns_of(piece) else ():
-        unread.add(columnar(part, used, LOOKED_AT))
+    for piece, found, paths in zip(pieces, unread, used, strict=True):
+        for part in piece.parts if columns_of(piece) else ():
+            found.add(columnar(part, paths, LOOKED_AT))
 
 
 def _kinds(pieces: Iterable[Piece]) -> list[numbers.Own]:
     there = {own for piece in pieces for own in numbers.kinds(piece.layout.columns)}
     return [own for own in numbers.COLUMNS if own in there]
+
+
+class _Sample:
+    """Pairs drawn evenly from what was read, and those that responses in rows of their own make."""
+
+    def __init__(self, most: int, seed: int) -> None:
+        self._most, self._random = most, random.Random(seed)
+        self._pairs = list[ParsedPair]()
+        self._of_prompts = _OfPrompts(most)
+
+    def add(self, parsed: ParsedPair, place: Drawn, seen: int) -> None:
+        """Reservoir sampling: after any number of pairs, each was drawn with the same chance."""
+        if place.alone:
+            self._of_prompts.add(place.answer_a, parsed)
+        elif len(self._pairs) < self._most:
+            self._pairs.append(parsed)
+        elif (at := self._random.randrange(seen)) < self._most:
+            self._pairs[at] = parsed
+
+    def pairs(self, how: Comparing | None) -> tuple[ParsedPair, ...]:
+        """All of them, at most twice as many as were asked for."""
+        return (*self._pairs, *self._of_prompts.pairs(how))[: 2 * self._most]
 
 
 class _OfPrompts:
@@ -269,11 +283,12 @@ class _Reading:
 
     def __init__(self, pieces: tuple[Piece, ...], seconds: float) -> None:
         self.pieces = pieces
+        self.damaged: dict[str, str] = {}  # inputs, and why
         self.deadline = time.monotonic() + seconds
         self.complete = True
         self.rows = self.rows_done = self.size_done = 0  # done: of parts that were read to an end
 
-    def __iter__(self) -> Iterator[tuple[int, Part, RawRow]]:
+    def __iter__(self) -> Iterator[tuple[int, RawRow]]:
         for number, piece in enumerate(self.pieces):
             left = piece.limit
             for part in piece.parts:
@@ -285,7 +300,9 @@ class _Reading:
                         return
                     left = None if left is None else left - 1
                     self.rows += 1
-                    yield number, part, raw
+                    if raw.fault is Reason.DAMAGED:
+                        self.damaged[str(part)] = raw.as_text()
+                    yield number, raw
                 if left != 0:
                     self.size_done += part.size
                     self.rows_done += self.rows - before
@@ -314,13 +331,3 @@ class _Reading:
     def _parts(self) -> Iterator[Part]:
         for piece in self.pieces:
             yield from piece.parts
-
-
-def _sample(
-    sampled: list[ParsedPair], pair: ParsedPair, draw: random.Random, seen: int, most: int
-) -> None:
-    """Reservoir sampling: after any number of pairs, each was drawn with the same chance."""
-    if len(sampled) < most:
-        sampled.append(pair)
-    elif (place := draw.randrange(seen)) < most:
-        sampled[place] = pair

@@ -72,13 +72,20 @@ def decide(
         opinion = None if opinions is None else opinions.get(pair.pair_id)
         if opinions is not None and opinion is None and pair.split != "labelled":
             continue
-        who = labels
-        if labels == "mixed":
-            who = "human" if pair.split == "labelled" else "annotator"
-        decision = _annotator(opinion) if who == "annotator" else _labelled(pair, who)
+        decision = _decision(pair, opinion, labels)
         if decision is not None:
             decisions[pair.pair_id] = decision
     return decisions
+
+
+def _decision(
+    pair: Judgement | Pair, opinion: Opinion | None, labels: LabelSource
+) -> Decision | None:
+    """By whose word counts for this pair."""
+    who = labels
+    if labels == "mixed":
+        who = "human" if pair.split == "labelled" else "annotator"
+    return _annotator(opinion) if who == "annotator" else _labelled(pair, who)
 
 
 def _labelled(pair: Judgement | Pair, labels: LabelSource) -> Decision | None:

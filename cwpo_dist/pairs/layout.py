@@ -158,13 +158,19 @@ def cell(row: Mapping[str, object], path: str) -> object:
     return _inside(row, path.split("."))
 
 
+def _nested(value: object) -> object:
+    """What a nested column holds, where it is written as JSON too; None for other text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _inside(value: object, steps: Sequence[str]) -> object:
     for at, step in enumerate(steps):
-        if isinstance(value, str):  # a nested column written as JSON
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                return None
+        value = _nested(value)
         if isinstance(value, Mapping):
             value = value.get(step)
         elif isinstance(value, list) and step == EACH:

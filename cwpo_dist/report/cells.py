@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 from cwpo_dist.report.figures import Share, Temperature
@@ -36,13 +37,13 @@ class Table:
 
 def without_empty(table: Table) -> Table:
     """The table without the columns that nobody had; its note names them."""
-    ran = [k for k in range(len(table.columns)) if any(row[k] != NOT_RUN for row in table.rows)]
-    left_out = [name for k, name in enumerate(table.columns) if k not in ran]
-    if not ran or not left_out:
+    ran = [any(row[k] != NOT_RUN for row in table.rows) for k in range(len(table.columns))]
+    if all(ran) or not any(ran):
         return table
-    rows = tuple(tuple(row[k] for k in ran) for row in table.rows)
+    left_out = [name for name, there in zip(table.columns, ran, strict=True) if not there]
+    rows = tuple(tuple(compress(row, ran)) for row in table.rows)
     note = f"{table.note} Not run: {'; '.join(dict.fromkeys(left_out))}."
-    return replace(table, columns=tuple(table.columns[k] for k in ran), rows=rows, note=note)
+    return replace(table, columns=tuple(compress(table.columns, ran)), rows=rows, note=note)
 
 
 NOT_RUN = Cell("not run", missing=True)
