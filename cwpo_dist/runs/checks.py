@@ -6,7 +6,7 @@ cluster's nodes come first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -218,26 +218,14 @@ def reached(config: Config, until: str | None) -> set[str]:
 
 
 def _source_faults(config: Config, stages: set[str]) -> Iterator[str]:
-    """Sources that cannot be read, or lack the columns that a stage needs."""
+    """Sources that cannot be read, lack what a stage needs, or would read what the run writes."""
     try:
         planned = plan_sources(config.prepare)
     except ConfigError as error:
         yield str(error)
         return
     yield from own_faults(config, planned) if "weigh" in stages else ()
-    alone = all("response" in piece.layout.columns for piece in planned.pieces)
-    if alone and config.prepare.pairing == "given" and stages & {"fit", "weigh"}:
-        yield (
-            "prepare.pairing: given, but its sources have one response a row, of which no pair is "
-            "made to learn from or to weigh; set it to all (weigh.pairing: best_worst then keeps "
-            "the best and the worst of each prompt), or end with `cwpo annotate`"
-        )
-    voted = any("votes_a" in piece.layout.columns for piece in planned.pieces)
-    if "fit" in stages and config.fit.labels == "votes" and not voted:
-        yield (
-            "fit.labels: 'votes', but no source has votes_a and votes_b; say which they are under "
-            "prepare.sources.N.columns, or give hard"
-        )
+    yield from _column_faults(config, [piece.layout.columns for piece in planned.pieces], stages)
     for index, source in enumerate(config.prepare.sources):
         if reads_below(source, config.output_dir):
             yield (
@@ -245,6 +233,25 @@ def _source_faults(config: Config, stages: set[str]) -> Iterator[str]:
                 f"({source.path!r}), which would read what the run leaves there as data; name "
                 "another"
             )
+
+
+def _column_faults(
+    config: Config, columns: Sequence[Mapping[str, str]], stages: set[str]
+) -> Iterator[str]:
+    """Columns that a stage needs, of which no source has any."""
+    alone = all("response" in each for each in columns)
+    if alone and config.prepare.pairing == "given" and stages & {"fit", "weigh"}:
+        yield (
+            "prepare.pairing: given, but its sources have one response a row, of which no pair is "
+            "made to learn from or to weigh; set it to all (weigh.pairing: best_worst then keeps "
+            "the best and the worst of each prompt), or end with `cwpo annotate`"
+        )
+    voted = any("votes_a" in each for each in columns)
+    if "fit" in stages and config.fit.labels == "votes" and not voted:
+        yield (
+            "fit.labels: 'votes', but no source has votes_a and votes_b; say which they are under "
+            "prepare.sources.N.columns, or give hard"
+        )
 
 
 def _gold_faults(config: Config) -> Iterator[str]:

@@ -81,12 +81,8 @@ def check_model(
     where = f"{field}.model_name_or_path: {name!r}: "
     try:
         path = Path(model_path(name)).absolute()  # `.` stands in every sentence
-        if path.is_dir() and (fault := other_weights(str(path), None) or folder_fault(path)):
+        if fault := _unfit_files(name, path, load):
             return CheckedModel(None, None, (where + fault,))
-        if load is reward_model and not is_hub_id(name):
-            beside = Store(name.rstrip("/").rpartition("/")[0] or ".")
-            if fault := annotator_fault(beside):
-                return CheckedModel(None, None, (where + fault,))
         local = (
             model.model_copy(update={"model_name_or_path": str(path)}) if path.is_dir() else model
         )
@@ -101,6 +97,15 @@ def check_model(
         return CheckedModel(None, None, (f"{where}{error}; give another model",))
     faults, notes = _as_given(found.faults, path, name), _as_given(found.notes, path, name)
     return CheckedModel(found.size, encoder, faults, notes)
+
+
+def _unfit_files(name: str, path: Path, load: Loader) -> str | None:
+    """Why what lies there is not loaded at all."""
+    if path.is_dir() and (fault := other_weights(str(path), None) or folder_fault(path)):
+        return fault
+    if load is not reward_model or is_hub_id(name):
+        return None
+    return annotator_fault(Store(name.rstrip("/").rpartition("/")[0] or "."))
 
 
 def _as_given(texts: Sequence[str], path: Path, name: str) -> tuple[str, ...]:

@@ -49,22 +49,25 @@ class _OfRows(TypedDict):
 
 
 class _OfPairs(TypedDict):
-    """`prompts` and `answers` are the different ones in pairs of each split.
-
-    A prompt may be in `labelled` and in `unlabelled` and counts in both, as do its answers.
-    """
-
     pairs: int
     merged_duplicates: int
     conflicting_labels: int
     conflicting_numbers: int
     ties: int
+    numbers: dict[Own, int]
+    shards: int
+
+
+class _OfSplits(TypedDict):
+    """`prompts` and `answers` are the different ones in pairs of each split.
+
+    A prompt may be in `labelled` and in `unlabelled` and counts in both, as do its answers.
+    """
+
     splits: dict[Split, int]
     labelled: dict[Split, int]
     prompts: dict[Split, int]
     answers: dict[Split, int]
-    numbers: dict[Own, int]
-    shards: int
 
 
 class _Lists(TypedDict):
@@ -96,7 +99,7 @@ class _OfAlone(TypedDict):
     prompts_alone: NotRequired[dict[Split, int]]
 
 
-class PreparedCounts(_OfSources, _OfRows, _OfPairs, _OfLists, _OfAlone):
+class PreparedCounts(_OfSources, _OfRows, _OfPairs, _OfSplits, _OfLists, _OfAlone):
     """What the manifest of `prepare` counts, by the names that it has there."""
 
 
@@ -125,8 +128,14 @@ def prepared_counts(
     accounted = pairs["pairs"] + pairs["merged_duplicates"] + rejects.reasons.total()
     made = rows["rows_in"] - lists.rows + lists.pairs - alone.rows + alone.pairs
     assert made == accounted, (rows, pairs, lists, alone)
-    beside = _of_alone(planned, written, alone)
-    return {**_of_sources(planned, kept), **rows, **pairs, **_of_lists(planned, read), **beside}
+    return {
+        **_of_sources(planned, kept),
+        **rows,
+        **pairs,
+        **_of_splits(written),
+        **_of_lists(planned, read),
+        **_of_alone(planned, written, alone),
+    }
 
 
 def _of_alone(planned: Plan, written: Sequence[BucketSummary], alone: AloneCounts) -> _OfAlone:
@@ -198,12 +207,17 @@ def _of_pairs(planned: Plan, written: Sequence[BucketSummary]) -> _OfPairs:
         "conflicting_labels": sum(bucket.conflicting_labels for bucket in written),
         "conflicting_numbers": sum(bucket.conflicting_numbers for bucket in written),
         "ties": sum(bucket.ties for bucket in written),
+        "numbers": _numbers(planned, written),
+        "shards": sum(bucket.shards for bucket in written),
+    }
+
+
+def _of_splits(written: Sequence[BucketSummary]) -> _OfSplits:
+    return {
         "splits": _by_split(bucket.splits for bucket in written),
         "labelled": _by_split(bucket.labelled for bucket in written),
         "prompts": _by_split(bucket.prompts for bucket in written),
         "answers": _by_split(bucket.answers for bucket in written),
-        "numbers": _numbers(planned, written),
-        "shards": sum(bucket.shards for bucket in written),
     }
 
 

@@ -189,22 +189,26 @@ class Weighing:
         count = len(decisions)
         if self.labels == "human":
             return _Numbers(None, np.ones(count), np.ones(count))
-        given = np.array([d.given for d in decisions.values()], dtype=np.float64)
-        if self.labels == "weight":
-            plain = self.weight_function == "one"
-            return _Numbers(None, np.ones(count), np.ones(count) if plain else given)
-        if self.labels == "confidence":
-            margin, disagreement = margin_of(given), np.zeros(count)
-            # To the bit, which there and back again would not be.
-            as_given = self.weight_function == "confidence"
-            weight = given if as_given else weights(self.weight_function, margin, disagreement)
-            return _Numbers(margin, given, weight)
+        if self.labels in {"weight", "confidence"}:
+            return self._as_given(np.array([d.given for d in decisions.values()], dtype=np.float64))
         # Where people decided there is none: of a label that is certain it would be infinite.
         known = (np.inf if d.margin is None else d.margin for d in decisions.values())
         margin = np.fromiter(known, np.float64, count)
         disagreement = np.array([d.disagreement or 0.0 for d in decisions.values()])
         weight = weights(self.weight_function, margin, disagreement)
         return _Numbers(margin, confidence(margin), weight)
+
+    def _as_given(self, given: Floats) -> _Numbers:
+        """By the weights or confidences that the data have."""
+        count = len(given)
+        if self.labels == "weight":
+            plain = self.weight_function == "one"
+            return _Numbers(None, np.ones(count), np.ones(count) if plain else given)
+        margin = margin_of(given)
+        # To the bit, which there and back again would not be.
+        as_given = self.weight_function == "confidence"
+        weight = given if as_given else weights(self.weight_function, margin, np.zeros(count))
+        return _Numbers(margin, given, weight)
 
     def _counts(
         self,
@@ -213,7 +217,7 @@ class Weighing:
         numbers: dict[str, _Number],
     ) -> dict[str, float]:
         scored = {i: n for i, n in numbers.items() if n.margin is not None}
-        known = [opinions[i] for i in scored if i in opinions]
+        known = [opinions[i] for i in scored.keys() & opinions.keys()]
         annotators = len(self.annotated.scores)
         return {
             "pairs": len(decisions),

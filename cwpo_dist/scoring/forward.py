@@ -105,8 +105,8 @@ class RowForward:
         pieces = [piece for row in rows for piece in cut(row, self.longest, self.layout)]
         plan = self._plan(pieces)
         apply = self._alone if self.ranks is None else partial(self._together, self.ranks)
-        found, padded_tokens = apply([[pieces[i] for i in micro] for micro in plan if micro])
-        order = [i for micro in plan for i in micro]
+        found, padded_tokens = apply([[pieces[i] for i in micro] for micro in plan])
+        order = list(chain.from_iterable(plan))
         by_piece = dict(zip(order, _by_row(found, [pieces[i] for i in order]), strict=True))
         counts = {
             "tokens": sum(piece.n_tokens for piece in pieces),
@@ -120,7 +120,7 @@ class RowForward:
         lengths = [planned_length(row, self.layout) for row in rows]
         counts = [len(row.answers) for row in rows] if self.layout == "plain" else None
         (plan,) = plan_micro_batches(lengths, self.max_tokens, 1, self.layout, counts)
-        return plan
+        return [micro for micro in plan if micro]
 
     def _alone(self, batches: list[list[Row]]) -> tuple[list[float], int]:
         outputs, padded_tokens = [], 0

@@ -26,6 +26,7 @@ from cwpo_dist.pairs.pieces import (
 )
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import RejectsError, Tally, refuse_past
+from cwpo_dist.pairs.row_forms import ListCounts
 from cwpo_dist.pairs.sources import Fingerprint, Plan, plan, source_fingerprints
 from cwpo_dist.pairs.splits import SplitRule
 from cwpo_dist.placement import alive_machines, task_faults
@@ -145,15 +146,7 @@ def _prepare(
     _refuse_changed(store, config, known, "while it was read", more=True)
     read = piece_summaries(store)
     damaged = _damaged_files(planned, read, config)
-    rejects = Tally()
-    for piece in read:
-        rejects.merge(piece.tally)
-    rows_in = sum(piece.rows_in for piece in read)
-    valid = rows_in - rejects.reasons.total()
-    refuse_past(config.max_reject_fraction, rejects, rows_in, valid, store.uri)
-    lists, set_aside = of_lists(read)
-    if fault := lists.fault(config.max_reject_fraction, set_aside.lines()):
-        raise RejectsError(f"{fault}\n  see {store.uri}/rejects")
+    rejects, lists = _set_aside(store, read, config.max_reject_fraction)
     kept = _kept_types(read, config)
     rows = tuple(name for piece in read for name in piece.files)
     leaks = planned.n_buckets if planned.may_leak else 0
@@ -163,13 +156,30 @@ def _prepare(
     written = buckets.bucket_summaries(store, planned.n_buckets)
     rejects.merge(Tally(added(bucket.rejects for bucket in written)))
     counts = prepared_counts(planned, read, written, rejects, kept, damaged)
-    made = rows_in - lists.rows + lists.pairs  # each is used now, a copy, or a reject
+    made = counts["rows_in"] - lists.rows + lists.pairs  # each is used now, a copy, or a reject
     left = counts["pairs"] + sum(counts.get("answers_alone", {}).values())
     refuse_past(config.max_reject_fraction, rejects, made, left, store.uri)
     for level, line in in_words(counts, read, rejects, config):
         logger.log(level, "prepare: %s", line)
     clear(store)
     return counts
+
+
+def _set_aside(store: Store, read: list[PieceSummary], most: float) -> tuple[Tally, ListCounts]:
+    """What was set aside while rows were read, and what became of lists.
+
+    Raises:
+        RejectsError: past that share of rows, or of the responses in lists.
+    """
+    rejects = Tally()
+    for piece in read:
+        rejects.merge(piece.tally)
+    rows_in = sum(piece.rows_in for piece in read)
+    refuse_past(most, rejects, rows_in, rows_in - rejects.reasons.total(), store.uri)
+    lists, of_responses = of_lists(read)
+    if fault := lists.fault(most, of_responses.lines()):
+        raise RejectsError(f"{fault}\n  see {store.uri}/rejects")
+    return rejects, lists
 
 
 def clear(store: Store) -> None:

@@ -56,7 +56,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """Pairs of one prompt, and the rows that hold their answers.
+    """Pairs of one prompt, or of several parts, and the rows that hold their answers.
 
     Attributes:
         pairs: the position of each in the global batch, and its own row.
@@ -78,6 +78,18 @@ class Part:
         shared = SharedRows.of([("", answer) for answer in chain.from_iterable(answers)])
         places = iter(shared.places)
         return cls(pairs, shared.rows, [[next(places) for _ in each] for each in answers])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """The same pairs and rows in one."""
+        answers = (sum(len(row.answers) for row in part.rows) for part in parts)
+        starts = accumulate(answers, initial=0)
+        each = zip(parts, starts, strict=False)  # the last start is the end
+        return cls(
+            pairs=list(chain.from_iterable(part.pairs for part in parts)),
+            rows=list(chain.from_iterable(part.rows for part in parts)),
+            places=[[at + k for k in pair] for part, at in each for pair in part.places],
+        )
 
     def halves(self) -> tuple[Part, Part]:
         """The same pairs in two parts, the first of them with few different answers."""
@@ -154,22 +166,14 @@ def micro_batches(
     plans = plan_micro_batches(lengths, limits.max_tokens, world_size, limits.layout, sequences)
     shortest = min(range(len(parts)), key=lengths.__getitem__)
     for number, chosen in enumerate(plans[rank]):
-        filled = [parts[i] for i in chosen or [shortest]]
+        part = Part.joined([parts[i] for i in chosen or [shortest]])
         longest = max(lengths[i] for plan in plans for i in plan[number])
         yield MicroBatch(
             number=number,
-            positions=[position for part in filled for position, _ in part.pairs],
-            places_PK=_places(filled),
-            batch=collate([row for part in filled for row in part.rows], limits.layout, pad_id),
+            positions=[position for position, _ in part.pairs],
+            places_PK=torch.tensor(part.places),
+            batch=collate(part.rows, limits.layout, pad_id),
             weight=1.0 if chosen else 0.0,
             last=number == len(plans[0]) - 1,
             over_budget=longest > limits.max_tokens,
         )
-
-
-def _places(parts: Sequence[Part]) -> Tensor:
-    """[P, K] among the answers of all parts' rows."""
-    answers = (sum(len(row.answers) for row in part.rows) for part in parts)
-    starts = accumulate(answers, initial=0)
-    each = zip(parts, starts, strict=False)  # the last start is the end
-    return torch.tensor([[at + k for k in pair] for part, at in each for pair in part.places])
