@@ -98,6 +98,7 @@ def test_records_become_json() -> None:
         **found,
         "by_quarter": list(found["by_quarter"]),
         "reliability": list(found["reliability"]),
+        "ece_interval": list(found["ece_interval"]),
         "margin_by_length": list(found["margin_by_length"]),
     }
     assert found["agreement"]["ties"] == 1

@@ -118,6 +118,7 @@ def many_trials() -> dict[str, Any]:
     own += ["gra_own_sft", "gra_common", "ties_own_sft", "ties_common"]
     known = ["labels_right", "least_confident", "most_confident", "calibration_error", "kl"]
     known += ["mean_confidence", "margin_length", "pairs", "steps", "sft_loss", "device_hours"]
+    known += ["brier", "nll"]
     names = ["human", *(f"cw_mean, {k} % labelled" for k in range(11))]
     told |= {"figures": dict.fromkeys(own, whole), "by_seed": dict.fromkeys(known, whole)}
     against = dict.fromkeys(names, dict.fromkeys(own, difference(-0.152, 0.1)))

@@ -12,6 +12,7 @@ import torch
 from cwpo_dist.evaluation.accuracy import annotator_accuracy
 from cwpo_dist.evaluation.annotators import HeldOut, annotator_figures
 from cwpo_dist.evaluation.calibration import (
+    Calibration,
     CalibrationError,
     calibration,
     fit_scale,
@@ -146,6 +147,46 @@ def test_calibration_by_hand_with_votes() -> None:
     gaps = [0.8807970780 - 0.8, 0.9002495109 - 0.7]
     assert found.expected_calibration_error == pytest.approx(sum(gaps) / 2)
     assert found.mean_probability == pytest.approx((0.8807970780 + 0.9002495109) / 2)
+    # Two pairs, two prompts: the error of a mean is half of what they differ by.
+    half = 1.959963985 * (gaps[1] - gaps[0]) / 2
+    assert found.ece_interval == pytest.approx((sum(gaps) / 2 - half, sum(gaps) / 2 + half))
+    # (1 − P)² for who agrees and P² for who does not; so many people each
+    brier = [0.8 * 0.1192029220**2 + 0.2 * 0.8807970780**2]
+    brier += [0.7 * 0.0997504891**2 + 0.3 * 0.9002495109**2]
+    assert found.brier.value == pytest.approx(sum(brier) / 2)
+    assert found.brier.high == pytest.approx(
+        sum(brier) / 2 + 1.959963985 * (brier[1] - brier[0]) / 2
+    )
+    nll = [-0.8 * math.log(0.8807970780) - 0.2 * math.log(0.1192029220)]
+    nll += [-0.7 * math.log(0.9002495109) - 0.3 * math.log(0.0997504891)]
+    assert found.nll.value == pytest.approx(sum(nll) / 2)
+    alone = calibration(margin, people, np.zeros(2, dtype=np.intp))
+    assert (alone.ece_interval, alone.brier.low, alone.nll.high) == (None, None, None)
+    nothing = calibration(margin[:0], people[:0], np.arange(0))
+    assert nothing.brier.value is nothing.nll.value is nothing.expected_calibration_error is None
+
+
+def test_intervals_of_calibration_hold_the_truth_where_prompts_repeat() -> None:
+    """Margins thrice too loud, three pairs of one difficulty a prompt; truth by 10⁶ pairs."""
+    rng = np.random.default_rng(3)
+
+    def drawn(prompts: int) -> Calibration:
+        honest = np.repeat(rng.normal(0, 1, prompts), 3)
+        people = np.repeat(rng.random(prompts) < _sigmoid(honest[::3]), 3).astype(float)
+        return calibration(3 * honest, people, np.repeat(np.arange(prompts), 3))
+
+    truth, held = drawn(333_333), np.zeros(3)
+    for _ in range(300):
+        found = drawn(150)
+        for k, (low, high, value) in enumerate(
+            (
+                (*(found.ece_interval or ()), truth.expected_calibration_error),
+                (found.brier.low, found.brier.high, truth.brier.value),
+                (found.nll.low, found.nll.high, truth.nll.value),
+            )
+        ):
+            held[k] += low <= value <= high
+    assert (held / 300 > 0.9).all(), held / 300
 
 
 def test_calibrated_figures_are_those_of_divided_margins() -> None:

@@ -103,6 +103,8 @@ def test_an_annotators_card_gives_what_length_alone_would_have_said() -> None:
         "length_baseline": LONGER,
         "margin_length": {"pearson": 0.31},
         "expected_calibration_error": 0.042,
+        "brier": {"value": 0.2311},
+        "nll": {"value": 0.6549},
     }
     training = Manifest(counts={"rows": 700}, settings={"seed": 4}, versions={"torch": "2"})
     text = annotator_card(config, {"fit_1": "89ab"}, figures, training)
@@ -116,6 +118,8 @@ def test_an_annotators_card_gives_what_length_alone_would_have_said() -> None:
         "| the longer answer, pairs right | 57.0% of 80 (95 % interval 46.0%–68.0%) |",
         "| correlation of margin and length difference | 0.31 |",
         "| calibration error | 4.2% |",
+        "| Brier score | 0.231 |",
+        "| negative log-likelihood | 0.655 |",
         "| learned from | shares of votes, where people voted, of 700 pairs |",
         "| seed | 4 |",
         "| fit_1 | `89ab` |",

@@ -49,6 +49,8 @@ def _annotator(right: float) -> dict[str, Any]:
         "agreement": {"accuracy": right},
         "by_quarter": [{"accuracy": right + k} for k in (-0.1, 0.0, 0.05, 0.2)],
         "expected_calibration_error": 0.11,
+        "brier": {"value": 0.22},
+        "nll": {"value": 0.66},
         "mean_confidence": 0.33,
         "margin_length": {"pearson": -0.44},
     }
@@ -178,6 +180,8 @@ def test_facts_and_figures_of_a_seed_stand_under_their_names(found: dict[str, An
             "least_confident": right - 0.1,
             "most_confident": right + 0.2,
             "calibration_error": 0.11,
+            "brier": 0.22,
+            "nll": 0.66,
             "mean_confidence": 0.33,
             "margin_length": -0.44,
         }
@@ -238,6 +242,8 @@ def test_tables_show_each_number_in_its_row_and_column(found: dict[str, Any]) ->
         "least confident": "55.0 %",
         "most confident": "85.0 %",
         "ECE": "0.110",
+        "Brier": "0.220",
+        "NLL": "0.660",
         "mean C": "0.33",
         "length, r": "−0.44",
     }

@@ -134,12 +134,18 @@ def test_every_arm_is_told_in_a_line_of_its_own() -> None:
 
 def test_no_interval_says_what_cannot_be() -> None:
     found = sample_comparison()
-    low = {"calibration_error": 0.1, "mean_confidence": 0.9, "margin_length": -0.6}
+    low = {"calibration_error": 0.1, "nll": 0.9, "mean_confidence": 0.9, "margin_length": -0.6}
     known = {k: difference(mean, 0.7) for k, mean in low.items()}
     found["trials"]["cw"] |= {"by_seed": known | {"labels_right": difference(0.6, 0.7)}}
     (table,) = [table for table in tables(found) if table.title == "Annotators"]
     intervals = [cell.details[0] for cell in table.rows[0][1:]]
-    assert intervals == ["0.0 – 100.0", "0.000 – 0.800", "0.20 – 1.00", "−1.00 to +0.10"]
+    assert intervals == [
+        "0.0 – 100.0",
+        "0.000 – 0.800",
+        "0.200 – 1.600",
+        "0.20 – 1.00",
+        "−1.00 to +0.10",
+    ]
     found["trials"]["cw"]["against"]["human"]["accuracy"] = difference(0.4, 1.7)
     assert "(−100.0 to +100.0)" in verdicts(found)[0].lines[0]
 

@@ -34,16 +34,13 @@ from cwpo_dist.weighting import confidence
 
 
 @dataclass(frozen=True)
-class AnnotatorAccuracy(AsDict):
-    """An annotator against held-out human labels.
+class AnnotatorAccuracy(Calibration):
+    """An annotator against held-out human labels; what `Calibration` has is of the raw margins.
 
     Attributes:
         agreement: the higher score wins.
         by_quarter: the decided pairs in four equal parts, least confident first.
-        reliability: of the raw margins, as in `Calibration`.
-        expected_calibration_error: of the raw margins.
-        mean_probability: of the raw margins; above the accuracy means overconfident.
-        calibrated: the same three for margins divided by the fitted temperature; None without one.
+        calibrated: calibration of margins divided by the fitted temperature; None without one.
         mean_confidence: mean C of all pairs, labelled or not.
         length_baseline: the longer answer wins.
         margin_length: score difference a − b with length difference a − b, all pairs.
@@ -53,9 +50,6 @@ class AnnotatorAccuracy(AsDict):
 
     agreement: Accuracy
     by_quarter: tuple[Group, ...]
-    reliability: tuple[Group, ...]
-    expected_calibration_error: float | None
-    mean_probability: float | None
     calibrated: Calibration | None
     mean_confidence: float | None
     length_baseline: Accuracy
@@ -140,13 +134,10 @@ def annotator_accuracy(
     known = (human != 0) & (margins != 0)
     decided, told, grouped = margins[known], chosen[known], groups[known]
     right = (np.sign(decided) == human[known]).astype(np.float64)
-    raw = calibration(decided, told, grouped)
     return AnnotatorAccuracy(
+        **vars(calibration(decided, told, grouped)),
         agreement=agreement(margins, human, groups),
         by_quarter=quarters(sure[known], right, grouped),
-        reliability=raw.reliability,
-        expected_calibration_error=raw.expected_calibration_error,
-        mean_probability=raw.mean_probability,
         calibrated=None
         if temperature is None
         else calibration(decided / temperature, told, grouped),

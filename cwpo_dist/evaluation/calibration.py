@@ -19,11 +19,13 @@ from numpy.typing import ArrayLike
 from cwpo_dist.evaluation.shares import (
     Z95,
     AsDict,
+    Estimate,
     Floats,
     Group,
     Groups,
     check_lengths,
     column,
+    estimate,
     group_numbers,
     group_of,
     mean,
@@ -93,13 +95,20 @@ class Calibration(AsDict):
     Attributes:
         reliability: ten bins of P = σ(|margin|), the probability of the predicted answer, which
             lies in [0.5, 1].
-        expected_calibration_error: Σ_bins share · |mean P − share of people that agree|.
+        expected_calibration_error: Σ_bins share · |mean P − share of people that agree|. Chance
+            alone makes it too large, the more so the fewer the pairs.
+        ece_interval: from … to …, at 95 %, by each pair's part in it; None where there is none.
         mean_probability: mean P; above the accuracy means overconfident.
+        brier: mean squared distance of P from what each of the people said (1: they agree).
+        nll: mean −log of the probability that was claimed for what each said, in nats.
     """
 
     reliability: tuple[Group, ...]
     expected_calibration_error: float | None
+    ece_interval: tuple[float, float] | None
     mean_probability: float | None
+    brier: Estimate
+    nll: Estimate
 
 
 def people_share(told: Told) -> float | None:
@@ -233,40 +242,36 @@ def _log_error(beta: float, margin: Floats, people: Floats, groups: Groups) -> f
 
 
 def _nll(beta: float, margin: Floats, people: Floats) -> float:
-    """Mean −log-likelihood; log(1 + eˣ) without overflow."""
-    x = beta * margin
-    return float(np.mean(people * np.logaddexp(0, -x) + (1 - people) * np.logaddexp(0, x)))
+    """Mean −log-likelihood."""
+    return float(np.mean(_surprise(beta * margin, people)))
+
+
+def _surprise(x: Floats, people: Floats) -> Floats:
+    """−log-likelihood of each pair under σ(x); log(1 + eˣ) without overflow."""
+    return people * np.logaddexp(0, -x) + (1 - people) * np.logaddexp(0, x)
 
 
 def calibration(margin: Floats, people: Floats, groups: Groups) -> Calibration:
     """Measures margins a − b of decided pairs (none is 0) against people's shares for a."""
     probability = sigmoid(np.abs(margin))
-    bins = reliability(probability, np.where(margin > 0, people, 1 - people), groups)
-    return Calibration(bins, calibration_error(bins), mean(probability))
-
-
-def reliability(probability: Floats, right: Floats, groups: Groups) -> tuple[Group, ...]:
-    """Ten bins of equal width over [0.5, 1]; the last is closed on both sides."""
-    edges = np.linspace(0.5, 1.0, RELIABILITY_BINS + 1)
+    right = np.where(margin > 0, people, 1 - people)
+    edges = np.linspace(0.5, 1.0, RELIABILITY_BINS + 1)  # the last bin is closed on both sides
     number = np.clip(np.searchsorted(edges, probability, side="right") - 1, 0, RELIABILITY_BINS - 1)
-    return tuple(
-        group_of(probability[inside], right[inside], groups[inside], edges[k], edges[k + 1])
-        for k in range(RELIABILITY_BINS)
-        for inside in [number == k]
+    gaps = probability - right
+    of_bins = np.bincount(number, weights=gaps, minlength=RELIABILITY_BINS)
+    error = estimate(gaps * np.sign(of_bins)[number], groups)  # Σ_bins |Σ gaps|, pair by pair
+    return Calibration(
+        tuple(
+            group_of(probability[inside], right[inside], groups[inside], edges[k], edges[k + 1])
+            for k in range(RELIABILITY_BINS)
+            for inside in [number == k]
+        ),
+        error.value,
+        None if error.low is None or error.high is None else (error.low, error.high),
+        mean(probability),
+        estimate(right * (1 - probability) ** 2 + (1 - right) * probability**2, groups),
+        estimate(_surprise(margin, people), groups),
     )
-
-
-def calibration_error(bins: Sequence[Group]) -> float | None:
-    """ECE: the bins' gaps between claim and truth, by their share of the pairs."""
-    total = sum(group.n for group in bins)
-    if not total:
-        return None
-    gaps = (
-        group.n * abs(group.mean - group.accuracy)
-        for group in bins
-        if group.mean is not None and group.accuracy is not None
-    )
-    return float(sum(gaps) / total)
 
 
 def quarters(confidence: Floats, right: Floats, groups: Groups) -> tuple[Group, ...]:

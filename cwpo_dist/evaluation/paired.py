@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cwpo_dist.evaluation.shares import Z95, AsDict, Floats, group_numbers
+from cwpo_dist.evaluation.shares import Z95, AsDict, Floats, clustered_error, group_numbers
 
 POWER = 0.8
 _GRID = 20_001
@@ -129,11 +129,7 @@ def _of_items(found: Sequence[Items]) -> tuple[float, float]:
     ]
     prompts = [prompt for items in found for prompt in items.prompts]
     groups = group_numbers(prompts, len(prompts))
-    clusters = int(groups.max()) + 1
-    if clusters < 2:
-        return 0.0, 0.0
-    totals = np.bincount(groups, weights=np.concatenate(deviations))
-    error = math.sqrt(clusters / (clusters - 1) * float(np.sum(totals**2)))
+    error = clustered_error(np.concatenate(deviations), groups)
     return Z95 * error, (Z95 + 0.8416212335729143) * error
 
 

@@ -81,6 +81,21 @@ class Group(AsDict):
     high: float | None
 
 
+@dataclass(frozen=True)
+class Estimate(AsDict):
+    """A mean that is never negative, with its 95 % interval.
+
+    Attributes:
+        value: the mean; None where it is of nothing.
+        low: lower end; None where nothing varies, or one prompt is all.
+        high: upper end.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
 def wilson(successes: float, n: float) -> tuple[float | None, float | None]:
     """Wilson's 95 % interval of a share; (None, None) for n = 0.
 
@@ -142,6 +157,27 @@ def share_of(right: Floats, groups: Groups) -> tuple[float | None, float | None,
         return None, None, None
     share, n = float(np.mean(right)), independent_decisions(right, groups)
     return share, *wilson(share * n, n)
+
+
+def estimate(values: Floats, groups: Groups) -> Estimate:
+    """The mean of numbers, with the normal's interval, clustered by prompt."""
+    value = mean(values)
+    error = 0.0 if value is None else clustered_error((values - value) / len(values), groups)
+    if value is None or not error:
+        return Estimate(value, None, None)
+    return Estimate(value, max(0.0, value - Z95 * error), value + Z95 * error)
+
+
+def clustered_error(deviations: Floats, groups: Groups) -> float:
+    """The standard error of a sum, by its items' deviations from what is expected of each.
+
+    Those of a group (a prompt) go together; 0 where one is all.
+    """
+    clusters = len(np.unique(groups))
+    if clusters < 2:
+        return 0.0
+    totals = np.bincount(groups, weights=deviations)
+    return math.sqrt(clusters / (clusters - 1) * float(np.sum(totals**2)))
 
 
 def group_of(values: Floats, right: Floats, groups: Groups, lower: float, upper: float) -> Group:

@@ -296,6 +296,8 @@ def _annotator(found: dict[str, Any] | None) -> dict[str, float | None]:
         "least_confident": quarters[0] if quarters else None,
         "most_confident": quarters[-1] if quarters else None,
         "calibration_error": found["expected_calibration_error"],
+        "brier": found["brier"]["value"],
+        "nll": found["nll"]["value"],
         "mean_confidence": found["mean_confidence"],
         "margin_length": found["margin_length"]["pearson"],
     }

@@ -139,6 +139,10 @@ def _worth(figures: Figures) -> Iterator[tuple[str, str]]:
     error = at(figures, "expected_calibration_error")
     if error is not None:
         yield "calibration error", f"{error:.1%}"
+    for name, title in {"brier": "Brier score", "nll": "negative log-likelihood"}.items():
+        value = at(figures, name, "value")
+        if value is not None:
+            yield title, f"{value:.3f}"
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
 
-from cwpo_dist.report.figures import Share, Temperature
+from cwpo_dist.report.figures import Estimate, Share, Temperature
 
 Metrics = Mapping[str, Any]
 
@@ -102,6 +102,27 @@ def percent(record: Metrics | None, key: str) -> Cell:
         return NOT_RUN
     value = record.get(key)
     return NO_PAIRS if value is None else Cell(f"{100 * value:.1f} %")
+
+
+def calibration_error(record: Metrics | None) -> Cell:
+    """ECE, in per cent, with its interval."""
+    cell, ends = percent(record, "expected_calibration_error"), at(record, "ece_interval")
+    if ends is None:
+        return cell
+    return replace(cell, details=(interval(100 * ends[0], 100 * ends[1], ".1f"),))
+
+
+def estimate(record: Metrics | None) -> Cell:
+    """A number with its interval."""
+    found = Estimate.of(record)
+    if found is None:
+        return NOT_RUN
+    if found.value is None:
+        return NO_PAIRS
+    cell = Cell(written(found.value, ".3f"))
+    if found.low is None or found.high is None:
+        return cell
+    return replace(cell, details=(interval(found.low, found.high, ".3f"),))
 
 
 def inner(record: Metrics | None, key: str) -> Cell:

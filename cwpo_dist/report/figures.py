@@ -66,6 +66,13 @@ class Stretch(Interval):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate(Interval):
+    """A number; None: of nothing."""
+
+    value: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Temperature(Interval):
     """A fitted temperature, and of how many pairs."""
 

@@ -147,7 +147,7 @@ def _tiles(metrics: Metrics) -> list[tuple[str, cells.Cell]]:
         *tiles,
         ("annotator accuracy", cells.share(at(record, "agreement"))),
         ("longer answer wins", cells.share(at(record, "length_baseline"))),
-        ("calibration error", cells.percent(record, "expected_calibration_error")),
+        ("calibration error", cells.calibration_error(record)),
         ("mean confidence", cells.inner(record, "mean_confidence")),
     ]
 

@@ -13,8 +13,10 @@ from cwpo_dist.report.cells import (
     Table,
     arm_items,
     at,
+    calibration_error,
     correlation,
     count,
+    estimate,
     inner,
     number,
     percent,
@@ -159,9 +161,13 @@ def weights_table(metrics: Metrics) -> Table:
 _OF_ANNOTATOR: dict[str, Callable[[Metrics | None], Cell]] = {
     "accuracy": lambda r: share(at(r, "agreement"), with_ties=True),
     "longer answer wins": lambda r: share(at(r, "length_baseline"), with_ties=True),
-    "calibration error (ECE)": lambda r: percent(r, "expected_calibration_error"),
+    "calibration error (ECE)": calibration_error,
+    "Brier score": lambda r: estimate(at(r, "brier")),
+    "negative log-likelihood": lambda r: estimate(at(r, "nll")),
     "temperature fitted to held-out labels": temperature,
-    "ECE with it": lambda r: percent(at(r, "calibrated"), "expected_calibration_error"),
+    "ECE with it": lambda r: calibration_error(at(r, "calibrated")),
+    "Brier score with it": lambda r: estimate(at(r, "calibrated", "brier")),
+    "negative log-likelihood with it": lambda r: estimate(at(r, "calibrated", "nll")),
     "mean probability": lambda r: percent(r, "mean_probability"),
     "mean confidence": lambda r: inner(r, "mean_confidence"),
     "margin × length difference": lambda r: correlation(at(r, "margin_length")),
@@ -181,6 +187,8 @@ def annotator_table(metrics: Metrics) -> Table:
         rows,
         note="Mean probability is σ(|margin|) of the predicted answers: above the accuracy it "
         "means overconfident. ECE is over ten bins of it, against the share of people that agree. "
+        "Brier score and negative log-likelihood (nats) hold each claim against what people said; "
+        "less is better, and a coin has 0.25 and 0.693. "
         "The temperature, with its 95 % interval, is what margins must be divided by to be honest; "
         "it is in the weights of arms that ask for it alone. Correlations: Pearson's, with "
         "Spearman's on the second line; far from zero they say that length is part of the score."

@@ -36,14 +36,16 @@ _FIGURES = {
     "gra_own_sft": "GRA, own SFT",
     "gra_common": "GRA, common",
 }
-# What is known of an annotator → its column, its format, and the least it can be (the most is 1).
-_OF_ANNOTATOR = {
-    "labels_right": ("labels right", "%", 0),
-    "least_confident": ("least confident", "%", 0),
-    "most_confident": ("most confident", "%", 0),
-    "calibration_error": ("ECE", ".3f", 0),
-    "mean_confidence": ("mean C", ".2f", 0),
-    "margin_length": ("length, r", "+.2f", -1),
+# What is known of an annotator → its column, its format, the least and the most that it can be.
+_OF_ANNOTATOR: dict[str, tuple[str, str, float, float]] = {
+    "labels_right": ("labels right", "%", 0, 1),
+    "least_confident": ("least confident", "%", 0, 1),
+    "most_confident": ("most confident", "%", 0, 1),
+    "calibration_error": ("ECE", ".3f", 0, 1),
+    "brier": ("Brier", ".3f", 0, 1),
+    "nll": ("NLL", ".3f", 0, math.inf),
+    "mean_confidence": ("mean C", ".2f", 0, 1),
+    "margin_length": ("length, r", "+.2f", -1, 1),
 }
 
 
@@ -198,20 +200,20 @@ def _annotators_table(annotators: list[tuple[list[str], Found]]) -> Table:
         (
             Cell(together(names)),
             *(
-                _share(known[k]) if form == "%" else _mean(Mean.of(known[k]), form, least, 1)
-                for k, (_, form, least) in _OF_ANNOTATOR.items()
+                _share(known[k]) if form == "%" else _mean(Mean.of(known[k]), form, *ends)
+                for k, (_, form, *ends) in _OF_ANNOTATOR.items()
             ),
         )
         for names, known in annotators
     )
     return Table(
         "Annotators",
-        ("of trials", *(column for column, _, _ in _OF_ANNOTATOR.values())),
+        ("of trials", *(column for column, *_ in _OF_ANNOTATOR.values())),
         rows,
         note="On held-out labels. Were confidence worth its name, labels would be right more "
         "often in the most confident quarter of pairs than in the least, and the calibration error "
-        "(ECE, ten bins) small. The last column: the margin's correlation with the difference in "
-        "length.",
+        "(ECE, ten bins), Brier score and negative log-likelihood (NLL, nats) small. The last "
+        "column: the margin's correlation with the difference in length.",
     )
 
 

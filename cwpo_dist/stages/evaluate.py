@@ -110,7 +110,7 @@ class EvaluateSettings(Settings):
     """
 
     stage = "evaluate"
-    format = 4
+    format = 5
 
     config: EvaluateConfig
     gold: GivenModel | None
