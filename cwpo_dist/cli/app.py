@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cwpo_dist import __version__, credentials
-from cwpo_dist.cli import configuration, jobs, starting_file
+from cwpo_dist.cli import bench, configuration, jobs, starting_file
 from cwpo_dist.cli.options import (
     STAGES,
     ConfigPath,
@@ -236,6 +236,7 @@ def check(
 
 app.command()(starting_file.init)
 app.command()(configuration.config)
+app.add_typer(bench.bench, name="bench")
 
 
 @app.command()

@@ -27,7 +27,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: for a missing file, bad YAML, an unknown key or a bad value; the message has
             one line per fault: field, value, remedy.
     """
-    data = _read_yaml(path)
+    return overlaid(_read_yaml(path), overrides)
+
+
+def overlaid(data: dict[str, object], overrides: list[str] | None) -> Config:
+    """The configuration of a plain dictionary with overrides laid over it, as `load_config`."""
     for override in overrides or []:
         if "=" not in override and override.endswith((".yaml", ".yml")):
             _merge(data, _read_yaml(override))

@@ -171,7 +171,7 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     files = _PieceFiles(store, index, piece.layout.kind)
     summary = PieceSummary(piece.source)
     notes = _Notes(piece.layout)
-    for number, (part, raw) in enumerate(_raw_rows(piece)):
+    for number, (part, raw) in enumerate(raw_rows(piece)):
         summary.rows_in += 1
         notes.unread.note(raw.value, notes.used)
         if raw.fault is Reason.DAMAGED:
@@ -258,7 +258,8 @@ def columns_of(piece: Piece) -> set[str] | None:
     return None if whole else piece.layout.needed
 
 
-def _raw_rows(piece: Piece) -> Iterator[tuple[Part, RawRow]]:
+def raw_rows(piece: Piece) -> Iterator[tuple[Part, RawRow]]:
+    """The rows of a piece, in their order, each with what it was read from."""
     columns = columns_of(piece)
     rows = ((part, raw) for part in piece.parts for raw in read(part, columns))
     return itertools.islice(rows, piece.limit)
