@@ -202,9 +202,11 @@ def lists() -> list[Row]:
         for k in range(12)
     ]
     for k in range(6):
-        row = {"prompt": f"Name a colour that is not {k}.", "subset": "Ties"}
-        row["rejected"] = [f"colour {k + j}" for j in range(4)]
         good = [f"red {k}", "blue", f"a {k}th green"]
+        bad = [f"colour {k + j}" for j in range(4)]
+        if k % 3 == 0:
+            good, bad = bad, good
+        row = {"prompt": f"Name a colour that is not {k}.", "subset": "Ties", "rejected": bad}
         rows.append(row | {"id": f"tied:{k}", "chosen": good})
         rows.append(row | {"id": f"ref:{k}", "chosen": good[k % 3 : k % 3 + 1]})
     return rows[:-1]
@@ -246,6 +248,8 @@ def test_every_figure_of_lists_is_that_of_a_plain_loop(
     expected = 0.3 * np.mean([v[0] for v in tied.values()]) + total / len(both)
     expected += 0.3 * np.mean([v[0] for v in ref.values()])
     assert (len(tied), len(ref), len(both)) == (6, 5, 5)
+    assert 0 < found["ties"]["tied"] < 1, "some are right, some are not"
+    same(found["ties"]["tied"], np.mean([right for right, *_ in tied.values()]))
     same(found["ties"]["score"], expected)
     assert found["ties"]["low"] < expected < found["ties"]["high"]
     mean = np.mean([np.mean(best["Math"]), np.mean(best["Focus"]), expected])
@@ -309,6 +313,13 @@ def test_a_hostile_file_or_model_ends_in_one_message(
     refused(capsys, "annotate.model.model_name_or_path", str(broken), str(good))
     (tmp_path / "file").write_text("")
     refused(capsys, "file", model, str(good), "--json", str(tmp_path / "file" / "x.json"))
+
+
+def test_the_command_teaches_by_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "annotator", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Example: cwpo bench annotator models/annotator heldout.jsonl --by domain" in shown
 
 
 def refused(capsys: pytest.CaptureFixture[str], said: str, *arguments: str) -> None:

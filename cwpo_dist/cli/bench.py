@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cwpo_dist.cli.options import Overrides, say
+from cwpo_dist.cli.options import say
 from cwpo_dist.cli.terminal_log import log_to_terminal
 from cwpo_dist.config.load import overlaid
 
@@ -25,7 +25,10 @@ def annotator(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Pairs with labels, or RewardBench 2's rows.")
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OVERRIDES]", help="key.sub=value of `prepare` and `annotate`."),
+    ] = None,
     by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Also give the figures of each value.")
     ] = None,
@@ -34,8 +37,8 @@ def annotator(
     """Say how good a reward model or annotator is on any labelled set; nothing is trained.
 
     DATA is whatever `prepare` reads, or rows with lists of chosen and of rejected answers
-    (RewardBench 2). Overrides are those of `prepare` and `annotate`, such as
-    annotate.model.max_length=4096 or prepare.sources.0.columns.prompt=question.
+    (RewardBench 2). Overrides are such as annotate.model.max_length=4096 and
+    prepare.sources.0.columns.prompt=question.
 
     Example: cwpo bench annotator models/annotator heldout.jsonl --by domain --json figures.json
     """

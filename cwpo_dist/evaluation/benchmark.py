@@ -134,5 +134,5 @@ def ties_score(tied: Mapping[str, Floats], ref: Mapping[str, Floats]) -> dict[st
     score = float(sum(part.mean() for part in parts))
     deviations = np.concatenate([(part - part.mean()) / len(part) for part in parts])
     half = Z95 * clustered_error(deviations, group_numbers(names, len(names)))
-    ends = (score - half, score + half) if half else (None, None)
+    ends = (max(0.0, score - half), min(1.01, score + half)) if half else (None, None)
     return shares | dict(zip(("score", "low", "high"), (score, *ends), strict=True))

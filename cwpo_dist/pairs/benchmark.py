@@ -17,6 +17,7 @@ from typing import NamedTuple
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
 from cwpo_dist.pairs.layout import CHOSEN, Layout
 from cwpo_dist.pairs.locate import find
+from cwpo_dist.pairs.pairing import MOST_PAIRS
 from cwpo_dist.pairs.parsing import ParsedPair, parse
 from cwpo_dist.pairs.pieces import Piece, raw_rows
 from cwpo_dist.pairs.readers import RawRow
@@ -134,10 +135,12 @@ def _of_lists(raw: RawRow, layout: Layout, by: str | None) -> Row:
     for name in CHOSEN:
         if not _is_list(row.get(name)):
             raise BadRow(Reason.TYPE, name, shown(row.get(name)))
+    number, others = (len(row[name]) for name in CHOSEN)
+    if number * others > MOST_PAIRS:
+        raise BadRow(Reason.TOO_MANY, CHOSEN[0], f"{number} beside {others}")
     both = itertools.product(*(row[name] for name in CHOSEN))
     pairs = [parse({**row, **dict(zip(CHOSEN, two, strict=True))}, layout) for two in both]
-    number, name = len(row[CHOSEN[0]]), str(row.get(_NAME))
-    return Row(tuple(map(_ordered, pairs)), _domain(pairs[0], by), number, name)
+    return Row(tuple(map(_ordered, pairs)), _domain(pairs[0], by), number, str(row.get(_NAME)))
 
 
 def _ordered(pair: ParsedPair) -> Pair:

@@ -1,8 +1,8 @@
-"""What a reward model is worth on a labelled set in; the terminal's table out."""
+"""What a reward model is worth on a labelled set in; the terminal's tables out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.text import Text
@@ -19,46 +19,49 @@ from cwpo_dist.report.cells import (
 )
 from cwpo_dist.report.table import print_table
 
-_NOTE = (
+_Columns = Mapping[str, Callable[[Metrics], Cell]]
+_OF_PAIRS: _Columns = {
+    "pairs": lambda r: count(r["agreement"]["n"]),
+    "right": lambda r: share(r["agreement"], with_ties=True),
+    "ECE": calibration_error,
+    "Brier score": lambda r: estimate(r["brier"]),
+    "NLL, nats": lambda r: estimate(r["nll"]),
+    "longer wins": lambda r: share(r["length_baseline"]),
+    "chosen longer": lambda r: share(r["chosen_longer"]),
+    "chosen shorter": lambda r: share(r["chosen_shorter"]),
+}
+_OF_ROWS: _Columns = {
+    "rows": lambda r: count(r["best"]["n"]),
+    "right": lambda r: share(r["best"], with_ties=True),
+    "score": lambda r: percent(r, "score"),
+}
+_NOTES = (
     "Right: of decided pairs, the chosen answer has the higher score; ties of scores apart. ECE, "
     "Brier score and negative log-likelihood are of σ(|margin|); a coin has 0.25 and 0.693. Longer "
     "wins: the chosen answer is the longer one. Chosen longer, chosen shorter: right where it is. "
-    "Small: 95 % intervals, by prompt."
-)
-_OF_LISTS = (
-    " Pairs are each chosen with each rejected answer of a row. Best: rows whose chosen answers "
-    "have higher scores than all others. Score: the same, one of k highest as 1/k."
+    "Small: 95 % intervals, by prompt.",
+    "Right: all chosen answers of a row have higher scores than its others. Score: the same, one "
+    "of k highest as 1/k. The pairs above are each chosen with each rejected answer of a row.",
 )
 
 
 def print_benchmark(figures: Metrics, console: Console) -> None:
     """Prints what came out, and what was left out and why."""
-    print_table(_table(figures), console, simulated=False)
+    title = f"{figures['model']} on {', '.join(figures['data'])}"
+    tables = [_table(figures, title, _OF_PAIRS, _NOTES[0])]
+    if "mean_score" in figures:
+        tables.append(_table(figures, "Best of each row", _OF_ROWS, _NOTES[1]))
+    for table in tables:
+        print_table(table, console, simulated=False)
     console.print(Text("\n".join(["", *_lines(figures)])), soft_wrap=True)
 
 
-def _table(figures: Metrics) -> Table:
-    lists = "mean_score" in figures
-    columns = ["pairs", "right", "ECE", "Brier score", "NLL, nats"]
-    columns += ["longer wins", "chosen longer", "chosen shorter"]
-    rows = [
-        (
-            Cell(name),
-            count(record["agreement"]["n"]),
-            share(record["agreement"], with_ties=True),
-            calibration_error(record),
-            *(estimate(record[key]) for key in ("brier", "nll")),
-            *(share(record[k]) for k in ("length_baseline", "chosen_longer", "chosen_shorter")),
-            *([share(record["best"], with_ties=True), percent(record, "score")] if lists else []),
-        )
+def _table(figures: Metrics, title: str, columns: _Columns, note: str) -> Table:
+    rows = tuple(
+        (Cell(name), *(cell(record) for cell in columns.values()))
         for name, record in figures["domains"].items()
-    ]
-    return Table(
-        f"{figures['model']} on {', '.join(figures['data'])}",
-        (figures["by"] or "", *columns, *(["best", "score"] if lists else [])),
-        tuple(rows),
-        note=_NOTE + (_OF_LISTS if lists else ""),
     )
+    return Table(title, (figures["by"] or "", *columns), rows, note)
 
 
 def _lines(figures: Metrics) -> Iterator[str]:
@@ -66,7 +69,9 @@ def _lines(figures: Metrics) -> Iterator[str]:
         ties = figures["ties"]
         cell = share(ties | {"accuracy": ties["score"]})
         tied, ref = (percent(ties, kind).text for kind in ("tied", "ref"))
-        yield f"Ties: score {' '.join([cell.text, *cell.details])}; right {tied} tied, {ref} ref"
+        if ties["score"] is not None:
+            told = " ".join([cell.text, *cell.details])
+            yield f"Ties: score {told}; right {tied} tied, {ref} ref"
         yield f"mean score of subsets: {percent(figures, 'mean_score').text}"
     yield f"{figures['rows']:,} rows, {figures['compared']:,} compared on {figures['device']}"
     yield from (f"left out: {n:,} × {reason}" for reason, n in figures["left_out"].items())
