@@ -42,7 +42,7 @@ def annotator(
 
     Example: cwpo bench annotator models/annotator heldout.jsonl --by domain --json figures.json
     """
-    from cwpo_dist.execution.bench import bench_annotator
+    from cwpo_dist.execution.model_bench import bench_annotator
 
     log_to_terminal()
     given: dict[str, object] = {

@@ -43,16 +43,13 @@ _ROWS_AS_PYTHON = 2048
 
 BESIDE_PAIRS = pa.schema(
     [
-        ("bucket", pa.int32()),
-        ("piece", pa.int32()),
+        *((name, pa.int32()) for name in ("bucket", "piece")),
         ("number", pa.int64()),
         ("origin", pa.string()),
         ("position", pa.int64()),
         *SIDE_SCHEMA,
         ("in_labelled_part", pa.bool_()),
-        ("answer_a", pa.string()),
-        ("answer_b", pa.string()),
-        ("kept", pa.string()),
+        *((name, pa.string()) for name in ("answer_a", "answer_b", "kept")),
     ]
 )
 

@@ -188,7 +188,7 @@ def annotator_table(metrics: Metrics) -> Table:
         note="Mean probability is σ(|margin|) of the predicted answers: above the accuracy it "
         "means overconfident. ECE is over ten bins of it, against the share of people that agree. "
         "Brier score and negative log-likelihood (nats) hold each claim against what people said; "
-        "less is better, and a coin has 0.25 and 0.693. "
+        "less is better, and a coin has ¼ and ln 2. "
         "The temperature, with its 95 % interval, is what margins must be divided by to be honest; "
         "it is in the weights of arms that ask for it alone. Correlations: Pearson's, with "
         "Spearman's on the second line; far from zero they say that length is part of the score."

@@ -15,12 +15,12 @@ import numpy as np
 from rich.console import Console
 
 from cwpo_dist.config import AnnotateConfig, Config, ConfigError, ModelConfig
-from cwpo_dist.evaluation.benchmark import Judged, worth
+from cwpo_dist.evaluation.model_worth import Judged, worth
 from cwpo_dist.lm.templates import Fault
-from cwpo_dist.pairs.benchmark import Benchmark, Row, read_benchmark
+from cwpo_dist.pairs.judged_rows import Benchmark, Row, read_benchmark
 from cwpo_dist.pairs.records import Reject, Score, answer_id, prompt_id, rows_of
 from cwpo_dist.pairs.stored import Pair, write_pairs
-from cwpo_dist.report.benchmark import print_benchmark
+from cwpo_dist.report.worth_table import print_benchmark
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.sizes import reward_model
 from cwpo_dist.scoring.answers_in import AnswersIn

@@ -22,8 +22,8 @@ from cwpo_dist.evaluation.shares import (
     group_numbers,
     mean,
 )
-from cwpo_dist.pairs.benchmark import Row
 from cwpo_dist.pairs.chosen import signs
+from cwpo_dist.pairs.judged_rows import Row
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import content_hash
 
