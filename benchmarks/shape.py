@@ -39,7 +39,15 @@ ROWS = {"row", "pair", "record", "reject", "prompt", "item", "entry", "scored", 
 RECORDS = {"records.py", "stored.py"}
 STRANGERS = {
     *("arrow_rows.py", "columns.py", "csv_files.py", "data_sets.py", "first_rows.py", "formats.py"),
-    *("json_files.py", "judging.py", "layout.py", "locate.py", "messages.py", "parsing.py"),
+    *(
+        "json_files.py",
+        "judged_rows.py",
+        "judging.py",
+        "layout.py",
+        "locate.py",
+        "messages.py",
+        "parsing.py",
+    ),
     *("readers.py", "unread.py", "verdicts.py", "written.py"),
 }
 STAGES = {

@@ -52,15 +52,7 @@ def worth(judged: Sequence[Judged], *, lists: bool) -> dict[str, object]:
         RewardBench 2's subset Ties has figures of its own, `ties`; `mean_score` is its own figure,
         the mean score of the domains and Ties.
     """
-    ties: dict[str, dict[str, Floats]] = {"tied": {}, "ref": {}}
-    domains = defaultdict[str, list[Judged]](list, {ALL: []})
-    for each in judged:
-        if lists and (found := _TIES.fullmatch(each.row.name)):
-            ties[found[1]][found[2]] = each.leads_CR
-            continue
-        domains[ALL].append(each)
-        if each.row.domain not in (None, ALL):
-            domains[each.row.domain].append(each)
+    domains, ties = _divided(judged, lists=lists)
     by_domain = {name: of_pairs(rows) for name, rows in domains.items()}
     if not lists:
         return {"domains": by_domain}
@@ -72,6 +64,22 @@ def worth(judged: Sequence[Judged], *, lists: bool) -> dict[str, object]:
         "ties": of_ties,
         "mean_score": mean(np.array([score for score in scores if score is not None])),
     }
+
+
+def _divided(
+    judged: Sequence[Judged], *, lists: bool
+) -> tuple[dict[str, list[Judged]], dict[str, dict[str, Floats]]]:
+    """The rows by domain, all of them first; of Ties the leads by prompt, of each of its halves."""
+    ties: dict[str, dict[str, Floats]] = {"tied": {}, "ref": {}}
+    domains = defaultdict[str, list[Judged]](list, {ALL: []})
+    for each in judged:
+        if lists and (found := _TIES.fullmatch(each.row.name)):
+            ties[found[1]][found[2]] = each.leads_CR
+            continue
+        domains[ALL].append(each)
+        if each.row.domain not in (None, ALL):
+            domains[each.row.domain].append(each)
+    return domains, ties
 
 
 def of_pairs(judged: Sequence[Judged]) -> dict[str, object]:

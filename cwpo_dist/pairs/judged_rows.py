@@ -10,7 +10,7 @@ import itertools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -79,10 +79,7 @@ def read_benchmark(config: PrepareConfig, by: str | None) -> Benchmark:
     lists = _lists(config.sources[0]) if len(config.sources) == 1 else None
     planned = lists or plan(config)
     names = list(dict.fromkeys(itertools.chain.from_iterable(planned.names)))
-    if by is None and lists and _SUBSET in names:
-        by = _SUBSET
-    if by is not None and by not in names:
-        raise ConfigError(f"--by: there is no column {by!r}, but {', '.join(names)}; name another")
+    by = _column(by, names, _SUBSET if lists else None)
     for line in planned.remarks:
         logger.info("bench: %s", line)
     found = Benchmark(by, lists is not None)
@@ -95,6 +92,15 @@ def read_benchmark(config: PrepareConfig, by: str | None) -> Benchmark:
             except BadRow as bad:
                 found.left_out[bad.reason] += 1
     return found
+
+
+def _column(by: str | None, names: Sequence[str], unless: str | None) -> str | None:
+    """The column of the domains: as it was asked for, else this one, where it is there."""
+    if by is None:
+        return unless if unless in names else None
+    if by not in names:
+        raise ConfigError(f"--by: there is no column {by!r}, but {', '.join(names)}; name another")
+    return by
 
 
 def _lists(source: Source) -> Plan | None:

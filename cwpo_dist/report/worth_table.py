@@ -21,19 +21,19 @@ from cwpo_dist.report.table import print_table
 
 _Columns = Mapping[str, Callable[[Metrics], Cell]]
 _OF_PAIRS: _Columns = {
-    "pairs": lambda r: count(r["agreement"]["n"]),
-    "right": lambda r: share(r["agreement"], with_ties=True),
+    "pairs": lambda of: count(of["agreement"]["n"]),
+    "right": lambda of: share(of["agreement"], with_ties=True),
     "ECE": calibration_error,
-    "Brier score": lambda r: estimate(r["brier"]),
-    "NLL, nats": lambda r: estimate(r["nll"]),
-    "longer wins": lambda r: share(r["length_baseline"]),
-    "chosen longer": lambda r: share(r["chosen_longer"]),
-    "chosen shorter": lambda r: share(r["chosen_shorter"]),
+    "Brier score": lambda of: estimate(of["brier"]),
+    "NLL, nats": lambda of: estimate(of["nll"]),
+    "longer wins": lambda of: share(of["length_baseline"]),
+    "chosen longer": lambda of: share(of["chosen_longer"]),
+    "chosen shorter": lambda of: share(of["chosen_shorter"]),
 }
 _OF_ROWS: _Columns = {
-    "rows": lambda r: count(r["best"]["n"]),
-    "right": lambda r: share(r["best"], with_ties=True),
-    "score": lambda r: percent(r, "score"),
+    "rows": lambda of: count(of["best"]["n"]),
+    "right": lambda of: share(of["best"], with_ties=True),
+    "score": lambda of: percent(of, "score"),
 }
 _NOTES = (
     "Right: of decided pairs, the chosen answer has the higher score; ties of scores apart. ECE, "
@@ -58,8 +58,8 @@ def print_benchmark(figures: Metrics, console: Console) -> None:
 
 def _table(figures: Metrics, title: str, columns: _Columns, note: str) -> Table:
     rows = tuple(
-        (Cell(name), *(cell(record) for cell in columns.values()))
-        for name, record in figures["domains"].items()
+        (Cell(name), *(cell(of_domain) for cell in columns.values()))
+        for name, of_domain in figures["domains"].items()
     )
     return Table(title, (figures["by"] or "", *columns), rows, note)
 
