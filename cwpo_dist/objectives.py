@@ -9,7 +9,7 @@ Shapes: P = pairs; every tensor is [P], log-probs are in nats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,12 +71,14 @@ class LossSettings:
             its own: 1 − the annotator's probability, for soft labels.
         simpo_gamma: γ, SimPO's target margin in units of reward.
         sft_coefficient: λ of the chosen answer's own likelihood, beside any loss.
+        ropo_alpha: α, how much ROPO's noise-tolerant term counts beside DPO's.
     """
 
     beta: float
     label_smoothing: float | Tensor = 0.0
     simpo_gamma: float = 0.5
     sft_coefficient: float = 0.0
+    ropo_alpha: float = 14.0
 
 
 PreferenceLoss = Callable[[PairLogps, LossSettings], Tensor]
@@ -118,6 +120,18 @@ def robust(pairs: PairLogps, settings: LossSettings) -> Tensor:
     scaled_P, epsilon = settings.beta * pairs.h, settings.label_smoothing
     kept, flipped = (1 - epsilon) / (1 - 2 * epsilon), epsilon / (1 - 2 * epsilon)
     return -kept * logsigmoid(scaled_P) + flipped * logsigmoid(-scaled_P)  # eq. 11
+
+
+def ropo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """ROPO (arXiv 2404.04102), [P]: 4α/(1+α)² · (−log σ(βh) + α·σ(−βh)).
+
+    DPO pulls hardest where the policy contradicts the label most, which is where labels are wrong;
+    here a pair that the policy is unsure of pulls hardest. For α ≥ 1 the factor makes the largest
+    slope in βh 1, as DPO's is. The equation is as two public implementations of the paper have it.
+    """
+    scaled_P, alpha = settings.beta * pairs.h, settings.ropo_alpha
+    tolerant_P = torch.sigmoid(-scaled_P)
+    return 4 * alpha / (1 + alpha) ** 2 * (-logsigmoid(scaled_P) + alpha * tolerant_P)
 
 
 def hinge(pairs: PairLogps, settings: LossSettings) -> Tensor:
@@ -179,14 +193,14 @@ class Objective:
             away, and an answer's implicit reward is β·log π(y)/|y| instead of β·log π/π_ref.
         label_smoothing: the ε that it takes unless told; None: it reads none.
         soft_labels: ε may differ from pair to pair.
-        gamma: it reads `simpo_gamma`.
+        own: the setting that it alone reads.
     """
 
     loss: PreferenceLoss
     reference: bool = True
     label_smoothing: float | None = None
     soft_labels: bool = False
-    gamma: bool = False
+    own: str | None = None
 
     def losses(self, pairs: PairLogps, settings: LossSettings) -> Tensor:
         """The loss of each pair, [P]: ℓ − λ·log π(y⁺)/|y⁺| with λ = `sft_coefficient`.
@@ -212,8 +226,11 @@ OBJECTIVES: dict[str, Objective] = {
     "ipo": Objective(ipo),
     "ipo_norm": Objective(ipo_per_token),
     "robust": Objective(robust, label_smoothing=0.1),
+    "ropo": Objective(ropo, own="ropo_alpha"),
     "hinge": Objective(hinge),
-    "simpo": Objective(simpo, reference=False, label_smoothing=0.0, soft_labels=True, gamma=True),
+    "simpo": Objective(
+        simpo, reference=False, label_smoothing=0.0, soft_labels=True, own="simpo_gamma"
+    ),
     "orpo": Objective(orpo, reference=False),
 }
 
@@ -240,8 +257,10 @@ def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objecti
         _refuse_soft(align, found)
     given = align.label_smoothing
     epsilon = found.label_smoothing or 0.0 if given is None else given
-    gamma = LossSettings.simpo_gamma if align.simpo_gamma is None else align.simpo_gamma
-    return found, LossSettings(align.beta, epsilon, gamma, align.sft_coefficient)
+    settings = LossSettings(align.beta, epsilon, sft_coefficient=align.sft_coefficient)
+    if found.own is not None and (own := getattr(align, found.own)) is not None:
+        settings = replace(settings, **{found.own: own})
+    return found, settings
 
 
 def _refuse_unread(align: AlignConfig, found: Objective) -> None:
@@ -252,11 +271,13 @@ def _refuse_unread(align: AlignConfig, found: Objective) -> None:
             f"align.label_smoothing: {align.label_smoothing} is not read by loss_type {name!r}; "
             f"remove it, or take {_those_with('label_smoothing')}"
         )
-    if align.simpo_gamma is not None and not found.gamma:
-        raise ConfigError(
-            f"align.simpo_gamma: {align.simpo_gamma} is not read by loss_type {name!r}; remove it, "
-            "or take simpo"
-        )
+    for other, its in OBJECTIVES.items():
+        given = None if its.own in (None, found.own) else getattr(align, str(its.own))
+        if given is not None:
+            raise ConfigError(
+                f"align.{its.own}: {given} is not read by loss_type {name!r}; remove it, or take "
+                f"{other}"
+            )
 
 
 def _refuse_soft(align: AlignConfig, found: Objective) -> None:

@@ -292,6 +292,11 @@ def test_soft_labels_are_each_pairs_own_smoothing() -> None:
         ),
         ({"simpo_gamma": 1.0}, False, ["align.simpo_gamma: 1.0", "'sigmoid'", "take simpo"]),
         (
+            {"loss_type": "simpo", "ropo_alpha": 6.0},
+            False,
+            ["align.ropo_alpha: 6.0 is not read by loss_type 'simpo'", "take ropo"],
+        ),
+        (
             {"loss_type": "robust"},
             True,
             ["'robust' takes no soft labels", "sigmoid or sigmoid_norm or simpo"],

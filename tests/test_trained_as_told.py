@@ -49,6 +49,7 @@ def preferences(world: World, spec: TrainSpec) -> tuple[Preference, Preference]:
         ({"loss_type": "robust", "label_smoothing": 0.2}, ("robust", 0.5, 0.2, 0.5)),
         ({"loss_type": "simpo", "simpo_gamma": 0.9, "beta": 2.0}, ("simpo", 2.0, 0.0, 0.9)),
         ({"loss_type": "ipo", "sft_coefficient": 0.2}, ("ipo", 0.5, 0.0, 0.5)),
+        ({"loss_type": "ropo", "ropo_alpha": 6.0}, ("ropo", 0.5, 0.0, 0.5)),
         ({"loss_type": "sigmoid", "batch_by": "prompt"}, ("sigmoid", 0.5, 0.0, 0.5)),
     ],
 )
@@ -68,6 +69,7 @@ def test_workers_are_told_the_loss_and_its_numbers(
         told = (task.loss_type, task.beta, task.label_smoothing, task.simpo_gamma)
         assert told == numbers
         assert task.sft_coefficient == section.get("sft_coefficient", 0.0)
+        assert task.ropo_alpha == section.get("ropo_alpha", 14.0)
         assert task.batch_by == section.get("batch_by", "pair")
         assert (task.references is None) == (section["loss_type"] == "simpo")
 

@@ -290,8 +290,8 @@ class AlignConfig(PairsConfig):
     loss_type: str = Field(
         "sigmoid",
         description="the loss, by TRL's names: sigmoid (DPO), ipo (summed, the paper's), "
-        "ipo_norm (per token, TRL's ipo), sigmoid_norm (DPO per token), robust (rDPO), hinge, "
-        "simpo, orpo",
+        "ipo_norm (per token, TRL's ipo), sigmoid_norm (DPO per token), robust (rDPO), ropo, "
+        "hinge, simpo, orpo",
     )
     beta: PositiveFloat = Field(
         0.5,
@@ -305,6 +305,9 @@ class AlignConfig(PairsConfig):
     simpo_gamma: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="γ, SimPO's target margin (null: TRL's 0.5)"
     )
+    ropo_alpha: Annotated[float, Field(ge=1.0)] | None = Field(
+        None, description="α, how much ROPO's noise-tolerant term counts (null: the paper's 14)"
+    )
     sft_coefficient: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
         description="λ of −log π(y⁺)/|y⁺|, in nats a token, added to a pair's loss before its "
@@ -317,8 +320,9 @@ class AlignConfig(PairsConfig):
     )
 
     def identity(self) -> dict[str, object]:
-        """As of any training; without the term that older keys do not know, where there is none."""
+        """As of any training; without what older keys do not know, where it is not used."""
         settings = super().identity()
-        if not self.sft_coefficient:
-            del settings["sft_coefficient"]
+        for name in ("sft_coefficient", "ropo_alpha"):
+            if not settings[name]:
+                del settings[name]
         return settings

@@ -202,6 +202,7 @@ class WeightedPairs:
             probabilities=found.numbers("probability") if self.soft_labels else None,
             simpo_gamma=settings.simpo_gamma,
             sft_coefficient=settings.sft_coefficient,
+            ropo_alpha=settings.ropo_alpha,
             batch_by=self.config.batch_by,
         )
 

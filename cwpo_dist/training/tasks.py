@@ -178,6 +178,7 @@ class Preference(Task):
         label_smoothing: ε of the losses that read it.
         simpo_gamma: γ of SimPO.
         sft_coefficient: λ of the chosen answer's own likelihood, beside the loss.
+        ropo_alpha: α of ROPO.
         normalization: the denominator of Σ C·ℓ over a global batch: 'none', its pairs (the
             paper); 'batch', its ΣC.
         sampling: 'proportional': C is how often a pair is drawn, and its weight is then 1.
@@ -194,6 +195,7 @@ class Preference(Task):
     probabilities: Numbers | None = None
     simpo_gamma: float = LossSettings.simpo_gamma
     sft_coefficient: float = 0.0
+    ropo_alpha: float = LossSettings.ropo_alpha
 
     def __post_init__(self) -> None:
         """Checks numbers and their count, too."""
@@ -239,7 +241,8 @@ class Preference(Task):
         epsilon: float | Tensor = self.label_smoothing
         if self.probabilities is not None:
             epsilon = 1 - _of(self.probabilities, indices, outputs_PK)
-        settings = LossSettings(self.beta, epsilon, self.simpo_gamma, self.sft_coefficient)
+        own = self.simpo_gamma, self.sft_coefficient, self.ropo_alpha
+        settings = LossSettings(self.beta, epsilon, *own)
         loss_P = OBJECTIVES[self.loss_type].losses(self._pairs(outputs_PK, indices), settings)
         return self._weights(outputs_PK, indices) * loss_P
 
