@@ -134,6 +134,25 @@ def ropo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     return 4 * alpha / (1 + alpha) ** 2 * (-logsigmoid(scaled_P) + alpha * tolerant_P)
 
 
+def re_dpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """RE-PO on DPO (arXiv 2509.24159, eq. 5), [P]: −w·log σ(βh) − (1−w)·log σ(−βh).
+
+    It is DPO with labels as soft as `flipped` finds them, which is held fixed: an M-step of EM. Its
+    gradient is that of the paper's eq. 3, −log((1−ε)·σ(βh) + ε·σ(−βh)).
+    """
+    return _cross_entropy(settings.beta * pairs.h, flipped(pairs, settings).detach())
+
+
+def flipped(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """1 − w of RE-PO (eq. 4), [P]: the probability that a label is wrong, given the policy.
+
+    A share ε of all labels is; w = (1−ε)·σ(βh) / ((1−ε)·σ(βh) + ε·σ(−βh)) = σ(βh − logit ε).
+    """
+    scaled_P = settings.beta * pairs.h
+    epsilon = torch.as_tensor(settings.label_smoothing, dtype=scaled_P.dtype)
+    return torch.sigmoid(epsilon.logit() - scaled_P)
+
+
 def hinge(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """max(0, 1 − βh), [P] (SLiC, arXiv 2305.10425, on log-ratios)."""
     return torch.relu(1 - settings.beta * pairs.h)
@@ -194,6 +213,7 @@ class Objective:
         label_smoothing: the ε that it takes unless told; None: it reads none.
         soft_labels: ε may differ from pair to pair.
         own: the setting that it alone reads.
+        flipped: [P] how probably each label is wrong: training moves ε towards a batch's mean.
     """
 
     loss: PreferenceLoss
@@ -201,6 +221,7 @@ class Objective:
     label_smoothing: float | None = None
     soft_labels: bool = False
     own: str | None = None
+    flipped: PreferenceLoss | None = None
 
     def losses(self, pairs: PairLogps, settings: LossSettings) -> Tensor:
         """The loss of each pair, [P]: ℓ − λ·log π(y⁺)/|y⁺| with λ = `sft_coefficient`.
@@ -227,6 +248,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ipo_norm": Objective(ipo_per_token),
     "robust": Objective(robust, label_smoothing=0.1),
     "ropo": Objective(ropo, own="ropo_alpha"),
+    "re_dpo": Objective(re_dpo, label_smoothing=0.1, flipped=flipped),
     "hinge": Objective(hinge),
     "simpo": Objective(
         simpo, reference=False, label_smoothing=0.0, soft_labels=True, own="simpo_gamma"

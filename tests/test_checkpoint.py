@@ -67,9 +67,23 @@ def test_checkpoints_are_tried_on_decayed_and_undecayed_parameters(case: Case) -
 
 
 def test_all_stages_end_alike() -> None:
-    first, *others = (weights(case, "2.whole") for case in RESUME_CASES if not case.lora)
+    stages = [case for case in RESUME_CASES if case.task == "prompt" and not case.lora]
+    first, *others = (weights(case, "2.whole") for case in stages)
     assert len(others) == 3
     assert all(distance(first, other) < 1e-4 for other in others)
+
+
+def test_a_checkpoint_holds_what_the_loss_has_learned() -> None:
+    """Which is far from where it began, and the same for any number of ranks."""
+    case = next(case for case in RESUME_CASES if case.task == "learning")
+    held = []
+    for world in (1, 2):
+        found = checkpoint.newest(Store(str(zero_ranks.results() / f"{case.name}.{world}")))
+        assert found is not None
+        held += found.learned
+    assert held == pytest.approx([held[0]] * 2, abs=1e-6)
+    assert abs(held[0] - 0.4) > 0.02
+    assert abs(float(weights(case, "2.whole")["learned"]) - held[0]) > 0.005
 
 
 def test_lora_checkpoint_holds_the_adapter_alone() -> None:

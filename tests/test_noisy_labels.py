@@ -9,10 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_loop import ROWS, Record, make_engine, make_run, make_task
 from torch import Tensor
 
 from cwpo_dist.config import AlignConfig
-from cwpo_dist.objectives import LossSettings, PairLogps, objective, ropo
+from cwpo_dist.lm.rows import Row
+from cwpo_dist.objectives import LossSettings, PairLogps, dpo, flipped, objective, re_dpo, ropo
+from cwpo_dist.training.loop import Preempted, train
+from cwpo_dist.training.tasks import Preference
+from cwpo_dist.training.torch_engine import TorchEngine
 
 BETA = 0.5
 
@@ -65,3 +70,79 @@ def test_ropo_trusts_a_contradicted_label_less_than_dpo_does() -> None:
     assert slopes(ropo(pairs(scaled), settings), scaled).item() == pytest.approx(expected)
     aggressive = replace(settings, ropo_alpha=1.0)  # the mildest: DPO's slope there
     assert slopes(ropo(pairs(scaled), aggressive), scaled).item() == pytest.approx(-1.0)
+
+
+def test_re_dpo_by_hand() -> None:
+    """βh = ln 3, ε = 0.1: w = 0.9·¾ / (0.9·¾ + 0.1·¼) = 27/28."""
+    pair, settings = pairs(torch.tensor([math.log(3)])), LossSettings(BETA, 0.1)
+    assert flipped(pair, settings).item() == pytest.approx(1 / 28, abs=1e-6)
+    expected = 27 / 28 * math.log(4 / 3) + 1 / 28 * math.log(4)
+    assert re_dpo(pair, settings).item() == pytest.approx(expected, abs=1e-6)
+    trusting = replace(settings, label_smoothing=0.0)
+    torch.testing.assert_close(re_dpo(pair, trusting), dpo(pair, trusting))
+
+
+@given(st.floats(0.001, 0.499))
+def test_re_dpo_has_the_gradient_of_the_mixture(epsilon: float) -> None:
+    """Of −log((1−ε)·σ(βh) + ε·σ(−βh)): always downwards, and away from what is surely wrong."""
+    scaled = torch.linspace(-30, 30, 61, dtype=torch.float64, requires_grad=True)
+    found = slopes(re_dpo(pairs(scaled), LossSettings(BETA, epsilon)), scaled)
+    right = torch.sigmoid(scaled)
+    mixture = -torch.log((1 - epsilon) * right + epsilon * (1 - right))
+    torch.testing.assert_close(found, slopes(mixture, scaled), rtol=1e-6, atol=1e-12)
+    assert (found < 0).all(), "a likelier chosen answer is always better"
+    assert float(found[0]) > -1e-9, "where DPO pulls hardest"
+
+
+def test_re_dpo_learns_the_share_of_wrong_labels() -> None:
+    """Of a policy that is right about what people mean, a fifth of whose labels are swapped."""
+    draw = torch.Generator().manual_seed(0)
+    n = 4000
+    means = 6 * torch.rand(n, generator=draw, dtype=torch.float64) - 3
+    meant = torch.rand(n, generator=draw, dtype=torch.float64) < torch.sigmoid(means)
+    labels = meant ^ (torch.rand(n, generator=draw) < 0.2)
+    h = torch.where(labels, means, -means)
+    outputs, indices = torch.stack([h, torch.zeros_like(h)], 1), range(n)
+    row = Row([1], ([2], [3]))
+    given = [row] * n, [""] * n, [1.0] * n, [(0.0, 0.0)] * n
+    task = Preference(*given, "re_dpo", beta=1.0, label_smoothing=0.45)
+    for _ in range(300):
+        task.learn(outputs, indices)
+    assert task.learned == [pytest.approx(0.2, abs=0.03)]
+    assert task.metrics(outputs, indices)["flipped"] == task.learned[0]
+
+
+def learning(learned: float = 0.1) -> Preference:
+    """Preferences that the policy does not share, and a share of wrong labels to learn."""
+    told = {"references": [(-80.0, -90.0)] * len(ROWS), "loss_type": "re_dpo"}
+    return make_task(**told, label_smoothing=learned)
+
+
+def weights(engine: TorchEngine) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+
+
+def test_a_steps_share_is_that_of_the_steps_before_whatever_it_is_cut_into() -> None:
+    ends, shares = [], []
+    for budget in (10**6, 61):
+        task, engine, hooks = learning(), make_engine(), Record()
+        train(task, engine, make_run(budget), hooks)
+        ends.append(weights(engine))
+        shares.append([*(record["flipped"] for record in hooks.records), *task.learned])
+    assert shares[0][0] == 0.1
+    assert abs(shares[0][-1] - 0.1) > 0.01
+    assert shares[1] == pytest.approx(shares[0], abs=1e-6)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
+
+
+def test_restored_it_goes_on_to_the_same_end() -> None:
+    whole, engine = learning(), make_engine()
+    train(whole, engine, make_run(), Record())
+    before, resumed = learning(), make_engine()
+    with pytest.raises(Preempted):
+        train(before, resumed, make_run(), Record(stop_at=1))
+    after = learning()
+    after.learned[:] = before.learned
+    train(after, resumed, make_run(), Record(), start_step=2)
+    assert after.learned == whole.learned
+    assert torch.equal(weights(resumed), weights(engine))

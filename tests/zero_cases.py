@@ -44,7 +44,7 @@ class Case:
     name: str
     stage: int
     lora: bool = False
-    task: str = "none"  # a weight normalisation, 'prompt', 'sft' or 'fit'
+    task: str = "none"  # a weight normalisation, 'prompt', 'learning', 'sft' or 'fit'
     budget: int = 130
     optim: str = "sgd"
     steps: int = 20
@@ -99,6 +99,7 @@ ALONE_CASES = [case for case in ZERO_CASES if case.name.startswith("full-")]
 RESUME_CASES = [
     *(Case(f"adamw-{stage}", stage, task="prompt", optim="adamw", steps=6) for stage in range(4)),
     Case("adamw-lora-3", 3, lora=True, task="prompt", optim="adamw", steps=6),
+    Case("learning-2", 2, task="learning", optim="adamw", steps=6),
 ]
 # All that can be switched, each with all: the long form of ZERO_CASES.
 MATRIX_CASES = [
@@ -144,6 +145,7 @@ def make_task(name: str) -> Task:
     """Bradley-Terry, SFT, or preferences with unequal weights and references.
 
     `prompt`: preferences whose order keeps the pairs of a prompt together.
+    `learning`: a loss that learns from its steps, far from what it begins with.
     """
     ids = [f"{i // 2:018x}{i:014x}" for i in range(N_ROWS)]
     if name == "sft":
@@ -161,6 +163,8 @@ def make_task(name: str) -> Task:
     by = "batch" if name == "batch" else "none"
     order: Any = "prompt" if name == "prompt" else "pair"
     told = {"normalization": by, "batch_by": order}
+    if name == "learning":
+        return Preference(rows, ids, weights, references, "re_dpo", 0.3, 0.4, **told)
     return Preference(rows, ids, weights, references, "sigmoid", 0.3, **told)
 
 

@@ -66,6 +66,7 @@ from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
 from cwpo_dist.training.loop import Engine, Hooks, gradients, train
 from cwpo_dist.training.rank import rank_process
+from cwpo_dist.training.tasks import Task
 
 CPU = torch.device("cpu")
 TIME_LIMIT_S = {"short": 540, "long": 1500}  # a tenth of it on an idle machine
@@ -141,12 +142,12 @@ def exactness(case: Case, folder: Path) -> None:
 
 
 class _SaveAt(Hooks):
-    """Begins a checkpoint at each of the given steps, and commits it when all ranks have it."""
+    """Begins a checkpoint at the given step, and commits it when all ranks have it."""
 
-    def __init__(self, case: Case, engine: Any, folder: Path, steps: tuple[int, ...]) -> None:
+    def __init__(self, task: Task, case: Case, engine: Any, folder: Path, step: int) -> None:
         from cwpo_dist.training import checkpoint
 
-        self.steps = steps
+        self.task, self.step = task, step
         self.saver = checkpoint.Saver(
             Store(str(folder / f"{case.name}.{engine.world_size}")),
             engine,
@@ -164,8 +165,14 @@ class _SaveAt(Hooks):
         return False
 
     def save(self, step: int) -> None:
-        if step in self.steps:
-            self.saver.begin(step)
+        if step == self.step:
+            self.saver.begin(step, self.task.learned)
+
+
+def trained(engine: Engine, task: Task) -> dict[str, Tensor]:
+    """All that a training has changed."""
+    learned = torch.tensor(task.learned, dtype=torch.float64)
+    return weights_of(engine) | ({"learned": learned} if task.learned else {})
 
 
 def uninterrupted(case: Case, folder: Path) -> None:
@@ -173,10 +180,11 @@ def uninterrupted(case: Case, folder: Path) -> None:
     engine = deepspeed_engine(case, folder)
     run = make_run(case)
     run = replace(run, config=run.config.model_copy(update={"save_steps": 3}))
-    hooks = _SaveAt(case, engine, folder, (3,))
-    train(make_task(case.task), engine, run, hooks)
+    task = make_task(case.task)
+    hooks = _SaveAt(task, case, engine, folder, 3)
+    train(task, engine, run, hooks)
     hooks.saver.settle(wait=True)
-    write(folder, f"{case.name}.{engine.world_size}.whole", weights_of(engine))
+    write(folder, f"{case.name}.{engine.world_size}.whole", trained(engine, task))
     engine.close()
 
 
@@ -192,8 +200,10 @@ def resumed(case: Case, folder: Path, written_by: int, of: str = "") -> None:
     assert found.step == 3
     engine = deepspeed_engine(case, folder)
     checkpoint.load(found, engine, checkpoint.RunIdentity("key", SEED, "base"))
-    train(make_task(case.task), engine, make_run(case), Hooks(), start_step=3)
-    write(folder, f"{case.name}.{engine.world_size}.from{written_by}{of}", weights_of(engine))
+    task = make_task(case.task)
+    task.learned[:] = found.learned
+    train(task, engine, make_run(case), Hooks(), start_step=3)
+    write(folder, f"{case.name}.{engine.world_size}.from{written_by}{of}", trained(engine, task))
     engine.close()
 
 

@@ -291,7 +291,7 @@ class AlignConfig(PairsConfig):
         "sigmoid",
         description="the loss, by TRL's names: sigmoid (DPO), ipo (summed, the paper's), "
         "ipo_norm (per token, TRL's ipo), sigmoid_norm (DPO per token), robust (rDPO), ropo, "
-        "hinge, simpo, orpo",
+        "re_dpo (RE-PO of DPO), hinge, simpo, orpo",
     )
     beta: PositiveFloat = Field(
         0.5,
@@ -299,8 +299,9 @@ class AlignConfig(PairsConfig):
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
         None,
-        description="ε: of robust its share of flipped labels (null: the paper's 0.1), of sigmoid "
-        "conservative DPO, of simpo the same (null: 0)",
+        description="ε: of robust its share of flipped labels (null: the paper's 0.1), of re_dpo "
+        "where its estimate begins (null: the paper's 0.1), of sigmoid conservative DPO, of simpo "
+        "the same (null: 0)",
     )
     simpo_gamma: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="γ, SimPO's target margin (null: TRL's 0.5)"

@@ -7,8 +7,9 @@ and place in it, so another world size or ZeRO stage needs no conversion, and pa
 made from the config as in any start.
 
 `checkpoints/step-000012-<attempt>/` is written by all ranks at once, beside training, from a copy
-in host memory. When all files are on storage, rank 0 writes `commit.json`, which lists them: a
-folder that lacks it, or a file it lists, never counts; and no two attempts write into one folder.
+in host memory. When all files are on storage, rank 0 writes `commit.json`, which lists them, beside
+what the loss has learned: a folder that lacks it, or a file it lists, never counts; and no two
+attempts write into one folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -67,11 +68,13 @@ class Checkpoint:
         store: its folder.
         step: optimizer steps done.
         files: one of each rank that wrote it.
+        learned: of the task, see `Task.learned`.
     """
 
     store: Store
     step: int
     files: tuple[str, ...]
+    learned: tuple[float, ...] = ()
 
     def shards(self) -> list[ShardFile]:
         """The files of all ranks."""
@@ -138,18 +141,20 @@ class Saver:
         """True when this rank's part of the checkpoint under way is written, or has failed."""
         return self._upload is not None and self._upload.done
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, learned: Sequence[float] = ()) -> None:
         """Copies this rank's state and starts to write it; a collective.
 
         Args:
             step: optimizer steps done.
+            learned: by the task, the same on all ranks.
 
         Raises:
             OSError, LeaseLost, CommitFailed: as `settle`, for the checkpoint before.
         """
         self.settle(wait=True)
         folder = self._stage.child(FOLDER, f"step-{step:06d}-{self._attempt}")
-        self._upload = _Upload(step, folder, _file(self._engine.rank), _copied(self._engine))
+        name, shard = _file(self._engine.rank), _copied(self._engine)
+        self._upload = _Upload(step, folder, name, shard, tuple(learned))
 
     def settle(self, *, wait: bool = False) -> None:
         """Commits the checkpoint under way if all ranks have written their parts; a collective.
@@ -179,7 +184,8 @@ class Saver:
     def _commit(self, upload: _Upload) -> None:
         self._fence()
         files = [_file(rank) for rank in range(self._engine.world_size)]
-        record = {"step": upload.step, "files": files, **asdict(self._identity)}
+        record = {"step": upload.step, "files": files, "learned": upload.learned}
+        record |= asdict(self._identity)
         upload.folder.create_json(COMMIT, record)
 
     def _agree(self, failure: Exception | None, step: int) -> None:
@@ -197,8 +203,10 @@ class Saver:
 class _Upload:
     """One rank's part of a checkpoint on its way to storage, in a thread of its own."""
 
-    def __init__(self, step: int, folder: Store, name: str, shard: Shard) -> None:
-        self.step, self.folder = step, folder
+    def __init__(
+        self, step: int, folder: Store, name: str, shard: Shard, learned: tuple[float, ...]
+    ) -> None:
+        self.step, self.folder, self.learned = step, folder, learned
         self.failure: Exception | None = None
         self.thread = threading.Thread(
             target=self._write, args=(name, shard), name="checkpoint", daemon=True
@@ -298,9 +306,10 @@ def _committed(stage: Store) -> list[Checkpoint]:
         match = _NAME.fullmatch(folder)
         store = stage.child(FOLDER, folder)
         if match and f"{FOLDER}/{folder}/{COMMIT}" in names:
-            listed = tuple(store.read_json(COMMIT)["files"])
+            held = store.read_json(COMMIT)
+            listed, learned = tuple(held["files"]), tuple(held.get("learned", ()))
             if all(f"{FOLDER}/{folder}/{file}" in names for file in listed):
-                found.append(Checkpoint(store, int(match[1]), listed))
+                found.append(Checkpoint(store, int(match[1]), listed, learned))
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
 

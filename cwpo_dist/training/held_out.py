@@ -12,6 +12,7 @@ from cwpo_dist.training.loop import Engine, Run, finite_loss
 from cwpo_dist.training.micro_batches import micro_batches, parts_of
 from cwpo_dist.training.tasks import Task
 
+_OF_TRAINING = ("weight", "flipped")  # metrics that say nothing of what is held out
 BATCH = 64  # rows at a time, over all ranks
 
 
@@ -46,4 +47,4 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
     outputs_NK = engine.total(outputs_NK.flatten()).reshape(outputs_NK.shape)
     loss = finite_loss(task, step - 1, every, outputs_NK) / task.denominator(every)
     metrics = {"loss": loss, **task.metrics(outputs_NK, every)}
-    return {f"eval_{name}": value for name, value in metrics.items() if name != "weight"}
+    return {f"eval_{name}": value for name, value in metrics.items() if name not in _OF_TRAINING}

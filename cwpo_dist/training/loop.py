@@ -175,6 +175,7 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
             meter.begin()
             if engine.rank == 0:
                 hooks.log(record)
+        task.learn(result.outputs_PK, result.indices)
         _checkpoint(run, hooks, result, done, total)
 
 

@@ -118,7 +118,7 @@ class RankHooks(Hooks):
             self._records = []
             for tracker in self._trackers:
                 tracker.flush()
-        self._saver.begin(step)
+        self._saver.begin(step, self._rank.task.learned)
         self._last_save, self._saved = step, time.monotonic()
         self._rank.watchdog.beat()
 

@@ -32,6 +32,8 @@ Numbers = Sequence[float] | NDArray[np.floating[Any]]  # one a row, such as a vi
 Normalization = Literal["none", "batch"]
 Sampling = Literal["proportional"] | None
 
+_MOMENTUM = 0.1  # the paper's; at 1 an estimate is of the last batch alone
+
 
 class TaskError(ValueError):
     """A data set that cannot be trained on; the message names what is wrong and the remedy."""
@@ -82,6 +84,14 @@ class Task(ABC):
             return None
         sizes = [sum(1 for _ in pairs) for _, pairs in groupby(self.pair_ids, prompt_of)]
         return np.repeat(np.arange(len(sizes)), sizes)
+
+    @cached_property
+    def learned(self) -> list[float]:
+        """What the steps so far have taught the loss itself; a checkpoint holds it."""
+        return []
+
+    def learn(self, outputs_PK: Tensor, indices: Indices) -> None:  # noqa: B027 (most learn nothing)
+        """Takes the outputs of a step's global batch, once its update is made."""
 
     @abstractmethod
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
@@ -175,7 +185,7 @@ class Preference(Task):
             an objective without a reference.
         loss_type: key of `objectives.OBJECTIVES`.
         beta: β.
-        label_smoothing: ε of the losses that read it.
+        label_smoothing: ε of the losses that read it; with `re_dpo` where it begins.
         simpo_gamma: γ of SimPO.
         sft_coefficient: λ of the chosen answer's own likelihood, beside the loss.
         ropo_alpha: α of ROPO.
@@ -238,13 +248,22 @@ class Preference(Task):
 
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
         """[P], each times its weight."""
-        epsilon: float | Tensor = self.label_smoothing
-        if self.probabilities is not None:
-            epsilon = 1 - _of(self.probabilities, indices, outputs_PK)
-        own = self.simpo_gamma, self.sft_coefficient, self.ropo_alpha
-        settings = LossSettings(self.beta, epsilon, *own)
+        settings = self._settings(outputs_PK, indices)
         loss_P = OBJECTIVES[self.loss_type].losses(self._pairs(outputs_PK, indices), settings)
         return self._weights(outputs_PK, indices) * loss_P
+
+    @cached_property
+    def learned(self) -> list[float]:
+        """ε, where the loss learns it."""
+        return [self.label_smoothing] if OBJECTIVES[self.loss_type].flipped else []
+
+    def learn(self, outputs_PK: Tensor, indices: Indices) -> None:
+        """Moves ε by a tenth towards the batch's mean (RE-PO, arXiv 2509.24159, eq. 7)."""
+        flipped = OBJECTIVES[self.loss_type].flipped
+        if flipped is not None:
+            settings = self._settings(outputs_PK, indices)
+            mean = float(flipped(self._pairs(outputs_PK, indices), settings).mean())
+            self.learned[0] += _MOMENTUM * (mean - self.learned[0])
 
     def denominator(self, indices: Indices) -> float:
         """By `normalization`; 1 for a batch of ties alone, whose sum is 0 too."""
@@ -257,7 +276,8 @@ class Preference(Task):
 
         `kl` is the mean of log π_ref(y) − log π(y) over both answers, in nats an answer. It is
         KL(π_ref‖π) for answers drawn from the reference, which a data set's only resemble, so it
-        says how far training has gone and may be negative.
+        says how far training has gone and may be negative. `flipped` is the ε that the losses took,
+        where the loss learns it.
         """
         pairs = self._pairs(outputs_PK, indices)
         found = OBJECTIVES[self.loss_type]
@@ -272,7 +292,16 @@ class Preference(Task):
             "logps/rejected": float(outputs_PK[:, 1].mean()),
             **({"kl": float(-ratios_2P.mean())} if found.reference else {}),
             "weight": float(self._weights(outputs_PK, indices).mean()),
+            **({"flipped": self.learned[0]} if self.learned else {}),
         }
+
+    def _settings(self, like: Tensor, indices: Indices) -> LossSettings:
+        """The numbers of the loss, with each pair's own ε where labels are soft."""
+        epsilon: float | Tensor = self.learned[0] if self.learned else self.label_smoothing
+        if self.probabilities is not None:
+            epsilon = 1 - _of(self.probabilities, indices, like)
+        own = self.simpo_gamma, self.sft_coefficient, self.ropo_alpha
+        return LossSettings(self.beta, epsilon, *own)
 
     def _pairs(self, outputs_PK: Tensor, indices: Indices) -> PairLogps:
         """What the loss reads of these rows."""

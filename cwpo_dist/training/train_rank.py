@@ -173,6 +173,7 @@ class TrainRank:
         if found is None:
             return 0, attempt
         checkpoint.load(found, self.engine, self.identity)
+        self.task.learned[:] = found.learned
         return found.step, attempt
 
     def export(self) -> None:
