@@ -8,6 +8,7 @@ Shapes: P = pairs; every tensor is [P], log-probs are in nats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -72,6 +73,8 @@ class LossSettings:
         simpo_gamma: γ, SimPO's target margin in units of reward.
         sft_coefficient: λ of the chosen answer's own likelihood, beside any loss.
         ropo_alpha: α, how much ROPO's noise-tolerant term counts beside DPO's.
+        dr_dpo_beta: β' of Dr. DPO; the larger, the more alike pairs count.
+        level: of Dr. DPO, see `level_of`.
     """
 
     beta: float
@@ -79,6 +82,8 @@ class LossSettings:
     simpo_gamma: float = 0.5
     sft_coefficient: float = 0.0
     ropo_alpha: float = 14.0
+    dr_dpo_beta: float = 1.0
+    level: float = 0.0
 
 
 PreferenceLoss = Callable[[PairLogps, LossSettings], Tensor]
@@ -125,9 +130,9 @@ def robust(pairs: PairLogps, settings: LossSettings) -> Tensor:
 def ropo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """ROPO (arXiv 2404.04102), [P]: 4α/(1+α)² · (−log σ(βh) + α·σ(−βh)).
 
-    DPO pulls hardest where the policy contradicts the label most, which is where labels are wrong;
-    here a pair that the policy is unsure of pulls hardest. For α ≥ 1 the factor makes the largest
-    slope in βh 1, as DPO's is. The equation is as two public implementations of the paper have it.
+    DPO pulls hardest where the policy contradicts the label, as it does where labels are wrong;
+    here a pair that it is unsure of does. For α ≥ 1 the factor makes the largest slope in βh 1, as
+    DPO's is. The equation is as two public implementations of the paper have it.
     """
     scaled_P, alpha = settings.beta * pairs.h, settings.ropo_alpha
     tolerant_P = torch.sigmoid(-scaled_P)
@@ -137,8 +142,8 @@ def ropo(pairs: PairLogps, settings: LossSettings) -> Tensor:
 def re_dpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """RE-PO on DPO (arXiv 2509.24159, eq. 5), [P]: −w·log σ(βh) − (1−w)·log σ(−βh).
 
-    It is DPO with labels as soft as `flipped` finds them, which is held fixed: an M-step of EM. Its
-    gradient is that of the paper's eq. 3, −log((1−ε)·σ(βh) + ε·σ(−βh)).
+    1 − w is `flipped`, held fixed: an M-step of EM. Its gradient is that of the paper's eq. 3,
+    −log((1−ε)·σ(βh) + ε·σ(−βh)).
     """
     return _cross_entropy(settings.beta * pairs.h, flipped(pairs, settings).detach())
 
@@ -151,6 +156,27 @@ def flipped(pairs: PairLogps, settings: LossSettings) -> Tensor:
     scaled_P = settings.beta * pairs.h
     epsilon = torch.as_tensor(settings.label_smoothing, dtype=scaled_P.dtype)
     return torch.sigmoid(epsilon.logit() - scaled_P)
+
+
+def flipped_share(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """The next ε of RE-PO (eq. 7): a tenth of the way to the batch's mean, as in the paper."""
+    return 0.9 * settings.label_smoothing + 0.1 * flipped(pairs, settings).mean()
+
+
+def dr_dpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """Dr. DPO (arXiv 2407.07880), [P]: −β'·log(mean exp(−ℓ/β')) of DPO's ℓ, pair by pair.
+
+    −β'·(Z + exp(−ℓ/β' − Z) − 1) with the batch's `level_of` Z, a constant: its mean over the batch
+    is −β'·Z, which is that, and so is its gradient: a pair counts by exp(−ℓ/β') over their mean.
+    """
+    beta, level = settings.dr_dpo_beta, settings.level
+    return -beta * (level + torch.exp(-dpo(pairs, settings) / beta - level) - 1)
+
+
+def level_of(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """Z = log(mean exp(−ℓ/β')) of all pairs of a global batch."""
+    tempered_P = -dpo(pairs, settings) / settings.dr_dpo_beta
+    return torch.logsumexp(tempered_P, 0) - math.log(len(tempered_P))
 
 
 def hinge(pairs: PairLogps, settings: LossSettings) -> Tensor:
@@ -213,7 +239,8 @@ class Objective:
         label_smoothing: the ε that it takes unless told; None: it reads none.
         soft_labels: ε may differ from pair to pair.
         own: the setting that it alone reads.
-        flipped: [P] how probably each label is wrong: training moves ε towards a batch's mean.
+        learns: from all pairs of a global batch a number of the loss: ε, for the next step.
+        looks_ahead: it is `level`, for this very step, which computes its outputs twice.
     """
 
     loss: PreferenceLoss
@@ -221,7 +248,8 @@ class Objective:
     label_smoothing: float | None = None
     soft_labels: bool = False
     own: str | None = None
-    flipped: PreferenceLoss | None = None
+    learns: PreferenceLoss | None = None
+    looks_ahead: bool = False
 
     def losses(self, pairs: PairLogps, settings: LossSettings) -> Tensor:
         """The loss of each pair, [P]: ℓ − λ·log π(y⁺)/|y⁺| with λ = `sft_coefficient`.
@@ -248,7 +276,8 @@ OBJECTIVES: dict[str, Objective] = {
     "ipo_norm": Objective(ipo_per_token),
     "robust": Objective(robust, label_smoothing=0.1),
     "ropo": Objective(ropo, own="ropo_alpha"),
-    "re_dpo": Objective(re_dpo, label_smoothing=0.1, flipped=flipped),
+    "re_dpo": Objective(re_dpo, label_smoothing=0.1, learns=flipped_share),
+    "dr_dpo": Objective(dr_dpo, own="dr_dpo_beta", learns=level_of, looks_ahead=True),
     "hinge": Objective(hinge),
     "simpo": Objective(
         simpo, reference=False, label_smoothing=0.0, soft_labels=True, own="simpo_gamma"
@@ -296,10 +325,8 @@ def _refuse_unread(align: AlignConfig, found: Objective) -> None:
     for other, its in OBJECTIVES.items():
         given = None if its.own in (None, found.own) else getattr(align, str(its.own))
         if given is not None:
-            raise ConfigError(
-                f"align.{its.own}: {given} is not read by loss_type {name!r}; remove it, or take "
-                f"{other}"
-            )
+            unread = f"align.{its.own}: {given} is not read by loss_type {name!r}"
+            raise ConfigError(f"{unread}; remove it, or take {other}")
 
 
 def _refuse_soft(align: AlignConfig, found: Objective) -> None:

@@ -9,13 +9,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_loop import ROWS, Record, make_engine, make_run, make_task
+from plain_loop import ROWS, Record, make_config, make_engine, make_run, make_task
 from torch import Tensor
 
 from cwpo_dist.config import AlignConfig
-from cwpo_dist.lm.rows import Row
-from cwpo_dist.objectives import LossSettings, PairLogps, dpo, flipped, objective, re_dpo, ropo
-from cwpo_dist.training.loop import Preempted, train
+from cwpo_dist.lm.rows import Row, collate
+from cwpo_dist.objectives import (
+    LossSettings,
+    PairLogps,
+    dpo,
+    dr_dpo,
+    flipped,
+    level_of,
+    objective,
+    re_dpo,
+    ropo,
+)
+from cwpo_dist.training import held_out
+from cwpo_dist.training.loop import Preempted, gradients, train
 from cwpo_dist.training.tasks import Preference
 from cwpo_dist.training.torch_engine import TorchEngine
 
@@ -118,6 +129,10 @@ def learning(learned: float = 0.1) -> Preference:
     return make_task(**told, label_smoothing=learned)
 
 
+def gradient(engine: TorchEngine) -> Tensor:
+    return torch.cat([p.grad.double().flatten() for p in engine.module.parameters()])
+
+
 def weights(engine: TorchEngine) -> Tensor:
     return torch.cat([p.detach().flatten() for p in engine.module.parameters()])
 
@@ -146,3 +161,73 @@ def test_restored_it_goes_on_to_the_same_end() -> None:
     train(after, resumed, make_run(), Record(), start_step=2)
     assert after.learned == whole.learned
     assert torch.equal(weights(resumed), weights(engine))
+
+
+def paper(scaled: Tensor, beta: float) -> Tensor:
+    """Dr. DPO of a batch as its authors write it."""
+    losses = -torch.nn.functional.logsigmoid(scaled)
+    return -beta * torch.log(torch.mean(torch.exp(-losses / beta)))
+
+
+def test_dr_dpo_by_hand() -> None:
+    """βh = ln 3 and 0, β' = 1: exp(−ℓ) is σ(βh), ¾ and ½; their mean is 5/8."""
+    batch, settings = pairs(torch.tensor([math.log(3), 0.0])), LossSettings(BETA)
+    level = float(level_of(batch, settings))
+    assert level == pytest.approx(math.log(5 / 8), abs=1e-6)
+    losses = dr_dpo(batch, replace(settings, level=level))
+    by_hand = [-level - (0.75 / 0.625 - 1), -level - (0.5 / 0.625 - 1)]
+    assert losses.tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert losses.mean().item() == pytest.approx(math.log(8 / 5), abs=1e-6)
+
+
+@given(st.floats(0.1, 20.0))
+def test_dr_dpo_has_the_papers_value_and_gradient_and_always_falls(beta: float) -> None:
+    scaled = torch.linspace(-8, 8, 33, dtype=torch.float64, requires_grad=True)
+    settings = LossSettings(BETA, dr_dpo_beta=beta)
+    level = float(level_of(pairs(scaled.detach()), settings))
+    ours = dr_dpo(pairs(scaled), replace(settings, level=level))
+    torch.testing.assert_close(ours.mean(), paper(scaled, beta))
+    found = slopes(ours / len(scaled), scaled)
+    torch.testing.assert_close(found, slopes(paper(scaled, beta), scaled))
+    assert (found < 0).all(), "a likelier chosen answer is always better"
+    alike = slopes(dpo(pairs(scaled), settings), scaled) / len(scaled)
+    assert found[0] > alike[0], "the pair that the policy contradicts counts less than in DPO"
+
+
+class RankOf(TorchEngine):
+    """One rank of several; what all of them computed in the pass ahead is told to it."""
+
+    def __init__(self, rank: int, world_size: int, ahead: Tensor | None) -> None:
+        super().__init__(make_engine().module, make_config())
+        self.rank, self.world_size, self.ahead = rank, world_size, ahead
+
+    def total(self, numbers: Tensor) -> Tensor:
+        ahead, self.ahead = self.ahead, None
+        return numbers if ahead is None else ahead
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("budget", [10**6, 130, 61])
+def test_dr_dpo_is_exact_over_the_global_batch(world_size: int, budget: int) -> None:
+    """Against the paper's line on all pairs at once; weights of pairs stand outside."""
+    indices, told = [1, 4, 6, 9, 12, 17], {"references": [(-80.0, -85.0)] * len(ROWS)}
+    task = make_task(**told, loss_type="dr_dpo", weights=[1.0] * len(ROWS), dr_dpo_beta=0.7)
+    whole = make_engine()
+    outputs = whole.module(collate([ROWS[i] for i in indices], "shared", 2)).view(-1, 2)
+    loss = paper(0.5 * (outputs[:, 0] - outputs[:, 1] + 80 - 85), 0.7)
+    loss.backward()
+    expected = gradient(whole)
+    total = torch.zeros_like(expected)
+    for rank in range(world_size):
+        engine = RankOf(rank, world_size, outputs.detach().double().flatten())
+        found = gradients(task, engine, make_run(budget), 0, indices)
+        total += gradient(engine) / world_size
+    if world_size == 1:
+        assert found.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert float((total - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+def test_dr_dpo_of_held_out_pairs_is_that_of_all_of_them() -> None:
+    task = make_task(loss_type="dr_dpo", weights=[1.0] * len(ROWS))
+    found = held_out.evaluate(task, make_engine(), make_run(), 1)
+    assert found["eval_loss"] == pytest.approx(math.log(2), rel=1e-5)

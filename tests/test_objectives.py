@@ -287,7 +287,7 @@ def test_soft_labels_are_each_pairs_own_smoothing() -> None:
             False,
             [
                 "align.label_smoothing: 0.2 is not read by loss_type 'hinge'",
-                "sigmoid or sigmoid_norm or robust or simpo",
+                "sigmoid or sigmoid_norm or robust or re_dpo or simpo",
             ],
         ),
         ({"simpo_gamma": 1.0}, False, ["align.simpo_gamma: 1.0", "'sigmoid'", "take simpo"]),

@@ -218,6 +218,7 @@ OTHER: dict[str, Any] = {
     "columns": {"prompt": "prompt"},
     "template_date": "2020-02-29",
     "deepspeed": {"zero_optimization": {"overlap_comm": True}},
+    "dr_dpo_beta": 2.0,
     "eval_steps": 5,
     "gold_function": "cwpo_dist.demo.gold:score",
     "keep_columns": ["source"],
@@ -244,7 +245,7 @@ OTHER: dict[str, Any] = {
     "weight_normalization": "batch",
 }
 # The losses that read what `simpo` does not.
-READS = {"align.ropo_alpha": "ropo"}
+READS = {"align.ropo_alpha": "ropo", "align.dr_dpo_beta": "dr_dpo"}
 
 
 def settings(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -50,6 +50,7 @@ def preferences(world: World, spec: TrainSpec) -> tuple[Preference, Preference]:
         ({"loss_type": "simpo", "simpo_gamma": 0.9, "beta": 2.0}, ("simpo", 2.0, 0.0, 0.9)),
         ({"loss_type": "ipo", "sft_coefficient": 0.2}, ("ipo", 0.5, 0.0, 0.5)),
         ({"loss_type": "ropo", "ropo_alpha": 6.0}, ("ropo", 0.5, 0.0, 0.5)),
+        ({"loss_type": "dr_dpo", "dr_dpo_beta": 2.0}, ("dr_dpo", 0.5, 0.0, 0.5)),
         ({"loss_type": "sigmoid", "batch_by": "prompt"}, ("sigmoid", 0.5, 0.0, 0.5)),
     ],
 )
@@ -70,6 +71,7 @@ def test_workers_are_told_the_loss_and_its_numbers(
         assert told == numbers
         assert task.sft_coefficient == section.get("sft_coefficient", 0.0)
         assert task.ropo_alpha == section.get("ropo_alpha", 14.0)
+        assert task.dr_dpo_beta == section.get("dr_dpo_beta", 1.0)
         assert task.batch_by == section.get("batch_by", "pair")
         assert (task.references is None) == (section["loss_type"] == "simpo")
 

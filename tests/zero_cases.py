@@ -44,7 +44,7 @@ class Case:
     name: str
     stage: int
     lora: bool = False
-    task: str = "none"  # a weight normalisation, 'prompt', 'learning', 'sft' or 'fit'
+    task: str = "none"  # a weight normalisation, 'prompt', 'learning', 'ahead', 'sft' or 'fit'
     budget: int = 130
     optim: str = "sgd"
     steps: int = 20
@@ -90,6 +90,7 @@ ZERO_CASES = [
     Case("sft-3", 3, task="sft", threshold=100_000, checkpointing=True),
     Case("fit-3", 3, task="fit"),
     Case("batch-2", 2, task="batch"),
+    Case("ahead-3", 3, task="ahead"),
     Case("offload-2", 2, offload=True),
     Case("mixture-2", 2, model="mixture"),
     Case("mixture-lora-3", 3, lora=True, task="dataset", model="mixture"),
@@ -146,6 +147,7 @@ def make_task(name: str) -> Task:
 
     `prompt`: preferences whose order keeps the pairs of a prompt together.
     `learning`: a loss that learns from its steps, far from what it begins with.
+    `ahead`: a loss that depends on all outputs of a batch.
     """
     ids = [f"{i // 2:018x}{i:014x}" for i in range(N_ROWS)]
     if name == "sft":
@@ -165,7 +167,8 @@ def make_task(name: str) -> Task:
     told = {"normalization": by, "batch_by": order}
     if name == "learning":
         return Preference(rows, ids, weights, references, "re_dpo", 0.3, 0.4, **told)
-    return Preference(rows, ids, weights, references, "sigmoid", 0.3, **told)
+    loss_type = "dr_dpo" if name == "ahead" else "sigmoid"
+    return Preference(rows, ids, weights, references, loss_type, 0.3, **told)
 
 
 def make_module(case: Case, folder: Path) -> nn.Module:

@@ -291,7 +291,7 @@ class AlignConfig(PairsConfig):
         "sigmoid",
         description="the loss, by TRL's names: sigmoid (DPO), ipo (summed, the paper's), "
         "ipo_norm (per token, TRL's ipo), sigmoid_norm (DPO per token), robust (rDPO), ropo, "
-        "re_dpo (RE-PO of DPO), hinge, simpo, orpo",
+        "re_dpo (RE-PO of DPO), dr_dpo (Dr. DPO), hinge, simpo, orpo",
     )
     beta: PositiveFloat = Field(
         0.5,
@@ -309,6 +309,9 @@ class AlignConfig(PairsConfig):
     ropo_alpha: Annotated[float, Field(ge=1.0)] | None = Field(
         None, description="α, how much ROPO's noise-tolerant term counts (null: the paper's 14)"
     )
+    dr_dpo_beta: PositiveFloat | None = Field(
+        None, description="β' of Dr. DPO; the larger, the more alike pairs count (null: 1)"
+    )
     sft_coefficient: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
         description="λ of −log π(y⁺)/|y⁺|, in nats a token, added to a pair's loss before its "
@@ -323,7 +326,7 @@ class AlignConfig(PairsConfig):
     def identity(self) -> dict[str, object]:
         """As of any training; without what older keys do not know, where it is not used."""
         settings = super().identity()
-        for name in ("sft_coefficient", "ropo_alpha"):
+        for name in ("sft_coefficient", "ropo_alpha", "dr_dpo_beta"):
             if not settings[name]:
                 del settings[name]
         return settings

@@ -238,7 +238,7 @@ def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
     align = config.align
     yield "arm", f"`{arm}`"
     yield "loss", f"`{align.loss_type}`, β {align.beta:g}"
-    for name in ("label_smoothing", "simpo_gamma", "ropo_alpha"):
+    for name in ("label_smoothing", "simpo_gamma", "ropo_alpha", "dr_dpo_beta"):
         if getattr(align, name) is not None:
             yield name, f"{getattr(align, name):g}"
     if align.sft_coefficient:

@@ -203,6 +203,7 @@ class WeightedPairs:
             simpo_gamma=settings.simpo_gamma,
             sft_coefficient=settings.sft_coefficient,
             ropo_alpha=settings.ropo_alpha,
+            dr_dpo_beta=settings.dr_dpo_beta,
             batch_by=self.config.batch_by,
         )
 

@@ -45,6 +45,8 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
                     outputs_NK[rows] = output_PK.double().cpu()
     start_training(engine.module)
     outputs_NK = engine.total(outputs_NK.flatten()).reshape(outputs_NK.shape)
+    if task.looks_ahead:
+        task.learn(outputs_NK, every)
     loss = finite_loss(task, step - 1, every, outputs_NK) / task.denominator(every)
     metrics = {"loss": loss, **task.metrics(outputs_NK, every)}
     return {f"eval_{name}": value for name, value in metrics.items() if name not in _OF_TRAINING}

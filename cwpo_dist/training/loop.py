@@ -9,7 +9,7 @@ Shapes: P = rows of a micro-batch or global batch, K = answers a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.recompute import recompute
 from cwpo_dist.lm.rows import Layout, Row, RowBatch
 from cwpo_dist.training.meter import Meter
-from cwpo_dist.training.micro_batches import Limits, micro_batches, parts_of
+from cwpo_dist.training.micro_batches import Limits, MicroBatch, Part, micro_batches, parts_of
 from cwpo_dist.training.optim import learning_rates
 from cwpo_dist.training.shards import Share
 from cwpo_dist.training.tasks import Indices, Task
@@ -175,7 +175,8 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
             meter.begin()
             if engine.rank == 0:
                 hooks.log(record)
-        task.learn(result.outputs_PK, result.indices)
+        if not task.looks_ahead:
+            task.learn(result.outputs_PK, result.indices)
         _checkpoint(run, hooks, result, done, total)
 
 
@@ -232,12 +233,13 @@ def gradients(
     outputs_PK = torch.zeros(len(indices), task.n_answers, dtype=torch.float64)
     tokens = torch.zeros(2, dtype=torch.float64)
     parts = parts_of(task, indices, run.limits, engine.world_size)
+    if task.looks_ahead:
+        task.learn(_ahead(engine, run, step, parts, outputs_PK), indices)
+        meter.mark("forward")
     for micro in micro_batches(parts, run.limits, engine.rank, engine.world_size, run.pad_id):
-        torch.manual_seed(_dropout_seed(run.seed, step, engine.rank, micro.number))
         batch = micro.batch.to(engine.device)
         meter.mark("data")
-        recompute(engine.module, on=run.config.gradient_checkpointing or micro.over_budget)
-        output_PK = micro.by_pair(engine.forward(batch))
+        output_PK = _forward(engine, run, step, micro, batch)
         loss_P = task.losses(output_PK, [indices[p] for p in micro.positions])
         # DeepSpeed averages over ranks, hence × world size. A pad is a finite row times 0.
         loss = (loss_P.sum() * (micro.weight * engine.world_size)) / denominator
@@ -263,6 +265,24 @@ def gradients(
         stop=bool(summed[0]),
         poll=bool(summed[1]),
     )
+
+
+def _forward(engine: Engine, run: Run, step: int, micro: MicroBatch, batch: RowBatch) -> Tensor:
+    """Outputs [P, K], with the dropout of this micro-batch."""
+    torch.manual_seed(_dropout_seed(run.seed, step, engine.rank, micro.number))
+    recompute(engine.module, on=run.config.gradient_checkpointing or micro.over_budget)
+    return micro.by_pair(engine.forward(batch))
+
+
+@torch.no_grad()
+def _ahead(engine: Engine, run: Run, step: int, parts: Sequence[Part], like_PK: Tensor) -> Tensor:
+    """The outputs that a step is about to compute, float64 [P, K]; a collective."""
+    outputs_PK = torch.zeros_like(like_PK)
+    for micro in micro_batches(parts, run.limits, engine.rank, engine.world_size, run.pad_id):
+        output_PK = _forward(engine, run, step, micro, micro.batch.to(engine.device))
+        if micro.weight:
+            outputs_PK[micro.positions] = output_PK.double().cpu()
+    return engine.total(outputs_PK.flatten()).reshape(outputs_PK.shape)
 
 
 def finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> float:

@@ -32,8 +32,6 @@ Numbers = Sequence[float] | NDArray[np.floating[Any]]  # one a row, such as a vi
 Normalization = Literal["none", "batch"]
 Sampling = Literal["proportional"] | None
 
-_MOMENTUM = 0.1  # the paper's; at 1 an estimate is of the last batch alone
-
 
 class TaskError(ValueError):
     """A data set that cannot be trained on; the message names what is wrong and the remedy."""
@@ -87,11 +85,16 @@ class Task(ABC):
 
     @cached_property
     def learned(self) -> list[float]:
-        """What the steps so far have taught the loss itself; a checkpoint holds it."""
+        """What global batches have taught the loss itself; a checkpoint holds it."""
         return []
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it learns from a batch before that batch's losses; else after its step."""
+        return False
+
     def learn(self, outputs_PK: Tensor, indices: Indices) -> None:  # noqa: B027 (most learn nothing)
-        """Takes the outputs of a step's global batch, once its update is made."""
+        """Takes all outputs of a global batch."""
 
     @abstractmethod
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
@@ -189,6 +192,7 @@ class Preference(Task):
         simpo_gamma: γ of SimPO.
         sft_coefficient: λ of the chosen answer's own likelihood, beside the loss.
         ropo_alpha: α of ROPO.
+        dr_dpo_beta: β' of Dr. DPO.
         normalization: the denominator of Σ C·ℓ over a global batch: 'none', its pairs (the
             paper); 'batch', its ΣC.
         sampling: 'proportional': C is how often a pair is drawn, and its weight is then 1.
@@ -206,6 +210,7 @@ class Preference(Task):
     simpo_gamma: float = LossSettings.simpo_gamma
     sft_coefficient: float = 0.0
     ropo_alpha: float = LossSettings.ropo_alpha
+    dr_dpo_beta: float = LossSettings.dr_dpo_beta
 
     def __post_init__(self) -> None:
         """Checks numbers and their count, too."""
@@ -254,16 +259,21 @@ class Preference(Task):
 
     @cached_property
     def learned(self) -> list[float]:
-        """ε, where the loss learns it."""
-        return [self.label_smoothing] if OBJECTIVES[self.loss_type].flipped else []
+        """The batch's level, or ε, where the loss learns one of them."""
+        begin = 0.0 if self.looks_ahead else self.label_smoothing
+        return [begin] if OBJECTIVES[self.loss_type].learns else []
+
+    @property
+    def looks_ahead(self) -> bool:
+        """As the objective says."""
+        return OBJECTIVES[self.loss_type].looks_ahead
 
     def learn(self, outputs_PK: Tensor, indices: Indices) -> None:
-        """Moves ε by a tenth towards the batch's mean (RE-PO, arXiv 2509.24159, eq. 7)."""
-        flipped = OBJECTIVES[self.loss_type].flipped
-        if flipped is not None:
-            settings = self._settings(outputs_PK, indices)
-            mean = float(flipped(self._pairs(outputs_PK, indices), settings).mean())
-            self.learned[0] += _MOMENTUM * (mean - self.learned[0])
+        """As the objective says."""
+        learns = OBJECTIVES[self.loss_type].learns
+        if learns is not None:
+            pairs, settings = self._pairs(outputs_PK, indices), self._settings(outputs_PK, indices)
+            self.learned[0] = float(learns(pairs, settings))
 
     def denominator(self, indices: Indices) -> float:
         """By `normalization`; 1 for a batch of ties alone, whose sum is 0 too."""
@@ -292,16 +302,17 @@ class Preference(Task):
             "logps/rejected": float(outputs_PK[:, 1].mean()),
             **({"kl": float(-ratios_2P.mean())} if found.reference else {}),
             "weight": float(self._weights(outputs_PK, indices).mean()),
-            **({"flipped": self.learned[0]} if self.learned else {}),
+            **({"flipped": self.learned[0]} if self.learned and not self.looks_ahead else {}),
         }
 
     def _settings(self, like: Tensor, indices: Indices) -> LossSettings:
         """The numbers of the loss, with each pair's own ε where labels are soft."""
-        epsilon: float | Tensor = self.learned[0] if self.learned else self.label_smoothing
+        learned = self.learned[0] if self.learned else self.label_smoothing
+        epsilon: float | Tensor = self.label_smoothing if self.looks_ahead else learned
         if self.probabilities is not None:
             epsilon = 1 - _of(self.probabilities, indices, like)
-        own = self.simpo_gamma, self.sft_coefficient, self.ropo_alpha
-        return LossSettings(self.beta, epsilon, *own)
+        own = self.simpo_gamma, self.sft_coefficient, self.ropo_alpha, self.dr_dpo_beta
+        return LossSettings(self.beta, epsilon, *own, level=learned)
 
     def _pairs(self, outputs_PK: Tensor, indices: Indices) -> PairLogps:
         """What the loss reads of these rows."""
