@@ -234,6 +234,38 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def ask(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    budget: Annotated[int, typer.Option(min=1, help="How many pairs at most.")] = 100,
+    strategy: Annotated[
+        Literal["uncertain", "random", "disagree", "delta_ucb"],
+        typer.Option(help="What makes a pair worth a label; the last two compare annotators."),
+    ] = "uncertain",
+    arm: Annotated[
+        str | None, typer.Option(help="Whose annotators score; by default the first arm's.")
+    ] = None,
+) -> None:
+    """Choose the unlabelled pairs that people should label next, and write a page to label them on.
+
+    What it needs and is not done yet is done first, and said. A second pair of a prompt comes after
+    the first pairs of all others. What people save is a source of its own: the next `cwpo run` does
+    again what their labels change.
+
+    Example: cwpo ask run.yaml --budget 200 --strategy uncertain
+    """
+    _guard_own_ray()
+    from cwpo_dist.execution.ask import ask as ask_people
+    from cwpo_dist.runs.checks import check
+
+    log_to_terminal()
+    loaded = load_config(config, overrides)
+    check(loaded, "prepare" if strategy == "random" else "annotate")  # before any worker starts
+    for line in ask_people(loaded, budget, strategy, arm).lines():
+        say(line)
+
+
 app.command()(starting_file.init)
 app.command()(configuration.config)
 app.add_typer(bench.bench, name="bench")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -68,8 +68,17 @@ def run(config: Config, until: str | None = None, resume: bool = False) -> str:
     return collect.run(context, config, graphs)
 
 
-def execute(context: Context, node: Node, resume: bool = False) -> None:
+Made = Callable[[Node], Mapping[str, object]]
+
+
+def execute(context: Context, node: Node, resume: bool = False, by: Made | None = None) -> None:
     """Runs one stage unless its output is committed; its manifest is written last.
+
+    Args:
+        context: the run.
+        node: the output.
+        resume: refuse to start afresh.
+        by: writes the output and returns its counts, where that is no stage of an arm.
 
     Raises:
         ConfigError: with `resume`, when the stage was half finished under another key.
@@ -79,20 +88,21 @@ def execute(context: Context, node: Node, resume: bool = False) -> None:
         logger.info("%s: done before", node.path)
         return
     _tell_changed(context, node, resume)
-    make(context, node)
+    make(context, node, by)
 
 
 def clear(context: Context, node: Node) -> None:
     """Removes what nobody reads beside a committed output: a driver killed there has left it."""
-    STAGES[node.stage].clear(context.place(node))
+    if node.stage in STAGES:
+        STAGES[node.stage].clear(context.place(node))
 
 
-def make(context: Context, node: Node) -> None:
+def make(context: Context, node: Node, by: Made | None = None) -> None:
     """Runs one stage and commits its output."""
     context.place(node).create_json(STARTED, _identity(node))
     logger.info("%s: starting", node.path)
     started = time.time()
-    counts = STAGES[node.stage].make(context, node)
+    counts = by(node) if by is not None else STAGES[node.stage].make(context, node)
     manifest = _record(context, node, counts, started)
     context.place(node).sweep()  # who was killed on the way left it
     context.place(node).settle()  # what the manifest stands for is on the disk before it

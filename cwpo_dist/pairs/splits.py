@@ -27,6 +27,7 @@ from cwpo_dist.pairs.records import (
 )
 from cwpo_dist.pairs.rejects import Reason
 from cwpo_dist.pairs.stored import Pair, Told
+from cwpo_dist.pairs.verdicts import Verdict, majority
 
 Side = Literal["train", "validation", "test"]
 
@@ -170,23 +171,33 @@ def ordered(given: ParsedPair, prompt: Canonical, seed: int, source: str) -> tup
 def merge(copies: Sequence[Told]) -> tuple[Told, bool]:
     """What copies of one pair say together: votes add up, labels (or ties) must agree.
 
+    Where each label is no more than what the votes beside it make, all votes together make it.
+
     Args:
         copies: of one pair, at least one; the first gives its numbers.
 
     Returns:
         What they say, and whether they had conflicting labels (then the label is None).
     """
-    labels = {told.label or ("tie" if told.tie else None) for told in copies} - {None}
-    conflict = len(labels) > 1
-    label = None if conflict or not labels else labels.pop()
     merged = copies[0]._replace(
-        label=None if label == "tie" else label,
-        tie=label == "tie",
         votes_a=_total(told.votes_a for told in copies),
         votes_b=_total(told.votes_b for told in copies),
         votes_tie=_total(told.votes_tie for told in copies),
     )
-    return merged, conflict
+    labels = {_said(told) for told in copies} - {None}
+    if len(labels) > 1 and all(_said(told) in (None, _voted(told)) for told in copies):
+        labels = {_voted(merged)}
+    conflict = len(labels) > 1
+    label = None if conflict or not labels else labels.pop()
+    return merged._replace(label=None if label == "tie" else label, tie=label == "tie"), conflict
+
+
+def _said(told: Told) -> Verdict | None:
+    return "tie" if told.tie else told.label
+
+
+def _voted(told: Told) -> Verdict | None:
+    return majority(told.votes_a or 0, told.votes_b or 0, told.votes_tie or 0)
 
 
 def _total(votes: Iterable[int | None]) -> int | None:

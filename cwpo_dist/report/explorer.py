@@ -41,22 +41,23 @@ def embedded(sample: Sample) -> tuple[str, int]:
     """
     pairs, size = [], 0
     for pair in sample["pairs"]:
-        text = _json(pair)
+        text = embedded_json(pair)
         size += len(text.encode())
         if size > MOST_BYTES:
             break
         pairs.append(text)
     rest = {name: value for name, value in sample.items() if name != "pairs"}
-    return f'{_json(rest)[:-1]},"pairs":[{",".join(pairs)}]}}', len(pairs)
+    return f'{embedded_json(rest)[:-1]},"pairs":[{",".join(pairs)}]}}', len(pairs)
 
 
-def _json(value: object) -> str:
+def embedded_json(value: object) -> str:
+    """A value as JSON that can stand in a page as it is."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     safe = "".join(_ESCAPES.get(c, c) for c in text) if _ESCAPES.keys() & set(text) else text
     return safe.encode("utf-8", "backslashreplace").decode()
 
 
-def script_hash() -> str:
-    """The one script that the page's security policy lets run."""
-    digest = hashlib.sha256(SCRIPT.encode()).digest()
+def hash_of(script: str) -> str:
+    """Of the one script that a page's security policy lets run."""
+    digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

@@ -112,7 +112,7 @@ def _explorer(metrics: Metrics, sample: Sample) -> dict[str, object]:
     text, shown = explorer.embedded(sample)
     return {
         "label": label,
-        "hash": explorer.script_hash(),
+        "hash": explorer.hash_of(explorer.SCRIPT),
         "script": Markup(explorer.SCRIPT),  # noqa: S704 (a file of this package)
         "json": Markup(text),  # noqa: S704 (`embedded` spells out what ends a script)
         "shown": f"{shown:,}",

@@ -1,0 +1,214 @@
+"""Scores of unlabelled pairs in; those that people should label next out, in files to label.
+
+What comes back is a source like any other: a row with its votes is a copy of the pair that was
+asked for, and `prepare` puts both together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
+from cwpo_dist.canonical import digest
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.execution.run import execute
+from cwpo_dist.graph import nodes_until
+from cwpo_dist.pairs.packing import as_json
+from cwpo_dist.pairs.records import prompt_of, read_records, table_of
+from cwpo_dist.pairs.stored import Pair, pair_schema, pairs_of, read_whole, shard_file
+from cwpo_dist.report.questions import LABEL_STUDIO, Question, label_studio_tasks, page
+from cwpo_dist.results.sample import transcript
+from cwpo_dist.runs.annotations import Annotated, gather
+from cwpo_dist.runs.cluster import connect
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.joined import ScoresIn
+from cwpo_dist.runs.output_key import Node, Settings, members, scored
+from cwpo_dist.storage import Store
+from cwpo_dist.weighting import Scale
+
+CANDIDATES = pa.schema([("pair_id", pa.string()), ("worth", pa.float64()), ("shard", pa.int32())])
+_UNASKED = ("pair_id", "label", "tie", "split")
+PAGE, QUESTIONS = "page.html", "questions.jsonl"
+TASKS, LAYOUT = "label_studio.json", "label_studio.xml"
+
+
+@dataclass(frozen=True)
+class AskSettings(Settings):
+    """What decides which pairs are asked for.
+
+    Attributes:
+        strategy: a key of `STRATEGIES`.
+        budget: how many at most.
+        seed: of what is drawn.
+        group: the column that keeps rows on one side, which an answer needs as well.
+    """
+
+    stage = "ask"
+    format = 1
+
+    strategy: str
+    budget: int
+    seed: int
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was written.
+
+    Attributes:
+        place: the folder.
+        counts: of its manifest.
+    """
+
+    place: Store
+    counts: Mapping[str, Any]
+
+    def lines(self) -> list[str]:
+        """What to do with it, for the terminal."""
+        told, page_at = self.counts, self.place.child(PAGE).uri
+        unscored = f"; {told['not_scored']:,} have no score" if told["not_scored"] else ""
+        return [
+            f"{told['asked']:,} of {told['candidates']:,} pairs without a label, to "
+            f"{told['prompts_asked']:,} of {told['prompts']:,} prompts, by strategy "
+            f"{told['strategy']}{unscored}",
+            f"page: {page_at} (or {TASKS} and {LAYOUT} beside it, for Label Studio)",
+            "then add to prepare.sources: {path: answers-*.jsonl, into: train}",
+        ]
+
+
+def ask(config: Config, budget: int, strategy: str, arm: str | None = None) -> Asked:
+    """Chooses unlabelled pairs and writes them for people; what that needs is done first.
+
+    Args:
+        config: the run.
+        budget: how many pairs at most.
+        strategy: a key of `STRATEGIES`.
+        arm: whose annotators; None: those of the first one.
+
+    Raises:
+        ConfigError: where the strategy needs more annotators, or answers could not be used.
+    """
+    node, needed = _planned(config, budget, strategy, arm or config.arms[0])
+    context = Context(Store(config.output_dir))
+    context.root.sweep()
+    if not context.done(node):
+        connect()
+        for each in needed:
+            execute(context, each)
+        execute(context, node, by=partial(_make, context))
+    return Asked(context.place(node), context.counts(node))
+
+
+def _planned(config: Config, budget: int, strategy: str, arm: str) -> tuple[Node, list[Node]]:
+    """The output, and what is done before it."""
+    if config.prepare.labelled_fraction < 1:
+        raise ConfigError(
+            f"prepare.labelled_fraction: {config.prepare.labelled_fraction} hides the labels of "
+            "the other prompts, so that answers to them would not be used; set it to 1.0"
+        )
+    group = config.prepare.group_column
+    if group is not None and group not in config.prepare.keep_columns:
+        raise ConfigError(
+            f"prepare.keep_columns: lacks {group!r}, by which rows are put on one side "
+            "(prepare.group_column): answers need it too; add it"
+        )
+    wanted = STRATEGIES[strategy].annotators
+    nodes = nodes_until(config, arm, "annotate" if wanted else "prepare")
+    read = {"prepare": nodes["prepare"]} | (scored(nodes) if wanted else {})
+    node = Node(AskSettings(strategy, budget, config.seed, group), read)
+    if (there := len(members(node))) < wanted:
+        raise ConfigError(
+            f"--strategy: {strategy!r} needs {wanted} annotators, and arm {arm!r} has {there}; "
+            "give several fit.seeds and an arm of several (--arm ensemble), or --strategy uncertain"
+        )
+    return node, list(nodes.values())
+
+
+def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
+    """Writes the questions in each form and returns the counts."""
+    told, pairs = node.settings, context.place(node.inputs["prepare"])
+    scores = tuple(ScoresIn(context.place(m), m.retries, pairs) for m in members(node))
+    given = Annotated(pairs, context.shards(node), scores, Scale.raw(len(scores)))
+    found = gather(partial(_candidates, given, told), given.shards, CANDIDATES)
+    unknown = pc.is_nan(found["worth"])
+    known = found.filter(pc.invert(unknown))
+    chosen = known.take(most_worth(known["worth"].to_numpy(), known["pair_id"], told.budget))
+    questions = _questions(pairs, chosen, told.group)
+    if not questions:
+        raise ConfigError(
+            "cwpo ask: every pair that can be asked for has a label; give pairs without one, or "
+            "responses and prepare.pairing: all"
+        )
+    _write(context.place(node), questions)
+    prompts = set(map(prompt_of, known["pair_id"].to_pylist()))
+    return {
+        "asked": len(questions),
+        "candidates": len(known),
+        "prompts": len(prompts),
+        "prompts_asked": len({prompt_of(each.pair_id) for each in questions}),
+        "not_scored": pc.sum(unknown).as_py() or 0,
+        "strategy": told.strategy,
+    }
+
+
+def _candidates(given: Annotated, told: AskSettings, index: int) -> pa.Table:
+    """The pairs of a shard that nobody has judged, with what a label of each is worth.
+
+    NaN where an annotator did not score both answers.
+    """
+    table = read_records(given.pairs, shard_file("pairs", index), pair_schema(), _UNASKED)
+    judged = pc.or_(pc.is_valid(table["label"]), pc.fill_null(table["tie"], fill_value=False))
+    free = pc.and_(pc.equal(table["split"], "unlabelled"), pc.invert(judged))
+    names = table["pair_id"].filter(free).to_pylist()
+    ids, margins_NK = given.margins(index)
+    places = {name: i for i, name in enumerate(ids)}
+    none = np.full((1, len(given.scores)), np.nan)
+    margins_NK = np.concatenate([margins_NK, none])[[places.get(name, -1) for name in names]]
+    known = np.isfinite(margins_NK).all(axis=1)
+    worth = np.full(len(names), np.nan)
+    candidates = Candidates(list(np.array(names)[known]), margins_NK[known], told.seed)
+    worth[known] = STRATEGIES[told.strategy].worth(candidates)
+    return table_of([(n, w, index) for n, w in zip(names, worth, strict=True)], CANDIDATES)
+
+
+def _write(place: Store, questions: list[Question]) -> None:
+    """The same questions for a browser, for Label Studio, and as rows for any other tool."""
+    place.write(QUESTIONS, "".join(f"{each.line}\n" for each in questions).encode())
+    place.write(PAGE, page(digest([each.pair_id for each in questions]), questions))
+    place.write(TASKS, label_studio_tasks(questions))
+    place.write(LAYOUT, LABEL_STUDIO.encode())
+
+
+def _questions(pairs: Store, chosen: pa.Table, group: str | None) -> list[Question]:
+    """The chosen pairs with their texts, in the order in which they were chosen."""
+    names = chosen["pair_id"].combine_chunks()
+    order = {name: k for k, name in enumerate(names.to_pylist())}
+    found: list[tuple[int, Question]] = []
+    for index in sorted(set(chosen["shard"].to_pylist())):
+        whole = read_whole(pairs, index)
+        whole = whole.filter(pc.is_in(whole["pair_id"], value_set=names))
+        groups = whole[group].to_pylist() if group is not None else [None] * len(whole)
+        for pair, value in zip(pairs_of(whole), groups, strict=True):
+            found.append((order[pair.pair_id], _question(pair, group, value)))
+    return [question for _, question in sorted(found, key=lambda each: each[0])]
+
+
+def _question(pair: Pair, group: str | None, value: object) -> Question:
+    row: dict[str, Any] = {"pair_id": pair.pair_id, "prompt": pair.prompt}
+    row |= {"response_a": pair.response_a, "response_b": pair.response_b}
+    shown = transcript(pair.prompt)
+    if pair.tools is not None:
+        row["tools"] = pair.tools
+        shown = f"[tools]\n{as_json(pair.tools)}\n\n{shown}"
+    if group is not None:
+        row[group] = value
+    answers = transcript(pair.response_a), transcript(pair.response_b)
+    return Question(pair.pair_id, row, (shown, *answers))

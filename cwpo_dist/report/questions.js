@@ -1,0 +1,138 @@
+"use strict";
+// Shows one question after the other, and keeps what each person says of it.
+// Untrusted text goes through textContent alone; nothing is fetched, sent or evaluated.
+(() => {
+  const data = JSON.parse(document.getElementById("questions-data").textContent);
+  const [name, save, told, count, place, progress, question, choices, back, next] =
+    ["name", "save", "told", "count", "place", "progress", "question", "choices", "back", "next"]
+      .map((id) => document.getElementById(id));
+  const asked = data.questions;
+  const SAID = [["left", "1 · Left is better"], ["right", "2 · Right is better"], ["tie", "3 · Both are equal"], ["none", "4 · Cannot say"]];
+  const VOTES = { a: [1, 0, 0], b: [0, 1, 0], tie: [0, 0, 1] };
+  let answers = {}; // by a question's place: a, b, tie, or none
+  let at = 0;
+  let unsaved = false;
+
+  const element = (tag, className, text) => {
+    const made = document.createElement(tag);
+    if (className) made.className = className;
+    if (text !== undefined) made.textContent = text;
+    return made;
+  };
+  // Marks that reorder text would lie to the reader: they are shown by their number.
+  const visible = (text) =>
+    text.replace(/[\u202A-\u202E\u2066-\u2069\u0000-\u0008\u000B\u000C\u000E-\u001F\u007F]/g, (mark) =>
+      `⟨U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+  const prose = (text, label) => {
+    const made = element("div", "prose", visible(text));
+    made.dir = "auto";
+    made.tabIndex = 0; // so that a long text can be scrolled from the keyboard
+    made.setAttribute("role", "group");
+    made.setAttribute("aria-label", label);
+    return made;
+  };
+
+  // Which answer stands on the left: drawn anew for each person and question (FNV-1a).
+  const person = () => name.value.trim();
+  const swapped = (k) => {
+    let hash = 0x811c9dc5;
+    for (const c of new TextEncoder().encode(`${person()}\n${data.key}\n${k}`)) hash = Math.imul(hash ^ c, 0x01000193);
+    return ((hash >>> 16) & 1) === 1;
+  };
+  const sideOf = (k, said) => (swapped(k) ? { left: "b", right: "a" } : { left: "a", right: "b" })[said] ?? said;
+
+  const shelf = () => `cwpo-ask-${data.key}-${person()}`;
+  const keep = () => {
+    try {
+      localStorage.setItem(shelf(), JSON.stringify(answers));
+    } catch {
+      told.textContent = "This browser keeps nothing: save the file before you close the page.";
+    }
+  };
+  const recall = () => {
+    answers = {};
+    try {
+      const kept = JSON.parse(localStorage.getItem(shelf()) ?? "{}");
+      for (const k of asked.keys()) if (Object.hasOwn(VOTES, kept[k]) || kept[k] === "none") answers[k] = kept[k];
+    } catch {
+      // Nothing of it can be read: the person begins anew.
+    }
+    unsaved = false;
+    at = Math.max(0, asked.findIndex((_, k) => !(k in answers)));
+  };
+
+  const draw = () => {
+    const [prompt, a, b] = asked[at].shown;
+    const grid = element("div", "answers");
+    for (const [title, text] of [["Left", swapped(at) ? b : a], ["Right", swapped(at) ? a : b]]) {
+      const side = element("section", "answer");
+      side.append(element("h5", "", title), prose(text, `${title} answer`));
+      grid.append(side);
+    }
+    question.replaceChildren(element("h4", "", "Prompt"), prose(prompt, "Prompt"), grid);
+    for (const button of choices.children) {
+      button.disabled = person() === "";
+      button.setAttribute("aria-pressed", String(at in answers && answers[at] === sideOf(at, button.value)));
+    }
+    const said = Object.values(answers);
+    const unclear = said.filter((each) => each === "none").length;
+    count.textContent = `${said.length} of ${asked.length} answered` + (unclear ? `, ${unclear} of them "cannot say"` : "");
+    place.textContent = `question ${at + 1} of ${asked.length}`;
+    progress.max = asked.length;
+    progress.value = said.length;
+    back.disabled = at === 0;
+    next.disabled = at === asked.length - 1;
+    save.disabled = said.length === 0;
+    if (person() === "") told.textContent = "Type your name first: it tells your answers from those of others.";
+    else if (said.length === asked.length) told.textContent = "That was the last question: save the file, and thank you.";
+    else told.textContent = "";
+  };
+  const go = (by) => {
+    at = Math.min(Math.max(at + by, 0), asked.length - 1);
+    draw();
+  };
+  const say = (said) => {
+    if (person() === "") return;
+    answers[at] = sideOf(at, said);
+    unsaved = true;
+    go(1);
+    keep();
+  };
+
+  const lines = () =>
+    asked.flatMap(({ row }, k) => {
+      if (!Object.hasOwn(VOTES, answers[k] ?? "none")) return [];
+      const [a, b, tie] = VOTES[answers[k]];
+      const votes = JSON.stringify({ votes_a: a, votes_b: b, votes_tie: tie, annotator: person() });
+      return [`${row.slice(0, -1)}, ${votes.slice(1)}\n`]; // the row's own text, digit by digit
+    });
+  save.addEventListener("click", () => {
+    const link = element("a");
+    link.href = URL.createObjectURL(new Blob(lines(), { type: "application/jsonl" }));
+    link.download = `answers-${person().replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    unsaved = false;
+  });
+  for (const [value, words] of SAID) {
+    const button = element("button", "", words);
+    button.type = "button";
+    button.value = value;
+    button.addEventListener("click", () => say(value));
+    choices.append(button);
+  }
+  back.addEventListener("click", () => go(-1));
+  next.addEventListener("click", () => go(1));
+  name.addEventListener("input", () => { recall(); draw(); });
+  document.addEventListener("keydown", (event) => {
+    if (event.target === name || event.ctrlKey || event.metaKey || event.altKey) return;
+    const said = { 1: "left", 2: "right", 3: "tie", 4: "none" }[event.key];
+    if (said) say(said);
+    else if (event.key === "ArrowLeft") go(-1);
+    else if (event.key === "ArrowRight") go(1);
+  });
+  window.addEventListener("beforeunload", (event) => { if (unsaved) event.preventDefault(); });
+  recall();
+  draw();
+  document.getElementById("questions").classList.add("ready");
+})();

@@ -1,0 +1,225 @@
+"""`cwpo ask`: which pairs are asked for, against what one sees by looking; and answers come back."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from prepared import pairs
+from prepared import write as write_rows
+from test_weigh_pairing import Run, sampled
+
+from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
+from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution import ask as asking
+from cwpo_dist.pairs.records import PROMPT_DIGITS, prompt_of
+from cwpo_dist.stages.prepare import prepare
+from cwpo_dist.storage import Store
+
+
+def worth(strategy: str, *margins: tuple[float, ...], seed: int = 0) -> list[float]:
+    names = [f"{k:032x}" for k in range(len(margins))]
+    found = STRATEGIES[strategy].worth(Candidates(names, np.array(margins), seed))
+    return found.tolist()
+
+
+def test_what_a_label_is_worth_by_hand() -> None:
+    assert worth("uncertain", (2.0,), (-0.5,), (0.0,)) == [-2.0, -0.5, 0.0]
+    assert worth("uncertain", (3.0, -1.0), (1.0, 1.0)) == [-1.0, -1.0]
+    sigma = [1 / (1 + math.exp(-m)) for m in (2.0, -2.0)]
+    assert worth("disagree", (2.0, -2.0), (9.0, 9.0)) == pytest.approx([sigma[0] - 0.5, 0.0])
+    sure, unsure = worth("disagree", (10.0, 20.0), (1.0, -1.0))
+    assert sure < unsure, "who are sure of one answer agree, however sure"
+    assert worth("delta_ucb", (3.0, 1.0), (-4.0, -2.0), (1.0, -1.0)) == [3.0, 4.0, 1.0]
+    drawn = worth("random", *[()] * 50)
+    assert drawn == worth("random", *[()] * 50)
+    assert drawn != worth("random", *[()] * 50, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_second_pairs_of_a_prompt_come_behind_all_first_ones(seed: int) -> None:
+    """Against plain rounds: of each prompt that has one left the best, the best of these first."""
+    draw = random.Random(seed)
+    names = [f"{draw.randint(0, 6):0{PROMPT_DIGITS}x}{k:014x}" for k in range(40)]
+    value = {name: float(draw.randint(0, 3)) for name in names}
+    left: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (-value[name], name)):
+        left.setdefault(prompt_of(name), []).append(name)
+    plain: list[str] = []
+    while any(left.values()):
+        of_round = [mine.pop(0) for mine in left.values() if mine]
+        plain += sorted(of_round, key=lambda name: (-value[name], name))
+    for budget in (1, 7, 23, 99):
+        shuffled = draw.sample(names, len(names))
+        given = np.array([value[name] for name in shuffled]), pa.chunked_array([shuffled])
+        places = most_worth(*given, budget)
+        assert [shuffled[place] for place in places] == plain[:budget]
+
+
+def config_of(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Config:
+    source = {"path": write_rows(folder / "rows.jsonl", rows), "into": "train"}
+    told = {"sources": [source], "labelled_fraction": 1.0, "rows_per_shard": 4} | changes
+    return parse_config({"output_dir": str(folder / "run"), "prepare": told})
+
+
+def all_labels(config: Config) -> Config:
+    return with_prepare(config, labelled_fraction=1.0)
+
+
+def with_prepare(config: Config, **changes: Any) -> Config:
+    told = {"prepare": config.prepare.model_dump() | changes}
+    return parse_config(config.model_dump() | told)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("strategy", ["uncertain", "random"])
+def test_the_pairs_that_are_asked_for_are_those_that_one_sees(
+    tmp_path: Path, strategy: str
+) -> None:
+    """A whole pass over shards, of answers with scores of their own."""
+    config = all_labels(sampled(tmp_path, prepare__test_fraction=0.2))
+    run = Run(config)
+    given = run.score(1, few=False)
+    node, _ = asking._planned(config, 12, strategy, config.arms[0])
+    counts = asking._make(run.context, node)
+    place = run.context.place(node)
+    asked = [json.loads(line) for line in place.read("questions.jsonl").decode().splitlines()]
+    free = {row["pair_id"]: row for row in pairs(run.prepared) if row["split"] == "unlabelled"}
+    assert (counts["candidates"], counts["asked"]) == (len(free), 12)
+    assert {row["pair_id"] for row in asked} <= free.keys()
+    if strategy == "random":
+        return
+    text = {row["pair_id"]: (row["prompt"], row["response_a"], row["response_b"]) for row in asked}
+    assert all(
+        text[name] == tuple(free[name][f] for f in ("prompt", "response_a", "response_b"))
+        for name in text
+    )
+    margin = {
+        name: abs(
+            run.texts[row["prompt"], row["response_a"]]
+            - run.texts[row["prompt"], row["response_b"]]
+        )
+        for name, row in free.items()
+    }
+    first = {min(own, key=lambda n: (margin[n], n)) for own in by_prompt(margin).values()}
+    plain = sorted(first, key=lambda n: (margin[n], n))
+    assert [row["pair_id"] for row in asked][: len(plain)] == plain[:12]
+    assert counts["prompts_asked"] == min(12, len(plain))
+    assert len(given) > 12
+
+
+def by_prompt(names: Any) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(prompt_of(name), []).append(name)
+    return found
+
+
+def messages(*said: str) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
+
+
+CALL = {"name": "find", "arguments": {"id": 9007199254740993, "share": 1.0}}
+CONVERSATIONS = [
+    {
+        "prompt": messages(f"Find {k}."),
+        "response_a": [
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": CALL}],
+            }
+        ],
+        "response_b": messages("", f"It is {k}.")[1:],
+        "tools": [{"type": "function", "function": {"name": "find", "parameters": {"n": 1e30}}}],
+    }
+    for k in range(3)
+]
+TEXTS = [{"prompt": f"Q{k}?", "response_a": f"yes {k}", "response_b": f"no {k}"} for k in range(9)]
+
+
+def asked_of(config: Config, budget: int = 99) -> list[dict[str, Any]]:
+    """The questions of strategy `random`, by a run that has prepared its pairs."""
+    node, _ = asking._planned(config, budget, "random", config.arms[0])
+    context = asking.Context(Store(config.output_dir))
+    place = context.place(node.inputs["prepare"])
+    place.create_json("manifest.json", {"counts": prepare(place, config.prepare, config.seed)})
+    asking._make(context, node)
+    lines = context.place(node).read("questions.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def voted(row: dict[str, Any], a: int, b: int, tie: int = 0) -> dict[str, Any]:
+    return row | {"votes_a": a, "votes_b": b, "votes_tie": tie, "annotator": "Ann"}
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("rows", [TEXTS, CONVERSATIONS], ids=["texts", "conversations"])
+def test_votes_that_come_back_label_the_pairs_that_were_asked_for(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    """Copies of the same pairs, whatever they hold; three people's votes make one label."""
+    config = config_of(tmp_path, rows)
+    asked = asked_of(config)
+    assert len(asked) == len(rows)
+    first, second, third = asked[:3]
+    people = [
+        [voted(first, 1, 0), voted(second, 0, 1), voted(third, 0, 0, 1)],
+        [voted(first, 1, 0), voted(second, 0, 1), voted(third, 1, 0)],
+        [voted(first, 0, 1)],
+    ]
+    files = [write_rows(tmp_path / f"answers-{k}.jsonl", said) for k, said in enumerate(people)]
+    sources = [config.prepare.sources[0].model_dump()]
+    sources += [{"path": file, "into": "train"} for file in files]
+    again = with_prepare(config, sources=sources).prepare
+    store = Store(str(tmp_path / "again"))
+    counts = prepare(store, again, config.seed)
+    by_id = {row["pair_id"]: row for row in pairs(store)}
+    assert len(by_id) == len(rows), "each answer is a copy of its pair"
+    assert [by_id[row["pair_id"]]["label"] for row in (first, second, third)] == ["a", "b", None]
+    assert by_id[third["pair_id"]]["tie"]
+    assert by_id[first["pair_id"]]["split"] == "labelled"
+    told = by_id[first["pair_id"]]
+    assert (told["votes_a"], told["votes_b"], told["votes_tie"]) == (2, 1, 0)
+    assert counts["splits"]["labelled"] == 2
+    assert not any(counts["rejects"].values())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_who_was_asked_is_not_asked_again(tmp_path: Path) -> None:
+    """Labels and ties are answers."""
+    rows = [*TEXTS[:4], TEXTS[4] | {"label": "a"}, TEXTS[5] | {"label": "tie"}]
+    config = config_of(tmp_path, rows)
+    assert {row["prompt"] for row in asked_of(config)} == {row["prompt"] for row in TEXTS[:4]}
+    (tmp_path / "all").mkdir()
+    answered = config_of(tmp_path / "all", [row | {"label": "b"} for row in TEXTS])
+    with pytest.raises(ConfigError, match="every pair that can be asked for has a label"):
+        asked_of(answered)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_group_comes_back_with_its_question(tmp_path: Path) -> None:
+    rows = [row | {"topic": k % 2} for k, row in enumerate(TEXTS)]
+    config = config_of(tmp_path, rows, group_column="topic", keep_columns=["topic"])
+    asked = asked_of(config)
+    assert {row["prompt"]: row["topic"] for row in asked} == {
+        row["prompt"]: row["topic"] for row in rows
+    }
+
+
+def test_what_could_not_be_used_is_refused(tmp_path: Path) -> None:
+    plan = asking._planned
+    with pytest.raises(ConfigError, match=r"prepare\.labelled_fraction: 0\.5 hides"):
+        plan(config_of(tmp_path, TEXTS, labelled_fraction=0.5), 1, "random", "cw")
+    with pytest.raises(ConfigError, match=r"prepare\.keep_columns: lacks 'topic'"):
+        plan(config_of(tmp_path, TEXTS, group_column="topic"), 1, "random", "cw")
+    config = all_labels(sampled(tmp_path / "one"))
+    with pytest.raises(ConfigError, match=r"--strategy: 'disagree' needs 2 annotators"):
+        plan(config, 1, "disagree", "cw")
