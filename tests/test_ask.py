@@ -1,4 +1,4 @@
-"""`cwpo ask`: which pairs are asked for, against what one sees by looking; and answers come back."""
+"""`cwpo ask`: which pairs are asked for, against what one sees; and the answers come back."""
 
 from __future__ import annotations
 

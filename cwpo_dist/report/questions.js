@@ -32,12 +32,14 @@
     return made;
   };
 
-  // Which answer stands on the left: drawn anew for each person and question (FNV-1a).
+  // Which answer stands on the left: drawn anew for each person and question (FNV-1a). Its high
+  // bits hardly know the last byte, so they are mixed in the end.
   const person = () => name.value.trim();
   const swapped = (k) => {
     let hash = 0x811c9dc5;
     for (const c of new TextEncoder().encode(`${person()}\n${data.key}\n${k}`)) hash = Math.imul(hash ^ c, 0x01000193);
-    return ((hash >>> 16) & 1) === 1;
+    for (const factor of [0x2c1b3c6d, 0x297a2d39]) hash = Math.imul(hash ^ (hash >>> 15), factor);
+    return hash >>> 31 === 1;
   };
   const sideOf = (k, said) => (swapped(k) ? { left: "b", right: "a" } : { left: "a", right: "b" })[said] ?? said;
 
