@@ -74,9 +74,7 @@ def test_what_was_said_stays_and_can_be_corrected(opened: Open, tmp_path: Path) 
         shown.get_by_role("button", name=button).click()
     assert shown.locator("#count").inner_text() == "2 of 3 answered"
     before = saved(shown, tmp_path)
-    again = shown.context.new_page()
-    again.goto(shown.url)
-    shown = again
+    shown.reload()
     shown.fill("#name", "Ben")
     assert shown.locator("#count").inner_text() == "0 of 3 answered", "another person's"
     shown.fill("#name", "Ann")
