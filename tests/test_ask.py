@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from prepared import pairs
 from prepared import write as write_rows
+from small_run import small_config, write_config
 from test_weigh_pairing import Run, sampled
 
 from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
@@ -223,3 +225,54 @@ def test_what_could_not_be_used_is_refused(tmp_path: Path) -> None:
     config = all_labels(sampled(tmp_path / "one"))
     with pytest.raises(ConfigError, match=r"--strategy: 'disagree' needs 2 annotators"):
         plan(config, 1, "disagree", "cw")
+
+
+def unlabelled(folder: Path) -> Path:
+    """A configuration of pairs that nobody has judged."""
+    made = small_config(folder, prepare__labelled_fraction=1.0, prepare__test_fraction=0.0)
+    source = Path(made["prepare"]["sources"][0]["path"])
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    bare = (
+        {"prompt": r["prompt"], "response_a": r["chosen"], "response_b": r["rejected"]}
+        for r in rows
+    )
+    write_rows(source, list(bare))
+    return write_config(folder / "run.yaml", made)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_command_asks_before_there_is_any_label(tmp_path: Path, cwpo: Any) -> None:
+    """By lot, of what `prepare` makes first; an annotator that nobody can train is refused."""
+    config = unlabelled(tmp_path)
+    code, said = cwpo("ask", str(config), "--strategy", "random", "--budget", "7")
+    assert code == 0, said
+    assert "7 of 96 pairs without a label" in said
+    (place,) = (tmp_path / "run" / "ask").iterdir()
+    assert str(place / "page.html") in said
+    lines = (place / "questions.jsonl").read_text().splitlines()
+    assert len(lines) == len(json.loads((place / "label_studio.json").read_text())) == 7
+    assert cwpo("ask", str(config), "--strategy", "random", "--budget", "7") == (0, said)
+    code, said = cwpo("ask", str(config))
+    assert code == 2
+    assert "label" in said
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_local")
+def test_from_no_label_to_an_annotator_that_asks_itself(tmp_path: Path, cwpo: Any) -> None:
+    """Ask by lot, label, train on the answers, ask what the annotator is unsure of."""
+    config = unlabelled(tmp_path)
+    assert cwpo("ask", str(config), "--strategy", "random", "--budget", "30")[0] == 0
+    (first,) = (tmp_path / "run" / "ask").iterdir()
+    asked = [json.loads(line) for line in (first / "questions.jsonl").read_text().splitlines()]
+    answers = write_rows(tmp_path / "answers-ann.jsonl", [voted(row, 1, 0) for row in asked])
+    made = yaml.safe_load(config.read_text())
+    made["prepare"]["sources"].append({"path": answers, "into": "train"})
+    write_config(config, made)
+    code, said = cwpo("ask", str(config), "--budget", "10")
+    assert code == 0, said
+    assert "10 of 66 pairs without a label" in said
+    (second,) = {*(tmp_path / "run" / "ask").iterdir()} - {first}
+    again = [json.loads(line) for line in (second / "questions.jsonl").read_text().splitlines()]
+    assert not {row["pair_id"] for row in again} & {row["pair_id"] for row in asked}
