@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest blows mutants architectures reference lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio blows mutants architectures reference lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -104,6 +104,14 @@ $(LOWEST)/.installed: pyproject.toml $(TOOLS)/.installed
 test-lowest: $(LOWEST)/.installed  ## some tests with the lowest versions that pyproject.toml allows; 8 GB
 	PATH="$(abspath $(LOWEST))/bin:$$PATH" TORCH_EXTENSIONS_DIR=$(abspath $(LOWEST))/extensions \
 	  $(LOWEST)/bin/python -m pytest -m "not long" $(LOWEST_TESTS)
+
+STUDIO := .venv-label-studio
+$(STUDIO)/bin/label-studio: $(TOOLS)/.installed
+	$(TOOLS)/bin/uv venv --quiet --clear --python $(PYTHON) $(STUDIO)
+	$(TOOLS)/bin/uv pip install --quiet --python $(STUDIO)/bin/python label-studio==1.23.2
+
+test-label-studio: $(STAMP) $(STUDIO)/bin/label-studio  ## questions through Label Studio's own server, and back
+	CWPO_LABEL_STUDIO=$(STUDIO)/bin/label-studio $(BIN)/python -m pytest -m long tests/test_label_studio.py
 
 N ?= 1000
 SEED ?= 0

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+import world
 import yaml
 from prepared import pairs
 from prepared import write as write_rows
@@ -18,10 +20,12 @@ from small_run import small_config, write_config
 from test_weigh_pairing import Run, sampled
 
 from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
+from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import ask as asking
 from cwpo_dist.pairs.records import PROMPT_DIGITS, prompt_of
+from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 
@@ -122,6 +126,39 @@ def by_prompt(names: Any) -> dict[str, list[str]]:
     for name in names:
         found.setdefault(prompt_of(name), []).append(name)
     return found
+
+
+def test_several_annotators_decide_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Margins m and 3m of three pairs; one that lacks a score is counted."""
+    bare = [row | {"label": None} for row in world.pairs("unlabelled")]
+    given = world.pairs
+    monkeypatch.setattr(
+        world, "pairs", lambda split: bare if split == "unlabelled" else given(split)
+    )
+    told = {"prepare": {"labelled_fraction": 1.0}, "fit": {"seeds": [0, 1]}}
+    made = world.World(tmp_path, ["ensemble"], **told)
+    made.score("annotate_0")
+    made.score("annotate_1", factor=3.0)
+
+    def order(strategy: str, budget: int = 3) -> list[str]:
+        node, _ = asking._planned(made.config, budget, strategy, "ensemble")
+        counts = asking._make(made.context, node)
+        assert counts["asked"] + counts["not_scored"] == budget
+        lines = made.context.place(node).read("questions.jsonl").decode().splitlines()
+        return [json.loads(line)["pair_id"] for line in lines]
+
+    names = [f"unlabelled-{k}" for k in range(3)]
+    assert order("disagree") == names, "σ(1) and σ(3) differ more than σ(2) and σ(6)"
+    assert order("delta_ucb") == names[::-1]
+    assert order("uncertain") == names
+    assert order("delta_ucb", budget=1) == names[2:]
+    place, name = made.place("annotate_1"), part("scores", 0)
+    scores = place.read_table(name)
+    lost = pc.equal(scores["answer_id"], world.named("unlabelled", 2, "b"))
+    place.write(name, parquet_bytes(scores.filter(pc.invert(lost))))
+    assert order("delta_ucb") == [names[1], names[0]]
 
 
 def messages(*said: str) -> list[dict[str, Any]]:

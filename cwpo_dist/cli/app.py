@@ -6,8 +6,6 @@ What is heavy to import (torch, ray) is imported by the command that needs it.
 from __future__ import annotations
 
 import io
-import os
-import secrets
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cwpo_dist import __version__, credentials
-from cwpo_dist.cli import bench, configuration, jobs, starting_file
+from cwpo_dist.cli import asking, bench, configuration, jobs, starting_file
 from cwpo_dist.cli.options import (
     STAGES,
     ConfigPath,
@@ -28,6 +26,7 @@ from cwpo_dist.cli.options import (
     RetryRejects,
     Show,
     Trial,
+    guard_own_ray,
     say,
 )
 from cwpo_dist.cli.terminal_log import log_to_terminal, told_without_credentials
@@ -175,7 +174,7 @@ def compare(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: cwpo compare run.yaml compare.yaml 'compare.seeds=[0,1]'
     """
-    _guard_own_ray()
+    guard_own_ray()
     from cwpo_dist.execution.comparison import compare as compare_trials
 
     log_to_terminal()
@@ -226,7 +225,7 @@ def check(
 
     Example: cwpo check --nodes all --storage s3://bucket/scratch
     """
-    _guard_own_ray()
+    guard_own_ray()
     from cwpo_dist.check.command import check as check_cluster
 
     log_to_terminal()
@@ -234,38 +233,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def ask(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    budget: Annotated[int, typer.Option(min=1, help="How many pairs at most.")] = 100,
-    strategy: Annotated[
-        Literal["uncertain", "random", "disagree", "delta_ucb"],
-        typer.Option(help="What makes a pair worth a label; the last two compare annotators."),
-    ] = "uncertain",
-    arm: Annotated[
-        str | None, typer.Option(help="Whose annotators score; by default the first arm's.")
-    ] = None,
-) -> None:
-    """Choose the unlabelled pairs that people should label next, and write a page to label them on.
-
-    What it needs and is not done yet is done first, and said. A second pair of a prompt comes after
-    the first pairs of all others. What people save is a source of its own: the next `cwpo run` does
-    again what their labels change.
-
-    Example: cwpo ask run.yaml --budget 200 --strategy uncertain
-    """
-    _guard_own_ray()
-    from cwpo_dist.execution.ask import ask as ask_people
-    from cwpo_dist.runs.checks import check
-
-    log_to_terminal()
-    loaded = load_config(config, overrides)
-    check(loaded, "prepare" if strategy == "random" else "annotate")  # before any worker starts
-    for line in ask_people(loaded, budget, strategy, arm).lines():
-        say(line)
-
-
+app.command()(asking.ask)
 app.command()(starting_file.init)
 app.command()(configuration.config)
 app.add_typer(bench.bench, name="bench")
@@ -338,19 +306,8 @@ for _command in (jobs.submit, jobs.status, jobs.logs, jobs.stop):
     app.command()(_command)
 
 
-def _guard_own_ray() -> None:
-    """A token for the Ray that this process starts; must be set before ray is imported.
-
-    Ray would otherwise write one into HOME, and every later `ray start` of this user would ask
-    for it.
-    """
-    names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if not any(os.environ.get(name) for name in names):
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-
-
 def _run(config: Config, until: str | None, resume: bool, retry_rejects: bool = False) -> None:
-    _guard_own_ray()
+    guard_own_ray()
     from cwpo_dist.execution import run as stages
     from cwpo_dist.runs.checks import check
 

@@ -1,7 +1,9 @@
-"""What commands share: the stages' names, arguments and options, and how a line is printed."""
+"""What commands share: stages' names, arguments and options, how a line is printed, Ray's token."""
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -66,3 +68,14 @@ Trial = Annotated[
 def say(text: str) -> None:
     """Prints text as it is, however wide the terminal."""
     Console(soft_wrap=True).print(escape(redacted(text)), highlight=False)
+
+
+def guard_own_ray() -> None:
+    """A token for the Ray that this process starts; must be set before ray is imported.
+
+    Ray would otherwise write one into HOME, and every later `ray start` of this user would ask
+    for it.
+    """
+    names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if not any(os.environ.get(name) for name in names):
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
