@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pytest
 import world
 import yaml
+from hostile import Ended, refused
 from prepared import pairs
 from prepared import write as write_rows
 from small_run import small_config, write_config
@@ -21,7 +23,8 @@ from test_weigh_pairing import Run, sampled
 
 from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
 from cwpo_dist.canonical import parquet_bytes
-from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.cli import app
+from cwpo_dist.config import Config, ConfigError, PrepareConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import ask as asking
 from cwpo_dist.pairs.records import PROMPT_DIGITS, prompt_of
@@ -199,6 +202,16 @@ def voted(row: dict[str, Any], a: int, b: int, tie: int = 0) -> dict[str, Any]:
     return row | {"votes_a": a, "votes_b": b, "votes_tie": tie, "annotator": "Ann"}
 
 
+def answered(config: Config, people: list[list[dict[str, Any]]]) -> PrepareConfig:
+    """The same sources, and a file of each person, as `cwpo ask` says that they are named."""
+    folder, sources = Path(config.output_dir).parent, [config.prepare.sources[0].model_dump()]
+    for k, said in enumerate(people):
+        form = "text" if isinstance(said[0]["prompt"], str) else "conversational"
+        file = write_rows(folder / f"answers-{k}.jsonl", said)
+        sources.append({"path": file, "format": form, "into": "train"})
+    return with_prepare(config, sources=sources).prepare
+
+
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("rows", [TEXTS, CONVERSATIONS], ids=["texts", "conversations"])
 def test_votes_that_come_back_label_the_pairs_that_were_asked_for(
@@ -214,10 +227,7 @@ def test_votes_that_come_back_label_the_pairs_that_were_asked_for(
         [voted(first, 1, 0), voted(second, 0, 1), voted(third, 1, 0)],
         [voted(first, 0, 1)],
     ]
-    files = [write_rows(tmp_path / f"answers-{k}.jsonl", said) for k, said in enumerate(people)]
-    sources = [config.prepare.sources[0].model_dump()]
-    sources += [{"path": file, "into": "train"} for file in files]
-    again = with_prepare(config, sources=sources).prepare
+    again = answered(config, people)
     store = Store(str(tmp_path / "again"))
     counts = prepare(store, again, config.seed)
     by_id = {row["pair_id"]: row for row in pairs(store)}
@@ -239,26 +249,52 @@ def test_who_was_asked_is_not_asked_again(tmp_path: Path) -> None:
     assert {row["prompt"] for row in asked_of(config)} == {row["prompt"] for row in TEXTS[:4]}
     (tmp_path / "all").mkdir()
     answered = config_of(tmp_path / "all", [row | {"label": "b"} for row in TEXTS])
-    with pytest.raises(ConfigError, match="every pair that can be asked for has a label"):
+    with pytest.raises(ConfigError, match="every training pair has a label"):
         asked_of(answered)
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_group_comes_back_with_its_question(tmp_path: Path) -> None:
-    rows = [row | {"topic": k % 2} for k, row in enumerate(TEXTS)]
-    config = config_of(tmp_path, rows, group_column="topic", keep_columns=["topic"])
+def test_pairs_of_single_responses_keep_their_columns_when_answered(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Q{k}?", "response": f"{word} {k}", "topic": f"t{k}"}
+        for k in range(3)
+        for word in ("yes", "no")
+    ]
+    config = config_of(tmp_path, rows, pairing="all", keep_columns=["topic"])
     asked = asked_of(config)
-    assert {row["prompt"]: row["topic"] for row in asked} == {
-        row["prompt"]: row["topic"] for row in rows
-    }
+    again = answered(config, [[voted(row, 1, 0) for row in asked]])
+    store = Store(str(tmp_path / "again"))
+    prepare(store, again, config.seed)
+    found = pairs(store)
+    assert [row["label"] for row in found] == ["a"] * 3
+    assert {row["topic"] for row in found} == {"t0", "t1", "t2"}
+    assert {row["source"] for row in found} == {config.prepare.sources[0].path}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_texts_that_look_like_something_else_come_back_as_they_are(tmp_path: Path) -> None:
+    """Transcripts as plain text, and tools that few rows have, far down."""
+    like = "\n\nHuman: q\n\nAssistant:"
+    rows = [*TEXTS, {"prompt": like, "response_a": f"{like} x", "response_b": f"{like} y"}]
+    config = config_of(tmp_path, rows)
+    asked = asked_of(config)
+    only = [voted(row, 1, 0) for row in asked if row["prompt"] == like]
+    store = Store(str(tmp_path / "again"))
+    counts = prepare(store, answered(config, [only]), config.seed)
+    assert (counts["pairs"], counts["merged_duplicates"]) == (10, 1)
+    few = [*({k: v for k, v in row.items() if k != "tools"} for row in CONVERSATIONS[:2])]
+    (tmp_path / "few").mkdir()
+    asked = asked_of(config_of(tmp_path / "few", [*few, CONVERSATIONS[2]]))
+    assert ["tools" in row for row in asked] == [True] * 3
 
 
 def test_what_could_not_be_used_is_refused(tmp_path: Path) -> None:
     plan = asking._planned
     with pytest.raises(ConfigError, match=r"prepare\.labelled_fraction: 0\.5 hides"):
         plan(config_of(tmp_path, TEXTS, labelled_fraction=0.5), 1, "random", "cw")
-    with pytest.raises(ConfigError, match=r"prepare\.keep_columns: lacks 'topic'"):
-        plan(config_of(tmp_path, TEXTS, group_column="topic"), 1, "random", "cw")
+    for arm, said in {"nope": "unknown arm 'nope'", "ws_dpo": "no annotator that"}.items():
+        with pytest.raises(ConfigError, match=f"--arm: .*{said}"):
+            plan(config_of(tmp_path, TEXTS), 1, "random", arm)
     config = all_labels(sampled(tmp_path / "one"))
     with pytest.raises(ConfigError, match=r"--strategy: 'disagree' needs 2 annotators"):
         plan(config, 1, "disagree", "cw")
@@ -269,47 +305,58 @@ def unlabelled(folder: Path) -> Path:
     made = small_config(folder, prepare__labelled_fraction=1.0, prepare__test_fraction=0.0)
     source = Path(made["prepare"]["sources"][0]["path"])
     rows = [json.loads(line) for line in source.read_text().splitlines()]
-    bare = (
-        {"prompt": r["prompt"], "response_a": r["chosen"], "response_b": r["rejected"]}
-        for r in rows
-    )
-    write_rows(source, list(bare))
+    texts = ("prompt", "response_a", "response_b")
+    write_rows(source, [{name: row[name] for name in texts} for row in rows])
     return write_config(folder / "run.yaml", made)
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_the_command_asks_before_there_is_any_label(tmp_path: Path, cwpo: Any) -> None:
+@pytest.fixture
+def by_command(ray_local: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """`cwpo ask` here, however long what it does first takes."""
+
+    def ended(*arguments: object) -> Ended:
+        with pytest.raises(SystemExit) as found:
+            app.main(["ask", *map(str, arguments)])
+        return Ended(found.value.code, "".join(capsys.readouterr()))
+
+    return ended
+
+
+def test_the_command_asks_before_there_is_any_label(
+    tmp_path: Path, by_command: Callable[..., Ended]
+) -> None:
     """By lot, of what `prepare` makes first; an annotator that nobody can train is refused."""
     config = unlabelled(tmp_path)
-    code, said = cwpo("ask", str(config), "--strategy", "random", "--budget", "7")
-    assert code == 0, said
+    by_lot = (config, "--strategy", "random", "--budget", 7)
+    ended = by_command(*by_lot)
+    assert ended.code == 0, ended.said
+    said = " ".join(ended.said.split())
     assert "7 of 96 pairs without a label" in said
     (place,) = (tmp_path / "run" / "ask").iterdir()
     assert str(place / "page.html") in said
     lines = (place / "questions.jsonl").read_text().splitlines()
     assert len(lines) == len(json.loads((place / "label_studio.json").read_text())) == 7
-    assert cwpo("ask", str(config), "--strategy", "random", "--budget", "7") == (0, said)
-    code, said = cwpo("ask", str(config))
-    assert code == 2
-    assert "label" in said
+    assert by_command(*by_lot).code == 0
+    refused(by_command(config), "--strategy: 'uncertain'", "begin with --strategy random")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("ray_local")
-def test_from_no_label_to_an_annotator_that_asks_itself(tmp_path: Path, cwpo: Any) -> None:
+def test_from_no_label_to_an_annotator_that_asks_itself(
+    tmp_path: Path, by_command: Callable[..., Ended]
+) -> None:
     """Ask by lot, label, train on the answers, ask what the annotator is unsure of."""
     config = unlabelled(tmp_path)
-    assert cwpo("ask", str(config), "--strategy", "random", "--budget", "30")[0] == 0
+    assert by_command(config, "--strategy", "random", "--budget", 30).code == 0
     (first,) = (tmp_path / "run" / "ask").iterdir()
     asked = [json.loads(line) for line in (first / "questions.jsonl").read_text().splitlines()]
     answers = write_rows(tmp_path / "answers-ann.jsonl", [voted(row, 1, 0) for row in asked])
     made = yaml.safe_load(config.read_text())
     made["prepare"]["sources"].append({"path": answers, "into": "train"})
     write_config(config, made)
-    code, said = cwpo("ask", str(config), "--budget", "10")
-    assert code == 0, said
-    assert "10 of 66 pairs without a label" in said
+    ended = by_command(config, "--budget", 10)
+    assert ended.code == 0, ended.said
+    assert "10 of 66 pairs without a label" in ended.said
     (second,) = {*(tmp_path / "run" / "ask").iterdir()} - {first}
     again = [json.loads(line) for line in (second / "questions.jsonl").read_text().splitlines()]
     assert not {row["pair_id"] for row in again} & {row["pair_id"] for row in asked}

@@ -56,7 +56,7 @@ def test_twelve_questions_from_the_keyboard(opened: Open, tmp_path: Path, scheme
     assert shown.locator("#count").inner_text() == '12 of 12 answered, 2 of them "cannot say"'
     assert {"a", "b"} < set(expected), "both keys chose both answers"
     rows = saved(shown, tmp_path)
-    assert (tmp_path / "answers-Ann-O-Neil.jsonl").exists()
+    assert (tmp_path / "answers-Ann-O-Neil-key.jsonl").exists()
     voted = {
         row["pair_id"]: next(x for x in ("a", "b", "tie") if row[f"votes_{x}"]) for row in rows
     }
@@ -87,6 +87,28 @@ def test_what_was_said_stays_and_can_be_corrected(opened: Open, tmp_path: Path) 
     after = saved(shown, tmp_path)
     assert after[0] == before[0]
     assert after[1] | {"votes_tie": 0} == before[1] | {"votes_a": 0, "votes_b": 0}
+
+
+def test_a_browser_that_keeps_nothing_says_so_and_loses_nothing(opened: Open) -> None:  # noqa: F811
+    """A name that is corrected takes no answers with it; what is left is said at the end."""
+    full = "void (Storage.prototype.setItem = () => { throw new Error('full'); })"
+    shown = opened(html(3))
+    shown.evaluate(full)
+    shown.fill("#name", "An")
+    shown.locator("body").click(position={"x": 2, "y": 2})
+    shown.keyboard.press("1")
+    assert "keeps nothing" in shown.locator("#told").inner_text()
+    shown.fill("#name", "Ann")
+    assert shown.locator("#told").inner_text() == "Answers are kept under another name: 1 as An."
+    shown.fill("#name", "An")
+    assert shown.locator("#count").inner_text() == "1 of 3 answered"
+    shown.press("#name", "Enter")
+    shown.keyboard.press("1")
+    assert shown.locator("#count").inner_text() == "2 of 3 answered"
+    assert shown.locator("#name").input_value() == "An"
+    shown.locator("#back").click()
+    shown.locator("#back").click()
+    assert shown.locator("#place").inner_text() == "question 1 of 3"
 
 
 def test_sides_are_drawn_for_each_person_and_question(opened: Open) -> None:  # noqa: F811

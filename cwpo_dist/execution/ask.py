@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
 from cwpo_dist.canonical import digest
-from cwpo_dist.config import Config, ConfigError
+from cwpo_dist.config import ARMS, Config, ConfigError
 from cwpo_dist.execution.run import execute
 from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs.packing import as_json
@@ -27,7 +27,7 @@ from cwpo_dist.report.questions import LABEL_STUDIO, Question, label_studio_task
 from cwpo_dist.results.sample import transcript
 from cwpo_dist.runs.annotations import Annotated, gather
 from cwpo_dist.runs.cluster import connect
-from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.context import Context, prepared
 from cwpo_dist.runs.joined import ScoresIn
 from cwpo_dist.runs.output_key import Node, Settings, members, scored
 from cwpo_dist.storage import Store
@@ -47,7 +47,6 @@ class AskSettings(Settings):
         strategy: a key of `STRATEGIES`.
         budget: how many at most.
         seed: of what is drawn.
-        group: the column that keeps rows on one side, which an answer needs as well.
     """
 
     stage = "ask"
@@ -56,7 +55,6 @@ class AskSettings(Settings):
     strategy: str
     budget: int
     seed: int
-    group: str | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,8 @@ class Asked:
             f"{told['prompts_asked']:,} of {told['prompts']:,} prompts, by strategy "
             f"{told['strategy']}{unscored}",
             f"page: {page_at} (or {TASKS} and {LAYOUT} beside it, for Label Studio)",
-            "then add to prepare.sources: {path: answers-*.jsonl, into: train}",
+            "then add to prepare.sources: "
+            f"{{path: answers-*.jsonl, format: {told['format']}, into: train}}",
         ]
 
 
@@ -102,6 +101,7 @@ def ask(config: Config, budget: int, strategy: str, arm: str | None = None) -> A
     if not context.done(node):
         connect()
         for each in needed:
+            _refuse_untrainable(context, each, strategy)
             execute(context, each)
         execute(context, node, by=partial(_make, context))
     return Asked(context.place(node), context.counts(node))
@@ -114,22 +114,29 @@ def _planned(config: Config, budget: int, strategy: str, arm: str) -> tuple[Node
             f"prepare.labelled_fraction: {config.prepare.labelled_fraction} hides the labels of "
             "the other prompts, so that answers to them would not be used; set it to 1.0"
         )
-    group = config.prepare.group_column
-    if group is not None and group not in config.prepare.keep_columns:
-        raise ConfigError(
-            f"prepare.keep_columns: lacks {group!r}, by which rows are put on one side "
-            "(prepare.group_column): answers need it too; add it"
-        )
+    if arm not in ARMS:
+        raise ConfigError(f"--arm: unknown arm {arm!r}; choose from {', '.join(ARMS)}")
+    if ARMS[arm].annotator == "implicit":
+        raise ConfigError(f"--arm: {arm!r} has no annotator that gives scores; choose another")
     wanted = STRATEGIES[strategy].annotators
     nodes = nodes_until(config, arm, "annotate" if wanted else "prepare")
     read = {"prepare": nodes["prepare"]} | (scored(nodes) if wanted else {})
-    node = Node(AskSettings(strategy, budget, config.seed, group), read)
+    node = Node(AskSettings(strategy, budget, config.seed), read)
     if (there := len(members(node))) < wanted:
         raise ConfigError(
             f"--strategy: {strategy!r} needs {wanted} annotators, and arm {arm!r} has {there}; "
             "give several fit.seeds and an arm of several (--arm ensemble), or --strategy uncertain"
         )
     return node, list(nodes.values())
+
+
+def _refuse_untrainable(context: Context, node: Node, strategy: str) -> None:
+    """Says what to do where an annotator is to be trained, and there is no label yet."""
+    if node.stage == "fit" and not context.counts(prepared(node))["splits"]["labelled"]:
+        raise ConfigError(
+            f"--strategy: {strategy!r} needs an annotator, and no pair has a label to train it on; "
+            "begin with --strategy random, or give annotate.model.model_name_or_path"
+        )
 
 
 def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
@@ -141,12 +148,9 @@ def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
     unknown = pc.is_nan(found["worth"])
     known = found.filter(pc.invert(unknown))
     chosen = known.take(most_worth(known["worth"].to_numpy(), known["pair_id"], told.budget))
-    questions = _questions(pairs, chosen, told.group)
-    if not questions:
-        raise ConfigError(
-            "cwpo ask: every pair that can be asked for has a label; give pairs without one, or "
-            "responses and prepare.pairing: all"
-        )
+    if not len(chosen):
+        raise ConfigError(_nothing(len(found)))
+    questions = _questions(pairs, chosen)
     _write(context.place(node), questions)
     prompts = set(map(prompt_of, known["pair_id"].to_pylist()))
     return {
@@ -156,7 +160,20 @@ def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
         "prompts_asked": len({prompt_of(each.pair_id) for each in questions}),
         "not_scored": pc.sum(unknown).as_py() or 0,
         "strategy": told.strategy,
+        "format": "text" if isinstance(questions[0].row["prompt"], str) else "conversational",
     }
+
+
+def _nothing(unscored: int) -> str:
+    if unscored:
+        return (
+            f"cwpo ask: none of the {unscored:,} unlabelled pairs has a score of every annotator; "
+            "see rejects/ of `annotate`, or take --strategy random"
+        )
+    return (
+        "cwpo ask: every training pair has a label; give pairs without one, or responses and "
+        "prepare.pairing: all"
+    )
 
 
 def _candidates(given: Annotated, told: AskSettings, index: int) -> pa.Table:
@@ -187,28 +204,26 @@ def _write(place: Store, questions: list[Question]) -> None:
     place.write(LAYOUT, LABEL_STUDIO.encode())
 
 
-def _questions(pairs: Store, chosen: pa.Table, group: str | None) -> list[Question]:
+def _questions(pairs: Store, chosen: pa.Table) -> list[Question]:
     """The chosen pairs with their texts, in the order in which they were chosen."""
     names = chosen["pair_id"].combine_chunks()
-    order = {name: k for k, name in enumerate(names.to_pylist())}
-    found: list[tuple[int, Question]] = []
+    found: dict[str, Pair] = {}
     for index in sorted(set(chosen["shard"].to_pylist())):
         whole = read_whole(pairs, index)
-        whole = whole.filter(pc.is_in(whole["pair_id"], value_set=names))
-        groups = whole[group].to_pylist() if group is not None else [None] * len(whole)
-        for pair, value in zip(pairs_of(whole), groups, strict=True):
-            found.append((order[pair.pair_id], _question(pair, group, value)))
-    return [question for _, question in sorted(found, key=lambda each: each[0])]
+        some = pairs_of(whole.filter(pc.is_in(whole["pair_id"], value_set=names)))
+        found |= {pair.pair_id: pair for pair in some}
+    # In all rows or in none: what few rows have may stand too far down to be seen as a column.
+    with_tools = any(pair.tools is not None for pair in found.values())
+    return [_question(found[name], with_tools) for name in names.to_pylist()]
 
 
-def _question(pair: Pair, group: str | None, value: object) -> Question:
+def _question(pair: Pair, with_tools: bool) -> Question:
     row: dict[str, Any] = {"pair_id": pair.pair_id, "prompt": pair.prompt}
     row |= {"response_a": pair.response_a, "response_b": pair.response_b}
-    shown = transcript(pair.prompt)
-    if pair.tools is not None:
+    if with_tools:
         row["tools"] = pair.tools
-        shown = f"[tools]\n{as_json(pair.tools)}\n\n{shown}"
-    if group is not None:
-        row[group] = value
+    asked = transcript(pair.prompt)
+    if pair.tools is not None:
+        asked = f"[tools]\n{as_json(pair.tools)}\n\n{asked}"
     answers = transcript(pair.response_a), transcript(pair.response_b)
-    return Question(pair.pair_id, row, (shown, *answers))
+    return Question(pair.pair_id, row, (asked, *answers))

@@ -87,7 +87,8 @@ def execute(context: Context, node: Node, resume: bool = False, by: Made | None 
         clear(context, node)
         logger.info("%s: done before", node.path)
         return
-    _tell_changed(context, node, resume)
+    if by is None:
+        _tell_changed(context, node, resume)
     make(context, node, by)
 
 

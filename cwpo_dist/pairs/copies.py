@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.alone import AloneCounts, Comparing, are_alone, are_named, pairs_made
@@ -57,6 +58,7 @@ def gathered(rows: pa.Table, comparing: Comparing | None) -> Gathered:
     made = pairs_made(alone, comparing, counts)
     rows = pa.concat_tables([given, made]).sort_by("pair_id")  # stable: those given come first
     pairs, conflicts, differing = _merge_copies(rows)
+    pairs = _as_first_read(pairs, rows)
     named = are_named(alone, pairs)
     paired, alone = alone.filter(named), alone.filter(pc.invert(named))
     counts.in_no_pair = len(alone)
@@ -69,13 +71,10 @@ def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
     Returns:
         The rows, and of how many the labels conflicted, and the data's own numbers.
     """
-    ids = rows["pair_id"].combine_chunks()
-    is_first = np.ones(len(ids), bool)
-    is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
-    starts = np.flatnonzero(is_first)
-    if len(starts) == len(ids):
+    starts = _starts(rows)
+    if len(starts) == len(rows):
         return rows, 0, 0
-    ends = np.append(starts[1:], len(ids))
+    ends = np.append(starts[1:], len(rows))
     pairs, all_copies = rows.take(starts), rows.select(Told._fields)
     values = rows_of(Told, pairs)
     conflicts = differing = 0
@@ -88,3 +87,25 @@ def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
     for name in Told._fields:
         pairs = pairs.set_column(pairs.schema.get_field_index(name), name, merged[name])
     return pairs, conflicts, differing
+
+
+def _as_first_read(pairs: pa.Table, rows: pa.Table) -> pa.Table:
+    """With source and kept columns of the copy that was read first, given or made.
+
+    Args:
+        pairs: one for all copies.
+        rows: the copies, sorted by `pair_id`.
+    """
+    order = [(name, "ascending") for name in ("pair_id", "piece", "number")]
+    first = rows.take(pc.sort_indices(rows, sort_keys=order)).take(_starts(rows))
+    for name in ("source", "kept"):
+        pairs = pairs.set_column(pairs.schema.get_field_index(name), name, first[name])
+    return pairs
+
+
+def _starts(rows: pa.Table) -> NDArray[np.intp]:
+    """Where the copies of each pair begin."""
+    ids = rows["pair_id"].combine_chunks()
+    is_first = np.ones(len(ids), bool)
+    is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+    return np.flatnonzero(is_first)

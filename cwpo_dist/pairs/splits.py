@@ -171,7 +171,8 @@ def ordered(given: ParsedPair, prompt: Canonical, seed: int, source: str) -> tup
 def merge(copies: Sequence[Told]) -> tuple[Told, bool]:
     """What copies of one pair say together: votes add up, labels (or ties) must agree.
 
-    Where each label is no more than what the votes beside it make, all votes together make it.
+    Where labels differ, and each is no more than what the votes beside it make, all votes together
+    make the label.
 
     Args:
         copies: of one pair, at least one; the first gives its numbers.

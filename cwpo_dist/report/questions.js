@@ -43,35 +43,54 @@
   };
   const sideOf = (k, said) => (swapped(k) ? { left: "b", right: "a" } : { left: "a", right: "b" })[said] ?? said;
 
+  // By name, so that a name that is corrected, or is another's, takes no answers with it.
+  const people = new Map();
+  let keeps = true;
   const shelf = () => `cwpo-ask-${data.key}-${person()}`;
-  const keep = () => {
+  const stored = () => {
     try {
-      localStorage.setItem(shelf(), JSON.stringify(answers));
+      const kept = JSON.parse(localStorage.getItem(shelf()) ?? "{}");
+      const known = [...asked.keys()].filter((k) => Object.hasOwn(VOTES, kept[k]) || kept[k] === "none");
+      return Object.fromEntries(known.map((k) => [k, kept[k]]));
     } catch {
-      told.textContent = "This browser keeps nothing: save the file before you close the page.";
+      return {}; // nothing of it can be read: the person begins anew
+    }
+  };
+  const keep = (k) => {
+    try {
+      localStorage.setItem(shelf(), JSON.stringify({ ...stored(), [k]: answers[k] })); // beside another tab's
+    } catch {
+      keeps = false;
     }
   };
   const recall = () => {
-    answers = {};
-    try {
-      const kept = JSON.parse(localStorage.getItem(shelf()) ?? "{}");
-      for (const k of asked.keys()) if (Object.hasOwn(VOTES, kept[k]) || kept[k] === "none") answers[k] = kept[k];
-    } catch {
-      // Nothing of it can be read: the person begins anew.
-    }
-    unsaved = false;
+    if (!people.has(person())) people.set(person(), person() === "" ? {} : stored());
+    answers = people.get(person());
     at = Math.max(0, asked.findIndex((_, k) => !(k in answers)));
+  };
+  const others = () =>
+    [...people].filter(([who, said]) => who !== person() && Object.keys(said).length > 0)
+      .map(([who, said]) => `${Object.keys(said).length} as ${visible(who)}`);
+
+  const advice = (left) => {
+    if (person() === "") return "Type your name first: it tells your answers from those of others.";
+    if (left === asked.length && others().length) return `Answers are kept under another name: ${others().join(", ")}.`;
+    if (!keeps) return "This browser keeps nothing: save the file before you close the page.";
+    if (left === 0) return "That was the last question: save the file, and thank you.";
+    if (at === asked.length - 1 && at in answers) return `${left} left: go back to what you passed over.`;
+    return "";
   };
 
   const draw = () => {
-    const [prompt, a, b] = asked[at].shown;
+    const { prompt, response_a, response_b } = JSON.parse(asked[at].row);
+    const [shown, a, b] = asked[at].shown ?? [prompt, response_a, response_b];
     const grid = element("div", "answers");
     for (const [title, text] of [["Left", swapped(at) ? b : a], ["Right", swapped(at) ? a : b]]) {
       const side = element("section", "answer");
       side.append(element("h5", "", title), prose(text, `${title} answer`));
       grid.append(side);
     }
-    question.replaceChildren(element("h4", "", "Prompt"), prose(prompt, "Prompt"), grid);
+    question.replaceChildren(element("h4", "", "Prompt"), prose(shown, "Prompt"), grid);
     for (const button of choices.children) {
       button.disabled = person() === "";
       button.setAttribute("aria-pressed", String(at in answers && answers[at] === sideOf(at, button.value)));
@@ -85,9 +104,7 @@
     back.disabled = at === 0;
     next.disabled = at === asked.length - 1;
     save.disabled = said.length === 0;
-    if (person() === "") told.textContent = "Type your name first: it tells your answers from those of others.";
-    else if (said.length === asked.length) told.textContent = "That was the last question: save the file, and thank you.";
-    else told.textContent = "";
+    told.textContent = advice(asked.length - said.length);
   };
   const go = (by) => {
     at = Math.min(Math.max(at + by, 0), asked.length - 1);
@@ -97,8 +114,8 @@
     if (person() === "") return;
     answers[at] = sideOf(at, said);
     unsaved = true;
+    keep(at);
     go(1);
-    keep();
   };
 
   const lines = () =>
@@ -111,7 +128,8 @@
   save.addEventListener("click", () => {
     const link = element("a");
     link.href = URL.createObjectURL(new Blob(lines(), { type: "application/jsonl" }));
-    link.download = `answers-${person().replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
+    const who = person().replace(/[^\p{L}\p{M}\p{N}]+/gu, "-").replace(/^-|-$/g, "");
+    link.download = `answers-${who || "unnamed"}-${data.key.slice(0, 8)}.jsonl`; // another page's stays beside it
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
     unsaved = false;
@@ -126,8 +144,9 @@
   back.addEventListener("click", () => go(-1));
   next.addEventListener("click", () => go(1));
   name.addEventListener("input", () => { recall(); draw(); });
+  name.addEventListener("keydown", (event) => { if (event.key === "Enter") name.blur(); });
   document.addEventListener("keydown", (event) => {
-    if (event.target === name || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.repeat || event.target === name || event.ctrlKey || event.metaKey || event.altKey) return;
     const said = { 1: "left", 2: "right", 3: "tie", 4: "none" }[event.key];
     if (said) say(said);
     else if (event.key === "ArrowLeft") go(-1);

@@ -56,6 +56,11 @@ class Question:
         """The row as one line of JSON."""
         return json.dumps(self.row, ensure_ascii=False)
 
+    def rewritten(self) -> dict[str, object]:
+        """`shown`, where that is not what the row has: no text lies in the page twice."""
+        texts = self.row["prompt"], self.row["response_a"], self.row["response_b"]
+        return {} if texts == self.shown else {"shown": self.shown}
+
 
 def page(key: str, questions: Sequence[Question]) -> bytes:
     """The page on which they are labelled.
@@ -65,7 +70,7 @@ def page(key: str, questions: Sequence[Question]) -> bytes:
         questions: in the order in which they are asked.
     """
     # A row goes as text and comes back as it is: a script would round its large numbers.
-    asked = [{"row": each.line, "shown": each.shown} for each in questions]
+    asked = [{"row": each.line} | each.rewritten() for each in questions]
     template = TEMPLATES.get_template("questions.html.j2")
     html = template.render(
         count=f"{len(questions):,}",
