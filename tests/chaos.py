@@ -2,11 +2,14 @@
 
 `python tests/chaos.py FOLDER [FAULT:STAGE …]` does cells of the table fault × stage (all by
 default), one after another, and adds a line to FOLDER/cells.jsonl for each.
+`--blows N --seed S` instead draws N blows: which fault, which stage, and when.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,11 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chaos_drawn import FAULTS, STAGES, Blow, drawn, table
 from safetensors.torch import load_file
 from small_run import small_config, write_config
 from tiny import save_tiny
@@ -26,15 +32,19 @@ from tiny import save_tiny
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster" / "local"))
 import nodes
 
-FAULTS = ("worker", "raylet", "cut", "driver", "head")
-STAGES = ("annotate", "reference", "fit", "align")
+ALL = [Blow(fault, stage) for stage in STAGES for fault in FAULTS]
 SCORING = {"annotate": "scores", "reference": "reference"}
 WORKERS = 3  # nodes of one CPU each; a stage takes two of them
+STEPS = 30  # of a training
 MISSED_S = 20.0  # a cut lasts longer than it takes Ray to give a node up
 PATIENCE_S = 240.0
 # How Ray titles the processes that work.
 TITLES = {"annotate": "MapWorker", "reference": "MapWorker", "fit": "RayTrainWorker"}
 TITLES["align"] = TITLES["fit"]
+
+
+class TooLate(AssertionError):
+    """The stage was over before the blow fell."""
 
 
 class LocalCluster:
@@ -67,7 +77,10 @@ class LocalCluster:
         """The process of the job that runs; its shell has the same words in its title."""
         command = f"{sys.executable} -m cwpo_dist.cli"
         pids = nodes.members(self.now, self.now.head)
-        (driver,) = [pid for pid in pids if _title(pid).startswith(command)]
+        found = [pid for pid in pids if _title(pid).startswith(command)]
+        if not found:
+            raise TooLate("the driver has ended")
+        (driver,) = found
         return driver
 
     def submit(self, stage: str, config: Path, log: Path, **env: str) -> subprocess.Popen[bytes]:
@@ -109,7 +122,8 @@ class Cell:
         recovery_s: from the blow on, the longest time without a commit of the stage.
         seconds: from the blow to the job's end.
         done, all: shards, or steps of the newest checkpoint, when it fell; of how many.
-        equality: how the output compares with the undisturbed run's.
+        lost, twice: files, steps and weights that the output lacks or has otherwise than the
+            undisturbed run's, and that it has twice or too much.
     """
 
     fault: str
@@ -119,13 +133,14 @@ class Cell:
     seconds: float
     done: int
     all: int
-    equality: str
+    lost: list[object]
+    twice: list[object]
 
 
-def write_small(folder: Path, run: Path) -> Path:
-    """A run whose stages each take some seconds on two workers; its configuration file."""
-    training = {"num_workers": 2, "cpus_per_worker": 1.0, "num_train_epochs": 30, "save_steps": 3}
-    pool = {"num_actors": 2, "cpus_per_actor": 1.0}
+def write_small(folder: Path, run: Path, workers: int) -> Path:
+    """A run whose stages each take some seconds on two CPUs; its configuration file."""
+    training = {"num_workers": workers, "cpus_per_worker": 2 / workers, "save_steps": 3}
+    pool = {"num_actors": workers, "cpus_per_actor": 2 / workers}
     config = small_config(folder, str(run), sft=None, annotate=pool, reference=pool)
     if not (folder / "wide").exists():
         wide = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
@@ -135,37 +150,39 @@ def write_small(folder: Path, run: Path) -> Path:
         model["model_name_or_path"] = str(folder / "wide")
     config["weak"].pop("num_hidden_layers")
     for section in (config["fit"], config["align"]):
-        section |= training | {"max_steps": 30, "learning_rate": 1e-4}
+        section |= training | {"max_steps": STEPS, "num_train_epochs": 30, "learning_rate": 1e-4}
     return write_config(folder / f"{run.name}.yaml", config)
 
 
-def undisturbed(cluster: LocalCluster, folder: Path, stage: str) -> Path:
+def undisturbed(cluster: LocalCluster, folder: Path, blow: Blow) -> Path:
     """The run that nothing befalls, made once, with this stage done."""
     quiet = folder / "quiet"
-    config = write_small(folder, quiet)
-    if not list(quiet.glob(f"{stage}/*/manifest.json")):
+    config = write_small(folder, quiet, blow.workers)
+    if not list(quiet.glob(f"{blow.stage}/*/manifest.json")):
         job = cluster.submit("align", config, folder / "quiet.log")
         assert job.wait(4 * PATIENCE_S) == 0, (folder / "quiet.log").read_text()[-4000:]
     return quiet
 
 
-def disturbed(cluster: LocalCluster, folder: Path, fault: str, stage: str) -> Cell:
+def disturbed(cluster: LocalCluster, folder: Path, blow: Blow) -> Cell:
     """Does one stage of the undisturbed run again, and lets the fault befall it."""
-    quiet, run = undisturbed(cluster, folder, stage), folder / f"{fault}-{stage}"
+    quiet, run = undisturbed(cluster, folder, blow), folder / blow.name
+    fault, stage = blow.fault, blow.stage
     log = folder / f"{run.name}.log"
     shutil.rmtree(run, ignore_errors=True)
     log.unlink(missing_ok=True)
     shutil.copytree(quiet, run, ignore=shutil.ignore_patterns("checkpoints"))
     shutil.rmtree(run / stage)
-    config = write_small(folder, run)
+    config = write_small(folder, run, blow.workers)
     job = cluster.submit(stage, config, log)
-    total = _progress(quiet, stage) if stage in SCORING else 30
-    victim = in_flight(cluster, run, stage, job, log)
+    total = _progress(quiet, stage) if stage in SCORING else STEPS
+    commits = 3 if blow.moment is None else int(blow.moment * total)
+    victim = in_flight(cluster, run, stage, job, log, commits)
     started = time.monotonic()
     repair = strike(cluster, fault, victim, TITLES[stage])
     done = _progress(run, stage)
-    assert done < total, "nothing was in flight"
-    assert not list(run.glob(f"{stage}/*/manifest.json")), "nothing was in flight"
+    if done == total or list(run.glob(f"{stage}/*/manifest.json")):
+        raise TooLate("nothing was in flight")
     pause, since, last, outcome = 0.0, started, done, "finished"
     while True:
         if (now := _progress(run, stage)) > last:
@@ -181,11 +198,12 @@ def disturbed(cluster: LocalCluster, folder: Path, fault: str, stage: str) -> Ce
         assert time.monotonic() - started < PATIENCE_S, log.read_text()[-4000:]
         time.sleep(0.05)
     seconds = time.monotonic() - started
-    equality = compare(quiet, run, stage)
+    lost, twice = differences(quiet, run, stage)
     if fault == "cut":  # Ray ends on it as soon as it hears that it was given up
         nodes.kill(cluster.now, victim[0], raylet_only=False)
     cluster.mend()
-    return Cell(fault, stage, outcome, round(pause, 1), round(seconds, 1), done, total, equality)
+    took = round(pause, 1), round(seconds, 1)
+    return Cell(fault, stage, outcome, *took, done, total, lost, twice)
 
 
 def strike(
@@ -195,6 +213,18 @@ def strike(
     node, pid = victim
     if fault == "worker":
         os.kill(pid, signal.SIGKILL)
+    elif fault == "many":
+        pids = [pid for each in cluster.workers for pid in cluster.processes(each, title)]
+        for each in pids[: math.ceil(0.3 * len(pids))]:
+            os.kill(each, signal.SIGKILL)
+    elif fault == "stop":
+        os.kill(pid, signal.SIGSTOP)
+
+        def wake() -> None:
+            with suppress(ProcessLookupError):  # Ray may have ended it meanwhile
+                os.kill(pid, signal.SIGCONT)
+
+        return wake
     elif fault == "raylet":
         nodes.kill(cluster.now, node, raylet_only=True)
     elif fault == "driver":
@@ -213,35 +243,43 @@ def strike(
     return None
 
 
-def compare(quiet: Path, run: Path, stage: str) -> str:
-    """How a stage's output compares with the undisturbed run's; fails where it must not differ."""
+def differences(quiet: Path, run: Path, stage: str) -> tuple[list[object], list[object]]:
+    """What a stage's output lacks or has otherwise, and what twice or too much."""
     (expected,), (found,) = (list(r.glob(f"{stage}/*/manifest.json")) for r in (quiet, run))
     expected, found = expected.parent, found.parent
     if stage in SCORING:
         before, after = (files(place / SCORING[stage]) for place in (expected, found))
-        assert after == before, f"{found}: other files than {expected}"
-        return f"{len(after)} files byte for byte"
-    for place in (expected, found):
-        lines = (place / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == list(range(1, 31)), place
+        lost = [name for name in before if after.get(name) != before[name]]
+        return lost, sorted(after.keys() - before.keys())
+    lines = (found / "metrics.jsonl").read_text().splitlines()
+    steps = Counter(json.loads(line)["step"] for line in lines)
     before, after = (load_file(p / "model" / "model.safetensors") for p in (expected, found))
-    assert before.keys() == after.keys()
-    worst = max(float((after[name] - before[name]).abs().max()) for name in before)
-    assert worst < 1e-5, worst
-    return f"weights within {worst:.1g}"
+    lost = [step for step in range(1, STEPS + 1) if step not in steps]
+    lost += [n for n in before if n not in after or not after[n].equal(before[n])]
+    twice = [step for step, times in steps.items() if times > 1 or step > STEPS]
+    return lost, twice + sorted(after.keys() - before.keys())
 
 
 def in_flight(
-    cluster: LocalCluster, run: Path, stage: str, job: subprocess.Popen[bytes], log: Path
+    cluster: LocalCluster,
+    run: Path,
+    stage: str,
+    job: subprocess.Popen[bytes],
+    log: Path,
+    commits: int = 3,
 ) -> tuple[str, int]:
-    """Waits for the first commits of a stage; a node that works on it, and a process there."""
+    """Waits for so many commits of a stage; a node that works on it, and a process there."""
     deadline = time.monotonic() + PATIENCE_S
-    while _progress(run, stage) < 3:
-        assert job.poll() is None, f"it ended first: {log.read_text()[-4000:]}"
+    working: dict[str, int] = {}
+    while not working:
+        assert job.poll() in (None, 0), f"it ended first: {log.read_text()[-4000:]}"
         assert time.monotonic() < deadline, log.read_text()[-4000:]
-        time.sleep(0.01)
-    working = cluster.at_work(TITLES[stage])
-    assert working, "nobody is at work"
+        if job.poll() == 0:
+            raise TooLate("the job has ended")
+        if _progress(run, stage) < commits:
+            time.sleep(0.01)
+            continue
+        working = cluster.at_work(TITLES[stage])
     return max(working.items())
 
 
@@ -264,25 +302,37 @@ def _title(pid: int) -> str:
         return ""
 
 
-def main(folder: Path, chosen: list[str]) -> None:
+def main(folder: Path, blows: list[Blow]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [tuple(cell.split(":")) for cell in chosen]
-    cells = cells or [(fault, stage) for stage in STAGES for fault in FAULTS]
     cluster = LocalCluster(WORKERS, cpus=1)
     try:
-        for fault, stage in cells:
-            cell: dict[str, Any] = {"fault": fault, "stage": stage}
+        for blow in blows:
+            cell: dict[str, Any] = asdict(blow)
             try:
-                cell = asdict(disturbed(cluster, folder, fault, stage))
+                cell |= asdict(disturbed(cluster, folder, blow))
             except AssertionError as error:
-                cell |= {"outcome": "failed", "why": str(error)[-3000:]}
+                outcome = "too late" if isinstance(error, TooLate) else "failed"
+                cell |= {"outcome": outcome, "why": str(error)[-3000:]}
                 cluster.renew()
             with (folder / "cells.jsonl").open("a") as lines:
                 lines.write(json.dumps(cell) + "\n")
     finally:
         cluster.down()
+    sys.stdout.write(table([json.loads(line) for line in (folder / "cells.jsonl").open()]))
+
+
+def asked() -> tuple[Path, list[Blow]]:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("cells", nargs="*", metavar="FAULT:STAGE")
+    parser.add_argument("--blows", type=int, default=0, help="draw so many")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    chosen = [Blow(*cell.split(":")) for cell in given.cells] or ALL
+    return given.folder.absolute(), drawn(given.blows, given.seed) or chosen
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
-    main(Path(sys.argv[1]).absolute(), sys.argv[2:])
+    main(*asked())

@@ -191,7 +191,8 @@ def test_a_whole_run_on_object_storage_is_killed_and_resumed(
 @pytest.mark.timeout(7200)
 def test_the_whole_table(tmp_path: Path) -> None:
     """Every fault in every stage; see cluster/README.md for what they took."""
-    chaos.main(tmp_path, [])
+    chaos.main(tmp_path, chaos.ALL)
     cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
-    assert len(cells) == len(chaos.FAULTS) * len(chaos.STAGES)
-    assert [cell for cell in cells if cell["outcome"] == "failed"] == []
+    assert len(cells) == len(chaos.ALL)
+    bad = ("failed", "too late")
+    assert [cell for cell in cells if cell["outcome"] in bad or cell["lost"] or cell["twice"]] == []
