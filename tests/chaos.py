@@ -37,7 +37,7 @@ SCORING = {"annotate": "scores", "reference": "reference"}
 WORKERS = 3  # nodes of one CPU each; a stage takes two of them
 STEPS = 30  # of a training
 MISSED_S = 20.0  # a cut lasts longer than it takes Ray to give a node up
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 # How Ray titles the processes that work.
 TITLES = {"annotate": "MapWorker", "reference": "MapWorker", "fit": "RayTrainWorker"}
 TITLES["align"] = TITLES["fit"]
@@ -137,10 +137,10 @@ class Cell:
     twice: list[object]
 
 
-def write_small(folder: Path, run: Path, workers: int) -> Path:
+def write_small(folder: Path, run: Path, actors: int) -> Path:
     """A run whose stages each take some seconds on two CPUs; its configuration file."""
-    training = {"num_workers": workers, "cpus_per_worker": 2 / workers, "save_steps": 3}
-    pool = {"num_actors": workers, "cpus_per_actor": 2 / workers}
+    training = {"num_workers": 2, "cpus_per_worker": 1.0, "num_train_epochs": 30, "save_steps": 3}
+    pool = {"num_actors": actors, "cpus_per_actor": 2 / actors}
     config = small_config(folder, str(run), sft=None, annotate=pool, reference=pool)
     if not (folder / "wide").exists():
         wide = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
@@ -150,14 +150,14 @@ def write_small(folder: Path, run: Path, workers: int) -> Path:
         model["model_name_or_path"] = str(folder / "wide")
     config["weak"].pop("num_hidden_layers")
     for section in (config["fit"], config["align"]):
-        section |= training | {"max_steps": STEPS, "num_train_epochs": 30, "learning_rate": 1e-4}
+        section |= training | {"max_steps": STEPS, "learning_rate": 1e-4}
     return write_config(folder / f"{run.name}.yaml", config)
 
 
 def undisturbed(cluster: LocalCluster, folder: Path, blow: Blow) -> Path:
     """The run that nothing befalls, made once, with this stage done."""
     quiet = folder / "quiet"
-    config = write_small(folder, quiet, blow.workers)
+    config = write_small(folder, quiet, blow.actors)
     if not list(quiet.glob(f"{blow.stage}/*/manifest.json")):
         job = cluster.submit("align", config, folder / "quiet.log")
         assert job.wait(4 * PATIENCE_S) == 0, (folder / "quiet.log").read_text()[-4000:]
@@ -173,7 +173,7 @@ def disturbed(cluster: LocalCluster, folder: Path, blow: Blow) -> Cell:
     log.unlink(missing_ok=True)
     shutil.copytree(quiet, run, ignore=shutil.ignore_patterns("checkpoints"))
     shutil.rmtree(run / stage)
-    config = write_small(folder, run, blow.workers)
+    config = write_small(folder, run, blow.actors)
     job = cluster.submit(stage, config, log)
     total = _progress(quiet, stage) if stage in SCORING else STEPS
     commits = 3 if blow.moment is None else int(blow.moment * total)

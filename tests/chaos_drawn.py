@@ -40,8 +40,8 @@ class Blow:
     number: int = 0
 
     @property
-    def workers(self) -> int:
-        """Of the stage; so many of a drawn one that 30 % are two of them."""
+    def actors(self) -> int:
+        """That score; of a drawn one so many that 30 % are two. Ranks of a training are two."""
         return 2 if self.moment is None else 4
 
     @property
