@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -76,18 +76,23 @@ def copy(source: str | Path, path: str) -> None:
 
 
 @contextmanager
-def whole_folder(folder: str) -> Iterator[Path]:
+def whole_folder(folder: str, fence: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A new folder for others' code to write in, which then gets its name in one step.
 
     Where one like it has the name, the first stays: two that do the same work write the same, and
     the second may be one that was stopped, and followed, long ago.
+
+    Args:
+        folder: its name.
+        fence: asked before another's folder that is not like it, as half a copy, is replaced;
+            raises where that must stay.
     """
     with _partial(folder) as partial:
         os.mkdir(partial)
         yield Path(partial)
         sync_files(partial)
         while not _renamed(partial, folder) and _sizes(partial) != _sizes(folder):
-            # An earlier version was killed as it wrote in place.
+            fence()
             with _partial(folder) as torn, suppress(FileNotFoundError):
                 os.replace(folder, torn)
     synced(os.path.dirname(folder))

@@ -6,7 +6,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
@@ -124,7 +124,13 @@ def _cache(below: str = "") -> Path:
 
 def upload(folder: Path, store: Store) -> None:
     """Copies every file of a local folder into a store's, but for half-written ones."""
+    for path, name in whole_files(folder):
+        store.copy_in(path, name)
+
+
+def whole_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Every file of a local folder, but for half-written ones, with its name there."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not is_partial(name):
-            store.copy_in(path, name)
+            yield path, name

@@ -282,6 +282,15 @@ class Store:
             else:
                 self.filesystem.put_file(str(path), self.path(name))
 
+    def create_from(self, path: Path, name: str) -> bool:
+        """Like `create`, with the bytes of a local file, for an object store."""
+        with self._writing(name):
+            try:
+                self.filesystem.put_file(str(path), self.path(name), mode="create")
+            except FileExistsError:
+                return False
+            return True
+
     @contextmanager
     def in_place(self, name: str) -> Iterator[Path]:
         """The path of a local file, for others' code to write; it is on the disk afterwards.

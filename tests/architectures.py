@@ -197,10 +197,10 @@ def _trained(
         raise AssertionError("three steps of each moved nothing")
     tokenizer, store = load_tokenizer(model), Store(str(folder))
     if lora is None:
-        saving.export_full(Alone(), loaded, tokenizer, store)
+        saving.export_full(Alone(), loaded, tokenizer, store, lambda: None)
     else:
         trained = saving.gather_weights(Alone(), adapted, saving.trainable_names(adapted))
-        saving.export_lora(adapted, trained, tokenizer, store, model, "logps", 0)
+        saving.export_lora(adapted, trained, tokenizer, store, model, "logps", 0, lambda: None)
     with torch.no_grad():
         return _largest(plain(stock(folder / "model"), given), wanted)
 

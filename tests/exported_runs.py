@@ -124,9 +124,11 @@ def _train(
                 parameter.add_(noise.to(parameter.dtype))
     wanted = log_probs(model)
     if lora is None:
-        saving.export_full(Alone(), model, tokenizer, place)
+        saving.export_full(Alone(), model, tokenizer, place, lambda: None)
     else:
         names = saving.trainable_names(model)
         weights = saving.gather_weights(Alone(), model, names)
-        saving.export_lora(model, weights, tokenizer, place, start, "logps", seed, known)
+        saving.export_lora(
+            model, weights, tokenizer, place, start, "logps", seed, lambda: None, known
+        )
     return wanted

@@ -213,7 +213,7 @@ def _record_store(noted: Any, place: Callable[[Store, str], str]) -> None:
 
 def _record_training(noted: Any) -> None:
     acquire, check = Lease.acquire.__func__, LeaseToken.check  # type: ignore[attr-defined]  # a method's
-    written, shard = saving._written, shards.Shard.write
+    written, shard, create_from = saving._written, shards.Shard.write, Store.create_from
 
     def acquired(cls: type[Lease], store: Store, **given: Any) -> Lease:
         with noted("acquire", store, "") as how:
@@ -226,8 +226,8 @@ def _record_training(noted: Any) -> None:
             check(self)
 
     @contextmanager
-    def exported(store: Store) -> Iterator[Path]:
-        with noted("export", store, ""), written(store) as folder:
+    def exported(store: Store, fence: saving.Fence) -> Iterator[Path]:
+        with noted("export", store, ""), written(store, fence) as folder:
             yield folder
 
     def put(self: shards.Shard, folder: Store, name: str) -> None:
@@ -235,11 +235,18 @@ def _record_training(noted: Any) -> None:
             shard(self, folder, name)
             how["outcome"] = "put"  # what promises that it stays is its checkpoint's commit
 
+    def created_from(self: Store, path: Path, name: str) -> bool:
+        with noted("create", self, name, digest=_digest(path.read_bytes())) as how:
+            won = create_from(self, path, name)
+            how["outcome"] = "won" if won else "lost"
+        return won
+
     changes: list[tuple[Any, str, Any]] = [
         (Lease, "acquire", classmethod(acquired)),
         (LeaseToken, "check", checked),
         (saving, "_written", exported),
         (shards.Shard, "write", put),
+        (Store, "create_from", created_from),
     ]
     for owner, name, value in changes:
         setattr(owner, name, value)

@@ -186,7 +186,7 @@ def test_a_committed_checkpoint_survives_a_power_cut(disk: SimpleNamespace) -> N
 def test_an_exported_model_is_on_the_disk_when_the_export_ends(disk: SimpleNamespace) -> None:
     """Its manifest is written next, and would stand for nothing after a power cut."""
     alone = SimpleNamespace(rank=0, gathered=lambda _: nullcontext())
-    saving.export_full(alone, tiny_causal_lm("llama"), tiny_tokenizer(), disk.store)
+    saving.export_full(alone, tiny_causal_lm("llama"), tiny_tokenizer(), disk.store, lambda: None)
     assert (disk.root / "model" / "model.safetensors").exists()
     assert unsynced(disk.root, disk.log) == ([], [])
 

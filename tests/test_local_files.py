@@ -99,7 +99,7 @@ def test_a_folder_gets_its_name_whole_and_the_first_stays(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
 
 
-def test_a_folder_that_was_written_in_place_and_is_torn_is_replaced(tmp_path: Path) -> None:
+def test_a_folder_that_is_there_by_half_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"to")
     with local_files.whole_folder(str(tmp_path / "model")) as folder:

@@ -67,7 +67,7 @@ def exported(
             )
     stage = Store(str(folder / "stage"))
     weights = saving.gather_weights(Alone(), model, saving.trainable_names(model))
-    saving.export_lora(model, weights, tokenizer, stage, base, head, 0)
+    saving.export_lora(model, weights, tokenizer, stage, base, head, 0, lambda: None)
     return model, stage
 
 

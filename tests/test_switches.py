@@ -73,11 +73,13 @@ def test_a_trained_folder_is_configured_as_its_base_was(tmp_path: Path) -> None:
         model.config.use_cache = False  # as a worker does
         store = Store(str(tmp_path / f"out{lora is None}"))
         if lora is None:
-            saving.export_full(Alone(), model, tiny_tokenizer(), store)
+            saving.export_full(Alone(), model, tiny_tokenizer(), store, lambda: None)
         else:
             adapted = add_lora(model, lora, "logps", 0)
             weights = saving.gather_weights(Alone(), adapted, saving.trainable_names(adapted))
-            saving.export_lora(adapted, weights, tiny_tokenizer(), store, given, "logps", 0)
+            saving.export_lora(
+                adapted, weights, tiny_tokenizer(), store, given, "logps", 0, lambda: None
+            )
         found = AutoConfig.from_pretrained(store.path("model")).to_dict()
         for name in [*LOUD, "use_cache"]:
             assert found[name] == wanted[name], (name, lora)

@@ -3,18 +3,26 @@
 Weights are gathered and written one file after another, so rank 0 holds `MAX_SHARD_SIZE` of the
 model at most. The exception, said in the log, are models that transformers saves in another form
 than it computes with: they are gathered whole.
+
+Who has lost the lease meanwhile changes nothing that its follower exported: a local folder gets its
+name, and an object store's file is put there, only if there is none. Other bytes that a dead writer
+left are replaced, and the lease is asked first. Not promised is what falls between asking and
+writing: who is stopped there for longer than the lease may replace, after its follower, what was
+such a dead writer's, or add a file of a name that its follower does not write. Both take another
+version of the code, as equal inputs give equal bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -32,7 +40,7 @@ from cwpo_dist.lm.loading import load_annotator_base, load_policy
 from cwpo_dist.lm.modules import whole_shape
 from cwpo_dist.lm.switches import give_back
 from cwpo_dist.local_files import whole_folder
-from cwpo_dist.node_disk import staged, upload
+from cwpo_dist.node_disk import staged, whole_files
 from cwpo_dist.storage import Store
 from cwpo_dist.storage_faults import is_full
 from cwpo_dist.training.lora import Head, save_adapter
@@ -43,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 MODEL, ADAPTER = "model", "adapter"
 BASE = "base.json"  # what the adapter's base is known by
+Fence = Callable[[], None]  # raises where another holds the lease by now
 MAX_SHARD_SIZE = "5GB"  # of one file: what rank 0 holds at once
 
 
@@ -83,6 +92,7 @@ def export_full(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stage: Store,
+    fence: Fence,
 ) -> None:
     """Writes `model/` of a stage; called on all ranks after training, written by rank 0.
 
@@ -91,8 +101,9 @@ def export_full(
         model: its own weights may be shards; tied ones are written once.
         tokenizer: travels along, with its chat template.
         stage: the stage's folder.
+        fence: asked before anything gets its name there.
     """
-    with _written(stage.child(MODEL)) if engine.rank == 0 else nullcontext() as folder:
+    with _written(stage.child(MODEL), fence) if engine.rank == 0 else nullcontext() as folder:
         _write_model(engine, model, folder)
         if folder is not None:
             tokenizer.save_pretrained(folder)
@@ -145,6 +156,7 @@ def export_lora(
     base: ModelConfig,
     head: Head,
     seed: int,
+    fence: Fence,
     known: Identity | None = None,
 ) -> None:
     """Writes `adapter/`, `base.json` and, merged with the base, `model/`; rank 0 alone.
@@ -157,6 +169,7 @@ def export_lora(
         base: what training started from.
         head: of the model.
         seed: what drew an annotator's head.
+        fence: asked before anything gets its name there.
         known: what the adapter calls its base; None: what `base` is known by elsewhere.
 
     Raises:
@@ -167,11 +180,12 @@ def export_lora(
     known = known or identify(base, model_fingerprint(base))
     if not known.on_hub:
         known = replace(known, sha256=digests(base_folder(base)))
-    with _written(stage.child(ADAPTER)) as folder:
+    with _written(stage.child(ADAPTER), fence) as folder:
         save_adapter(model, weights, folder, known)
         tokenizer.save_pretrained(folder)
+        fence()
         stage.write(BASE, to_json(asdict(known)))
-    with _written(stage.child(MODEL)) as out:
+    with _written(stage.child(MODEL), fence) as out:
         _merge(base, tokenizer, head, seed, staged(stage.child(ADAPTER)), out, dtype)
         tokenizer.save_pretrained(out)
 
@@ -213,13 +227,13 @@ class NoRoom(ValueError):
 
 
 @contextmanager
-def _written(store: Store) -> Iterator[Path]:
+def _written(store: Store, fence: Fence) -> Iterator[Path]:
     """A local folder whose files end up in the store; nothing stays of what cannot be finished."""
     field, place = "output_dir", store.root
     if not store.is_local:
         field, place = "TMPDIR", tempfile.gettempdir()
     try:
-        with _local(store) as folder:
+        with _local(store, fence) as folder:
             yield folder
     except Exception as error:  # tokenizers, in Rust, raise nothing narrower
         if not is_full(error):
@@ -233,11 +247,23 @@ def _written(store: Store) -> Iterator[Path]:
 
 
 @contextmanager
-def _local(store: Store) -> Iterator[Path]:
+def _local(store: Store, fence: Fence) -> Iterator[Path]:
     if store.is_local:
-        with whole_folder(store.root) as written:
+        with whole_folder(store.root, fence) as written:
             yield written
+            fence()
         return
     with tempfile.TemporaryDirectory(prefix="cwpo-export-") as folder:
         yield Path(folder)
-        upload(Path(folder), store)
+        for path, name in whole_files(Path(folder)):
+            fence()
+            if not store.create_from(path, name) and not _alike(store, path, name):
+                fence()  # still ours: then who left these bytes is dead
+                store.copy_in(path, name)
+
+
+def _alike(store: Store, path: Path, name: str) -> bool:
+    there: Any  # a raw file, says its type, which is not asked of it
+    with store.opened(name) as there, path.open("rb") as here:
+        found, wanted = (hashlib.file_digest(file, "sha256").digest() for file in (there, here))
+    return found == wanted

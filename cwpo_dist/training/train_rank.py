@@ -181,11 +181,11 @@ class TrainRank:
         from cwpo_dist.training import saving
 
         self.watchdog.end()  # merging a large base takes as long as it takes
-        spec, tokenizer = self.spec, self.encoder.tokenizer
+        spec, tokenizer, fence = self.spec, self.encoder.tokenizer, self.token.check
         if self.number == 0:
-            self.token.check()
+            fence()
         if not isinstance(self.model, PeftModel):
-            saving.export_full(self.engine, self.model, tokenizer, spec.store)
+            saving.export_full(self.engine, self.model, tokenizer, spec.store, fence)
             return
         adapter = saving.gather_weights(self.engine, self.model, saving.trainable_names(self.model))
         if self.number == 0:
@@ -197,6 +197,7 @@ class TrainRank:
                 spec.model,
                 spec.head,
                 spec.seed,
+                fence,
                 spec.known,
             )
 
