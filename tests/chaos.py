@@ -99,7 +99,10 @@ class LocalCluster:
 
     def mend(self) -> None:
         """All nodes, as at the beginning."""
-        nodes.mend(self.now)
+        try:
+            nodes.mend(self.now)
+        except nodes.ClusterError:  # Ray gives a node half a minute to start, a busy machine less
+            nodes.mend(self.now)
 
     def renew(self) -> None:
         """The same, and no job runs any more."""
