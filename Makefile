@@ -87,7 +87,7 @@ try-cluster: $(STAMP) $(DEMO_MODEL)/config.json  ## a cluster of three nodes on 
 	$(BIN)/python cluster/local/cluster.py try -n 2 --cpus 1 $(DEMO_CONFIG) cluster/local/try.yaml
 
 test: $(STAMP)  ## all tests but the long ones, in two processes; about half an hour
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --session-timeout=3000
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --session-timeout=5400
 
 test-long: $(STAMP)  ## the long tests: kills, restarts, whole runs
 	$(BIN)/python -m pytest -m long --timeout=1800

@@ -150,6 +150,14 @@ def ray_local(s3_server: str) -> Iterator[Any]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def rank_results() -> Path:
+    """What ranks computed, once for all tests: it may take as long as a busy machine needs."""
+    import zero_ranks
+
+    return zero_ranks.results()
+
+
 @pytest.fixture
 def all_cpus_free(ray_local: Any) -> Callable[[], float]:
     """Waits until what was done there has let go of every CPU, and says how many there are."""

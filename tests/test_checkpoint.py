@@ -28,6 +28,8 @@ from cwpo_dist.training.torch_engine import TorchEngine
 IDENTITY = RunIdentity("key", 0, "base")
 CONFIG = TrainingConfig(learning_rate=0.1)
 
+pytestmark = pytest.mark.usefixtures("rank_results")
+
 
 def weights(case: Case, name: str) -> dict[str, Tensor]:
     return dict(load_file(zero_ranks.results() / f"{case.name}.{name}.safetensors"))

@@ -17,6 +17,8 @@ from cwpo_dist.pairs.records import LOG_PROB_SCHEMA
 from cwpo_dist.scoring.pipeline import committed_counts
 from cwpo_dist.storage import Store
 
+pytestmark = pytest.mark.usefixtures("rank_results")
+
 
 def assert_same(ours: Store, theirs: Store) -> int:
     """Compares all files of two outputs of `reference`; how many rows they have."""

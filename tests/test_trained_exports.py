@@ -22,6 +22,8 @@ from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_m
 from cwpo_dist.lm.templates import PLAIN_TEMPLATE
 from cwpo_dist.training.merge import MergeError, merge_adapter
 
+pytestmark = pytest.mark.usefixtures("rank_results")
+
 
 def exported(name: str, part: str = "model") -> Path:
     return zero_ranks.results() / "stages" / name / part

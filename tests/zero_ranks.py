@@ -69,7 +69,7 @@ from cwpo_dist.training.rank import rank_process
 from cwpo_dist.training.tasks import Task
 
 CPU = torch.device("cpu")
-TIME_LIMIT_S = {"short": 540, "long": 1500}  # a tenth of it on an idle machine
+TIME_LIMIT_S = {"short": 1800, "long": 3600}  # a tenth or less of it on an idle machine
 
 
 def deepspeed_engine(case: Case, folder: Path) -> Any:
@@ -336,12 +336,14 @@ def _run_ranks(folder: Path, form: str) -> str:
         if any(process.poll() for process in processes):  # the others may wait for it
             break
         time.sleep(0.2)
+    late = time.monotonic() >= deadline
     failed = [process.poll() != 0 for process in processes]
     for process in processes:
         process.kill()
         process.wait()
     logs = [(folder / f"log-{world}-{rank}").read_text()[-3000:] for rank, world in ranks]
-    return "\n\n".join(logs) if any(failed) else ""
+    why = f"not done after {TIME_LIMIT_S[form]} s" if late else "a rank failed"
+    return "\n\n".join([why, *logs]) if any(failed) else ""
 
 
 if __name__ == "__main__":
