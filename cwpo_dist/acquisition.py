@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from cwpo_dist.pairs.records import prompt_of, unit_hash
+from cwpo_dist.pairs.records import prompts_of, unit_hash
 from cwpo_dist.weighting import Floats, Joined, Scale, join, sigmoid
 
 
@@ -99,13 +100,13 @@ def most_worth(worth: Floats, pair_ids: pa.ChunkedArray, budget: int) -> NDArray
         pair_ids: [N].
         budget: how many at most.
     """
-    found = pair_ids.to_pylist()
-    names = np.array(found, dtype=np.bytes_)  # 32 bytes a pair: the driver holds all of them
-    prompts = np.array(list(map(prompt_of, found)), dtype=np.bytes_)
-    order = np.lexsort((names, -worth, prompts))
-    first = np.ones(len(order), bool)
-    first[1:] = prompts[order][1:] != prompts[order][:-1]
+    by_id = pc.sort_indices(pair_ids).to_numpy()  # which begins with the prompt's
+    prompts, worth = prompts_of(pair_ids.take(by_id)).combine_chunks(), worth[by_id]
+    first = np.ones(len(by_id), bool)
+    first[1:] = pc.not_equal(prompts[1:], prompts[:-1]).to_numpy(zero_copy_only=False)
+    order = np.lexsort((-worth, np.cumsum(first)))  # stable, as all sorting here
     starts = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
     rounds = np.empty(len(order), np.intp)
     rounds[order] = np.arange(len(order)) - starts
-    return np.lexsort((names, -worth, rounds))[:budget]
+    chosen: NDArray[np.intp] = by_id[np.lexsort((-worth, rounds))[:budget]]
+    return chosen

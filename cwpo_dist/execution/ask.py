@@ -21,7 +21,7 @@ from cwpo_dist.config import ARMS, Config, ConfigError
 from cwpo_dist.execution.run import execute
 from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs.packing import as_json
-from cwpo_dist.pairs.records import prompt_of, read_records, table_of
+from cwpo_dist.pairs.records import prompts_of, read_records, table_of
 from cwpo_dist.pairs.stored import Pair, pair_schema, pairs_of, read_whole, shard_file
 from cwpo_dist.report.questions import LABEL_STUDIO, Question, label_studio_tasks, page
 from cwpo_dist.results.sample import transcript
@@ -152,12 +152,11 @@ def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
         raise ConfigError(_nothing(len(found)))
     questions = _questions(pairs, chosen)
     _write(context.place(node), questions)
-    prompts = set(map(prompt_of, known["pair_id"].to_pylist()))
     return {
         "asked": len(questions),
         "candidates": len(known),
-        "prompts": len(prompts),
-        "prompts_asked": len({prompt_of(each.pair_id) for each in questions}),
+        "prompts": pc.count_distinct(prompts_of(known["pair_id"])).as_py(),
+        "prompts_asked": pc.count_distinct(prompts_of(chosen["pair_id"])).as_py(),
         "not_scored": pc.sum(unknown).as_py() or 0,
         "strategy": told.strategy,
         "format": "text" if isinstance(questions[0].row["prompt"], str) else "conversational",

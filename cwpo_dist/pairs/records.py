@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cwpo_dist.storage import Store
 
@@ -185,6 +186,11 @@ def pair_id(prompt: str, first: object, second: object) -> str:
 def prompt_of(name: str) -> str:
     """The id of the prompt of an answer or pair, by its own id."""
     return name[:PROMPT_DIGITS]
+
+
+def prompts_of(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The same of a column of ids, without a Python object each."""
+    return pc.utf8_slice_codeunits(names, 0, PROMPT_DIGITS)
 
 
 def one_a_prompt(given: Iterable[T], id_of: Callable[[T], str], most: int) -> list[T]:
