@@ -41,9 +41,11 @@ def saved(page: Any, folder: Path) -> list[dict[str, Any]]:
 def test_twelve_questions_from_the_keyboard(opened: Open, tmp_path: Path, scheme: str) -> None:  # noqa: F811
     """What is better on the left is a vote for whichever answer stood there."""
     shown = opened(html(12), color_scheme=scheme, accept_downloads=True)
+    shown.evaluate("document.activeElement.blur()")  # it asks for a name first
     shown.keyboard.press("1")
     assert shown.locator("#count").inner_text() == "0 of 12 answered", "whose answer would it be?"
     assert shown.locator("#save").is_disabled()
+    assert not shown.locator("#question").is_visible()
     shown.fill("#name", "Ann O'Neil")
     shown.locator("body").click(position={"x": 2, "y": 2})
     expected = []
@@ -74,7 +76,9 @@ def test_what_was_said_stays_and_can_be_corrected(opened: Open, tmp_path: Path) 
         shown.get_by_role("button", name=button).click()
     assert shown.locator("#count").inner_text() == "2 of 3 answered"
     before = saved(shown, tmp_path)
+    assert "Saved as answers-Ann-key.jsonl" in shown.locator("#told").inner_text()
     shown.reload()
+    assert "Answers are kept here: 2 as Ann." in shown.locator("#told").inner_text()
     shown.fill("#name", "Ben")
     assert shown.locator("#count").inner_text() == "0 of 3 answered", "another person's"
     shown.fill("#name", "Ann")
@@ -99,7 +103,7 @@ def test_a_browser_that_keeps_nothing_says_so_and_loses_nothing(opened: Open) ->
     shown.keyboard.press("1")
     assert "keeps nothing" in shown.locator("#told").inner_text()
     shown.fill("#name", "Ann")
-    assert shown.locator("#told").inner_text() == "Answers are kept under another name: 1 as An."
+    assert shown.locator("#told").inner_text() == "Answers are kept here: 1 as An."
     shown.fill("#name", "An")
     assert shown.locator("#count").inner_text() == "1 of 3 answered"
     shown.press("#name", "Enter")

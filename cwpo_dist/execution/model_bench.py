@@ -83,10 +83,11 @@ def bench_annotator(config: Config, by: str | None, to: str | None) -> None:
 
 def _nothing(found: Benchmark, model: ModelConfig) -> BenchError:
     why = "; ".join(f"{n:,} × {reason}" for reason, n in found.left_out.most_common())
+    remedy = "say where labels stand (prepare.sources.0.columns.label=…)"
+    if Fault.OVER_LENGTH in found.left_out:
+        remedy = f"raise annotate.model.max_length={model.max_length}"
     return BenchError(
-        f"DATA: of {found.read:,} rows none has a label and two scores ({why}); say where labels "
-        "stand (prepare.sources.0.columns.label=…), or raise annotate.model.max_length="
-        f"{model.max_length}"
+        f"DATA: of {found.read:,} rows none has a label and two scores ({why}); {remedy}"
     )
 
 

@@ -12,6 +12,7 @@
   let answers = {}; // by a question's place: a, b, tie, or none
   let at = 0;
   let unsaved = false;
+  let saved = ""; // under which name, until the next answer
 
   const element = (tag, className, text) => {
     const made = document.createElement(tag);
@@ -46,10 +47,10 @@
   // By name, so that a name that is corrected, or is another's, takes no answers with it.
   const people = new Map();
   let keeps = true;
-  const shelf = () => `cwpo-ask-${data.key}-${person()}`;
-  const stored = () => {
+  const SHELF = `cwpo-ask-${data.key}-`;
+  const stored = (who) => {
     try {
-      const kept = JSON.parse(localStorage.getItem(shelf()) ?? "{}");
+      const kept = JSON.parse(localStorage.getItem(SHELF + who) ?? "{}");
       const known = [...asked.keys()].filter((k) => Object.hasOwn(VOTES, kept[k]) || kept[k] === "none");
       return Object.fromEntries(known.map((k) => [k, kept[k]]));
     } catch {
@@ -58,13 +59,14 @@
   };
   const keep = (k) => {
     try {
-      localStorage.setItem(shelf(), JSON.stringify({ ...stored(), [k]: answers[k] })); // beside another tab's
+      const all = { ...stored(person()), [k]: answers[k] }; // beside another tab's
+      localStorage.setItem(SHELF + person(), JSON.stringify(all));
     } catch {
       keeps = false;
     }
   };
   const recall = () => {
-    if (!people.has(person())) people.set(person(), person() === "" ? {} : stored());
+    if (!people.has(person())) people.set(person(), person() === "" ? {} : stored(person()));
     answers = people.get(person());
     at = Math.max(0, asked.findIndex((_, k) => !(k in answers)));
   };
@@ -73,8 +75,10 @@
       .map(([who, said]) => `${Object.keys(said).length} as ${visible(who)}`);
 
   const advice = (left) => {
-    if (person() === "") return "Type your name first: it tells your answers from those of others.";
-    if (left === asked.length && others().length) return `Answers are kept under another name: ${others().join(", ")}.`;
+    const kept = others().length ? ` Answers are kept here: ${others().join(", ")}.` : "";
+    if (person() === "") return `Type your name first: it tells your answers from those of others.${kept}`;
+    if (left === asked.length && kept) return kept;
+    if (saved) return `Saved as ${saved}: give it to who asked you, and no earlier file of yours from this page.`;
     if (!keeps) return "This browser keeps nothing: save the file before you close the page.";
     if (left === 0) return "That was the last question: save the file, and thank you.";
     if (at === asked.length - 1 && at in answers) return `${left} left: go back to what you passed over.`;
@@ -91,8 +95,8 @@
       grid.append(side);
     }
     question.replaceChildren(element("h4", "", "Prompt"), prose(shown, "Prompt"), grid);
+    question.hidden = choices.hidden = person() === ""; // else its sides would change as one types
     for (const button of choices.children) {
-      button.disabled = person() === "";
       button.setAttribute("aria-pressed", String(at in answers && answers[at] === sideOf(at, button.value)));
     }
     const said = Object.values(answers);
@@ -109,11 +113,13 @@
   const go = (by) => {
     at = Math.min(Math.max(at + by, 0), asked.length - 1);
     draw();
+    place.scrollIntoView({ block: "nearest" });
   };
   const say = (said) => {
     if (person() === "") return;
     answers[at] = sideOf(at, said);
     unsaved = true;
+    saved = "";
     keep(at);
     go(1);
   };
@@ -133,6 +139,8 @@
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
     unsaved = false;
+    saved = link.download;
+    draw();
   });
   for (const [value, words] of SAID) {
     const button = element("button", "", words);
@@ -143,7 +151,7 @@
   }
   back.addEventListener("click", () => go(-1));
   next.addEventListener("click", () => go(1));
-  name.addEventListener("input", () => { recall(); draw(); });
+  name.addEventListener("input", () => { saved = ""; recall(); draw(); });
   name.addEventListener("keydown", (event) => { if (event.key === "Enter") name.blur(); });
   document.addEventListener("keydown", (event) => {
     if (event.repeat || event.target === name || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -153,7 +161,9 @@
     else if (event.key === "ArrowRight") go(1);
   });
   window.addEventListener("beforeunload", (event) => { if (unsaved) event.preventDefault(); });
+  for (const key of Object.keys(localStorage)) if (key.startsWith(SHELF)) people.set(key.slice(SHELF.length), stored(key.slice(SHELF.length)));
   recall();
   draw();
   document.getElementById("questions").classList.add("ready");
+  name.focus();
 })();
