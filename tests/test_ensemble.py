@@ -21,8 +21,8 @@ from cwpo_dist.evaluation.calibration import fit_scale, fit_temperature
 from cwpo_dist.execution.run import run
 from cwpo_dist.graph import graph, nodes_until
 from cwpo_dist.runs import annotations
-from cwpo_dist.runs.checks import weighing_faults
 from cwpo_dist.runs.weighed_shards import Weighing
+from cwpo_dist.runs.weighing_checks import weighing_faults
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import MANIFEST, StorageError, Store
 

@@ -18,7 +18,7 @@ from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs import annotations
 from cwpo_dist.runs.annotations import decided_pairs
 from cwpo_dist.runs.arms import weighting
-from cwpo_dist.runs.checks import weighing_faults
+from cwpo_dist.runs.weighing_checks import weighing_faults
 from cwpo_dist.stages import weigh
 from cwpo_dist.weighting import WEIGHT_FUNCTIONS, Scale, weights
 

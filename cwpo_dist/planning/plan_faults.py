@@ -11,8 +11,9 @@ from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.planning.costs import Estimate
 from cwpo_dist.planning.sampled import SampleRead
 from cwpo_dist.runs.arms import needs_annotator
-from cwpo_dist.runs.checks import calibrated_arms, models, trainings
+from cwpo_dist.runs.checks import models, trainings
 from cwpo_dist.runs.own_checks import own_counts_faults
+from cwpo_dist.runs.weighing_checks import calibrated_arms
 
 _GOLD = "evaluate.gold_model"
 

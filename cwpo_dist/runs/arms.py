@@ -116,6 +116,11 @@ def needs_annotator(config: Config) -> bool:
     return any(config.arm(name).reads_annotator for name in config.arms)
 
 
+def implicit_arms(config: Config) -> list[str]:
+    """The arms whose labels are the implicit rewards of the weak model, trained as a policy."""
+    return [arm for arm in config.arms if config.arm(arm).annotator == "implicit"]
+
+
 def teacher_config(config: Config) -> Config:
     """The run in which the weak model is the policy: on its schedule as an annotator, twice."""
     schedule = config.fit.model_dump(exclude={"seeds", "labels", "batch_by"})

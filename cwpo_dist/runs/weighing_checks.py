@@ -1,0 +1,68 @@
+"""A configuration in; arms whose weights need labels or annotators that it will not have, out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cwpo_dist.config import Arm, Config
+from cwpo_dist.runs.arms import held_out_split, implicit_arms, weighting
+
+
+def weighing_faults(config: Config) -> Iterator[str]:
+    """Arms whose weights need labels or annotators that the run will not have."""
+    annotators = len(config.annotate.ready() or config.fit.seeds or [config.seed])
+    if "ensemble" in config.arms and not _are_several(config.arm("ensemble"), annotators):
+        yield (
+            "arms: 'ensemble' weighs by what several annotators differ by, but there is one; give "
+            "fit.seeds, annotate.models, or weigh.from: both"
+        )
+    yield from _mixed_faults(config)
+    if fitted := calibrated_arms(config):
+        yield from _calibration_faults(config, fitted)
+
+
+def _mixed_faults(config: Config) -> Iterator[str]:
+    """What does not go with arms that join people's labels with an annotator's."""
+    mixed = [arm for arm in config.arms if config.arm(arm).with_human]
+    weigh = config.weigh
+    unfit = {
+        "from": weigh.from_ != "annotator",
+        "pairing": weigh.pairing != "given",
+        "top_fraction": weigh.top_fraction is not None,
+    }
+    for name, given in unfit.items():
+        if mixed and given:
+            yield (
+                f"weigh.{name}: arm {mixed[0]!r} has people's pairs beside the annotator's, which "
+                "have no margin to choose by; leave the setting out, or the arm"
+            )
+
+
+def _calibration_faults(config: Config, fitted: list[str]) -> Iterator[str]:
+    """A split on which no temperature can be fitted for the arms that ask for one."""
+    what, split = f"weigh.temperature: fitted (arm {fitted[0]!r})", config.weigh.calibration_split
+    ours = not config.annotate.ready() or set(fitted) & set(implicit_arms(config))
+    if split == "labelled" and ours:
+        yield (
+            "weigh.calibration_split: 'labelled' holds what the annotator is trained on; give "
+            "'validation'"
+        )
+    if split == "validation" and held_out_split(config) != "validation":
+        yield (
+            f"prepare.validation_fraction: 0, but {what} needs human labels there; raise it, or "
+            "give a source with into: validation"
+        )
+    if split not in config.annotate.scored_splits():
+        yield f"annotate.splits: lacks {split!r}, where {what} needs scores; add it"
+
+
+def _are_several(arm: Arm, annotators: int) -> bool:
+    """Whether an arm joins the opinions of more than one, the data's own scores among them."""
+    return arm.labels != "own" and annotators + arm.with_own > 1
+
+
+def calibrated_arms(config: Config) -> list[str]:
+    """The arms whose margins are divided by a fitted temperature."""
+    return [
+        a for a in config.arms if weighting(config, config.arm(a)).chooser.temperature == "fitted"
+    ]
