@@ -120,12 +120,14 @@ class Joined:
         margin: [N] m̄ = mean_k m_k / T_k, a − b, over T; NaN where too few annotators scored.
         disagreement: [N] s, the standard deviation of the same margins over the annotators.
         dissent: [N] the share of annotators that vote against the majority; at most ½.
+        lead: [N] how many more of them vote for a than for b.
         scored: [N] how many annotators scored the pair.
     """
 
     margin: Floats
     disagreement: Floats
     dissent: Floats
+    lead: NDArray[np.intp]
     scored: NDArray[np.intp]
 
 
@@ -163,6 +165,7 @@ def join(margins_NK: Floats, scale: Scale) -> Joined:
         margin=np.where(enough, lowest_N + mean_N, np.nan),
         disagreement=np.sqrt((spread_NK**2).sum(axis=1) / counts),
         dissent=np.minimum(votes_a, votes_b) / counts,
+        lead=votes_a - votes_b,
         scored=scored,
     )
 

@@ -28,6 +28,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "human": {"labels": "human"},
     "human100": {"labels": "human", "splits": ("labelled", "unlabelled")},
     "labelled_only": {"labels": "human", "splits": ("labelled",)},
+    "human_weighed": {"labels": "human", "splits": ("labelled",)}
+    | {"judged": "weighed", "weight_function": "sigmoid"},
+    "human_cleaned": {"labels": "human", "splits": ("labelled",), "judged": "cleaned"},
     "ws_dpo": {"annotator": "implicit"},
     "weak": {},
     "cw": CONFIDENT,
@@ -44,6 +47,7 @@ WEAK = {
     "labels": "annotator",
     "with_own": False,
     "with_human": False,
+    "judged": None,
     "annotator": "fitted",
     "splits": ("unlabelled",),
     "weight_function": "one",
@@ -207,7 +211,7 @@ ELSEWHERE = {
     # A file has no subsets; and what is new with columns and votes has tests of its own.
     *("prepare.sources.0.name", "prepare.sources.0.data_dir", "prepare.sources.0.revision"),
     "prepare.sources.0.split",
-    *("fit.labels", "prepare.ties", "weigh.from_", "weigh.column"),
+    *("fit.labels", "fit.folds", "prepare.ties", "weigh.from_", "weigh.column"),
 }
 _TOKENS = {"model_name_or_path", "revision", "chat_template", "template_date"}
 _TOKENS |= {"max_length", "over_length"}

@@ -200,9 +200,11 @@ class Arm(Section):
     labels: Literal["human", "annotator", "own"]  # own: by the numbers that the data have
     with_own: bool = False  # … beside the annotators', as one more of them
     with_human: bool = False  # people's of the labelled part, C = 1; the annotators' of the rest
+    # People's, by annotators that did not learn from them: weighed, or without what these deny.
+    judged: Literal["weighed", "cleaned"] | None = None
     annotator: Literal["fitted", "implicit"] = "fitted"  # implicit: rewards of a weak DPO policy
     splits: tuple[Split, ...] = ("unlabelled",)
-    weight_function: Literal["confidence", "one", "lower_confidence"] = "one"
+    weight_function: Literal["confidence", "sigmoid", "one", "lower_confidence"] = "one"
     top_fraction: float | None = None
     temperature: Literal["fitted"] | None = None
     weight_normalization: Literal["none", "batch", "dataset"] = "none"
@@ -221,6 +223,10 @@ ARMS: dict[str, Arm] = {
     "human": Arm(labels="human"),
     "human100": Arm(labels="human", splits=TRAINING),
     "labelled_only": Arm(labels="human", splits=("labelled",)),
+    "human_weighed": Arm(
+        labels="human", judged="weighed", splits=("labelled",), weight_function="sigmoid"
+    ),
+    "human_cleaned": Arm(labels="human", judged="cleaned", splits=("labelled",)),
     "ws_dpo": Arm(labels="annotator", annotator="implicit"),
     "weak": Arm(labels="annotator"),
     "cw": Arm(labels="annotator", weight_function="confidence"),

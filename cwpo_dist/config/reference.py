@@ -36,6 +36,7 @@ _IN_ANOTHER_WAY: Mapping[str, Effect] = {
     "model": "yes",
     "models": "yes",
     "seeds": "yes",
+    "folds": "yes",
     "per_device_train_batch_size": "yes",
     "gradient_accumulation_steps": "yes",
     "deepspeed": "in part",

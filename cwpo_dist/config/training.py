@@ -246,8 +246,8 @@ class PairsConfig(TrainingConfig):
 class FitConfig(PairsConfig):
     """The annotator's training, Bradley–Terry (paper eq. 4–5, table 7)."""
 
-    # Each seed is in the key of the annotator that it makes.
-    compute_fields: ClassVar[frozenset[str]] = TrainingConfig.compute_fields | {"seeds"}
+    # Each seed, and each fold, is in the key of the annotator that it makes.
+    compute_fields: ClassVar[frozenset[str]] = TrainingConfig.compute_fields | {"seeds", "folds"}
 
     learning_rate: LearningRate = 1e-5
     num_train_epochs: Epochs = 5.0
@@ -259,6 +259,11 @@ class FitConfig(PairsConfig):
     )
     seeds: list[int] | None = Field(
         None, min_length=1, description="an ensemble, one annotator a seed; null: the run's seed"
+    )
+    folds: Annotated[int, Field(ge=2)] = Field(
+        5,
+        description="for arms that judge people's labels: the labelled prompts in so many parts, "
+        "each judged by an annotator (of each seed) that is trained on the other parts",
     )
 
     @field_validator("seeds")

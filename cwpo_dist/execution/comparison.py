@@ -272,7 +272,8 @@ def _single(
     manifests = {role: report.committed(context, node) for role, node in nodes.items()}
     answers, kl, aligned = metrics["answers"] or {}, metrics["kl"], manifests["align"].counts
     # Of an arm on human labels the annotator says only which pairs are compared: it costs nothing.
-    by_model = chooser_of(nodes["weigh"]).labels == "annotator"
+    chooser = chooser_of(nodes["weigh"])
+    by_model = chooser.labels == "annotator" or chooser.judged is not None
     spared = () if by_model else ("fit", "annotate")
     own = {role: made for role, made in manifests.items() if nodes[role].stage not in spared}
     return {

@@ -119,9 +119,9 @@ def retry_rejects(config: Config) -> str:
         The URI of the run directory.
     """
     context = Context(Store(config.output_dir))
-    nodes = nodes_until(config, config.arms[0], "annotate").values()
+    graphs = [nodes_until(config, arm, "annotate") for arm in config.arms]
     connect()
-    for node in nodes:
+    for node in {node.path: node for nodes in graphs for node in nodes.values()}.values():
         again = STAGES[node.stage].retry
         if again is not None:
             node = _retry(config, context, node, again)

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cwpo_dist.pairs.chosen import Label
+from cwpo_dist.pairs.chosen import Label, chosen_first
 from cwpo_dist.pairs.stored import Judgement, Pair
 
 # The data's own scores are an annotator's; a weight or confidence of theirs is about their label.
-# Mixed: people's of the labelled part, the annotators' elsewhere.
-LabelSource = Literal["human", "annotator", "mixed", "weight", "confidence"]
+# Mixed: people's of the labelled part, the annotators' elsewhere. Weighed, or cleaned: people's,
+# which annotators judge.
+LabelSource = Literal["human", "annotator", "mixed", "weighed", "cleaned", "weight", "confidence"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,18 @@ class Opinion:
         disagreement: standard deviation of several annotators' margins; None for one annotator.
         dissent: share of them that vote against the majority; 0 for one.
         scored: how many of them scored the pair.
+        lead: how many more of them prefer a to b than b to a.
     """
 
     margin: float
     disagreement: float | None = None
     dissent: float = 0.0
     scored: int = 1
+    lead: int = 0
+
+    def denies(self, label: Label) -> bool:
+        """Whether more of them prefer the other answer; a tie of votes, or margins of 0, do not."""
+        return chosen_first(label, self.lead, -self.lead)[0] < 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Decision:
 
     Attributes:
         label: which one it is.
-        margin: r⁺ − r⁻ ≥ 0 of the annotator; None where the label decided.
+        margin: r⁺ − r⁻ of the annotator, below 0 where it denies a label that it judges; None where
+            the label decided alone.
         disagreement: of several annotators; None for one, and where the label decided.
         given: the data's own weight or confidence, where that counts.
     """
@@ -85,6 +93,8 @@ def _decision(
     who = labels
     if labels == "mixed":
         who = "human" if pair.split == "labelled" else "annotator"
+    if who == "weighed" or who == "cleaned":
+        return _judged(pair, opinion, drops=who == "cleaned")
     return _annotator(opinion) if who == "annotator" else _labelled(pair, who)
 
 
@@ -96,6 +106,17 @@ def _labelled(pair: Judgement | Pair, labels: LabelSource) -> Decision | None:
         return Decision(pair.label, None)
     number = pair.weight if labels == "weight" else pair.confidence
     return None if number is None else Decision(pair.label, None, given=number)
+
+
+def _judged(pair: Judgement | Pair, opinion: Opinion | None, *, drops: bool) -> Decision | None:
+    """By the label, with the margin for it; none without either, or if most deny it and that drops.
+
+    What annotators could not score they did not judge: no weight of it is known.
+    """
+    if pair.label is None or opinion is None or (drops and opinion.denies(pair.label)):
+        return None
+    margin, _ = chosen_first(pair.label, opinion.margin, -opinion.margin)
+    return Decision(pair.label, margin, opinion.disagreement)
 
 
 def _annotator(opinion: Opinion | None) -> Decision | None:

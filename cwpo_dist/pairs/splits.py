@@ -23,6 +23,7 @@ from cwpo_dist.pairs.records import (
     content_hash,
     pair_id,
     prompt_id,
+    prompt_of,
     unit_hash,
 )
 from cwpo_dist.pairs.rejects import Reason
@@ -62,6 +63,29 @@ class SplitRule:
     def is_labelled(self, key: str) -> bool:
         """Whether a training pair with this key belongs to the labelled part, if it has a label."""
         return unit_hash(self.seed, "labelled", key) < self.labelled
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One of several parts of the prompts, drawn by hash, with their pairs and answers.
+
+    Attributes:
+        seed: of the draw.
+        of: how many parts there are.
+        number: which one it is, from 0.
+    """
+
+    seed: int
+    of: int
+    number: int
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it holds a pair, or an answer, by its id."""
+        return int(unit_hash(self.seed, "fold", prompt_of(str(name))) * self.of) == self.number
+
+    def identity(self) -> dict[str, object]:
+        """What decides what it holds."""
+        return {"fold": [self.seed, self.of, self.number]}
 
 
 def split_of(

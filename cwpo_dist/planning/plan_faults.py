@@ -10,7 +10,7 @@ from cwpo_dist.pairs.pieces import damage_fault
 from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.planning.costs import Estimate
 from cwpo_dist.planning.sampled import SampleRead
-from cwpo_dist.runs.arms import needs_annotator
+from cwpo_dist.runs.arms import judged_arms, needs_annotator
 from cwpo_dist.runs.checks import models, trainings
 from cwpo_dist.runs.own_checks import own_counts_faults
 from cwpo_dist.runs.weighing_checks import calibrated_arms
@@ -38,6 +38,12 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
         yield (
             f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
             f"pair to fit an annotator on; {_labels_remedy(counted)}, or give annotate.model"
+        )
+    if "fit" in names and judged_arms(config) and counted.prompts_of("labelled") == 1:
+        yield (
+            f"fit.folds: {config.fit.folds}, but the labelled part has one prompt, and no other to "
+            "learn from who judges its labels; raise prepare.labelled_fraction, or give "
+            "annotate.model"
         )
     yield from _without_pairs(config, counted)
     if until_of(config) in {None, "weigh"}:

@@ -28,7 +28,11 @@ def graphs(config: Config) -> dict[str, dict[str, Node]]:
         return {arm: graph(config, arm) for arm in config.arms}
     if not needs_annotator(config):
         return {arm: nodes_until(config, arm, "weigh") for arm in config.arms}
-    return {"": nodes_until(config, config.arms[0], until_of(config))}  # of no arm yet
+    until = until_of(config)  # of no arm yet, but of those that judge people's labels
+    return {
+        arm if config.arm(arm).judged else "": nodes_until(config, arm, until)
+        for arm in config.arms
+    }
 
 
 def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:

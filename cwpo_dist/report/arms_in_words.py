@@ -17,6 +17,11 @@ _WEIGHTS = {
     "lower_confidence": "C of the mean margin less the annotators' disagreement",
 }
 
+WEIGHTS_OF_JUDGED = {
+    "weighed": "σ(m), the label's probability by annotators that did not learn from it",
+    "cleaned": "1, without pairs whose label most annotators deny that did not learn from it",
+}
+
 
 def is_human(name: str) -> bool:
     """Whether the arm trains on the data's own labels, so that no annotator's apply to it.
@@ -76,6 +81,8 @@ def _labels(preset: Arm) -> str:
 
 
 def _weight(preset: Arm) -> str:
+    if preset.judged is not None:
+        return WEIGHTS_OF_JUDGED[preset.judged]
     if preset.labels == "own":
         return "the data's own, or C of their own confidence or scores"
     weight = _WEIGHTS[preset.weight_function]

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from cwpo_dist.config import Config, ModelConfig, PairsConfig, TrainingConfig
 from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
 from cwpo_dist.manifest import Manifest
+from cwpo_dist.report.arms_in_words import WEIGHTS_OF_JUDGED
 from cwpo_dist.report.cells import at
 
 Figures = Mapping[str, Any]
@@ -196,7 +197,7 @@ def _provenance(
     if preset.labels == "own":
         yield "weight of a pair", _weight(config, arm)
         yield "mean weight", _mean_weight(figures)
-    if preset.labels == "annotator":
+    if preset.labels == "annotator" or preset.judged is not None:
         ready = [_model(model) for _, model in config.annotate.ready()]
         weak = [_model(config.weak)] if config.weak is not None else []
         own = ["the data's own numbers"] if preset.with_own else []
@@ -214,6 +215,8 @@ def _model(model: ModelConfig, known: Identity | None = None) -> str:
 
 def _weight(config: Config, arm: str) -> str:
     preset, user = config.arm(arm), config.weigh
+    if preset.judged is not None:
+        return WEIGHTS_OF_JUDGED[preset.judged]
     if preset.soft_labels:
         return "1, with the annotator's probability as a soft label"
     name: str = preset.weight_function

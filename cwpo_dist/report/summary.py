@@ -125,12 +125,23 @@ def gra_table(metrics: Metrics) -> Table:
     )
 
 
+_OF_JUDGED = ("denied", "dropped", "unjudged")
+_JUDGED = (
+    " Denied: people's labels of which most annotators that did not learn from them prefer the "
+    "other answer; dropped: those of them whose pairs are left out. Unjudged: pairs that "
+    "annotators could not score, which are left out, too."
+)
+
+
 def weights_table(metrics: Metrics) -> Table:
     """What each arm's weights are, and how many equally weighted pairs they are worth."""
+    told = [at(arm, "weigh") or {} for _, arm in arm_items(metrics)]
+    judged = [name for name in _OF_JUDGED if any(name in weigh for weigh in told)]
     rows = tuple(
         (
             Cell(name),
             count(at(arm, "weigh", "pairs")),
+            *(count(at(arm, "weigh", name)) for name in judged),
             count(at(arm, "weigh", "selected")),
             count(at(arm, "weigh", "ties")),
             number(at(arm, "weigh", "mean_confidence"), 3),
@@ -144,6 +155,7 @@ def weights_table(metrics: Metrics) -> Table:
         (
             "arm",
             "labelled by it",
+            *judged,
             "selected",
             "ties",
             "mean confidence",
@@ -153,7 +165,7 @@ def weights_table(metrics: Metrics) -> Table:
         rows,
         note="Effective share: (Σw)² / (n·Σw²), of the selected pairs how many equally weighted "
         "ones vary as little (Kish). In the paper's form a mean weight below 1 also shrinks every "
-        "gradient; cw_mean divides it out.",
+        "gradient; cw_mean divides it out." + (_JUDGED if judged else ""),
     )
 
 

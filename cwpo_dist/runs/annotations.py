@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -25,7 +25,7 @@ from cwpo_dist.pairs.stored import Judgement, Pair, pair_schema, read_judgements
 from cwpo_dist.runs.arms import Chooser, Weighting
 from cwpo_dist.runs.context import Context, annotator_name
 from cwpo_dist.runs.joined import Margins, ScoresIn
-from cwpo_dist.runs.output_key import Node, members
+from cwpo_dist.runs.output_key import Node, annotators, members
 from cwpo_dist.runs.own_numbers import chosen
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
@@ -110,6 +110,7 @@ class Annotated:
                 margin=float(joined.margin[i]),
                 disagreement=float(joined.disagreement[i]) if several else None,
                 dissent=float(joined.dissent[i]),
+                lead=int(joined.lead[i]),
                 scored=int(joined.scored[i]),
             )
             for i in np.flatnonzero(known)
@@ -128,12 +129,18 @@ def raw(context: Context, node: Node, chooser: Chooser, *, judged: bool = False)
     """
     pairs = context.place(node.inputs["prepare"])
     scores: list[ScoresIn | OwnIn] = [
-        ScoresIn(context.place(member), member.retries, pairs) for member in members(node)
+        _of_one(context, outputs, pairs) for outputs in annotators(node)
     ]
     own = own_kind(context, node, chooser)
     if own == "scores" or (own == "confidence" and chooser.own == "beside" and not judged):
         scores.append(OwnIn(pairs, own))
     return Annotated(pairs, context.shards(node), tuple(scores), Scale.raw(len(scores)))
+
+
+def _of_one(context: Context, outputs: Sequence[Node], pairs: Store) -> ScoresIn:
+    """What one annotator gave, in however many folds."""
+    first, *others = (ScoresIn(context.place(node), node.retries, pairs) for node in outputs)
+    return replace(first, others=tuple(others))
 
 
 def own_kind(context: Context, node: Node, chooser: Chooser) -> Own | None:
@@ -152,7 +159,7 @@ def label_source(context: Context, node: Node, chooser: Chooser) -> LabelSource:
     """Who decides the pairs of a `weigh` or `sft` node; of two scores the higher one does."""
     own = own_kind(context, node, chooser)
     if chooser.labels != "own":
-        return "mixed" if chooser.with_human else chooser.labels
+        return chooser.judged or ("mixed" if chooser.with_human else chooser.labels)
     assert own is not None, "who chooses by own numbers has some"
     return "annotator" if own == "scores" else own
 

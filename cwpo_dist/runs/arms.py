@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -20,6 +21,7 @@ from cwpo_dist.config import (
 )
 from cwpo_dist.pairs.numbers import Own
 from cwpo_dist.pairs.sources import Fingerprint, source_fingerprints
+from cwpo_dist.pairs.splits import Fold
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.output_key import Nodes
 from cwpo_dist.storage import Store
@@ -51,7 +53,8 @@ class ArmRun:
         arm = config.arm(name)
         # Own numbers stand on whichever pairs have them, read by whom they may.
         by_model = arm.annotator == "fitted" and arm.labels != "own"
-        return cls(config, arm, by_model and needs_annotator(config))
+        reads = arm.judged is not None or needs_annotator(config)
+        return cls(config, arm, by_model and reads)
 
     @property
     def root(self) -> Store:
@@ -85,6 +88,14 @@ class ArmRun:
         """The reward model that judges answers."""
         model = self.config.evaluate.gold_model
         return None if model is None else GivenModel.of("evaluate.gold_model", model)
+
+    @property
+    def folds(self) -> Sequence[Fold | None]:
+        """What each annotator does not learn from and judges; None: it learns from all."""
+        if self.arm.judged is None:
+            return [None]
+        number, seed = self.config.fit.folds, self.config.seed
+        return [Fold(seed, number, k) for k in range(number)]
 
     @property
     def teacher(self) -> ArmRun | None:
@@ -121,9 +132,14 @@ def implicit_arms(config: Config) -> list[str]:
     return [arm for arm in config.arms if config.arm(arm).annotator == "implicit"]
 
 
+def judged_arms(config: Config) -> list[str]:
+    """The arms in which annotators judge people's labels."""
+    return [arm for arm in config.arms if config.arm(arm).judged is not None]
+
+
 def teacher_config(config: Config) -> Config:
     """The run in which the weak model is the policy: on its schedule as an annotator, twice."""
-    schedule = config.fit.model_dump(exclude={"seeds", "labels", "batch_by"})
+    schedule = config.fit.model_dump(exclude={"seeds", "folds", "labels", "batch_by"})
     of_pairs = {"beta": config.align.beta, "lora": config.fit.lora, "batch_by": config.fit.batch_by}
     align = AlignConfig.model_validate(schedule | of_pairs)
     return config.model_copy(
@@ -157,6 +173,7 @@ class Chooser:
         splits: of which pairs.
         own: whether the data's own numbers act alone or beside annotators; None: not at all.
         with_human: whether people decide the labelled part all the same.
+        judged: what becomes of people's labels that annotators judge; None: they judge none.
         column: which of them; None: those that there are.
         temperature: what divides margins; None: nothing.
         calibration_split: where it is fitted, if it is.
@@ -166,6 +183,7 @@ class Chooser:
     splits: tuple[Split, ...]
     own: Literal["alone", "beside"] | None = None
     with_human: bool = False
+    judged: Literal["weighed", "cleaned"] | None = None
     column: Own | None = None
     temperature: float | Literal["fitted"] | None = None
     calibration_split: Split | None = None
@@ -177,6 +195,8 @@ class Chooser:
             content |= {"own": self.own, "column": self.column}
         if self.with_human:
             content["with_human"] = True
+        if self.judged is not None:
+            content["judged"] = self.judged
         if self.temperature is not None:
             content["temperature"] = self.temperature
         if self.calibration_split is not None:
@@ -229,7 +249,7 @@ def weighting(config: Config, arm: Arm) -> Weighting:
     weighs, scored = arm.weight_function != "one", arm.labels != "human"
     return Weighting(
         chooser=_chooser(user, arm),
-        weight_function=(weighs and user.weight_function) or arm.weight_function,
+        weight_function=(weighs and scored and user.weight_function) or arm.weight_function,
         pairing=user.pairing if scored else "given",
         top_fraction=(user.top_fraction if scored else None) or arm.top_fraction,
         min_confidence=user.min_confidence if scored else None,
@@ -245,6 +265,7 @@ def _chooser(user: WeighConfig, arm: Arm) -> Chooser:
         splits=arm.splits,
         own=("beside" if arm.with_own else "alone") if has_own else None,
         with_human=arm.with_human,
+        judged=arm.judged,
         column=user.column if has_own else None,
         temperature=temperature,
         calibration_split=user.calibration_split if temperature == "fitted" else None,

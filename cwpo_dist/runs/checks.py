@@ -31,7 +31,7 @@ from cwpo_dist.placement import (
     this_machine,
     training_faults,
 )
-from cwpo_dist.runs.arms import implicit_arms, needs_annotator
+from cwpo_dist.runs.arms import implicit_arms, judged_arms, needs_annotator
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.node_probes import node_faults
@@ -204,7 +204,8 @@ def reached(config: Config, until: str | None) -> set[str]:
         return set()
     if until in labelling:
         return {"fit"} if until == "fit" else labelling
-    found = {"weigh"} | (labelling if needs_annotator(config) else set())
+    judges = needs_annotator(config) or judged_arms(config)
+    found = {"weigh"} | (labelling if judges else set())
     found |= {"implicit", "reference"} if implicit_arms(config) else set()
     if until == "weigh":
         return found

@@ -31,11 +31,13 @@ class ScoresIn:
         store: its output folder of `annotate`.
         retries: how many retries of its rejects count.
         pairs: the output folder of `prepare`.
+        others: what it gave other pairs, where each fold of them has an output of its own.
     """
 
     store: Store
     retries: int
     pairs: Store
+    others: tuple[ScoresIn, ...] = ()
 
     def read(self, index: int) -> Margins:
         """Of the pairs of one shard both of whose answers it scored."""
@@ -46,7 +48,10 @@ class ScoresIn:
             for score in read_rows(self.store, name, Score, SCORE_SCHEMA)
         }
         pairs = _told_apart(read_compared(self.pairs, index), given)
-        return {pair.pair_id: a.score - b.score for pair, a, b in pairs}
+        found = {pair.pair_id: a.score - b.score for pair, a, b in pairs}
+        for other in self.others:
+            found |= other.read(index)
+        return found
 
 
 def score_files(store: Store, index: int, retries: int) -> list[str]:

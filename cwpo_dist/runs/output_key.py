@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 
 from cwpo_dist.config import PoolConfig, TrainingConfig
 from cwpo_dist.manifest import key_of
+from cwpo_dist.pairs.splits import Fold
 
 _IN_KEY = "in the key"
 
@@ -53,6 +54,11 @@ class Settings:
         """The section that says where it runs; None: in the driver, or in few small tasks."""
         return None
 
+    @property
+    def fold(self) -> Fold | None:
+        """The labelled pairs that a `fit` does not see, which its `annotate` alone reads."""
+        return None
+
     def identity(self) -> dict[str, object]:
         """The content that the key hashes: of sections and models their own, side by side."""
         content: dict[str, object] = {}
@@ -60,6 +66,8 @@ class Settings:
             if not each.metadata.get(_IN_KEY, True):
                 continue
             value = getattr(self, each.name)
+            if value is None and each.default is None:  # which older keys do not know
+                continue
             if isinstance(value, Identified):
                 content |= value.identity()
             else:  # a list, as JSON gives it back
@@ -127,6 +135,16 @@ def ancestors(nodes: Iterable[Node]) -> set[str]:
 def members(node: Node) -> list[Node]:
     """The outputs with scores that a node reads."""
     return [given for given in node.inputs.values() if given.settings.scores]
+
+
+def annotators(node: Node) -> list[list[Node]]:
+    """These outputs by their annotators, of whom each has one, or one a fold."""
+    found: dict[object, list[Node]] = {}
+    for each in members(node):
+        of_folds = each.settings.fold is not None
+        name = each.inputs["fit"].settings.identity()["seed"] if of_folds else each.path
+        found.setdefault(name, []).append(each)
+    return list(found.values())
 
 
 def scored(nodes: Nodes) -> dict[str, Node]:

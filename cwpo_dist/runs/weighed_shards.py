@@ -144,6 +144,8 @@ class Weighing:
         }
         if self.own:
             counts |= _own_counts(of_splits, decisions)
+        if self.labels in {"weighed", "cleaned"}:
+            counts |= _judged_counts(of_splits, opinions or {}, decisions)
         return self._table(selected, all(isinstance(pair.prompt, str) for pair in pairs)), counts
 
     def _table(self, selected: list[Preference], is_text: bool) -> pa.Table:
@@ -196,7 +198,7 @@ class Weighing:
         margin = np.fromiter(known, np.float64, count)
         disagreement = np.array([d.disagreement or 0.0 for d in decisions.values()])
         weight = weights(self.weight_function, margin, disagreement)
-        return _Numbers(margin, confidence(margin), weight)
+        return _Numbers(margin, confidence(np.maximum(margin, 0.0)), weight)
 
     def _as_given(self, given: Floats) -> _Numbers:
         """By the weights or confidences that the data have."""
@@ -267,6 +269,20 @@ def _own_counts(pairs: dict[str, Pair], decisions: dict[str, Decision]) -> dict[
     labels = {i: pairs[i].label for i, decision in decisions.items() if decision.margin}
     against = (label not in {None, decisions[i].label} for i, label in labels.items())
     return {"without": len(pairs) - len(decisions), "against": sum(against)}
+
+
+def _judged_counts(
+    pairs: dict[str, Pair], opinions: dict[str, Opinion], decisions: dict[str, Decision]
+) -> dict[str, float]:
+    """Of people's labels: those that nobody judged, those that most deny, those dropped for it."""
+    labels = {i: pair.label for i, pair in pairs.items() if pair.label is not None}
+    denied = {i for i in labels.keys() & opinions.keys() if opinions[i].denies(labels[i])}
+    dropped = len(denied - decisions.keys())
+    return {
+        "unjudged": len(labels.keys() - opinions.keys()),
+        "denied": len(denied),
+        "dropped": dropped,
+    }
 
 
 def _probability(margin: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cwpo_dist.config import Arm, Config
-from cwpo_dist.runs.arms import held_out_split, implicit_arms, weighting
+from cwpo_dist.runs.arms import held_out_split, implicit_arms, judged_arms, weighting
 
 
 def weighing_faults(config: Config) -> Iterator[str]:
@@ -17,6 +17,9 @@ def weighing_faults(config: Config) -> Iterator[str]:
             "fit.seeds, annotate.models, or weigh.from: both"
         )
     yield from _mixed_faults(config)
+    judged = judged_arms(config) if config.annotate.ready() else []
+    if judged and "labelled" not in config.annotate.scored_splits():
+        yield f"annotate.splits: lacks 'labelled', whose labels arm {judged[0]!r} judges; add it"
     if fitted := calibrated_arms(config):
         yield from _calibration_faults(config, fitted)
 

@@ -15,6 +15,7 @@ from cwpo_dist.canonical import digest
 from cwpo_dist.config import AnnotateConfig, ModelConfig, Split
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import answer_id, prompt_id
+from cwpo_dist.pairs.splits import Fold
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, trained
 from cwpo_dist.runs.given_model import GivenModel
@@ -51,6 +52,7 @@ class AnnotateSettings(Settings):
         splits: whose pairs' answers are scored.
         ready: the given reward model; None: the one that its input `fit` made.
         weak: what `fit` made that of.
+        fold: the pairs that `fit` did not see, and has in its key: theirs alone are scored.
     """
 
     stage = "annotate"
@@ -61,6 +63,7 @@ class AnnotateSettings(Settings):
     splits: tuple[Split, ...]
     ready: GivenModel | None
     weak: ModelConfig | None = field(metadata=BESIDE_KEY)
+    fold: Fold | None = field(default=None, metadata=BESIDE_KEY)
 
     @property
     def place(self) -> AnnotateConfig:
@@ -85,12 +88,18 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     splits: tuple[Split, ...] = tuple(sorted(config.annotate.scored_splits()))
     told = AnnotateSettings(config.annotate, splits, None, config.weak)
     made = [Node(replace(told, ready=model), read) for model in run.ready] or [
-        Node(told, read | {"fit": node}) for node in given.values() if node.stage == "fit"
+        Node(_of_fold(told, node.settings.fold), read | {"fit": node})
+        for node in given.values()
+        if node.stage == "fit"
     ]
     return {
         f"annotate_{k}" if len(made) > 1 else "annotate": _retried(run.root, node)
         for k, node in enumerate(made)
     }
+
+
+def _of_fold(told: AnnotateSettings, fold: Fold | None) -> AnnotateSettings:
+    return told if fold is None else replace(told, splits=("labelled",), fold=fold)
 
 
 def _retried(root: Store, node: Node[AnnotateSettings]) -> Node[AnnotateSettings]:
@@ -106,7 +115,8 @@ def work(context: Context, node: Node[AnnotateSettings], counted: Census) -> Sco
     model = "weak" if told.ready is None else told.ready.field
     answers, prompts = counted.answers_of(*told.splits), counted.prompts_of(*told.splits)
     alone, prompts_alone = counted.alone_of(*told.splits)
-    answers, prompts = answers + alone, prompts + prompts_alone
+    parts = 1 if told.fold is None else told.fold.of
+    answers, prompts = (answers + alone) // parts, (prompts + prompts_alone) // parts
     before = min(answers, _scored_before(context, node, counted))
     text = f"{answers:,} answers to {prompts:,} prompts"
     if before:
@@ -151,7 +161,8 @@ def make(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object]
     counts = run_shards(_of_new_answers(context, node, job), config, limit.check)
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
     limit.check(counts, whole=True)
-    refuse_none("annotate", annotator(context, node), counts)
+    if counts["rows_in"] or node.settings.fold is None:  # of few prompts a fold may have none
+        refuse_none("annotate", annotator(context, node), counts)
     logger.info(
         "annotate: %d answers of %s scored, %d of them before, %d set aside, %d too long, %d pairs "
         "of answers that are alike to it; %s/scores has a score for each answer_id, texts and "
@@ -213,8 +224,14 @@ def _job(
 
 
 def _answers(context: Context, node: Node[AnnotateSettings]) -> AnswersIn:
-    """What is scored: the answers of pairs, and those that stand in none."""
-    return replace(context.answers(node, node.settings.splits), alone=True)
+    """What is scored: the answers of pairs, and those that stand in none; or those of a fold."""
+    told = node.settings
+    selected = None if told.fold is None else partial(_selected, told.fold)
+    return replace(context.answers(node, told.splits), alone=True, selected=selected)
+
+
+def _selected(fold: Fold, _shard: int) -> Fold:
+    return fold
 
 
 def _limit(context: Context, node: Node[AnnotateSettings]) -> Limit:

@@ -138,7 +138,7 @@ class EvaluateSettings(Settings):
 
 
 def nodes(run: ArmRun, given: Nodes) -> Nodes:
-    """The figures of an arm; everything before it is read."""
+    """The figures of an arm; all before it is read, but who judges folds, and no held-out pair."""
     config, judge = run.config, run.config.evaluate
     if run.policy is None or "aligned" not in given:
         return {}
@@ -156,7 +156,8 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
         config.reference,
         config.prepare.rows_per_shard,
     )
-    return {"evaluate": Node(told, dict(given))}
+    read = {role: node for role, node in given.items() if node.settings.fold is None}
+    return {"evaluate": Node(told, read)}
 
 
 def work(context: Context, node: Node[EvaluateSettings], counted: Census) -> Work:

@@ -21,6 +21,7 @@ from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.templates import Fault, TokenError
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.pairs.splits import Fold
 from cwpo_dist.pairs.stored import Pair, read_pairs
 from cwpo_dist.runs.arms import ArmRun, held_out_split
 from cwpo_dist.runs.context import Context
@@ -47,6 +48,7 @@ class FitSettings(Settings):
         seed: of the order and of the new head.
         most: the share of pairs that it may be unable to read (`prepare.max_reject_fraction`).
         followed_on: the split by which the training is followed.
+        fold: the pairs that it does not see; None: it sees all.
     """
 
     stage = "fit"
@@ -57,6 +59,7 @@ class FitSettings(Settings):
     seed: int
     most: float = field(metadata=BESIDE_KEY)
     followed_on: Split = field(metadata=BESIDE_KEY)
+    fold: Fold | None = None
 
     @property
     def place(self) -> FitConfig:
@@ -65,7 +68,7 @@ class FitSettings(Settings):
 
 
 def nodes(run: ArmRun, given: Nodes) -> Nodes:
-    """One for each seed, numbered where there are several; none where annotators are given.
+    """One for each seed and fold, numbered where there are several; none where they are given.
 
     Raises:
         ConfigError: when neither `weak` nor `annotate.model` is given.
@@ -80,13 +83,12 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
             "annotate.model.model_name_or_path for a ready one-label reward model"
         )
     followed, read = held_out_split(config), {"prepare": given["prepare"]}
-    seeds = config.fit.seeds or [config.seed]
-    return {
-        f"fit_{k}" if len(seeds) > 1 else "fit": Node(
-            FitSettings(config.fit, weak, seed, most, followed), read
-        )
-        for k, seed in enumerate(seeds)
-    }
+    told = [
+        FitSettings(config.fit, weak, seed, most, followed, fold)
+        for seed in config.fit.seeds or [config.seed]
+        for fold in run.folds
+    ]
+    return {f"fit_{k}" if len(told) > 1 else "fit": Node(each, read) for k, each in enumerate(told)}
 
 
 def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
@@ -99,6 +101,7 @@ def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
         by_votes=told.config.labels == "votes",
         most=told.most,
         batch_by=told.config.batch_by,
+        fold=told.fold,
     )
     held_out = held_out_pairs(context, node, told.config, told.followed_on)
     spec = TrainSpec(
@@ -117,10 +120,13 @@ def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
 
 def work(context: Context, node: Node[FitSettings], counted: Census) -> Training:
     """A training on the labelled pairs."""
-    pairs = counted.pairs("labelled")
     told = node.settings
+    seen = 1.0 if told.fold is None else 1 - 1 / told.fold.of
+    pairs = round(counted.pairs("labelled") * seen)
     training = Training("", model=told.model.field, pairs=pairs, training=told.config)
-    return by_prompt(training, counted, "labelled")
+    training = by_prompt(training, counted, "labelled")
+    prompts, answers = round(training.prompts * seen), round(training.answers * seen)
+    return replace(training, prompts=prompts, answers=answers)
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class LabelledPairs:
         by_votes: learn the share of people that chose an answer, where there are votes; ties, too.
         most: the share of them that it may be unable to read (`prepare.max_reject_fraction`).
         batch_by: what is shuffled.
+        fold: those of them that are left out.
         held_out: the pairs to load instead; None: what is trained on.
     """
 
@@ -143,6 +150,7 @@ class LabelledPairs:
     by_votes: bool = False
     most: float = 1.0
     batch_by: BatchBy = "pair"
+    fold: Fold | None = None
     held_out: HeldOutPairs | None = None
 
     def __call__(self, encoder: Encoder) -> BradleyTerry:
@@ -168,7 +176,8 @@ class LabelledPairs:
     def _identity(self) -> list[object]:
         chosen = None if self.held_out is None else self.held_out.identity()
         made_by = transformers.__version__, tokenizers.__version__
-        return [content(self.pairs), self.model.identity(), self.by_votes, made_by, chosen]
+        told = [self.by_votes, made_by, repr(self.fold), chosen]
+        return [content(self.pairs), self.model.identity(), *told]
 
     def _encoded(self, encoder: Encoder, left_out: Counter[str]) -> Iterator[list[Example]]:
         """What is learned of each pair file; of what cannot be read, the faults."""
@@ -199,6 +208,8 @@ class LabelledPairs:
     def _is_learned(self, pair: Pair) -> bool:
         if self.held_out is not None:
             return pair.pair_id in self._followed
+        if self.fold is not None and pair.pair_id in self.fold:
+            return False
         return pair.split == "labelled" and (
             pair.label is not None or (self.by_votes and bool(pair.tie))
         )

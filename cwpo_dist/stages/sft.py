@@ -126,7 +126,8 @@ class ChosenAnswers:
 
     def _identity(self) -> list[object]:
         given = self.annotated
-        scores = [each.store for each in given.scores if isinstance(each, ScoresIn)]
+        read = [each for each in given.scores if isinstance(each, ScoresIn)]
+        scores = [one.store for each in read for one in (each, *each.others)]
         return [repr(self), *map(content, [given.pairs, self.tokens, *scores])]
 
     def _shards(self, _: Counter[str]) -> Iterator[Iterator[Example]]:

@@ -203,6 +203,14 @@ def _summary(totals: Counter[str], weighing: Weighing) -> Mapping[str, object]:
     if weighing.own:
         counts |= {"without_numbers": totals["without"], "against_labels": totals["against"]}
         _tell_own(totals, weighing.labels)
+    if weighing.labels in {"weighed", "cleaned"}:
+        counts |= {name: totals[name] for name in ("unjudged", "denied", "dropped")}
+        logger.info(
+            "weigh: of %d labels of people most annotators deny %d, whose pairs are %s; %d pairs "
+            "that they could not score are left out",
+            *(totals["pairs"] + totals["dropped"], totals["denied"]),
+            *("dropped" if weighing.labels == "cleaned" else "kept", totals["unjudged"]),
+        )
     if not scored or not read.scores:
         return counts
     counts["temperatures"] = [temperature * read.scale.joint for temperature in read.scale.members]
