@@ -292,7 +292,11 @@ def test_what_could_not_be_used_is_refused(tmp_path: Path) -> None:
     plan = asking._planned
     with pytest.raises(ConfigError, match=r"prepare\.labelled_fraction: 0\.5 hides"):
         plan(config_of(tmp_path, TEXTS, labelled_fraction=0.5), 1, "random", "cw")
-    for arm, said in {"nope": "unknown arm 'nope'", "ws_dpo": "no annotator that"}.items():
+    for arm, said in {
+        "nope": "unknown arm 'nope'",
+        "ws_dpo": "no scores of unlabelled",
+        "human_weighed": "no scores of unlabelled",
+    }.items():
         with pytest.raises(ConfigError, match=f"--arm: .*{said}"):
             plan(config_of(tmp_path, TEXTS), 1, "random", arm)
     config = all_labels(sampled(tmp_path / "one"))

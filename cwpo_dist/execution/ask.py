@@ -90,12 +90,13 @@ def ask(config: Config, budget: int, strategy: str, arm: str | None = None) -> A
         config: the run.
         budget: how many pairs at most.
         strategy: a key of `STRATEGIES`.
-        arm: whose annotators; None: those of the first one.
+        arm: whose annotators; None: those of the first one that has some.
 
     Raises:
         ConfigError: where the strategy needs more annotators, or answers could not be used.
     """
-    node, needed = _planned(config, budget, strategy, arm or config.arms[0])
+    first = next(filter(_scores_unlabelled, config.arms), "weak")
+    node, needed = _planned(config, budget, strategy, arm or first)
     context = Context(Store(config.output_dir))
     context.root.sweep()
     if not context.done(node):
@@ -116,8 +117,8 @@ def _planned(config: Config, budget: int, strategy: str, arm: str) -> tuple[Node
         )
     if arm not in ARMS:
         raise ConfigError(f"--arm: unknown arm {arm!r}; choose from {', '.join(ARMS)}")
-    if ARMS[arm].annotator == "implicit":
-        raise ConfigError(f"--arm: {arm!r} has no annotator that gives scores; choose another")
+    if not _scores_unlabelled(arm):
+        raise ConfigError(f"--arm: {arm!r} has no scores of unlabelled pairs; choose another")
     wanted = STRATEGIES[strategy].annotators
     nodes = nodes_until(config, arm, "annotate" if wanted else "prepare")
     read = {"prepare": nodes["prepare"]} | (scored(nodes) if wanted else {})
@@ -128,6 +129,11 @@ def _planned(config: Config, budget: int, strategy: str, arm: str) -> tuple[Node
             "give several fit.seeds and an arm of several (--arm ensemble), or --strategy uncertain"
         )
     return node, list(nodes.values())
+
+
+def _scores_unlabelled(arm: str) -> bool:
+    """Whether an arm's annotators score what has no label, and not people's labels alone."""
+    return ARMS[arm].annotator == "fitted" and ARMS[arm].judged is None
 
 
 def _refuse_untrainable(context: Context, node: Node, strategy: str) -> None:
