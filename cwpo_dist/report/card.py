@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from cwpo_dist.config import Config, ModelConfig, PairsConfig, TrainingConfig
+from cwpo_dist.config import Arm, Config, ModelConfig, PairsConfig, TrainingConfig
 from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.arms_in_words import WEIGHTS_OF_JUDGED
@@ -198,12 +198,16 @@ def _provenance(
         yield "weight of a pair", _weight(config, arm)
         yield "mean weight", _mean_weight(figures)
     if preset.labels == "annotator" or preset.judged is not None:
-        ready = [_model(model) for _, model in config.annotate.ready()]
-        weak = [_model(config.weak)] if config.weak is not None else []
-        own = ["the data's own numbers"] if preset.with_own else []
-        yield "annotator", ", ".join([*(ready or weak), *own])
+        yield "annotator", _annotators(config, preset)
         yield "weight of a pair", _weight(config, arm)
         yield "mean weight", _mean_weight(figures)
+
+
+def _annotators(config: Config, preset: Arm) -> str:
+    ready = [_model(model) for _, model in config.annotate.ready()]
+    weak = [_model(config.weak)] if config.weak is not None else []
+    own = ["the data's own numbers"] if preset.with_own else []
+    return ", ".join([*(ready or weak), *own])
 
 
 def _model(model: ModelConfig, known: Identity | None = None) -> str:

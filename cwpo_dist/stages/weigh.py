@@ -203,14 +203,7 @@ def _summary(totals: Counter[str], weighing: Weighing) -> Mapping[str, object]:
     if weighing.own:
         counts |= {"without_numbers": totals["without"], "against_labels": totals["against"]}
         _tell_own(totals, weighing.labels)
-    if weighing.labels in {"weighed", "cleaned"}:
-        counts |= {name: totals[name] for name in ("unjudged", "denied", "dropped")}
-        logger.info(
-            "weigh: of %d labels of people most annotators deny %d, whose pairs are %s; %d pairs "
-            "that they could not score are left out",
-            *(totals["pairs"] + totals["dropped"], totals["denied"]),
-            *("dropped" if weighing.labels == "cleaned" else "kept", totals["unjudged"]),
-        )
+    counts |= _of_judged(totals, weighing.labels)
     if not scored or not read.scores:
         return counts
     counts["temperatures"] = [temperature * read.scale.joint for temperature in read.scale.members]
@@ -223,6 +216,19 @@ def _summary(totals: Counter[str], weighing: Weighing) -> Mapping[str, object]:
             "mean_disagreement": totals["disagreement"] / scored,
         }
     return counts
+
+
+def _of_judged(totals: Counter[str], labels: LabelSource) -> Mapping[str, object]:
+    """What annotators say of people's labels, which is told; nothing where they judge none."""
+    if labels not in {"weighed", "cleaned"}:
+        return {}
+    logger.info(
+        "weigh: of %d labels of people most annotators deny %d, whose pairs are %s; %d pairs that "
+        "they could not score are left out",
+        *(totals["pairs"] + totals["dropped"], totals["denied"]),
+        *("dropped" if labels == "cleaned" else "kept", totals["unjudged"]),
+    )
+    return {name: totals[name] for name in ("unjudged", "denied", "dropped")}
 
 
 def _tell_own(totals: Counter[str], labels: LabelSource) -> None:
