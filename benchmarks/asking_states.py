@@ -1,0 +1,111 @@
+"""UKP's human pairs and a frozen model in; the last hidden state of each answer out, for asking.py.
+
+Shapes: N pairs, A answers, H width of a hidden state.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import prepared, with_ray
+from numpy.typing import NDArray
+
+from cwpo_dist.config import ModelConfig
+from cwpo_dist.lm.loading import load_annotator_base
+from cwpo_dist.lm.modules import AnswerScores, decode, decoder_of, unwrapped
+from cwpo_dist.lm.reading import encoder_for
+from cwpo_dist.lm.rows import RowBatch
+from cwpo_dist.lm.sharing import SharedRows
+from cwpo_dist.pairs.answers import read_compared
+from cwpo_dist.pairs.records import prompt_of
+from cwpo_dist.pairs.stored import read_pairs
+from cwpo_dist.scoring.answers_in import AnswersIn, encoded
+from cwpo_dist.scoring.forward import RowForward
+from cwpo_dist.scoring.set_aside import SetAside
+from cwpo_dist.weighting import Floats
+
+Places = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled pairs, and what a frozen model makes of their answers.
+
+    Attributes:
+        names: [N] ids.
+        debates: [N] one debate is two prompts, for and against.
+        sides: [2, N] places of the answers a and b.
+        labels: [N] 1 where people chose a, −1 where b.
+        lengths: [A] characters.
+        states: [A, H] standardised, over √H.
+    """
+
+    names: NDArray[np.str_]
+    debates: NDArray[np.str_]
+    sides: Places
+    labels: Floats
+    lengths: Floats
+    states: Floats
+
+    def differences(self, pairs: Places) -> Floats:
+        """Of some pairs: a − b."""
+        a, b = self.sides[:, pairs]
+        difference: Floats = self.states[a] - self.states[b]
+        return difference
+
+
+def made(model: ModelConfig) -> dict[str, Any]:
+    """The arrays of `Data`, with hidden states as they are."""
+    encoder = encoder_for(model, "annotator")
+    scores = AnswerScores(load_annotator_base(model, encoder.tokenizer, seed=0))
+    forward = RowForward(scores, encoder.pad_id, model.max_length, 2048)
+    decoder = decoder_of(unwrapped(scores.model))
+
+    def what_the_head_reads(batch: RowBatch) -> torch.Tensor:
+        return decode(decoder, batch).flatten(0, 1)[batch.last]
+
+    scores.forward = what_the_head_reads  # type: ignore[method-assign]  # after its own checks
+    states: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as name:
+        store, _ = with_ray(lambda: prepared(Path(name), "ukp", None, 100_000))
+        for read in encoded(encoder, model, AnswersIn(store).read(0), SetAside(0)):
+            shared = SharedRows.of([(prompt_of(each.name), row) for each, row in read])
+            values = shared.of_each(forward(shared.rows).values)
+            for (each, _), value in zip(read, values, strict=True):
+                states[each.name], lengths[each.name] = value, len(str(each.given.answer))
+        pairs, compared = read_pairs(store, 0), read_compared(store, 0)
+    place = {answer: k for k, answer in enumerate(states)}
+    known = [
+        (pair, place[of.answer_a], place[of.answer_b])
+        for pair, of in zip(pairs, compared, strict=True)
+        if pair.label is not None and {of.answer_a, of.answer_b} <= place.keys()
+    ]
+    return {
+        "names": [pair.pair_id for pair, _, _ in known],
+        "debates": [debate_of(str(pair.prompt)) for pair, _, _ in known],
+        "sides": np.array([(a, b) for _, a, b in known]).T,
+        "labels": [1.0 if pair.label == "a" else -1.0 for pair, _, _ in known],
+        "lengths": [float(lengths[answer]) for answer in states],
+        "states": np.array(list(states.values()), np.float32),
+    }
+
+
+def debate_of(prompt: str) -> str:
+    """The title; the data spell that of one debate in two ways."""
+    title = prompt.splitlines()[0].casefold()
+    return "personal pursuit" if "personal pursuit" in title else title
+
+
+def loaded(cache: Path) -> Data:
+    """What `made` has put there; states standardised over all answers, of test debates as well."""
+    with np.load(cache) as found:
+        arrays = {name: found[name] for name in found.files}
+    states = arrays.pop("states").astype(np.float64)
+    states = (states - states.mean(0)) / states.std(0) / np.sqrt(states.shape[1])
+    return Data(states=states, **arrays)
