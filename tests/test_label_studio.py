@@ -23,7 +23,10 @@ from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 
 SERVER = os.environ.get("CWPO_LABEL_STUDIO", "")
-WHO = {"username": "somebody@example.org", "password": "a-long-password"}
+WHO = {
+    "username": "somebody@example.org",
+    "password": "a-long-password",
+}  # pragma: allowlist secret
 SAID = [("a", "a", "a"), ("b", "b", "a"), ("tie", "tie", "a")]  # by three people, of each question
 
 pytestmark = [
