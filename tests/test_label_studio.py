@@ -25,8 +25,8 @@ from cwpo_dist.storage import Store
 SERVER = os.environ.get("CWPO_LABEL_STUDIO", "")
 WHO = {
     "username": "somebody@example.org",
-    "password": "a-long-password",
-}  # pragma: allowlist secret
+    "password": "a-long-password",  # pragma: allowlist secret
+}
 SAID = [("a", "a", "a"), ("b", "b", "a"), ("tie", "tie", "a")]  # by three people, of each question
 
 pytestmark = [

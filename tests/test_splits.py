@@ -137,7 +137,9 @@ def copy(label: str | None, votes_a: int | None = None, votes_b: int | None = No
     [
         ([copy("a")], "a", (None, None), False),
         ([copy("a", 3, 1), copy("a", 2, 2)], "a", (5, 3), False),
-        ([copy("a", 3, 1), copy("b", 1, 4)], "b", (4, 5), False),  # the votes' own labels
+        ([copy("a", 3, 1), copy("b", 1, 4)], None, (4, 5), True),
+        ([copy("a", 1, 0), copy("b", 0, 1), copy("b", 0, 1)], "b", (1, 2), False),  # one each
+        ([copy("a", 0, 1), copy("b", 0, 1), copy("b", 0, 1)], None, (0, 3), True),
         ([copy("a", 1, 0), copy("b", 0, 1)], "tie", (1, 1), False),
         ([copy("a", 1, 0), copy("tie", 0, 0), copy("b", 0, 1)], None, (1, 1), True),
         ([copy("a", 3, 4), copy("b", 1, 4)], None, (4, 8), True),  # a label against its votes

@@ -195,8 +195,7 @@ def ordered(given: ParsedPair, prompt: Canonical, seed: int, source: str) -> tup
 def merge(copies: Sequence[Told]) -> tuple[Told, bool]:
     """What copies of one pair say together: votes add up, labels (or ties) must agree.
 
-    Where labels differ, and each is no more than what the votes beside it make, all votes together
-    make the label.
+    Where labels differ, and each is no more than one person's vote, all votes make the label.
 
     Args:
         copies: of one pair, at least one; the first gives its numbers.
@@ -210,7 +209,7 @@ def merge(copies: Sequence[Told]) -> tuple[Told, bool]:
         votes_tie=_total(told.votes_tie for told in copies),
     )
     labels = {_said(told) for told in copies} - {None}
-    if len(labels) > 1 and all(_said(told) in (None, _voted(told)) for told in copies):
+    if len(labels) > 1 and all(_said(told) is None or _is_one_vote(told) for told in copies):
         labels = {_voted(merged)}
     conflict = len(labels) > 1
     label = None if conflict or not labels else labels.pop()
@@ -219,6 +218,11 @@ def merge(copies: Sequence[Told]) -> tuple[Told, bool]:
 
 def _said(told: Told) -> Verdict | None:
     return "tie" if told.tie else told.label
+
+
+def _is_one_vote(told: Told) -> bool:
+    votes = told.votes_a, told.votes_b, told.votes_tie
+    return sum(filter(None, votes)) == 1 and _said(told) == _voted(told)
 
 
 def _voted(told: Told) -> Verdict | None:
