@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
@@ -24,6 +26,7 @@ from conftest import ROOT
 from cwpo_dist import credentials
 from cwpo_dist.cli import app as cli
 from cwpo_dist.cli import job_server
+from cwpo_dist.cli import submit as submission
 from cwpo_dist.cli.job_server import other_cluster
 from cwpo_dist.cli.portable import portable
 from cwpo_dist.cli.submit import (
@@ -130,6 +133,29 @@ def test_a_stage_runs_on_the_cluster(
     again = submit(config, "prepare", head, on_this_python())
     assert again == Submitted(f"{job.submission_id}-2", attached=False)
     stop(again.submission_id, head)
+
+
+def test_a_head_that_is_not_ready_for_jobs_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the server: twice it has no agent, then it takes the job; or it never has."""
+    said = RuntimeError(
+        "status code 500: No available agent to submit job, please try again later."
+    )
+    answers: list[RuntimeError | str] = [said, said, "taken"]
+
+    def send(submission_id: str) -> str:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return submission_id
+
+    monkeypatch.setattr(submission, "POLL_S", 0.0)
+    client: Any = SimpleNamespace(list_jobs=list)
+    assert submission._attach_or_send(client, "name", "mark", send) == Submitted("name", False)
+    assert answers == ["taken"]
+    answers[:] = [said]
+    monkeypatch.setattr(submission, "AGENT_S", 0.05)
+    with pytest.raises(RuntimeError, match="No available agent"):
+        submission._attach_or_send(client, "name", "mark", send)
 
 
 def test_what_cannot_go_with_an_image_is_refused(tmp_path: Path) -> None:

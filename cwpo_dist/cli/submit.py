@@ -34,6 +34,8 @@ CONFIG_NAME = "config.yaml"
 PENDING_TIMEOUT_S = 600.0
 POLL_S = 1.0
 LOST_S = 60.0
+AGENT_S = 120.0
+_NO_AGENT = "No available agent"  # as Ray says it
 # Ray kills a job 3 s after it asked it to end; a stage in training needs time for its checkpoint.
 STOP_S = 600
 ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}
@@ -108,7 +110,11 @@ def submit(config: Config, stage: str, address: str, settings: Settings | None =
 def _attach_or_send(
     client: JobSubmissionClient, base: str, mark: str, send: Callable[..., str]
 ) -> Submitted:
-    """Attaches to the attempt of this name that runs, or sends the next one."""
+    """Attaches to the attempt of this name that runs, or sends the next one.
+
+    A head that came up a moment ago, or is busy, has no agent yet that takes jobs: it is awaited.
+    """
+    end = time.monotonic() + AGENT_S
     while True:
         attempts = _attempts(client, base)
         for attempt in attempts.values():
@@ -118,7 +124,10 @@ def _attach_or_send(
         try:
             send(submission_id=name)
             return Submitted(name, attached=False)
-        except RuntimeError:
+        except RuntimeError as error:
+            if _NO_AGENT in str(error) and time.monotonic() < end:
+                time.sleep(POLL_S)
+                continue
             # Another submitter may have taken the name in between: then attach to its job.
             if len(_attempts(client, base)) == len(attempts):
                 raise
