@@ -279,7 +279,7 @@ def draw(rows: list[dict[str, Any]], to: Path) -> None:
 def main(
     model: Annotated[Path, typer.Option(help="the folder of a causal language model")],
     cache: Annotated[Path, typer.Option(help="of its hidden states; made where it is missing")],
-    seeds: int = 20,
+    seeds: int = 40,
     plot: Annotated[Path | None, typer.Option(help="an SVG file")] = None,
 ) -> None:
     """Measures and prints; see the head of this file."""
@@ -292,9 +292,9 @@ def main(
     labels_needed = [{**arm._asdict(), "labels": needed(found, arm)} for arm in ARMS]
     result = {"benchmark": "asking", "environment": environment(), "seeds": seeds}
     result |= {"longer_answer": told(longer), "labels_needed": labels_needed, "rows": rows}
+    print(json.dumps(result), flush=True)
     if plot is not None:
         draw(rows, plot)
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def _delta_ucb(given: Candidates) -> Floats:
 
     arXiv 2603.09692 adds up the uncertainties of the two rewards. Bradley–Terry rewards have no
     zero point, so that annotators can be compared by their margins alone: s is the standard
-    deviation of these.
+    deviation of these. It is meant to find pairs that teach a policy; an annotator learns less from
+    them than from any (BENCHMARKS.md).
     """
     joined = _joined(given)
     return np.abs(joined.margin) + joined.disagreement
