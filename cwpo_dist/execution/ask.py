@@ -225,8 +225,7 @@ def _questions(pairs: Store, chosen: pa.Table) -> list[Question]:
 def _question(pair: Pair, with_tools: bool) -> Question:
     row: dict[str, Any] = {"pair_id": pair.pair_id, "prompt": pair.prompt}
     row |= {"response_a": pair.response_a, "response_b": pair.response_b}
-    if with_tools:
-        row["tools"] = pair.tools
+    row |= {"tools": pair.tools} if with_tools else {}
     asked = transcript(pair.prompt)
     if pair.tools is not None:
         asked = f"[tools]\n{as_json(pair.tools)}\n\n{asked}"
