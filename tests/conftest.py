@@ -222,3 +222,49 @@ def folder(tiny_base: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_base, tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_text(GOOD)
     return tmp_path
+
+
+Open = Callable[..., Any]
+ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    executable = os.environ.get("CWPO_CHROMIUM") or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if executable is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip(NO_BROWSER)  # it is the machine's, not a Python package
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Iterator[Open]:
+    """Opens a report offline; in the end nothing may have been logged, raised or asked for."""
+    complaints: list[str] = []
+    contexts = []
+
+    def open_page(html: str, **settings: Any) -> Any:
+        path = tmp_path / f"{len(contexts)}.html"
+        path.write_text(html, encoding="utf-8")
+        context = browser.new_context(offline=True, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        own = path.as_uri()
+        page.on("request", lambda asked: None if asked.url == own else complaints.append(asked.url))
+        page.goto(own)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from test_weigh_pairing import Run, sampled
 from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
 from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.cli import app
+from cwpo_dist.cli.asking import Strategies
 from cwpo_dist.config import Config, ConfigError, PrepareConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import ask as asking
@@ -40,6 +41,7 @@ def worth(strategy: str, *margins: tuple[float, ...], seed: int = 0) -> list[flo
 
 
 def test_what_a_label_is_worth_by_hand() -> None:
+    assert set(get_args(Strategies)) == STRATEGIES.keys(), "each can be asked for by its name"
     assert worth("uncertain", (2.0,), (-0.5,), (0.0,)) == [-2.0, -0.5, 0.0]
     assert worth("uncertain", (3.0, -1.0), (1.0, 1.0)) == [-1.0, -1.0]
     sigma = [1 / (1 + math.exp(-m)) for m in (2.0, -2.0)]

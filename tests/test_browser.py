@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import NO_BROWSER
+from conftest import Open
 from test_comparison_page import difference, sample_comparison
 from test_report import sample_metrics, sample_pairs
 
@@ -24,52 +20,6 @@ HOSTILE = (
     "]]>--><!-- \u202egnp.exe\u202c \u2066isolate \u2028line \x00\x07 \ud800 ${window.pwned=7} "
     "</textarea></title></style>" + "W" * 20_000
 )
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = os.environ.get("CWPO_CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if executable is None or importlib.util.find_spec("playwright") is None:
-        pytest.skip(NO_BROWSER)  # it is the machine's, not a Python package
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        yield launched
-        launched.close()
-
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def opened(browser: Any, tmp_path: Path) -> Iterator[Open]:
-    """Opens a report offline; in the end nothing may have been logged, raised or asked for."""
-    complaints: list[str] = []
-    contexts = []
-
-    def open_page(html: str, **settings: Any) -> Any:
-        path = tmp_path / f"{len(contexts)}.html"
-        path.write_text(html, encoding="utf-8")
-        context = browser.new_context(offline=True, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append(dialog.message))
-        own = path.as_uri()
-        page.on("request", lambda asked: None if asked.url == own else complaints.append(asked.url))
-        page.goto(own)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_browser import HOSTILE, Open, browser, opened  # noqa: F401 (fixtures)
+from conftest import Open
+from test_browser import HOSTILE
 
 from cwpo_dist.report.questions import Question, page
 
@@ -38,7 +39,7 @@ def saved(page: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_twelve_questions_from_the_keyboard(opened: Open, tmp_path: Path, scheme: str) -> None:  # noqa: F811
+def test_twelve_questions_from_the_keyboard(opened: Open, tmp_path: Path, scheme: str) -> None:
     """What is better on the left is a vote for whichever answer stood there."""
     shown = opened(html(12), color_scheme=scheme, accept_downloads=True)
     shown.evaluate("document.activeElement.blur()")  # it asks for a name first
@@ -69,7 +70,7 @@ def test_twelve_questions_from_the_keyboard(opened: Open, tmp_path: Path, scheme
         assert row["annotator"] == "Ann O'Neil"
 
 
-def test_what_was_said_stays_and_can_be_corrected(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+def test_what_was_said_stays_and_can_be_corrected(opened: Open, tmp_path: Path) -> None:
     shown = opened(html(3), accept_downloads=True)
     shown.fill("#name", "Ann")
     for button in ("1 · Left is better", "2 · Right is better"):
@@ -93,7 +94,7 @@ def test_what_was_said_stays_and_can_be_corrected(opened: Open, tmp_path: Path) 
     assert after[1] | {"votes_tie": 0} == before[1] | {"votes_a": 0, "votes_b": 0}
 
 
-def test_a_browser_that_keeps_nothing_says_so_and_loses_nothing(opened: Open) -> None:  # noqa: F811
+def test_a_browser_that_keeps_nothing_says_so_and_loses_nothing(opened: Open) -> None:
     """A name that is corrected takes no answers with it; what is left is said at the end."""
     full = "void (Storage.prototype.setItem = () => { throw new Error('full'); })"
     shown = opened(html(3))
@@ -115,7 +116,7 @@ def test_a_browser_that_keeps_nothing_says_so_and_loses_nothing(opened: Open) ->
     assert shown.locator("#place").inner_text() == "question 1 of 3"
 
 
-def test_sides_are_drawn_for_each_person_and_question(opened: Open) -> None:  # noqa: F811
+def test_sides_are_drawn_for_each_person_and_question(opened: Open) -> None:
     shown = opened(html(30))
     orders = []
     for name in ("Ann", "Ben"):
@@ -132,7 +133,7 @@ def test_sides_are_drawn_for_each_person_and_question(opened: Open) -> None:  # 
     assert orders[0] != orders[1]
 
 
-def test_hostile_text_is_shown_and_does_nothing(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+def test_hostile_text_is_shown_and_does_nothing(opened: Open, tmp_path: Path) -> None:
     shown = opened(html(2, HOSTILE), accept_downloads=True, viewport={"width": 380, "height": 800})
     shown.fill("#name", '"><img src=x onerror=alert(1)>__proto__')
     assert shown.evaluate("window.pwned") is None

@@ -32,7 +32,7 @@ def test_every_set_of_answers_gives_a_configuration(labels: str, policy: str, gp
     assert config.annotate.gpus_per_actor == (1 if gpus else 0)
     assert config.annotate.num_actors == max(1, gpus)
     if policy:
-        assert config.align.num_workers == config.sft.num_workers == max(1, gpus)  # type: ignore[union-attr]
+        assert config.align.num_workers == config.sft.num_workers == max(1, gpus)  # type: ignore[union-attr]  # it has them
         assert ("human" in config.arms) == (labels == "all")
 
 

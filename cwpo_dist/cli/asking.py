@@ -10,13 +10,16 @@ from cwpo_dist.cli.options import ConfigPath, Overrides, guard_own_ray, say
 from cwpo_dist.cli.terminal_log import log_to_terminal
 from cwpo_dist.config.load import load_config
 
+# As in `acquisition`, which is heavy to import.
+Strategies = Literal["uncertain", "random", "disagree", "delta_ucb"]
+
 
 def ask(
     config: ConfigPath,
     overrides: Overrides = None,
     budget: Annotated[int, typer.Option(min=1, help="How many pairs at most.")] = 100,
     strategy: Annotated[
-        Literal["uncertain", "random", "disagree", "delta_ucb"],
+        Strategies,
         typer.Option(help="What makes a pair worth a label; the last two compare annotators."),
     ] = "uncertain",
     arm: Annotated[
@@ -32,11 +35,13 @@ def ask(
     Example: cwpo ask run.yaml --budget 200 --strategy uncertain
     """
     guard_own_ray()
+    from cwpo_dist.acquisition import STRATEGIES
     from cwpo_dist.execution.ask import ask as ask_people
     from cwpo_dist.runs.checks import check
 
     log_to_terminal()
     loaded = load_config(config, overrides)
-    check(loaded, "prepare" if strategy == "random" else "annotate")  # before any worker starts
+    scored = STRATEGIES[strategy].annotators > 0
+    check(loaded, "annotate" if scored else "prepare")  # before any worker starts
     for line in ask_people(loaded, budget, strategy, arm).lines():
         say(line)

@@ -1,4 +1,3 @@
-"use strict";
 // Reads the pairs that lie in the page as JSON, filters them and shows them as text.
 // Untrusted text goes through textContent alone; nothing is fetched, stored or evaluated.
 (() => {
@@ -36,24 +35,6 @@
     difference: (p, q) => Math.abs(q.a.length - q.b.length) - Math.abs(p.a.length - p.b.length),
   };
 
-  const element = (tag, className, text) => {
-    const made = document.createElement(tag);
-    if (className) made.className = className;
-    if (text !== undefined) made.textContent = text;
-    return made;
-  };
-  // Marks that reorder text would lie to the reader: they are shown by their number.
-  const visible = (text) =>
-    text.replace(/[\u202A-\u202E\u2066-\u2069\u0000-\u0008\u000B\u000C\u000E-\u001F\u007F]/g, (mark) =>
-      `⟨U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
-  const prose = (text, label) => {
-    const made = element("div", "prose", visible(text) || "(empty)");
-    made.dir = "auto";
-    made.tabIndex = 0; // so that a long text can be scrolled from the keyboard
-    made.setAttribute("role", "group");
-    made.setAttribute("aria-label", label);
-    return made;
-  };
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 
   const number = (name, otherwise) => {

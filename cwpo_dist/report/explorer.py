@@ -22,7 +22,15 @@ EXPLORER = "explorer.json"  # of a run directory: the sample
 MOST_PAIRS = 600
 MOST_LETTERS = 4000  # of one text
 MOST_BYTES = 3_000_000  # of all pairs: the page stays below 5 MB, plots and tables included
-SCRIPT = (Path(__file__).parent / "explorer.js").read_text(encoding="utf-8")
+
+
+def script_of(name: str) -> str:
+    """A page's script, behind the functions that all pages share."""
+    files = (Path(__file__).parent / each for each in ("shown.js", name))
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+SCRIPT = script_of("explorer.js")
 # What could end the element that holds the JSON, or what old parsers take for the end of a line.
 _ESCAPES = {c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 

@@ -1,4 +1,3 @@
-"use strict";
 // Shows one question after the other, and keeps what each person says of it.
 // Untrusted text goes through textContent alone; nothing is fetched, sent or evaluated.
 (() => {
@@ -13,25 +12,6 @@
   let at = 0;
   let unsaved = false;
   let saved = ""; // under which name, until the next answer
-
-  const element = (tag, className, text) => {
-    const made = document.createElement(tag);
-    if (className) made.className = className;
-    if (text !== undefined) made.textContent = text;
-    return made;
-  };
-  // Marks that reorder text would lie to the reader: they are shown by their number.
-  const visible = (text) =>
-    text.replace(/[\u202A-\u202E\u2066-\u2069\u0000-\u0008\u000B\u000C\u000E-\u001F\u007F]/g, (mark) =>
-      `⟨U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
-  const prose = (text, label) => {
-    const made = element("div", "prose", visible(text));
-    made.dir = "auto";
-    made.tabIndex = 0; // so that a long text can be scrolled from the keyboard
-    made.setAttribute("role", "group");
-    made.setAttribute("aria-label", label);
-    return made;
-  };
 
   // Which answer stands on the left: drawn anew for each person and question (FNV-1a). Its high
   // bits hardly know the last byte, so they are mixed in the end.

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from markupsafe import Markup
 
-from cwpo_dist.report.explorer import embedded_json, hash_of
+from cwpo_dist.report.explorer import embedded_json, hash_of, script_of
 from cwpo_dist.report.page import TEMPLATES
 
-SCRIPT = (Path(__file__).parent / "questions.js").read_text(encoding="utf-8")
+SCRIPT = script_of("questions.js")
 SHOWN = ("shown_prompt", "shown_a", "shown_b")
 # Its labelling interface. `winner` is what a source's `columns` name.
 LABEL_STUDIO = """<View>
