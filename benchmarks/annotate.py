@@ -276,6 +276,7 @@ def main(
         Literal["forward", "answers", "pipeline", "scale", "all"], typer.Option()
     ] = "all",
     prompts: Annotated[int, typer.Option(help="of the answers part")] = 4,
+    stock_pairs: Annotated[int, typer.Option(help="of the answers part, at most")] = 1000,
     max_tokens: Annotated[int, typer.Option(help="of one forward pass")] = 2048,
     repeats: Annotated[int, typer.Option(help="of the forward part")] = 3,
     rounds: Annotated[int, typer.Option(help="of the pipeline part")] = 5,
@@ -300,7 +301,7 @@ def main(
         if part in {"answers", "all"}:
             compared = compared_pairs(scratch / "compared", data, model, prompts)
             scored = annotator if scorer == "reward" else given
-            figures |= answers_part(scorer, scored, compared, max_tokens, repeats)
+            figures |= answers_part(scorer, scored, compared, max_tokens, repeats, stock_pairs)
             print(json.dumps(figures, indent=1), flush=True)
         if part in {"pipeline", "all"}:
             prepare = partial(measure.prepared, scratch / "pipeline-pairs", data)
