@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def test_a_lock_that_another_thread_held_at_the_fork_does_not_hold_up_the_run(
     holder.join()
     assert free.is_set()
     assert tries(tmp_path) == 2
-    assert "stood still for 2 s and is begun anew" in caplog.text
+    assert "begun anew: stood still for 2 s" in caplog.text
 
 
 def test_who_computes_is_let_compute(tmp_path: Path) -> None:
@@ -82,6 +83,30 @@ def test_who_always_waits_is_refused_at_the_end(tmp_path: Path) -> None:
 
     with pytest.raises(BoundError, match="it does not end, after 4 s of waiting"):
         bounded.bounded(counted(tmp_path, waits))
+    assert tries(tmp_path) == 3
+
+
+def test_a_child_that_a_signal_ended_is_begun_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seen on a busy machine: a library aborts in the child of a process that has threads."""
+
+    def dies_once(number: int) -> int:
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    assert bounded.bounded(counted(tmp_path, dies_once)) == 1
+    assert "begun anew: the process that read it died (SIGKILL)" in caplog.text
+
+
+def test_who_dies_each_time_is_refused(tmp_path: Path) -> None:
+    def dies(_: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    with pytest.raises(BoundError, match=r"the process that read it died \(SIGKILL\)"):
+        bounded.bounded(counted(tmp_path, dies))
     assert tries(tmp_path) == 3
 
 

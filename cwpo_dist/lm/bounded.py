@@ -43,6 +43,10 @@ class BoundError(ValueError):
     """What was called did not end as functions do; the message says how, in one line."""
 
 
+class _Died(BoundError):
+    """A signal ended the child, which is the model's fault if it happens again."""
+
+
 def bounded(call: Callable[[], _Found], mapped: int = 0) -> _Found:
     """What a function returns, computed in a child with bounds on time and memory.
 
@@ -56,11 +60,17 @@ def bounded(call: Callable[[], _Found], mapped: int = 0) -> _Found:
             `call` raised.
     """
     for left in reversed(range(_TRIES)):
+        what = f"stood still for {_STILL_S:.0f} s"
         with _forked(call, mapped) as (pipe, child):
-            if left == 0 or _comes(pipe, child):
-                found: _Found = _received(pipe, child)
-                break
-        logger.warning("a check of a model stood still for %.0f s and is begun anew", _STILL_S)
+            try:
+                if left == 0 or _comes(pipe, child):
+                    found: _Found = _received(pipe, child)
+                    break
+            except _Died as error:
+                if left == 0:
+                    raise
+                what = str(error)
+        logger.warning("a check of a model is begun anew: %s", what)
     return found
 
 
@@ -114,17 +124,19 @@ def _received(pipe: Connection[object, Any], child: multiprocessing.process.Base
         result, fault = pipe.recv()
     except EOFError:
         child.join()
-        raise BoundError(_death(child.exitcode or 0)) from None
+        raise _death(child.exitcode or 0) from None
     if fault is not None:
         raise BoundError(fault)
     return result
 
 
-def _death(exitcode: int) -> str:
+def _death(exitcode: int) -> BoundError:
+    """Also a good model's child dies now and then: libraries' handlers of forks may abort it."""
     if exitcode == -signal.SIGXCPU:
-        return "it takes too much time"
-    name = signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"
-    return f"the process that read it died ({name})"
+        return BoundError("it takes too much time")
+    if exitcode >= 0:
+        return BoundError(f"the process that read it died (exit code {exitcode})")
+    return _Died(f"the process that read it died ({signal.Signals(-exitcode).name})")
 
 
 def _work(call: Callable[[], object], pipe: Connection, mapped: int) -> None:
