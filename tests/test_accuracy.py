@@ -45,6 +45,46 @@ def test_quarters_by_hand() -> None:
     assert found.by_quarter[2].lower == found.by_quarter[2].upper
 
 
+def test_confident_half_by_hand() -> None:
+    found = annotator_accuracy(MARGINS, LABELS, LENGTH_A, LENGTH_B)
+    # two less confident: right, wrong; two more confident: right, right
+    assert found.sure_half.value == 0.5
+    turned = annotator_accuracy([1 / m if m else 0 for m in MARGINS], LABELS, LENGTH_A, LENGTH_B)
+    assert turned.sure_half.value == -0.5
+
+
+def test_halves_differ_by_their_two_shares_with_the_error_of_such_a_difference() -> None:
+    """Pairs of prompts of their own: √(p₁q₁/n₁ + p₂q₂/n₂), but for G / (G − 1)."""
+    rng = np.random.default_rng(4)
+    n, half = 801, 400
+    sure = rng.permutation(n) + 1.0
+    right = rng.random(n) < np.where(sure > n - half, 0.8, 0.6)
+    margins, labels = np.where(right, sure, -sure) / n, ["a"] * n
+    found = annotator_accuracy(margins, labels, np.ones(n), np.ones(n)).sure_half
+    top, rest = right[sure > n - half], right[sure <= n - half]
+    shares = top.mean(), rest.mean()
+    error = math.sqrt(sum(p * (1 - p) / k for p, k in zip(shares, (half, n - half), strict=True)))
+    assert found.value == pytest.approx(shares[0] - shares[1])
+    assert found.low == pytest.approx(found.value - 1.959964 * error * math.sqrt(n / (n - 1)))
+    assert found.high == pytest.approx(found.value + 1.959964 * error * math.sqrt(n / (n - 1)))
+    doubled = annotator_accuracy(
+        *(np.repeat(each, 2) for each in (margins, labels, np.ones(n), np.ones(n))),
+        np.repeat(np.arange(n), 2),
+    ).sure_half
+    assert doubled.high - doubled.value > 0.98 * (found.high - found.value), "copies tell nothing"
+
+
+def test_above_length_by_hand() -> None:
+    """Right where length is wrong, right where it ties, wrong where it is right, tied; no label."""
+    found = annotator_accuracy(
+        [1, 2, -1, 0, 3], ["a", "a", "a", "b", None], [1, 2, 3, 1, 9], [2, 2, 1, 4, 1]
+    ).above_length
+    assert found.value == pytest.approx((1 + 0.5 - 1 - 0.5) / 4)
+    values = [1, 0.5, -1, -0.5]
+    error = statistics.stdev(values) / 2
+    assert (found.low, found.high) == pytest.approx((-1.959964 * error, 1.959964 * error))
+
+
 def test_reliability_and_calibration_error_by_hand() -> None:
     # σ(0.5) = .622 right, σ(1) = .731 wrong, σ(2) = .881 right, σ(3) = .953 right
     found = annotator_accuracy(MARGINS, LABELS, LENGTH_A, LENGTH_B)

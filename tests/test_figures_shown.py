@@ -9,7 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cwpo_dist.report import annotator_plots, page, plots, summary
+from cwpo_dist.report import annotator_plots, plots, summary, verdict
 from cwpo_dist.report.cells import Table
 from cwpo_dist.report.plots import Dot
 from cwpo_dist.report.summary import tables
@@ -166,14 +166,63 @@ def test_tables_of_a_run_show_each_number_in_its_row_and_column(metrics: dict[st
     }
 
 
-def test_tiles_show_what_their_titles_say(metrics: dict[str, Any]) -> None:
-    assert {title: cell.text for title, cell in page._tiles(metrics)} == {
-        "pairs prepared": "200",
-        "annotator accuracy": "65.0 %",
-        "longer answer wins": "52.0 %",
-        "calibration error": "21.0 %",
-        "mean confidence": "0.370",
+def test_a_verdict_says_which_way_each_difference_goes(metrics: dict[str, Any]) -> None:
+    def mean(value: float, half: float) -> dict[str, Any]:
+        ends = {"low": value - half, "high": value + half, "smallest": 2 * half}
+        return {"seeds": 1, "items": 9, "mean": value, "values": [value], **ends}
+
+    trials = {
+        "cw": {
+            "arm": "cw",
+            "against": {"human": {"accuracy": mean(0.03, 0.04), "gra_common": mean(0.05, 0.02)}},
+        },
+        "human": {
+            "arm": "human",
+            "against": {"cw": {"accuracy": mean(-0.03, 0.04), "gra_common": mean(-0.05, 0.02)}},
+        },
     }
+    found = metrics | {"differences": {"baseline": "human", "trials": trials}}
+    (first,), (other,) = verdict.of_arms(found)
+    assert first.title == "Against human, by the gold reward (GRA, common)"
+    assert first.lines == ["cw: 5.0 points above (+3.0 to +7.0)"]
+    assert other.lines == [
+        "cw: not told apart, +3.0 points (−1.0 to +7.0); "
+        "a true difference below 8.0 would often go unseen"
+    ]
+    assert verdict.of_arms(metrics) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("right", "above", "sure", "told"),
+    [
+        (0.65, (0.13, 0.02, 0.24), (0.3, 0.1, 0.5),
+         ["better than chance; better than length alone, +13.0 points (+2.0 to +24.0)",
+          "tells where it is right, +30.0 points (+10.0 to +50.0)"]),
+        (0.55, (0.03, -0.02, 0.08), (0.1, -0.1, 0.3),
+         ["not told from chance; not told from length alone, +3.0 points (−2.0 to +8.0)",
+          "not decided whether its confidence tells where it is right, +10.0"]),
+        (0.30, (-0.2, -0.3, -0.1), (-0.3, -0.5, -0.1),
+         ["worse than chance; worse than length alone, −20.0 points (−30.0 to −10.0)",
+          "LESS often where it is confident, −30.0 points (−50.0 to −10.0)"]),
+    ],
+)  # fmt: skip
+def test_a_verdict_says_what_an_annotator_is_worth(
+    metrics: dict[str, Any],
+    right: float,
+    above: tuple[float, ...],
+    sure: tuple[float, ...],
+    told: list[str],
+) -> None:
+    names = ("value", "low", "high")
+    record = annotator(right) | {
+        "above_length": dict(zip(names, above, strict=True)),
+        "sure_half": dict(zip(names, sure, strict=True)),
+    }
+    arms = {"cw": metrics["arms"]["cw"] | {"annotator": record}}
+    lines = verdict.of_annotators(metrics | {"arms": arms})
+    assert len(lines) == len(told)
+    assert all(words in line for words, line in zip(told, lines, strict=True))
+    assert lines[0].startswith(f"annotator: right in {100 * right:.1f} % of held-out human labels")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cwpo_dist.evaluation.accuracy import annotator_accuracy, gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import HeldOut, annotator_figures
+from cwpo_dist.evaluation.paired import Items, over_seeds
 from cwpo_dist.report.cells import Cell, duration
 from cwpo_dist.report.outputs import cost_table, keys_table, prepare_table
 from cwpo_dist.report.page import render
@@ -24,6 +25,7 @@ from cwpo_dist.report.summary import (
 from cwpo_dist.report.table import print_short, print_summary
 
 ATTACK = "<script>alert('$x^$ [bold]')</script>"
+ARMS = ("human", "weak", "cw", "top30")
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
@@ -93,6 +95,17 @@ def _arm(name: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _beside(name: str, seed: int) -> dict[str, Any]:
+    """An arm beside the others, by two figures."""
+    rng = np.random.default_rng(100 + seed)
+    items = Items([str(k) for k in range(200)], list(range(200)), rng.normal(0.01, 1, 200))
+    against = {
+        "accuracy": over_seeds([items]).as_dict(),
+        "gra_common": over_seeds([items]).as_dict(),
+    }
+    return {"arm": name, "against": {other: against for other in ARMS if other != name}}
+
+
 def sample_metrics(simulated: bool = False) -> dict[str, Any]:
     """A whole run with made-up numbers, four arms."""
     confidences = np.tanh(np.abs(np.random.default_rng(5).normal(0, 1.2, 5000)) / 2)
@@ -112,7 +125,11 @@ def sample_metrics(simulated: bool = False) -> dict[str, Any]:
             "rejects": {"identical answers": 7, "empty answer": 2},
             "splits": {"labelled": 630, "unlabelled": 1430, "test": 230},
         },
-        "arms": {name: _arm(name, k) for k, name in enumerate(["human", "weak", "cw", "top30"])},
+        "arms": {name: _arm(name, k) for k, name in enumerate(ARMS)},
+        "differences": {
+            "baseline": "human",
+            "trials": {name: _beside(name, k) for k, name in enumerate(ARMS)},
+        },
         "confidences": [{"arms": ["weak", "cw", "top30"], "values": confidences.tolist()}],
         "config": {"output_dir": "runs/harmless", "seed": 7, "align": {"beta": 0.5}},
     }
@@ -187,7 +204,9 @@ def test_a_run_ends_in_few_lines() -> None:
     assert len(metrics["arms"]) > 1
     assert len(lines) <= 25
     assert all(any(arm in line for line in lines) for arm in metrics["arms"])
-    assert any("chance; the longer answer wins in" in line for line in lines)
+    assert any("better than chance; better than length alone, +" in line for line in lines)
+    assert any("confidence tells where it is right, +" in line for line in lines)
+    assert any(line.startswith("cw: not told apart, ") for line in lines)
     assert "cwpo report runs/mine" in lines[-1]
 
 
@@ -203,8 +222,9 @@ def test_page_shows_the_figures(page: str) -> None:
     assert f"{100 * agreement['low']:.1f} – {100 * agreement['high']:.1f}" in words
     for text in ("2,290", "0.412", "identical answers", "1a2b3c4d5e6f7a8b", "beta: 0.5", "torch"):
         assert text in words
-    # Cost, confidence, quarters, reliability, margin against length, three curves, GRA by arm
-    assert _Page(page).tags.count("svg") == 9
+    # Cost, confidence, quarters, reliability, margin against length, three curves, GRA by arm; arms
+    # against human labels and against the unweighted ones, by two figures
+    assert _Page(page).tags.count("svg") == 13
 
 
 def test_page_stands_alone(page: str) -> None:
@@ -233,6 +253,9 @@ def test_untrusted_text_is_escaped_everywhere() -> None:
     """Titles of rich tables, cells, legends and SVG all carry names that came from outside."""
     metrics = sample_metrics()
     metrics["arms"] = {f"{ATTACK}{k}": arm for k, arm in enumerate(metrics["arms"].values())}
+    beside = {"arm": ATTACK, "against": {f"{ATTACK}0": _beside("cw", 1)["against"]["human"]}}
+    trials = {f"{ATTACK}0": {"arm": ATTACK, "against": {}}, f"{ATTACK}1": beside}
+    metrics["differences"] = {"baseline": f"{ATTACK}0", "trials": trials}
     metrics["run"].update(output_dir=ATTACK, seed=ATTACK, versions={ATTACK: ATTACK})
     metrics["prepare"]["rejects"] = {ATTACK: 3}
     metrics["prepare"]["splits"] = {ATTACK: 3}

@@ -21,10 +21,14 @@ from cwpo_dist.evaluation.length import (
 from cwpo_dist.evaluation.shares import (
     Accuracy,
     AsDict,
+    Estimate,
+    Floats,
     Group,
+    Groups,
     agreement,
     check_lengths,
     column,
+    estimate,
     group_numbers,
     mean,
     wilson,
@@ -42,7 +46,9 @@ class AnnotatorAccuracy(Calibration):
         by_quarter: the decided pairs in four equal parts, least confident first.
         calibrated: calibration of margins divided by the fitted temperature; None without one.
         mean_confidence: mean C of all pairs, labelled or not.
+        sure_half: accuracy of the more confident half of the decided pairs less that of the other.
         length_baseline: the longer answer wins.
+        above_length: share right less that of `length_baseline`, pair by pair, a tie as a half.
         margin_length: score difference a − b with length difference a − b, all pairs.
         margin_by_length: the same as ten parts by length difference.
         confidence_length: confidence with |length difference|, all pairs.
@@ -52,7 +58,9 @@ class AnnotatorAccuracy(Calibration):
     by_quarter: tuple[Group, ...]
     calibrated: Calibration | None
     mean_confidence: float | None
+    sure_half: Estimate
     length_baseline: Accuracy
+    above_length: Estimate
     margin_length: Correlation
     margin_by_length: tuple[LengthGroup, ...]
     confidence_length: Correlation
@@ -142,11 +150,37 @@ def annotator_accuracy(
         if temperature is None
         else calibration(decided / temperature, told, grouped),
         mean_confidence=mean(sure),
+        sure_half=_sure_half(sure[known], right, grouped),
         length_baseline=agreement(longer, human, groups),
+        above_length=_above_length(margins, longer, human, groups),
         margin_length=correlation(margins, longer),
         margin_by_length=margin_by_length(margins, longer),
         confidence_length=correlation(sure, np.abs(longer)),
     )
+
+
+def _above_length(margins: Floats, longer: Floats, human: Floats, groups: Groups) -> Estimate:
+    """How much more often the margin is right than the longer answer, on the same pairs."""
+    labelled = human != 0
+    more = (np.sign(margins) - np.sign(longer)) * human / 2
+    return estimate(more[labelled], groups[labelled], least=-1.0)
+
+
+def _sure_half(sure: Floats, right: Floats, groups: Groups) -> Estimate:
+    """How much more often the margin is right in the more confident half of the decided pairs.
+
+    A pair's value is the difference and the pair's own influence on it, so that their mean is the
+    difference and their spread, by prompt, its error.
+    """
+    half = len(sure) // 2
+    if not half:
+        return Estimate(None, None, None)
+    top = np.zeros(len(sure), dtype=bool)
+    top[np.argsort(sure, kind="stable")[-half:]] = True
+    means = right[top].mean(), right[~top].mean()
+    alike = len(sure) / np.where(top, half, half - len(sure))  # a pair's part in its half's mean
+    values = means[0] - means[1] + alike * (right - np.where(top, *means))
+    return estimate(values, groups, least=-1.0)
 
 
 def policy_accuracy(

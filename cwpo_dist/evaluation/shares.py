@@ -83,7 +83,7 @@ class Group(AsDict):
 
 @dataclass(frozen=True)
 class Estimate(AsDict):
-    """A mean that is never negative, with its 95 % interval.
+    """A mean with its 95 % interval.
 
     Attributes:
         value: the mean; None where it is of nothing.
@@ -159,13 +159,13 @@ def share_of(right: Floats, groups: Groups) -> tuple[float | None, float | None,
     return share, *wilson(share * n, n)
 
 
-def estimate(values: Floats, groups: Groups) -> Estimate:
-    """The mean of numbers, with the normal's interval, clustered by prompt."""
+def estimate(values: Floats, groups: Groups, least: float = 0.0) -> Estimate:
+    """The mean of numbers of at least `least`, with the normal's interval, clustered by prompt."""
     value = mean(values)
     error = 0.0 if value is None else clustered_error((values - value) / len(values), groups)
     if value is None or not error:
         return Estimate(value, None, None)
-    return Estimate(value, max(0.0, value - Z95 * error), value + Z95 * error)
+    return Estimate(value, max(least, value - Z95 * error), value + Z95 * error)
 
 
 def clustered_error(deviations: Floats, groups: Groups) -> float:

@@ -7,37 +7,27 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired
+from cwpo_dist.evaluation.paired import Items, over_seeds
 from cwpo_dist.execution.side_by_side import Job, make_all
 from cwpo_dist.graph import graph
 from cwpo_dist.manifest import Manifest
-from cwpo_dist.pairs.records import read_rows
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
 from cwpo_dist.results import collect as report
+from cwpo_dist.results.items import against, by_item
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.checks import check_trials
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.node_probes import versions
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.trials import Trial, baseline, names, section, trials, tuned, tuning
-from cwpo_dist.stages.evaluate import (
-    ANSWERS,
-    BASELINES,
-    ITEM_SCHEMA,
-    ITEMS,
-    JUDGED_SCHEMA,
-    JudgedAnswer,
-    MeasuredPair,
-)
 from cwpo_dist.stages.weigh import chooser_of
 from cwpo_dist.storage import Store
 
@@ -151,7 +141,7 @@ def collect(
             "test_pairs": sum(len(of.names) for of in items[name]["accuracy"].values()),
             "figures": {k: over_seeds([*v.values()]).as_dict() for k, v in items[name].items()},
             "against": {
-                other: _against(items[name], items[other]) for other in items if other != name
+                other: against(items[name], items[other]) for other in items if other != name
             },
             **_by_seed(trial, single),
         }
@@ -169,12 +159,6 @@ def collect(
         "trials": entries,
         "config": config.model_dump(mode="json"),
     }
-
-
-def _against(
-    ours: Mapping[str, Mapping[int, Items]], theirs: Mapping[str, Mapping[int, Items]]
-) -> dict[str, object]:
-    return {k: paired(v, theirs[k]).as_dict() for k, v in ours.items() if k in theirs}
 
 
 def _devices(runs: Mapping[tuple[Trial, int], Config]) -> set[str]:
@@ -212,42 +196,9 @@ def _items(runs: Mapping[tuple[Trial, int], Config], trial: Trial) -> dict[str, 
     found: dict[str, dict[int, Items]] = {}
     for (other, seed), run in runs.items():
         if other == trial:
-            for figure, items in _figures(_evaluated(run, trial.arm)[0]):
+            for figure, items in by_item(_evaluated(run, trial.arm)[0]):
                 found.setdefault(figure, {})[seed] = items
     return found
-
-
-def _figures(store: Store) -> Iterator[tuple[str, Items]]:
-    """What is known item by item: a tie counts a half, but in GRA, where it counts as a loss."""
-    pairs = read_rows(store, ITEMS, MeasuredPair, ITEM_SCHEMA)
-    accuracy = _of(pairs, [(1 + np.sign(pair.margin)) / 2 for pair in pairs])
-    yield "accuracy", accuracy
-    longer_by = np.array([pair.longer_by for pair in pairs])
-    yield "length_balanced", length_balanced(accuracy, longer_by)
-    if not store.exists(ANSWERS):
-        return
-    answers = read_rows(store, ANSWERS, JudgedAnswer, JUDGED_SCHEMA)
-    for name in BASELINES:
-        yield from _judged(name, [answer for answer in answers if answer.against == name])
-
-
-def _judged(name: str, rows: Sequence[JudgedAnswer]) -> Iterator[tuple[str, Items]]:
-    """Figures of answers held against those of one baseline."""
-    if name == "common":
-        yield "length", _of(rows, [row.length for row in rows])
-    if rows and rows[0].gold is not None:
-        ours = np.array([row.gold for row in rows], dtype=np.float64)
-        theirs = np.array([row.baseline_gold for row in rows], dtype=np.float64)
-        yield f"gra_{name}", _of(rows, ours > theirs)
-        yield f"ties_{name}", _of(rows, ours == theirs)
-
-
-def _of(rows: Sequence[MeasuredPair] | Sequence[JudgedAnswer], values: ArrayLike) -> Items:
-    return Items(
-        [row.pair_id for row in rows],
-        [row.prompt for row in rows],
-        np.array(values, dtype=np.float64),
-    )
 
 
 def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, object]:

@@ -5,6 +5,8 @@ What a run did not do reads "not run"; what it did on no pairs reads "no pairs".
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -33,6 +35,14 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     n_names: int = 1
+
+    @property
+    def csv(self) -> str:
+        """The table as a spreadsheet reads it; what stands smaller in a cell follows in it."""
+        rows = [[" ".join((cell.text, *cell.details)) for cell in row] for row in self.rows]
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([self.columns, *rows])
+        return lines.getvalue()
 
 
 def without_empty(table: Table) -> Table:

@@ -127,7 +127,7 @@ def svg_of(figure: Figure, salt: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     # Element ids such as "figure_1" would repeat from plot to plot; nothing refers to them.
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     for placeholder, variable in _VARIABLES.items():
         text = text.replace(placeholder, variable)
     return text.strip()

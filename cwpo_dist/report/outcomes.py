@@ -13,7 +13,7 @@ from cwpo_dist.report.plots import Dot
 
 Found = Mapping[str, Any]  # what `comparison.json` holds
 # Figure → what it says, in words: those by which trials are held against each other.
-_FIGURES = {
+FIGURES = {
     "accuracy": "on held-out labels",
     "length_balanced": "on held-out labels, length-balanced",
     "gra_common": "by the gold reward (GRA, common)",
@@ -33,11 +33,13 @@ class Verdict:
 
     Attributes:
         title: against whom, and by which figure.
+        figure: its key.
         lines: one a trial, in words.
         dots: the same differences, to be drawn.
     """
 
     title: str
+    figure: str
     lines: list[str]
     dots: list[Dot]
 
@@ -45,7 +47,7 @@ class Verdict:
 def verdicts(found: Found) -> list[Verdict]:
     """All against the baseline, weighted against unweighted, and all against all own labels."""
     told = []
-    for figure, words in _FIGURES.items():
+    for figure, words in FIGURES.items():
         for title, pairs in _held_against(found):
             means = {
                 label: mean.cut(-1, 1)
@@ -56,7 +58,7 @@ def verdicts(found: Found) -> list[Verdict]:
             if means:
                 lines = [_verdict(label, mean) for label, mean in means.items()]
                 dots = [dot(label, mean) for label, mean in means.items()]
-                told.append(Verdict(f"{title}, {words}", lines, dots))
+                told.append(Verdict(f"{title}, {words}", figure, lines, dots))
     return told
 
 

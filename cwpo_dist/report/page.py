@@ -13,10 +13,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cwpo_dist.report import annotator_plots, cells, explorer, outputs, plots, summary
+from cwpo_dist.report import annotator_plots, cells, explorer, outputs, plots, summary, verdict
 from cwpo_dist.report.cells import Metrics, at
 from cwpo_dist.report.drawing import Plot
 from cwpo_dist.report.explorer import Sample
+from cwpo_dist.report.outcomes import CHANCE, Verdict
 from cwpo_dist.stage_order import LISTED
 
 TEMPLATES = Environment(
@@ -27,8 +28,9 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 # What is drawn of each annotator.
+_QUARTERS = "Accuracy by confidence"
 _OF_ANNOTATOR = {
-    "Accuracy by confidence": annotator_plots.quarter_plot,
+    _QUARTERS: annotator_plots.quarter_plot,
     "Reliability": annotator_plots.reliability_plot,
     "Margin against length": annotator_plots.length_plot,
 }
@@ -56,13 +58,20 @@ def render(metrics: Metrics, sample: Sample | None = None, comparison: str | Non
     """
     annotators = summary.annotators(metrics)
     ensemble = summary.ensemble_table(metrics)
+    first, others = verdict.of_arms(metrics)
+    one = len(annotators) == 1
+    quarters = drawn(annotator_plots.quarter_plot(annotators[0][1], "first")) if one else None
     template = TEMPLATES.get_template("page.html.j2")
     page = template.render(
         output_dir=at(metrics, "run", "output_dir") or "",
         seed=at(metrics, "run", "seed"),
         arms=[name for name, _ in cells.arm_items(metrics)],
         simulated=summary.SIMULATED if summary.is_simulated(metrics) else None,
-        tiles=_tiles(metrics),
+        said=verdict.of_annotators(metrics),
+        quarters=(_QUARTERS, quarters),
+        verdicts=_differences(first),
+        other_verdicts=_differences(others),
+        chance=CHANCE,
         sections=[(k, v) for k, v in _SECTIONS.items() if sample or k != "pairs"],
         comparison=comparison,
         arms_table=cells.without_empty(summary.arms_table(metrics)),
@@ -134,34 +143,25 @@ def _several_runs(metrics: Metrics) -> bool:
     return at(metrics, "prepared") is not None
 
 
-def _tiles(metrics: Metrics) -> list[tuple[str, cells.Cell]]:
-    """The few figures that a reader looks for first."""
-    if _several_runs(metrics):  # one number would hide which run it is
-        return []
-    found = summary.annotators(metrics)
-    record = found[0][1] if len(found) == 1 else None
-    tiles = [("pairs prepared", cells.count(at(metrics, "prepare", "pairs")))]
-    if len(found) > 1:  # one number would hide which annotator it is
-        return tiles
-    return [
-        *tiles,
-        ("annotator accuracy", cells.share(at(record, "agreement"))),
-        ("longer answer wins", cells.share(at(record, "length_baseline"))),
-        ("calibration error", cells.calibration_error(record)),
-        ("mean confidence", cells.inner(record, "mean_confidence")),
-    ]
+def _differences(told: list[Verdict]) -> list[tuple[Verdict, Drawn | None]]:
+    """Each with its plot."""
+    return [(each, drawn(plots.dots_plot(each.dots, None, each.title))) for each in told]
 
 
 def _annotator_plots(
     metrics: Metrics, annotators: list[tuple[str, Metrics]]
 ) -> list[tuple[str, Drawn | None]]:
-    """(title, plot or None) in reading order; titles name the annotator where there are several."""
+    """(title, plot or None) in reading order; titles name the annotator where there are several.
+
+    What stands on top already, of one alone, is left out.
+    """
     if not annotators:
         return [(title, None) for title in _OF_ANNOTATOR]
     return [
         (f"{title} ({label})" if len(annotators) > 1 else title, drawn(plot(record, str(k))))
         for k, (label, record) in enumerate(annotators)
         for title, plot in _OF_ANNOTATOR.items()
+        if len(annotators) > 1 or title != _QUARTERS
     ]
 
 

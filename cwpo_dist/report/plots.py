@@ -154,8 +154,9 @@ def dots_plot(dots: Sequence[Dot], words: str | None, salt: str) -> Plot:
         ax.axvline(middle, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
         ax.set_xlabel(words or "difference, percentage points")
         (percent_axis if words else points_axis)(ax.xaxis)
-        small = " Small: each seed." if any(len(dot.seeds) > 1 for dot in dots) else ""
-        caption = f"Means over seeds with 95 % intervals.{small} Dashed: {line}."
+        several = any(len(dot.seeds) > 1 for dot in dots)
+        means = "Means over seeds (small: each seed), with" if several else "With"
+        caption = f"{means} 95 % intervals. Dashed: {line}."
         return Plot(svg_of(figure, salt), caption)
 
 

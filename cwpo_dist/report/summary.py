@@ -25,7 +25,6 @@ from cwpo_dist.report.cells import (
     together,
     without_empty,
 )
-from cwpo_dist.report.figures import Share
 from cwpo_dist.report.outputs import cost_table, data_tables
 
 COMPARISONS = {
@@ -257,25 +256,6 @@ def annotators(metrics: Metrics) -> list[tuple[str, Metrics]]:
         record = groups[0][1]
         return [("ensemble" if at(record, "members") else "annotator", record)]
     return [(together(names), record) for names, record in groups]
-
-
-def in_short(metrics: Metrics) -> list[str]:
-    """What a run says of its annotators, a line each: beside chance, and beside length alone."""
-    return [
-        f"{name}: right in {cell.text} of {held_out(metrics)} ({cell.details[0]}), "
-        f"{_beside_chance(at(record, 'agreement'))}; the longer answer wins in "
-        f"{share(at(record, 'length_baseline')).text}"
-        for name, record in annotators(metrics)
-        if len((cell := share(at(record, "agreement"))).details)
-    ]
-
-
-def _beside_chance(record: Metrics) -> str:
-    found = Share.of(record)
-    assert found is not None, "it is shown"
-    if (found.low or 0.0) > 0.5:
-        return "better than chance"
-    return "worse than chance" if (found.high or 1.0) < 0.5 else "not told from chance"
 
 
 def _by_annotator(metrics: Metrics) -> list[tuple[list[str], Metrics]]:

@@ -10,7 +10,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cwpo_dist.report.cells import Cell, Metrics, Table, without_empty
-from cwpo_dist.report.summary import SIMULATED, arms_table, in_short, is_simulated, tables
+from cwpo_dist.report.summary import SIMULATED, arms_table, is_simulated, tables
+from cwpo_dist.report.verdict import of_annotators, of_arms
 
 _NOTE_WIDTH = 100
 
@@ -26,7 +27,7 @@ def print_summary(metrics: Metrics, console: Console | None = None) -> None:
 
 
 def print_short(metrics: Metrics, place: str, console: Console | None = None) -> None:
-    """Prints what a run ends with: its arms, its annotators, and where the rest is.
+    """Prints what a run ends with: its arms, what is said of them, and where the rest is.
 
     Args:
         metrics: of the run.
@@ -38,8 +39,12 @@ def print_short(metrics: Metrics, place: str, console: Console | None = None) ->
         console.print(Text(SIMULATED, style="bold reverse"))
     arms = replace(without_empty(arms_table(metrics)), note="")
     print_table(arms, console, simulated=False)
-    for line in in_short(metrics):
+    for line in of_annotators(metrics):
         console.print(Text(line), soft_wrap=True)
+    for verdict in of_arms(metrics)[0][:1]:
+        console.print(Text(verdict.title, style="bold"), soft_wrap=True)
+        for line in verdict.lines:
+            console.print(Text(line), soft_wrap=True)
     run = shlex.quote(place)
     rest = f"all figures: cwpo report {run}; whether arms differ, over seeds: cwpo compare"
     console.print(Text(rest, style="dim"), soft_wrap=True)

@@ -14,6 +14,7 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.page import render
 from cwpo_dist.report.table import print_short
+from cwpo_dist.results.items import differences
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node, Nodes, members, retry_manifest
@@ -31,7 +32,7 @@ def run(context: Context, config: Config, graphs: Mapping[str, Nodes]) -> str:
         alone = config.model_copy(update={"arms": [arm]})
         place.write("config.json", to_json(alone.model_dump(mode="json")))
         place.write("stages.json", to_json({role: _pointer(n) for role, n in nodes.items()}))
-        own = metrics | {"arms": {arm: metrics["arms"][arm]}}
+        own = metrics | {"arms": {arm: metrics["arms"][arm]}, "differences": None}
         place.write("metrics.json", to_json(own["arms"][arm]))
         place.write("report.html", render(own).encode())
     context.root.write("metrics.json", to_json(metrics))
@@ -55,6 +56,9 @@ def collect(context: Context, config: Config, graphs: Mapping[str, Nodes]) -> di
         },
         "prepare": manifest.counts,
         "arms": {arm: _arm(context, nodes) for arm, nodes in graphs.items()},
+        "differences": differences(
+            {arm: context.place(nodes["evaluate"]) for arm, nodes in graphs.items()}
+        ),
         "confidences": _confidences(context, graphs),
         "config": config.model_dump(mode="json"),
     }

@@ -110,7 +110,7 @@ class EvaluateSettings(Settings):
     """
 
     stage = "evaluate"
-    format = 5
+    format = 6
 
     config: EvaluateConfig
     gold: GivenModel | None

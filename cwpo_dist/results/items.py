@@ -1,0 +1,85 @@
+"""What `evaluate` left of arms in; each figure item by item, and arms held against each other, out.
+
+An item is a held-out pair, or a prompt that was answered: arms are compared on those of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cwpo_dist.evaluation.paired import Items, length_balanced, paired
+from cwpo_dist.pairs.records import read_rows
+from cwpo_dist.stages.evaluate import (
+    ANSWERS,
+    BASELINES,
+    ITEM_SCHEMA,
+    ITEMS,
+    JUDGED_SCHEMA,
+    JudgedAnswer,
+    MeasuredPair,
+)
+from cwpo_dist.storage import Store
+
+BySeed = Mapping[str, Mapping[int, Items]]  # figure → seed → its items
+
+
+def differences(evaluated: Mapping[str, Store]) -> dict[str, object] | None:
+    """The arms of one run held against each other, first all against people's labels.
+
+    Args:
+        evaluated: by arm, what `evaluate` left.
+
+    Returns:
+        What a comparison of several seeds holds of its trials, of one; None for a single arm.
+    """
+    if len(evaluated) < 2:
+        return None
+    items = {
+        arm: {figure: {0: of} for figure, of in by_item(store)} for arm, store in evaluated.items()
+    }
+    trials = {
+        arm: {"arm": arm, "against": {o: against(ours, items[o]) for o in items if o != arm}}
+        for arm, ours in items.items()
+    }
+    return {"baseline": "human" if "human" in items else next(iter(items)), "trials": trials}
+
+
+def against(ours: BySeed, theirs: BySeed) -> dict[str, object]:
+    """Each figure that both have: the mean difference, paired by seed and item."""
+    return {k: paired(v, theirs[k]).as_dict() for k, v in ours.items() if k in theirs}
+
+
+def by_item(store: Store) -> Iterator[tuple[str, Items]]:
+    """What is known item by item: a tie counts a half, but in GRA, where it counts as a loss."""
+    pairs = read_rows(store, ITEMS, MeasuredPair, ITEM_SCHEMA)
+    accuracy = _of(pairs, [(1 + np.sign(pair.margin)) / 2 for pair in pairs])
+    yield "accuracy", accuracy
+    longer_by = np.array([pair.longer_by for pair in pairs])
+    yield "length_balanced", length_balanced(accuracy, longer_by)
+    if not store.exists(ANSWERS):
+        return
+    answers = read_rows(store, ANSWERS, JudgedAnswer, JUDGED_SCHEMA)
+    for name in BASELINES:
+        yield from _judged(name, [answer for answer in answers if answer.against == name])
+
+
+def _judged(name: str, rows: Sequence[JudgedAnswer]) -> Iterator[tuple[str, Items]]:
+    """Figures of answers held against those of one baseline."""
+    if name == "common":
+        yield "length", _of(rows, [row.length for row in rows])
+    if rows and rows[0].gold is not None:
+        ours = np.array([row.gold for row in rows], dtype=np.float64)
+        theirs = np.array([row.baseline_gold for row in rows], dtype=np.float64)
+        yield f"gra_{name}", _of(rows, ours > theirs)
+        yield f"ties_{name}", _of(rows, ours == theirs)
+
+
+def _of(rows: Sequence[MeasuredPair] | Sequence[JudgedAnswer], values: ArrayLike) -> Items:
+    return Items(
+        [row.pair_id for row in rows],
+        [row.prompt for row in rows],
+        np.array(values, dtype=np.float64),
+    )
