@@ -125,9 +125,10 @@ mutants: $(STAMP)  ## does a test notice each of some 140 edits that would turn 
 architectures: $(STAMP)  ## docs/architectures.md: all of transformers' causal models, tiny; a quarter of an hour
 	PYTHONPATH=. $(BIN)/python tests/architectures.py docs/architectures.md
 
-reference: $(STAMP)  ## docs/configuration.md and docs/schema.json anew, from the configuration's models
+reference: $(STAMP)  ## docs/configuration.md, schema.json, files.md and commands.md anew, from the code
 	$(BIN)/python -m cwpo_dist.config.reference docs/configuration.md
 	$(BIN)/cwpo config --schema > docs/schema.json
+	PYTHONPATH=.:tests $(BIN)/python tests/reference_pages.py docs
 
 lint: $(STAMP)  ## style, safety, formatting, types, layers, secrets
 	$(BIN)/ruff check .

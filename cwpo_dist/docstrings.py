@@ -8,7 +8,9 @@ from __future__ import annotations
 import inspect
 import re
 
-_SECTION = re.compile(r"^(?:Attributes|Columns|Counts|Metrics):\n((?:[ ].*\n?|\n)+)", re.MULTILINE)
+_SECTION = re.compile(
+    r"^(?:Attributes|Codes|Columns|Counts|Metrics):\n((?:[ ].*\n?|\n)+)", re.MULTILINE
+)
 _ENTRY = re.compile(r"^ {4}([\w/, *]+): ((?:.|\n {8})*)", re.MULTILINE)
 
 

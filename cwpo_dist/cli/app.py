@@ -65,7 +65,15 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; faults of the user end in one message and exit code 2."""
+    """Runs the command line; faults of the user end in one message.
+
+    Codes:
+        0: done, or done before.
+        1: `check`, `verify`, `submit --wait`: something is not right, and is named; of other
+            commands a fault of this program, with its traceback.
+        2: refused, or ended, with one message that names the remedy. What was committed stays, and
+            the same command goes on. So does a run that was told to stop.
+    """
     credentials.take()  # in a submitted job
     sys.excepthook = told_without_credentials
     if isinstance(sys.stdout, io.TextIOWrapper):

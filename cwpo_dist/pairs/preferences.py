@@ -62,12 +62,13 @@ class Preference(NamedTuple):
         chosen: the better answer.
         rejected: the other.
         tools: what the conversation could call.
-        label: which answer of the pair was chosen.
-        margin: the annotator's r⁺ − r⁻; like probability and confidence None where a human chose,
-            or where the data's own weight says how much.
-        disagreement: of several annotators.
-        probability: the annotator's that the chosen one is better.
-        confidence: C.
+        label: which answer of the pair is the chosen one, `a` or `b`.
+        margin: m, the annotator's score of the chosen answer less that of the other, divided by the
+            temperature where one was fitted; below 0 where annotators deny a person's label. Like
+            probability and confidence null where people chose, or the data's own weight counts.
+        disagreement: the standard deviation of several annotators' margins; null of one.
+        probability: σ(m), the annotator's that the chosen answer is better, from 0 to 1.
+        confidence: C = 2·(σ(m) − ½), from 0 to 1; 0 where the margin is below 0.
         weight: what multiplies the pair's loss: Σ weight·loss over a batch, divided by its pairs.
             Of arms that are normalised by the data set's mean it is divided by that already; of
             those normalised by batch, and of those that draw pairs in proportion, it is the weight
