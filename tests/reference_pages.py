@@ -33,6 +33,7 @@ from cwpo_dist.pairs.alone import AloneCounts
 from cwpo_dist.pairs.row_forms import ListCounts
 from cwpo_dist.runs.prepared_counts import PreparedCounts
 from cwpo_dist.scoring.driver import run_shards
+from cwpo_dist.scoring.pool import _ShardActor
 from cwpo_dist.scoring.progress import Progress
 from cwpo_dist.stages import evaluate, weigh
 from cwpo_dist.training import metrics_log
@@ -49,6 +50,8 @@ COMMANDS = f"""# Commands
 Every command with its arguments and options, as `cwpo COMMAND --help` has them, then what exit
 codes and errors mean. {_BY}
 """
+_LOGGED = """All numbers of `fit`, `sft` and `align`, a record a line. Trackers get the same;
+TensorBoard and W&B show them as `train/…` and, without their `eval_`, as `eval/…`."""
 # A table's files, its schema, and where the meaning of a column stands, the first that has it.
 TABLES: Mapping[str, tuple[pa.Schema, Sequence[object]]] = {
     "prepare/<key>/prompts/part-*.parquet": (
@@ -111,10 +114,9 @@ def files_page() -> str:
     parts += ["## What manifests count\n"]
     for stages, told in COUNTS.items():
         parts += [f"### {stages}\n", _listed(described(told))]
-    logged = (
-        "All numbers of `fit`, `sft` and `align`, a record a line. Trackers get the same names."
-    )
-    parts += ["## metrics.jsonl\n", f"{logged}\n", _listed(described(metrics_log))]
+    parts += ["## metrics.jsonl\n", f"{_LOGGED}\n", _listed(described(metrics_log))]
+    parts += ["## On Ray's dashboard\n", "By `stage`, for the Prometheus server that reads it.\n"]
+    parts += [_listed(described(_ShardActor))]
     parts += ["## evaluate/<key>/metrics.json\n", "Null is what was not asked for.\n"]
     for name, record in FIGURES.items():
         parts += [f"### {name}\n", _listed(_all_described(record))]

@@ -20,6 +20,7 @@ from cwpo_dist.report.card import labels_and_weights, simulated, table
 
 DataSet = Literal["preferences", "scores"]
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}
+_SIZES |= {10**7: "1M<n<10M", 10**8: "10M<n<100M", 10**9: "100M<n<1B"}
 _SAYS = {
     "preferences": "Pairs of answers: which one is better, and how much each pair counts in "
     "confidence-weighted preference optimisation (arXiv 2603.04968).",
@@ -67,7 +68,7 @@ def data_card(of: Exported) -> str:
         license="unknown",
         tags=["preference-optimization", "dpo" if of.kind == "preferences" else "reward-model"],
         source_datasets=list(filter(None, map(hub_id, sources))) or None,
-        size_categories=[next((name for n, name in _SIZES.items() if of.rows < n), "n>1M")],
+        size_categories=[next((name for n, name in _SIZES.items() if of.rows < n), "1B<n<10B")],
         configs=[{"config_name": "default", "data_files": f"{of.kind}/**/*.parquet"}],
     )
     info = DatasetInfo(features=Features.from_arrow_schema(of.schema))
