@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio blows mutants architectures reference lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio blows mutants architectures reference site lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -59,6 +59,7 @@ $(TOOLS)/.installed: release/tools.txt
 
 lock: $(TOOLS)/.installed  ## release/*.txt anew from pyproject.toml; UPGRADE=--upgrade takes newer versions
 	$(COMPILE) release/tools.in -o release/tools.txt
+	$(COMPILE) release/site.in -o release/site.txt
 	$(COMPILE) --no-deps release/model.in -o release/model.txt
 	cat release/packages.txt release/torch.txt release/cuda.txt > build/all.txt
 	$(COMPILE) $(EXTRAS:%=--extra %) pyproject.toml -o build/all.txt
@@ -125,9 +126,23 @@ mutants: $(STAMP)  ## does a test notice each of some 140 edits that would turn 
 architectures: $(STAMP)  ## docs/architectures.md: all of transformers' causal models, tiny; a quarter of an hour
 	PYTHONPATH=. $(BIN)/python tests/architectures.py docs/architectures.md
 
-reference: $(STAMP)  ## docs/configuration.md and docs/schema.json anew, from the configuration's models
+reference: $(STAMP)  ## docs/configuration.md, schema.json, files.md and commands.md anew, from the code
 	$(BIN)/python -m cwpo_dist.config.reference docs/configuration.md
 	$(BIN)/cwpo config --schema > docs/schema.json
+	PYTHONPATH=.:tests $(BIN)/python tests/reference_pages.py docs
+
+SITE := build/site-tools
+$(SITE)/.installed: release/site.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet --no-deps --require-hashes -r release/site.txt
+	@touch $@
+
+# README is the site's first page, with the menu of all others behind it.
+site: $(SITE)/.installed  ## build/site: the pages as a site; a link or anchor that leads nowhere is an error
+	rm -rf build/pages build/site && mkdir -p build/pages
+	git ls-files -z '*.md' '*.png' '*.svg' docs/schema.json LICENSE | xargs -0 cp --parents -t build/pages
+	cat README.md release/site/menu.md > build/pages/index.md && rm build/pages/README.md
+	$(SITE)/bin/sphinx-build -W --keep-going -q -c release/site build/pages build/site
 
 lint: $(STAMP)  ## style, safety, formatting, types, layers, secrets
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ class Manifest(BaseModel):
         settings: what its key was made of.
         inputs: name → the output that was read, `stage/content`.
         counts: what was read, made and set aside; the names are the stage's own.
-        seconds: that the command took which finished it.
+        seconds: that the command took which finished it, wall clock.
         versions: of the packages, by name.
         device: the kinds of accelerator in the cluster, or the CPU's architecture.
         device_hours: GPU-hours (CPU-hours without GPUs) of all commands that worked on it.

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import yaml
 from prepared import config, pairs, said, write
@@ -15,9 +14,8 @@ from prepared import config, pairs, said, write
 from cwpo_dist.pairs import column_names
 from cwpo_dist.pairs.layout import FIELDS
 from cwpo_dist.pairs.messages import CALLS, ROLES
-from cwpo_dist.pairs.records import LOG_PROB_SCHEMA, MESSAGE_KEYS, SCORE_SCHEMA, TOKEN_SCHEMA
+from cwpo_dist.pairs.records import MESSAGE_KEYS
 from cwpo_dist.pairs.rejects import REMEDIES
-from cwpo_dist.pairs.stored import answer_schema, pair_schema, prompt_schema
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
 
@@ -288,15 +286,3 @@ def test_roles_and_keys_of_messages_stand_on_the_page() -> None:
     section = PAGE.partition("## Conversations\n")[2].partition("\n## ")[0]
     for name in (*ROLES, *MESSAGE_KEYS, CALLS[0]):
         assert re.search(rf"\b{name}\b", section), name
-
-
-def test_the_pair_record_is_that_of_the_page() -> None:
-    names = [n for row in table("What `prepare` writes") for n in re.findall(r"`(\w+)`", row[0])]
-    records = [prompt_schema("text"), answer_schema("text", pa.schema([])), pair_schema()]
-    assert [n for n in names if n != "keep_columns"] == [n for each in records for n in each.names]
-
-
-def test_the_records_of_answers_are_those_of_the_page() -> None:
-    names = [n for row in table("What models make of them") for n in re.findall(r"`(\w+)`", row[0])]
-    records = [SCORE_SCHEMA, LOG_PROB_SCHEMA, TOKEN_SCHEMA]
-    assert names == [name for each in records for name in each.names]

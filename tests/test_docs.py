@@ -20,7 +20,7 @@ from cwpo_dist.config.load import parse_config
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.row_forms import pairs_of_row
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WRITTEN = [page for page in PAGES if page.name != "architectures.md"]  # which a program writes
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -56,7 +56,9 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_index_names_every_page() -> None:
     linked = set(_LINK.findall((ROOT / "docs" / "README.md").read_text()))
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= linked
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")}
+    assert pages - {"README.md"} <= linked
 
 
 def test_the_readme_is_short() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from reference_pages import COUNTS
 from small_run import DEMO_PAIRS
 from tiny import save_tiny
 from transformers import (
@@ -29,11 +30,13 @@ from transformers import (
 from cwpo_dist.cli import app as cli
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import load_config
+from cwpo_dist.docstrings import described
 from cwpo_dist.execution import run as stages
 from cwpo_dist.execution import side_by_side
 from cwpo_dist.execution.comparison import compare
 from cwpo_dist.execution.run import run
 from cwpo_dist.graph import graph
+from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs.records import Prompt
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, render_comparison
 from cwpo_dist.results.export import export
@@ -44,6 +47,7 @@ from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
 from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.training import metrics_log
 
 DEMO = DEMO_PAIRS.with_name("demo.yaml")
 # To the end; `weak` as far as its weights, by which alone it differs from `cw`.
@@ -159,6 +163,20 @@ def test_a_second_comparison_makes_nothing_and_needs_no_cluster(
     page = Path(compared.output_dir, PAGE).read_bytes()
     compare(compared)
     assert Path(compared.output_dir, PAGE).read_bytes() == page
+
+
+def test_the_reference_pages_know_all_that_it_counts_and_logs(finished: Config) -> None:
+    """Its manifests' counts, and the metrics of its trainings."""
+    root = Store(finished.output_dir)
+    for name in (each for each in root.names() if each.endswith(f"/{MANIFEST}")):
+        manifest = Manifest.read(root, name)
+        known = [told for stages, told in COUNTS.items() if manifest.stage in stages.split(", ")]
+        assert manifest.counts.keys() <= {n for told in known for n in described(told)}, name
+    logged = set(described(metrics_log))
+    for name in (each for each in root.names() if each.endswith("/metrics.jsonl")):
+        for line in root.read(name).decode().splitlines():
+            names = {n for n in json.loads(line) if not n.startswith("eval_")}
+            assert names <= logged, name
 
 
 def test_the_run_leaves_a_report_and_metrics_of_every_arm(finished: Config) -> None:

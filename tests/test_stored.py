@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwpo_dist.pairs.preferences import Preference, preference_schema, preference_table
+from cwpo_dist.pairs.preferences import Preference, preference_schema, product_table
 from cwpo_dist.pairs.records import MESSAGES, TEXT_KEYS, pair_id, prompt_id
 from cwpo_dist.pairs.stored import Pair, pair_table, pairs_of, whole_schema
 
@@ -68,7 +68,7 @@ TOOL = [{"type": "function", "function": {"name": "stops", "parameters": {"b": 1
 
 def loaded(tmp_path: Path, rows: list[Any], **more: bool) -> list[dict[str, Any]]:
     schema = preference_schema("conversational", **more)
-    pq.write_table(preference_table(rows, schema), tmp_path / "x.parquet")
+    pq.write_table(product_table(Preference, rows, schema), tmp_path / "x.parquet")
     found = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "x.parquet"), cache_dir=str(tmp_path), split="train"
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cwpo_dist import __version__, credentials
-from cwpo_dist.cli import asking, bench, configuration, jobs, starting_file
+from cwpo_dist.cli import asking, bench, configuration, exporting, jobs, starting_file
 from cwpo_dist.cli.options import (
     STAGES,
     ConfigPath,
@@ -66,7 +65,15 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; faults of the user end in one message and exit code 2."""
+    """Runs the command line; faults of the user end in one message.
+
+    Codes:
+        0: done, or done before.
+        1: `check`, `verify`, `submit --wait`: something is not right, and is named; of other
+            commands a fault of this program, with its traceback.
+        2: refused, or ended, with one message that names the remedy. What was committed stays, and
+            the same command goes on. So does a run that was told to stop.
+    """
     credentials.take()  # in a submitted job
     sys.excepthook = told_without_credentials
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -234,72 +241,11 @@ def check(
 
 
 app.command()(asking.ask)
+app.command()(exporting.export)
+app.command()(exporting.verify)
 app.command()(starting_file.init)
 app.command()(configuration.config)
 app.add_typer(bench.bench, name="bench")
-
-
-@app.command()
-def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory or URI.")],
-    to: Annotated[str, typer.Option(help="An empty or new folder, or a URI.")],
-    arm: Annotated[str | None, typer.Option(help="Needed when the run has several arms.")] = None,
-    adapter: Annotated[
-        bool, typer.Option("--adapter", help="The LoRA adapter alone, not merged.")
-    ] = False,
-    annotator: Annotated[
-        str | None,
-        typer.Option(help="`fit`: the annotator instead; of an ensemble `fit_0`, `fit_1`, …"),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Hub id of the adapter's base, where the policy was given as a folder."),
-    ] = None,
-    sign: Annotated[
-        Path | None,
-        typer.Option(metavar="KEY", help="An EC private key (PEM); needs the extra [sign]."),
-    ] = None,
-) -> None:
-    """Copy an arm's aligned model: a Hugging Face folder that loads anywhere, with its card.
-
-    An adapter after SFT with LoRA does what both adapters did, on the policy as it was given;
-    after SFT of all weights its base comes with it.
-
-    Example: cwpo export runs/demo --arm cw --to models/aligned
-    """
-    from cwpo_dist.results.export import export as copy_model
-
-    log_to_terminal()
-    say(f"model: {copy_model(run, arm, to, adapter, annotator, base, sign)}")
-
-
-@app.command()
-def verify(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Exported; a path or a URI.")],
-    key: Annotated[
-        Path | None,
-        typer.Option(help="The public key (PEM) of who signed it; needs the extra [sign]."),
-    ] = None,
-) -> None:
-    """Check an exported folder: is every file as it was written, and none more?
-
-    Each changed, missing or added file is named, and the exit code is 1. Without --key that finds
-    damage, not malice: who changes files can change digests.json too.
-
-    Example: cwpo verify models/aligned --key release.pub
-    """
-    from cwpo_dist.signing import compare, verify_signature
-    from cwpo_dist.storage import Store
-
-    place = Store(folder)
-    found = compare(place).lines()
-    if not found and key is not None and (why := verify_signature(place, key)) is not None:
-        found.append(f"signature: not that of {key}: {why}")
-    for line in found:
-        say(line)
-    if found:
-        raise typer.Exit(1)
-    say(f"{folder}: all files as they were {'written' if key is None else 'signed'}")
 
 
 for _command in (jobs.submit, jobs.status, jobs.logs, jobs.stop):

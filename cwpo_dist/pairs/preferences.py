@@ -1,18 +1,18 @@
-"""Preferences, the product: their records and Arrow schema, which other programs read.
+"""Preferences and scored answers, the products: records and Arrow schemas that others read.
 
 Messages have role and content alone, or are whole messages as JSON; columns have TRL's names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from cwpo_dist.pairs.chosen import Label
 from cwpo_dist.pairs.packing import as_json
-from cwpo_dist.pairs.records import Kind, Text, Tools, read_rows
+from cwpo_dist.pairs.records import Kind, R, Text, Tools, read_rows
 from cwpo_dist.storage import Store
 
 
@@ -29,8 +29,7 @@ def preference_schema(kind: Kind, *, keys: bool = False, tools: bool = False) ->
         keys: whether any message has more than role and content.
         tools: whether any pair has tools.
     """
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    text = pa.string() if kind == "text" else pa.list_(pa.json_() if keys else message)
+    text = _text(kind, keys)
     return pa.schema(
         [
             ("pair_id", pa.string()),
@@ -48,6 +47,12 @@ def preference_schema(kind: Kind, *, keys: bool = False, tools: bool = False) ->
     )
 
 
+def _text(kind: Kind, keys: bool) -> pa.DataType:
+    """The type of a prompt or answer."""
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.string() if kind == "text" else pa.list_(pa.json_() if keys else message)
+
+
 class Preference(NamedTuple):
     """A pair that was decided: what a policy is aligned on.
 
@@ -57,12 +62,13 @@ class Preference(NamedTuple):
         chosen: the better answer.
         rejected: the other.
         tools: what the conversation could call.
-        label: which answer of the pair was chosen.
-        margin: the annotator's r⁺ − r⁻; like probability and confidence None where a human chose,
-            or where the data's own weight says how much.
-        disagreement: of several annotators.
-        probability: the annotator's that the chosen one is better.
-        confidence: C.
+        label: which answer of the pair is the chosen one, `a` or `b`.
+        margin: m, the annotator's score of the chosen answer less that of the other, divided by the
+            temperature where one was fitted; below 0 where annotators deny a person's label. Like
+            probability and confidence null where people chose, or the data's own weight counts.
+        disagreement: the standard deviation of several annotators' margins; null of one.
+        probability: σ(m), the annotator's that the chosen answer is better, from 0 to 1.
+        confidence: C = 2·(σ(m) − ½), from 0 to 1; 0 where the margin is below 0.
         weight: what multiplies the pair's loss: Σ weight·loss over a batch, divided by its pairs.
             Of arms that are normalised by the data set's mean it is divided by that already; of
             those normalised by batch, and of those that draw pairs in proportion, it is the weight
@@ -90,6 +96,42 @@ class Preference(NamedTuple):
         )
 
 
+def scored_schema(kind: Kind, *, keys: bool = False, tools: bool = False) -> pa.Schema:
+    """The columns of a `ScoredAnswer`; arguments and messages as of `preference_schema`."""
+    text = _text(kind, keys)
+    return pa.schema(
+        [
+            ("answer_id", pa.string()),
+            ("prompt", text),
+            ("answer", text),
+            *([("tools", pa.json_())] if tools else []),
+            ("annotator", pa.string()),
+            ("score", pa.float32()),
+        ]
+    )
+
+
+class ScoredAnswer(NamedTuple):
+    """An answer with its score, as it is exported.
+
+    Attributes:
+        answer_id: the content's hash, which begins with the prompt's.
+        prompt: text or messages, as the answer is.
+        answer: it.
+        tools: what the conversation could call.
+        annotator: who scored: `fit/` and the key of its training, or the name of a ready model.
+        score: the reward model's number; of a model that `fit` made, the difference of two answers'
+            scores is the log-odds that the first is better.
+    """
+
+    answer_id: str
+    prompt: Text
+    answer: Text
+    tools: Tools | None
+    annotator: str
+    score: float
+
+
 class Choice(NamedTuple):
     """What of a `Preference` training reads: its texts are tokens elsewhere."""
 
@@ -108,10 +150,10 @@ def read_choices(store: Store, name: str) -> list[Choice]:
     return read_rows(store, name, Choice, preference_schema("text"))
 
 
-def preference_table(rows: Iterable[Preference], schema: pa.Schema) -> pa.Table:
-    """Preferences as their schema has them."""
+def product_table(record: type[R], rows: Sequence[R], schema: pa.Schema) -> pa.Table:
+    """Records as their schema has them."""
     plain = pa.schema([pa.field(field.name, _without_json(field.type)) for field in schema])
-    places = [Preference._fields.index(name) for name in schema.names]
+    places = [record._fields.index(name) for name in schema.names]
     columns = {
         field.name: [_spelled(row[place], field.type) for row in rows]
         for field, place in zip(schema, places, strict=True)

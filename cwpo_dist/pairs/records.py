@@ -41,8 +41,6 @@ class Prompt(NamedTuple):
     tools: Tools | None = None
 
 
-# `tokens_hash` is of what was read: of two answers with the same tokens a model cannot say which is
-# better, and that must not hang on which of them was scored when.
 SCORE_SCHEMA = pa.schema(
     [
         ("answer_id", pa.string()),
@@ -54,7 +52,15 @@ SCORE_SCHEMA = pa.schema(
 
 
 class Score(NamedTuple):
-    """What an annotator gave an answer."""
+    """What an annotator gave an answer.
+
+    Attributes:
+        answer_id: whose.
+        annotator: who scored: `fit/` and the key of its training, or the name of a ready model.
+        score: the reward model's number.
+        tokens_hash: of the tokens that were read: of two answers with the same one a model cannot
+            say which is better, and that must not hang on which of them was scored when.
+    """
 
     answer_id: str
     annotator: str
@@ -73,7 +79,14 @@ LOG_PROB_SCHEMA = pa.schema(
 
 
 class LogProb(NamedTuple):
-    """The summed log-prob of an answer under a model, in nats, and how many tokens it is of."""
+    """The log-prob of an answer under a model.
+
+    Attributes:
+        answer_id: whose.
+        logp: the log-probability of the whole answer, in nats.
+        tokens: of how many tokens.
+        tokens_hash: as of scores.
+    """
 
     answer_id: str
     logp: float
@@ -92,9 +105,13 @@ TOKEN_SCHEMA = pa.schema(
 
 
 class AnswerTokens(NamedTuple):
-    """Token ids of an answer, and of the prompt before it: up to where the two part.
+    """Token ids of an answer, and of the prompt before it.
 
-    `cut` says whether some were taken off, as they were too many.
+    Attributes:
+        answer_id: whose.
+        prompt: ids, up to where the conversation leaves the prompt alone.
+        answer: ids of the rest, EOS with them.
+        cut: whether some were taken off, as they were more than `max_length`.
     """
 
     answer_id: str
@@ -117,7 +134,12 @@ ANSWER_SCHEMA = pa.schema([("pair_id", pa.string()), ("answer", pa.string())])
 
 
 class SampledAnswer(NamedTuple):
-    """What a model answered to the prompt of a pair."""
+    """What a model answered to the prompt of a pair.
+
+    Attributes:
+        pair_id: of the pair whose prompt it was given.
+        answer: what it wrote.
+    """
 
     pair_id: str
     answer: str
@@ -139,10 +161,11 @@ class Reject(NamedTuple):
 
     Attributes:
         reason: why.
-        found: what stood there; None where the reason says it all.
+        found: what stood there, of a response in a list its place before it; null where the reason
+            says it all.
         source: the file that it came from.
-        position: which row of the file: of a source from 1, of a file of ours from 0.
-        row: its text, or its pair id.
+        position: which line or row of the file: of a source from 1, of a file of ours from 0.
+        row: its text, or the id of a pair or answer.
     """
 
     reason: str

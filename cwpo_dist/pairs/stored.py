@@ -57,12 +57,27 @@ def _text(kind: Kind) -> pa.DataType:
 
 
 def prompt_schema(kind: Kind) -> pa.Schema:
-    """The columns of `prompts/`; `tools` is JSON."""
+    """The columns of `prompts/`.
+
+    Columns:
+        prompt_id: hash of prompt and tools, 18 hex digits.
+        prompt: text, or messages; `extra` has a message's other keys as JSON, null where none.
+        tools: JSON; null where there are none.
+    """
     return pa.schema([("prompt_id", pa.string()), ("prompt", _text(kind)), ("tools", pa.string())])
 
 
 def answer_schema(kind: Kind, alone: pa.Schema | None = None) -> pa.Schema:
-    """The columns of `answers/`; `source` is the first that it came from.
+    """The columns of `answers/`.
+
+    Columns:
+        answer_id: the prompt's id and a hash of the answer, 32 hex digits.
+        prompt_id: the prompt's id.
+        answer: what was answered, as `prompt`.
+        source: the first source's `path`.
+        split: where some source has one response a row, of an answer that stands in no pair; null
+            for the others.
+        keep_columns: the user's own names, there too: those of its row.
 
     Args:
         kind: text or conversational.
@@ -75,7 +90,14 @@ def answer_schema(kind: Kind, alone: pa.Schema | None = None) -> pa.Schema:
 
 
 def pair_schema(kept: pa.Schema | None = None) -> pa.Schema:
-    """The columns of `pairs/`, with the user's `keep_columns` at their end."""
+    """The columns of `pairs/`, sorted by `pair_id`; most are the fields of a `Pair`.
+
+    Columns:
+        pair_id: the prompt's id and a hash of both answers, 32 hex digits.
+        prompt_id: the prompt's id.
+        answer_a, answer_b: ids of the two answers; which is `a` is drawn by a hash of the content.
+        keep_columns: the user's own names, at the end.
+    """
     return pa.schema([("pair_id", pa.string()), *IDS, *_TOLD, *(kept or [])])
 
 
@@ -94,8 +116,8 @@ class Pair(NamedTuple):
         response_a: one answer; which one it is says nothing.
         response_b: the other.
         tools: what the conversation could call.
-        label: the answer that people chose.
-        tie: whether people found them equal; `label` is then None.
+        label: the answer that people chose, `a` or `b`.
+        tie: whether people found them equal; `label` is then null.
         votes_a: how many people chose response_a.
         votes_b: how many chose the other.
         votes_tie: how many chose neither.
@@ -103,8 +125,8 @@ class Pair(NamedTuple):
         confidence: the data's own C of the label.
         score_a: the data's own score of response_a.
         score_b: of the other.
-        split: the part of the data to which it belongs.
-        source: the source that it came from, as the configuration spells it.
+        split: `labelled`, `unlabelled`, `validation` or `test`.
+        source: the `path` of the source that it came from.
     """
 
     pair_id: str

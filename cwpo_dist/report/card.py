@@ -66,13 +66,13 @@ def model_card(
         f"# {policy.name}, aligned by cwpo_dist\n",
         "Confidence-weighted preference optimisation (arXiv 2603.04968)"
         + (".\n" if below is None else ": the LoRA adapter alone.\n"),
-        *_simulated(config),
+        *simulated(config),
         *(() if below is None else _how_to_load(config, below, shipped=shipped)),
-        *_table("What it was made from", _provenance(config, arm, figures, policy)),
-        *_table("Recipe", _recipe(config, arm)),
-        *_table("Held-out figures", _figures(config, figures)),
-        *_table("Stage outputs", ((role, f"`{key}`") for role, key in keys.items())),
-        *_table("Versions", (at(figures, "versions") or {}).items()),
+        *table("What it was made from", _provenance(config, arm, figures, policy)),
+        *table("Recipe", _recipe(config, arm)),
+        *table("Held-out figures", _figures(config, figures)),
+        *table("Stage outputs", ((role, f"`{key}`") for role, key in keys.items())),
+        *table("Versions", (at(figures, "versions") or {}).items()),
     ]
     return "\n".join(lines)
 
@@ -117,12 +117,12 @@ def annotator_card(
         f"# {public_name(weak.model_name_or_path)}, an annotator made by cwpo_dist\n",
         "A one-label reward model: the difference of two answers' scores is the log-odds that the "
         "first is better.\n",
-        *_simulated(config),
-        *_table("What it was made from", made),
-        *_table("Recipe", recipe),
-        *_table(f"On split `{config.evaluate.split}`", _worth(figures)),
-        *_table("Stage outputs", ((role, f"`{key}`") for role, key in keys.items())),
-        *_table("Versions", training.versions.items()),
+        *simulated(config),
+        *table("What it was made from", made),
+        *table("Recipe", recipe),
+        *table(f"On split `{config.evaluate.split}`", _worth(figures)),
+        *table("Stage outputs", ((role, f"`{key}`") for role, key in keys.items())),
+        *table("Versions", training.versions.items()),
     ]
     return "\n".join(lines)
 
@@ -150,7 +150,8 @@ def _data(config: Config) -> Iterator[str]:
     yield from (source.path for source in config.prepare.sources)
 
 
-def _simulated(config: Config) -> Iterator[str]:
+def simulated(config: Config) -> Iterator[str]:
+    """What must stand first where a rule stood in for people."""
     if config.simulated_labels:
         yield "**Simulated labels:** the preferences come from a rule, not from people.\n"
 
@@ -187,11 +188,17 @@ model = PeftModel.from_pretrained(base, "FOLDER")  # this folder
 def _provenance(
     config: Config, arm: str, figures: Figures, policy: Identity
 ) -> Iterator[tuple[str, str]]:
-    given, preset = config.policy, config.arm(arm)
+    given = config.policy
     assert given is not None, "an aligned arm has a policy"
     yield "base model", _model(given, policy)
     yield "data", ", ".join(public_name(path) for path in _data(config))
     yield "pairs trained on", f"{at(figures, 'pairs')}"
+    yield from labels_and_weights(config, arm, figures)
+
+
+def labels_and_weights(config: Config, arm: str, figures: Figures) -> Iterator[tuple[str, str]]:
+    """Who chose the better answer of an arm's pairs, and how much each counts."""
+    preset = config.arm(arm)
     people = "people on the labelled part, elsewhere " if preset.with_human else ""
     yield "labels of", people + _WHOSE[preset.labels]
     if preset.labels == "own":
@@ -292,7 +299,8 @@ def _share(found: Figures) -> str:
     return f"{found['accuracy']:.1%} of {found['n']} (95 % interval {low:.1%}–{high:.1%})"
 
 
-def _table(title: str, rows: Iterable[tuple[object, object]]) -> Iterator[str]:
+def table(title: str, rows: Iterable[tuple[object, object]]) -> Iterator[str]:
+    """A heading and a table of two columns; nothing where there are no rows."""
     lines = [f"| {name} | {value} |" for name, value in rows]
     if lines:
         yield "\n".join([f"## {title}\n", "| | |", "|---|---|", *lines, ""])

@@ -65,46 +65,64 @@ def export(
             `to` holds files, or there is no room for it.
         SigningError: when it cannot be signed.
     """
-    target = Store(to)
-    target.sweep()  # what an export left that was killed
-    if target.names():
-        raise ExportError(f"--to: {to!r} is not empty; name a new folder")
     if base is not None and not adapter:
         raise ExportError("--base: names the model below an adapter; give --adapter too")
     if annotator is not None and adapter:
         raise ExportError("--adapter: of the policy alone; an annotator is exported merged")
-    if private_key is not None:
-        check_can_sign(target, private_key)
-    root = Store(run)
-    chosen = _chosen(root, arm)
-    source = _Arm(
-        root,
-        _config(root, chosen),
-        root.read_json(f"arms/{chosen}/stages.json"),
-    )
-    figures = root.read_json(f"arms/{chosen}/metrics.json")
-    with _room(target):
+    with new_folder(to, private_key) as target:
+        source = FinishedArm.of(Store(run), arm)
+        figures = source.root.read_json(f"arms/{source.name}/metrics.json")
         if annotator is None:
-            card = _policy(source, chosen, figures, target, base, adapter=adapter)
+            card = _policy(source, figures, target, base, adapter=adapter)
         else:
             card = _annotator(source, annotator, figures, target)
         target.write("README.md", card.encode())
-        write_digests(target)
-        if private_key is not None:
-            sign(target, private_key)
     return to
 
 
+@contextmanager
+def new_folder(to: str, private_key: Path | None) -> Iterator[Store]:
+    """An empty folder to be filled; then its digests are written, and it is signed.
+
+    Raises:
+        ExportError: when it holds files, or there is no room for more.
+        SigningError: when it cannot be signed.
+    """
+    target = Store(to)
+    target.sweep()  # what an export left that was killed
+    if target.names():
+        raise ExportError(f"--to: {to!r} is not empty; name a new folder")
+    if private_key is not None:
+        check_can_sign(target, private_key)
+    with _room(target):
+        yield target
+        write_digests(target)
+        if private_key is not None:
+            sign(target, private_key)
+
+
 @dataclass(frozen=True)
-class _Arm:
+class FinishedArm:
     """One arm of a run: its configuration, and what its stages.json says of each role."""
 
     root: Store
+    name: str
     config: Config
     stages: Mapping[str, Mapping[str, str]]
 
+    @classmethod
+    def of(cls, root: Store, arm: str | None) -> FinishedArm:
+        """The arm that is asked for, or the run's only one.
+
+        Raises:
+            ExportError: where there is no such arm, or one of another version.
+        """
+        name = _chosen(root, arm)
+        return cls(root, name, _config(root, name), root.read_json(f"arms/{name}/stages.json"))
+
     @property
     def keys(self) -> dict[str, str]:
+        """Those of its outputs, by role."""
         return {role: stage["key"] for role, stage in self.stages.items()}
 
     def finished(self, role: str, stage: str) -> Store:
@@ -120,6 +138,7 @@ class _Arm:
 
     @property
     def align(self) -> Store:
+        """The output with the aligned model."""
         return self.finished("align", "align")
 
     @property
@@ -129,6 +148,7 @@ class _Arm:
 
     @property
     def policy(self) -> ModelConfig:
+        """As it was given."""
         assert self.config.policy is not None, "an aligned arm has a policy"
         return self.config.policy
 
@@ -142,17 +162,17 @@ class _Arm:
 
 
 def _policy(
-    source: _Arm, arm: str, figures: Figures, target: Store, base: str | None, adapter: bool
+    source: FinishedArm, figures: Figures, target: Store, base: str | None, adapter: bool
 ) -> str:
     """Copies the aligned model or its adapter; the card."""
     below = shipped = None
     if adapter:
         below, shipped = _copy_adapter(source, target, base)
     else:
-        _copy(source.align.child(MODEL), target)
+        copy_all(source.align.child(MODEL), target)
     return model_card(
         source.config,
-        arm,
+        source.name,
         source.keys,
         {**figures, "versions": Manifest.read(source.align).versions},
         source.base,
@@ -161,7 +181,7 @@ def _policy(
     )
 
 
-def _annotator(source: _Arm, role: str, figures: Figures, target: Store) -> str:
+def _annotator(source: FinishedArm, role: str, figures: Figures, target: Store) -> str:
     """Copies an annotator that `fit` made; its card."""
     fits = [name for name, stage in source.stages.items() if stage["stage"] == "fit"]
     if role not in fits:
@@ -171,7 +191,7 @@ def _annotator(source: _Arm, role: str, figures: Figures, target: Store) -> str:
     made, read = Manifest.read(fit), {name: source.keys[name] for name in ("prepare", role)}
     if fault := annotator_fault(fit):
         raise ExportError(f"--annotator: {fit.uri}: {fault}")
-    _copy(fit.child(MODEL), target)
+    copy_all(fit.child(MODEL), target)
     return annotator_card(source.config, read, _alone(figures["annotator"], made), made)
 
 
@@ -184,7 +204,9 @@ def _alone(figures: Figures | None, made: Manifest) -> Figures:
     return next((member for member in members if member["name"] == name), {})
 
 
-def _copy_adapter(source: _Arm, target: Store, base: str | None) -> tuple[Identity, Store | None]:
+def _copy_adapter(
+    source: FinishedArm, target: Store, base: str | None
+) -> tuple[Identity, Store | None]:
     """The adapter, with SFT's model where it needs that; what it calls its base, and that model."""
     part = source.align.child(ADAPTER)
     if not part.names():
@@ -208,11 +230,11 @@ def _copy_adapter(source: _Arm, target: Store, base: str | None) -> tuple[Identi
         upload(folder, target)
     if shipped is not None:
         logger.info("the adapter comes with its base, in %s/: %s", BESIDE, why)
-        _copy(shipped.child(MODEL), target.child(BESIDE))
+        copy_all(shipped.child(MODEL), target.child(BESIDE))
     return known, shipped
 
 
-def _not_on_policy(source: _Arm, folder: Path) -> str | None:
+def _not_on_policy(source: FinishedArm, folder: Path) -> str | None:
     """Makes the adapter one on the policy as it was given, or says why it cannot be that."""
     if source.policy.num_hidden_layers is not None:
         return f"the policy is the first {source.policy.num_hidden_layers} layers of its model"
@@ -230,7 +252,7 @@ def _not_on_policy(source: _Arm, folder: Path) -> str | None:
     return None
 
 
-def _copy(source: Store, target: Store) -> None:
+def copy_all(source: Store, target: Store) -> None:
     """Copies all files, one after the other, so that no disk needs room for a second copy."""
     for name in source.names():
         if source.is_local:

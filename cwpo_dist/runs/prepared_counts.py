@@ -34,11 +34,6 @@ class _OfSources(TypedDict):
 
 
 class _OfRows(TypedDict):
-    """`not_read` has, by source, what nothing reads, with the rows that have a value there.
-
-    `message_keys` are those that messages have beside role and content, and `tools`.
-    """
-
     rows_in: int
     rejects: dict[str, int]
     void_numbers: dict[str, int]
@@ -59,11 +54,6 @@ class _OfPairs(TypedDict):
 
 
 class _OfSplits(TypedDict):
-    """`prompts` and `answers` are the different ones in pairs of each split.
-
-    A prompt may be in `labelled` and in `unlabelled` and counts in both, as do its answers.
-    """
-
     splits: dict[Split, int]
     labelled: dict[Split, int]
     prompts: dict[Split, int]
@@ -82,25 +72,45 @@ class _Lists(TypedDict):
 
 
 class _OfLists(TypedDict):
-    """`lists` is there where some source has lists of responses."""
-
     lists: NotRequired[_Lists]
 
 
 class _OfAlone(TypedDict):
-    """These are there where some source has responses in rows of their own.
-
-    `alone` has what became of them, by the names of `AloneCounts`. `answers_alone` are those that
-    stand in no pair, and `prompts_alone` their prompts, by split.
-    """
-
     alone: NotRequired[dict[str, int]]
     answers_alone: NotRequired[dict[Split, int]]
     prompts_alone: NotRequired[dict[Split, int]]
 
 
 class PreparedCounts(_OfSources, _OfRows, _OfPairs, _OfSplits, _OfLists, _OfAlone):
-    """What the manifest of `prepare` counts, by the names that it has there."""
+    """What the manifest of `prepare` counts, by the names that it has there.
+
+    Attributes:
+        kind: `text` or `conversational`.
+        formats, columns: by source, how its rows are spelled, and which columns were read.
+        files_left_out: files below a source that are of no kind that is read.
+        keep_columns: the types of kept columns.
+        rows_in: rows that were read; rows_in = pairs + merged_duplicates + rejects, where a list
+            counts as its pairs.
+        rejects: rows that were set aside, by reason.
+        void_numbers: rows whose own numbers cannot be used, by reason.
+        not_read: by source, what nothing reads, with the rows that have a value there.
+        message_keys: those that messages have beside role and content, and `tools`.
+        votes_against_label: rows whose votes prefer another answer than their label.
+        damaged_files: files that could not be read to their end.
+        pairs: that were written.
+        merged_duplicates: copies of a pair that became one.
+        conflicting_labels, conflicting_numbers: pairs whose copies differ, and lose it.
+        ties: pairs that people found equal.
+        numbers: pairs with numbers of their own, by kind.
+        shards: files of pairs.
+        splits, labelled: by split, pairs, and those of them with a label.
+        prompts, answers: by split, the different ones in its pairs. A prompt may be in `labelled`
+            and in `unlabelled` and counts in both, as do its answers.
+        lists: what became of rows with lists of responses, where there are some.
+        alone: the same of responses in rows of their own.
+        answers_alone, prompts_alone: by split, such answers that stand in no pair, and their
+            prompts.
+    """
 
 
 def prepared_counts(

@@ -18,7 +18,7 @@ from cwpo_dist.config import WeighPairing
 from cwpo_dist.evaluation.shares import Floats
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.labels import Decision, LabelSource, Opinion, decide
-from cwpo_dist.pairs.preferences import Preference, preference_schema, preference_table
+from cwpo_dist.pairs.preferences import Preference, preference_schema, product_table
 from cwpo_dist.pairs.records import Kind, prompt_of, table_of
 from cwpo_dist.pairs.stored import Pair
 from cwpo_dist.runs.annotations import Annotated
@@ -155,7 +155,7 @@ class Weighing:
         kind: Kind = "text" if is_text and not self.messages else "conversational"
         more = set(self.message_keys)
         schema = preference_schema(kind, keys=bool(more - {"tools"}), tools="tools" in more)
-        return preference_table(selected, schema)
+        return product_table(Preference, selected, schema)
 
     def _preferences(
         self,

@@ -34,6 +34,19 @@ def run_shards(
     Returns:
         The counts summed over all shards, and under `throughput` what this run did in what time.
 
+    Counts:
+        rows_in: answers (of `generate` prompts) that were read.
+        rows: those with a number, tokens or an answer.
+        rejects: those that were set aside; `rejects: …` of one reason.
+        over_length: those longer than `max_length`, left out.
+        alike, alike_when_cut: pairs whose answers are the same tokens, as they are or once cut.
+        reused: of `annotate`, scores that were copied from earlier outputs.
+        tokens: that were read, prompts that were repeated among them.
+        padded_tokens: the same with padding.
+        flops: useful floating-point operations, which count a prompt once.
+        annotator: of `annotate`, what its column of that name holds.
+        throughput: what the last command did, below.
+
     Raises:
         ConfigError: when a pool can never be placed on the cluster.
         ShardError: when a shard cannot be done.

@@ -60,6 +60,10 @@ class _ShardActor:
     """An actor of a pool, as Ray Data sees it: a ticket in, the report of its shard out.
 
     Its process holds one shard worker, which knows neither tickets nor pools.
+
+    Metrics:
+        cwpo_rows, cwpo_tokens, cwpo_rejects: what was scored, read and set aside so far.
+        cwpo_rows_per_second: of the last shard.
     """
 
     def __init__(self, job: ShardJob, pool: int, shards: ActorHandle[TicketShards]) -> None:

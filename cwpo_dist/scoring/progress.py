@@ -161,7 +161,21 @@ class Progress:
         )
 
     def throughput(self) -> dict[str, float]:
-        """What this run did in what time; a resumed run counts its own part."""
+        """What this run did in what time; a resumed run counts its own part.
+
+        Metrics:
+            shards: that it did.
+            actors: that did them.
+            seconds: since the first actor came up.
+            answers_per_s: scored answers a second, without copied ones.
+            tokens_per_s: tokens a second.
+            device_hours: GPU-hours, or CPU-hours in a pool without GPUs.
+            device_hours_per_million_answers: the same for a million answers.
+            busy_share: the share of the actors' time in which they worked.
+            tail_s: seconds that the first idle actor waited for the last shard.
+            padding_share: the share of tokens that are padding.
+            useful_flops_per_s: floating-point operations a second.
+        """
         counts, seconds, actors = self._counts, self._seconds(), list(self._actors.values())
         held = self.device_hours
         if not actors:

@@ -77,7 +77,7 @@ class JudgedAnswer(NamedTuple):
         against: which baseline.
         length: characters of the policy's answer.
         baseline_length: of the baseline's.
-        gold: the gold score of the policy's answer; None without gold model or function.
+        gold: the gold score of the policy's answer; null without gold model or function.
         baseline_gold: of the baseline's.
     """
 
@@ -167,7 +167,11 @@ def work(context: Context, node: Node[EvaluateSettings], counted: Census) -> Wor
 
 
 def make(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, object]:
-    """Writes `metrics.json`; what was not asked for, or cannot be had, is null there."""
+    """Writes `metrics.json`; what was not asked for, or cannot be had, is null there.
+
+    Counts:
+        held_out_pairs: pairs of the evaluated split with a label of people.
+    """
     pairs = [_held_out(context, node, index) for index in range(context.shards(node))]
     metrics = {
         "annotator": _annotator(context, node),

@@ -189,7 +189,23 @@ def _write(weighing: Weighing, selection: Selection) -> Counter[str]:
 
 
 def _summary(totals: Counter[str], weighing: Weighing) -> Mapping[str, object]:
-    """The counts of the manifest; what only few arms have is there for them alone."""
+    """The counts of the manifest; what only few arms have is there for them alone.
+
+    Counts:
+        pairs: those whose better answer somebody knows.
+        selected: those that were written: preferences.
+        ties: pairs with a margin of 0.
+        mean_confidence: mean C of the pairs with a margin.
+        mean_weight: mean weight of the preferences.
+        weights_divided_by: the mean that the weights were divided by.
+        temperatures: what each annotator's margins were divided by.
+        ensemble: of several annotators: how many, pairs that some did not score (`partial`) or one
+            alone did (`alone`), on which they differ (`contested`), and their mean disagreement.
+        without_numbers, against_labels: of the data's own numbers, pairs that have none, and those
+            whose scores prefer another answer than the label.
+        unjudged, denied, dropped: of people's labels that annotators judge, those that none could,
+            those that most deny, and those left out for it.
+    """
     scored, selected, read = totals["scored"], totals["selected"], weighing.annotated
     counts: dict[str, object] = {
         "pairs": totals["pairs"],

@@ -2,6 +2,31 @@
 
 Each checkpoint's records are a file of their own, written before the checkpoint is committed: a
 restart loses none, and may log a step twice. At the end they become one file, each step once.
+
+Metrics:
+    step, total_steps: optimizer steps that are done, and that there are.
+    epoch: passes over the data that are done.
+    loss: Σ weight·loss over the global batch, divided by its pairs or its weights; of `sft` the
+        mean over answer tokens, in nats.
+    grad_norm: the norm of the whole gradient, before it is clipped.
+    learning_rate: of the step.
+    accuracy: of `fit`, the share of pairs in which the human's choice has the higher score.
+    margin: of `fit`, the mean score of the human's choice less that of the other.
+    rewards/chosen, rewards/rejected: the mean implicit reward, β·log π/π_ref, unweighted.
+    rewards/accuracies: the share of pairs whose chosen answer has the higher implicit reward.
+    rewards/margins: the mean difference of both rewards.
+    logps/chosen, logps/rejected: the mean log-prob of a whole answer, in nats.
+    kl: the mean of log π_ref(y) − log π(y) over both answers, in nats an answer. It would be
+        KL(π_ref‖π) if the reference had written the answers: how far training has gone.
+    weight: the mean weight of the batch's pairs.
+    flipped: of `re_dpo`, the share of wrong labels that the losses took, from the steps before.
+    eval_*: the same of held-out pairs, every `eval_steps` steps, but for `weight` and `flipped`.
+    pairs_per_step: the mean size of a global batch since the last record.
+    pairs_per_second, tokens_per_second: pairs and useful tokens of all ranks, since then.
+    padding: the share of tokens that are padding.
+    useful_flops_per_second: of all ranks, without padding and recomputation.
+    mfu: its share of the GPUs' peak, where that is known.
+    time/data, time/forward, time/backward, time/communication, time/optimizer: seconds a step.
 """
 
 from __future__ import annotations

@@ -282,13 +282,7 @@ class Preference(Task):
         return float(len(indices))
 
     def metrics(self, outputs_PK: Tensor, indices: Indices) -> dict[str, float]:
-        """TRL's names: implicit rewards, unweighted; an estimate of KL; and the mean weight.
-
-        `kl` is the mean of log π_ref(y) − log π(y) over both answers, in nats an answer. It is
-        KL(π_ref‖π) for answers drawn from the reference, which a data set's only resemble, so it
-        says how far training has gone and may be negative. `flipped` is the ε that the losses took,
-        where the loss learns it.
-        """
+        """TRL's names, and more; `metrics_log` says what each is."""
         pairs = self._pairs(outputs_PK, indices)
         found = OBJECTIVES[self.loss_type]
         chosen_P, rejected_P = found.rewards(pairs, self.beta)

@@ -202,7 +202,16 @@ class TrainRank:
             )
 
     def counts(self, total: int, run: loop.Run) -> dict[str, object]:
-        """Numbers of the whole run, once `metrics.jsonl` is written."""
+        """Numbers of the whole run, once `metrics.jsonl` is written.
+
+        Counts:
+            steps: optimizer steps.
+            rows: pairs (of `sft` answers) that were trained on.
+            layout: how rows lie in memory: packed, shared or plain.
+            last: the last record of `metrics.jsonl`.
+            left_out: pairs that were not trained on, by reason.
+            seconds: of training, from the first worker's start on.
+        """
         last = metrics_log.join(self.spec.store)
         left_out = {"left_out": dict(self.task.left_out)} if self.task.left_out else {}
         rows = len(self.task.rows)
