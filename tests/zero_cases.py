@@ -54,6 +54,7 @@ class Case:
     dtype: str = "float32"
     batch: int = BATCH
     model: str = "model"  # its folder: a Llama, or `mixture`
+    sequence: int = 1  # ranks that share each micro-batch
 
     def config(self) -> TrainingConfig:
         zero: dict[str, Any] = {}
@@ -77,6 +78,8 @@ class Case:
             weight_decay=0.1 if self.optim == "adamw" else 0.0,
             lora=LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0) if self.lora else None,
             zero_stage=self.stage,
+            num_workers=self.sequence,
+            sequence_parallel_size=self.sequence,
             gradient_checkpointing=self.checkpointing,
             save_steps=1000,
             deepspeed={"zero_optimization": zero} if zero else None,
