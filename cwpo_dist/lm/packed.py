@@ -92,8 +92,8 @@ def packed_mask(lengths: Tensor, device: torch.device, group: SequenceGroup = AL
         group: the ranks that share the rows.
 
     Returns:
-        The lengths there, which remember the group, and those on the host: to read them back would wait for all
-        that the device has still to do.
+        The lengths there, which remember the group, and those on the host: to read them back would
+        wait for all that the device has still to do.
     """
     mask = lengths.to(device, non_blocking=True, copy=True)
     setattr(mask, _HOST, lengths)

@@ -174,6 +174,7 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         layout=layout,
         useful_tokens=int(laid.length.sum()),
         padded_tokens=ids_BL.numel(),
+        group=ALONE,
     )
 
 

@@ -54,6 +54,7 @@ class SequenceGroup:
         """This rank's tokens of a packed batch: every S-th; pads at the end make parts equal."""
         if self.size == 1:
             return batch
+        assert batch.layout == "packed", "which the probe of a model has shown"
         tokens = batch.input_ids.shape[1]
         own_N = self.holds(batch.source)
         ids, positions = (
@@ -140,13 +141,17 @@ class _Exchanged(torch.autograd.Function):
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: _Context, part: Tensor, handle: dist.ProcessGroup | None) -> Tensor:
-        total = part.clone()
-        dist.all_reduce(total, group=handle)
-        return total
+        return _total(part, handle)
 
     @staticmethod
     def backward(_ctx: _Context, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def _total(part: Tensor, handle: dist.ProcessGroup | None) -> Tensor:
+    total = part.clone()
+    dist.all_reduce(total, group=handle)
+    return total
 
 
 def _exchanged(parts: Tensor, handle: dist.ProcessGroup | None) -> Tensor:
