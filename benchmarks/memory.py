@@ -17,7 +17,7 @@ import os
 import tempfile
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from multiprocessing import get_context
 from typing import Annotated
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided before torch
@@ -26,7 +26,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import measure
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,8 +73,10 @@ def step(model: ModelConfig, config: TrainingConfig, prompt: int) -> str:
     return layout
 
 
-def worker(rank: int, folder: str, model: ModelConfig, config: TrainingConfig, prompt: int) -> None:
-    """One of them; leaves its figures in the folder."""
+def worker(
+    rank: int, folder: str, model: ModelConfig, config: TrainingConfig, prompt: int
+) -> tuple[int, int, str]:
+    """What one of them took for its work, and before it; and the layout of its rows."""
     world = config.sequence_parallel_size
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
     meet = f"file://{folder}/group"
@@ -83,8 +84,7 @@ def worker(rank: int, folder: str, model: ModelConfig, config: TrainingConfig, p
     engine.join_process_group()
     before = measure.peak_resident()
     layout = step(model, config, prompt)
-    figures = [measure.peak_resident() - before, before, layout]
-    Path(folder, f"{rank}.json").write_text(json.dumps(figures))
+    return measure.peak_resident() - before, before, layout
 
 
 def main(
@@ -100,7 +100,7 @@ def main(
     """Measures one case."""
     folder = tempfile.mkdtemp()
     if model is None:
-        LlamaForCausalLM(LlamaConfig(**MADE)).save_pretrained(model := f"{folder}/model")
+        LlamaForCausalLM(LlamaConfig.from_dict(MADE)).save_pretrained(model := f"{folder}/model")
     given = ModelConfig(model_name_or_path=model, num_hidden_layers=layers)
     config = TrainingConfig.model_validate(
         {
@@ -117,9 +117,9 @@ def main(
     )
     size = replace(model_size(given), trained=(trained_size(given, policy, config.lora),))
     planned = training_memory(config, size, on_gpu=False)
-    mp.spawn(worker, (folder, given, config, prompt), nprocs=sequence_parallel)
-    found = [json.loads(file.read_text()) for file in Path(folder).glob("*.json")]
-    measured, before, layout = max(found)
+    told = [(rank, folder, given, config, prompt) for rank in range(sequence_parallel)]
+    with get_context("spawn").Pool(sequence_parallel) as workers:
+        measured, before, layout = max(workers.starmap(worker, told, chunksize=1))
     figures = {
         "layers": layers,
         "lora": lora,

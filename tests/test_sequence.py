@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_loop import make_config, make_task
 from test_modules import PAD, coefficients, flat_gradient, random_rows
 from tiny import tiny_causal_lm, tiny_classifier
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.probe import choose_layout, unshared
 from cwpo_dist.lm.rows import Row, RowBatch, collate
 from cwpo_dist.lm.sequence import SequenceGroup
+from cwpo_dist.training.loop import Run, StepResult, gradients
+from cwpo_dist.training.tasks import Preference
+from cwpo_dist.training.torch_engine import TorchEngine
 
 ROWS = [*random_rows(3, 2), *random_rows(4, 1, n_answers=3), Row([5], ([6], [7, 8]))]
 FEW = [Row([5], ([6],))]  # a token for each of two ranks, and none for others
@@ -92,6 +96,44 @@ def test_ranks_that_share_rows_compute_what_one_does(name: str, size: int, rows:
         torch.testing.assert_close(output, whole.detach(), rtol=1e-5, atol=1e-5)
     total = torch.stack([part for _, part in found]).sum(0)
     assert float((total - gradient).norm()) < 1e-5 * float(gradient.norm())
+
+
+class Sharing(TorchEngine):
+    """One of four ranks in two groups."""
+
+    def __init__(self, module: nn.Module, rank: int, every: Meeting, own: Meeting) -> None:
+        super().__init__(copy.deepcopy(module), make_config())
+        self.rank, self.world_size, self.every = rank, 4, every
+        self.sequence = SequenceGroup(2, rank % 2, own.of(rank % 2))
+
+    def total(self, numbers: Tensor) -> Tensor:
+        return torch.stack(self.every.gathered(self.rank, numbers)).sum(0)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sigmoid_norm", "dr_dpo"])
+@pytest.mark.parametrize("budget", [10**6, 61])
+def test_two_groups_of_two_ranks_compute_what_one_process_does(loss_type: str, budget: int) -> None:
+    """Gradient, loss and tokens of a batch of unequal weights, with a pair too many for groups."""
+    tasks, indices = [make_task(loss_type=loss_type) for _ in range(5)], [1, 4, 6, 9, 12, 17, 20]
+    module = module_of("llama", seed=1, tie_word_embeddings=True)  # the reference is of seed 0
+    run = Run(make_config(max_tokens_per_micro_batch=budget), 3, "packed", PAD)
+    alone, every, groups = TorchEngine(module, run.config), Meeting(4), [Meeting(2), Meeting(2)]
+    engines = [Sharing(module, rank, every, groups[rank // 2]) for rank in range(4)]
+
+    def step(task: Preference, engine: TorchEngine) -> StepResult:
+        return gradients(task, engine, run, 0, indices)
+
+    wanted = step(tasks[4], alone)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(step, tasks[:4], engines))
+    assert {round(each.loss, 4) for each in found} == {round(wanted.loss, 4)}
+    assert {each.useful_tokens for each in found} == {wanted.useful_tokens}
+    flat, *others = (
+        torch.cat([p.grad.flatten() for p in engine.module.parameters()])
+        for engine in (alone, *engines)
+    )
+    error = torch.stack(others).mean(0) - flat  # engines average over ranks
+    assert float(error.norm()) < 1e-5 * float(flat.norm())
 
 
 def test_key_heads_that_divide_nothing_are_repeated() -> None:
