@@ -35,7 +35,7 @@ class Meeting:
     """Collectives of as many threads as there are ranks."""
 
     def __init__(self, size: int) -> None:
-        self.barrier, self.brought = Barrier(size, timeout=60), [torch.empty(0)] * size
+        self.barrier, self.brought = Barrier(size, timeout=600), [torch.empty(0)] * size
 
     def of(self, rank: int) -> Any:
         return self, rank
@@ -179,7 +179,7 @@ def test_rows_that_are_not_packed_and_heads_that_do_not_divide_are_refused() -> 
     with pytest.raises(ModelError, match=r"rows are plain .*ALiBi.* set it to 1"):
         choose_layout(AnswerLogProbs(tiny_causal_lm("bloom")), longest=64, group=group)
     odd = tiny_causal_lm("llama", num_attention_heads=3, num_key_value_heads=1, hidden_size=24)
-    with pytest.raises(ModelError, match=r"rows cannot be shared: .*set it to 1"):
+    with pytest.raises(ModelError, match=r"2 workers cannot share 3 attention heads.*; set"):
         choose_layout(AnswerLogProbs(odd), longest=64, group=group)
 
 

@@ -58,7 +58,8 @@ def packed_attention(
         [1, T, H, D], and no attention weights.
 
     Raises:
-        ValueError: for a model whose attention is more than a softmax of scaled products.
+        ValueError: for a model whose attention is more than a softmax of scaled products, or has
+            heads that ranks cannot share.
     """
     lengths = packed_lengths(attention_mask)
     if lengths is None or attention_mask is None:
@@ -69,6 +70,8 @@ def packed_attention(
     if found:
         raise ValueError(f"packed rows do not support {', '.join(found)}")
     group, tokens = group_of(attention_mask), sum(map(sum, lengths))
+    if query.shape[1] % group.size:
+        raise ValueError(f"{group.size} workers cannot share {query.shape[1]} attention heads")
     query, key, value = (group.heads(each, tokens) for each in (query, key, value))
     if fixed_shapes.active():
         output = fixed_shapes.by_tile(query, key, value, lengths, scaling)

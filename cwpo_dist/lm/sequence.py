@@ -4,10 +4,10 @@ Sequence parallelism as of DeepSpeed Ulysses (arXiv 2309.14509): what a decoder 
 each rank does for its own tokens; around attention two exchanges turn "all heads of some tokens"
 into "some heads of all tokens" and back. So activations of a sequence are spread over the ranks.
 
-Of DeepSpeed's own, `UlyssesSPAttentionHF` replaces attention by name, in which rows' borders would
-be lost, and wants a loss by labels; `DistributedAttention` gives each rank one stretch of the
-sequence. Here tokens are dealt in turn: in one stretch each, the ranks that have the prompt would
-have nothing to do at the vocabulary. What is left is one collective, which gloo has too.
+Of DeepSpeed's own, `UlyssesSPAttentionHF` drops the mask, by which packed rows know where they
+begin; `DistributedAttention` knows no fewer key heads than ranks, and gives each rank one stretch
+of the sequence. Here tokens are dealt in turn: of stretches, those of the prompt would have nothing
+to do at the vocabulary. What is left is one collective, which gloo has too.
 
 Shapes: S ranks, T tokens, n = ⌈T / S⌉ of a rank, H heads of width D, N answer tokens that count.
 """
@@ -86,9 +86,6 @@ class SequenceGroup:
 
         Fewer heads than ranks, or not a multiple of them (keys and values of grouped queries), are
         repeated until they are; the queries of a head still meet its own.
-
-        Raises:
-            ValueError: for query heads that ranks cannot share, as then none fit their keys.
         """
         if self.size == 1:
             return tensor
