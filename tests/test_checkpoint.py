@@ -71,7 +71,7 @@ def test_checkpoints_are_tried_on_decayed_and_undecayed_parameters(case: Case) -
 def test_all_stages_end_alike() -> None:
     stages = [case for case in RESUME_CASES if case.task == "prompt" and not case.lora]
     first, *others = (weights(case, "2.whole") for case in stages)
-    assert len(others) == 3
+    assert len(others) == 4, "ranks that share sequences among them"
     assert all(distance(first, other) < 1e-4 for other in others)
 
 

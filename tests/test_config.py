@@ -263,6 +263,15 @@ def test_workers_are_so_many_or_from_few_to_many() -> None:
         parse_config({**SMALL, "align": {"num_workers": [1, 2], "per_device_train_batch_size": 4}})
 
 
+def test_workers_that_share_sequences_are_whole_groups_of_them() -> None:
+    shared = {"sequence_parallel_size": 2}
+    config = parse_config({**SMALL, "align": {"num_workers": 4, **shared}})
+    assert config.align.identity() == parse_config({**SMALL}).align.identity(), "the same result"
+    for workers in (1, 3, [2, 4]):
+        with pytest.raises(ConfigError, match=r"align.*num_workers: .* is a multiple of 2"):
+            parse_config({**SMALL, "align": {"num_workers": workers, **shared}})
+
+
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nannotate: {num_actors: 2}\nannotate: {num_actors: 3}\n")

@@ -71,6 +71,14 @@ def test_lora_trains_little_and_checkpoints_keep_little() -> None:
     assert kept.optimizer == full.optimizer
 
 
+def test_workers_that_share_a_sequence_share_its_activations() -> None:
+    whole, shared = (
+        activations(config(num_workers=4, sequence_parallel_size=size), SIZE, on_gpu=False)
+        for size in (1, 4)
+    )
+    assert whole == 4 * shared
+
+
 def test_unknown_activations_are_said_and_what_is_known_still_counts() -> None:
     size = replace(SIZE, trained=(TrainedSize(None, 1_000_000, None, "it looks at values"),))
     memory = training_memory(config(), size, on_gpu=False)

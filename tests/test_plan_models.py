@@ -115,6 +115,35 @@ def test_what_is_no_causal_language_model_is_refused_by_name(
     assert found.endswith("give a causal language model")
 
 
+@pytest.mark.parametrize(
+    ("name", "workers", "why"),
+    [
+        ("llama", 3, " has 4 attention heads; give a number that divides them"),
+        ("qwen3_next", 2, ": its layers of kind 'linear_attention' hand states on from token to "),
+        ("bloom", 2, ": its attention is 'eager', and only that of torch ('sdpa') is shared; set"),
+        ("mamba", 2, ": its configuration names no attention heads; set it to 1"),
+    ],
+)
+def test_workers_that_cannot_share_a_models_sequences_are_refused(
+    tmp_path: Path, name: str, workers: int, why: str
+) -> None:
+    shared = {"align__num_workers": workers, "align__sequence_parallel_size": workers}
+    shared |= {"align__cpus_per_worker": 0.1, "sft__gradient_checkpointing": False}
+    (found,) = faults(config(tmp_path, name, **shared))
+    assert found.startswith(
+        f"align.sequence_parallel_size: {workers}: {str(tmp_path / 'policy')!r}"
+    )
+    assert why in found
+
+
+def test_a_plan_says_how_workers_share_a_sequence(tmp_path: Path) -> None:
+    shared = {"align__num_workers": 4, "align__sequence_parallel_size": 2}
+    planned = plan(config(tmp_path, "llama", align__cpus_per_worker=0.1, **shared))
+    (align,) = [stage for stage in planned.stages if stage.stage == "align"]
+    said = "4 workers are 2 x 2, of which 2 share a micro-batch: 1/2 of its tokens and 2 of 4"
+    assert any(said in line for line in align.details)
+
+
 def test_an_architecture_without_a_classifier_is_no_annotator(tmp_path: Path) -> None:
     given = small_config(tmp_path, arms=["cw"])
     given["weak"]["model_name_or_path"] = str(tmp_path / "weak")

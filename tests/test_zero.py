@@ -1,4 +1,4 @@
-"""ZeRO-0 to -3 on two ranks against plain torch in one process: gradients, losses, weights."""
+"""ZeRO-0 to -3 on several ranks against plain torch in one process: gradients, losses, weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import zero_cases
 import zero_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from zero_cases import ALONE_CASES, MATRIX_CASES, ZERO_CASES, Case
+from zero_cases import ALONE_CASES, MATRIX_CASES, SEQUENCE_CASES, ZERO_CASES, Case
 
 from cwpo_dist.config import ConfigError, TrainingConfig
 from cwpo_dist.training.checkpoint import trainable
@@ -47,6 +47,7 @@ GROUPS: list[Any] = [
         for case in MATRIX_CASES
         for world in (1, 2)
     ),
+    *(pytest.param(Group(case, 4, "shared"), marks=pytest.mark.long) for case in SEQUENCE_CASES),
 ]
 
 

@@ -44,7 +44,7 @@ class Case:
     name: str
     stage: int
     lora: bool = False
-    task: str = "none"  # a weight normalisation, 'prompt', 'learning', 'ahead', 'sft' or 'fit'
+    task: str = "none"  # what `make_task` takes
     budget: int = 130
     optim: str = "sgd"
     steps: int = 20
@@ -54,6 +54,7 @@ class Case:
     dtype: str = "float32"
     batch: int = BATCH
     model: str = "model"  # its folder: a Llama, or `mixture`
+    sequence: int = 1  # ranks that share each micro-batch
 
     def config(self) -> TrainingConfig:
         zero: dict[str, Any] = {}
@@ -77,6 +78,8 @@ class Case:
             weight_decay=0.1 if self.optim == "adamw" else 0.0,
             lora=LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0) if self.lora else None,
             zero_stage=self.stage,
+            num_workers=self.sequence,
+            sequence_parallel_size=self.sequence,
             gradient_checkpointing=self.checkpointing,
             save_steps=1000,
             deepspeed={"zero_optimization": zero} if zero else None,
@@ -94,6 +97,20 @@ ZERO_CASES = [
     Case("offload-2", 2, offload=True),
     Case("mixture-2", 2, model="mixture"),
     Case("mixture-lora-3", 3, lora=True, task="dataset", model="mixture"),
+    # Ranks that share sequences.
+    Case("sequence-0", 0, sequence=2),
+    Case("sequence-1", 1, task="ipo", sequence=2),
+    Case("sequence-2", 2, task="length", checkpointing=True, sequence=2),
+    Case("sequence-3", 3, task="ahead", checkpointing=True, sequence=2),
+    Case("sequence-lora-3", 3, lora=True, task="dataset", sequence=2),
+    Case("sequence-fit-2", 2, task="fit", sequence=2),
+    Case("sequence-sft-2", 2, lora=True, task="sft", model="mixture", sequence=2),
+]
+# By four ranks: two groups of two, and one, for whom the two key heads of the model are repeated.
+SEQUENCE_CASES = [
+    Case("sequence-pairs-2", 2, sequence=2),
+    Case("sequence-four-3", 3, task="batch", checkpointing=True, sequence=4),
+    Case("sequence-lora-four-0", 0, lora=True, task="dataset", sequence=4),
 ]
 # What a group of one does, too.
 ALONE_CASES = [case for case in ZERO_CASES if case.name.startswith("full-")]
@@ -101,6 +118,7 @@ RESUME_CASES = [
     *(Case(f"adamw-{stage}", stage, task="prompt", optim="adamw", steps=6) for stage in range(4)),
     Case("adamw-lora-3", 3, lora=True, task="prompt", optim="adamw", steps=6),
     Case("learning-2", 2, task="learning", optim="adamw", steps=6),
+    Case("adamw-sequence-3", 3, task="prompt", optim="adamw", steps=6, sequence=2),
 ]
 # All that can be switched, each with all: the long form of ZERO_CASES.
 MATRIX_CASES = [
@@ -119,7 +137,10 @@ MATRIX_CASES = [
     for offload in ((False, True) if stage else (False,))
 ]
 # (resumed by, written by) of another ZeRO stage, at the same world size.
-ACROSS_STAGES = [("adamw-0", "adamw-3"), ("adamw-3", "adamw-1"), ("adamw-2", "adamw-0")]
+ACROSS_STAGES = [
+    *(("adamw-0", "adamw-3"), ("adamw-3", "adamw-1"), ("adamw-2", "adamw-0")),
+    *(("adamw-1", "adamw-sequence-3"), ("adamw-sequence-3", "adamw-2")),
+]
 # With masters and gradient sums in fp32, by yet another optimizer of DeepSpeed's; two ranks only.
 BF16_CASE = Case("adamw-bf16-1", 1, task="prompt", optim="adamw", steps=6, dtype="bfloat16")
 
@@ -148,6 +169,7 @@ def make_task(name: str) -> Task:
     `prompt`: preferences whose order keeps the pairs of a prompt together.
     `learning`: a loss that learns from its steps, far from what it begins with.
     `ahead`: a loss that depends on all outputs of a batch.
+    `ipo`, `length`: a loss of its own, and one of log-ratios divided by tokens.
     """
     ids = [f"{i // 2:018x}{i:014x}" for i in range(N_ROWS)]
     if name == "sft":
@@ -167,7 +189,7 @@ def make_task(name: str) -> Task:
     told = {"normalization": by, "batch_by": order}
     if name == "learning":
         return Preference(rows, ids, weights, references, "re_dpo", 0.3, 0.4, **told)
-    loss_type = "dr_dpo" if name == "ahead" else "sigmoid"
+    loss_type = {"ahead": "dr_dpo", "ipo": "ipo", "length": "sigmoid_norm"}.get(name, "sigmoid")
     return Preference(rows, ids, weights, references, loss_type, 0.3, **told)
 
 

@@ -34,6 +34,7 @@ from zero_cases import (
     REFERENCE_SHARDS,
     RESUME_CASES,
     SEED,
+    SEQUENCE_CASES,
     STAGES,
     ZERO_CASES,
     Case,
@@ -49,6 +50,7 @@ from zero_cases import (
 )
 
 from cwpo_dist.lm.probe import choose_layout
+from cwpo_dist.lm.rows import Layout
 from cwpo_dist.pairs.records import (
     LOG_PROB_SCHEMA,
     REJECT_SCHEMA,
@@ -69,7 +71,11 @@ from cwpo_dist.training.rank import rank_process
 from cwpo_dist.training.tasks import Task
 
 CPU = torch.device("cpu")
-TIME_LIMIT_S = {"short": 1800, "long": 3600}  # a tenth or less of it on an idle machine
+TIME_LIMIT_S = {
+    "short": 1800,
+    "long": 3600,
+    "shared": 1800,
+}  # a tenth or less of it on an idle machine
 
 
 def deepspeed_engine(case: Case, folder: Path) -> Any:
@@ -80,6 +86,11 @@ def deepspeed_engine(case: Case, folder: Path) -> Any:
     with engine.sharded_loading(settings):
         module = make_module(case, folder)
     return engine.DeepSpeedEngine(module, case.config(), settings)
+
+
+def layout_of(engine: Engine) -> Layout:
+    """As a rank asks for it, engine first; a collective."""
+    return choose_layout(engine.module, longest=64, group=engine.sequence).layout
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
@@ -123,7 +134,7 @@ def exactness(case: Case, folder: Path) -> None:
     engine, task = deepspeed_engine(case, folder), make_task(case.task)
     if case.task != "fit":
         engine.module.head.chunk_size = 7  # many chunks, one gather
-    layout = choose_layout(engine.module, longest=64).layout  # as a rank does, engine first
+    layout = layout_of(engine)
     empty = sum(p.numel() == 0 for p in engine.module.parameters())
     results = {"packed": torch.tensor([layout == "packed"]), "sharded": torch.tensor([empty])}
     for budget in budgets(case, engine.world_size):
@@ -178,7 +189,7 @@ def trained(engine: Engine, task: Task) -> dict[str, Tensor]:
 def uninterrupted(case: Case, folder: Path) -> None:
     """Six steps, with a checkpoint after the third."""
     engine = deepspeed_engine(case, folder)
-    run = make_run(case)
+    run = make_run(case, layout=layout_of(engine))
     run = replace(run, config=run.config.model_copy(update={"save_steps": 3}))
     task = make_task(case.task)
     hooks = _SaveAt(task, case, engine, folder, 3)
@@ -202,7 +213,7 @@ def resumed(case: Case, folder: Path, written_by: int, of: str = "") -> None:
     checkpoint.load(found, engine, checkpoint.RunIdentity("key", SEED, "base"))
     task = make_task(case.task)
     task.learned[:] = found.learned
-    train(task, engine, make_run(case), Hooks(), start_step=3)
+    train(task, engine, make_run(case, layout=layout_of(engine)), Hooks(), start_step=3)
     write(folder, f"{case.name}.{engine.world_size}.from{written_by}{of}", trained(engine, task))
     engine.close()
 
@@ -264,6 +275,7 @@ def main(folder: Path, rank: int, world: int, form: str) -> None:
         timeout=timedelta(seconds=120),
     )
     cases = {("long", 1): long_form, ("long", 2): long_form, ("short", 1): alone}
+    cases[("shared", 4)] = shared
     cases.get((form, world), together)(folder)
 
 
@@ -272,10 +284,16 @@ def long_form(folder: Path) -> None:
         exactness(case, folder)
 
 
+def shared(folder: Path) -> None:
+    for case in SEQUENCE_CASES:
+        exactness(case, folder)
+
+
 def alone(folder: Path) -> None:
-    for case in RESUME_CASES:
+    cases = [replace(case, sequence=1) for case in RESUME_CASES]
+    for case in cases:
         uninterrupted(case, folder)
-    for case in RESUME_CASES:
+    for case in cases:
         resumed(case, folder, written_by=2)
     for case in ALONE_CASES:
         exactness(case, folder)
@@ -319,7 +337,8 @@ def _run_ranks(folder: Path, form: str) -> str:
         folder / "mixture", "mixtral", **mixture, hidden_size=32, intermediate_size=64, head_dim=8
     )
     write_reference_inputs(folder)
-    ranks = [(rank, world) for world in (2, 1) for rank in range(world)]
+    worlds = (4,) if form == "shared" else (2, 1)
+    ranks = [(rank, world) for world in worlds for rank in range(world)]
     processes = []
     for rank, world in ranks:
         environment = os.environ | {

@@ -44,6 +44,7 @@ class TrainingConfig(Section):
             "zero_stage",
             "deepspeed",
             "num_workers",
+            "sequence_parallel_size",
             "use_gpu",
             "cpus_per_worker",
             "resources_per_worker",
@@ -106,6 +107,11 @@ class TrainingConfig(Section):
         1,
         description="workers: so many; [min, max]: as many as there is room for, fewer when nodes "
         "are lost, more when they come; the numbers stay the same, but for what dropout hides",
+    )
+    sequence_parallel_size: PositiveInt = Field(
+        1,
+        description="so many workers share each micro-batch, token by token, for pairs longer than "
+        "one's memory; it divides num_workers and the model's attention heads; 1: none is shared",
     )
     use_gpu: bool | Literal["auto"] = Field(
         "auto", description="whether workers compute on GPUs; auto: when the cluster has some"
@@ -174,6 +180,12 @@ class TrainingConfig(Section):
     def _workers_in_order(self) -> Self:
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers: {self.num_workers}; give [min, max], min first")
+        shared = self.sequence_parallel_size
+        if shared > 1 and (self.min_workers < self.max_workers or self.min_workers % shared):
+            raise ValueError(
+                f"num_workers: {self.num_workers}, of which sequence_parallel_size: {shared} share "
+                f"each micro-batch; give one number that is a multiple of {shared}, or lower it"
+            )
         return self
 
     @field_validator(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cwpo_dist.lm.packed import packed_lengths
+from cwpo_dist.lm.packed import group_of, packed_lengths
 from cwpo_dist.lm.varlen import Lengths
 
 Reads = Literal["answers", "ends"]
@@ -92,13 +92,13 @@ class _LastLayer:
     def _before_layer(
         self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
-        found = (packed_lengths(value) for value in (*args, *kwargs.values()))
-        lengths = next((each for each in found if each is not None), None)
-        if lengths is not None:
-            read_M = read_tokens(lengths, self.reads)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self._read_M = read_M.to(hidden.device, non_blocking=True)
-            self._n_tokens = sum(map(sum, lengths))
+        for mask in (*args, *kwargs.values()):
+            if (lengths := packed_lengths(mask)) is not None:
+                read_M = group_of(mask).own(read_tokens(lengths, self.reads))
+                hidden = args[0] if args else kwargs["hidden_states"]
+                self._read_M = read_M.to(hidden.device, non_blocking=True)
+                self._n_tokens = hidden.shape[1]
+                return
 
     def _after_layer(self, *_: object) -> None:
         self._read_M = None

@@ -115,7 +115,8 @@ class AnswerLogProbs(nn.Module):
     def forward(self, batch: RowBatch) -> Tensor:
         """Σ log p(answer token | what it may see), in nats, fp32 [A], in the order of the rows."""
         logps_N = self.token_logps(batch)
-        return logps_N.new_zeros(len(batch.last)).index_add(0, batch.answer, logps_N)
+        logps_A = logps_N.new_zeros(len(batch.last)).index_add(0, batch.answer, logps_N)
+        return batch.group.summed(logps_A)
 
     def token_logps(self, batch: RowBatch) -> Tensor:
         """Log-prob of each answer token in nats, fp32 [N], in the order of `batch.target`."""
@@ -176,7 +177,8 @@ class AnswerScores(nn.Module):
         if self.reads_last_token:
             assert score is not None
             hidden_BLH = decode(decoder, batch)
-            return score(hidden_BLH.flatten(0, 1)[batch.last])  # type: ignore[no-any-return]  # nn.Module
+            scores_A1 = score(hidden_BLH.flatten(0, 1)[batch.last // batch.group.size])
+            return batch.group.summed(scores_A1 * batch.group.holds(batch.last)[:, None])
         if batch.layout != "plain":
             raise ModelError(
                 f"model: {type(unwrapped(self.model)).__name__} reads whole sequences; "
@@ -225,7 +227,9 @@ def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
         dtype = next(decoder.parameters()).dtype
         arguments["attention_mask"] = additive(batch.attention_mask, dtype)
     if batch.layout == "packed":
-        arguments["attention_mask"] = packed_mask(batch.attention_mask, batch.input_ids.device)
+        arguments["attention_mask"] = packed_mask(
+            batch.attention_mask, batch.input_ids.device, batch.group
+        )
     output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
     return output.last_hidden_state  # type: ignore[no-any-return]  # nn.Module
 

@@ -21,9 +21,11 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from cwpo_dist.lm import fixed_shapes, varlen
+from cwpo_dist.lm.sequence import ALONE, SequenceGroup
 
 NAME = "cwpo_packed"  # of the attention implementation, as transformers knows it
 _HOST = "cwpo_host"  # lengths on the host, on a mask that lies on another device
+_GROUP = "cwpo_group"  # the ranks that share the rows, on the mask
 _SEGMENTS = "cwpo_segments"  # of the kernel, on the mask that all layers get
 
 # What some models add to their attention scores, and this function would leave out.
@@ -44,7 +46,7 @@ def packed_attention(
 
     Args:
         module: the attention layer.
-        query: [1, H, T, D].
+        query: [1, H, T, D]; where ranks share the rows, of this one's tokens.
         key: [1, H or fewer, T, D].
         value: as `key`.
         attention_mask: what `packed_mask` gave; any other mask is not of packed rows.
@@ -56,7 +58,8 @@ def packed_attention(
         [1, T, H, D], and no attention weights.
 
     Raises:
-        ValueError: for a model whose attention is more than a softmax of scaled products.
+        ValueError: for a model whose attention is more than a softmax of scaled products, or has
+            heads that ranks cannot share.
     """
     lengths = packed_lengths(attention_mask)
     if lengths is None or attention_mask is None:
@@ -66,16 +69,20 @@ def packed_attention(
     found = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if found:
         raise ValueError(f"packed rows do not support {', '.join(found)}")
+    group, tokens = group_of(attention_mask), sum(map(sum, lengths))
+    if query.shape[1] % group.size:
+        raise ValueError(f"{group.size} workers cannot share {query.shape[1]} attention heads")
+    query, key, value = (group.heads(each, tokens) for each in (query, key, value))
     if fixed_shapes.active():
         output = fixed_shapes.by_tile(query, key, value, lengths, scaling)
     elif varlen.usable(query, key, value, dropout, by_row):
         output = varlen.attend(query, key, value, _segments(attention_mask, lengths), scaling)
     else:
         output = by_row(query, key, value, lengths, scaling, dropout)
-    return output.transpose(1, 2), None
+    return group.tokens(output).transpose(1, 2), None
 
 
-def packed_mask(lengths: Tensor, device: torch.device) -> Tensor:
+def packed_mask(lengths: Tensor, device: torch.device, group: SequenceGroup = ALONE) -> Tensor:
     """What a decoder takes as the mask of packed rows.
 
     A mask is all that stock decoders hand from their input to the attention of every layer, and
@@ -85,13 +92,15 @@ def packed_mask(lengths: Tensor, device: torch.device) -> Tensor:
     Args:
         lengths: of a packed batch, as `RowBatch.attention_mask` has them on the host.
         device: of the decoder.
+        group: the ranks that share the rows.
 
     Returns:
-        The lengths there, which remember those on the host: to read them back would wait for all
-        that the device has still to do.
+        The lengths there, which remember the group, and those on the host: to read them back would
+        wait for all that the device has still to do.
     """
-    mask = lengths.to(device, non_blocking=True)
+    mask = lengths.to(device, non_blocking=True, copy=True)
     setattr(mask, _HOST, lengths)
+    setattr(mask, _GROUP, group)
     return mask
 
 
@@ -101,6 +110,11 @@ def packed_lengths(mask: object) -> varlen.Lengths | None:
         return None
     lengths_RS: Tensor = getattr(mask, _HOST, mask)[0, 0]
     return [[length for length in lengths if length] for lengths in lengths_RS.tolist()]
+
+
+def group_of(mask: object) -> SequenceGroup:
+    """The ranks that share the rows of what `packed_mask` gave."""
+    return getattr(mask, _GROUP, ALONE)
 
 
 def _segments(mask: Tensor, lengths: varlen.Lengths) -> varlen.Segments:

@@ -19,14 +19,22 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
+from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault, whole_number
 from cwpo_dist.lm.loading import ModelError
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, unwrapped
+from cwpo_dist.lm.modules import (
+    AnswerLogProbs,
+    AnswerScores,
+    decode,
+    decoder_of,
+    scores_last_token,
+    unwrapped,
+)
 from cwpo_dist.lm.packed import NAME
 from cwpo_dist.lm.rope import turning_length
-from cwpo_dist.lm.rows import Layout, Row
+from cwpo_dist.lm.rows import Layout, Row, collate
+from cwpo_dist.lm.sequence import ALONE, SequenceGroup
 from cwpo_dist.lm.stock import (
     SHORT,
     TOLERANCE,
@@ -63,7 +71,9 @@ class LayoutChoice:
     max_difference: float | None
 
 
-def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> LayoutChoice:
+def choose_layout(
+    module: AnswerLogProbs | AnswerScores, *, longest: int, group: SequenceGroup = ALONE
+) -> LayoutChoice:
     """Proves packed, shared or plain rows on this model, the fastest that are exact.
 
     A model that is to take packed rows is switched to the attention that knows them, which computes
@@ -72,9 +82,11 @@ def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> Lay
     Args:
         module: on its device, before an engine wraps it.
         longest: the most tokens of a prompt and one answer (`max_length`).
+        group: the ranks that are to share rows; then a collective of theirs.
 
     Raises:
-        ModelError: when the module's log-probs or scores are not the stock model's.
+        ModelError: when the module's log-probs or scores are not the stock model's, or ranks that
+            share a row do not compute what one does.
     """
     core = unwrapped(module.model)
     named = core.config.name_or_path or core.config.model_type
@@ -84,6 +96,8 @@ def choose_layout(module: AnswerLogProbs | AnswerScores, *, longest: int) -> Lay
     try:
         with torch.no_grad():
             choice = _choose(module, longest)
+            if group.size > 1:
+                _check_shared(module, choice, group)
     except FOREIGN_ERRORS as error:
         if isinstance(error, ModelError):
             raise
@@ -139,10 +153,14 @@ def _best(module: AnswerLogProbs | AnswerScores, cases: list[_Case]) -> LayoutCh
 def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str | None:
     """Why shared rows cannot work, where the model's configuration already says so."""
     core = unwrapped(module.model)
+    if isinstance(module, AnswerScores) and not module.reads_last_token:
+        return f"{core.config.model_type} reads a sequence as a whole"
+    return _configured_obstacle(core, longest)
+
+
+def _configured_obstacle(core: PreTrainedModel, longest: int) -> str | None:
     config, attention = core.config, attention_in_use(core)
     text = config.get_text_config()
-    if isinstance(module, AnswerScores) and not module.reads_last_token:
-        return f"{config.model_type} reads a sequence as a whole"
     if config.model_type in _ALIBI or getattr(text, "alibi", False):
         return f"{config.model_type} takes distances from the row (ALiBi), not from position ids"
     if attention.startswith("flash"):
@@ -150,13 +168,70 @@ def _known_obstacle(module: AnswerLogProbs | AnswerScores, longest: int) -> str 
     window = getattr(text, "sliding_window", None)
     if window and window < longest:  # 0 (Qwen2-MoE) is none
         return f"its sliding window of {window} is shorter than rows of {longest} tokens"
-    turning = turning_length(module.model)
+    turning = turning_length(core)
     if turning is not None and turning < longest:
         return (
             f"its rotary positions turn in rows of more than {turning} tokens, and rows may have "
             f"{longest}: each answer takes its own"
         )
     return None
+
+
+def unshared(core: PreTrainedModel, longest: int) -> str | None:
+    """Why ranks cannot share a model's rows, where its configuration says so; None: it does not.
+
+    Args:
+        core: a causal language model or a classifier; nothing of it is computed.
+        longest: as of `choose_layout`.
+    """
+    text, attention = core.config.get_text_config(), attention_in_use(core)
+    if not whole_number(text, "num_attention_heads"):
+        return "its configuration names no attention heads"
+    if attention not in {"sdpa", NAME}:
+        return f"its attention is {attention!r}, and only that of torch ('sdpa') is shared"
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    for kind in kinds:
+        if "attention" not in kind or "linear" in kind:
+            return f"its layers of kind {kind!r} hand states on from token to token"
+    if core.get_output_embeddings() is None and not scores_last_token(core):
+        return f"{core.config.model_type} reads a sequence as a whole"
+    return _configured_obstacle(core, longest)
+
+
+def _check_shared(
+    module: AnswerLogProbs | AnswerScores, choice: LayoutChoice, group: SequenceGroup
+) -> None:
+    """States of probe rows that ranks share against those of one rank; a collective.
+
+    Raises:
+        ModelError: where they differ, or rows are not packed.
+    """
+    if choice.layout != "packed":
+        why = f"rows are {choice.layout} ({choice.reason}), and only packed ones are shared"
+    else:
+        difference, why = _shared_difference(module, group)
+        if difference <= TOLERANCE[next(module.parameters()).dtype]:
+            return
+    kind = type(unwrapped(module.model)).__name__
+    raise ModelError(f"sequence_parallel_size: {group.size}: of {kind} {why}; set it to 1")
+
+
+def _shared_difference(
+    module: AnswerLogProbs | AnswerScores, group: SequenceGroup
+) -> tuple[float, str]:
+    """The sum over ranks of their largest relative error of a state, and that in words."""
+    decoder = decoder_of(unwrapped(module.model))
+    batch = collate(probe_rows(vocabulary(module.model)), "packed", 0)
+    batch = batch.to(next(module.parameters()).device)
+    read = batch.source if isinstance(module, AnswerLogProbs) else batch.last
+    try:
+        whole_NH = decode(decoder, batch)[0][read[group.holds(read)]]
+        own_NH = decode(decoder, group.part(batch))[0][group.own(read)]
+    except FOREIGN_ERRORS as error:  # of all ranks alike
+        return torch.inf, f"rows cannot be shared: {model_fault(error)}"
+    relative_N = ((own_NH - whole_NH).norm(dim=-1) / whole_NH.norm(dim=-1)).nan_to_num(torch.inf)
+    found = float(group.summed(relative_N.max() if len(relative_N) else relative_N.sum()))
+    return found, f"rows that workers share miss whole ones by {found:.1e}"
 
 
 def _revealing_length(config: PretrainedConfig, longest: int) -> int | None:

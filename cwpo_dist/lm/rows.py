@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cwpo_dist.lm.sequence import ALONE, SequenceGroup
+
 Layout = Literal["packed", "shared", "plain"]
 
 PROMPT = 0  # segment of prompt tokens; answer k has segment k + 1
@@ -94,6 +96,8 @@ class RowBatch:
         layout: how rows were laid out.
         useful_tokens: tokens that are no pads.
         padded_tokens: B × L.
+        group: the ranks that share it, of which each has a part (sequence.py); `attention_mask`,
+            `last` and A are of the whole.
     """
 
     input_ids: Tensor
@@ -107,6 +111,7 @@ class RowBatch:
     layout: Layout
     useful_tokens: int
     padded_tokens: int
+    group: SequenceGroup = ALONE
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on `device`; packed rows' lengths stay on the host."""
@@ -169,6 +174,7 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         layout=layout,
         useful_tokens=int(laid.length.sum()),
         padded_tokens=ids_BL.numel(),
+        group=ALONE,
     )
 
 

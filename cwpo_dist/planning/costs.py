@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -210,6 +210,7 @@ class Estimate:
         lines = (
             f"{size.parameters / 1e6:,.1f} M parameters, {trained.parameters / 1e6:,.1f} M of them "
             f"trained; a worker holds {parts} GiB{unknown}",
+            *_shared(training, size),
             f"under ZeRO {stages} (num_workers {training.min_workers}): {' / '.join(totals)} GiB",
         )
         return memory, lines
@@ -217,6 +218,18 @@ class Estimate:
     @property
     def _number_bytes(self) -> int:
         return 2 if gpus(self.checked.machines) else 4
+
+
+def _shared(training: TrainingConfig, size: ModelSize) -> Iterator[str]:
+    """How workers share micro-batches, where they do."""
+    shared = training.sequence_parallel_size
+    if shared > 1:
+        yield (
+            f"sequence_parallel_size {shared}: {training.min_workers} workers are "
+            f"{training.min_workers // shared} x {shared}, of which {shared} share a micro-batch: "
+            f"1/{shared} of its tokens and {size.heads // shared} of {size.heads} attention heads "
+            "each"
+        )
 
 
 def together(lengths: Lengths, work: Training, pairs: int) -> Lengths:

@@ -81,7 +81,7 @@ def training_memory(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) 
 
 
 def activations(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> float | None:
-    """Bytes that a full micro-batch keeps for its backward pass; None: not known."""
+    """Bytes that a worker keeps of a full micro-batch for its backward pass; None: not known."""
     trained, layers, number = size.of(training), max(1, size.layers), NUMBER_BYTES[on_gpu]
     if trained.kept is None:
         return None
@@ -89,7 +89,7 @@ def activations(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> f
     copied = float(number * trained.copied)
     if training.gradient_checkpointing:
         kept, copied = kept / layers + number * layers * size.width, copied / layers
-    tokens = training.max_tokens_per_micro_batch
+    tokens = training.max_tokens_per_micro_batch / training.sequence_parallel_size
     return tokens * kept + copied + 4 * min(KEPT_NUMBERS, tokens * size.words)  # logits are fp32
 
 

@@ -167,6 +167,7 @@ def _sized(
                 f"{name}.gradient_checkpointing: {model.model_name_or_path!r} has layers that "
                 "cannot compute their activations again; set it to false"
             )
+        faults += _sharing_faults(name, training, model, size)
         if any(each.lora == training.lora for each in trained):
             continue
         try:
@@ -175,6 +176,20 @@ def _sized(
         except LoraError as error:
             faults.append(f"{name}.{error}")
     return CheckedModel(replace(size, trained=tuple(trained)), None, tuple(faults), tuple(notes))
+
+
+def _sharing_faults(
+    name: str, training: TrainingConfig, model: ModelConfig, size: ModelSize
+) -> Iterator[str]:
+    """Workers that are to share rows, and cannot with this model."""
+    shared = training.sequence_parallel_size
+    if shared == 1:
+        return
+    field = f"{name}.sequence_parallel_size: {shared}: {model.model_name_or_path!r}"
+    if size.unshared is not None:
+        yield f"{field}: {size.unshared}; set it to 1"
+    elif size.heads % shared:
+        yield f"{field} has {size.heads} attention heads; give a number that divides them"
 
 
 def _length_faults(

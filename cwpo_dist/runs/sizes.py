@@ -32,6 +32,7 @@ from cwpo_dist.lm.loading import (
     skeleton,
 )
 from cwpo_dist.lm.modules import decoder_of
+from cwpo_dist.lm.probe import unshared
 from cwpo_dist.lm.rope import turning_length
 from cwpo_dist.training.lora import adapter_notes, add_lora, leave_experts, refuse_unreadable
 
@@ -74,6 +75,8 @@ class ModelSize:
         positions: for how many tokens there are learned positions; None where they rotate on.
         turning: the longest row whose rotary positions are as in shorter ones; None: any.
         recomputes: whether its layers can compute their activations again.
+        heads: of attention; 0 where the configuration has no such field.
+        unshared: why ranks cannot share its rows; None: nothing speaks against it.
         trained: a size for each way in which the run trains it.
     """
 
@@ -87,6 +90,8 @@ class ModelSize:
     positions: int | None = None
     turning: int | None = None
     recomputes: bool = True
+    heads: int = 0
+    unshared: str | None = None
     trained: tuple[TrainedSize, ...] = ()
 
     def of(self, training: TrainingConfig) -> TrainedSize:
@@ -136,6 +141,8 @@ def model_size(model: ModelConfig, load: Loader = policy) -> ModelSize:
         positions=_learned_positions(module),
         turning=turning_length(decoder),
         recomputes=bool(module.supports_gradient_checkpointing),
+        heads=whole_number(text, "num_attention_heads"),
+        unshared=unshared(module, model.max_length),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -25,6 +26,7 @@ from cwpo_dist.config import TrainingConfig
 from cwpo_dist.config.training import BUCKET_NUMBERS
 from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import RowBatch
+from cwpo_dist.lm.sequence import SequenceGroup
 from cwpo_dist.training.deepspeed_settings import deepspeed_config, frozen_config, zero_stage
 from cwpo_dist.training.optim import STATE_KEYS, fresh_state, make_optimizer, set_learning_rate
 from cwpo_dist.training.shards import Share
@@ -92,6 +94,8 @@ class DeepSpeedEngine:
         """
         join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        timeout = timedelta(seconds=config.step_timeout_s + 60)
+        self.sequence = SequenceGroup.joined(config.sequence_parallel_size, timeout)
         self.stage = zero_stage(ds_config)
         self.replicated = self.stage == 0
         self.state_keys = STATE_KEYS[config.optim]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from cwpo_dist.lm.recompute import start_training
-from cwpo_dist.training.loop import Engine, Run, finite_loss
-from cwpo_dist.training.micro_batches import micro_batches, parts_of
+from cwpo_dist.training.loop import Engine, Run, finite_loss, own_micro_batches
+from cwpo_dist.training.micro_batches import parts_of
 from cwpo_dist.training.tasks import Task
 
 _OF_TRAINING = ("weight", "flipped")  # metrics that say nothing of what is held out
@@ -36,11 +36,11 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
     with torch.no_grad():
         for start in range(0, len(every), BATCH):
             indices = every[start : start + BATCH]
-            parts = parts_of(task, indices, run.limits, engine.world_size)
-            ranks = engine.rank, engine.world_size
-            for micro in micro_batches(parts, run.limits, *ranks, run.pad_id):
+            groups = engine.world_size // engine.sequence.size
+            parts = parts_of(task, indices, run.limits, groups)
+            for micro in own_micro_batches(parts, engine, run):
                 output_PK = micro.by_pair(engine.forward(micro.batch.to(engine.device)))
-                if micro.weight:
+                if micro.told:
                     rows = [indices[p] for p in micro.positions]
                     outputs_NK[rows] = output_PK.double().cpu()
     start_training(engine.module)

@@ -22,6 +22,7 @@ from cwpo_dist.lm.batches import global_batch, steps_per_epoch, total_steps
 from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.recompute import recompute
 from cwpo_dist.lm.rows import Layout, Row, RowBatch
+from cwpo_dist.lm.sequence import SequenceGroup
 from cwpo_dist.training.meter import Meter
 from cwpo_dist.training.micro_batches import Limits, MicroBatch, Part, micro_batches, parts_of
 from cwpo_dist.training.optim import learning_rates
@@ -47,6 +48,7 @@ class Engine(Protocol):
         world_size: how many ranks there are.
         state_keys: names of the optimizer's state per parameter.
         replicated: whether each rank keeps all of every parameter and state.
+        sequence: the ranks with which this one shares its micro-batches.
     """
 
     module: nn.Module
@@ -55,6 +57,7 @@ class Engine(Protocol):
     world_size: int
     state_keys: tuple[str, ...]
     replicated: bool
+    sequence: SequenceGroup
 
     def forward(self, batch: RowBatch) -> Tensor:
         """One number an answer [A], in the order of the rows."""
@@ -232,26 +235,27 @@ def gradients(
     denominator = task.denominator(indices)
     outputs_PK = torch.zeros(len(indices), task.n_answers, dtype=torch.float64)
     tokens = torch.zeros(2, dtype=torch.float64)
-    parts = parts_of(task, indices, run.limits, engine.world_size)
+    parts = parts_of(task, indices, run.limits, engine.world_size // engine.sequence.size)
     if task.looks_ahead:
         task.learn(_ahead(engine, run, step, parts, outputs_PK), indices)
         meter.mark("forward")
-    for micro in micro_batches(parts, run.limits, engine.rank, engine.world_size, run.pad_id):
+    for micro in own_micro_batches(parts, engine, run):
         batch = micro.batch.to(engine.device)
         meter.mark("data")
         output_PK = _forward(engine, run, step, micro, batch)
         loss_P = task.losses(output_PK, [indices[p] for p in micro.positions])
-        # DeepSpeed averages over ranks, hence × world size. A pad is a finite row times 0.
+        # DeepSpeed averages over ranks, hence × world size: ranks that share a sequence have each a
+        # part of its gradient. A pad is a finite row times 0.
         loss = (loss_P.sum() * (micro.weight * engine.world_size)) / denominator
         meter.mark("forward")
         engine.backward(loss, last=micro.last)
         meter.mark("backward")
-        if micro.weight:
+        if micro.told:
             outputs_PK[micro.positions] = output_PK.detach().double().cpu()
         useful = micro.batch.useful_tokens * micro.weight
         tokens += torch.tensor([useful, micro.batch.padded_tokens])
     flags = torch.tensor([hooks.wants_stop(), hooks.wants_poll()], dtype=torch.float64)
-    # Each pair was computed by one rank and is 0 on the others: the sum tells all of them all.
+    # Each pair is told by one rank and is 0 on the others: the sum tells all of them all.
     summed = engine.total(torch.cat([flags, tokens, outputs_PK.flatten()]))
     meter.mark("communication")
     outputs_PK = summed[4:].reshape(outputs_PK.shape)
@@ -267,6 +271,12 @@ def gradients(
     )
 
 
+def own_micro_batches(parts: Sequence[Part], engine: Engine, run: Run) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a global batch: as many as every other rank has."""
+    ranks = engine.rank, engine.world_size
+    return micro_batches(parts, run.limits, *ranks, run.pad_id, engine.sequence)
+
+
 def _forward(engine: Engine, run: Run, step: int, micro: MicroBatch, batch: RowBatch) -> Tensor:
     """Outputs [P, K], with the dropout of this micro-batch."""
     torch.manual_seed(_dropout_seed(run.seed, step, engine.rank, micro.number))
@@ -278,9 +288,9 @@ def _forward(engine: Engine, run: Run, step: int, micro: MicroBatch, batch: RowB
 def _ahead(engine: Engine, run: Run, step: int, parts: Sequence[Part], like_PK: Tensor) -> Tensor:
     """The outputs that a step is about to compute, float64 [P, K]; a collective."""
     outputs_PK = torch.zeros_like(like_PK)
-    for micro in micro_batches(parts, run.limits, engine.rank, engine.world_size, run.pad_id):
+    for micro in own_micro_batches(parts, engine, run):
         output_PK = _forward(engine, run, step, micro, micro.batch.to(engine.device))
-        if micro.weight:
+        if micro.told:
             outputs_PK[micro.positions] = output_PK.double().cpu()
     return engine.total(outputs_PK.flatten()).reshape(outputs_PK.shape)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate
+from cwpo_dist.lm.sequence import ALONE, SequenceGroup
 from cwpo_dist.lm.sharing import SharedRows, unshared
 from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.training.tasks import Indices, Task
@@ -112,8 +113,9 @@ class MicroBatch:
         number: from 0 in each step.
         positions: of its pairs in the global batch.
         places_PK: of their answers among those of the batch.
-        batch: the rows that hold them.
+        batch: the rows that hold them, or this rank's part of them.
         weight: 0 marks a pad.
+        told: whether this rank tells the others what comes out: one of those that share it does.
         last: of the step.
         over_budget: whether a rank has a pair in it that alone exceeds the budget of tokens.
     """
@@ -123,6 +125,7 @@ class MicroBatch:
     places_PK: Tensor
     batch: RowBatch
     weight: float
+    told: bool
     last: bool
     over_budget: bool
 
@@ -138,7 +141,8 @@ def parts_of(task: Task, indices: Indices, limits: Limits, world_size: int) -> l
         task: whose rows they are.
         indices: rows of the global batch.
         limits: of a micro-batch.
-        world_size: ranks; there are as many parts at least, where the pairs suffice.
+        world_size: ranks, those that share a sequence as one; there are as many parts at least,
+            where the pairs suffice.
     """
     by_prompt: dict[str, list[tuple[int, Row]]] = {}
     for position, i in enumerate(indices):
@@ -151,7 +155,12 @@ def parts_of(task: Task, indices: Indices, limits: Limits, world_size: int) -> l
 
 
 def micro_batches(
-    parts: Sequence[Part], limits: Limits, rank: int, world_size: int, pad_id: int
+    parts: Sequence[Part],
+    limits: Limits,
+    rank: int,
+    world_size: int,
+    pad_id: int,
+    sequence: SequenceGroup = ALONE,
 ) -> Iterator[MicroBatch]:
     """A rank's micro-batches of a global batch: as many as every other rank has.
 
@@ -161,7 +170,9 @@ def micro_batches(
         rank: whose they are.
         world_size: of how many.
         pad_id: the tokenizer's.
+        sequence: the ranks that share this one's micro-batches.
     """
+    rank, world_size = rank // sequence.size, world_size // sequence.size
     lengths, sequences = zip(*(limits.length(part.rows) for part in parts), strict=True)
     plans = plan_micro_batches(lengths, limits.max_tokens, world_size, limits.layout, sequences)
     shortest = min(range(len(parts)), key=lengths.__getitem__)
@@ -172,8 +183,9 @@ def micro_batches(
             number=number,
             positions=[position for position, _ in part.pairs],
             places_PK=torch.tensor(part.places),
-            batch=collate(part.rows, limits.layout, pad_id),
+            batch=sequence.part(collate(part.rows, limits.layout, pad_id)),
             weight=1.0 if chosen else 0.0,
+            told=bool(chosen) and sequence.rank == 0,
             last=number == len(plans[0]) - 1,
             over_budget=longest > limits.max_tokens,
         )

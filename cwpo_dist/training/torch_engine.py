@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import RowBatch
+from cwpo_dist.lm.sequence import ALONE
 from cwpo_dist.training.optim import STATE_KEYS, fresh_state, make_optimizer, set_learning_rate
 from cwpo_dist.training.shards import Share
 
@@ -20,6 +21,7 @@ class TorchEngine:
     rank = 0
     world_size = 1
     replicated = True
+    sequence = ALONE
 
     def __init__(
         self, module: nn.Module, config: TrainingConfig, device: torch.device | str = "cpu"

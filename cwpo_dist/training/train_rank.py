@@ -147,10 +147,12 @@ class TrainRank:
         """What the loop is told: how rows are laid out for this model, and what they cost.
 
         Raises:
-            ModelError: for a model whose scores depend on the pads of a batch.
+            ModelError: for a model whose scores depend on the pads of a batch, or whose rows ranks
+                cannot share.
         """
         spec = self.spec
-        layout = choose_layout(self.module, longest=spec.model.max_length).layout
+        longest, group = spec.model.max_length, self.engine.sequence
+        layout = choose_layout(self.module, longest=longest, group=group).layout
         if isinstance(self.module, AnswerScores) and self.module.one_by_one:
             raise ModelError(  # ranks would call a sharded model unequally often
                 f"model_name_or_path: {spec.model.model_name_or_path!r}: its scores depend on the "
