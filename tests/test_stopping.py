@@ -92,6 +92,26 @@ def test_a_trial_that_lost_gets_no_more_seeds_and_the_others_do(
     assert (len(called), len(kept)) == (1, 15), "all at once, as before"
 
 
+def test_a_stopped_trial_is_told_by_its_own_seeds_and_its_p_counts_the_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = {"seeds": [0, 1, 2, 3, 4], "grids": [{"arms": ["human", "weak"]}]}
+    config = parse_config(small_config(tmp_path) | {"compare": compare})
+    human, weak = trials(config)
+    run = {(human, seed): config for seed in range(5)} | {(weak, seed): config for seed in range(3)}
+    values = {human: seeds_of(0, 0, 0, 0, 0), weak: seeds_of(-0.10, -0.12, -0.11)}
+    monkeypatch.setattr(comparison, "items_of", lambda runs, trial: {"accuracy": values[trial]})
+    monkeypatch.setattr(comparison, "_by_seed", lambda trial, runs: {})
+    monkeypatch.setattr(comparison, "_devices", lambda runs: {"cpu"})
+    found: Any = comparison.collect(config, run, {})["trials"]
+    assert [found[arm]["stopped_after"] for arm in ("human", "weak")] == [None, 3]
+    once = paired(values[weak], values[human])
+    assert once.p is not None
+    against = found["weak"]["against"]["human"]["accuracy"]
+    assert (against["seeds"], against["p"]) == (3, pytest.approx(2 * once.p))
+    assert found["human"]["against"]["weak"]["accuracy"]["p"] == pytest.approx(2 * once.p)
+
+
 def test_nothing_is_to_be_stopped_with_three_seeds(tmp_path: Path) -> None:
     compare = {"seeds": [0, 1, 2], "stop_losers": True}
     config = parse_config(small_config(tmp_path) | {"compare": compare})

@@ -234,6 +234,7 @@ def check(
 
 
 app.command()(asking.ask)
+app.command()(asking.judge)
 app.command()(starting_file.init)
 app.command()(configuration.config)
 app.add_typer(bench.bench, name="bench")

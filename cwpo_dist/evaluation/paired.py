@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -186,6 +187,7 @@ def student_tails(t: float, freedom: float) -> float:
     return 2 * float(np.interp(math.atan(abs(t) / math.sqrt(freedom)), theta, beyond))
 
 
+@cache
 def _student_grid(freedom: float) -> tuple[Floats, Floats]:
     """θ, where t = √ν·tan θ has a density proportional to cos^(ν−1) θ, and what lies beyond it."""
     theta = np.linspace(0, math.pi / 2, _GRID)

@@ -79,18 +79,17 @@ def _made(config: Config, runs: Runs) -> Runs:
         these = {(t, seed): runs[t, seed] for t in left for seed in seeds[:k]}
         make_all([job for (trial, _), run in these.items() for job in _jobs(run, trial.arm)])
         made |= these
-        if k < len(seeds):
-            left = [t for t in left if t == base or not _lost(these, t, base, len(seeds))]
+        for trial in left if k < len(seeds) else []:
+            if trial != base and _lost(these, trial, base, len(seeds)):
+                logger.info("compare: %s is stopped after %d seeds", told[trial], k)
+                left = [other for other in left if other != trial]
     return made
 
 
 def _lost(runs: Runs, trial: Trial, base: Trial, seeds: int) -> bool:
     """Whether a trial is surely below the baseline on held-out labels."""
     ours, theirs = (items_of(runs, each)["accuracy"] for each in (trial, base))
-    found = lost(difference := paired(ours, theirs), seeds)
-    if found:
-        logger.info("compare: %s is stopped after %d seeds", trial, difference.seeds)
-    return found
+    return lost(paired(ours, theirs), seeds)
 
 
 def _jobs(config: Config, arm: str) -> Iterator[Job]:

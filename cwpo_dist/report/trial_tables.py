@@ -19,6 +19,7 @@ from cwpo_dist.report.cells import (
     written,
 )
 from cwpo_dist.report.figures import Mean
+from cwpo_dist.report.judged_table import judged_tables
 from cwpo_dist.report.outcomes import Found, p_in_words
 
 MOST_IN_MATRIX = 12  # trials: a wider table is read by nobody
@@ -56,7 +57,8 @@ def tables(found: Found) -> list[Table]:
     annotators = [_annotators_table(known)] if known else []
     rates = [_rates_table(found)] if found["tried"] else []
     stopped = [_stopped_table(found)] if _stopped(found) else []
-    shown = [_trials_table(found), *stopped, _paired_table(found), *matrix, _training_table(found)]
+    first = [_trials_table(found), *judged_tables(found), *stopped]
+    shown = [*first, _paired_table(found), *matrix, _training_table(found)]
     return [without_empty(table) for table in [*shown, *annotators, *rates]]
 
 
