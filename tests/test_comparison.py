@@ -17,7 +17,15 @@ from small_run import small_config
 
 from cwpo_dist.config import Config, ConfigError, EvaluateConfig
 from cwpo_dist.config.load import parse_config
-from cwpo_dist.evaluation.paired import Items, length_balanced, over_seeds, paired, student
+from cwpo_dist.evaluation.paired import (
+    Items,
+    holm,
+    length_balanced,
+    over_seeds,
+    paired,
+    student,
+    student_tails,
+)
 from cwpo_dist.evaluation.win_rates import answer_figures, length_controlled, won
 from cwpo_dist.execution import comparison
 from cwpo_dist.execution.comparison import compare
@@ -50,6 +58,33 @@ def test_students_quantiles_are_those_of_the_tables() -> None:
         assert student(0.975, freedom) == pytest.approx(value, rel=1e-3)
     assert student(0.8, 4) == pytest.approx(0.9410, abs=1e-3)
     assert student(0.2, 4) == pytest.approx(-0.9410, abs=1e-3)
+
+
+def test_p_values_are_those_of_the_tables_and_go_with_the_interval() -> None:
+    assert student_tails(2.7764, 4) == pytest.approx(0.05, rel=1e-3)
+    assert student_tails(-10, 4) == pytest.approx(5.62e-4, rel=1e-3)
+    assert student_tails(1.96, math.inf) == pytest.approx(0.05, rel=1e-3)
+    rng = np.random.default_rng(3)
+    apart = []
+    for _ in range(60):
+        shift = rng.normal(0.15, 0.05)
+        ours, theirs = (
+            {seed: items(rng.normal(mean + rng.normal(0, 0.05), 0.5, 40).tolist()) for seed in "ab"}
+            for mean in (shift, 0)
+        )
+        found = paired(ours, theirs)
+        assert found.low is not None
+        assert found.p is not None
+        apart.append(not found.low <= 0 <= found.high)
+        assert apart[-1] == (found.p < 0.05)
+    assert {*apart} == {True, False}
+
+
+def test_holms_correction_by_hand() -> None:
+    """4 × 0.005, 3 × 0.01, 2 × 0.03; 1 × 0.04 is below what stands before it."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_a_mean_over_seeds_worked_by_hand() -> None:

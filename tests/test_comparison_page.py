@@ -116,6 +116,17 @@ def test_trials_are_held_against_those_whose_labels_were_flipped_alike() -> None
     }
 
 
+def test_what_is_told_apart_alone_is_held_against_all_lines() -> None:
+    """Of p values 0.005, 0.03 and 0.6 Holm makes 0.015, 0.06 and 0.6."""
+    found = sample_comparison()
+    for arm, mean, p in (("cw", 0.04, 0.005), ("weak", 0.01, 0.6), ("soft", -0.05, 0.03)):
+        found["trials"][arm]["against"]["human"]["accuracy"] = difference(mean, 0.03) | {"p": p}
+    (verdict,) = verdicts(found)
+    assert verdict.lines[0].endswith("; counting all 3 comparisons: decided, p = 0.015")
+    assert "counting" not in verdict.lines[1], "not told apart even alone"
+    assert verdict.lines[2].endswith("; counting all 3 comparisons: not decided, p = 0.060")
+
+
 def test_every_arm_is_told_in_a_line_of_its_own() -> None:
     told = {arm: in_words(arm) for arm in ARMS}
     assert len(set(told.values())) == len(ARMS)

@@ -243,6 +243,7 @@ def check(
 app.command()(asking.ask)
 app.command()(exporting.export)
 app.command()(exporting.verify)
+app.command()(asking.judge)
 app.command()(starting_file.init)
 app.command()(configuration.config)
 app.add_typer(bench.bench, name="bench")

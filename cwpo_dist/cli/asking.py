@@ -1,4 +1,4 @@
-"""`cwpo ask`: which pairs people should label next."""
+"""`cwpo ask` and `cwpo judge`: what people are asked: labels of pairs, verdicts on answers."""
 
 from __future__ import annotations
 
@@ -44,4 +44,40 @@ def ask(
     scored = STRATEGIES[strategy].annotators > 0
     check(loaded, "annotate" if scored else "prepare")  # before any worker starts
     for line in ask_people(loaded, budget, strategy, arm).lines():
+        say(line)
+
+
+def judge(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    arm: Annotated[
+        str | None,
+        typer.Option(help="Whose answers: an arm or trial; by default the run's first arm."),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="Another, or own_sft or common: the models that GRA compares with.")
+    ] = "own_sft",
+    budget: Annotated[int, typer.Option(min=1, help="How many prompts at most.")] = 100,
+    answers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILES", help="What people said, a glob; give it again for more."),
+    ] = None,
+) -> None:
+    """Write a page on which people judge two models' answers; with --answers, their win rates.
+
+    The run or comparison is finished, and has gold rewards of its answers. People judge prompts
+    drawn by lot, and the gold reward all: together they say more than people alone (PPI++), and are
+    as right as people, however wrong the gold reward is.
+
+    Example: cwpo judge run.yaml --arm cw --against human --answers 'answers-*.jsonl'
+    """
+    from cwpo_dist.execution.judge import ask_judges, show_judged
+
+    log_to_terminal()
+    loaded = load_config(config, overrides)
+    ours = arm or loaded.arms[0]
+    if answers:
+        say(f"report: {show_judged(loaded, ours, against, answers)}")
+        return
+    for line in ask_judges(loaded, ours, against, budget):
         say(line)

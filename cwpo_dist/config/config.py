@@ -90,6 +90,11 @@ class CompareConfig(Section):
         description="the trial that others are held against: its arm, and what tells it from other "
         "trials of that arm (`cw, 30 % labelled`); null: the first",
     )
+    stop_losers: bool = Field(
+        False,
+        description="after three seeds and each further one, give no more seeds to a trial that is "
+        "surely below the baseline on held-out labels",
+    )
 
     @field_validator("seeds", "learning_rates")
     @classmethod

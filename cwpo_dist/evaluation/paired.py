@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
-from cwpo_dist.evaluation.shares import Z95, AsDict, Floats, clustered_error, group_numbers
+from cwpo_dist.evaluation.shares import AsDict, Floats, clustered_error, group_numbers
 
 POWER = 0.8
 _GRID = 20_001
@@ -48,6 +51,8 @@ class Mean(AsDict):
         smallest: the smallest true effect that such a run finds with 80 % probability at the 5 %
             level, (t_0.975 + t_0.8) standard errors.
         values: the mean of each seed.
+        p: of a difference: how probable one so far from zero is where there is none, two-sided;
+            below 0.05 exactly where the interval leaves zero out.
     """
 
     seeds: int
@@ -57,6 +62,7 @@ class Mean(AsDict):
     high: float | None
     smallest: float | None
     values: tuple[float, ...] = ()
+    p: float | None = None
 
 
 def over_seeds(found: Sequence[Items]) -> Mean:
@@ -66,12 +72,12 @@ def over_seeds(found: Sequence[Items]) -> Mean:
         return Mean(0, 0, None, None, None, None)
     means = np.array([items.values.mean() for items in filled])
     n, count = len(filled), sum(len(items.values) for items in filled)
-    bounds = [_of_seeds(means), _of_items(filled)]
-    half, smallest = max(bounds, key=lambda bound: bound[0])
     middle, values = float(means.mean()), tuple(means.tolist())
-    if not half:
+    wider = max(_chances(filled), key=lambda chance: chance.half)
+    if not wider.error:
         return Mean(n, count, middle, None, None, None, values)
-    return Mean(n, count, middle, middle - half, middle + half, smallest, values)
+    low, high = middle - wider.half, middle + wider.half
+    return Mean(n, count, middle, low, high, wider.smallest, values)
 
 
 def paired(ours: Mapping[int, Items], theirs: Mapping[int, Items]) -> Mean:
@@ -84,7 +90,24 @@ def paired(ours: Mapping[int, Items], theirs: Mapping[int, Items]) -> Mean:
         values = ours[seed].values[places] - np.array([other[name] for name in names])
         prompts = [ours[seed].prompts[k] for k in places]
         differences.append(Items(names, prompts, values))
-    return over_seeds(differences)
+    found = over_seeds(differences)
+    if found.mean is None or found.low is None:
+        return found
+    chances = _chances([items for items in differences if len(items.values)])
+    return replace(found, p=max(chance.p_of(found.mean) for chance in chances))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Corrects p values, in their order, for how many there are (Holm 1979).
+
+    Of all true zeros among them, one or more comes out below 0.05 with a probability of at most
+    5 %, whatever they have in common: p_(k) becomes max_{j ≤ k} min(1, (m − j + 1)·p_(j)).
+    """
+    corrected, worst = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = worst
+    return corrected
 
 
 def length_balanced(items: Items, longer_by: Floats) -> Items:
@@ -113,30 +136,61 @@ def length_balanced(items: Items, longer_by: Floats) -> Items:
     return Items(names, prompts, sum(means) / 2 + influence)
 
 
-def _of_seeds(means: Floats) -> tuple[float, float]:
-    """Half width and smallest effect by the spread between seeds; zeros for one seed."""
-    if len(means) < 2:
-        return 0.0, 0.0
-    error = float(means.std(ddof=1)) / math.sqrt(len(means))
-    sure, power = student(0.975, len(means) - 1), student(POWER, len(means) - 1)
-    return sure * error, (sure + power) * error
+class _Chance(NamedTuple):
+    """A standard error, and its degrees of freedom: infinite for the normal's."""
+
+    error: float
+    freedom: float
+
+    @property
+    def half(self) -> float:
+        """Half the 95 % interval."""
+        return student(0.975, self.freedom) * self.error
+
+    @property
+    def smallest(self) -> float:
+        """The effect that is found with a probability of `POWER`."""
+        return (student(0.975, self.freedom) + student(POWER, self.freedom)) * self.error
+
+    def p_of(self, mean: float) -> float:
+        """How probable a mean so far from zero is by this chance alone, two-sided."""
+        return 0.0 if not self.error else student_tails(mean / self.error, self.freedom)
 
 
-def _of_items(found: Sequence[Items]) -> tuple[float, float]:
-    """The same by the spread between items; a prompt is one cluster over all seeds."""
-    deviations = [
-        (items.values - items.values.mean()) / (len(found) * len(items.values)) for items in found
-    ]
+def _chances(found: Sequence[Items]) -> list[_Chance]:
+    """Between seeds, unless there is one; between items, where a prompt is one cluster."""
+    n = len(found)
+    deviations = [(items.values - items.values.mean()) / (n * len(items.values)) for items in found]
     prompts = [prompt for items in found for prompt in items.prompts]
     groups = group_numbers(prompts, len(prompts))
-    error = clustered_error(np.concatenate(deviations), groups)
-    return Z95 * error, (Z95 + 0.8416212335729143) * error
+    of_items = _Chance(clustered_error(np.concatenate(deviations), groups), math.inf)
+    if n < 2:
+        return [of_items]
+    means = np.array([items.values.mean() for items in found])
+    return [_Chance(float(means.std(ddof=1)) / math.sqrt(n), n - 1), of_items]
 
 
-def student(p: float, freedom: int) -> float:
-    """Student's quantile, to 1e-4: t = √ν·tan θ has a density proportional to cos^(ν−1) θ."""
+def student(p: float, freedom: float) -> float:
+    """Student's quantile, to 1e-4; the normal's for infinite freedom."""
+    if math.isinf(freedom):
+        return NormalDist().inv_cdf(p)
+    theta, beyond = _student_grid(freedom)
+    angle = float(np.interp(abs(p - 0.5), 0.5 - beyond, theta))
+    return math.copysign(math.sqrt(freedom) * math.tan(angle), p - 0.5)
+
+
+def student_tails(t: float, freedom: float) -> float:
+    """The probability of a value of Student's further from zero than t, on both sides."""
+    if math.isinf(freedom):
+        return math.erfc(abs(t) / math.sqrt(2))
+    theta, beyond = _student_grid(freedom)
+    return 2 * float(np.interp(math.atan(abs(t) / math.sqrt(freedom)), theta, beyond))
+
+
+@cache
+def _student_grid(freedom: float) -> tuple[Floats, Floats]:
+    """θ, where t = √ν·tan θ has a density proportional to cos^(ν−1) θ, and what lies beyond it."""
     theta = np.linspace(0, math.pi / 2, _GRID)
     density = np.cos(theta) ** (freedom - 1)
-    half = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = float(np.interp(abs(p - 0.5), half / half[-1] / 2, theta))
-    return math.copysign(math.sqrt(freedom) * math.tan(angle), p - 0.5)
+    beyond = np.concatenate([np.cumsum((density[:0:-1] + density[-2::-1]) / 2)[::-1], [0]])
+    return theta, beyond / beyond[0] / 2

@@ -96,18 +96,19 @@ class Estimate(AsDict):
     high: float | None
 
 
-def wilson(successes: float, n: float) -> tuple[float | None, float | None]:
+def wilson(successes: float, n: float, quantile: float = Z95) -> tuple[float | None, float | None]:
     """Wilson's 95 % interval of a share; (None, None) for n = 0.
 
     Args:
         successes: how many, at most n; need not be whole.
         n: how many independent decisions; need not be whole.
+        quantile: the normal's, or Student's where n is an estimate.
     """
     if n <= 0:
         return None, None
-    share, z2 = successes / n, Z95**2
+    share, z2 = successes / n, quantile**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2)) / (1 + z2 / n)
+    half = quantile * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2)) / (1 + z2 / n)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

@@ -157,7 +157,7 @@ def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
     if not len(chosen):
         raise ConfigError(_nothing(len(found)))
     questions = _questions(pairs, chosen)
-    _write(context.place(node), questions)
+    write_questions(context.place(node), questions)
     return {
         "asked": len(questions),
         "candidates": len(known),
@@ -201,7 +201,7 @@ def _candidates(given: Annotated, told: AskSettings, index: int) -> pa.Table:
     return table_of([(n, w, index) for n, w in zip(names, worth, strict=True)], CANDIDATES)
 
 
-def _write(place: Store, questions: list[Question]) -> None:
+def write_questions(place: Store, questions: list[Question]) -> None:
     """The same questions for a browser, for Label Studio, and as rows for any other tool."""
     place.write(QUESTIONS, "".join(f"{each.line}\n" for each in questions).encode())
     place.write(PAGE, page(digest([each.pair_id for each in questions]), questions))
@@ -219,10 +219,11 @@ def _questions(pairs: Store, chosen: pa.Table) -> list[Question]:
         found |= {pair.pair_id: pair for pair in some}
     # In all rows or in none: what few rows have may stand too far down to be seen as a column.
     with_tools = any(pair.tools is not None for pair in found.values())
-    return [_question(found[name], with_tools) for name in names.to_pylist()]
+    return [question_of(found[name], with_tools) for name in names.to_pylist()]
 
 
-def _question(pair: Pair, with_tools: bool) -> Question:
+def question_of(pair: Pair, with_tools: bool) -> Question:
+    """A pair as it is asked for: its row, and its texts as people read them."""
     row: dict[str, Any] = {"pair_id": pair.pair_id, "prompt": pair.prompt}
     row |= {"response_a": pair.response_a, "response_b": pair.response_b}
     row |= {"tools": pair.tools} if with_tools else {}

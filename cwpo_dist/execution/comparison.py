@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 
 from cwpo_dist.config import Config, ConfigError
-from cwpo_dist.evaluation.paired import Items, over_seeds
+from cwpo_dist.evaluation.paired import Items, over_seeds, paired
+from cwpo_dist.evaluation.stopping import looks, lost
 from cwpo_dist.execution.side_by_side import Job, make_all
+from cwpo_dist.execution.trial_items import Runs, context_of, evaluated, items_of
 from cwpo_dist.graph import graph
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
 from cwpo_dist.results import collect as report
-from cwpo_dist.results.items import against, by_item
+from cwpo_dist.results.items import against
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.checks import check_trials
 from cwpo_dist.runs.context import Context
@@ -54,7 +56,7 @@ def compare(config: Config) -> str:
         for trial in chosen
         for seed in section(config).seeds
     }
-    make_all([job for (trial, _), run in runs.items() for job in _jobs(run, trial.arm)])
+    runs = _made(config, runs)
     root = Store(config.output_dir)
     found = collect(config, runs, tuned_by) | {"single_runs": _single_runs(config, runs)}
     root.write(FIGURES, json.dumps(found, indent=1).encode())  # trials keep their order
@@ -63,13 +65,36 @@ def compare(config: Config) -> str:
     return root.child(PAGE).uri
 
 
+def _made(config: Config, runs: Runs) -> Runs:
+    """Makes the runs and gives them back, without those that a trial was stopped before.
+
+    What decides is read from what was made, so that the same command decides the same.
+    """
+    seeds = section(config).seeds
+    left = [*dict.fromkeys(trial for trial, _ in runs)]
+    told = names(left)
+    base = next(trial for trial in left if told[trial] == baseline(config, left))
+    made: Runs = {}
+    for k in [*(looks(len(seeds)) if section(config).stop_losers else []), len(seeds)]:
+        these = {(t, seed): runs[t, seed] for t in left for seed in seeds[:k]}
+        make_all([job for (trial, _), run in these.items() for job in _jobs(run, trial.arm)])
+        made |= these
+        for trial in left if k < len(seeds) else []:
+            if trial != base and _lost(these, trial, base, len(seeds)):
+                logger.info("compare: %s is stopped after %d seeds", told[trial], k)
+                left = [other for other in left if other != trial]
+    return made
+
+
+def _lost(runs: Runs, trial: Trial, base: Trial, seeds: int) -> bool:
+    """Whether a trial is surely below the baseline on held-out labels."""
+    ours, theirs = (items_of(runs, each)["accuracy"] for each in (trial, base))
+    return lost(paired(ours, theirs), seeds)
+
+
 def _jobs(config: Config, arm: str) -> Iterator[Job]:
     for node in graph(config, arm).values():
-        yield Job(_context(config), node)
-
-
-def _context(config: Config) -> Context:
-    return Context(Store(config.output_dir))
+        yield Job(context_of(config), node)
 
 
 def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, object]]:
@@ -113,22 +138,18 @@ def _tried(
 
 def _agreement(config: Config, arm: str) -> tuple[float | None, int]:
     """The share of held-out labels that the policy agrees with, and of how many."""
-    metrics = _evaluated(config, arm)[0].read_json("metrics.json")
+    metrics = evaluated(config, arm)[0].read_json("metrics.json")
     found = metrics["policy"]["agreement"]
     return found["accuracy"], found["n"]
 
 
-def _evaluated(config: Config, arm: str) -> tuple[Store, Mapping[str, Node]]:
-    nodes = graph(config, arm)
-    return _context(config).place(nodes["evaluate"]), nodes
-
-
-def collect(
-    config: Config, runs: Mapping[tuple[Trial, int], Config], tuned_by: Mapping[str, object]
-) -> dict[str, object]:
+def collect(config: Config, runs: Runs, tuned_by: Mapping[str, object]) -> dict[str, object]:
     """Every figure: means over seeds; differences of any two, paired by seed and item."""
     told = names([*dict.fromkeys(trial for trial, _ in runs)])
-    items = {name: _items(runs, trial) for trial, name in told.items()}
+    items = {name: items_of(runs, trial) for trial, name in told.items()}
+    seeds = section(config).seeds
+    stopped = {name for name, of in items.items() if len(of["accuracy"]) < len(seeds)}
+    looked = {name: len(looks(len(seeds))) if name in stopped else 1 for name in items}
     entries = {}
     for trial, name in told.items():
         single = [run for (other, _), run in runs.items() if other == trial]
@@ -140,8 +161,11 @@ def collect(
             "learning_rate": single[0].align.learning_rate,
             "test_pairs": sum(len(of.names) for of in items[name]["accuracy"].values()),
             "figures": {k: over_seeds([*v.values()]).as_dict() for k, v in items[name].items()},
+            "stopped_after": len(single) if name in stopped else None,
             "against": {
-                other: against(items[name], items[other]) for other in items if other != name
+                other: against(items[name], items[other], max(looked[name], looked[other]))
+                for other in items
+                if other != name
             },
             **_by_seed(trial, single),
         }
@@ -153,7 +177,7 @@ def collect(
             "device": ", ".join(sorted(_devices(runs))),
             "made": datetime.now(UTC).date().isoformat(),
         },
-        "seeds": section(config).seeds,
+        "seeds": seeds,
         "baseline": baseline(config, list(told)),
         **tuned_by,
         "trials": entries,
@@ -161,13 +185,13 @@ def collect(
     }
 
 
-def _devices(runs: Mapping[tuple[Trial, int], Config]) -> set[str]:
+def _devices(runs: Runs) -> set[str]:
     """Where the policies were trained: known without a cluster, when nothing is left to do."""
     aligned = ((run, graph(run, trial.arm)["align"]) for (trial, _), run in runs.items())
-    return {Manifest.read(_context(run).place(node)).device for run, node in aligned}
+    return {Manifest.read(context_of(run).place(node)).device for run, node in aligned}
 
 
-def _single_runs(config: Config, runs: Mapping[tuple[Trial, int], Config]) -> dict[str, list[str]]:
+def _single_runs(config: Config, runs: Runs) -> dict[str, list[str]]:
     """Writes reports of the first seed's runs, side by side where they have their pairs in common.
 
     Returns:
@@ -180,7 +204,7 @@ def _single_runs(config: Config, runs: Mapping[tuple[Trial, int], Config]) -> di
             by_pairs.setdefault(graph(run, trial.arm)["prepare"].path, {})[trial] = run
     written = {}
     for number, beside in enumerate(by_pairs.values(), 1):
-        context, of_these = _context(config), next(iter(beside.values()))
+        context, of_these = context_of(config), next(iter(beside.values()))
         graphs = {told[trial]: graph(run, trial.arm) for trial, run in beside.items()}
         metrics = report.collect(context, of_these, graphs) | {
             "config": config.model_dump(mode="json")
@@ -191,22 +215,12 @@ def _single_runs(config: Config, runs: Mapping[tuple[Trial, int], Config]) -> di
     return written
 
 
-def _items(runs: Mapping[tuple[Trial, int], Config], trial: Trial) -> dict[str, dict[int, Items]]:
-    """Figure → seed → its items."""
-    found: dict[str, dict[int, Items]] = {}
-    for (other, seed), run in runs.items():
-        if other == trial:
-            for figure, items in by_item(_evaluated(run, trial.arm)[0]):
-                found.setdefault(figure, {})[seed] = items
-    return found
-
-
 def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, object]:
     """Figures that have no items: one number a seed, and their mean with Student's interval."""
     found: dict[str, list[float]] = {}
     for run in runs:
-        store, nodes = _evaluated(run, trial.arm)
-        context = _context(run)
+        store, nodes = evaluated(run, trial.arm)
+        context = context_of(run)
         metrics = store.read_json("metrics.json")
         numbers = _single(context, nodes, metrics)
         if run.arm(trial.arm).labels != "human":

@@ -88,11 +88,13 @@ class Mean(Interval):
         mean: it.
         values: of each seed.
         smallest: the true difference that would be found with 80 % probability.
+        p: of a difference: how probable one so far from zero is by chance.
     """
 
     mean: float
     values: Sequence[float]
     smallest: float | None = None
+    p: float | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any] | None) -> Self | None:

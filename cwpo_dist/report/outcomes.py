@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cwpo_dist.evaluation.paired import holm
 from cwpo_dist.report.arms_in_words import ALL_HUMAN, UNWEIGHTED, is_weighted
 from cwpo_dist.report.cells import at, interval, written
 from cwpo_dist.report.figures import Mean
@@ -18,12 +19,14 @@ FIGURES = {
     "length_balanced": "on held-out labels, length-balanced",
     "gra_common": "by the gold reward (GRA, common)",
 }
+LEVEL = 0.05
 CHANCE = (
     "Paired differences with their 95 % intervals. Each line is a comparison of its own: of twenty "
-    "true zeros one is told apart by chance. Length-balanced: pairs whose longer and whose shorter "
-    "answer is preferred count alike, so that length alone gains nothing. Held-out labels are of "
-    "the kind that arms of the data's own labels were trained to fit, which favours them; a gold "
-    "reward model's are not."
+    "true zeros one is told apart by chance. Counting all of them (Holm's correction), any true "
+    "zero is decided in at most one report of twenty. Length-balanced: pairs whose longer and "
+    "whose shorter answer is preferred count alike, so that length alone gains nothing. Held-out "
+    "labels are of the kind that arms of the data's own labels were trained to fit, which favours "
+    "them; a gold reward model's are not."
 )
 
 
@@ -45,21 +48,56 @@ class Verdict:
 
 
 def verdicts(found: Found) -> list[Verdict]:
-    """All against the baseline, weighted against unweighted, and all against all own labels."""
-    told = []
+    """All against the baseline, weighted against unweighted, and all against all own labels.
+
+    What is told apart is held against the number of all lines, too.
+    """
+    groups = list(_differences(found))
+    ps = [mean.p for *_, means in groups for mean in means.values() if mean.p is not None]
+    counted = dict(zip(ps, holm(ps), strict=True)), len(ps)
+    return [
+        Verdict(
+            title,
+            figure,
+            [_verdict(label, mean) + _counted(mean, *counted) for label, mean in means.items()],
+            [dot(label, mean) for label, mean in means.items()],
+        )
+        for title, figure, means in groups
+    ]
+
+
+def _differences(found: Found) -> Iterator[tuple[str, str, dict[str, Mean]]]:
+    """Titles and figures, each with the differences under it by their labels."""
     for figure, words in FIGURES.items():
         for title, pairs in _held_against(found):
             means = {
-                label: mean.cut(-1, 1)
+                label + _stopped(found, name, other): mean.cut(-1, 1)
                 for label, (name, other) in pairs.items()
                 for mean in [Mean.of(at(found["trials"][name], "against", other, figure))]
                 if mean is not None
             }
             if means:
-                lines = [_verdict(label, mean) for label, mean in means.items()]
-                dots = [dot(label, mean) for label, mean in means.items()]
-                told.append(Verdict(f"{title}, {words}", figure, lines, dots))
-    return told
+                yield f"{title}, {words}", figure, means
+
+
+def _stopped(found: Found, *names: str) -> str:
+    """What stands behind a label where a trial of the comparison has not all seeds."""
+    after = [k for name in names if (k := at(found, "trials", name, "stopped_after")) is not None]
+    return f" (stopped after {min(after)} seeds)" if after else ""
+
+
+def _counted(found: Mean, corrected: Mapping[float, float], n: int) -> str:
+    """Whether what is told apart alone is so beside all others."""
+    if found.p is None or not found.excludes_zero:
+        return ""
+    p = corrected[found.p]
+    told = "decided" if p < LEVEL else "not decided"
+    return f"; counting all {n} comparisons: {told}, p {p_in_words(p)}"
+
+
+def p_in_words(p: float) -> str:
+    """To three digits after the point."""
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def dot(label: str, mean: Mean) -> Dot:

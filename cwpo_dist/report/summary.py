@@ -25,6 +25,7 @@ from cwpo_dist.report.cells import (
     together,
     without_empty,
 )
+from cwpo_dist.report.judged_table import judged_tables
 from cwpo_dist.report.outputs import cost_table, data_tables
 
 COMPARISONS = {
@@ -44,6 +45,7 @@ def tables(metrics: Metrics) -> list[Table]:
     return [
         without_empty(arms_table(metrics)),
         gra_table(metrics),
+        *judged_tables(metrics),
         annotator_table(metrics),
         *([] if ensemble is None else [ensemble]),
         weights_table(metrics),

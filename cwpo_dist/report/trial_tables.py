@@ -19,7 +19,8 @@ from cwpo_dist.report.cells import (
     written,
 )
 from cwpo_dist.report.figures import Mean
-from cwpo_dist.report.outcomes import Found
+from cwpo_dist.report.judged_table import judged_tables
+from cwpo_dist.report.outcomes import Found, p_in_words
 
 MOST_IN_MATRIX = 12  # trials: a wider table is read by nobody
 _ONE_SEED = "One seed: intervals are of its items alone and do not hold the spread between seeds."
@@ -55,7 +56,9 @@ def tables(found: Found) -> list[Table]:
     known = _annotators(found)
     annotators = [_annotators_table(known)] if known else []
     rates = [_rates_table(found)] if found["tried"] else []
-    shown = [_trials_table(found), _paired_table(found), *matrix, _training_table(found)]
+    stopped = [_stopped_table(found)] if _stopped(found) else []
+    first = [_trials_table(found), *judged_tables(found), *stopped]
+    shown = [*first, _paired_table(found), *matrix, _training_table(found)]
     return [without_empty(table) for table in [*shown, *annotators, *rates]]
 
 
@@ -99,6 +102,27 @@ def _trials_table(found: Found) -> Table:
         "the policy as it was given, compares trials. At equal length: win rate against that, ties "
         "halved, by a logistic regression on the difference in length. KL: from the trial's own "
         "SFT model, on its sampled answers. " + seeds_note(found) + same,
+    )
+
+
+def _stopped(found: Found) -> dict[str, Found]:
+    """The trials that have not all seeds, by name."""
+    return {k: v for k, v in found["trials"].items() if at(v, "stopped_after") is not None}
+
+
+def _stopped_table(found: Found) -> Table:
+    rows = []
+    for name, trial in _stopped(found).items():
+        difference = at(trial, "against", found["baseline"], "accuracy")
+        told = Cell(f"{trial['stopped_after']} of {len(found['seeds'])}")
+        rows.append((Cell(name), told, _points(difference), Cell(p_in_words(difference["p"]))))
+    return Table(
+        "Stopped early",
+        ("trial", "seeds", "Δ accuracy", "p"),
+        tuple(rows),
+        note=f"Surely below {found['baseline']} on held-out labels, so that it got no more "
+        "seeds (compare.stop_losers). P counts how often one looked. A trial is stopped when it "
+        "looks its worst: its figures are somewhat too low, and are of fewer seeds.",
     )
 
 

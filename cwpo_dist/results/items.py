@@ -6,6 +6,7 @@ An item is a held-out pair, or a prompt that was answered: arms are compared on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -47,9 +48,16 @@ def differences(evaluated: Mapping[str, Store]) -> dict[str, object] | None:
     return {"baseline": "human" if "human" in items else next(iter(items)), "trials": trials}
 
 
-def against(ours: BySeed, theirs: BySeed) -> dict[str, object]:
-    """Each figure that both have: the mean difference, paired by seed and item."""
-    return {k: paired(v, theirs[k]).as_dict() for k, v in ours.items() if k in theirs}
+def against(ours: BySeed, theirs: BySeed, n_looks: int = 1) -> dict[str, object]:
+    """Each figure that both have: the mean difference, paired by seed and item.
+
+    Its p counts how often one looked before a trial was stopped.
+    """
+    found = {k: paired(v, theirs[k]) for k, v in ours.items() if k in theirs}
+    return {
+        k: replace(v, p=None if v.p is None else min(1.0, n_looks * v.p)).as_dict()
+        for k, v in found.items()
+    }
 
 
 def by_item(store: Store) -> Iterator[tuple[str, Items]]:

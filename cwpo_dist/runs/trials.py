@@ -84,7 +84,10 @@ def section(config: Config) -> CompareConfig:
         raise ConfigError(
             "compare: missing; give seeds and grids, see jobs/recipes/hh-compare.yaml"
         )
-    if faults := [*_loss_faults(config.compare), *_rate_faults(config, config.compare)]:
+    faults = [*_loss_faults(config.compare), *_rate_faults(config, config.compare)]
+    if config.compare.stop_losers and len(config.compare.seeds) < 4:
+        faults.append("compare.stop_losers: nothing to save with fewer than 4 compare.seeds")
+    if faults:
         raise ConfigError("\n".join(faults))
     return config.compare
 
