@@ -33,6 +33,7 @@ from cwpo_dist.runs.sizes import annotator
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.forward import RowForward
+from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.stages import evaluate, fit, weigh
@@ -105,6 +106,14 @@ def test_in_one_pass_each_head_scores_as_it_does_alone(arch: str) -> None:
         wanted = RowForward(AnswerScores(alone(model, k)), 2, 64, 200)(rows).values
         for of_heads, of_one in zip(found, wanted, strict=True):
             assert [answer[k] for answer in of_heads] == pytest.approx(of_one, abs=1e-6)
+
+
+def test_the_same_bits_in_any_company_hold_for_each_head() -> None:
+    rows = make_rows()[:6]
+    forward = InvariantForward(AnswerScores(many()), 2, 64, 4096)
+    assert forward.tiled, "by packed rows of fixed shapes, as for one head"
+    together = forward(rows).values
+    assert [forward([row]).values[0] for row in rows] == together
 
 
 def test_weights_are_exponential_and_depend_on_seed_head_and_pair_alone() -> None:

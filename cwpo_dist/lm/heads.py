@@ -6,6 +6,9 @@ by their names it is told from a classifier of as many classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PretrainedConfig
 
 
@@ -19,9 +22,9 @@ def name_heads(config: PretrainedConfig, heads: int) -> None:
 
 def scoring_heads(config: PretrainedConfig) -> int | None:
     """How many heads score with a classifier; None: its labels are classes."""
-    labels = list((config.id2label or {}).values())
-    heads = len(labels)
-    return heads if heads == 1 or labels == [f"head_{k}" for k in range(heads)] else None
+    labels: Mapping[Any, str] = config.id2label or {}
+    named = bool(labels) and all(labels.get(k) == f"head_{k}" for k in range(len(labels)))
+    return len(labels) if len(labels) == 1 or named else None
 
 
 def has_heads(config: PretrainedConfig) -> bool:

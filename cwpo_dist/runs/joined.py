@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import pyarrow.compute as pc
+
 from cwpo_dist.lm.fitting import are_alike
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.sharing import in_one_row
@@ -17,10 +19,11 @@ from cwpo_dist.pairs.records import (
     HEADS_SCHEMA,
     LOG_PROB_SCHEMA,
     SCORE_SCHEMA,
-    HeadScores,
     LogProb,
     Score,
+    read_records,
     read_rows,
+    rows_of,
 )
 from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.scoring.pipeline import part
@@ -59,11 +62,12 @@ class ScoresIn:
             found |= other.read(index)
         return found
 
-    def _scores(self, name: str) -> Iterable[Score]:
+    def _scores(self, name: str) -> list[Score]:
         if self.head is None:
             return read_rows(self.store, name, Score, SCORE_SCHEMA)
-        rows = read_rows(self.store, name, HeadScores, HEADS_SCHEMA)
-        return (Score(*row[:2], row.heads[self.head], row.tokens_hash) for row in rows)
+        table = read_records(self.store, name, HEADS_SCHEMA)
+        score = pc.list_element(table["heads"], self.head)
+        return rows_of(Score, table.drop_columns("score").append_column("score", score))
 
 
 def score_files(store: Store, index: int, retries: int) -> list[str]:
