@@ -171,7 +171,7 @@ def in_turns(works: Mapping[str, Callable[[int], object]], rounds: int) -> dict[
 
 def cost(model: ModelConfig, rounds: int) -> dict[str, Any]:
     """Of a step of `fit` and of scoring one shard."""
-    some = examples(model, ukp()[::180])
+    some = examples(model, ukp()[::360])
     kinds = {"one": 1, "again": 1, "heads": HEADS}
     trainers = {name: Trainer(model, some, n, 0, settings()) for name, n in kinds.items()}
     found = {"fit": in_turns({name: each.step for name, each in trainers.items()}, rounds)}
@@ -246,10 +246,8 @@ def one_seed(model: ModelConfig, labels: int, tests: int, epochs: float, seed: i
     return {name: judged(found, test) for name, found in arms.items()}
 
 
-def worth(work: Callable[[int], Any], seeds: int, processes: int) -> dict[str, Any]:
+def summary(found: list[dict[str, dict[str, Items]]]) -> dict[str, Any]:
     """Means over seeds, and differences on the same pairs of the same seeds."""
-    with ProcessPoolExecutor(processes) as pool:
-        found = list(pool.map(work, range(seeds)))
     told: dict[str, Any] = {}
     for arm, name in product(found[0], found[0]["one"]):
         told.setdefault(arm, {})[name] = shown(over_seeds([of[arm][name] for of in found]))
@@ -287,7 +285,8 @@ def main(
     else:
         work = partial(one_seed, given, labels, tests, epochs)
         result |= {"seeds": seeds, "labels": labels, "tests": tests, "epochs": epochs}
-        result["worth"] = worth(work, seeds, processes)
+        with ProcessPoolExecutor(processes) as pool:
+            result["worth"] = summary(list(pool.map(work, range(seeds))))
     print(json.dumps(result), flush=True)
 
 
