@@ -239,7 +239,7 @@ def test_each_seed_of_a_comparison_has_an_ensemble_of_its_own(tmp_path: Path) ->
         ({"learning_rates": [1e-3, 1e-4]}, {}, "prepare.validation_fraction"),
         ({"baseline": "cv"}, {}, "compare.baseline: 'cv' is unknown; choose from cw"),
         ({"grids": [{"arms": ["cw"], "losses": ["dpo"]}]}, {}, "compare.grids.0.losses: 'dpo'"),
-        ({"grids": [{"arms": ["ensemble"]}]}, {}, "'ensemble' .* give fit.seeds"),
+        ({"grids": [{"arms": ["ensemble"]}]}, {}, "'ensemble' .* give fit.heads, fit.seeds"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from cwpo_dist.config import LoraConfig, ModelConfig
 from cwpo_dist.lm.encoder import load_tokenizer
-from cwpo_dist.lm.loading import load_annotator_base, load_policy
+from cwpo_dist.lm.loading import load_annotator_base, load_policy, load_reward_model
 from cwpo_dist.storage import Store
 from cwpo_dist.training import merge, merge_check, saving
 from cwpo_dist.training.lora import Head, LoraError, add_lora
@@ -44,6 +44,7 @@ def exported(
     *,
     arch: str = "llama",
     head: Head = "logps",
+    heads: int = 1,
     dtype: Any = "float32",
     noise: float = 0.2,
     **changes: Any,
@@ -55,7 +56,7 @@ def exported(
     model: Any = (
         load_policy(base, device="cpu")
         if head == "logps"
-        else load_annotator_base(base, tokenizer, 0, device="cpu")
+        else load_annotator_base(base, tokenizer, 0, heads=heads)
     )
     lora = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=targets)
     model = add_lora(model, lora, head, 0)
@@ -103,6 +104,16 @@ def test_the_wrong_layer_is_named_and_nothing_stays(
     names = Store(str(tmp_path / "stage")).names()
     assert not [name for name in names if name.startswith("model/")]
     assert "adapter/adapter_model.safetensors" in names, "what was trained is not lost"
+
+
+def test_several_heads_are_merged_with_their_model(tmp_path: Path) -> None:
+    """Twelve, of which a dictionary by text would have the tenth before the second."""
+    adapted, stage = exported(tmp_path, ["q_proj"], head="scores", heads=12)
+    place = ModelConfig(model_name_or_path=str(stage.path("model")), chat_template="plain")
+    merged = load_reward_model(place)
+    assert list(merged.config.id2label.values()) == [f"head_{k}" for k in range(12)]
+    ids = torch.tensor([[5, 6, 7, 1]])
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -68,7 +68,9 @@ def wanted(group: Group) -> dict[str, Tensor]:
     case = group.case
     engine = zero_cases.oracle(case, group.folder)
     task, run = zero_cases.make_task(case.task), zero_cases.make_run(case, ALL_AT_ONCE)
-    task = replace(task, pair_ids=[f"{i} is of no other's prompt" for i in range(len(task.rows))])
+    if case.task != "heads":  # whose weights are drawn by these ids
+        ids = [f"{i} is of no other's prompt" for i in range(len(task.rows))]
+        task = replace(task, pair_ids=ids)
     result = gradients(task, engine, run, 0, zero_cases.first_batch(case))
     found = {f"gradient.{name}": p.grad.clone() for name, p in trainable(engine.module)}
     found["loss"] = torch.tensor([result.loss])

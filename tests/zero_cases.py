@@ -23,6 +23,7 @@ from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import ReferenceWorker
 from cwpo_dist.storage import Store
 from cwpo_dist.training import held_out
+from cwpo_dist.training.heads import ManyHeads
 from cwpo_dist.training.loop import Engine, Hooks, Run, train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
@@ -35,6 +36,7 @@ BUDGETS = (10_000, 130, 61)  # one micro-batch, some, many: up to one row each
 MATRIX_BATCH = 16
 MATRIX_BUDGETS = {1: (10_000, 400, 200, 150, 115, 100, 85), 2: (10_000, 200, 110, 80, 65, 54, 45)}
 SEED = 5
+HEADS = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Case:
     name: str
     stage: int
     lora: bool = False
-    task: str = "none"  # what `make_task` takes
+    task: str = "none"  # a weight normalisation, or a name that `make_task` knows
     budget: int = 130
     optim: str = "sgd"
     steps: int = 20
@@ -92,6 +94,7 @@ ZERO_CASES = [
     *(Case(f"lora-{stage}", stage, lora=True, task="dataset") for stage in (0, 3)),
     Case("sft-3", 3, task="sft", threshold=100_000, checkpointing=True),
     Case("fit-3", 3, task="fit"),
+    Case("heads-3", 3, task="heads"),
     Case("batch-2", 2, task="batch"),
     Case("ahead-3", 3, task="ahead"),
     Case("offload-2", 2, offload=True),
@@ -119,6 +122,7 @@ RESUME_CASES = [
     Case("adamw-lora-3", 3, lora=True, task="prompt", optim="adamw", steps=6),
     Case("learning-2", 2, task="learning", optim="adamw", steps=6),
     Case("adamw-sequence-3", 3, task="prompt", optim="adamw", steps=6, sequence=2),
+    Case("heads-2", 2, task="heads", optim="adamw", steps=6),
 ]
 # All that can be switched, each with all: the long form of ZERO_CASES.
 MATRIX_CASES = [
@@ -176,6 +180,9 @@ def make_task(name: str) -> Task:
         return Sft(couples(make_rows(1)), ids)
     if name == "fit":
         return BradleyTerry(couples(make_rows()), ids)
+    if name == "heads":
+        own = [f"{i:032x}" for i in range(N_ROWS)]  # a prompt each: the oracle has the same ids
+        return ManyHeads(make_rows(), own, None, HEADS, SEED)
     draw = np.random.default_rng(SEED + 1)
     weights = (draw.random(N_ROWS) ** 2).tolist()
     rows = couples(make_rows())
@@ -198,9 +205,10 @@ def make_module(case: Case, folder: Path) -> nn.Module:
     given = ModelConfig(
         model_name_or_path=str(folder / case.model), torch_dtype=case.dtype, max_length=64
     )
-    if case.task == "fit":
+    scores, heads = case.task in {"fit", "heads"}, HEADS if case.task == "heads" else 1
+    if scores:
         tokenizer = load_tokenizer(given, distinct_pad=True)
-        model: Any = load_annotator_base(given, tokenizer, SEED)
+        model: Any = load_annotator_base(given, tokenizer, SEED, heads=heads)
     else:
         model = load_policy(given)
     let_recompute(model)
@@ -208,12 +216,12 @@ def make_module(case: Case, folder: Path) -> nn.Module:
     if lora is None:
         model.requires_grad_(True)
     else:
-        model = add_lora(model, lora, "scores" if case.task == "fit" else "logps", SEED)
+        model = add_lora(model, lora, "scores" if scores else "logps", SEED)
         generator = torch.Generator().manual_seed(SEED)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1, generator=generator)
-    module = AnswerScores(model) if case.task == "fit" else AnswerLogProbs(model)
+    module = AnswerScores(model) if scores else AnswerLogProbs(model)
     start_training(module)
     return module
 

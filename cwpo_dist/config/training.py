@@ -272,11 +272,23 @@ class FitConfig(PairsConfig):
     seeds: list[int] | None = Field(
         None, min_length=1, description="an ensemble, one annotator a seed; null: the run's seed"
     )
+    heads: PositiveInt = Field(
+        1,
+        description="an ensemble on one model: so many heads, each with weights of the pairs of "
+        "its own (docs/arms.md); 1: the annotator of the paper",
+    )
     folds: Annotated[int, Field(ge=2)] = Field(
         5,
         description="for arms that judge people's labels: the labelled prompts in so many parts, "
         "each judged by an annotator (of each seed) that is trained on the other parts",
     )
+
+    def identity(self) -> dict[str, object]:
+        """As of any training on pairs; without the heads that older keys do not know, of one."""
+        settings = super().identity()
+        if self.heads == 1:
+            del settings["heads"]
+        return settings
 
     @field_validator("seeds")
     @classmethod

@@ -25,10 +25,9 @@ from cwpo_dist.pairs.records import prompts_of, read_records, table_of
 from cwpo_dist.pairs.stored import Pair, pair_schema, pairs_of, read_whole, shard_file
 from cwpo_dist.report.questions import LABEL_STUDIO, Question, label_studio_tasks, page
 from cwpo_dist.results.sample import transcript
-from cwpo_dist.runs.annotations import Annotated, gather
+from cwpo_dist.runs.annotations import Annotated, gather, scores_in
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context, prepared
-from cwpo_dist.runs.joined import ScoresIn
 from cwpo_dist.runs.output_key import Node, Settings, members, scored
 from cwpo_dist.storage import Store
 from cwpo_dist.weighting import Scale
@@ -123,10 +122,10 @@ def _planned(config: Config, budget: int, strategy: str, arm: str) -> tuple[Node
     nodes = nodes_until(config, arm, "annotate" if wanted else "prepare")
     read = {"prepare": nodes["prepare"]} | (scored(nodes) if wanted else {})
     node = Node(AskSettings(strategy, budget, config.seed), read)
-    if (there := len(members(node))) < wanted:
+    if (there := sum(member.settings.heads for member in members(node))) < wanted:
         raise ConfigError(
             f"--strategy: {strategy!r} needs {wanted} annotators, and arm {arm!r} has {there}; "
-            "give several fit.seeds and an arm of several (--arm ensemble), or --strategy uncertain"
+            "give fit.heads or several fit.seeds, or --strategy uncertain"
         )
     return node, list(nodes.values())
 
@@ -148,7 +147,7 @@ def _refuse_untrainable(context: Context, node: Node, strategy: str) -> None:
 def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
     """Writes the questions in each form and returns the counts."""
     told, pairs = node.settings, context.place(node.inputs["prepare"])
-    scores = tuple(ScoresIn(context.place(m), m.retries, pairs) for m in members(node))
+    scores = tuple(scores_in(context, node))
     given = Annotated(pairs, context.shards(node), scores, Scale.raw(len(scores)))
     found = gather(partial(_candidates, given, told), given.shards, CANDIDATES)
     unknown = pc.is_nan(found["worth"])

@@ -6,7 +6,6 @@ refused by name instead of being filled with random numbers.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -33,7 +32,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.hub_names import is_hub_id
+from cwpo_dist.lm.adapters import adapter_fault
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, refused_as
+from cwpo_dist.lm.heads import heads_fault, name_heads, scoring_heads
 from cwpo_dist.lm.load_settings import attention_of, dtype_of, straight_to
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.switches import remember_given, switch_off
@@ -87,13 +88,13 @@ def refuse_unfit(model: ModelConfig, loaded: PreTrainedModel) -> None:
 
 
 def load_reward_model(model: ModelConfig, *, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A one-label sequence classifier, complete with its head.
+    """A sequence classifier that scores by its one label, or by several heads, complete with them.
 
     Raises:
         ModelError: as `load_policy`; also when it has another number of labels.
     """
     config = load_config(model)
-    if config.num_labels != 1:
+    if scoring_heads(config) is None:
         kinds = ", ".join(config.architectures or [config.model_type])
         raise ModelError(
             f"model_name_or_path: {model.model_name_or_path!r} ({kinds}) has {config.num_labels} "
@@ -147,23 +148,25 @@ def load_annotator_base(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     *,
+    heads: int = 1,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The weak model under a one-label head: what Bradley-Terry training starts from.
+    """The weak model under one head or several: what Bradley-Terry training starts from.
 
-    A head that the checkpoint lacks is drawn from `seed` alone (normal, `initializer_range`); the
+    Heads that the checkpoint lacks are drawn from `seed` alone (normal, `initializer_range`); the
     global random state is neither read nor changed. A distinct pad token that the vocabulary lacks
     gets an embedding row, which no token ever sees.
 
     Args:
-        model: the weak language model (or a one-label classifier to train further).
+        model: the weak language model (or a classifier with these heads to train further).
         tokenizer: from `load_tokenizer(model, distinct_pad=True)`.
-        seed: of the head.
+        seed: of the heads.
+        heads: how many.
         device: as in `load_policy`.
 
     Raises:
-        ModelError: as `load_policy`; also when pad and EOS are one token, as Hugging Face's
-            pooling would then skip the EOS that we score.
+        ModelError: as `load_policy`; also for a classifier with other heads, and when pad and EOS
+            are one token, as Hugging Face's pooling would then skip the EOS that we score.
     """
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad_id is None or pad_id == eos_id:
@@ -171,9 +174,11 @@ def load_annotator_base(
             f"tokenizer: pad token {tokenizer.pad_token!r} is none or the EOS token; load it with "
             "load_tokenizer(…, distinct_pad=True)"
         )
+    if fault := heads_fault(load_config(model), heads):
+        raise ModelError(f"model_name_or_path: {model.model_name_or_path!r} {fault}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loaded = _load(AutoModelForSequenceClassification, model, device, new_head=True)
+        loaded = _load(AutoModelForSequenceClassification, model, device, new_heads=heads)
         if len(tokenizer) > loaded.config.get_text_config().vocab_size:
             loaded.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     loaded.config.pad_token_id = pad_id
@@ -222,7 +227,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     with refused_as(lambda why: ModelError(f"model_name_or_path: {name!r}: {why}")):
         adapter = find_adapter_config_file(path, revision=model.revision)
         if adapter is not None:
-            raise ModelError(_of_adapter(name, Path(adapter)))
+            raise ModelError(adapter_fault(name, Path(adapter)))
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=model.revision, trust_remote_code=False
         )
@@ -237,33 +242,16 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     return config
 
 
-def _of_adapter(name: str, file: Path) -> str:
-    """That a folder is an adapter, of which model, and how to make a whole model of the two."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    base = settings.get("base_model_name_or_path")
-    scores = settings.get("task_type") == "SEQ_CLS"
-    kind = "AutoPeftModelForSequenceClassification" if scores else "AutoPeftModelForCausalLM"
-    labels = ", num_labels=1" if scores else ""
-    return (
-        f"model_name_or_path: {name!r} is a peft adapter ({file.name}) of {base!r}, no whole "
-        "model. Merge the two once, and give the new folder:\n"
-        f"    from peft import {kind}; from transformers import AutoTokenizer\n"
-        f"    {kind}.from_pretrained({name!r}{labels}).merge_and_unload()"
-        ".save_pretrained('merged')\n"
-        f"    AutoTokenizer.from_pretrained({name!r}).save_pretrained('merged')"
-    )
-
-
 def _load(
-    kind: Any, model: ModelConfig, device: torch.device | str, *, new_head: bool = False
+    kind: Any, model: ModelConfig, device: torch.device | str, *, new_heads: int = 0
 ) -> PreTrainedModel:
-    """`from_pretrained` with our settings; refuses whatever is missing, but for a new head."""
+    """`from_pretrained` with our settings; refuses whatever is missing, but for new heads."""
     config = load_config(model)
     given = switch_off(config)
     if model.num_hidden_layers is not None:
         cut_layers(config, model)
-    if new_head:
-        config.num_labels = 1
+    if new_heads:
+        name_heads(config, new_heads)
     if fault := other_weights(model_path(model.model_name_or_path), model.revision):
         raise ModelError(f"model_name_or_path: {model.model_name_or_path!r}: {fault}")
     loaded: PreTrainedModel
@@ -276,10 +264,10 @@ def _load(
             attn_implementation=attention_of(model),
             trust_remote_code=False,
             use_safetensors=True,
-            device_map=straight_to(device, new_head=new_head),
+            device_map=straight_to(device, new_head=new_heads > 0),
             output_loading_info=True,
         )
-    _refuse_missing(model, loaded, report["missing_keys"], new_head)
+    _refuse_missing(model, loaded, report["missing_keys"], new_heads > 0)
     remember_given(loaded, given)
     return loaded
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from cwpo_dist.lm.heads import scoring_heads
 from cwpo_dist.lm.last_layer import narrow
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.packed import packed_mask
@@ -125,13 +126,14 @@ class AnswerLogProbs(nn.Module):
 
 
 class AnswerScores(nn.Module):
-    """Scores of answers under a one-label sequence classifier (also wrapped by peft).
+    """Scores of answers under a sequence classifier (also wrapped by peft), a label a head.
 
     A decoder is read at each answer's last token through its `score` head; any other classifier
     (BERT, DeBERTa) takes plain rows through its own forward.
 
     Attributes:
         model: the model as given; the names of its parameters follow after `model.`.
+        heads: how many scores an answer has.
         reads_last_token: whether it is such a decoder, which can take shared rows.
         one_by_one: each sequence by itself, for classifiers that see the pads of a batch.
     """
@@ -144,16 +146,18 @@ class AnswerScores(nn.Module):
             token_types: it is told prompt (0) from answer (1), as its tokenizer does.
 
         Raises:
-            ModelError: for another number of labels than one.
+            ModelError: for labels that are classes.
         """
         super().__init__()
         self.model = model
         core = unwrapped(model)
-        if core.config.num_labels != 1:
+        heads = scoring_heads(core.config)
+        if heads is None:
             raise ModelError(
                 f"model: {type(core).__name__} has {core.config.num_labels} labels; a reward model "
                 "has one"
             )
+        self.heads = heads
         self.reads_last_token = scores_last_token(core) and hasattr(core, "score")
         self.one_by_one = False
         self._token_types = token_types and "token_type_ids" in signature(core.forward).parameters
@@ -165,12 +169,13 @@ class AnswerScores(nn.Module):
             _score_in_fp32(core.get_submodule("score"))
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """One score an answer, fp32 [A], in the order of the rows.
+        """One score an answer, fp32 [A], in the order of the rows; of several heads [A, heads].
 
         Raises:
             ModelError: for other rows than plain ones where the classifier can read no others.
         """
-        return self._scores(batch).float().flatten()
+        scores = self._scores(batch).float()
+        return scores.flatten() if self.heads == 1 else scores
 
     def _scores(self, batch: RowBatch) -> Tensor:
         decoder, score = self._parts
@@ -187,7 +192,7 @@ class AnswerScores(nn.Module):
         return self.stock(batch, one_by_one=self.one_by_one)
 
     def stock(self, batch: RowBatch, *, one_by_one: bool = True) -> Tensor:
-        """What the classifier's own forward makes of plain rows, [A, 1].
+        """What the classifier's own forward makes of plain rows, [A, heads].
 
         Args:
             batch: the rows.

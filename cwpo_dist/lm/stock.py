@@ -162,7 +162,7 @@ def check_scores(module: AnswerScores) -> None:
     parameter = next(module.parameters())
     rows, pad = closed_rows(core.config.get_text_config(), _PROBE_LENGTHS[:_SCORED])
     batch = collate(rows, "plain", pad).to(parameter.device)
-    padded_S, stock_S = module(batch), module.stock(batch).flatten()
+    padded_S, stock_S = module(batch).flatten(), module.stock(batch).flatten()
     if not bool(stock_S.isfinite().all()):
         return  # its scores are no numbers in any layout: each pair says so
     difference = float((padded_S - stock_S).abs().max() / (1 + stock_S.abs().max()))

@@ -68,6 +68,20 @@ class Score(NamedTuple):
     tokens_hash: int | None = None
 
 
+# Of an annotator with several heads: their mean is the score.
+HEADS_SCHEMA = SCORE_SCHEMA.append(pa.field("heads", pa.list_(pa.float32())))
+
+
+class HeadScores(NamedTuple):
+    """What each head of an annotator gave an answer."""
+
+    answer_id: str
+    annotator: str
+    score: float
+    tokens_hash: int | None
+    heads: list[float]
+
+
 LOG_PROB_SCHEMA = pa.schema(
     [
         ("answer_id", pa.string()),

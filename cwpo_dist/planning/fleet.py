@@ -29,6 +29,7 @@ from cwpo_dist.storage import MANIFEST, Store
 ANSWERS = 2  # of a pair
 ROWS = 4096  # of the made-up tables whose size tells that of a row
 TOKEN_BYTES = 4
+HEAD_BYTES = 4  # of an answer's scores: what one of several heads gave it
 CHECKPOINT_BYTES = 12  # a trained parameter: its fp32 value and AdamW's two moments
 SHARD_S = (15.0, 600.0)  # shorter shards cost the driver, longer ones are lost with a device
 
@@ -166,7 +167,9 @@ def stored(work: Work, estimate: Estimate) -> int:
         case "pairs":
             return round(work.rows * _pair_bytes(estimate.counted.sample))
         case "scores":
-            return round(work.rows * _each(work, estimate).fits * _row_bytes(SCORE_SCHEMA))
+            heads = work.heads if isinstance(work, Scoring) and work.heads > 1 else 0
+            each = _row_bytes(SCORE_SCHEMA) + HEAD_BYTES * heads
+            return round(work.rows * _each(work, estimate).fits * each)
         case "log_probs":
             return round(work.rows * _each(work, estimate).fits * _row_bytes(LOG_PROB_SCHEMA))
         case "tokens":

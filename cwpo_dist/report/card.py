@@ -115,7 +115,7 @@ def annotator_card(
     lines = [
         f"---\n{front.to_yaml()}\n---\n",
         f"# {public_name(weak.model_name_or_path)}, an annotator made by cwpo_dist\n",
-        "A one-label reward model: the difference of two answers' scores is the log-odds that the "
+        f"{_labels(fit.heads)}: the difference of two answers' scores is the log-odds that the "
         "first is better.\n",
         *simulated(config),
         *table("What it was made from", made),
@@ -125,6 +125,12 @@ def annotator_card(
         *table("Versions", training.versions.items()),
     ]
     return "\n".join(lines)
+
+
+def _labels(heads: int) -> str:
+    if heads == 1:
+        return "A one-label reward model"
+    return f"A reward model of {heads} heads, a label each, whose mean is the score"
 
 
 def _worth(figures: Figures) -> Iterator[tuple[str, str]]:

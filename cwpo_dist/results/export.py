@@ -197,10 +197,9 @@ def _annotator(source: FinishedArm, role: str, figures: Figures, target: Store) 
 
 def _alone(figures: Figures | None, made: Manifest) -> Figures:
     """Of an ensemble's figures those of the one annotator, which goes by its seed."""
-    members = (figures or {}).get("members")
-    if members is None:
-        return figures or {}
-    name = f"seed {made.settings['seed']}"
+    members, name = (figures or {}).get("members"), f"seed {made.settings['seed']}"
+    if members is None or all(member["name"].startswith(f"{name}, head") for member in members):
+        return figures or {}  # those of its heads are its own
     return next((member for member in members if member["name"] == name), {})
 
 

@@ -25,7 +25,7 @@ from cwpo_dist.pairs.stored import Judgement, Pair, pair_schema, read_judgements
 from cwpo_dist.runs.arms import Chooser, Weighting
 from cwpo_dist.runs.context import Context, annotator_name
 from cwpo_dist.runs.joined import Margins, ScoresIn
-from cwpo_dist.runs.output_key import Node, annotators, members
+from cwpo_dist.runs.output_key import Node, annotators, heads_of, members
 from cwpo_dist.runs.own_numbers import chosen
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
@@ -128,19 +128,27 @@ def raw(context: Context, node: Node, chooser: Chooser, *, judged: bool = False)
         judged: leave out what takes its side from the labels that it would be judged by.
     """
     pairs = context.place(node.inputs["prepare"])
-    scores: list[ScoresIn | OwnIn] = [
-        _of_one(context, outputs, pairs) for outputs in annotators(node)
-    ]
+    scores: list[ScoresIn | OwnIn] = [*scores_in(context, node)]
     own = own_kind(context, node, chooser)
     if own == "scores" or (own == "confidence" and chooser.own == "beside" and not judged):
         scores.append(OwnIn(pairs, own))
     return Annotated(pairs, context.shards(node), tuple(scores), Scale.raw(len(scores)))
 
 
-def _of_one(context: Context, outputs: Sequence[Node], pairs: Store) -> ScoresIn:
+def scores_in(context: Context, node: Node) -> list[ScoresIn]:
+    """What each annotator gave that a node reads; of one with several heads, what each of them."""
+    pairs = context.place(node.inputs["prepare"])
+    return [
+        _of_one(context, outputs, pairs, head)
+        for outputs in annotators(node)
+        for head in heads_of(outputs[0])
+    ]
+
+
+def _of_one(context: Context, outputs: Sequence[Node], pairs: Store, head: int | None) -> ScoresIn:
     """What one annotator gave, in however many folds."""
-    first, *others = (ScoresIn(context.place(node), node.retries, pairs) for node in outputs)
-    return replace(first, others=tuple(others))
+    given = [ScoresIn(context.place(each), each.retries, pairs, head=head) for each in outputs]
+    return replace(given[0], others=tuple(given[1:]))
 
 
 def own_kind(context: Context, node: Node, chooser: Chooser) -> Own | None:
@@ -166,7 +174,11 @@ def label_source(context: Context, node: Node, chooser: Chooser) -> LabelSource:
 
 def names(context: Context, node: Node, given: Annotated) -> list[str]:
     """Of the annotators that were read, in their order."""
-    found = [annotator_name(context, member) for member in members(node)]
+    found = [
+        annotator_name(context, member) + ("" if head is None else f", head {head}")
+        for member in members(node)
+        for head in heads_of(member)
+    ]
     return found + [OWN] * (len(given.scores) - len(found))
 
 
@@ -203,7 +215,7 @@ def annotated(context: Context, node: Node, chooser: Chooser) -> Annotated:
         return replace(found, scale=Scale.raw(len(found.scores), temperature))
     assert chooser.calibration_split is not None, "said with temperature: fitted"
     held = held_out(found, chooser.calibration_split)
-    of = [member.path for member in members(node)]
+    of = [member.path for member in members(node) for _ in heads_of(member)]
     of += [OWN] * (len(found.scores) - len(of))
     fitted = fit_scale(held.margins_NK, held.people, held.prompts, of)
     return replace(found, scale=fitted.scale)

@@ -139,7 +139,7 @@ def judged_arms(config: Config) -> list[str]:
 
 def teacher_config(config: Config) -> Config:
     """The run in which the weak model is the policy: on its schedule as an annotator, twice."""
-    schedule = config.fit.model_dump(exclude={"seeds", "folds", "labels", "batch_by"})
+    schedule = config.fit.model_dump(exclude={"seeds", "heads", "folds", "labels", "batch_by"})
     of_pairs = {"beta": config.align.beta, "lora": config.fit.lora, "batch_by": config.fit.batch_by}
     align = AlignConfig.model_validate(schedule | of_pairs)
     return config.model_copy(

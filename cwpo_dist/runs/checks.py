@@ -103,6 +103,7 @@ def _config_faults(config: Config, until: str | None) -> Iterator[str]:
     yield from _gold_faults(config)
     yield from objective_faults(config) if "align" in stages else ()
     yield from weighing_faults(config) if "weigh" in stages else ()
+    yield from _head_faults(config, stages) if config.fit.heads > 1 else ()
 
 
 def _trainings_of(
@@ -247,6 +248,21 @@ def _column_faults(
         yield (
             "fit.labels: 'votes', but no source has votes_a and votes_b; say which they are under "
             "prepare.sources.N.columns, or give hard"
+        )
+
+
+def _head_faults(config: Config, stages: set[str]) -> Iterator[str]:
+    """Several heads where no annotator is fitted that could have them."""
+    for field, _ in config.annotate.ready()[:1]:
+        yield (
+            f"fit.heads: {config.fit.heads}, but {field} is ready, and nothing is fitted; leave "
+            f"fit.heads out, or {field}"
+        )
+    fitted = "fit" in stages or config.annotate.ready() or config.compare  # whose arms are parted
+    if "implicit" in stages and not fitted:
+        yield (
+            f"fit.heads: {config.fit.heads}, but arm 'ws_dpo' labels by its model's log-probs, "
+            "which have no heads; leave fit.heads out, or add an arm with a fitted annotator"
         )
 
 

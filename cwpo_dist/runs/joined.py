@@ -9,11 +9,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import pyarrow.compute as pc
+
 from cwpo_dist.lm.fitting import are_alike
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.lm.sharing import in_one_row
 from cwpo_dist.pairs.answers import Compared, read_compared
-from cwpo_dist.pairs.records import LOG_PROB_SCHEMA, SCORE_SCHEMA, LogProb, Score, read_rows
+from cwpo_dist.pairs.records import (
+    HEADS_SCHEMA,
+    LOG_PROB_SCHEMA,
+    SCORE_SCHEMA,
+    LogProb,
+    Score,
+    read_records,
+    read_rows,
+    rows_of,
+)
 from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
@@ -32,26 +43,31 @@ class ScoresIn:
         retries: how many retries of its rejects count.
         pairs: the output folder of `prepare`.
         others: what it gave other pairs, where each fold of them has an output of its own.
+        head: which of its heads; None: its one, or the mean of them.
     """
 
     store: Store
     retries: int
     pairs: Store
     others: tuple[ScoresIn, ...] = ()
+    head: int | None = None
 
     def read(self, index: int) -> Margins:
         """Of the pairs of one shard both of whose answers it scored."""
         names = score_files(self.store, index, self.retries)
-        given = {
-            score.answer_id: score
-            for name in names
-            for score in read_rows(self.store, name, Score, SCORE_SCHEMA)
-        }
+        given = {score.answer_id: score for name in names for score in self._scores(name)}
         pairs = _told_apart(read_compared(self.pairs, index), given)
         found = {pair.pair_id: a.score - b.score for pair, a, b in pairs}
         for other in self.others:
             found |= other.read(index)
         return found
+
+    def _scores(self, name: str) -> list[Score]:
+        if self.head is None:
+            return read_rows(self.store, name, Score, SCORE_SCHEMA)
+        table = read_records(self.store, name, HEADS_SCHEMA)
+        score = pc.list_element(table["heads"], self.head)
+        return rows_of(Score, table.drop_columns("score").append_column("score", score))
 
 
 def score_files(store: Store, index: int, retries: int) -> list[str]:

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cwpo_dist.config import ModelConfig, TrainingConfig
+from cwpo_dist.config import FitConfig, ModelConfig, TrainingConfig
 from cwpo_dist.hub_names import is_hub_id
 from cwpo_dist.lm.bounded import BoundError, at_most, bounded
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.fitting import shortest_cut
+from cwpo_dist.lm.heads import heads_fault
 from cwpo_dist.lm.ids import ids_of
 from cwpo_dist.lm.loading import ModelError, load_config, model_path
 from cwpo_dist.lm.pickles import other_weights
@@ -162,6 +163,10 @@ def _sized(
     trained: list[TrainedSize] = []
     notes = [*_notes(field, model, size, encoder)]
     for name, training in sections.items():
+        if load is annotator and isinstance(training, FitConfig):
+            unfit = heads_fault(load_config(model), training.heads)
+            where = f"{field}.model_name_or_path: {model.model_name_or_path!r} "
+            faults += [where + unfit] if unfit else []
         if training.gradient_checkpointing and not size.recomputes:
             faults.append(
                 f"{name}.gradient_checkpointing: {model.model_name_or_path!r} has layers that "

@@ -6,7 +6,7 @@ what is not in the key cannot act.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import ClassVar, Generic, Protocol, runtime_checkable
@@ -58,6 +58,11 @@ class Settings:
     def fold(self) -> Fold | None:
         """The labelled pairs that a `fit` does not see, which its `annotate` alone reads."""
         return None
+
+    @property
+    def heads(self) -> int:
+        """How many annotators its scores are of: the heads that `fit` put on one model."""
+        return 1
 
     def identity(self) -> dict[str, object]:
         """The content that the key hashes: of sections and models their own, side by side."""
@@ -145,6 +150,11 @@ def annotators(node: Node) -> list[list[Node]]:
         name = each.inputs["fit"].settings.identity()["seed"] if of_folds else each.path
         found.setdefault(name, []).append(each)
     return list(found.values())
+
+
+def heads_of(node: Node) -> Sequence[int | None]:
+    """The heads of the annotator in an output with scores; None stands for an only one."""
+    return range(node.settings.heads) if node.settings.heads > 1 else [None]
 
 
 def scored(nodes: Nodes) -> dict[str, Node]:

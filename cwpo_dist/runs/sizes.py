@@ -21,6 +21,7 @@ from cwpo_dist.lm.activations import Kept, kept_of_token
 from cwpo_dist.lm.encoder import load_tokenizer
 from cwpo_dist.lm.flops import head_width, matmul_weights
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, one_line, whole_number
+from cwpo_dist.lm.heads import has_heads, scoring_heads
 from cwpo_dist.lm.loading import (
     ModelError,
     cut_layers,
@@ -101,10 +102,10 @@ class ModelSize:
 
 
 def annotator(model: ModelConfig) -> PreTrainedModel:
-    """A weak model under a fresh head, without memory."""
-    return load_annotator_base(
-        model, load_tokenizer(model, distinct_pad=True), seed=0, device="meta"
-    )
+    """A weak model under a fresh head, or those that it has, without memory."""
+    config, tokenizer = load_config(model), load_tokenizer(model, distinct_pad=True)
+    heads = (has_heads(config) and scoring_heads(config)) or 1
+    return load_annotator_base(model, tokenizer, seed=0, heads=heads, device="meta")
 
 
 def policy(model: ModelConfig) -> PreTrainedModel:

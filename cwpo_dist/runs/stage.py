@@ -44,10 +44,12 @@ class Scoring(Work):
     Attributes:
         pool: the actors that share it.
         answers: that go through the model.
+        heads: numbers that each gets beside its score; 1: none.
     """
 
     pool: PoolConfig = field(kw_only=True)
     answers: int = field(kw_only=True)
+    heads: int = field(default=1, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,19 @@ from cwpo_dist.runs.arms import held_out_split, implicit_arms, judged_arms, weig
 
 def weighing_faults(config: Config) -> Iterator[str]:
     """Arms whose weights need labels or annotators that the run will not have."""
-    annotators = len(config.annotate.ready() or config.fit.seeds or [config.seed])
+    fitted = config.fit.heads * len(config.fit.seeds or [config.seed])
+    annotators = len(config.annotate.ready()) or fitted
     if "ensemble" in config.arms and not _are_several(config.arm("ensemble"), annotators):
         yield (
             "arms: 'ensemble' weighs by what several annotators differ by, but there is one; give "
-            "fit.seeds, annotate.models, or weigh.from: both"
+            "fit.heads, fit.seeds, annotate.models, or weigh.from: both"
         )
     yield from _mixed_faults(config)
     judged = judged_arms(config) if config.annotate.ready() else []
     if judged and "labelled" not in config.annotate.scored_splits():
         yield f"annotate.splits: lacks 'labelled', whose labels arm {judged[0]!r} judges; add it"
-    if fitted := calibrated_arms(config):
-        yield from _calibration_faults(config, fitted)
+    if calibrated := calibrated_arms(config):
+        yield from _calibration_faults(config, calibrated)
 
 
 def _mixed_faults(config: Config) -> Iterator[str]:

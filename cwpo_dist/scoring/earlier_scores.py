@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cwpo_dist.pairs.answers import Answer
-from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, rows_of
+from cwpo_dist.pairs.records import HEADS_SCHEMA, SCORE_SCHEMA, Score, read_records, rows_of
 from cwpo_dist.scoring.answers_in import Answers, AnswersIn
 from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
 from cwpo_dist.scoring.set_aside import ALIKE, ALIKE_WHEN_CUT, SetAside, without_pairs
@@ -29,16 +29,17 @@ _FOOTERS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """A committed file of scores, and the first and last answer id in it."""
+    """A committed file of scores, its columns, and the first and last answer id in it."""
 
     store: Store
     name: str
+    schema: pa.Schema
     first: str
     last: str
 
     def rows(self, ids: pa.Array) -> pa.Table:
         """The scores of those of the answers that it holds."""
-        table = self.store.read_table(self.name, SCORE_SCHEMA.names)
+        table = read_records(self.store, self.name, self.schema)
         found = table.filter(pc.is_in(table["answer_id"], value_set=ids))
         return found.replace_schema_metadata(None)
 
@@ -61,7 +62,8 @@ def _ranged(named: tuple[Store, str]) -> list[ScoreFile]:
     if not ranges:
         return []
     first, last = min(each.min for each in ranges), max(each.max for each in ranges)
-    return [ScoreFile(store, name, first, last)]
+    heads = "heads" in footer.schema.to_arrow_schema().names
+    return [ScoreFile(store, name, HEADS_SCHEMA if heads else SCORE_SCHEMA, first, last)]
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ class EarlierScores:
     files: Sequence[ScoreFile]
 
     def of(self, ids: Sequence[str]) -> pa.Table:
-        """The rows of SCORE_SCHEMA that there are for these answers, one each."""
+        """The rows that there are for these answers, one each; one annotator's have one schema."""
         left = pa.array(ids, pa.string())
-        tables = [SCORE_SCHEMA.empty_table()]
+        schema = self.files[0].schema if self.files else SCORE_SCHEMA
+        tables = [schema.empty_table()]
         for file in self._overlapping(ids):
             if not len(left):
                 break

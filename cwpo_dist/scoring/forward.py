@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, islice
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Row, RowBatch, collate, cut, planned_length
 
 Module = AnswerLogProbs | AnswerScores
+Number = Any  # of an answer: a float, or of several heads a list of them
 _Told = TypeVar("_Told")
 
 
@@ -29,12 +30,12 @@ class Forwarded:
     """What one pass gives.
 
     Attributes:
-        values: of each row's answers, in their order.
+        values: of each row's answers, in their order; of several heads a list for each.
         counts: `tokens`, those of prompts that were repeated among them; `padded_tokens` (pads
             included); and useful `flops`, which count a prompt once. They depend on the rows alone.
     """
 
-    values: list[list[float]]
+    values: list[list[Number]]
     counts: dict[str, int]
 
 
@@ -122,7 +123,7 @@ class RowForward:
         (plan,) = plan_micro_batches(lengths, self.max_tokens, 1, self.layout, counts)
         return [micro for micro in plan if micro]
 
-    def _alone(self, batches: list[list[Row]]) -> tuple[list[float], int]:
+    def _alone(self, batches: list[list[Row]]) -> tuple[list[Number], int]:
         outputs, padded_tokens = [], 0
         for rows in batches:
             output_A, tokens = self._batch(rows)
@@ -137,7 +138,7 @@ class RowForward:
         batch = collate(rows, self.layout, self.pad_id)
         return self.module(batch.to(self.device)).float(), batch.padded_tokens
 
-    def _together(self, ranks: Ranks, batches: list[list[Row]]) -> tuple[list[float], int]:
+    def _together(self, ranks: Ranks, batches: list[list[Row]]) -> tuple[list[Number], int]:
         """Batches dealt to ranks in turn; who has none left repeats the last, in vain."""
         if not batches:
             return [], 0
@@ -152,11 +153,11 @@ class RowForward:
             if number < len(batches):
                 values_A[ends[number] : ends[number + 1]] = output_A
                 padded += batch.padded_tokens
-        found: list[float] = ranks.total(values_A).cpu().tolist()
+        found: list[Number] = ranks.total(values_A).cpu().tolist()
         return found, int(ranks.total(padded))
 
 
-def _by_row(values: Iterable[float], rows: Iterable[Row]) -> list[list[float]]:
+def _by_row(values: Iterable[Number], rows: Iterable[Row]) -> list[list[Number]]:
     """One number an answer, in the order of the rows, as a list of each row's."""
     left = iter(values)
     return [list(islice(left, len(row.answers))) for row in rows]

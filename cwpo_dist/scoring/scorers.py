@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from cwpo_dist.config import ModelConfig
@@ -17,16 +18,17 @@ from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.sharing import SharedRows, tokens_hash
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
+    HEADS_SCHEMA,
     LOG_PROB_SCHEMA,
     PROMPT_SCHEMA,
     REJECT_SCHEMA,
     SCORE_SCHEMA,
     TOKEN_SCHEMA,
     AnswerTokens,
+    HeadScores,
     LogProb,
     PromptTokens,
     SampledAnswer,
-    Score,
     prompt_of,
     read_rows,
     table_of,
@@ -71,7 +73,7 @@ class TokenWorker:
 
 
 class RewardWorker:
-    """answers → a score for each, by any one-label Hugging Face reward model."""
+    """answers → a score for each, by any Hugging Face reward model, of one head or several."""
 
     def __init__(
         self,
@@ -100,6 +102,7 @@ class RewardWorker:
         reward_model = load_reward_model(model, device=assigned_device())
         self.encoder = encoder_for(model, "reward model", reward_model)
         scores = AnswerScores(reward_model, token_types=self.encoder.token_types)
+        self.schema = SCORE_SCHEMA if scores.heads == 1 else HEADS_SCHEMA
         forward = InvariantForward if batch_invariant else RowForward
         self.forward = forward(scores, self.encoder.pad_id, model.max_length, max_tokens)
 
@@ -117,14 +120,16 @@ class RewardWorker:
             forwarded = self.forward(shared.rows)
             counts.update(forwarded.counts)
             for (answer, row), score in zip(slice_, shared.of_each(forwarded.values), strict=True):
-                if math.isfinite(score):
-                    scores.append(Score(answer.name, self.annotator, score, tokens_hash(row)))
+                heads = score if isinstance(score, list) else [score]
+                if all(map(math.isfinite, heads)):
+                    told = answer.name, self.annotator, fmean(heads), tokens_hash(row)
+                    scores.append(HeadScores(*told, heads))
                 else:
                     rejects.add("non-finite score", answer)
         hashes = {score.answer_id: score.tokens_hash for score in scores}
         self.answers.set_alike_aside(index, hashes, rejects)
         counts.update({"rows": len(scores)} | rejects.counts())
-        return ShardOutput(table_of(scores, SCORE_SCHEMA), rejects.table(), dict(counts))
+        return ShardOutput(table_of(scores, self.schema), rejects.table(), dict(counts))
 
 
 class ReferenceWorker:

@@ -53,6 +53,7 @@ class AnnotateSettings(Settings):
         ready: the given reward model; None: the one that its input `fit` made.
         weak: what `fit` made that of.
         fold: the pairs that `fit` did not see, and has in its key: theirs alone are scored.
+        heads: how many `fit` made, and has in its key; a ready model gives one score, the mean.
     """
 
     stage = "annotate"
@@ -64,6 +65,7 @@ class AnnotateSettings(Settings):
     ready: GivenModel | None
     weak: ModelConfig | None = field(metadata=BESIDE_KEY)
     fold: Fold | None = field(default=None, metadata=BESIDE_KEY)
+    heads: int = field(default=1, metadata=BESIDE_KEY)
 
     @property
     def place(self) -> AnnotateConfig:
@@ -87,8 +89,9 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     config, read = run.config, {"prepare": given["prepare"]}
     splits: tuple[Split, ...] = tuple(sorted(config.annotate.scored_splits()))
     told = AnnotateSettings(config.annotate, splits, None, config.weak)
+    ours = replace(told, heads=config.fit.heads)
     made = [Node(replace(told, ready=model), read) for model in run.ready] or [
-        Node(_of_fold(told, node.settings.fold), read | {"fit": node})
+        Node(_of_fold(ours, node.settings.fold), read | {"fit": node})
         for node in given.values()
         if node.stage == "fit"
     ]
@@ -130,6 +133,7 @@ def work(context: Context, node: Node[AnnotateSettings], counted: Census) -> Sco
         round(prompts * left / max(1, answers)),  # new answers mostly come with new prompts
         pool=told.config,
         answers=left,
+        heads=told.heads,
     )
 
 

@@ -1,4 +1,4 @@
-"""labelled pairs, weak language model → annotator: a one-label Hugging Face reward model."""
+"""labelled pairs, weak language model → annotator: a Hugging Face reward model of its heads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -32,6 +33,7 @@ from cwpo_dist.runs.stage import Stage, Training, by_prompt
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
+from cwpo_dist.training.heads import ManyHeads
 from cwpo_dist.training.tasks import BradleyTerry, TaskError
 from cwpo_dist.training.token_file import Example, content, token_file
 
@@ -102,6 +104,8 @@ def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
         most=told.most,
         batch_by=told.config.batch_by,
         fold=told.fold,
+        heads=told.config.heads,
+        seed=told.seed,
     )
     held_out = held_out_pairs(context, node, told.config, told.followed_on)
     spec = TrainSpec(
@@ -112,6 +116,7 @@ def make(context: Context, node: Node[FitSettings]) -> Mapping[str, object]:
         config=told.config,
         model=told.model.config,
         head="scores",
+        heads=told.config.heads,
         make_task=task,
         make_held_out=replace(task, most=1.0, held_out=held_out),
     )
@@ -142,6 +147,8 @@ class LabelledPairs:
         batch_by: what is shuffled.
         fold: those of them that are left out.
         held_out: the pairs to load instead; None: what is trained on.
+        heads: of the annotator.
+        seed: of the weights that each of several heads has of the pairs that it is trained on.
     """
 
     pairs: Store
@@ -152,6 +159,8 @@ class LabelledPairs:
     batch_by: BatchBy = "pair"
     fold: Fold | None = None
     held_out: HeldOutPairs | None = None
+    heads: int = 1
+    seed: int = 0
 
     def __call__(self, encoder: Encoder) -> BradleyTerry:
         """Tokens of every labelled pair that can be read and fits, the human's choice first.
@@ -169,9 +178,11 @@ class LabelledPairs:
         if shares is not None:
             soft = np.count_nonzero((shares != 0) & (shares != 1))
             logger.info("fit: of %d pairs %d are learned as a share of votes", len(shares), soft)
-        return BradleyTerry(
-            found.rows, found.pair_ids, shares, left_out=found.left_out, batch_by=self.batch_by
-        )
+        how: dict[str, Any] = {"left_out": found.left_out, "batch_by": self.batch_by}
+        if self.heads == 1:
+            return BradleyTerry(found.rows, found.pair_ids, shares, **how)
+        seed = self.seed if self.held_out is None else None
+        return ManyHeads(found.rows, found.pair_ids, shares, self.heads, seed, **how)
 
     def _identity(self) -> list[object]:
         chosen = None if self.held_out is None else self.held_out.identity()

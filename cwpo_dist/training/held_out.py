@@ -31,7 +31,7 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
         NonFiniteLoss: naming step and pairs.
     """
     every = list(range(len(task.rows)))
-    outputs_NK = torch.zeros(len(every), task.n_answers, dtype=torch.float64)
+    outputs_NK = torch.zeros(len(every), *task.outputs, dtype=torch.float64)
     engine.module.eval()
     with torch.no_grad():
         for start in range(0, len(every), BATCH):

@@ -233,7 +233,7 @@ def gradients(
     """
     hooks, meter = hooks or Hooks(), meter or Meter()
     denominator = task.denominator(indices)
-    outputs_PK = torch.zeros(len(indices), task.n_answers, dtype=torch.float64)
+    outputs_PK = torch.zeros(len(indices), *task.outputs, dtype=torch.float64)
     tokens = torch.zeros(2, dtype=torch.float64)
     parts = parts_of(task, indices, run.limits, engine.world_size // engine.sequence.size)
     if task.looks_ahead:
@@ -308,7 +308,7 @@ def finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> 
         NonFiniteLoss: naming step and pairs, on all ranks alike, as all know all outputs.
     """
     loss_P = task.losses(outputs_PK, indices)
-    finite_P = torch.isfinite(loss_P) & torch.isfinite(outputs_PK).all(dim=1)
+    finite_P = torch.isfinite(loss_P) & torch.isfinite(outputs_PK).flatten(1).all(dim=1)
     if not bool(finite_P.all()):
         bad = [indices[p] for p in torch.nonzero(~finite_P).flatten().tolist()]
         raise NonFiniteLoss(

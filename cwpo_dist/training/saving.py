@@ -37,7 +37,7 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import Identity, digests, identify
 from cwpo_dist.lm.loading import load_annotator_base, load_policy
-from cwpo_dist.lm.modules import whole_shape
+from cwpo_dist.lm.modules import unwrapped, whole_shape
 from cwpo_dist.lm.switches import give_back
 from cwpo_dist.local_files import whole_folder
 from cwpo_dist.node_disk import staged, whole_files
@@ -186,7 +186,8 @@ def export_lora(
         fence()
         stage.write(BASE, to_json(asdict(known)))
     with _written(stage.child(MODEL), fence) as out:
-        _merge(base, tokenizer, head, seed, staged(stage.child(ADAPTER)), out, dtype)
+        heads = unwrapped(model).config.num_labels or 1
+        _merge(base, tokenizer, head, seed, heads, staged(stage.child(ADAPTER)), out, dtype)
         tokenizer.save_pretrained(out)
 
 
@@ -195,6 +196,7 @@ def _merge(
     tokenizer: PreTrainedTokenizerBase,
     head: Head,
     seed: int,
+    heads: int,
     adapter: Path,
     out: Path,
     dtype: torch.dtype,
@@ -214,7 +216,7 @@ def _merge(
 
     def load(given: ModelConfig) -> PreTrainedModel:
         if head == "scores":
-            return load_annotator_base(given, tokenizer, seed, device="cpu")
+            return load_annotator_base(given, tokenizer, seed, heads=heads, device="cpu")
         return load_policy(given, device="cpu")
 
     logger.info("merging the adapter in memory, not streamed: %s", whole)

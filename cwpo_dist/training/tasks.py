@@ -71,6 +71,11 @@ class Task(ABC):
         """K, the answers of a row."""
         return 2
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The shape of a row's outputs: a number an answer."""
+        return (self.n_answers,)
+
     @cached_property
     def order(self) -> Order:
         """Which rows an epoch goes through, and in what order."""
@@ -290,7 +295,7 @@ class Preference(Task):
         return {
             "rewards/chosen": float(chosen_P.mean()),
             "rewards/rejected": float(rejected_P.mean()),
-            "rewards/accuracies": _share(chosen_P > rejected_P),
+            "rewards/accuracies": float((chosen_P > rejected_P).double().mean()),
             "rewards/margins": float((chosen_P - rejected_P).mean()),
             "logps/chosen": float(outputs_PK[:, 0].mean()),
             "logps/rejected": float(outputs_PK[:, 1].mean()),
@@ -334,7 +339,3 @@ class Preference(Task):
 def _of(numbers: Sequence[Any] | NDArray[Any], indices: Indices, like: Tensor) -> Tensor:
     """Those of some rows, [P, …]."""
     return like.new_tensor(np.array([numbers[i] for i in indices]))
-
-
-def _share(flags: Tensor) -> float:
-    return float(flags.double().mean())

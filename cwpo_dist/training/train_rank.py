@@ -51,6 +51,7 @@ class TrainSpec:
         base: what identifies the model's files, where the driver sees them; `train` fills it in.
         make_held_out: the like of `make_task`, of pairs that no training reads; called where
             `eval_steps` asks for it.
+        heads: of an annotator, how many.
         known: what an adapter calls the model below it; None: what `model` is known by on other
             machines, asked by `train` before anything starts.
     """
@@ -65,6 +66,7 @@ class TrainSpec:
     make_task: Callable[[Encoder], Task]
     base: str = ""
     make_held_out: Callable[[Encoder], Task] | None = None
+    heads: int = 1
     known: Identity | None = None
 
     def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, object]:
@@ -227,7 +229,9 @@ def _load(
     if spec.head == "logps":
         model = load_policy(spec.model, device=device)
     else:
-        model = load_annotator_base(spec.model, tokenizer, spec.seed, device=device)
+        model = load_annotator_base(
+            spec.model, tokenizer, spec.seed, heads=spec.heads, device=device
+        )
     if spec.config.gradient_checkpointing or model.supports_gradient_checkpointing:
         let_recompute(model)
     model.config.use_cache = False

@@ -1,0 +1,28 @@
+"""A folder with an adapter in it in; why it is no whole model, and how to make one of it, out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def adapter_fault(name: str, file: Path) -> str:
+    """That a folder is an adapter, of which model, and how to make a whole model of the two.
+
+    Args:
+        name: of the folder, as it was given.
+        file: peft's configuration in it.
+    """
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
+    scores = settings.get("task_type") == "SEQ_CLS"
+    kind = "AutoPeftModelForSequenceClassification" if scores else "AutoPeftModelForCausalLM"
+    labels = ", num_labels=1" if scores else ""
+    return (
+        f"model_name_or_path: {name!r} is a peft adapter ({file.name}) of {base!r}, no whole "
+        "model. Merge the two once, and give the new folder:\n"
+        f"    from peft import {kind}; from transformers import AutoTokenizer\n"
+        f"    {kind}.from_pretrained({name!r}{labels}).merge_and_unload()"
+        ".save_pretrained('merged')\n"
+        f"    AutoTokenizer.from_pretrained({name!r}).save_pretrained('merged')"
+    )
