@@ -15,6 +15,7 @@ from cwpo_dist.config.data import LabelColumn, Pairing, PrepareConfig, Source
 from cwpo_dist.config.models import TEMPLATE_DATE, LoraConfig, ModelConfig
 from cwpo_dist.config.scoring import (
     AnnotateConfig,
+    Engine,
     EvaluateConfig,
     Pool,
     PoolConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "CompareConfig",
     "Config",
     "ConfigError",
+    "Engine",
     "EvaluateConfig",
     "FitConfig",
     "Fraction",

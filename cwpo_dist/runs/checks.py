@@ -33,6 +33,7 @@ from cwpo_dist.placement import (
 )
 from cwpo_dist.runs.arms import implicit_arms, judged_arms, needs_annotator
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
+from cwpo_dist.runs.engine_checks import vllm_faults
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.node_probes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
@@ -87,12 +88,22 @@ def check(config: Config, until: str | None = None) -> Checked:
         notes += found.notes
         if found.size is not None and found.encoder is not None:
             sizes[field], encoders[field] = found.size, found.encoder
+    if _writes_by_vllm(config, until) and "policy" in sizes:
+        assert config.policy is not None, "its size is known"
+        faults += vllm_faults(config, config.policy, sizes["policy"])
     for name, training, trained in trainings(config, until):
         faults += setting_faults(name, training, trained, machines)
     faults += (f"{fault}{elsewhere()}" for fault in _placement_faults(config, until, machines))
     if faults:
         raise ConfigError("\n".join(faults))
     return Checked(sizes, machines, encoders, tuple(dict.fromkeys(notes)))
+
+
+def _writes_by_vllm(config: Config, until: str | None) -> bool:
+    judge = config.evaluate
+    return (
+        judge.engine == "vllm" and bool(judge.num_prompts) and "evaluate" in reached(config, until)
+    )
 
 
 def _config_faults(config: Config, until: str | None) -> Iterator[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from cwpo_dist.config import ModelConfig
+from cwpo_dist.config import Engine, ModelConfig
 from cwpo_dist.lm.encoder import fill_id, load_tokenizer
 from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_config, load_policy, load_reward_model
@@ -15,6 +16,7 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.sharing import SharedRows, tokens_hash
+from cwpo_dist.lm.vllm_generation import VllmWriter
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     LOG_PROB_SCHEMA,
@@ -32,7 +34,7 @@ from cwpo_dist.pairs.records import (
     table_of,
 )
 from cwpo_dist.scoring.answers_in import Answers, AnswersIn, encoded, read_tokens
-from cwpo_dist.scoring.devices import assigned_device, fix_workspace
+from cwpo_dist.scoring.devices import assigned_device, assigned_gpus, fix_workspace
 from cwpo_dist.scoring.forward import Ranks, RowForward
 from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
@@ -182,19 +184,26 @@ def _shared(answers: Sequence[tuple[Input[T], Row]]) -> SharedRows:
 
 
 class AnswerWorker:
-    """prompts → one sampled answer each; answers do not depend on the batch."""
+    """prompts → one sampled answer each; an answer does not depend on the batch."""
 
     def __init__(
         self,
         prompts: Store,
         model: ModelConfig,
         sampling: dict[str, Any],
-        together: int | None = None,
+        together: int,
+        engine: Engine = "transformers",
     ) -> None:
-        """With `together` prompts at once; None: all of a shard."""
-        self.prompts, self.sampling, self.together = prompts, dict(sampling), together
-        self.policy = load_policy(model, device=assigned_device())
-        self.tokenizer = load_tokenizer(model)
+        """Loads the policy, which answers `together` prompts at once."""
+        self.prompts, self.device = prompts, assigned_device()
+        told = sampling | {"batch_size": together}
+        self.write: Callable[[Sequence[Sequence[int]]], list[str]]
+        if engine == "vllm":
+            self.write = VllmWriter(model, gpus=assigned_gpus(), **told)
+        else:
+            policy = load_policy(model, device=self.device)
+            self.device = policy.device
+            self.write = partial(generate, policy, load_tokenizer(model), **told)
 
     def read(self, index: int) -> list[Input[list[int]]]:
         """The prompts of the batch."""
@@ -203,14 +212,7 @@ class AnswerWorker:
 
     def __call__(self, index: int, rows: Sequence[Input[list[int]]]) -> ShardOutput:
         """One answer to each prompt of the batch."""
-        answers = generate(
-            self.policy,
-            self.tokenizer,
-            [row.given for row in rows],
-            batch_size=self.together or len(rows),
-            **self.sampling,
-        )
-        both = zip(rows, answers, strict=True)
+        both = zip(rows, self.write([row.given for row in rows]), strict=True)
         table = table_of([SampledAnswer(row.name, text) for row, text in both], ANSWER_SCHEMA)
         counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0}
         return ShardOutput(table, REJECT_SCHEMA.empty_table(), counts)
