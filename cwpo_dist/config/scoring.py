@@ -100,6 +100,11 @@ class PoolConfig(Pool):
         )
 
     @property
+    def fewest_gpus(self) -> int:
+        """Devices that an actor computes on, of those pools that have the fewest."""
+        return max(1, int(min(pool.gpus_per_actor for pool in self.actor_pools())))
+
+    @property
     def _most_gpus(self) -> float:
         return max(pool.gpus_per_actor for pool in self.actor_pools())
 

@@ -148,6 +148,9 @@ def _placement_faults(
     yield from task_faults("prepare.", "num_cpus", config.prepare.num_cpus, machines)
     for name, training, _ in trainings(config, until):
         yield from training_faults(name, training, machines)
+    stages = reached(config, until)
+    if config.annotate.sharded and "annotate" in stages and "fit" not in stages:
+        yield from training_faults("fit", config.fit, machines)
     for name, pool in pools(config, until):
         yield from pool_faults(f"{name}.", pool, machines)
 
@@ -202,10 +205,10 @@ def trainings(
 def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolConfig]]:
     """The actor pools that are used up to a stage."""
     stages = reached(config, until)
-    if config.reference.sharded:  # by the workers of `align`
-        stages -= {"reference"}
-    used = config.sections(PoolConfig).items()
-    yield from ((name, section) for name, section in used if name in stages)
+    for name, section in config.sections(PoolConfig).items():
+        # Else workers do it; but the actors of `evaluate` write answers, too.
+        if name in stages and (not section.sharded or name == "evaluate"):
+            yield name, section
 
 
 def reached(config: Config, until: str | None) -> set[str]:

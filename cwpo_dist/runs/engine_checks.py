@@ -1,4 +1,4 @@
-"""A run that vLLM shall write answers in, and its policy's sizes, in; what vLLM would refuse out."""
+"""A run in which vLLM shall write, and its policy's sizes, in; what vLLM would refuse, out."""
 
 from __future__ import annotations
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from cwpo_dist.config import Engine, ModelConfig
 from cwpo_dist.lm.encoder import fill_id, load_tokenizer
 from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_config, load_policy, load_reward_model
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, unwrapped
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.sharing import SharedRows, tokens_hash
@@ -72,6 +74,18 @@ class TokenWorker:
         return ShardOutput(table, rejects.table(), counts | rejects.counts())
 
 
+def reward_module(model: ModelConfig, device: torch.device) -> AnswerScores:
+    """A ready reward model as it is applied."""
+    loaded = load_reward_model(model, device=device)
+    encoder = encoder_for(model, "reward model", loaded)
+    return AnswerScores(loaded, token_types=encoder.token_types)
+
+
+def policy_module(model: ModelConfig, device: torch.device) -> AnswerLogProbs:
+    """A policy as it is applied."""
+    return AnswerLogProbs(load_policy(model, device=device))
+
+
 class RewardWorker:
     """answers → a score for each, by any one-label Hugging Face reward model."""
 
@@ -81,16 +95,18 @@ class RewardWorker:
         model: ModelConfig,
         annotator: str,
         max_tokens: int,
+        ranks: Ranks | None = None,
         *,
         batch_invariant: bool = False,
     ) -> None:
-        """Loads the model.
+        """Loads the model, unless ranks hold it together.
 
         Args:
             answers: what is scored.
             model: the reward model.
             annotator: its name in the scores.
             max_tokens: of one forward pass.
+            ranks: that hold it.
             batch_invariant: no answer's bits depend on what is scored beside it.
 
         Raises:
@@ -99,11 +115,11 @@ class RewardWorker:
         self.answers, self.model, self.annotator = answers, model, annotator
         if batch_invariant:
             fix_workspace()
-        reward_model = load_reward_model(model, device=assigned_device())
-        self.encoder = encoder_for(model, "reward model", reward_model)
-        scores = AnswerScores(reward_model, token_types=self.encoder.token_types)
-        forward = InvariantForward if batch_invariant else RowForward
-        self.forward = forward(scores, self.encoder.pad_id, model.max_length, max_tokens)
+        module = reward_module(model, assigned_device()) if ranks is None else ranks.module
+        assert isinstance(module, AnswerScores)
+        self.encoder = encoder_for(model, "reward model", unwrapped(module.model))
+        told = module, self.encoder.pad_id, model.max_length, max_tokens
+        self.forward = InvariantForward(*told) if batch_invariant else RowForward(*told, ranks)
 
     def read(self, index: int) -> Answers:
         """The answers."""
@@ -142,10 +158,7 @@ class ReferenceWorker:
     ) -> None:
         """Loads the policy, unless ranks hold it together."""
         self.answers, self.tokens = answers, tokens
-        if ranks is not None:
-            module = ranks.module
-        else:
-            module = AnswerLogProbs(load_policy(model, device=assigned_device()))
+        module = policy_module(model, assigned_device()) if ranks is None else ranks.module
         words = load_config(model).get_text_config().vocab_size
         pad = fill_id(load_tokenizer(model), words)
         self.forward = RowForward(module, pad, model.max_length, max_tokens, ranks)
