@@ -37,6 +37,7 @@ from cwpo_dist.runs.engine_checks import vllm_faults
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.node_probes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
+from cwpo_dist.runs.room_checks import room_faults
 from cwpo_dist.runs.sizes import Loader, ModelSize, annotator, policy, reward_model
 from cwpo_dist.runs.training_checks import setting_faults
 from cwpo_dist.runs.trials import Trial, baseline, by_loss
@@ -88,6 +89,9 @@ def check(config: Config, until: str | None = None) -> Checked:
         notes += found.notes
         if found.size is not None and found.encoder is not None:
             sizes[field], encoders[field] = found.size, found.encoder
+            faults += room_faults(
+                config, reached(config, until), field, model, found.size, machines
+            )
     if _writes_by_vllm(config, until) and "policy" in sizes:
         assert config.policy is not None, "its size is known"
         faults += vllm_faults(config, config.policy, sizes["policy"])

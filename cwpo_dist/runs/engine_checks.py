@@ -17,7 +17,7 @@ def vllm_faults(config: Config, policy: ModelConfig, size: ModelSize) -> Iterato
         policy: that answers.
         size: of it.
     """
-    if importlib.util.find_spec("vllm") is None:
+    if not _installed():
         yield (
             "evaluate.engine: vllm, but it is not installed here; on every node pip install "
             "'cwpo_dist[vllm]' (without constraints.txt), or set it to transformers"
@@ -41,3 +41,7 @@ def vllm_faults(config: Config, policy: ModelConfig, size: ModelSize) -> Iterato
                 f"evaluate.gpus_per_actor: {number}, but {name!r} has {size.heads} attention "
                 "heads, which vLLM deals out to them; give a number that divides these"
             )
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None

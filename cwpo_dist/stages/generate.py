@@ -108,11 +108,12 @@ def make(context: Context, node: Node[GenerateSettings]) -> Mapping[str, object]
     names = ("max_new_tokens", "temperature", "seed")
     sampling = {name: getattr(told, name) for name in names}
     policy = policy_of(context, node, told.model.config)
+    worker = partial(AnswerWorker, engine=told.config.engine)
     job = ShardJob(
         name="answers",
         output=output,
         shards=len(batches),
-        make_worker=partial(AnswerWorker, output, policy, sampling, together, told.config.engine),
+        make_worker=partial(worker, output, policy, sampling, together),
         reads="prompts",
     )
     return run_shards(job, told.config)
