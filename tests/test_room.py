@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from small_run import small_config
 from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cwpo_dist.config import ConfigError
+from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.placement import Machine
 from cwpo_dist.planning.plan import Plan, plan
 from cwpo_dist.runs import checks, engine_checks
+from cwpo_dist.runs.sizes import ModelSize
+
+pytestmark = pytest.mark.timeout(900)
 
 LLAMA_70B = {
     **{"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80},
@@ -25,23 +30,29 @@ LLAMA_70B = {
 
 
 def hollow(folder: Path, kind: Any, **more: Any) -> str:
-    """A model's folder, whose file of weights is as long as that of a real one, and holds none."""
+    """A model's folder, whose files of weights are as long as those of a real one, and empty."""
     config = AutoConfig.for_model(
         "llama", **LLAMA_70B, **more, bos_token_id=0, eos_token_id=1, pad_token_id=2
     )
     with torch.device("meta"):
         model = kind.from_config(config, dtype=torch.bfloat16)
-    end, header = 0, {}
-    for name, tensor in model.state_dict().items():
-        start, end = end, end + 2 * tensor.numel()
-        header[name] = {"dtype": "BF16", "shape": [*tensor.shape], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
     tiny_tokenizer().save_pretrained(folder)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    tensors = model.state_dict()
+    shards = split_torch_state_dict_into_shards(tensors)
+    for name, members in shards.filename_to_tensors.items():
+        end, header = 0, {}
+        for member in members:
+            start, end = end, end + 2 * tensors[member].numel()
+            shape = [*tensors[member].shape]
+            header[member] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return str(folder)
 
 
@@ -95,6 +106,17 @@ def test_what_exceeds_a_gpu_is_refused_with_what_to_set_and_then_fits(planned: A
     gib = {name: (stage.memory or 0) / 2**30 for name, stage in found.items()}
     assert 131.4 / 8 < gib["annotate"] < 20 > gib["reference"] > 131.4 / 8
     assert 131.4 / 4 < gib["generate (answers_base)"] < 40
+
+
+def test_what_vllm_cannot_do_as_our_own_loop_does_is_refused() -> None:
+    sources = {"sources": [{"path": "p"}]}
+    config = parse_config({"output_dir": "run", "prepare": sources, "evaluate": {"engine": "vllm"}})
+    policy = ModelConfig(model_name_or_path="p", num_hidden_layers=2, max_length=400)
+    size = replace(ModelSize(9, 9, 9, 2, 8, 9), turning=500)
+    missing, layers, turning = engine_checks.vllm_faults(config, policy, size)
+    assert "pip install 'cwpo_dist[vllm]'" in missing
+    assert layers.startswith("policy.num_hidden_layers: 2, but vLLM reads whole models")
+    assert "are 912, but the rotary positions of 'p' turn beyond 500" in turning
 
 
 def test_gpus_that_vllm_cannot_divide_heads_by_are_refused(planned: Any) -> None:
