@@ -83,6 +83,7 @@ def test_what_fits_is_not_refused(fields: dict[str, Any]) -> None:
     [
         ({"num_actors": [3, 2]}, "min is above max"),
         ({"gpus_per_actor": 2}, "gpus_per_actor: 2; an actor computes on one GPU .* give 1, or"),
+        ({"sharded": True, "batch_invariant": True}, "batch_invariant: .* cannot promise it"),
         ({"cpus_per_actor": 2, "pools": [{}]}, "given beside cpus_per_actor"),
         ({"pools": [{"resources": {"CPU": 2}}]}, r"pools\.0.*resources\.CPU: give cpus_per_actor"),
     ],
