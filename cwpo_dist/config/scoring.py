@@ -10,7 +10,6 @@ from cwpo_dist.config.base import Fraction, PositiveFloat, PositiveInt, Section,
 from cwpo_dist.config.models import ModelConfig
 
 Engine = Literal["transformers", "vllm"]  # what writes answers
-EXCEEDS_ONE = "for a model that exceeds one GPU: sharded: true"
 
 
 class Pool(Section):
@@ -108,12 +107,19 @@ class PoolConfig(Pool):
     def _most_gpus(self) -> float:
         return max(pool.gpus_per_actor for pool in self.actor_pools())
 
-    def _refuse_several_gpus(self, remedy: str) -> None:
-        if self._most_gpus > 1:
+    def _instead_of_several(self) -> str | None:
+        """What else a model that exceeds one GPU takes; None: an actor computes on all it has."""
+        return "for a model that exceeds one GPU: sharded: true"
+
+    @model_validator(mode="after")
+    def _gpus_that_work(self) -> Self:
+        remedy = self._instead_of_several()
+        if self._most_gpus > 1 and remedy is not None:
             raise ValueError(
                 f"gpus_per_actor: {self._most_gpus:g}; an actor computes on one GPU and would hold "
                 f"the others in vain: give 1, or a share of one such as 0.5; {remedy}"
             )
+        return self
 
     @property
     def most_actors(self) -> int:
@@ -168,8 +174,7 @@ class AnnotateConfig(PoolConfig):
         return settings
 
     @model_validator(mode="after")
-    def _one_gpu_an_actor(self) -> Self:
-        self._refuse_several_gpus(EXCEEDS_ONE)
+    def _promises_bits(self) -> Self:
         if self.sharded and self.batch_invariant:
             raise ValueError(
                 "batch_invariant: workers that share a model (sharded: true) cannot promise it; "
@@ -216,11 +221,6 @@ class ReferenceConfig(PoolConfig):
 
     compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
 
-    @model_validator(mode="after")
-    def _one_gpu_an_actor(self) -> Self:
-        self._refuse_several_gpus(EXCEEDS_ONE)
-        return self
-
 
 class EvaluateConfig(PoolConfig):
     """Held-out accuracy and gold reward accuracy."""
@@ -259,10 +259,13 @@ class EvaluateConfig(PoolConfig):
         "answers",
     )
 
+    def _instead_of_several(self) -> str | None:
+        return None if self.engine == "vllm" else "or several with engine: vllm"
+
     @model_validator(mode="after")
-    def _gpus_that_work(self) -> Self:
-        if self.engine != "vllm":
-            self._refuse_several_gpus("or several with engine: vllm")
-        elif any(0 < pool.gpus_per_actor < 1 for pool in self.actor_pools()):
+    def _whole_gpus(self) -> Self:
+        if self.engine == "vllm" and any(
+            0 < pool.gpus_per_actor < 1 for pool in self.actor_pools()
+        ):
             raise ValueError("gpus_per_actor: vLLM takes the memory of whole GPUs; give 1 or more")
         return self
