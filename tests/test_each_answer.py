@@ -102,7 +102,7 @@ def test_each_prompt_has_the_answer_that_was_sampled_for_it(tmp_path: Path) -> N
     given = Store(str(tmp_path / "given"))
     rows = [{"pair_id": f"p{len(prompt)}", "tokens": prompt} for prompt in prompts]
     given.create_table(part("prompts", 0), pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA))
-    worker = AnswerWorker(given, policy, sampling)
+    worker = AnswerWorker(given, policy, sampling, together=3)
     told = {r["pair_id"]: r["answer"] for r in worker(0, worker.read(0)).rows.to_pylist()}
     model, tokenizer = load_policy(policy), world.encoder.tokenizer
     for prompt in prompts:

@@ -44,6 +44,7 @@ from cwpo_dist.results.show import show
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.divergence import kl_divergence
 from cwpo_dist.runs.output_key import Node
+from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.stages.evaluate import ANSWERS, ITEMS
 from cwpo_dist.storage import MANIFEST, Store
@@ -237,7 +238,8 @@ def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None
     context, nodes = Context(Store(finished.output_dir)), graph(finished, "cw")
     pairs = whole(place(finished, "prepare"), "pairs").to_pylist()
     prompts = {pair["pair_id"]: Prompt(pair["prompt"]) for pair in pairs}
-    given = finished.policy, finished.reference, finished.prepare.rows_per_shard
+    by = Scorers(finished.reference, finished.align)
+    given = finished.policy, by, finished.prepare.rows_per_shard
     found = kl_divergence(context, nodes["evaluate"], prompts, *given)
     tokens = read_tokens(place(finished, "evaluate").child("kl"), 0)
     assert found["n"] == len(tokens) > 0

@@ -21,6 +21,7 @@ from cwpo_dist.planning.fleet import Fleet, fleet_notes, hours_lines, seconds, t
 from cwpo_dist.planning.plan import Plan, StagePlan, plan
 from cwpo_dist.planning.plan_table import print_plan
 from cwpo_dist.runs.checks import Checked
+from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.runs.stage import Scoring
 from cwpo_dist.storage import Store
 
@@ -114,7 +115,8 @@ def test_unlike_pools_annotate_each_at_its_own_rate(config: Config) -> None:
     annotate = config.annotate.model_copy(update={"pools": pools})
     mixed = config.model_copy(update={"annotate": annotate})
     rated = Fleet(rates={"L4": 4.0, "CPU": 1.0})
-    work = Scoring("", 2000, "scores", "annotate.model", pool=annotate, answers=1400)
+    by = Scorers(annotate, config.fit)
+    work = Scoring("", 2000, "scores", "annotate.model", by=by, answers=1400)
     lengths = {"annotate.model": Lengths(0.5, 10.0, 6.0, 8.0, AnswerLengths(0.75, 2.0, 4.0))}
     estimate = Estimate(mixed, EMPTY, Checked({}, (), {}), lengths)
     took = seconds(work, estimate, rated)

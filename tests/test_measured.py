@@ -27,7 +27,8 @@ from cwpo_dist.pairs.records import (
     table_of,
 )
 from cwpo_dist.results import sample
-from cwpo_dist.runs import divergence
+from cwpo_dist.runs import divergence, scored_by
+from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.scoring.answers_in import read_tokens
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.stages import evaluate, generate
@@ -204,7 +205,7 @@ def test_kl_is_of_the_aligned_models_answers_aligned_less_sft(
     read = {"aligned": {"zz": -2.0, "zzzzz": -1.0}, "sft": {"zz": -7.0, "zzzzz": -2.0}}
     models: dict[str, str] = {}
 
-    def run_shards(job: ShardJob, config: Any) -> None:
+    def run_shards(job: ShardJob, *_: Any) -> dict[str, Any]:
         role = job.output.uri.rsplit("/", 1)[-1]
         answers, tokens, model, _ = job.make_worker.args  # type: ignore[attr-defined]  # a partial
         models[role] = model.model_name_or_path
@@ -220,13 +221,14 @@ def test_kl_is_of_the_aligned_models_answers_aligned_less_sft(
             rows += [LogProb(pair.answer_a, -100.0, 1), LogProb(pair.answer_b, read[role][text], 1)]
         assert not found, "of the baseline's answers there are no tokens"
         job.output.create_table(part("reference", 0), table_of(rows, LOG_PROB_SCHEMA))
+        return {}
 
-    monkeypatch.setattr(divergence, "run_shards", run_shards)
+    monkeypatch.setattr(scored_by, "run_shards", run_shards)
     prompts = {f"test-{k}": Prompt(f"prompt test {k}: ") for k in range(2)}
-    policy, pool = world.config.policy, world.config.reference
+    policy, by = world.config.policy, Scorers(world.config.reference, world.config.align)
     assert policy is not None
     found = divergence.kl_divergence(
-        world.context, world.node("evaluate"), prompts, policy, pool, rows_a_shard=1024
+        world.context, world.node("evaluate"), prompts, policy, by, rows_a_shard=1024
     )
     assert found == {"n": 2, "mean": 3.0, "error": 2.0}
     for role, trained in (("sft", "sft"), ("aligned", "align")):

@@ -24,10 +24,10 @@ from cwpo_dist.lm.templates import TokenError
 from cwpo_dist.pairs.readers import SourceError
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.planning.plan import plan
+from cwpo_dist.runs import scored_by
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.retries import ShardError
-from cwpo_dist.stages import annotate
 
 # What a user is shown in a line; anything else is a fault of ours.
 REFUSALS = (ConfigError, ModelError, TokenError, SourceError, RejectsError, ShardError)
@@ -53,7 +53,7 @@ def here(ray_local: Any, in_process: None, monkeypatch: pytest.MonkeyPatch) -> N
         return counts
 
     monkeypatch.setattr(running, "connect", lambda: None)
-    monkeypatch.setattr(annotate, "run_shards", shards)
+    monkeypatch.setattr(scored_by, "run_shards", shards)
 
 
 class Maker:

@@ -17,10 +17,10 @@ from cwpo_dist.graph import STAGES, nodes_until
 from cwpo_dist.lm.loading import save
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.planning.plan import plan
+from cwpo_dist.runs import scored_by
 from cwpo_dist.runs.checks import check
 from cwpo_dist.runs.context import Context
 from cwpo_dist.scoring.driver import run_here
-from cwpo_dist.stages import annotate
 from cwpo_dist.storage import MANIFEST, Store
 
 NO_SYSTEM = (
@@ -82,7 +82,7 @@ def annotated(
     def here(job: Any, _pool: Any, _check: Any) -> dict[str, Any]:
         return run_here(job)
 
-    monkeypatch.setattr(annotate, "run_shards", here)
+    monkeypatch.setattr(scored_by, "run_shards", here)
 
     def counts(config: Config) -> dict[str, Any]:
         context = Context(Store(config.output_dir))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from fleet import SHARDS
 
-from cwpo_dist.config import ConfigError, Pool, PoolConfig
+from cwpo_dist.config import ConfigError, EvaluateConfig, Pool, PoolConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.node_disk import staged
 from cwpo_dist.placement import Machine, pool_faults
@@ -83,6 +83,7 @@ def test_what_fits_is_not_refused(fields: dict[str, Any]) -> None:
     [
         ({"num_actors": [3, 2]}, "min is above max"),
         ({"gpus_per_actor": 2}, "gpus_per_actor: 2; an actor computes on one GPU .* give 1, or"),
+        ({"sharded": True, "batch_invariant": True}, "batch_invariant: .* cannot promise it"),
         ({"cpus_per_actor": 2, "pools": [{}]}, "given beside cpus_per_actor"),
         ({"pools": [{"resources": {"CPU": 2}}]}, r"pools\.0.*resources\.CPU: give cpus_per_actor"),
     ],
@@ -91,6 +92,29 @@ def test_pools_that_make_no_sense_are_refused(annotate: dict[str, Any], said: st
     sources = {"sources": [{"path": "pairs.jsonl"}]}
     with pytest.raises(ConfigError, match=said):
         parse_config({"output_dir": "run", "prepare": sources, "annotate": annotate})
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "said"),
+    [
+        ({"gpus_per_actor": 2}, "evaluate.*others in vain: .* or several with engine: vllm"),
+        ({"engine": "vllm", "gpus_per_actor": 0.5}, "takes the memory of whole GPUs"),
+        ({"engine": "vllm", "pools": [{"gpus_per_actor": 1.5}]}, "1.5; give a whole number"),
+    ],
+)
+def test_gpus_that_no_engine_would_use_are_refused(evaluate: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_config(
+            {"output_dir": "run", "prepare": {"sources": [{"path": "p"}]}, "evaluate": evaluate}
+        )
+
+
+def test_a_gold_model_scores_on_each_of_the_gpus_that_answers_were_written_on() -> None:
+    pools = [Pool(num_actors=[0, 2], gpus_per_actor=4, cpus_per_actor=2), Pool(gpus_per_actor=1)]
+    config = EvaluateConfig(engine="vllm", pools=pools)
+    several, one = config.one_gpu_an_actor().actor_pools()
+    assert (several.num_actors, several.gpus_per_actor, several.cpus_per_actor) == ((0, 8), 1, 0.5)
+    assert (one.max_actors, one.gpus_per_actor) == (1, 1)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.loading import ModelError, load_policy
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, refuse_one_by_one
 from cwpo_dist.lm.packed import packed_attention
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import collate
@@ -175,6 +175,8 @@ def test_a_classifier_that_sees_pads_takes_sequences_one_by_one(caplog):
     model.register_forward_hook(by_length, with_kwargs=True)
     choose_layout(module, longest=64)
     assert module.one_by_one
+    with pytest.raises(ModelError, match="not be trained or shared by workers"):
+        refuse_one_by_one(module)
     assert "one sequence at a time" in caplog.text
     with torch.no_grad():
         alone = [

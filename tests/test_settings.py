@@ -201,7 +201,7 @@ HOW = {
     "sft": _TRAINING,
     "align": _TRAINING,
     "annotate": _POOL | {"max_reject_fraction"},
-    "reference": _POOL | {"sharded"},
+    "reference": _POOL,
     "evaluate": _POOL | {"generation_batch_size"},
 }
 # Not walked: what has tests of its own, and TRL's spelling of `global_batch_size`.
@@ -215,7 +215,7 @@ ELSEWHERE = {
 }
 _TOKENS = {"model_name_or_path", "revision", "chat_template", "template_date"}
 _TOKENS |= {"max_length", "over_length"}
-_SAMPLING = {"split", "num_prompts", "max_new_tokens", "temperature"}
+_SAMPLING = {"split", "num_prompts", "max_new_tokens", "temperature", "engine"}
 # Values for settings whose other value their type does not tell.
 OTHER: dict[str, Any] = {
     "chat_template": "plain",

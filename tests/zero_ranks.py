@@ -63,6 +63,7 @@ from cwpo_dist.pairs.records import (
 from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.scoring.pipeline import commit, part
 from cwpo_dist.scoring.retries import ShardOutput
+from cwpo_dist.scoring.scorers import policy_module
 from cwpo_dist.scoring.sharded import Together
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
@@ -254,7 +255,8 @@ def reference(folder: Path) -> None:
     job = reference_job(folder)
     worker: Any = job.make_worker
     config = Case("reference", 3).config()
-    spec = FrozenSpec("reference", job.output, config, worker.args[2], Together(job, worker))
+    model, work = worker.args[2], Together(job)
+    spec = FrozenSpec("reference", job.output, config, model, policy_module, work)
     with rank_process(config, CPU) as watchdog:
         spec.run(LeaseToken(job.output, 0), CPU, watchdog)
 

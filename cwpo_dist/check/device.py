@@ -196,8 +196,8 @@ def generation(device: torch.device) -> Outcome:
         store.create_table(part("prompts", 0), pa.Table.from_pylist(asked))
         sampling = {"max_new_tokens": 8, "temperature": 1.0, "seed": 0}
         policy = ModelConfig(model_name_or_path=str(Path(folder, "policy")), max_length=64)
-        worker = AnswerWorker(store, policy, sampling)
-        there = next(worker.policy.parameters()).device
+        worker = AnswerWorker(store, policy, sampling, together=len(prompts))
+        there = worker.device
         output = worker(0, worker.read(0))
     right = there.type == device.type and output.rows.num_rows == len(prompts)
     return right, f"{output.rows.num_rows} answers on {there}", {"device": str(there)}

@@ -13,22 +13,16 @@ from cwpo_dist.config.config import (
 )
 from cwpo_dist.config.data import LabelColumn, Pairing, PrepareConfig, Source
 from cwpo_dist.config.models import TEMPLATE_DATE, LoraConfig, ModelConfig
+from cwpo_dist.config.pairwise import AlignConfig, FitConfig, PairsConfig
 from cwpo_dist.config.scoring import (
     AnnotateConfig,
+    Engine,
     EvaluateConfig,
     Pool,
     PoolConfig,
     ReferenceConfig,
 )
-from cwpo_dist.config.training import (
-    AlignConfig,
-    BatchBy,
-    FitConfig,
-    PairsConfig,
-    SftConfig,
-    Tracker,
-    TrainingConfig,
-)
+from cwpo_dist.config.training import BatchBy, SftConfig, Tracker, TrainingConfig
 
 __all__ = [
     "ARMS",
@@ -41,6 +35,7 @@ __all__ = [
     "CompareConfig",
     "Config",
     "ConfigError",
+    "Engine",
     "EvaluateConfig",
     "FitConfig",
     "Fraction",

@@ -9,8 +9,9 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from cwpo_dist.config.base import Fraction, Place, PositiveFloat, Section, Split
 from cwpo_dist.config.data import PrepareConfig
 from cwpo_dist.config.models import ModelConfig
+from cwpo_dist.config.pairwise import AlignConfig, FitConfig
 from cwpo_dist.config.scoring import AnnotateConfig, EvaluateConfig, ReferenceConfig
-from cwpo_dist.config.training import AlignConfig, FitConfig, SftConfig
+from cwpo_dist.config.training import SftConfig
 
 S = TypeVar("S", bound=Section)
 

@@ -30,11 +30,13 @@ _OF_THE_RUN: Mapping[str, Effect] = {
     "arms": "what is made",
     "compare": "what is made",
 }
-# Outside their section's part of a key, and in the key in another way: a model as it is now, the
-# seed of each annotator, the batch that is a product, what of a DeepSpeed section decides numbers.
+# Outside their section's part of a key, and in the key in another way: a model as it is now, what
+# writes answers, the seed of each annotator, the batch that is a product, what of a DeepSpeed
+# section decides numbers.
 _IN_ANOTHER_WAY: Mapping[str, Effect] = {
     "model": "yes",
     "models": "yes",
+    "engine": "yes",
     "seeds": "yes",
     "folds": "yes",
     "per_device_train_batch_size": "yes",

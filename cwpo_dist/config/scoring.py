@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from cwpo_dist.config.base import Fraction, PositiveFloat, PositiveInt, Section, Split
 from cwpo_dist.config.models import ModelConfig
 
+Engine = Literal["transformers", "vllm"]  # what writes answers
+
 
 class Pool(Section):
     """Actors of one kind, and the nodes that they may run on."""
@@ -20,7 +22,9 @@ class Pool(Section):
     )
     cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs that one actor reserves")
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="GPUs that one actor reserves, at most 1; 0.5: two share one; 0: on CPUs"
+        0.0,
+        description="GPUs that one actor reserves; 0.5: two share one; 0: on CPUs; more than 1 in "
+        "`evaluate` alone, with vllm",
     )
     accelerator_type: str | None = Field(
         None, description="GPU as Ray names it: H100, L4, …; null: any"
@@ -43,15 +47,24 @@ class Pool(Section):
         """How many there are where there is room."""
         return self.num_actors if isinstance(self.num_actors, int) else self.num_actors[1]
 
+    def by_single_gpus(self) -> Pool:
+        """The same devices, for actors that compute on one GPU each."""
+        number = max(1, int(self.gpus_per_actor))
+        changes = {
+            "num_actors": [self.min_actors * number, self.max_actors * number],
+            "cpus_per_actor": self.cpus_per_actor / number,
+            "gpus_per_actor": min(1.0, self.gpus_per_actor),
+            "resources": {name: amount / number for name, amount in self.resources.items()},
+        }
+        told = {name: getattr(self, name) for name in Pool.model_fields}
+        return Pool.model_validate(told | changes)
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.min_actors > self.max_actors:
             raise ValueError(f"num_actors: [min, max] is {self.num_actors}; min is above max")
-        if self.gpus_per_actor > 1:
-            raise ValueError(
-                f"gpus_per_actor: {self.gpus_per_actor:g}; an actor computes on one GPU and would "
-                "hold the others in vain: give 1, or a share of one such as 0.5"
-            )
+        if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
+            raise ValueError(f"gpus_per_actor: {self.gpus_per_actor:g}; give a whole number")
         for name in self.resources.keys() & {"CPU", "GPU"}:  # which Ray takes by its own words
             raise ValueError(f"resources.{name}: give {name.lower()}s_per_actor in its place")
         return self
@@ -63,6 +76,11 @@ class PoolConfig(Pool):
     max_tokens_per_batch: PositiveInt = Field(
         4096, description="tokens of one forward pass, with any padding"
     )
+    sharded: bool = Field(
+        False,
+        description="score with a model that exceeds one device: by the workers of `align` (for "
+        "`annotate`: of `fit`), under ZeRO-3",
+    )
     pools: list[Pool] = Field(
         default_factory=list,
         description="several pools that share the work, each with its own num_actors, …",
@@ -71,6 +89,37 @@ class PoolConfig(Pool):
     def actor_pools(self) -> list[Pool]:
         """The pools, or the one that the section itself describes."""
         return self.pools or [self]
+
+    def one_gpu_an_actor(self) -> PoolConfig:
+        """The same devices, for actors that compute on one GPU each."""
+        if self._most_gpus <= 1:
+            return self
+        return self.model_copy(
+            update={"pools": [pool.by_single_gpus() for pool in self.actor_pools()]}
+        )
+
+    @property
+    def fewest_gpus(self) -> int:
+        """Devices that an actor computes on, of those pools that have the fewest."""
+        return max(1, int(min(pool.gpus_per_actor for pool in self.actor_pools())))
+
+    @property
+    def _most_gpus(self) -> float:
+        return max(pool.gpus_per_actor for pool in self.actor_pools())
+
+    def _instead_of_several(self) -> str | None:
+        """What else a model that exceeds one GPU takes; None: an actor computes on all it has."""
+        return "for a model that exceeds one GPU: sharded: true"
+
+    @model_validator(mode="after")
+    def _gpus_that_work(self) -> Self:
+        remedy = self._instead_of_several()
+        if self._most_gpus > 1 and remedy is not None:
+            raise ValueError(
+                f"gpus_per_actor: {self._most_gpus:g}; an actor computes on one GPU and would hold "
+                f"the others in vain: give 1, or a share of one such as 0.5; {remedy}"
+            )
+        return self
 
     @property
     def most_actors(self) -> int:
@@ -125,6 +174,15 @@ class AnnotateConfig(PoolConfig):
         return settings
 
     @model_validator(mode="after")
+    def _promises_bits(self) -> Self:
+        if self.sharded and self.batch_invariant:
+            raise ValueError(
+                "batch_invariant: workers that share a model (sharded: true) cannot promise it; "
+                "leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_kind_of_device(self) -> Self:
         kinds = {(pool.gpus_per_actor > 0, pool.accelerator_type) for pool in self.actor_pools()}
         if self.batch_invariant and len(kinds) > 1:
@@ -161,20 +219,16 @@ class AnnotateConfig(PoolConfig):
 class ReferenceConfig(PoolConfig):
     """Log-probs of the frozen SFT policy."""
 
-    compute_fields: ClassVar[frozenset[str]] = frozenset({*PoolConfig.model_fields, "sharded"})
-
-    sharded: bool = Field(
-        False,
-        description="for a policy that exceeds one device: by the workers of `align`, under ZeRO-3",
-    )
+    compute_fields: ClassVar[frozenset[str]] = frozenset(PoolConfig.model_fields)
 
 
 class EvaluateConfig(PoolConfig):
     """Held-out accuracy and gold reward accuracy."""
 
-    # An answer's noise is a function of its prompt, whatever else is answered beside it.
+    # An answer's noise is a function of its prompt, whatever else is answered beside it. The engine
+    # is in the key of `generate`, which is an input.
     compute_fields: ClassVar[frozenset[str]] = frozenset(
-        {*PoolConfig.model_fields, "generation_batch_size"}
+        {*PoolConfig.model_fields, "generation_batch_size", "engine"}
     )
 
     split: Literal["validation", "test"] = Field("test", description="whose pairs give the figures")
@@ -193,9 +247,25 @@ class EvaluateConfig(PoolConfig):
     temperature: Annotated[float, Field(ge=0.0)] = Field(
         0.95, description="of sampled answers; 0: greedy"
     )
+    engine: Engine = Field(
+        "transformers",
+        description="what writes answers; vllm (an extra): also by policies that exceed one GPU, "
+        "over all that an actor reserves",
+    )
     generation_batch_size: PositiveInt = Field(16, description="prompts answered side by side")
     kl: bool = Field(
         False,
         description="also estimate the KL divergence from the SFT model, in nats, on sampled "
         "answers",
     )
+
+    def _instead_of_several(self) -> str | None:
+        return None if self.engine == "vllm" else "or several with engine: vllm"
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.engine == "vllm" and any(
+            0 < pool.gpus_per_actor < 1 for pool in self.actor_pools()
+        ):
+            raise ValueError("gpus_per_actor: vLLM takes the memory of whole GPUs; give 1 or more")
+        return self

@@ -75,7 +75,7 @@ def generate(
         ModelError: for a model that cannot write.
         ValueError: for an empty prompt.
     """
-    _check_fit(model, prompts, max_new_tokens)
+    check_fit(model, prompts, max_new_tokens)
     model.train(False)
     turn_alone(model)
     settings = _settings(model, tokenizer, max_new_tokens)
@@ -187,12 +187,15 @@ def _generate_batch(
 ) -> list[str]:
     processors = LogitsProcessorList()
     if temperature > 0:
-        seeds = [_stream_seed(seed, prompt) for prompt in prompts]
+        seeds = [stream_seed(seed, prompt) for prompt in prompts]
         processors.append(GumbelNoise(seeds, temperature, model.device))
+    return decoded(tokenizer, _continued(model, prompts, settings, processors))
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, answers: Tensor | list[list[int]]) -> list[str]:
+    """Tokens of answers as text, without special ones."""
     texts: list[str] = tokenizer.batch_decode(
-        _continued(model, prompts, settings, processors),
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
+        answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return texts
 
@@ -247,7 +250,7 @@ def _settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
     """Greedy settings; every knob that is not named here is at its neutral value."""
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
     if pad is None or pad >= model.config.get_text_config().vocab_size:
         pad = ends[0] if ends else 0  # masked out before the prompt, and no text behind an answer
@@ -260,21 +263,27 @@ def _settings(
     )
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the tokenizer's EOS, and those of the model's own file."""
     own = getattr(model.generation_config, "eos_token_id", None)
     found = own if isinstance(own, list) else [own]
     return sorted({int(i) for i in [tokenizer.eos_token_id, *found] if i is not None})
 
 
-def _stream_seed(seed: int, prompt: Sequence[int]) -> int:
-    """A 63-bit seed of (seed, prompt)."""
+def stream_seed(seed: int, prompt: Sequence[int]) -> int:
+    """A 63-bit seed of (seed, prompt): of the noise of its answer."""
     content = np.asarray([seed, *prompt], dtype="<i8").tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
-def _check_fit(
+def check_fit(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
+    """Returns when each prompt has tokens, and its answer would have positions.
+
+    Raises:
+        ConfigError, ValueError: as `generate`.
+    """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: one has no tokens; set aside pairs with empty prompts")
     longest = max((len(prompt) for prompt in prompts), default=0)

@@ -212,6 +212,20 @@ class AnswerScores(nn.Module):
         return torch.cat(logits)
 
 
+def refuse_one_by_one(module: nn.Module) -> None:
+    """Returns when a batch is one call: ranks must call a model that they share equally often.
+
+    Raises:
+        ModelError: for a classifier that sees the pads of a batch.
+    """
+    if isinstance(module, AnswerScores) and module.one_by_one:
+        name = unwrapped(module.model).config.name_or_path
+        raise ModelError(
+            f"model_name_or_path: {name!r}: its scores depend on the pads of a batch, so it can "
+            "score alone, but not be trained or shared by workers here; give another model"
+        )
+
+
 def accumulate_in_place(module: nn.Module) -> None:
     """Lets an output head add to its weight's gradient itself: less memory, and a pass fewer.
 

@@ -19,6 +19,7 @@ from cwpo_dist.planning.memory import (
     by_zero_stage,
     data_memory,
     generating_memory,
+    scoring_memory,
     training_memory,
 )
 from cwpo_dist.runs.checks import Checked
@@ -92,7 +93,7 @@ class Cost:
         flops: floating-point operations.
         kind: of work, which decides how close it comes to the machine's rate.
         side_by_side: workers or actors that share it.
-        memory: bytes of one of them.
+        memory: bytes of one of them; of each of its GPUs, where it has several.
         at_least: that is not all of it: a part is unknown, as `details` say.
         details: of a training stage's memory, a line each.
     """
@@ -140,10 +141,10 @@ class Estimate:
     def _scoring(self, work: Scoring) -> Cost:
         size, each = self.checked.sizes[named(work.model)], self.lengths[named(work.model)].each
         tokens = round(each.tokens(work.prompts, work.answers))
-        held = size.parameters + 4 * work.pool.max_tokens_per_batch * size.width
-        flops = _flops(size, tokens, work.answers * each.answer)
-        actors = work.pool.most_actors
-        return Cost(work.text, tokens, flops, "score", actors, self._number_bytes * held)
+        flops, by = _flops(size, tokens, work.answers * each.answer), work.by
+        batch, on_gpu = by.section.max_tokens_per_batch, gpus(self.checked.machines) > 0
+        memory = scoring_memory(size, batch, by.workers, on_gpu=on_gpu)
+        return Cost(work.text, tokens, flops, "score", by.number, memory)
 
     def _generating(self, work: Generating) -> Cost:
         size, tokens = self.checked.sizes[named(work.model)], work.prompts * work.new_tokens
@@ -157,6 +158,7 @@ class Estimate:
                 size,
                 min(work.prompts, work.together),
                 work.longest,
+                work.pool.fewest_gpus,
                 on_gpu=gpus(self.checked.machines) > 0,
             ),
         )
@@ -214,10 +216,6 @@ class Estimate:
             f"under ZeRO {stages} (num_workers {training.min_workers}): {' / '.join(totals)} GiB",
         )
         return memory, lines
-
-    @property
-    def _number_bytes(self) -> int:
-        return 2 if gpus(self.checked.machines) else 4
 
 
 def _shared(training: TrainingConfig, size: ModelSize) -> Iterator[str]:

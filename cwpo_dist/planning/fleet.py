@@ -124,7 +124,11 @@ def devices(work: Work, estimate: Estimate) -> dict[str, float]:
     A kind is a pool's accelerator_type, else GPU, or CPU where it has no GPU.
     """
     match work:
-        case Scoring() | Generating():
+        case Scoring() if work.by.workers is not None:
+            return _training_devices(work.by.workers, estimate)
+        case Scoring():
+            return _pool_devices(work.by.section)
+        case Generating():
             return _pool_devices(work.pool)
         case Training():
             return _training_devices(work.training, estimate)
@@ -156,7 +160,7 @@ def seconds(work: Work, estimate: Estimate, fleet: Fleet) -> float | None:
     if not (isinstance(work, Scoring) and work.leaves == "scores" and fleet.rates):
         return None
     new = work.answers * _each(work, estimate).fits / ANSWERS
-    numbers = _pool_devices(work.pool)
+    numbers = devices(work, estimate)
     rate = sum(n * _of(kind, fleet.rates, "--pairs-per-second") for kind, n in numbers.items())
     return START_S["score"] + new / rate
 

@@ -103,13 +103,28 @@ def by_zero_stage(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) ->
     }
 
 
-def generating_memory(size: ModelSize, prompts: int, tokens: int, *, on_gpu: bool) -> int:
-    """Bytes of a policy that answers so many prompts at once, of so many tokens with the answer.
+def scoring_memory(
+    size: ModelSize, tokens: int, workers: TrainingConfig | None, *, on_gpu: bool
+) -> int:
+    """Bytes of an actor with a model of its own, or of a worker that shares one, in one pass.
 
-    The weights, keys and values of all tokens, and one row of logits a prompt.
+    The weights, whole or a share and those gathered, and the hidden states of all tokens.
     """
-    number = NUMBER_BYTES[on_gpu]
-    return number * (size.parameters + prompts * tokens * size.cached) + 4 * prompts * size.words
+    held = size.parameters
+    if workers is not None:
+        held = held // workers.min_workers + min(held, LIVE_NUMBERS)
+    return NUMBER_BYTES[on_gpu] * (held + 4 * tokens * size.width)
+
+
+def generating_memory(
+    size: ModelSize, prompts: int, tokens: int, parts: int, *, on_gpu: bool
+) -> int:
+    """Bytes of a device, of `parts` that hold a policy which answers prompts of so many tokens.
+
+    The weights, keys and values of all tokens, with the answers, and one row of logits a prompt.
+    """
+    number = NUMBER_BYTES[on_gpu] * (size.parameters + prompts * tokens * size.cached)
+    return number // parts + 4 * prompts * size.words
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,11 @@ from cwpo_dist.placement import (
 )
 from cwpo_dist.runs.arms import implicit_arms, judged_arms, needs_annotator
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
+from cwpo_dist.runs.engine_checks import vllm_faults
 from cwpo_dist.runs.model_checks import check_model
 from cwpo_dist.runs.node_probes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
+from cwpo_dist.runs.room_checks import room_faults
 from cwpo_dist.runs.sizes import Loader, ModelSize, annotator, policy, reward_model
 from cwpo_dist.runs.training_checks import setting_faults
 from cwpo_dist.runs.trials import Trial, baseline, by_loss
@@ -87,12 +89,25 @@ def check(config: Config, until: str | None = None) -> Checked:
         notes += found.notes
         if found.size is not None and found.encoder is not None:
             sizes[field], encoders[field] = found.size, found.encoder
+            faults += room_faults(
+                config, reached(config, until), field, model, found.size, machines
+            )
+    if _writes_by_vllm(config, until) and "policy" in sizes:
+        assert config.policy is not None, "its size is known"
+        faults += vllm_faults(config, config.policy, sizes["policy"])
     for name, training, trained in trainings(config, until):
         faults += setting_faults(name, training, trained, machines)
     faults += (f"{fault}{elsewhere()}" for fault in _placement_faults(config, until, machines))
     if faults:
         raise ConfigError("\n".join(faults))
     return Checked(sizes, machines, encoders, tuple(dict.fromkeys(notes)))
+
+
+def _writes_by_vllm(config: Config, until: str | None) -> bool:
+    judge = config.evaluate
+    return (
+        judge.engine == "vllm" and bool(judge.num_prompts) and "evaluate" in reached(config, until)
+    )
 
 
 def _config_faults(config: Config, until: str | None) -> Iterator[str]:
@@ -138,6 +153,9 @@ def _placement_faults(
     yield from task_faults("prepare.", "num_cpus", config.prepare.num_cpus, machines)
     for name, training, _ in trainings(config, until):
         yield from training_faults(name, training, machines)
+    stages = reached(config, until)
+    if config.annotate.sharded and "annotate" in stages and "fit" not in stages:
+        yield from training_faults("fit", config.fit, machines)
     for name, pool in pools(config, until):
         yield from pool_faults(f"{name}.", pool, machines)
 
@@ -192,10 +210,10 @@ def trainings(
 def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolConfig]]:
     """The actor pools that are used up to a stage."""
     stages = reached(config, until)
-    if config.reference.sharded:  # by the workers of `align`
-        stages -= {"reference"}
-    used = config.sections(PoolConfig).items()
-    yield from ((name, section) for name, section in used if name in stages)
+    for name, section in config.sections(PoolConfig).items():
+        # Else workers do it; but the actors of `evaluate` write answers, too.
+        if name in stages and (not section.sharded or name == "evaluate"):
+            yield name, section
 
 
 def reached(config: Config, until: str | None) -> set[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cwpo_dist.config import ModelConfig, ReferenceConfig
+from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.encoder import Asked
 from cwpo_dist.lm.fitting import encode_answers
 from cwpo_dist.lm.reading import encoder_for
@@ -19,10 +19,10 @@ from cwpo_dist.pairs.stored import Pair, write_pairs
 from cwpo_dist.runs.context import Context, policy_of, read_sampled
 from cwpo_dist.runs.joined import read_log_probs
 from cwpo_dist.runs.output_key import Node
+from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.scoring.answers_in import AnswersIn
-from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.scorers import ReferenceWorker
+from cwpo_dist.scoring.scorers import ReferenceWorker, policy_module
 from cwpo_dist.storage import Store
 
 
@@ -47,7 +47,7 @@ def kl_divergence(
     node: Node,
     prompts: dict[str, Prompt],
     policy: ModelConfig,
-    pool: ReferenceConfig,
+    by: Scorers,
     rows_a_shard: int,
 ) -> dict[str, float | None]:
     """KL(π‖π_SFT) = E_{y∼π} log π(y|x)/π_SFT(y|x), by the answers that π was heard to give.
@@ -60,7 +60,7 @@ def kl_divergence(
         node: `evaluate`, which reads both models' answers.
         prompts: by the ids of their pairs.
         policy: as it was given, before any training.
-        pool: the actors that compute log-probs.
+        by: who computes log-probs.
         rows_a_shard: of them.
 
     Returns:
@@ -74,7 +74,7 @@ def kl_divergence(
     aligned = policy_of(context, models["aligned"], policy)
     _write_tokens(store, aligned, shards)
     values = {
-        role: _log_probs(store, role, shards, policy_of(context, given, policy), pool)
+        role: _log_probs(store, role, shards, policy_of(context, given, policy), by)
         for role, given in models.items()
     }
     both = sorted(values["sft"].keys() & values["aligned"].keys())
@@ -86,12 +86,12 @@ def kl_divergence(
 
 
 def _log_probs(
-    store: Store, role: str, shards: int, policy: ModelConfig, pool: ReferenceConfig
+    store: Store, role: str, shards: int, policy: ModelConfig, by: Scorers
 ) -> dict[str, float]:
     """What a model thinks of the aligned one's answers, by pair id."""
-    output, budget = store.child(role), pool.max_tokens_per_batch
+    output, budget = store.child(role), by.section.max_tokens_per_batch
     worker = partial(ReferenceWorker, AnswersIn(store), store, policy, budget)
-    run_shards(ShardJob("reference", output, shards, worker), pool)
+    by.run(ShardJob("reference", output, shards, worker), policy, policy_module)
     values: dict[str, float] = {}
     for index in range(shards):
         found = read_log_probs(output, index)

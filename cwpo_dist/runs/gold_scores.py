@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from cwpo_dist.config import EvaluateConfig, ModelConfig
+from cwpo_dist.config import ModelConfig
 from cwpo_dist.evaluation.gold_function import load_function
 from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, read_rows
 from cwpo_dist.runs.divergence import Answered, write_answered
 from cwpo_dist.runs.joined import both_known
+from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.scoring.answers_in import AnswersIn
-from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pipeline import ShardJob, part
-from cwpo_dist.scoring.scorers import RewardWorker
+from cwpo_dist.scoring.scorers import RewardWorker, reward_module
 from cwpo_dist.storage import Store
 
 Gold = dict[str, tuple[float, float]]  # by pair id: of the aligned answer, of the baseline's
@@ -32,7 +32,7 @@ def scores_by_function(name: str, rows: Sequence[Answered]) -> Gold:
 
 
 def scores_by_model(
-    model: ModelConfig, pool: EvaluateConfig, store: Store, rows: Sequence[Answered], size: int
+    model: ModelConfig, by: Scorers, store: Store, rows: Sequence[Answered], size: int
 ) -> Gold:
     """Gold scores (aligned, baseline) by a reward model, on the pipeline that annotates.
 
@@ -40,19 +40,19 @@ def scores_by_model(
 
     Args:
         model: the reward model.
-        pool: the actors that score.
+        by: who scores.
         store: where pairs and scores are written.
         rows: the answers.
         size: how many of them make a shard.
     """
-    budget, shards = pool.max_tokens_per_batch, write_answered(store, rows, size)
+    budget, shards = by.section.max_tokens_per_batch, write_answered(store, rows, size)
     job = ShardJob(
         name="scores",
         output=store,
         shards=shards,
         make_worker=partial(RewardWorker, AnswersIn(store), model, "gold", budget),
     )
-    run_shards(job, pool)
+    by.run(job, model, reward_module)
     gold: Gold = {}
     for index in range(shards):
         found = read_rows(store, part("scores", index), Score, SCORE_SCHEMA)

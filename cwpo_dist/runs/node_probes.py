@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -77,6 +78,8 @@ def node_faults(output_dir: str) -> list[str]:
 def versions() -> dict[str, str]:
     """What outputs are made with, here."""
     found = {name: metadata.version(name) for name in PACKAGES}
+    with suppress(metadata.PackageNotFoundError):  # an extra
+        found["vllm"] = metadata.version("vllm")
     return {"cwpo_dist": cwpo_dist.__version__} | found | {"python": platform.python_version()}
 
 

@@ -73,10 +73,10 @@ class ModelSize:
         width: hidden size.
         words: of the output layer.
         cached: numbers a token that generation keeps: the keys and values of all layers.
+        heads: of attention; 0 where the configuration has no such field.
         positions: for how many tokens there are learned positions; None where they rotate on.
         turning: the longest row whose rotary positions are as in shorter ones; None: any.
         recomputes: whether its layers can compute their activations again.
-        heads: of attention; 0 where the configuration has no such field.
         unshared: why ranks cannot share its rows; None: nothing speaks against it.
         trained: a size for each way in which the run trains it.
     """
@@ -88,10 +88,10 @@ class ModelSize:
     width: int
     words: int
     cached: int = 0
+    heads: int = 0
     positions: int | None = None
     turning: int | None = None
     recomputes: bool = True
-    heads: int = 0
     unshared: str | None = None
     trained: tuple[TrainedSize, ...] = ()
 
@@ -139,10 +139,10 @@ def model_size(model: ModelConfig, load: Loader = policy) -> ModelSize:
         width=whole_number(text, "hidden_size"),
         words=head.out_features if isinstance(head, nn.Linear) else 0,
         cached=_cached(text),
+        heads=whole_number(text, "num_attention_heads"),
         positions=_learned_positions(module),
         turning=turning_length(decoder),
         recomputes=bool(module.supports_gradient_checkpointing),
-        heads=whole_number(text, "num_attention_heads"),
         unshared=unshared(module, model.max_length),
     )
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
-from cwpo_dist.config import PairsConfig, PoolConfig, TrainingConfig
+from cwpo_dist.config import EvaluateConfig, PairsConfig, TrainingConfig
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node, Nodes, Settings
+from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.storage import Store
 
 S = TypeVar("S", bound=Settings)
@@ -42,12 +43,12 @@ class Scoring(Work):
     """A model's pass over answers and their prompts.
 
     Attributes:
-        pool: the actors that share it.
+        by: who shares it.
         answers: that go through the model.
         heads: numbers that each gets beside its score; 1: none.
     """
 
-    pool: PoolConfig = field(kw_only=True)
+    by: Scorers = field(kw_only=True)
     answers: int = field(kw_only=True)
     heads: int = field(default=1, kw_only=True)
 
@@ -93,7 +94,7 @@ class Generating(Work):
         longest: tokens of a prompt and its answer, at most.
     """
 
-    pool: PoolConfig = field(kw_only=True)
+    pool: EvaluateConfig = field(kw_only=True)
     together: int = 1
     new_tokens: int = 0
     longest: int = 0

@@ -45,6 +45,17 @@ def assigned_device() -> torch.device:
     return torch.device("cuda")
 
 
+def assigned_gpus() -> int:
+    """How many GPUs that device stands for.
+
+    Raises:
+        DeviceError: as `assigned_device`.
+    """
+    if assigned_device().type == "cpu":
+        return 0
+    return len(ray.get_gpu_ids()) if ray.is_initialized() else 1
+
+
 def hide_other_gpus() -> None:
     """In an actor without a GPU: no library finds one, whatever the node has.
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from cwpo_dist.pairs.answers import Answer
 from cwpo_dist.pairs.records import HEADS_SCHEMA, SCORE_SCHEMA, Score, read_records, rows_of
 from cwpo_dist.scoring.answers_in import Answers, AnswersIn
+from cwpo_dist.scoring.forward import Ranks
 from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
 from cwpo_dist.scoring.set_aside import ALIKE, ALIKE_WHEN_CUT, SetAside, without_pairs
 from cwpo_dist.storage import Store
@@ -103,10 +104,11 @@ class NewAnswersWorker:
         self,
         earlier: EarlierScores,
         answers: AnswersIn,
-        make_worker: Callable[[], ShardWorker[Answer]],
+        make_worker: Callable[..., ShardWorker[Answer]],
+        *ranks: Ranks,
     ) -> None:
-        """Makes the worker, which reads the same answers."""
-        self.earlier, self.answers, self.worker = earlier, answers, make_worker()
+        """Makes the worker, around ranks where it is given them; it reads the same answers."""
+        self.earlier, self.answers, self.worker = earlier, answers, make_worker(*ranks)
 
     def read(self, index: int) -> Answers:
         """All answers of the shard."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cwpo_dist.lm.batches import plan_micro_batches
 from cwpo_dist.lm.flops import useful_flops
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, refuse_one_by_one
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.rows import Row, RowBatch, collate, cut, planned_length
 
@@ -97,6 +97,8 @@ class RowForward:
             self.device, self.module = ranks.device, module
         self.pad_id, self.max_tokens = pad_id, max_tokens
         self.layout = choose_layout(self.module, longest=max_length).layout
+        if ranks is not None:
+            refuse_one_by_one(self.module)
         # A dense mask computes what it hides, so that such a row must not be long: as a pair's.
         self.longest = max_tokens if self.layout != "shared" else min(max_tokens, 2 * max_length)
         self.flops = useful_flops(self.module)

@@ -35,7 +35,8 @@ class ShardJob:
     Attributes:
         name: the folder of its output files below `output` (`scores`, `tokens`, …).
         shards: how many input shards there are.
-        make_worker: builds the worker inside an actor; must be picklable.
+        make_worker: builds the worker inside an actor, or in each of the ranks that share its
+            model, if it is given them; must be picklable.
         selected: the shards that it is about; None: all.
         retry: 0, or which retry of the rejects this is: its files stand beside the first ones.
         reads: the folder of its input files (`answers`, `prompts`), which rejects name.
@@ -44,7 +45,7 @@ class ShardJob:
     name: str
     output: Store
     shards: int
-    make_worker: Callable[[], ShardWorker[Any]]
+    make_worker: Callable[..., ShardWorker[Any]]
     selected: Sequence[int] | None = None
     retry: int = 0
     reads: str = "answers"

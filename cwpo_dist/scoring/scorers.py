@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-from cwpo_dist.config import ModelConfig
+import torch
+
+from cwpo_dist.config import Engine, ModelConfig
 from cwpo_dist.lm.encoder import fill_id, load_tokenizer
 from cwpo_dist.lm.generation import generate
 from cwpo_dist.lm.loading import load_config, load_policy, load_reward_model
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, unwrapped
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.sharing import SharedRows, tokens_hash
+from cwpo_dist.lm.vllm_generation import VllmWriter
 from cwpo_dist.pairs.records import (
     ANSWER_SCHEMA,
     HEADS_SCHEMA,
@@ -34,7 +38,7 @@ from cwpo_dist.pairs.records import (
     table_of,
 )
 from cwpo_dist.scoring.answers_in import Answers, AnswersIn, encoded, read_tokens
-from cwpo_dist.scoring.devices import assigned_device, fix_workspace
+from cwpo_dist.scoring.devices import assigned_device, assigned_gpus, fix_workspace
 from cwpo_dist.scoring.forward import Ranks, RowForward
 from cwpo_dist.scoring.invariant import InvariantForward
 from cwpo_dist.scoring.pipeline import part
@@ -72,6 +76,18 @@ class TokenWorker:
         return ShardOutput(table, rejects.table(), counts | rejects.counts())
 
 
+def reward_module(model: ModelConfig, device: torch.device) -> AnswerScores:
+    """A ready reward model as it is applied."""
+    loaded = load_reward_model(model, device=device)
+    encoder = encoder_for(model, "reward model", loaded)
+    return AnswerScores(loaded, token_types=encoder.token_types)
+
+
+def policy_module(model: ModelConfig, device: torch.device) -> AnswerLogProbs:
+    """A policy as it is applied."""
+    return AnswerLogProbs(load_policy(model, device=device))
+
+
 class RewardWorker:
     """answers → a score for each, by any Hugging Face reward model, of one head or several."""
 
@@ -81,16 +97,18 @@ class RewardWorker:
         model: ModelConfig,
         annotator: str,
         max_tokens: int,
+        ranks: Ranks | None = None,
         *,
         batch_invariant: bool = False,
     ) -> None:
-        """Loads the model.
+        """Loads the model, unless ranks hold it together.
 
         Args:
             answers: what is scored.
             model: the reward model.
             annotator: its name in the scores.
             max_tokens: of one forward pass.
+            ranks: that hold it.
             batch_invariant: no answer's bits depend on what is scored beside it.
 
         Raises:
@@ -99,12 +117,12 @@ class RewardWorker:
         self.answers, self.model, self.annotator = answers, model, annotator
         if batch_invariant:
             fix_workspace()
-        reward_model = load_reward_model(model, device=assigned_device())
-        self.encoder = encoder_for(model, "reward model", reward_model)
-        scores = AnswerScores(reward_model, token_types=self.encoder.token_types)
-        self.schema = SCORE_SCHEMA if scores.heads == 1 else HEADS_SCHEMA
-        forward = InvariantForward if batch_invariant else RowForward
-        self.forward = forward(scores, self.encoder.pad_id, model.max_length, max_tokens)
+        module = reward_module(model, assigned_device()) if ranks is None else ranks.module
+        assert isinstance(module, AnswerScores)
+        self.schema = SCORE_SCHEMA if module.heads == 1 else HEADS_SCHEMA
+        self.encoder = encoder_for(model, "reward model", unwrapped(module.model))
+        told = module, self.encoder.pad_id, model.max_length, max_tokens
+        self.forward = InvariantForward(*told) if batch_invariant else RowForward(*told, ranks)
 
     def read(self, index: int) -> Answers:
         """The answers."""
@@ -145,10 +163,7 @@ class ReferenceWorker:
     ) -> None:
         """Loads the policy, unless ranks hold it together."""
         self.answers, self.tokens = answers, tokens
-        if ranks is not None:
-            module = ranks.module
-        else:
-            module = AnswerLogProbs(load_policy(model, device=assigned_device()))
+        module = policy_module(model, assigned_device()) if ranks is None else ranks.module
         words = load_config(model).get_text_config().vocab_size
         pad = fill_id(load_tokenizer(model), words)
         self.forward = RowForward(module, pad, model.max_length, max_tokens, ranks)
@@ -187,19 +202,26 @@ def _shared(answers: Sequence[tuple[Input[T], Row]]) -> SharedRows:
 
 
 class AnswerWorker:
-    """prompts → one sampled answer each; answers do not depend on the batch."""
+    """prompts → one sampled answer each; an answer does not depend on the batch."""
 
     def __init__(
         self,
         prompts: Store,
         model: ModelConfig,
         sampling: dict[str, Any],
-        together: int | None = None,
+        together: int,
+        engine: Engine = "transformers",
     ) -> None:
-        """With `together` prompts at once; None: all of a shard."""
-        self.prompts, self.sampling, self.together = prompts, dict(sampling), together
-        self.policy = load_policy(model, device=assigned_device())
-        self.tokenizer = load_tokenizer(model)
+        """Loads the policy, which answers `together` prompts at once."""
+        self.prompts, self.device = prompts, assigned_device()
+        told = sampling | {"batch_size": together}
+        self.write: Callable[[Sequence[Sequence[int]]], list[str]]
+        if engine == "vllm":
+            self.write = VllmWriter(model, gpus=assigned_gpus(), **told)
+        else:
+            policy = load_policy(model, device=self.device)
+            self.device = policy.device
+            self.write = partial(generate, policy, load_tokenizer(model), **told)
 
     def read(self, index: int) -> list[Input[list[int]]]:
         """The prompts of the batch."""
@@ -208,14 +230,7 @@ class AnswerWorker:
 
     def __call__(self, index: int, rows: Sequence[Input[list[int]]]) -> ShardOutput:
         """One answer to each prompt of the batch."""
-        answers = generate(
-            self.policy,
-            self.tokenizer,
-            [row.given for row in rows],
-            batch_size=self.together or len(rows),
-            **self.sampling,
-        )
-        both = zip(rows, answers, strict=True)
+        both = zip(rows, self.write([row.given for row in rows]), strict=True)
         table = table_of([SampledAnswer(row.name, text) for row, text in both], ANSWER_SCHEMA)
         counts = {"rows_in": len(rows), "rows": len(rows), "rejects": 0}
         return ShardOutput(table, REJECT_SCHEMA.empty_table(), counts)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from cwpo_dist.scoring.forward import Ranks
 from cwpo_dist.scoring.pipeline import ShardJob, commit
-from cwpo_dist.scoring.retries import ShardWorker
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +19,14 @@ class Together:
     the others wait for it.
 
     Attributes:
-        job: what is to be done; its own way to make a worker is not used.
-        make_worker: builds the worker around the ranks.
+        job: what is to be done.
     """
 
     job: ShardJob
-    make_worker: Callable[[Ranks], ShardWorker[Any]]
 
     def __call__(self, ranks: Ranks) -> None:
         """Called on all ranks."""
-        worker = self.make_worker(ranks)
+        worker = self.job.make_worker(ranks)
         missing = ranks.agreed(self.job.missing() if ranks.rank == 0 else [])
         for done, index in enumerate(missing):
             ranks.check_stop()

@@ -21,9 +21,9 @@ from cwpo_dist.runs.context import Context, trained
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.joined import score_files
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, retry_manifest
+from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.answers_in import AnswersIn
-from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
     ShardJob,
@@ -32,7 +32,7 @@ from cwpo_dist.scoring.pipeline import (
     part,
     total_counts,
 )
-from cwpo_dist.scoring.scorers import RewardWorker
+from cwpo_dist.scoring.scorers import RewardWorker, reward_module
 from cwpo_dist.scoring.set_aside import ALIKE, Limit, lasts, refuse_none
 from cwpo_dist.storage import Store
 
@@ -52,6 +52,7 @@ class AnnotateSettings(Settings):
         splits: whose pairs' answers are scored.
         ready: the given reward model; None: the one that its input `fit` made.
         weak: what `fit` made that of.
+        by: its section, and that of `fit`, whose workers may share the model.
         fold: the pairs that `fit` did not see, and has in its key: theirs alone are scored.
         heads: how many `fit` made, and has in its key; a ready model gives one score, the mean.
     """
@@ -64,13 +65,14 @@ class AnnotateSettings(Settings):
     splits: tuple[Split, ...]
     ready: GivenModel | None
     weak: ModelConfig | None = field(metadata=BESIDE_KEY)
+    by: Scorers = field(metadata=BESIDE_KEY)
     fold: Fold | None = field(default=None, metadata=BESIDE_KEY)
     heads: int = field(default=1, metadata=BESIDE_KEY)
 
     @property
-    def place(self) -> AnnotateConfig:
-        """Its own section."""
-        return self.config
+    def place(self) -> Placed:
+        """Its own section, or that of `fit` where the model is shared."""
+        return self.by.place
 
     def identity(self) -> dict[str, object]:
         """What the key hashes; of an annotator that `fit` made its input tells the model."""
@@ -87,11 +89,11 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
     if not run.annotates:
         return {}
     config, read = run.config, {"prepare": given["prepare"]}
+    by = Scorers(config.annotate, config.fit)
     splits: tuple[Split, ...] = tuple(sorted(config.annotate.scored_splits()))
-    told = AnnotateSettings(config.annotate, splits, None, config.weak)
-    ours = replace(told, heads=config.fit.heads)
-    made = [Node(replace(told, ready=model), read) for model in run.ready] or [
-        Node(_of_fold(ours, node.settings.fold), read | {"fit": node})
+    told = AnnotateSettings(config.annotate, splits, None, config.weak, by, heads=config.fit.heads)
+    made = [Node(replace(told, ready=model, heads=1), read) for model in run.ready] or [
+        Node(_of_fold(told, node.settings.fold), read | {"fit": node})
         for node in given.values()
         if node.stage == "fit"
     ]
@@ -131,7 +133,7 @@ def work(context: Context, node: Node[AnnotateSettings], counted: Census) -> Sco
         "scores",
         model,
         round(prompts * left / max(1, answers)),  # new answers mostly come with new prompts
-        pool=told.config,
+        by=told.by,
         answers=left,
         heads=told.heads,
     )
@@ -160,9 +162,9 @@ def make(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object]
         RejectsError: when more answers than `annotate.max_reject_fraction` have no score, or more
             pairs two that are alike.
     """
-    job = _job(context, node)
-    config, limit = node.settings.config, _limit(context, node)
-    counts = run_shards(_of_new_answers(context, node, job), config, limit.check)
+    job, limit = _job(context, node), _limit(context, node)
+    new = _of_new_answers(context, node, job)
+    counts = node.settings.by.run(new, annotator(context, node), reward_module, limit.check)
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
     limit.check(counts, whole=True)
     if counts["rows_in"] or node.settings.fold is None:  # of few prompts a fold may have none
@@ -190,17 +192,17 @@ def retry(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object
     Returns:
         The counts of all scores with those of this retry; None when there was nothing to retry.
     """
-    first, config = _job(context, node), node.settings.config
-    run_shards(first, config)
+    first, by, model = _job(context, node), node.settings.by, annotator(context, node)
+    by.run(first, model, reward_module)
     number = node.retries + 1
     failed = [index for index, counts in committed_counts(first).items() if counts["rejects"]]
     aside = [index for index in failed if _set_aside(first.output, node.retries, index)]
     if not aside:
         logger.info("annotate: nothing was set aside but for its tokens, as they are or too many")
         return None
-    throughput = run_shards(_job(context, node, number, aside), config).get("throughput")
+    again = by.run(_job(context, node, number, aside), model, reward_module)
     retried = _retried_counts(context, replace(node, retries=number))
-    return _plus(total_counts(first), retried) | {"throughput": throughput}
+    return _plus(total_counts(first), retried) | {"throughput": again.get("throughput")}
 
 
 def _job(
@@ -210,18 +212,16 @@ def _job(
     selected: Sequence[int] | None = None,
 ) -> ShardJob:
     """The scoring of all answers, or of those that the retries before `retry` left aside."""
-    told, output = node.settings, context.place(node)
-    answers = _answers(context, node)
+    output, config, answers = context.place(node), node.settings.config, _answers(context, node)
     if retry:
         answers = replace(answers, selected=partial(_set_aside, output, retry - 1))
-    model, config = annotator(context, node), told.config
-    scorer = partial(RewardWorker, batch_invariant=config.batch_invariant)
-    who, budget = _name(context, node), config.max_tokens_per_batch
+    told = annotator(context, node), _name(context, node), config.max_tokens_per_batch
+    worker = partial(RewardWorker, answers, *told, batch_invariant=config.batch_invariant)
     return ShardJob(
         name="scores",
         output=output,
         shards=context.shards(node),
-        make_worker=partial(scorer, answers, model, who, budget),
+        make_worker=worker,
         selected=selected,
         retry=retry,
     )

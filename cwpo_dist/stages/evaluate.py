@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cwpo_dist.config import EvaluateConfig, ReferenceConfig, Split
+from cwpo_dist.config import AlignConfig, EvaluateConfig, ReferenceConfig, Split
 from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.gold_function import load_function
@@ -31,6 +31,7 @@ from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.gold_scores import Gold, scores_by_function, scores_by_model
 from cwpo_dist.runs.joined import pair_log_probs
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.storage import Store
 
@@ -103,7 +104,7 @@ class EvaluateSettings(Settings):
         gold_rule: the digest of the source of the function that judges them.
         calibration_split: where temperatures are fitted.
         policy: as it was given; the inputs trained it.
-        beta: of the implicit reward; the key of `align` has it.
+        align: of the implicit reward's beta, which its key has; its workers may share models.
         chooser: of the input `weigh`.
         reference: the section of passes for log-probs.
         rows_per_shard: of what is scored on the way.
@@ -117,15 +118,20 @@ class EvaluateSettings(Settings):
     gold_rule: str | None
     calibration_split: Split
     policy: GivenModel = field(metadata=BESIDE_KEY)
-    beta: float = field(metadata=BESIDE_KEY)
+    align: AlignConfig = field(metadata=BESIDE_KEY)
     chooser: Chooser = field(metadata=BESIDE_KEY)
     reference: ReferenceConfig = field(metadata=BESIDE_KEY)
     rows_per_shard: int = field(metadata=BESIDE_KEY)
 
     @property
-    def place(self) -> EvaluateConfig:
-        """Its own section."""
-        return self.config
+    def judged_by(self) -> Scorers:
+        """Who applies the gold model."""
+        return Scorers(self.config, self.align)
+
+    @property
+    def place(self) -> Placed:
+        """Its own section, or that of `align` where a gold model is shared."""
+        return self.judged_by.place
 
     def identity(self) -> dict[str, object]:
         """The section, and what judges answers as it is now: its weights, or its rule's source."""
@@ -151,7 +157,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
         rule,
         config.weigh.calibration_split,
         run.policy,
-        config.align.beta,
+        config.align,
         weighting(config, run.arm).chooser,
         config.reference,
         config.prepare.rows_per_shard,
@@ -214,7 +220,7 @@ def _policy(
     """
     found = list(_log_probs(context, node, shards))
     measured = [pair for pair, _, _ in found]
-    beta = node.settings.beta
+    beta = node.settings.align.beta
     after_NK = np.array([after for _, after, _ in found]).reshape(-1, 2)
     before_NK = np.array([before for *_, before in found]).reshape(-1, 2)
     rewards_NK = after_NK - before_NK
@@ -278,7 +284,8 @@ def _answered(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, ob
     kl = None
     if told.config.kl:
         policy, rows_a_shard = told.policy.config, told.rows_per_shard
-        kl = kl_divergence(context, node, prompts, policy, told.reference, rows_a_shard)
+        by = Scorers(told.reference, told.align)
+        kl = kl_divergence(context, node, prompts, policy, by, rows_a_shard)
     return {"gra": None if gold is None else judged, "answers": figures, "kl": kl}
 
 
@@ -312,7 +319,7 @@ def _figures(
 def _gold(told: EvaluateSettings, store: Store, rows: Sequence[Answered]) -> Gold | None:
     """Gold scores (aligned, baseline) by pair id; None without a gold model or function."""
     if told.gold is not None:
-        return scores_by_model(told.gold.config, told.config, store, rows, told.rows_per_shard)
+        return scores_by_model(told.gold.config, told.judged_by, store, rows, told.rows_per_shard)
     if told.config.gold_function is not None:
         return scores_by_function(told.config.gold_function, rows)
     return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from cwpo_dist.config import EvaluateConfig, Split
+from cwpo_dist.config import Engine, EvaluateConfig, Split
 from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.records import PROMPT_SCHEMA, PromptTokens, prompt_of, table_of
@@ -35,6 +35,7 @@ class GenerateSettings(Settings):
         temperature: 0 is greedy.
         seed: of the noise.
         config: the section of `evaluate`: its actors, and how many prompts they answer at once.
+        engine: what else than transformers writes, with answers of its own.
     """
 
     stage = "generate"
@@ -46,6 +47,7 @@ class GenerateSettings(Settings):
     temperature: float
     seed: int
     config: EvaluateConfig = field(metadata=BESIDE_KEY)
+    engine: Engine | None = None
 
     @property
     def place(self) -> EvaluateConfig:
@@ -72,6 +74,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
             # Samples of different models are independent, as in the paper: each has its own seed.
             config.seed * len(models) + (place if model else 0),
             measured,
+            None if measured.engine == "transformers" else measured.engine,
         )
         made[f"answers_{role}"] = Node(told, {"tokens": given["tokens"]} | model)
     return made
@@ -105,11 +108,12 @@ def make(context: Context, node: Node[GenerateSettings]) -> Mapping[str, object]
     names = ("max_new_tokens", "temperature", "seed")
     sampling = {name: getattr(told, name) for name in names}
     policy = policy_of(context, node, told.model.config)
+    worker = partial(AnswerWorker, engine=told.config.engine)
     job = ShardJob(
         name="answers",
         output=output,
         shards=len(batches),
-        make_worker=partial(AnswerWorker, output, policy, sampling, together),
+        make_worker=partial(worker, output, policy, sampling, together),
         reads="prompts",
     )
     return run_shards(job, told.config)

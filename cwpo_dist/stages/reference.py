@@ -6,19 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from cwpo_dist.config import AlignConfig, Config, ReferenceConfig, Split
+from cwpo_dist.config import Config, Split
 from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs.arms import ArmRun, held_out_split
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage
-from cwpo_dist.scoring.driver import run_shards
-from cwpo_dist.scoring.pipeline import ShardJob, total_counts
-from cwpo_dist.scoring.scorers import ReferenceWorker
-from cwpo_dist.scoring.sharded import Together
-from cwpo_dist.training.group import FrozenSpec, apply_frozen
+from cwpo_dist.scoring.pipeline import ShardJob
+from cwpo_dist.scoring.scorers import ReferenceWorker, policy_module
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,7 @@ class ReferenceSettings(Settings):
     Attributes:
         model: the policy as it was given; an input may have trained it.
         splits: whose pairs' answers get log-probs.
-        pool: its section.
-        sharded_as: the section whose workers hold a policy that exceeds one device.
+        by: its section, and that of `align`, whose workers may share the policy.
     """
 
     stage = "reference"
@@ -37,13 +34,12 @@ class ReferenceSettings(Settings):
 
     model: GivenModel
     splits: tuple[Split, ...]
-    pool: ReferenceConfig = field(metadata=BESIDE_KEY)
-    sharded_as: AlignConfig = field(metadata=BESIDE_KEY)
+    by: Scorers = field(metadata=BESIDE_KEY)
 
     @property
-    def place(self) -> ReferenceConfig | AlignConfig:
-        """Its own section, or that of `align` where the policy is sharded."""
-        return self.sharded_as if self.pool.sharded else self.pool
+    def place(self) -> Placed:
+        """Its own section, or that of `align` where the policy is shared."""
+        return self.by.place
 
 
 def nodes(run: ArmRun, given: Nodes) -> Nodes:
@@ -56,7 +52,8 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
         return {}
 
     def log_probs(splits: Sequence[Split], trained: str) -> Node:
-        told = ReferenceSettings(policy, tuple(sorted(set(splits))), config.reference, config.align)
+        by = Scorers(config.reference, config.align)
+        told = ReferenceSettings(policy, tuple(sorted(set(splits))), by)
         model = {"model": given[trained]} if trained in given else {}
         return Node(told, {"tokens": given["tokens"]} | model)
 
@@ -84,27 +81,22 @@ def work(context: Context, node: Node[ReferenceSettings], counted: Census) -> Sc
     told = node.settings
     answers, prompts = counted.answers_of(*told.splits), counted.prompts_of(*told.splits)
     text, field = f"{answers:,} answers to {prompts:,} prompts", told.model.field
-    return Scoring(text, answers, "log_probs", field, prompts, pool=told.pool, answers=answers)
+    return Scoring(text, answers, "log_probs", field, prompts, by=told.by, answers=answers)
 
 
 def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object]:
     """Writes `reference/part-*.parquet` and returns the counts."""
     told = node.settings
-    config, policy = told.pool, policy_of(context, node, told.model.config)
+    policy = policy_of(context, node, told.model.config)
     make_worker = partial(
         ReferenceWorker,
         context.answers(node, told.splits),
         context.place(node.inputs["tokens"]),
         policy,
-        config.max_tokens_per_batch,
+        told.by.section.max_tokens_per_batch,
     )
     job = ShardJob("reference", context.place(node), context.shards(node), make_worker)
-    if not config.sharded:
-        return run_shards(job, config)
-    together = Together(job, make_worker)
-    if job.missing():
-        apply_frozen(FrozenSpec("reference", job.output, told.sharded_as, policy, together))
-    return dict(total_counts(job))
+    return told.by.run(job, policy, policy_module)
 
 
 STAGE = Stage(ReferenceSettings, nodes, make, work)

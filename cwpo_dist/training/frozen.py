@@ -1,4 +1,4 @@
-"""A frozen policy that all ranks of a group apply together (ZeRO-3), as it exceeds one device.
+"""A frozen model that all ranks of a group apply together (ZeRO-3), as it exceeds one device.
 
 Each forward pass gathers the model layer by layer, so every rank runs the same number of them, and
 what the work decides, rank 0 decides for all: a rank that ran one pass less would leave the others
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.load_settings import dtype_of
-from cwpo_dist.lm.loading import load_policy
-from cwpo_dist.lm.modules import AnswerLogProbs
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
@@ -31,13 +30,14 @@ Decided = TypeVar("Decided")
 
 @dataclass(frozen=True)
 class FrozenSpec:
-    """What a group of ranks does with a frozen policy; picklable.
+    """What a group of ranks does with a frozen model; picklable.
 
     Attributes:
         name: of the stage, for progress lines.
         store: the stage's folder, where all nodes can reach it.
         config: of the ranks; its ZeRO stage counts as 3.
-        model: the policy.
+        model: a policy, or a reward model.
+        load: makes the module that is applied.
         work: called once on each rank.
     """
 
@@ -45,6 +45,7 @@ class FrozenSpec:
     store: Store
     config: TrainingConfig
     model: ModelConfig
+    load: Callable[[ModelConfig, torch.device], AnswerLogProbs | AnswerScores]
     work: Callable[[Frozen], None]
 
     def run(self, token: LeaseToken, device: torch.device, watchdog: Watchdog) -> dict[str, object]:
@@ -63,10 +64,10 @@ class FrozenSpec:
 
 
 class Frozen:
-    """A policy whose weights are spread over all ranks of the process group.
+    """A model whose weights are spread over all ranks of the process group.
 
     Attributes:
-        module: rows in, log-probs out; to be called through `forward`.
+        module: rows in, one number an answer out; to be called through `forward`.
         device: where batches go.
         rank: of this process.
         world_size: how many ranks there are.
@@ -81,13 +82,12 @@ class Frozen:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = engine.frozen_config(spec.config, dtype_of(spec.model, device))
         with engine.sharded_loading(settings):
-            policy = load_policy(spec.model, device=device).requires_grad_(False)
-            self.module = AnswerLogProbs(policy).eval()
+            self.module = spec.load(spec.model, device).requires_grad_(False).eval()
         self._engine = engine.wrap_frozen(self.module, settings)
         self.device = torch.device(self._engine.device)
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """Log-probs [A] of this rank's batch; a collective, and a sign of life."""
+        """One number an answer [A] of this rank's batch; a collective, and a sign of life."""
         self._watchdog.beat()
         with torch.no_grad():
             output_A: Tensor = self._engine(batch.to(self.device))

@@ -100,7 +100,7 @@ def train(spec: TrainSpec) -> dict[str, object]:
 
 
 def apply_frozen(spec: FrozenSpec) -> None:
-    """Runs a group of ranks around a frozen policy until its work is done.
+    """Runs a group of ranks around a frozen model until its work is done.
 
     Raises:
         ConfigError, LeaseHeld, Preempted, TrainingRefused, TrainingFailed: as `train`.
@@ -116,7 +116,8 @@ def _run(spec: Spec) -> dict[str, object]:
     check_placement(spec.name, config)
     with Lease.acquire(store) as lease:
         token = lease.token
-        if store.exists(MANIFEST):  # another driver has finished it since we looked
+        # Another driver has finished it since we looked; but what is done may be scored again.
+        if isinstance(spec, TrainSpec) and store.exists(MANIFEST):
             return dict(Manifest.read(store).counts)
         if token.epoch > 1:
             logger.info("%s: lease number %d", store.uri, token.epoch)

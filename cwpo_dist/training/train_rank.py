@@ -21,8 +21,8 @@ from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.lm.load_settings import dtype_of
-from cwpo_dist.lm.loading import ModelError, load_annotator_base, load_policy
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
+from cwpo_dist.lm.loading import load_annotator_base, load_policy
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, refuse_one_by_one
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.recompute import let_recompute, start_training
@@ -155,11 +155,7 @@ class TrainRank:
         spec = self.spec
         longest, group = spec.model.max_length, self.engine.sequence
         layout = choose_layout(self.module, longest=longest, group=group).layout
-        if isinstance(self.module, AnswerScores) and self.module.one_by_one:
-            raise ModelError(  # ranks would call a sharded model unequally often
-                f"model_name_or_path: {spec.model.model_name_or_path!r}: its scores depend on the "
-                "pads of a batch, so it can score but not be trained here; give another weak model"
-            )
+        refuse_one_by_one(self.module)
         flops, as_a_pair = useful_flops(self.module), 2.0 * spec.model.max_length
         longest_shared = as_a_pair if layout == "shared" else math.inf
         return loop.Run(spec.config, spec.seed, layout, self.encoder.pad_id, flops, longest_shared)
