@@ -58,7 +58,7 @@ PLACES = {
         "--policy model --gpus 0",
         "runs/mine": "{here}/run",
     },
-    "docs/own-run.md": {"s3://bucket/harmless": "{here}/run"},
+    "docs/own-run.md": {"s3://bucket/harmless": "{here}/run", "models/": "models/again-"},
     "docs/annotate.md": {
         "Skywork/Skywork-Reward-V2-Llama-3.1-8B": "reward",
         "max_length=4096": "max_length=400",
@@ -176,7 +176,7 @@ def test_a_model_is_measured(here: Path) -> None:
 def test_a_run_from_readme_to_what_it_leaves(here: Path, ray_local: Any) -> None:
     """One run directory, in which each page finds what those before it made."""
     source = small_config(here)["prepare"]["sources"][0]["path"]
-    write_config(here / "run.yaml", small_config(here, arms=["human", "weak", "cw"]))
+    write_config(here / "run.yaml", small_config(here))
     pairs = small_config(here, str(here / "sample"))
     del pairs["weak"], pairs["policy"], pairs["sft"]
     save_tiny(here / "reward", "bert")
