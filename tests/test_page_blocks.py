@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -58,14 +59,19 @@ PLACES = {
         "--policy model --gpus 0",
         "runs/mine": "{here}/run",
     },
-    "docs/own-run.md": {"s3://bucket/harmless": "{here}/run"},
+    "docs/own-run.md": {"s3://bucket/harmless": "{here}/run", "models/": "models/again-"},
     "docs/annotate.md": {
         "Skywork/Skywork-Reward-V2-Llama-3.1-8B": "reward",
         "max_length=4096": "max_length=400",
         "s3://bucket/sample": "{here}/run",
+        "--pairs-per-second L4=40 --price L4=0.80 ": "",
     },
     "docs/compare.md": {"gold.yaml": "run.yaml output_dir={here}/gold"},
-    "docs/ask.md": {"--budget 200": "--budget 10", "--budget 50": "--budget 5"},
+    "docs/ask.md": {
+        "run.yaml": "ask.yaml",
+        "--budget 200": "--budget 10",
+        "--budget 50": "--budget 5",
+    },
     "docs/tutorials/your-own-pairs.md": {
         "runs/own": "{here}/runs/own",
         "path: pairs.csv": "path: {here}/pairs.csv",
@@ -172,17 +178,28 @@ def test_a_model_is_measured(here: Path) -> None:
     assert (here / "figures.json").exists()
 
 
+def write_half_labelled(here: Path) -> None:
+    """ask.yaml, in which every other pair lacks its label."""
+    rows = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    rows = [row | {"label": row["label"] if k % 2 else None} for k, row in enumerate(rows)]
+    (here / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = small_config(here, str(here / "asked"), prepare__labelled_fraction=1.0)
+    given["prepare"]["sources"] = [{"path": str(here / "half.jsonl")}]
+    write_config(here / "ask.yaml", given)
+
+
 @pytest.mark.long
 def test_a_run_from_readme_to_what_it_leaves(here: Path, ray_local: Any) -> None:
     """One run directory, in which each page finds what those before it made."""
     source = small_config(here)["prepare"]["sources"][0]["path"]
-    write_config(here / "run.yaml", small_config(here, arms=["human", "weak", "cw"]))
+    write_config(here / "run.yaml", small_config(here))
     pairs = small_config(here, str(here / "sample"))
     del pairs["weak"], pairs["policy"], pairs["sft"]
     save_tiny(here / "reward", "bert")
     pairs["annotate"]["model"] = {"model_name_or_path": str(here / "reward"), "max_length": 400}
     pairs["prepare"]["sources"] = [{"path": source}]
     write_config(here / "pairs.yaml", pairs)
+    write_half_labelled(here)
     for page in ("README.md", "docs/own-run.md", "docs/annotate.md", "docs/ask.md"):
         Reader(page, here).read(LONG)
     Reader("docs/compare.md", here).read(LONG)
