@@ -27,6 +27,7 @@ from cwpo_dist.results.export import ExportError, export
 from cwpo_dist.results.show import ShowError, show
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.training.loop import Preempted
 
 COMMANDS = [*cli.STAGES, "run", "plan", "compare", "config", "report", "export"]
 COMMANDS += ["submit", "status", "logs", "stop"]
@@ -115,6 +116,24 @@ def test_a_fault_of_the_user_is_one_message_without_a_traceback(tmp_path: Path) 
     assert done.stderr.startswith("error: prepare.sources: ")
     assert "align.beta: -1; give a number above 0" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wrapped", [False, True])  # as `cwpo compare` gets it from a task
+def test_a_run_that_was_told_to_stop_has_an_exit_code_of_its_own(
+    tmp_path: Path,
+    exit_code: Callable[..., int | str | None],
+    monkeypatch: pytest.MonkeyPatch,
+    wrapped: bool,
+) -> None:
+    stopped: Exception = Preempted("told to stop")
+    if wrapped:
+        stopped = RayTaskError("make", "traceback", stopped).as_instanceof_cause()
+
+    def end(*_: object) -> None:
+        raise stopped
+
+    monkeypatch.setattr("cwpo_dist.results.show.show", end)
+    assert exit_code("report", str(tmp_path)) == 75
 
 
 def test_options_of_a_plan_travel_with_it_and_with_nothing_else(

@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
         1: `check`, `verify`, `submit --wait`: something is not right, and is named; of other
             commands a fault of this program, with its traceback.
         2: refused, or ended, with one message that names the remedy. What was committed stays, and
-            the same command goes on. So does a run that was told to stop.
+            the same command goes on.
+        75: told to stop (SIGTERM, SIGUSR1), and did: the same command resumes.
     """
     credentials.take()  # in a submitted job
     sys.excepthook = told_without_credentials
@@ -89,7 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True).print(
             f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
         )
-        sys.exit(USER_ERROR)
+        # `Preempted` has one of its own; to import its class here would take torch's seconds.
+        sys.exit(getattr(error, "exit_code", USER_ERROR))
 
 
 def user_message(error: BaseException) -> str | None:

@@ -37,6 +37,8 @@ class NonFiniteLoss(ArithmeticError):
 class Preempted(RuntimeError):
     """The run was asked to stop; it has checkpointed, and the same command resumes it."""
 
+    exit_code = 75  # sysexits.h: EX_TEMPFAIL, to be tried again
+
 
 class Engine(Protocol):
     """A module, its optimizer, and the ranks that share them.
