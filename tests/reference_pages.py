@@ -69,8 +69,8 @@ TABLES: Mapping[str, tuple[pa.Schema, Sequence[object]]] = {
     "<stage>/<key>/rejects/part-*.parquet": (records.REJECT_SCHEMA, [records.Reject]),
     "tokens/<key>/tokens/part-*.parquet": (records.TOKEN_SCHEMA, [records.AnswerTokens]),
     "annotate/<key>/scores/part-*.parquet": (
-        records.SCORE_SCHEMA,
-        [records.Score],
+        records.HEADS_SCHEMA,
+        [records.HeadScores, records.Score],
     ),
     "weigh/<key>/preferences/part-*.parquet": (
         preferences.preference_schema("text", tools=True),
@@ -134,6 +134,7 @@ def _kind(kind: pa.DataType) -> str:
     named = {
         pa.null(): "as kept",
         pa.list_(pa.int32()): "list of int32",
+        pa.list_(pa.float32()): "list of float32",
         pa.float32(): "float32",
         pa.float64(): "float64",
         pa.json_(): "JSON",
@@ -170,7 +171,8 @@ def commands_page() -> str:
             "## Exit codes\n",
             f"{codes}\nA command that was killed has the signal's code.\n",
             "## Errors\n",
-            "One that nothing on the way handles ends the command with exit code 2.\n",
+            "One that nothing on the way handles ends the command with exit code 2, `Preempted` "
+            "with 75.\n",
             _table(("error", "of", "what it says"), sorted(_errors())),
         ]
     )

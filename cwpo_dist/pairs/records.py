@@ -73,7 +73,12 @@ HEADS_SCHEMA = SCORE_SCHEMA.append(pa.field("heads", pa.list_(pa.float32())))
 
 
 class HeadScores(NamedTuple):
-    """What each head of an annotator gave an answer."""
+    """What each head of an annotator gave an answer.
+
+    Attributes:
+        heads: of an annotator with several heads, what each gave, whose mean is `score`; no such
+            column otherwise.
+    """
 
     answer_id: str
     annotator: str

@@ -35,7 +35,8 @@ def run_shards(
         The counts summed over all shards, and under `throughput` what this run did in what time.
 
     Counts:
-        rows_in: answers (of `generate` prompts) that were read.
+        rows_in: answers (of `generate` prompts) that were read; rows_in = rows + rejects +
+            over_length.
         rows: those with a number, tokens or an answer.
         rejects: those that were set aside; `rejects: …` of one reason.
         over_length: those longer than `max_length`, left out.
