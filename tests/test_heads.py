@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from plain_loop import make_config
+from test_many_answers import OneOfTwo
 from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 from torch.nn.functional import logsigmoid
 from world import HIGHER, LABELS, OTHER, SHARDS, World, margin, named
@@ -106,6 +107,18 @@ def test_in_one_pass_each_head_scores_as_it_does_alone(arch: str) -> None:
         wanted = RowForward(AnswerScores(alone(model, k)), 2, 64, 200)(rows).values
         for of_heads, of_one in zip(found, wanted, strict=True):
             assert [answer[k] for answer in of_heads] == pytest.approx(of_one, abs=1e-6)
+
+
+def test_ranks_that_share_a_model_score_for_each_head() -> None:
+    """A batch is one rank's, whose part of the sum has the scores of all heads."""
+    rows, module = make_rows()[:6], AnswerScores(many()).eval()
+    wanted = RowForward(module, 2, 64, 60)(rows).values
+    parts: list[Any] = [
+        RowForward(module, 2, 64, 60, rank)(rows).values  # type: ignore[arg-type]  # part of an engine
+        for rank in (OneOfTwo(number, module) for number in range(2))
+    ]
+    assert all(0 < np.count_nonzero(part) < np.size(wanted) for part in parts)
+    np.testing.assert_allclose(np.sum(parts, axis=0), wanted, atol=1e-6)
 
 
 def test_the_same_bits_in_any_company_hold_for_each_head() -> None:
