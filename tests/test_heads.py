@@ -20,6 +20,7 @@ from zero_cases import couples, make_rows
 
 from cwpo_dist.config import Config, FitConfig, ModelConfig
 from cwpo_dist.config.load import parse_config
+from cwpo_dist.docstrings import described
 from cwpo_dist.execution import ask
 from cwpo_dist.graph import nodes_until
 from cwpo_dist.lm.encoder import load_tokenizer
@@ -39,6 +40,7 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.stages import evaluate, fit, weigh
 from cwpo_dist.storage import Store
+from cwpo_dist.training import metrics_log
 from cwpo_dist.training.group import TrainSpec
 from cwpo_dist.training.heads import ManyHeads, bootstrap
 from cwpo_dist.training.loop import Hooks, Run, gradients, train
@@ -159,6 +161,7 @@ def test_losses_and_metrics_by_hand() -> None:
     assert float(told[0]) == pytest.approx(weights[0] * up + weights[1] * down)
     metrics = plain.metrics(scores, [0, 1])  # margins 1, −1 and −2, 0: means 0 and −1
     assert metrics == {"accuracy": 0.0, "margin": -0.5, "disagreement": 1.0}
+    assert metrics.keys() <= set(described(metrics_log)), "the reference page says what each is"
 
 
 def test_heads_agree_on_what_they_learned_and_differ_elsewhere() -> None:
