@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from plain_loop import make_config
+from test_many_answers import OneOfTwo
 from tiny import save_tiny, tiny_classifier, tiny_tokenizer
 from torch.nn.functional import logsigmoid
 from world import HIGHER, LABELS, OTHER, SHARDS, World, margin, named
@@ -19,6 +20,7 @@ from zero_cases import couples, make_rows
 
 from cwpo_dist.config import Config, FitConfig, ModelConfig
 from cwpo_dist.config.load import parse_config
+from cwpo_dist.docstrings import described
 from cwpo_dist.execution import ask
 from cwpo_dist.graph import nodes_until
 from cwpo_dist.lm.encoder import load_tokenizer
@@ -38,6 +40,7 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.stages import evaluate, fit, weigh
 from cwpo_dist.storage import Store
+from cwpo_dist.training import metrics_log
 from cwpo_dist.training.group import TrainSpec
 from cwpo_dist.training.heads import ManyHeads, bootstrap
 from cwpo_dist.training.loop import Hooks, Run, gradients, train
@@ -108,6 +111,18 @@ def test_in_one_pass_each_head_scores_as_it_does_alone(arch: str) -> None:
             assert [answer[k] for answer in of_heads] == pytest.approx(of_one, abs=1e-6)
 
 
+def test_ranks_that_share_a_model_score_for_each_head() -> None:
+    """A batch is one rank's, whose part of the sum has the scores of all heads."""
+    rows, module = make_rows()[:6], AnswerScores(many()).eval()
+    wanted = RowForward(module, 2, 64, 60)(rows).values
+    parts: list[Any] = [
+        RowForward(module, 2, 64, 60, rank)(rows).values  # type: ignore[arg-type]  # part of an engine
+        for rank in (OneOfTwo(number, module) for number in range(2))
+    ]
+    assert all(0 < np.count_nonzero(part) < np.size(wanted) for part in parts)
+    np.testing.assert_allclose(np.sum(parts, axis=0), wanted, atol=1e-6)
+
+
 def test_the_same_bits_in_any_company_hold_for_each_head() -> None:
     rows = make_rows()[:6]
     forward = InvariantForward(AnswerScores(many()), 2, 64, 4096)
@@ -146,6 +161,7 @@ def test_losses_and_metrics_by_hand() -> None:
     assert float(told[0]) == pytest.approx(weights[0] * up + weights[1] * down)
     metrics = plain.metrics(scores, [0, 1])  # margins 1, −1 and −2, 0: means 0 and −1
     assert metrics == {"accuracy": 0.0, "margin": -0.5, "disagreement": 1.0}
+    assert metrics.keys() <= set(described(metrics_log)), "the reference page says what each is"
 
 
 def test_heads_agree_on_what_they_learned_and_differ_elsewhere() -> None:

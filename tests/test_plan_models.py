@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from small_run import small_config
-from tiny import CHAT_TEMPLATE, tiny_causal_lm, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, tiny_causal_lm, tiny_classifier, tiny_tokenizer
 from tiny_kinds import make
 from transformers import AutoConfig
 
@@ -142,6 +142,17 @@ def test_a_plan_says_how_workers_share_a_sequence(tmp_path: Path) -> None:
     (align,) = [stage for stage in planned.stages if stage.stage == "align"]
     said = "4 workers are 2 x 2, of which 2 share a micro-batch: 1/2 of its tokens and 2 of 4"
     assert any(said in line for line in align.details)
+
+
+def test_a_section_whose_workers_share_a_ready_annotator_is_read_though_it_trains_nothing(
+    tmp_path: Path,
+) -> None:
+    given = small_config(tmp_path, annotate__sharded=True, fit__deepspeed=str(tmp_path / "none"))
+    tiny_classifier("llama").save_pretrained(tmp_path / "reward")
+    tiny_tokenizer().save_pretrained(tmp_path / "reward")
+    given["annotate"]["model"] = {"model_name_or_path": str(tmp_path / "reward")}
+    with pytest.raises(ConfigError, match=r"fit\.deepspeed: .*none"):
+        check(parse_config(given), "annotate")
 
 
 def test_an_architecture_without_a_classifier_is_no_annotator(tmp_path: Path) -> None:

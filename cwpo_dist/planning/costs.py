@@ -142,7 +142,8 @@ class Estimate:
         size, each = self.checked.sizes[named(work.model)], self.lengths[named(work.model)].each
         tokens = round(each.tokens(work.prompts, work.answers))
         flops, by = _flops(size, tokens, work.answers * each.answer), work.by
-        batch, on_gpu = by.section.max_tokens_per_batch, gpus(self.checked.machines) > 0
+        batch, there = by.section.max_tokens_per_batch, gpus(self.checked.machines)
+        on_gpu = there > 0 if by.workers is None else uses_gpu(by.workers, there)
         memory = scoring_memory(size, batch, by.workers, on_gpu=on_gpu)
         return Cost(work.text, tokens, flops, "score", by.number, memory)
 

@@ -39,7 +39,7 @@ from cwpo_dist.runs.node_probes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
 from cwpo_dist.runs.room_checks import room_faults
 from cwpo_dist.runs.sizes import Loader, ModelSize, annotator, policy, reward_model
-from cwpo_dist.runs.training_checks import setting_faults
+from cwpo_dist.runs.training_checks import deepspeed_faults, setting_faults
 from cwpo_dist.runs.trials import Trial, baseline, by_loss
 from cwpo_dist.runs.weighing_checks import weighing_faults
 from cwpo_dist.storage import StorageError, Store
@@ -97,6 +97,8 @@ def check(config: Config, until: str | None = None) -> Checked:
         faults += vllm_faults(config, config.policy, sizes["policy"])
     for name, training, trained in trainings(config, until):
         faults += setting_faults(name, training, trained, machines)
+    for model in _shared_by_fit(config, until):
+        faults += deepspeed_faults("fit", config.fit, model, machines)
     faults += (f"{fault}{elsewhere()}" for fault in _placement_faults(config, until, machines))
     if faults:
         raise ConfigError("\n".join(faults))
@@ -132,6 +134,14 @@ def _trainings_of(
     return {name: each for name, each, _ in trainings(config, until) if name != "fit"}
 
 
+def _shared_by_fit(config: Config, until: str | None) -> list[ModelConfig]:
+    """Ready reward models that the workers of `fit` share, which train nothing then."""
+    stages = reached(config, until)
+    if not config.annotate.sharded or "annotate" not in stages or "fit" in stages:
+        return []
+    return [model for _, model in config.annotate.ready()]
+
+
 def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
     """Refuses a comparison in which a trial could not run.
 
@@ -153,8 +163,7 @@ def _placement_faults(
     yield from task_faults("prepare.", "num_cpus", config.prepare.num_cpus, machines)
     for name, training, _ in trainings(config, until):
         yield from training_faults(name, training, machines)
-    stages = reached(config, until)
-    if config.annotate.sharded and "annotate" in stages and "fit" not in stages:
+    for _ in _shared_by_fit(config, until)[:1]:
         yield from training_faults("fit", config.fit, machines)
     for name, pool in pools(config, until):
         yield from pool_faults(f"{name}.", pool, machines)

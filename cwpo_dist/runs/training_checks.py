@@ -26,9 +26,8 @@ def setting_faults(
 ) -> Iterator[str]:
     """Trackers that are not there, schedules that cannot be, what DeepSpeed would refuse."""
     yield from (f"{name}.report_to: {fault}" for fault in _missing(tuple(training.report_to)))
-    if training.deepspeed is not None and model is not None:
-        device = "cuda" if uses_gpu(training, gpus(machines)) else "cpu"
-        yield from _deepspeed_faults(name, training, dtype_of(model, device))
+    if model is not None:
+        yield from deepspeed_faults(name, training, model, machines)
     if training.max_steps == 0:
         yield f"{name}.max_steps: 0 trains nothing; give -1 for whole epochs, or a number of steps"
     if 0 < training.max_steps <= training.warmup_steps:
@@ -50,8 +49,13 @@ def _missing(trackers: tuple[Tracker, ...]) -> list[str]:
     return found
 
 
-def _deepspeed_faults(name: str, training: TrainingConfig, dtype: torch.dtype) -> Iterator[str]:
+def deepspeed_faults(
+    name: str, training: TrainingConfig, model: ModelConfig, machines: Sequence[Machine]
+) -> Iterator[str]:
     """What a worker would refuse, or a file that is not there; else what is not used is said."""
+    if training.deepspeed is None:
+        return
+    dtype = dtype_of(model, "cuda" if uses_gpu(training, gpus(machines)) else "cpu")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says at length that it takes it
     # Seconds to import, and seldom needed.

@@ -146,12 +146,13 @@ class RowForward:
             return [], 0
         answers = (sum(len(row.answers) for row in rows) for rows in batches)
         ends = list(accumulate(answers, initial=0))
-        values_A = torch.zeros(ends[-1], device=self.device)
         padded = torch.zeros(1, dtype=torch.int64, device=self.device)
         for first in range(0, len(batches), ranks.world_size):
             number = first + ranks.rank
             batch = collate(batches[min(number, len(batches) - 1)], self.layout, self.pad_id)
             output_A = ranks.forward(batch)
+            if not first:  # which says whether a number is one, or several heads'
+                values_A = output_A.new_zeros(ends[-1], *output_A.shape[1:])
             if number < len(batches):
                 values_A[ends[number] : ends[number + 1]] = output_A
                 padded += batch.padded_tokens

@@ -7,11 +7,12 @@ Metrics:
     step, total_steps: optimizer steps that are done, and that there are.
     epoch: passes over the data that are done.
     loss: Σ weight·loss over the global batch, divided by its pairs or its weights; of `sft` the
-        mean over answer tokens, in nats.
+        mean over answer tokens, in nats; of several heads their sum.
     grad_norm: the norm of the whole gradient, before it is clipped.
     learning_rate: of the step.
     accuracy: of `fit`, the share of pairs in which the human's choice has the higher score.
     margin: of `fit`, the mean score of the human's choice less that of the other.
+    disagreement: of `fit` with several heads, the mean standard deviation of their margins.
     rewards/chosen, rewards/rejected: the mean implicit reward, β·log π/π_ref, unweighted.
     rewards/accuracies: the share of pairs whose chosen answer has the higher implicit reward.
     rewards/margins: the mean difference of both rewards.
