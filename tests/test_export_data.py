@@ -24,6 +24,7 @@ from world import HIGHER, World, answer, margin, pairs
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.results.export import ExportError
 from cwpo_dist.results.export_data import export_data
+from cwpo_dist.results.push import PushError, push
 from cwpo_dist.signing import compare
 from cwpo_dist.stages import weigh
 from cwpo_dist.storage import MANIFEST, Store, to_json
@@ -186,6 +187,18 @@ def test_a_model_pushed_again_takes_the_place_of_what_was_there(
     assert len(found.commits) == 2
 
 
+def test_a_folder_may_be_a_uri_and_have_a_space(
+    run: Store, tmp_path: Path, client: HubStandIn
+) -> None:
+    to = tmp_path / "my out"
+    export_data(run.uri, None, f"file://{to}", "preferences")
+    push(f"file://{to}", "me/data", "dataset")
+    assert client.repositories["dataset", "me/data"].files.keys() >= files(to).keys()
+    client.refuses = {"/api": 500}
+    with pytest.raises(PushError, match=re.escape(f"hf upload me/data '{to}' . ")):
+        push(f"file://{to}", "me/data", "dataset")
+
+
 FAILURES = {
     "unknown": ({"/api": 401}, "me/m", "401.*does not know who pushes; give a token.*HF_TOKEN"),
     "forbidden": ({}, "them/m", "403.*may not write there; take one with write access"),
@@ -227,7 +240,10 @@ def test_what_cannot_be_pushed_is_said_before_anything_is_copied(
     exit_code: Callable[..., Any],  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for repository, to in (("a/b/c", str(tmp_path / "out")), ("me/m", "memory://out")):
+    for repository, to in (
+        *((name, str(tmp_path / "out")) for name in ("a/b/c", "me/x.git", "me/a--b", "me/-x")),
+        ("me/m", "memory://out"),
+    ):
         assert exit_code("export", run.uri, "--to", to, "--push", repository) == 2
         assert capsys.readouterr().err.startswith("error: --push: ")
     assert not (tmp_path / "out").exists()
