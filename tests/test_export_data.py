@@ -111,11 +111,14 @@ def test_trls_trainer_learns_which_answer_is_the_better_one(run: Store, tmp_path
     assert second > first
 
 
-def test_scores_come_with_their_texts(run: Store, tmp_path: Path) -> None:
+def test_scores_come_with_their_texts(
+    run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of an output by itself, too, of which no arm is known."""
     output = next(name for name in run.names("annotate") if name.endswith(MANIFEST))
     place = run.child(output.removesuffix(f"/{MANIFEST}")).uri
-    export_data(place, None, str(tmp_path / "out"), "scores")
+    monkeypatch.chdir(Path(place).parent)
+    export_data(Path(place).name, None, str(tmp_path / "out"), "scores")  # a relative path
     rows = {row["answer"]: row for row in loaded(tmp_path / "out")}
     assert len(rows) == 18  # of the three splits that the annotator was not trained on
     for k, pair in enumerate(pairs("test")):
