@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -200,6 +201,17 @@ def test_a_folder_may_be_a_uri_and_have_a_space(
     client.refuses = {"/api": 500}
     with pytest.raises(PushError, match=re.escape(f"hf upload me/data '{to}' . ")):
         push(f"file://{to}", "me/data", "dataset")
+
+
+@pytest.mark.usefixtures("client")
+def test_a_hub_that_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cwpo_dist.results.push.PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(PushError, match="no answer.*look at the network"):
+            push(str(tmp_path), "me/data", "dataset")
 
 
 FAILURES = {

@@ -8,13 +8,14 @@ from __future__ import annotations
 import shlex
 from typing import Literal
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it has it
 
 from cwpo_dist import __version__
 from cwpo_dist.storage import Store
 
+PATIENCE = 300  # seconds without a sign of the hub, for which its client would wait without end
 _REMEDIES = {
     401: "it does not know who pushes; give a token that may write (HF_TOKEN, or `hf auth login`)",
     402: "it wants to be paid for that; see the account's billing",
@@ -57,6 +58,7 @@ def push(folder: str, repository: str, kind: Literal["model", "dataset"]) -> str
         PushError: where the hub refuses, or does not answer.
     """
     api, folder = HfApi(), Store(folder).root  # of file://, too
+    get_session().timeout = PATIENCE
     try:
         url = api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
         api.upload_folder(
