@@ -210,7 +210,7 @@ def test_a_hub_that_never_answers_is_given_up(
     monkeypatch.setattr("cwpo_dist.results.push.PATIENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(PushError, match="no answer.*look at the network"):
+        with pytest.raises(PushError, match=r"no answer.*look at the network"):
             push(str(tmp_path), "me/data", "dataset")
 
 
