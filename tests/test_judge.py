@@ -227,6 +227,15 @@ def test_each_vote_counts_once_in_whatever_row_it_stands(world: World, tmp_path:
     assert told(world)[0]["people"]["value"] == pytest.approx((3 / 5 + 3.5 / 6) / 2)
 
 
+def test_a_report_of_other_models_gets_no_verdicts(world: World, tmp_path: Path) -> None:
+    judge.ask_judges(world.config, "cw", "human", 3)
+    file = write_rows(tmp_path / "said.jsonl", [row | {"label": "a"} for row in asked(world)])
+    root = Store(world.config.output_dir)
+    root.write("metrics.json", b'{"arms": {"cw": {"keys": {"evaluate": "another"}}}}')
+    with pytest.raises(ConfigError, match="is of other settings than these"):
+        judge.show_judged(world.config, "cw", "human", [file])
+
+
 def test_a_comparison_in_the_folder_of_a_run_shows_its_own_page(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from cwpo_dist.pairs.row_forms import parse_raw
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import ordered
 from cwpo_dist.pairs.stored import Pair, read_pairs
+from cwpo_dist.report.cells import at
 from cwpo_dist.report.comparison_page import FIGURES
 from cwpo_dist.results.show import show, show_comparison
 from cwpo_dist.runs.context import Context, read_sampled
@@ -117,6 +118,7 @@ def show_judged(config: Config, ours: str, theirs: str, files: Sequence[str]) ->
     root = Store(config.output_dir)
     name = FIGURES if config.compare is not None else "metrics.json"
     figures = root.read_json(name)
+    _check_same(config, ours, figures)
     told = {"ours": ours, "theirs": theirs, "left_out": dict(+left_out)} | found.as_dict()
     others = [
         each
@@ -126,6 +128,16 @@ def show_judged(config: Config, ours: str, theirs: str, files: Sequence[str]) ->
     figures["judged"] = [*others, told]
     root.write(name, json.dumps(figures, indent=1).encode())
     return show([config.output_dir]) if config.compare is None else show_comparison(root)
+
+
+def _check_same(config: Config, ours: str, figures: Mapping[str, object]) -> None:
+    """Refuses a report that `cwpo run` wrote with other settings: it is of other models."""
+    made = at(figures, "arms", ours, "keys", "evaluate")
+    if made is not None and made != evaluated(config, ours)[1]["evaluate"].key:
+        raise ConfigError(
+            f"cwpo judge: the report of {config.output_dir} is of other settings than these; "
+            "give `cwpo run` these again, which writes it anew"
+        )
 
 
 def win_rate(matches: Sequence[Match], shares: dict[str, float]) -> Powered:
