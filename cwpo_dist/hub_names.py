@@ -17,12 +17,8 @@ FILE_ENDINGS = (
 )
 
 
-def may_be_hub_id(name: str) -> bool:
-    """True for what is spelled `owner/name` or `name`."""
-    return len(name) <= _LONGEST and _ID.fullmatch(name) is not None
-
-
 def is_hub_id(name: str) -> bool:
-    """True for one that is nothing on disk and no name of a file of pairs."""
-    may_be = may_be_hub_id(name) and not name.lower().endswith(FILE_ENDINGS)
+    """True for `owner/name` or `name` that is nothing on disk and no name of a file of pairs."""
+    is_file = name.lower().endswith(FILE_ENDINGS)
+    may_be = len(name) <= _LONGEST and _ID.fullmatch(name) is not None and not is_file
     return may_be and not os.path.exists(name)  # of pathlib's a name that is too long raises

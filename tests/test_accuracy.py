@@ -292,3 +292,11 @@ def test_bad_columns_are_refused(arguments: tuple[list[float], ...], message: st
     with pytest.raises(ValueError, match=message):
         # arguments of wrong kinds are the point
         annotator_accuracy(*arguments)  # type: ignore[arg-type]  # of unlike types
+
+
+def test_differences_of_shares_end_at_a_hundred_points() -> None:
+    """Of eight pairs: where length is always wrong, and where the unsure half is nearly so."""
+    found = annotator_accuracy([5, 4, 3, 2, 1, -1, -1, -1], ["a"] * 8, [1] * 8, [2] * 8)
+    assert (found.sure_half.value, found.sure_half.high) == (0.75, 1.0)
+    found = annotator_accuracy([5, 4, 3, 2, 1, 1, 1, -1], ["a"] * 8, [1] * 8, [2] * 8)
+    assert (found.above_length.value, found.above_length.high) == (0.875, 1.0)

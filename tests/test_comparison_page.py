@@ -116,10 +116,11 @@ def test_trials_are_held_against_those_whose_labels_were_flipped_alike() -> None
     }
 
 
-def test_what_is_told_apart_alone_is_held_against_all_lines() -> None:
-    """Of p values 0.005, 0.03 and 0.6 Holm makes 0.015, 0.06 and 0.6."""
+@pytest.mark.parametrize("unsure", [0.6, None])
+def test_what_is_told_apart_alone_is_held_against_all_lines(unsure: float | None) -> None:
+    """Of p values 0.005, 0.03 and 0.6 Holm makes 0.015, 0.06 and 0.6; a line without p counts."""
     found = sample_comparison()
-    for arm, mean, p in (("cw", 0.04, 0.005), ("weak", 0.01, 0.6), ("soft", -0.05, 0.03)):
+    for arm, mean, p in (("cw", 0.04, 0.005), ("weak", 0.01, unsure), ("soft", -0.05, 0.03)):
         found["trials"][arm]["against"]["human"]["accuracy"] = difference(mean, 0.03) | {"p": p}
     (verdict,) = verdicts(found)
     assert verdict.lines[0].endswith("; counting all 3 comparisons: decided, p = 0.015")

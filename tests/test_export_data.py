@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from world import HIGHER, World, answer, margin, pairs
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.results.export import ExportError
 from cwpo_dist.results.export_data import export_data
+from cwpo_dist.results.push import PushError, push
 from cwpo_dist.signing import compare
 from cwpo_dist.stages import weigh
 from cwpo_dist.storage import MANIFEST, Store, to_json
@@ -110,11 +112,14 @@ def test_trls_trainer_learns_which_answer_is_the_better_one(run: Store, tmp_path
     assert second > first
 
 
-def test_scores_come_with_their_texts(run: Store, tmp_path: Path) -> None:
+def test_scores_come_with_their_texts(
+    run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of an output by itself, too, of which no arm is known."""
     output = next(name for name in run.names("annotate") if name.endswith(MANIFEST))
     place = run.child(output.removesuffix(f"/{MANIFEST}")).uri
-    export_data(place, None, str(tmp_path / "out"), "scores")
+    monkeypatch.chdir(Path(place).parent)
+    export_data(Path(place).name, None, str(tmp_path / "out"), "scores")  # a relative path
     rows = {row["answer"]: row for row in loaded(tmp_path / "out")}
     assert len(rows) == 18  # of the three splits that the annotator was not trained on
     for k, pair in enumerate(pairs("test")):
@@ -186,6 +191,29 @@ def test_a_model_pushed_again_takes_the_place_of_what_was_there(
     assert len(found.commits) == 2
 
 
+def test_a_folder_may_be_a_uri_and_have_a_space(
+    run: Store, tmp_path: Path, client: HubStandIn
+) -> None:
+    to = tmp_path / "my out"
+    export_data(run.uri, None, f"file://{to}", "preferences")
+    push(f"file://{to}", "me/data", "dataset")
+    assert client.repositories["dataset", "me/data"].files.keys() >= files(to).keys()
+    client.refuses = {"/api": 500}
+    with pytest.raises(PushError, match=re.escape(f"hf upload me/data '{to}' . ")):
+        push(f"file://{to}", "me/data", "dataset")
+
+
+@pytest.mark.usefixtures("client")
+def test_a_hub_that_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cwpo_dist.results.push.PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(PushError, match=r"no answer.*look at the network"):
+            push(str(tmp_path), "me/data", "dataset")
+
+
 FAILURES = {
     "unknown": ({"/api": 401}, "me/m", "401.*does not know who pushes; give a token.*HF_TOKEN"),
     "forbidden": ({}, "them/m", "403.*may not write there; take one with write access"),
@@ -227,7 +255,10 @@ def test_what_cannot_be_pushed_is_said_before_anything_is_copied(
     exit_code: Callable[..., Any],  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for repository, to in (("a/b/c", str(tmp_path / "out")), ("me/m", "memory://out")):
+    for repository, to in (
+        *((name, str(tmp_path / "out")) for name in ("a/b/c", "me/x.git", "me/a--b", "me/-x")),
+        ("me/m", "memory://out"),
+    ):
         assert exit_code("export", run.uri, "--to", to, "--push", repository) == 2
         assert capsys.readouterr().err.startswith("error: --push: ")
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from prepared import write as write_rows
 from test_direction_judged import ZS
 from world import World, reference
 
-from cwpo_dist.config import ConfigError
+from cwpo_dist.config import CompareConfig, ConfigError
 from cwpo_dist.evaluation.paired import student
 from cwpo_dist.evaluation.prediction_powered import powered
 from cwpo_dist.execution import judge
@@ -191,3 +191,63 @@ def test_what_cannot_be_judged_is_refused(world: World, tmp_path: Path) -> None:
         judge.ask_judges(world.config, "weak", "human", 9)
     with pytest.raises(ConfigError, match="no two different answers"):
         judge.ask_judges(world.config, "cw", "cw", 9)
+
+
+def test_an_empty_answer_is_judged_like_any_other(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out it would be the worst answers of a model that nobody counts."""
+    read = judge.read_sampled
+
+    def emptied(*where: Any) -> dict[str, str]:
+        return {name: "" if text == "z cw" else text for name, text in read(*where).items()}
+
+    monkeypatch.setattr(judge, "read_sampled", emptied)
+    judge.ask_judges(world.config, "cw", "human", 99)
+    rows = asked(world)
+    assert sum(judge.NO_WORDS in (row["response_a"], row["response_b"]) for row in rows) == 1
+    said = [row | {"label": "a" if "human" in row["response_a"] else "b"} for row in rows]
+    judge.show_judged(world.config, "cw", "human", [write_rows(tmp_path / "said.jsonl", said)])
+    (found,) = told(world)
+    assert (found["judged"], found["people"]["value"], found["left_out"]) == (3, 0.0, {})
+
+
+def test_each_vote_counts_once_in_whatever_row_it_stands(world: World, tmp_path: Path) -> None:
+    """Three of four for ours and one more against; beside it most say that both are equal."""
+    judge.ask_judges(world.config, "cw", "own_sft", 2)
+    first, second = asked(world)
+    sides = ["ab" if "cw" in row["response_a"] else "ba" for row in (first, second)]
+    ours, theirs = sides[0]
+    said = [
+        first | {f"votes_{ours}": 3, f"votes_{theirs}": 1, "votes_tie": 0},
+        first | {f"votes_{ours}": 0, f"votes_{theirs}": 1, "votes_tie": 0},
+        second | {f"votes_{sides[1][0]}": 2, f"votes_{sides[1][1]}": 1, "votes_tie": 3},
+    ]
+    judge.show_judged(world.config, "cw", "own_sft", [write_rows(tmp_path / "said.jsonl", said)])
+    assert told(world)[0]["people"]["value"] == pytest.approx((3 / 5 + 3.5 / 6) / 2)
+
+
+def test_a_report_of_other_models_gets_no_verdicts(world: World, tmp_path: Path) -> None:
+    judge.ask_judges(world.config, "cw", "human", 3)
+    file = write_rows(tmp_path / "said.jsonl", [row | {"label": "a"} for row in asked(world)])
+    root = Store(world.config.output_dir)
+    root.write("metrics.json", b'{"arms": {"cw": {"keys": {"evaluate": "another"}}}}')
+    with pytest.raises(ConfigError, match="is of other settings than these"):
+        judge.show_judged(world.config, "cw", "human", [file])
+
+
+def test_a_comparison_in_the_folder_of_a_run_shows_its_own_page(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge.ask_judges(world.config, "cw", "human", 1)
+    said = [row | {"label": "a"} for row in asked(world)]
+    matches = judge._matches(world.config, "cw", "human")
+    monkeypatch.setattr(judge, "_matches", lambda *_: matches)
+    monkeypatch.setattr(judge, "show_comparison", lambda root: f"{root.uri}/comparison.html")
+    Store(world.config.output_dir).write("comparison.json", b'{"trials": {}}')
+    config = world.config.model_copy(update={"compare": CompareConfig(seeds=[0])})
+    shown = judge.show_judged(config, "cw", "human", [write_rows(tmp_path / "said.jsonl", said)])
+    assert shown.endswith("comparison.html")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="the comparison has no 'cw' yet; `cwpo compare` again"):
+        judge.ask_judges(config, "cw", "human", 1)

@@ -249,6 +249,17 @@ def test_same_metrics_same_bytes(page: str) -> None:
     assert render(sample_metrics()) == page
 
 
+def test_what_people_judged_stands_on_the_page_and_the_terminal() -> None:
+    shares = {"people": (0.7, 0.5, 0.9), "model": (0.6, 0.55, 0.65), "both": (0.65, 0.5, 0.8)}
+    judged = {k: dict(zip(("value", "low", "high"), v, strict=True)) for k, v in shares.items()}
+    judged |= {"ours": ATTACK, "theirs": "human", "judged": 20, "items": 256, "weight": 0.5}
+    metrics = sample_metrics() | {"judged": [judged | {"narrower": 0.25, "left_out": {ATTACK: 1}}]}
+    page = render(metrics)
+    assert "Judged by people" in _Page(page).text
+    assert "<script" not in page
+    assert "Judged by people" in _terminal(metrics)
+
+
 def test_untrusted_text_is_escaped_everywhere() -> None:
     """Titles of rich tables, cells, legends and SVG all carry names that came from outside."""
     metrics = sample_metrics()

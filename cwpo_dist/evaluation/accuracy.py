@@ -163,7 +163,7 @@ def _above_length(margins: Floats, longer: Floats, human: Floats, groups: Groups
     """How much more often the margin is right than the longer answer, on the same pairs."""
     labelled = human != 0
     more = (np.sign(margins) - np.sign(longer)) * human / 2
-    return estimate(more[labelled], groups[labelled], least=-1.0)
+    return estimate(more[labelled], groups[labelled], -1.0, 1.0)
 
 
 def _sure_half(sure: Floats, right: Floats, groups: Groups) -> Estimate:
@@ -180,7 +180,7 @@ def _sure_half(sure: Floats, right: Floats, groups: Groups) -> Estimate:
     means = right[top].mean(), right[~top].mean()
     alike = len(sure) / np.where(top, half, half - len(sure))  # a pair's part in its half's mean
     values = means[0] - means[1] + alike * (right - np.where(top, *means))
-    return estimate(values, groups, least=-1.0)
+    return estimate(values, groups, -1.0, 1.0)
 
 
 def policy_accuracy(

@@ -160,13 +160,15 @@ def share_of(right: Floats, groups: Groups) -> tuple[float | None, float | None,
     return share, *wilson(share * n, n)
 
 
-def estimate(values: Floats, groups: Groups, least: float = 0.0) -> Estimate:
-    """The mean of numbers of at least `least`, with the normal's interval, clustered by prompt."""
+def estimate(
+    values: Floats, groups: Groups, least: float = 0.0, most: float = math.inf
+) -> Estimate:
+    """The mean of what lies between `least` and `most`, with the normal's interval by prompt."""
     value = mean(values)
     error = 0.0 if value is None else clustered_error((values - value) / len(values), groups)
     if value is None or not error:
         return Estimate(value, None, None)
-    return Estimate(value, max(least, value - Z95 * error), value + Z95 * error)
+    return Estimate(value, max(least, value - Z95 * error), min(most, value + Z95 * error))
 
 
 def clustered_error(deviations: Floats, groups: Groups) -> float:

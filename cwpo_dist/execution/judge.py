@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from cwpo_dist.evaluation.shares import group_numbers
 from cwpo_dist.evaluation.win_rates import won
 from cwpo_dist.execution.ask import PAGE, question_of, write_questions
 from cwpo_dist.execution.trial_items import context_of, evaluated
+from cwpo_dist.pairs.messages import has_words
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.pieces import raw_rows
 from cwpo_dist.pairs.records import Text, canonical, prompt_of, read_rows
@@ -30,8 +31,9 @@ from cwpo_dist.pairs.row_forms import parse_raw
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import ordered
 from cwpo_dist.pairs.stored import Pair, read_pairs
+from cwpo_dist.report.cells import at
 from cwpo_dist.report.comparison_page import FIGURES
-from cwpo_dist.results.show import show
+from cwpo_dist.results.show import show, show_comparison
 from cwpo_dist.runs.context import Context, read_sampled
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.trials import names, trials
@@ -52,6 +54,9 @@ class Match:
     pair: Pair
     ours_is_a: bool
     gold: float
+
+
+NO_WORDS = "[an empty answer]"  # what is shown of one: a blank cell is no row that can be read
 
 
 class _Answer(NamedTuple):
@@ -113,6 +118,7 @@ def show_judged(config: Config, ours: str, theirs: str, files: Sequence[str]) ->
     root = Store(config.output_dir)
     name = FIGURES if config.compare is not None else "metrics.json"
     figures = root.read_json(name)
+    _check_same(config, ours, figures)
     told = {"ours": ours, "theirs": theirs, "left_out": dict(+left_out)} | found.as_dict()
     others = [
         each
@@ -121,7 +127,17 @@ def show_judged(config: Config, ours: str, theirs: str, files: Sequence[str]) ->
     ]
     figures["judged"] = [*others, told]
     root.write(name, json.dumps(figures, indent=1).encode())
-    return show([config.output_dir])
+    return show([config.output_dir]) if config.compare is None else show_comparison(root)
+
+
+def _check_same(config: Config, ours: str, figures: Mapping[str, object]) -> None:
+    """Refuses a report that `cwpo run` wrote with other settings: it is of other models."""
+    made = at(figures, "arms", ours, "keys", "evaluate")
+    if made is not None and made != evaluated(config, ours)[1]["evaluate"].key:
+        raise ConfigError(
+            f"cwpo judge: the report of {config.output_dir} is of other settings than these; "
+            "give `cwpo run` these again, which writes it anew"
+        )
 
 
 def win_rate(matches: Sequence[Match], shares: dict[str, float]) -> Powered:
@@ -181,8 +197,10 @@ def _seeds(config: Config, name: str) -> dict[int, Run]:
     told = {known: trial for trial, known in names(trials(config)).items()}
     if name not in told:
         raise ConfigError(f"cwpo judge: unknown trial {name!r}; choose from {'; '.join(told)}")
-    made = root.read_json(FIGURES)["trials"][name]
-    seeds = config.compare.seeds[: made["stopped_after"]]
+    made = root.read_json(FIGURES)["trials"].get(name)
+    if made is None:
+        raise ConfigError(f"cwpo judge: the comparison has no {name!r} yet; `cwpo compare` again")
+    seeds = config.compare.seeds[: made.get("stopped_after")]
     trial = told[name]
     return {
         seed: (trial.configured(config, seed, made["learning_rate"]), trial.arm) for seed in seeds
@@ -219,7 +237,9 @@ def _answers(run: Run, baseline: str | None) -> dict[str, _Answer]:
     rows = read_rows(place, ANSWERS, JudgedAnswer, JUDGED_SCHEMA)
     return {
         prompt_of(row.pair_id): _Answer(
-            row.pair_id, texts[row.pair_id], row.baseline_gold if baseline else row.gold
+            row.pair_id,
+            text if has_words(text := texts[row.pair_id]) else NO_WORDS,
+            row.baseline_gold if baseline else row.gold,
         )
         for row in rows
         if row.against == (baseline or "common")
@@ -242,7 +262,7 @@ def _said(files: Sequence[str], like: Pair) -> tuple[dict[str, float], Counter[s
     """By pair id the share of people that chose answer a, and how many rows say nothing."""
     form = "text" if isinstance(like.prompt, str) else "conversational"
     sources = [Source(path=path, format=form) for path in files]
-    said, left_out = defaultdict[str, list[float]](list), Counter[str]()
+    said, left_out = defaultdict[str, list[tuple[float, int]]](list), Counter[str]()
     for piece in plan(PrepareConfig(sources=sources)).pieces:
         for _, raw in raw_rows(piece):
             try:
@@ -252,9 +272,16 @@ def _said(files: Sequence[str], like: Pair) -> tuple[dict[str, float], Counter[s
                 continue
             for each in pairs:
                 pair = ordered(each, canonical(each.prompt), 0, "")[0]
-                share = 0.5 if pair.tie else people_share(pair.told)
+                counted = pair.votes_a, pair.votes_b, pair.votes_tie
+                voters = sum(filter(None, counted))
+                share = 0.5 if pair.tie and not voters else people_share(pair.told)
                 if share is None:
                     left_out["without a verdict"] += 1
                 else:
-                    said[pair.pair_id].append(share)
-    return {name: float(np.mean(shares)) for name, shares in said.items()}, left_out
+                    said[pair.pair_id].append((share, voters or 1))
+    return {name: _mean(rows) for name, rows in said.items()}, left_out
+
+
+def _mean(rows: Sequence[tuple[float, int]]) -> float:
+    """Of shares, each of so many voters: a row of one person counts once."""
+    return sum(share * voters for share, voters in rows) / sum(voters for _, voters in rows)

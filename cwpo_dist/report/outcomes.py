@@ -53,7 +53,8 @@ def verdicts(found: Found) -> list[Verdict]:
     What is told apart is held against the number of all lines, too.
     """
     groups = list(_differences(found))
-    ps = [mean.p for *_, means in groups for mean in means.values() if mean.p is not None]
+    every = [mean for *_, means in groups for mean in means.values()]
+    ps = [1.0 if mean.p is None else mean.p for mean in every]  # with nothing to tell chance by
     counted = dict(zip(ps, holm(ps), strict=True)), len(ps)
     return [
         Verdict(

@@ -63,7 +63,8 @@ def _found(
             raise ExportError(
                 f"--data {kind}: {run.uri!r} is of {stage!r}; name one of {stages[0]}"
             )
-        return Store(run.uri.rstrip("/").rsplit("/", 2)[0]), None, [run]
+        place = run.root if run.is_local else run.uri.rstrip("/")  # a relative path has no parent
+        return Store(place.rsplit("/", 2)[0]), None, [run]
     try:
         source = FinishedArm.of(run, arm)
     except ExportError as error:

@@ -5,15 +5,17 @@ Who pushes is known by huggingface_hub's own ways alone: HF_TOKEN, or what `hf a
 
 from __future__ import annotations
 
+import shlex
 from typing import Literal
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub import HfApi, get_session
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it has it
 
 from cwpo_dist import __version__
-from cwpo_dist.hub_names import may_be_hub_id
 from cwpo_dist.storage import Store
 
+PATIENCE = 300  # seconds without a sign of the hub, for which its client would wait without end
 _REMEDIES = {
     401: "it does not know who pushes; give a token that may write (HF_TOKEN, or `hf auth login`)",
     402: "it wants to be paid for that; see the account's billing",
@@ -35,8 +37,10 @@ def check_name(repository: str, to: str) -> None:
     Raises:
         PushError: for what is no name of a repository, or a folder that is not on this machine.
     """
-    if not may_be_hub_id(repository):
-        raise PushError(f"--push: {repository!r} cannot be a name on the hub; give OWNER/NAME")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise PushError(f"--push: {error}; give OWNER/NAME, a name on the hub") from None
     if not Store(to).is_local:
         raise PushError(f"--push: uploads a folder of this machine; give a path for --to, not {to}")
 
@@ -53,7 +57,8 @@ def push(folder: str, repository: str, kind: Literal["model", "dataset"]) -> str
     Raises:
         PushError: where the hub refuses, or does not answer.
     """
-    api = HfApi()
+    api, folder = HfApi(), Store(folder).root  # of file://, too
+    get_session().timeout = PATIENCE
     try:
         url = api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
         api.upload_folder(
@@ -64,10 +69,10 @@ def push(folder: str, repository: str, kind: Literal["model", "dataset"]) -> str
             delete_patterns="*",
         )
     except Exception as error:  # of HTTP, its client, or hf_xet; raised again as ours
-        again = f"hf upload {repository} {folder} . --repo-type {kind} --private --delete '*'"
+        again = ["hf", "upload", repository, folder, ".", "--repo-type", kind, "--private"]
         raise PushError(
             f"--push: {api.endpoint} has not taken {repository}: {_why(error)}. The export stays "
-            f"in {folder}, and `{again}` sends it"
+            f"in {folder}, and `{shlex.join([*again, '--delete', '*'])}` sends it"
         ) from error
     return str(url)
 

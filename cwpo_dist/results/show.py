@@ -64,7 +64,7 @@ def _figures(run: str) -> str:
 
 def _shown(runs: Sequence[str], to: str | None) -> str:
     if len(runs) == 1 and _is_comparison(Store(runs[0])):
-        return _show_comparison(Store(runs[0]), to)
+        return show_comparison(Store(runs[0]), to)
     if len(runs) == 1 and (prepared := _without_report(Store(runs[0]))):
         return _show_prepared(runs[0], prepared, to)
     found = {run: _metrics(run) for run in runs}
@@ -128,7 +128,7 @@ def _show_prepared(run: str, prepared: dict[str, Manifest], to: str | None) -> s
     return _written(render(metrics), to or f"{run.rstrip('/')}/report.html")
 
 
-def _show_comparison(root: Store, to: str | None) -> str:
+def show_comparison(root: Store, to: str | None = None) -> str:
     """The page of what `cwpo compare` left, made anew."""
     found = _writable(root.read_json(FIGURES))
     print_comparison(found)
