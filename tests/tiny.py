@@ -39,6 +39,12 @@ _SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
     "qwen2": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
     "mistral": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
+    "mixtral": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    },
     "qwen3": _HEADED,
     "gemma": _HEADED,
     "gemma2": _HEADED,
@@ -132,7 +138,7 @@ def tiny_config(arch: str, **overrides: Any) -> Any:
         "pad_token_id": 2,
         # larger than usual, so that a wrong mask or position shows
         "initializer_range": 0.2,
-        **_SIZES.get(arch, {}),
+        **_SIZES[arch],  # else a model would be as large as its first one
         **overrides,
     }
     return AutoConfig.for_model(arch, **settings)
