@@ -102,8 +102,10 @@ def test_paper_cuts_no_column_and_shows_the_configuration(opened: Open) -> None:
         assert page.locator("table").count() > 3
         page.emulate_media(media="print")
         assert cut(page, A4) == []
-        assert "key 98: 98" in page.locator("pre").inner_text()
-        assert page.locator("pre").evaluate("e => e.scrollHeight <= e.clientHeight + 1")
+        assert "key 98: 98" in page.locator("pre[role=region]").inner_text()
+        assert page.locator("pre[role=region]").evaluate(
+            "e => e.scrollHeight <= e.clientHeight + 1"
+        )
 
 
 def test_a_wide_table_keeps_the_names_of_its_rows_in_sight(opened: Open) -> None:

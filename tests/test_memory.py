@@ -113,8 +113,9 @@ def test_on_gpus_gradients_are_summed_in_fp32_and_stage_0_is_none() -> None:
 
 def test_generation_keeps_keys_and_values() -> None:
     size = replace(SIZE, cached=300)
-    memory = generating_memory(size, prompts=16, tokens=1000, on_gpu=True)
-    assert memory == 2 * (1_000_000 + 16 * 1000 * 300) + 4 * 16 * 2_000
+    for parts in (1, 4):  # weights, keys and values are dealt out, logits are not
+        memory = generating_memory(size, prompts=16, tokens=1000, parts=parts, on_gpu=True)
+        assert memory == 2 * (1_000_000 + 16 * 1000 * 300) / parts + 4 * 16 * 2_000
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2", "gpt_neox"])

@@ -83,7 +83,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         },
         "weak": model,
         "policy": model,
-        "fit": {"lora": {}},
+        "fit": {"lora": {}, "num_workers": 2},
+        "sft": {"num_workers": 2},
+        "align": {"num_workers": 2},
     }
     return parse_config(config).model_dump(mode="json")
 
@@ -191,7 +193,8 @@ def test_the_teachers_rewards_have_the_beta_of_the_run(given: dict[str, Any]) ->
 _POOL = set(PoolConfig.model_fields)
 _TRAINING = {
     *("max_tokens_per_micro_batch", "gradient_checkpointing", "zero_stage", "deepspeed"),
-    *("num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "max_failures"),
+    *("num_workers", "sequence_parallel_size"),
+    *("use_gpu", "cpus_per_worker", "resources_per_worker", "max_failures"),
     *("save_steps", "save_minutes", "save_total_limit", "logging_steps", "report_to"),
     *("eval_steps", "eval_pairs", "step_timeout_s"),
 }

@@ -82,19 +82,22 @@ def over_seeds(found: Sequence[Items]) -> Mean:
 
 def paired(ours: Mapping[int, Items], theirs: Mapping[int, Items]) -> Mean:
     """The mean difference, ours − theirs, on the items and seeds that both have."""
-    differences = []
-    for seed in sorted(ours.keys() & theirs.keys()):
-        other = dict(zip(theirs[seed].names, theirs[seed].values.tolist(), strict=True))
-        places = [k for k, name in enumerate(ours[seed].names) if name in other]
-        names = [ours[seed].names[k] for k in places]
-        values = ours[seed].values[places] - np.array([other[name] for name in names])
-        prompts = [ours[seed].prompts[k] for k in places]
-        differences.append(Items(names, prompts, values))
+    seeds = sorted(ours.keys() & theirs.keys())
+    differences = [_differences(ours[seed], theirs[seed]) for seed in seeds]
     found = over_seeds(differences)
     if found.mean is None or found.low is None:
         return found
     chances = _chances([items for items in differences if len(items.values)])
     return replace(found, p=max(chance.p_of(found.mean) for chance in chances))
+
+
+def _differences(ours: Items, theirs: Items) -> Items:
+    """Item by item, of those that both have."""
+    other = dict(zip(theirs.names, theirs.values.tolist(), strict=True))
+    places = [k for k, name in enumerate(ours.names) if name in other]
+    names = [ours.names[k] for k in places]
+    values = ours.values[places] - np.array([other[name] for name in names])
+    return Items(names, [ours.prompts[k] for k in places], values)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

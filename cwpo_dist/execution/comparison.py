@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,7 +23,7 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
 from cwpo_dist.results import collect as report
-from cwpo_dist.results.items import against
+from cwpo_dist.results.items import BySeed, against
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.checks import check_trials
 from cwpo_dist.runs.context import Context
@@ -70,26 +70,28 @@ def _made(config: Config, runs: Runs) -> Runs:
 
     What decides is read from what was made, so that the same command decides the same.
     """
-    seeds = section(config).seeds
-    left = [*dict.fromkeys(trial for trial, _ in runs)]
-    told = names(left)
-    base = next(trial for trial in left if told[trial] == baseline(config, left))
+    seeds, told = section(config).seeds, names([*dict.fromkeys(trial for trial, _ in runs)])
     made: Runs = {}
+    losers: set[Trial] = set()
     for k in [*(looks(len(seeds)) if section(config).stop_losers else []), len(seeds)]:
-        these = {(t, seed): runs[t, seed] for t in left for seed in seeds[:k]}
+        these = {of: run for of, run in runs.items() if of[0] not in losers and of[1] in seeds[:k]}
         make_all([job for (trial, _), run in these.items() for job in _jobs(run, trial.arm)])
         made |= these
-        for trial in left if k < len(seeds) else []:
-            if trial != base and _lost(these, trial, base, len(seeds)):
-                logger.info("compare: %s is stopped after %d seeds", told[trial], k)
-                left = [other for other in left if other != trial]
+        if k < len(seeds):
+            losers |= _losers(config, these, told, k)
     return made
 
 
-def _lost(runs: Runs, trial: Trial, base: Trial, seeds: int) -> bool:
-    """Whether a trial is surely below the baseline on held-out labels."""
-    ours, theirs = (items_of(runs, each)["accuracy"] for each in (trial, base))
-    return lost(paired(ours, theirs), seeds)
+def _losers(config: Config, runs: Runs, told: Mapping[Trial, str], k: int) -> set[Trial]:
+    """The trials that are surely below the baseline on held-out labels, after k seeds."""
+    seeds, name = len(section(config).seeds), baseline(config, list(told))
+    base = next(trial for trial in told if told[trial] == name)
+    theirs, losers = items_of(runs, base)["accuracy"], set[Trial]()
+    for trial in dict.fromkeys(trial for trial, _ in runs if trial != base):
+        if lost(paired(items_of(runs, trial)["accuracy"], theirs), seeds):
+            logger.info("compare: %s is stopped after %d seeds", told[trial], k)
+            losers.add(trial)
+    return losers
 
 
 def _jobs(config: Config, arm: str) -> Iterator[Job]:
@@ -148,27 +150,6 @@ def collect(config: Config, runs: Runs, tuned_by: Mapping[str, object]) -> dict[
     told = names([*dict.fromkeys(trial for trial, _ in runs)])
     items = {name: items_of(runs, trial) for trial, name in told.items()}
     seeds = section(config).seeds
-    stopped = {name for name, of in items.items() if len(of["accuracy"]) < len(seeds)}
-    looked = {name: len(looks(len(seeds))) if name in stopped else 1 for name in items}
-    entries = {}
-    for trial, name in told.items():
-        single = [run for (other, _), run in runs.items() if other == trial]
-        entries[name] = {
-            "arm": trial.arm,
-            "loss": trial.loss,
-            "labelled_fraction": trial.labelled,
-            "flipped_labels": trial.flipped,
-            "learning_rate": single[0].align.learning_rate,
-            "test_pairs": sum(len(of.names) for of in items[name]["accuracy"].values()),
-            "figures": {k: over_seeds([*v.values()]).as_dict() for k, v in items[name].items()},
-            "stopped_after": len(single) if name in stopped else None,
-            "against": {
-                other: against(items[name], items[other], max(looked[name], looked[other]))
-                for other in items
-                if other != name
-            },
-            **_by_seed(trial, single),
-        }
     return {
         "run": {
             "output_dir": config.output_dir,
@@ -180,8 +161,45 @@ def collect(config: Config, runs: Runs, tuned_by: Mapping[str, object]) -> dict[
         "seeds": seeds,
         "baseline": baseline(config, list(told)),
         **tuned_by,
-        "trials": entries,
+        "trials": {
+            name: {
+                "stopped_after": len(of["accuracy"]) if _stopped(of, seeds) else None,
+                "figures": {k: over_seeds([*v.values()]).as_dict() for k, v in of.items()},
+                "test_pairs": sum(len(each.names) for each in of["accuracy"].values()),
+                "against": _against(name, items, seeds),
+                **_told(trial, [run for (other, _), run in runs.items() if other == trial]),
+            }
+            for (trial, name), of in zip(told.items(), items.values(), strict=True)
+        },
         "config": config.model_dump(mode="json"),
+    }
+
+
+def _told(trial: Trial, single: list[Config]) -> dict[str, object]:
+    """What a trial is, and its figures that are known seed by seed alone."""
+    return {
+        "arm": trial.arm,
+        "loss": trial.loss,
+        "labelled_fraction": trial.labelled,
+        "flipped_labels": trial.flipped,
+        "learning_rate": single[0].align.learning_rate,
+        **_by_seed(trial, single),
+    }
+
+
+def _stopped(items: BySeed, seeds: Sequence[int]) -> bool:
+    return len(items["accuracy"]) < len(seeds)
+
+
+def _against(name: str, items: Mapping[str, BySeed], seeds: Sequence[int]) -> dict[str, object]:
+    """The differences to each other trial; one that was stopped was looked at several times."""
+    looked = {
+        other: len(looks(len(seeds))) if _stopped(of, seeds) else 1 for other, of in items.items()
+    }
+    return {
+        other: against(items[name], of, max(looked[name], looked[other]))
+        for other, of in items.items()
+        if other != name
     }
 
 

@@ -246,11 +246,11 @@ def _answers(run: Run, baseline: str | None) -> dict[str, _Answer]:
     }
 
 
-def _pairs(context: Context, node: Node, wanted: set[str]) -> dict[str, Pair]:
+def _pairs(context: Context, node: Node, ids: set[str]) -> dict[str, Pair]:
     """Of the pairs whose prompts were answered."""
     store, shards = context.prepared(node), range(context.shards(node))
     found = (pair for index in shards for pair in read_pairs(store, index))
-    return {pair.pair_id: pair for pair in found if pair.pair_id in wanted}
+    return {pair.pair_id: pair for pair in found if pair.pair_id in ids}
 
 
 def _like(prompt: Text, answer: str) -> Text:
@@ -263,23 +263,25 @@ def _said(files: Sequence[str], like: Pair) -> tuple[dict[str, float], Counter[s
     form = "text" if isinstance(like.prompt, str) else "conversational"
     sources = [Source(path=path, format=form) for path in files]
     said, left_out = defaultdict[str, list[tuple[float, int]]](list), Counter[str]()
+    for each in _rows(sources, left_out):
+        pair = ordered(each, canonical(each.prompt), 0, "")[0]
+        voters = sum(filter(None, (pair.votes_a, pair.votes_b, pair.votes_tie)))
+        share = 0.5 if pair.tie and not voters else people_share(pair.told)
+        if share is None:
+            left_out["without a verdict"] += 1
+        else:
+            said[pair.pair_id].append((share, voters or 1))
+    return {name: _mean(rows) for name, rows in said.items()}, left_out
+
+
+def _rows(sources: list[Source], left_out: Counter[str]) -> Iterator[ParsedPair]:
+    """The pairs of files; counts rows that cannot be read."""
     for piece in plan(PrepareConfig(sources=sources)).pieces:
         for _, raw in raw_rows(piece):
             try:
-                pairs = parse_raw(raw, piece.layout).pairs
+                yield from parse_raw(raw, piece.layout).pairs
             except BadRow:
                 left_out["unreadable"] += 1
-                continue
-            for each in pairs:
-                pair = ordered(each, canonical(each.prompt), 0, "")[0]
-                counted = pair.votes_a, pair.votes_b, pair.votes_tie
-                voters = sum(filter(None, counted))
-                share = 0.5 if pair.tie and not voters else people_share(pair.told)
-                if share is None:
-                    left_out["without a verdict"] += 1
-                else:
-                    said[pair.pair_id].append((share, voters or 1))
-    return {name: _mean(rows) for name, rows in said.items()}, left_out
 
 
 def _mean(rows: Sequence[tuple[float, int]]) -> float:

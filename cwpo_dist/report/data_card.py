@@ -64,20 +64,11 @@ class Exported:
 def data_card(of: Exported) -> str:
     """README.md: YAML front matter by which `datasets` and the hub read it, columns, provenance."""
     sources = [source["path"] for source in of.prepared.settings["sources"]]
-    front = DatasetCardData(
-        license="unknown",
-        tags=["preference-optimization", "dpo" if of.kind == "preferences" else "reward-model"],
-        source_datasets=list(filter(None, map(hub_id, sources))) or None,
-        size_categories=[next((name for n, name in _SIZES.items() if of.rows < n), "1B<n<10B")],
-        configs=[{"config_name": "default", "data_files": f"{of.kind}/**/*.parquet"}],
-    )
-    info = DatasetInfo(features=Features.from_arrow_schema(of.schema))
-    DatasetInfosDict({"default": info}).to_dataset_card_data(front)
     meanings = described(Preference if of.kind == "preferences" else ScoredAnswer)
     made = [("sources", ", ".join(map(public_name, sources))), ("rows", f"{of.rows:,}")]
     outputs = ((each.stage, f"`{each.key}`") for each in (of.prepared, *of.made))
     lines = [
-        f"---\n{front.to_yaml()}\n---\n",
+        f"---\n{_front(of, sources).to_yaml()}\n---\n",
         f"# {of.kind.title()} made by cwpo_dist\n",
         f"{_SAYS[of.kind]}\n",
         *(() if of.arm is None else simulated(of.arm[0])),
@@ -90,6 +81,20 @@ def data_card(of: Exported) -> str:
         *table("Versions", of.made[0].versions.items()),
     ]
     return "\n".join(lines)
+
+
+def _front(of: Exported, sources: Sequence[str]) -> DatasetCardData:
+    """What `datasets` and the hub read of the card."""
+    front = DatasetCardData(
+        license="unknown",
+        tags=["preference-optimization", "dpo" if of.kind == "preferences" else "reward-model"],
+        source_datasets=list(filter(None, map(hub_id, sources))) or None,
+        size_categories=[next((name for n, name in _SIZES.items() if of.rows < n), "1B<n<10B")],
+        configs=[{"config_name": "default", "data_files": f"{of.kind}/**/*.parquet"}],
+    )
+    info = DatasetInfo(features=Features.from_arrow_schema(of.schema))
+    DatasetInfosDict({"default": info}).to_dataset_card_data(front)
+    return front
 
 
 def _decided(of: Exported) -> Iterator[tuple[str, str]]:

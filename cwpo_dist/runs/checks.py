@@ -7,7 +7,7 @@ cluster's nodes come first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -34,7 +34,7 @@ from cwpo_dist.placement import (
 from cwpo_dist.runs.arms import implicit_arms, judged_arms, needs_annotator
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.runs.engine_checks import vllm_faults
-from cwpo_dist.runs.model_checks import check_model
+from cwpo_dist.runs.model_checks import CheckedModel, check_model
 from cwpo_dist.runs.node_probes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
 from cwpo_dist.runs.room_checks import room_faults
@@ -61,6 +61,14 @@ class Checked:
     encoders: dict[str, Encoder]
     notes: tuple[str, ...] = ()
 
+    def with_model(self, field: str, found: CheckedModel) -> Checked:
+        """With what is known of one more model."""
+        notes = tuple(dict.fromkeys((*self.notes, *found.notes)))
+        if found.size is None or found.encoder is None:
+            return replace(self, notes=notes)
+        sizes, encoders = self.sizes | {field: found.size}, self.encoders | {field: found.encoder}
+        return replace(self, sizes=sizes, encoders=encoders, notes=notes)
+
 
 def check(config: Config, until: str | None = None) -> Checked:
     """Refuses what cannot run.
@@ -75,26 +83,20 @@ def check(config: Config, until: str | None = None) -> Checked:
     machines = tuple(available())
     if ray.is_initialized() and (unfit := node_faults(config.output_dir)):
         raise ConfigError("\n".join(unfit))  # whatever else is wrong may follow from these
-    sizes: dict[str, ModelSize] = {}
-    encoders: dict[str, Encoder] = {}
-    notes: list[str] = []
     try:
         Store(config.output_dir).check()
     except StorageError as error:
         raise ConfigError(f"output_dir: {error}") from error
     faults = [*_config_faults(config, until)]
+    checked = Checked({}, machines, {})
     for field, model, load in models(config, until):
         found = check_model(field, model, load, _trainings_of(config, until, field, load))
+        checked = checked.with_model(field, found)
         faults += found.faults
-        notes += found.notes
-        if found.size is not None and found.encoder is not None:
-            sizes[field], encoders[field] = found.size, found.encoder
-            faults += room_faults(
-                config, reached(config, until), field, model, found.size, machines
-            )
-    if _writes_by_vllm(config, until) and "policy" in sizes:
-        assert config.policy is not None, "its size is known"
-        faults += vllm_faults(config, config.policy, sizes["policy"])
+        if field in checked.sizes:
+            stages, size = reached(config, until), checked.sizes[field]
+            faults += room_faults(config, stages, field, model, size, machines)
+    faults += _engine_faults(config, until, checked.sizes.get("policy"))
     for name, training, trained in trainings(config, until):
         faults += setting_faults(name, training, trained, machines)
     for model in _shared_by_fit(config, until):
@@ -102,7 +104,14 @@ def check(config: Config, until: str | None = None) -> Checked:
     faults += (f"{fault}{elsewhere()}" for fault in _placement_faults(config, until, machines))
     if faults:
         raise ConfigError("\n".join(faults))
-    return Checked(sizes, machines, encoders, tuple(dict.fromkeys(notes)))
+    return checked
+
+
+def _engine_faults(config: Config, until: str | None, size: ModelSize | None) -> Iterator[str]:
+    """What speaks against writing answers by another engine, where a policy's size is known."""
+    if _writes_by_vllm(config, until) and size is not None:
+        assert config.policy is not None, "its size is known"
+        yield from vllm_faults(config, config.policy, size)
 
 
 def _writes_by_vllm(config: Config, until: str | None) -> bool:

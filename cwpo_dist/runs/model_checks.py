@@ -150,6 +150,13 @@ def _inspected(
         return CheckedModel(None, None, (f"{field}.{whose}{error}",))
 
 
+def _heads_faults(field: str, model: ModelConfig, training: FitConfig) -> Iterator[str]:
+    """A weak model that has another number of heads than it is to be trained with."""
+    unfit = heads_fault(load_config(model), training.heads)
+    if unfit:
+        yield f"{field}.model_name_or_path: {model.model_name_or_path!r} {unfit}"
+
+
 def _sized(
     field: str,
     model: ModelConfig,
@@ -164,9 +171,7 @@ def _sized(
     notes = [*_notes(field, model, size, encoder)]
     for name, training in sections.items():
         if load is annotator and isinstance(training, FitConfig):
-            unfit = heads_fault(load_config(model), training.heads)
-            where = f"{field}.model_name_or_path: {model.model_name_or_path!r} "
-            faults += [where + unfit] if unfit else []
+            faults += _heads_faults(field, model, training)
         if training.gradient_checkpointing and not size.recomputes:
             faults.append(
                 f"{name}.gradient_checkpointing: {model.model_name_or_path!r} has layers that "
