@@ -150,7 +150,7 @@ $(SITE)/.installed: release/site.txt
 # README is the site's first page, with the menu of all others behind it.
 site: $(SITE)/.installed  ## build/site: the pages as a site; a link or anchor that leads nowhere is an error
 	rm -rf build/pages build/site && mkdir -p build/pages
-	git ls-files -z '*.md' '*.png' '*.svg' docs/schema.json LICENSE | xargs -0 cp --parents -t build/pages
+	git ls-files -z '*.md' '*.png' '*.svg' docs/schema.json LICENSE 'jobs/recipes/*.yaml' | xargs -0 cp --parents -t build/pages
 	cat README.md release/site/menu.md > build/pages/index.md && rm build/pages/README.md
 	$(SITE)/bin/sphinx-build -W --keep-going -q -c release/site build/pages build/site
 
