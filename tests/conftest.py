@@ -268,3 +268,16 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Open]:
     for context in contexts:
         context.close()
     assert complaints == []
+
+
+@pytest.fixture
+def exit_code() -> Callable[..., int | str | None]:
+    """Runs the command line in this process and gives its exit code."""
+    from cwpo_dist.cli import app as cli
+
+    def run(*arguments: str) -> int | str | None:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(list(arguments))
+        return caught.value.code
+
+    return run

@@ -38,18 +38,6 @@ def cwpo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-@pytest.fixture
-def exit_code() -> Callable[..., int | str | None]:
-    """Runs the command line in this process and gives its exit code."""
-
-    def run(*arguments: str) -> int | str | None:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(list(arguments))
-        return caught.value.code
-
-    return run
-
-
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("content", [b"", b'{"counts": {'], ids=["empty", "torn"])
 def test_each_command_names_a_file_that_a_power_cut_left(

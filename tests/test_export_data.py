@@ -19,7 +19,6 @@ import pytest
 from conftest import ROOT
 from hub_stand_in import TOKEN, HubStandIn, hub_stand_in
 from huggingface_hub import constants
-from test_cli import exit_code  # noqa: F401 (a fixture)
 from world import HIGHER, World, answer, margin, pairs
 
 from cwpo_dist.manifest import Manifest
@@ -180,7 +179,7 @@ def test_a_model_pushed_again_takes_the_place_of_what_was_there(
     run: Store,
     tmp_path: Path,
     client: HubStandIn,
-    exit_code: Callable[..., Any],  # noqa: F811
+    exit_code: Callable[..., Any],
 ) -> None:
     for to in ("one", "two"):
         code = exit_code("export", run.uri, "--to", str(tmp_path / to), "--push", "me/model")
@@ -230,7 +229,7 @@ def test_a_failed_push_says_its_remedy_and_leaves_the_export(
     run: Store,
     tmp_path: Path,
     client: HubStandIn,
-    exit_code: Callable[..., Any],  # noqa: F811
+    exit_code: Callable[..., Any],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -252,7 +251,7 @@ def test_a_failed_push_says_its_remedy_and_leaves_the_export(
 def test_what_cannot_be_pushed_is_said_before_anything_is_copied(
     run: Store,
     tmp_path: Path,
-    exit_code: Callable[..., Any],  # noqa: F811
+    exit_code: Callable[..., Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for repository, to in (

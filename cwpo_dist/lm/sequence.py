@@ -92,7 +92,7 @@ class SequenceGroup:
         repeats = math.lcm(tensor.shape[1], self.size) // tensor.shape[1]
         each = tensor.repeat_interleave(repeats, dim=1)[0].unflatten(0, (self.size, -1))
         of_all = _Exchanged.apply(each, self.handle)  # type: ignore[no-untyped-call]  # of torch
-        return of_all.permute(1, 2, 0, 3).flatten(1, 2)[None, :, :tokens]  # type: ignore[no-any-return]
+        return of_all.permute(1, 2, 0, 3).flatten(1, 2)[None, :, :tokens]  # type: ignore[no-any-return]  # of torch
 
     def tokens(self, tensor: Tensor) -> Tensor:
         """Own heads of all tokens → all heads of own tokens: [1, H', T, D] → [1, H, n, D]."""

@@ -221,12 +221,12 @@ class Estimate:
 
 def _shared(training: TrainingConfig, size: ModelSize) -> Iterator[str]:
     """How workers share micro-batches, where they do."""
-    shared = training.sequence_parallel_size
+    shared, heads = training.sequence_parallel_size, size.attention_heads
     if shared > 1:
         yield (
             f"sequence_parallel_size {shared}: {training.min_workers} workers are "
             f"{training.min_workers // shared} x {shared}, of which {shared} share a micro-batch: "
-            f"1/{shared} of its tokens and {size.heads // shared} of {size.heads} attention heads "
+            f"1/{shared} of its tokens and {heads // shared} of {heads} attention heads "
             "each"
         )
 

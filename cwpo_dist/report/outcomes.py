@@ -14,7 +14,7 @@ from cwpo_dist.report.plots import Dot
 
 Found = Mapping[str, Any]  # what `comparison.json` holds
 # Figure → what it says, in words: those by which trials are held against each other.
-FIGURES = {
+_FIGURES = {
     "accuracy": "on held-out labels",
     "length_balanced": "on held-out labels, length-balanced",
     "gra_common": "by the gold reward (GRA, common)",
@@ -69,7 +69,7 @@ def verdicts(found: Found) -> list[Verdict]:
 
 def _differences(found: Found) -> Iterator[tuple[str, str, dict[str, Mean]]]:
     """Titles and figures, each with the differences under it by their labels."""
-    for figure, words in FIGURES.items():
+    for figure, words in _FIGURES.items():
         for title, pairs in _held_against(found):
             means = {
                 label + _stopped(found, name, other): mean.cut(-1, 1)

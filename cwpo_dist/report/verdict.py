@@ -10,8 +10,10 @@ from collections.abc import Iterator
 
 from cwpo_dist.report.cells import Metrics, arm_items, at, interval, share, written
 from cwpo_dist.report.figures import Estimate, Share
-from cwpo_dist.report.outcomes import FIGURES, Verdict, verdicts
+from cwpo_dist.report.outcomes import Verdict, verdicts
 from cwpo_dist.report.summary import annotators, held_out
+
+_BY_GOLD, _BY_LABELS = "gra_common", "accuracy"  # of a comparison's figures
 
 
 def of_annotators(metrics: Metrics) -> list[str]:
@@ -20,11 +22,11 @@ def of_annotators(metrics: Metrics) -> list[str]:
 
 
 def of_arms(metrics: Metrics) -> tuple[list[Verdict], list[Verdict]]:
-    """Arms held against each other: by the figure that says most, and by the others."""
+    """Arms held against each other: by the gold reward, else by labels; and by other figures."""
     told = verdicts(_in_order(metrics)) if at(metrics, "differences") else []
-    had = [figure for figure in reversed(FIGURES) for verdict in told if verdict.figure == figure]
-    first = [verdict for verdict in told if verdict.figure == had[0]]
-    return first, [verdict for verdict in told if verdict not in first]
+    by_gold = any(verdict.figure == _BY_GOLD for verdict in told)
+    first = [each for each in told if each.figure == (_BY_GOLD if by_gold else _BY_LABELS)]
+    return first, [each for each in told if each not in first]
 
 
 def _in_order(metrics: Metrics) -> Metrics:

@@ -15,7 +15,7 @@ from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, read_rows
 from cwpo_dist.report.data_card import DataSet, Exported, data_card
 from cwpo_dist.results.export import ExportError, FinishedArm, copy_all, new_folder
 from cwpo_dist.runs.joined import score_files
-from cwpo_dist.runs.output_key import retry_manifest
+from cwpo_dist.runs.output_key import committed_retries
 from cwpo_dist.storage import MANIFEST, Store
 
 _STAGES = {"preferences": ("weigh",), "scores": ("annotate", "implicit")}
@@ -105,11 +105,8 @@ def _scores(
 
 def _scored(output: Store, prepared: Store, index: int) -> Iterator[ScoredAnswer]:
     """Of one shard, those that were scored at once and those of committed retries."""
-    retries = 0
-    while output.exists(retry_manifest(retries + 1)):
-        retries += 1
     answers = {answer.answer_id: answer for answer in read_answers(prepared, index)}
-    for name in score_files(output, index, retries):
+    for name in score_files(output, index, committed_retries(output)):
         for score in read_rows(output, name, Score, SCORE_SCHEMA):
             of = answers[score.answer_id]
             yield ScoredAnswer(

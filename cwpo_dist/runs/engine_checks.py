@@ -36,9 +36,9 @@ def vllm_faults(config: Config, policy: ModelConfig, size: ModelSize) -> Iterato
             "those of short texts too; lower one, or set evaluate.engine to transformers"
         )
     for number in {int(pool.gpus_per_actor) for pool in config.evaluate.actor_pools()}:
-        if number > 1 and size.heads % number:
+        if number > 1 and size.attention_heads % number:
             yield (
-                f"evaluate.gpus_per_actor: {number}, but {name!r} has {size.heads} attention "
+                f"evaluate.gpus_per_actor: {number}, but {name!r} has {size.attention_heads} attention "
                 "heads, which vLLM deals out to them; give a number that divides these"
             )
 

@@ -198,8 +198,8 @@ def _sharing_faults(
     field = f"{name}.sequence_parallel_size: {shared}: {model.model_name_or_path!r}"
     if size.unshared is not None:
         yield f"{field}: {size.unshared}; set it to 1"
-    elif size.heads % shared:
-        yield f"{field} has {size.heads} attention heads; give a number that divides them"
+    elif size.attention_heads % shared:
+        yield f"{field} has {size.attention_heads} attention heads; give a number that divides them"
 
 
 def _length_faults(

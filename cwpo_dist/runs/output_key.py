@@ -6,6 +6,7 @@ what is not in the key cannot act.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing_extensions import TypeVar
 from cwpo_dist.config import PoolConfig, TrainingConfig
 from cwpo_dist.manifest import key_of
 from cwpo_dist.pairs.splits import Fold
+from cwpo_dist.storage import Store
 
 _IN_KEY = "in the key"
 
@@ -150,6 +152,11 @@ def annotators(node: Node) -> list[list[Node]]:
         name = each.inputs["fit"].settings.identity()["seed"] if of_folds else each.path
         found.setdefault(name, []).append(each)
     return list(found.values())
+
+
+def committed_retries(output: Store) -> int:
+    """How many retries of its rejects an output has."""
+    return next(n for n in itertools.count() if not output.exists(retry_manifest(n + 1)))
 
 
 def heads_of(node: Node) -> Sequence[int | None]:

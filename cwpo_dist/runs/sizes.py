@@ -73,7 +73,7 @@ class ModelSize:
         width: hidden size.
         words: of the output layer.
         cached: numbers a token that generation keeps: the keys and values of all layers.
-        heads: of attention; 0 where the configuration has no such field.
+        attention_heads: 0 where the configuration has no such field.
         positions: for how many tokens there are learned positions; None where they rotate on.
         turning: the longest row whose rotary positions are as in shorter ones; None: any.
         recomputes: whether its layers can compute their activations again.
@@ -88,7 +88,7 @@ class ModelSize:
     width: int
     words: int
     cached: int = 0
-    heads: int = 0
+    attention_heads: int = 0
     positions: int | None = None
     turning: int | None = None
     recomputes: bool = True
@@ -139,7 +139,7 @@ def model_size(model: ModelConfig, load: Loader = policy) -> ModelSize:
         width=whole_number(text, "hidden_size"),
         words=head.out_features if isinstance(head, nn.Linear) else 0,
         cached=_cached(text),
-        heads=whole_number(text, "num_attention_heads"),
+        attention_heads=whole_number(text, "num_attention_heads"),
         positions=_learned_positions(module),
         turning=turning_length(decoder),
         recomputes=bool(module.supports_gradient_checkpointing),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, trained
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.joined import score_files
-from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, retry_manifest
+from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, committed_retries
 from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.answers_in import AnswersIn
@@ -109,9 +108,7 @@ def _of_fold(told: AnnotateSettings, fold: Fold | None) -> AnnotateSettings:
 
 def _retried(root: Store, node: Node[AnnotateSettings]) -> Node[AnnotateSettings]:
     """The node with the number of its committed retries, which stand in the run directory."""
-    output = root.child(*node.path.split("/"))
-    done = next(n for n in itertools.count() if not output.exists(retry_manifest(n + 1)))
-    return replace(node, retries=done)
+    return replace(node, retries=committed_retries(root.child(*node.path.split("/"))))
 
 
 def work(context: Context, node: Node[AnnotateSettings], counted: Census) -> Scoring:

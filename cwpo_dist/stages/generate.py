@@ -108,7 +108,7 @@ def make(context: Context, node: Node[GenerateSettings]) -> Mapping[str, object]
     names = ("max_new_tokens", "temperature", "seed")
     sampling = {name: getattr(told, name) for name in names}
     policy = policy_of(context, node, told.model.config)
-    worker = partial(AnswerWorker, engine=told.config.engine)
+    worker = partial(AnswerWorker, engine=told.engine or "transformers")
     job = ShardJob(
         name="answers",
         output=output,
