@@ -213,6 +213,9 @@ def test_export_refuses_with_the_choice_there_is(tmp_path: Path) -> None:
         export(run, "human", str(tmp_path / "out"))
     with pytest.raises(ExportError, match="not empty"):
         export(run, "cw", run)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"file' is a file; name a new folder"):
+        export(run, "cw", str(tmp_path / "file"))
     root.remove("align/key-cw/manifest.json")
     with pytest.raises(ExportError, match="not finished"):
         export(run, "cw", str(tmp_path / "out"))

@@ -274,6 +274,14 @@ def test_an_adapter_is_refused_and_its_message_merges_it(llama, tmp_path, task, 
     assert load_tokenizer("./merged").eos_token == "</s>"
 
 
+def test_an_adapter_of_several_heads_is_loaded_with_as_many(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    weights = {"base_model.model.score.weight": torch.zeros(8, 4)}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"from_pretrained\(.*, num_labels=8\)"):
+        load_reward_model(config(tmp_path))
+
+
 def test_a_store_is_staged(llama):
     memory = fsspec.filesystem("memory")
     memory.put(f"{llama}/", "/models/staged/", recursive=True)

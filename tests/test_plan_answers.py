@@ -16,7 +16,7 @@ from cwpo_dist.config import Config, FitConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import prepare_node
 from cwpo_dist.pairs.estimate import census
-from cwpo_dist.planning.costs import AnswerLengths, Lengths, together
+from cwpo_dist.planning.costs import START_S, AnswerLengths, Lengths, together
 from cwpo_dist.planning.fleet import TOKEN_BYTES
 from cwpo_dist.planning.plan import StagePlan, plan
 from cwpo_dist.planning.sampled import read_sample
@@ -100,6 +100,19 @@ def test_a_prompts_answers_are_shared_by_the_pairs_that_are_trained_on() -> None
     assert together(lengths, work, 100).shared == 100 * 100.0 / 100 + 400 * 75.0 / 100
     assert together(lengths, work, 100).answers == 300.0
     assert together(lengths, work, 30).shared == lengths.shared
+
+
+def test_a_loss_that_looks_ahead_takes_one_more_forward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA takes two, and both losses have the same pairs and tokens."""
+    monkeypatch.setattr("cwpo_dist.planning.costs.measured_rate", lambda _: 1e6)
+    plain = stages(given(tmp_path, align__lora={}))["align"].seconds
+    ahead = stages(given(tmp_path, align__lora={}, align__loss_type="dr_dpo"))["align"].seconds
+    assert plain is not None
+    assert ahead is not None
+    start = START_S["train"]
+    assert ahead - start == pytest.approx((plain - start) * 3 / 2)
 
 
 @pytest.mark.usefixtures("in_process")

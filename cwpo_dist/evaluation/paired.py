@@ -2,8 +2,8 @@
 
 A seed draws split, initialisation and order anew. Two sources of chance are seen: between seeds,
 and between the items of one seed. The interval is the wider of two, so that neither few seeds that
-happen to agree nor few items make it too narrow: Student's over the seeds' means, and the normal's
-over items, clustered by prompt, across all seeds.
+happen to agree nor few items make it too narrow. Both are Student's: over seeds' means, and over
+items, clustered by prompt, across all seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from cwpo_dist.evaluation.shares import AsDict, Floats, clustered_error, group_n
 
 POWER = 0.8
 _GRID = 20_001
+_AS_NORMAL = 1_000  # from so many degrees of freedom Student's interval is the normal's, to 0.2 %
 
 
 @dataclass(frozen=True)
@@ -67,28 +68,31 @@ class Mean(AsDict):
 
 def over_seeds(found: Sequence[Items]) -> Mean:
     """The mean of a figure."""
-    filled = [items for items in found if len(items.values)]
-    if not filled:
-        return Mean(0, 0, None, None, None, None)
-    means = np.array([items.values.mean() for items in filled])
-    n, count = len(filled), sum(len(items.values) for items in filled)
-    middle, values = float(means.mean()), tuple(means.tolist())
-    wider = max(_chances(filled), key=lambda chance: chance.half)
-    if not wider.error:
-        return Mean(n, count, middle, None, None, None, values)
-    low, high = middle - wider.half, middle + wider.half
-    return Mean(n, count, middle, low, high, wider.smallest, values)
+    return _over_seeds(found)[0]
 
 
 def paired(ours: Mapping[int, Items], theirs: Mapping[int, Items]) -> Mean:
     """The mean difference, ours − theirs, on the items and seeds that both have."""
     seeds = sorted(ours.keys() & theirs.keys())
-    differences = [_differences(ours[seed], theirs[seed]) for seed in seeds]
-    found = over_seeds(differences)
+    found, chances = _over_seeds([_differences(ours[seed], theirs[seed]) for seed in seeds])
     if found.mean is None or found.low is None:
         return found
-    chances = _chances([items for items in differences if len(items.values)])
     return replace(found, p=max(chance.p_of(found.mean) for chance in chances))
+
+
+def _over_seeds(found: Sequence[Items]) -> tuple[Mean, list[_Chance]]:
+    """The mean of a figure, and the sources of chance in it."""
+    filled = [items for items in found if len(items.values)]
+    if not filled:
+        return Mean(0, 0, None, None, None, None), []
+    means = np.array([items.values.mean() for items in filled])
+    n, count = len(filled), sum(len(items.values) for items in filled)
+    middle, values, chances = float(means.mean()), tuple(means.tolist()), _chances(filled)
+    wider = max(chances, key=lambda chance: chance.half)
+    if not wider.error:
+        return Mean(n, count, middle, None, None, None, values), chances
+    low, high = middle - wider.half, middle + wider.half
+    return Mean(n, count, middle, low, high, wider.smallest, values), chances
 
 
 def _differences(ours: Items, theirs: Items) -> Items:
@@ -161,12 +165,18 @@ class _Chance(NamedTuple):
 
 
 def _chances(found: Sequence[Items]) -> list[_Chance]:
-    """Between seeds, unless there is one; between items, where a prompt is one cluster."""
+    """Between seeds, unless there is one; between items, where a prompt is one cluster.
+
+    Items have one degree of freedom less than clusters, as is usual for errors by cluster: of eight
+    prompts the normal's interval would leave out the truth in 9 % of cases, and not in 5.
+    """
     n = len(found)
     deviations = [(items.values - items.values.mean()) / (n * len(items.values)) for items in found]
     prompts = [prompt for items in found for prompt in items.prompts]
     groups = group_numbers(prompts, len(prompts))
-    of_items = _Chance(clustered_error(np.concatenate(deviations), groups), math.inf)
+    clusters = len(np.unique(groups))
+    freedom = clusters - 1.0 if 1 < clusters <= _AS_NORMAL else math.inf
+    of_items = _Chance(clustered_error(np.concatenate(deviations), groups), freedom)
     if n < 2:
         return [of_items]
     means = np.array([items.values.mean() for items in found])
@@ -190,7 +200,7 @@ def student_tails(t: float, freedom: float) -> float:
     return 2 * float(np.interp(math.atan(abs(t) / math.sqrt(freedom)), theta, beyond))
 
 
-@cache
+@lru_cache(maxsize=64)  # some 300 KiB each
 def _student_grid(freedom: float) -> tuple[Floats, Floats]:
     """θ, where t = √ν·tan θ has a density proportional to cos^(ν−1) θ, and what lies beyond it."""
     theta = np.linspace(0, math.pi / 2, _GRID)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS = "adapter_model.safetensors"
+
 
 def adapter_fault(name: str, file: Path) -> str:
     """That a folder is an adapter, of which model, and how to make a whole model of the two.
@@ -17,7 +21,7 @@ def adapter_fault(name: str, file: Path) -> str:
     base = settings.get("base_model_name_or_path")
     scores = settings.get("task_type") == "SEQ_CLS"
     kind = "AutoPeftModelForSequenceClassification" if scores else "AutoPeftModelForCausalLM"
-    labels = ", num_labels=1" if scores else ""
+    labels = f", num_labels={_heads(file.parent / WEIGHTS)}" if scores else ""
     return (
         f"model_name_or_path: {name!r} is a peft adapter ({file.name}) of {base!r}, no whole "
         "model. Merge the two once, and give the new folder:\n"
@@ -26,3 +30,13 @@ def adapter_fault(name: str, file: Path) -> str:
         ".save_pretrained('merged')\n"
         f"    AutoTokenizer.from_pretrained({name!r}).save_pretrained('merged')"
     )
+
+
+def _heads(weights: Path) -> int:
+    """How many scores an adapter's head gives, by the header of its weights; 1 where none is."""
+    try:
+        with safe_open(weights, framework="pt") as held:
+            heads = [name for name in held.keys() if name.endswith("score.weight")]  # noqa: SIM118
+            return held.get_slice(heads[0]).get_shape()[0] if heads else 1
+    except (SafetensorError, OSError):
+        return 1

@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
-from cwpo_dist.config import Config, TrainingConfig
+from cwpo_dist.config import AlignConfig, Config, TrainingConfig
 from cwpo_dist.graph import STAGES
 from cwpo_dist.lm.batches import total_steps
+from cwpo_dist.objectives import OBJECTIVES
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.placement import Machine, gpus, uses_gpu
 from cwpo_dist.planning.memory import (
@@ -176,8 +177,10 @@ class Estimate:
         seen = min(steps * training.global_batch_size, pairs * training.num_train_epochs)
         tokens = round(seen * lengths.shared)
         # A forward pass; a backward one of twice that, half of it for weights that LoRA freezes;
-        # and another forward pass where activations are computed again.
+        # and another forward pass where activations are computed again, and where a loss looks
+        # ahead at all outputs of a step.
         passes = (3 if training.lora is None else 2) + training.gradient_checkpointing
+        passes += _looks_ahead(training)
         kind = "LoRA" if training.lora is not None else "full"
         memory, details = self._needs(training, size)
         if data.node >= TOLD_BYTES:
@@ -229,6 +232,10 @@ def _shared(training: TrainingConfig, size: ModelSize) -> Iterator[str]:
             f"1/{shared} of its tokens and {heads // shared} of {heads} attention heads "
             "each"
         )
+
+
+def _looks_ahead(training: TrainingConfig) -> bool:
+    return isinstance(training, AlignConfig) and OBJECTIVES[training.loss_type].looks_ahead
 
 
 def together(lengths: Lengths, work: Training, pairs: int) -> Lengths:

@@ -89,6 +89,8 @@ def new_folder(to: str, private_key: Path | None) -> Iterator[Store]:
         SigningError: when it cannot be signed.
     """
     target = Store(to)
+    if target.is_local and Path(target.root).is_file():
+        raise ExportError(f"--to: {to!r} is a file; name a new folder")
     target.sweep()  # what an export left that was killed
     if target.names():
         raise ExportError(f"--to: {to!r} is not empty; name a new folder")
