@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio test-vllm blows mutants architectures reference site lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio test-vllm blows mutants architectures reference site links lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -153,6 +153,9 @@ site: $(SITE)/.installed  ## build/site: the pages as a site; a link or anchor t
 	git ls-files -z '*.md' '*.png' '*.svg' docs/schema.json LICENSE 'jobs/recipes/*.yaml' | xargs -0 cp --parents -t build/pages
 	cat README.md release/site/menu.md > build/pages/index.md && rm build/pages/README.md
 	$(SITE)/bin/sphinx-build -W --keep-going -q -c release/site build/pages build/site
+
+links: site  ## follows the pages' links to other sites; build/links/output.txt
+	$(SITE)/bin/sphinx-build -b linkcheck -q -c release/site build/pages build/links
 
 lint: $(STAMP)  ## style, safety, formatting, types, layers, secrets
 	$(BIN)/ruff check .

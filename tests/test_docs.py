@@ -119,3 +119,13 @@ def test_sentences_are_short() -> None:
     lengths = sorted(length for page in WRITTEN for length in sentences(page))
     assert statistics.median(lengths) <= 18
     assert lengths[int(0.9 * len(lengths))] <= 30
+
+
+def test_the_editors_container_has_a_python_that_installs_the_project() -> None:
+    given = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    image = re.fullmatch(r"python:3\.(\d+)-bookworm", given["image"])
+    wanted = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert image is not None
+    assert wanted is not None
+    assert int(image[1]) >= int(wanted[1])
+    assert given["postCreateCommand"].endswith("&& make install")
