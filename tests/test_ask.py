@@ -24,10 +24,11 @@ from test_weigh_pairing import Run, sampled
 from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
 from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.cli import app
-from cwpo_dist.cli.asking import Strategies
-from cwpo_dist.config import Config, ConfigError, PrepareConfig
+from cwpo_dist.config import Config, ConfigError, PrepareConfig, Strategies
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import ask as asking
+from cwpo_dist.execution.ask import AskSettings
+from cwpo_dist.pairs.estimate import census
 from cwpo_dist.pairs.records import PROMPT_DIGITS, prompt_of
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.prepare import prepare
@@ -210,7 +211,7 @@ def answered(config: Config, people: list[list[dict[str, Any]]]) -> PrepareConfi
     for k, said in enumerate(people):
         form = "text" if isinstance(said[0]["prompt"], str) else "conversational"
         file = write_rows(folder / f"answers-{k}.jsonl", said)
-        sources.append({"path": file, "format": form, "into": "train"})
+        sources.append({"path": file, "format": form, "into": "labelled"})
     return with_prepare(config, sources=sources).prepare
 
 
@@ -220,7 +221,7 @@ def test_votes_that_come_back_label_the_pairs_that_were_asked_for(
     tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
     """Copies of the same pairs, whatever they hold; three people's votes make one label."""
-    config = config_of(tmp_path, rows)
+    config = config_of(tmp_path, rows, labelled_fraction=0.0)  # which hides no answer
     asked = asked_of(config)
     assert len(asked) == len(rows)
     first, second, third = asked[:3]
@@ -241,6 +242,42 @@ def test_votes_that_come_back_label_the_pairs_that_were_asked_for(
     assert (told["votes_a"], told["votes_b"], told["votes_tie"]) == (2, 1, 0)
     assert counts["splits"]["labelled"] == 2
     assert not any(counts["rejects"].values())
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("flipped", [0.0, 0.5])
+def test_a_hidden_label_is_the_answer_to_its_question(tmp_path: Path, flipped: float) -> None:
+    """What was asked for is a source without labels: copies of pairs that have some."""
+    rows = [
+        {
+            "prompt": f"Q{k}?",
+            "response_a": f"yes {k}",
+            "response_b": f"no {k}",
+            "label": "ab"[k % 2],
+        }
+        for k in range(40)
+    ]
+    config = config_of(tmp_path, [*rows, *TEXTS], labelled_fraction=0.5, flipped_labels=flipped)
+    nodes = asking.nodes_until(config, "weak", "prepare")
+    node = asking.ask_node(AskSettings("random", 9, config.seed, hidden=True), nodes)
+    context = asking.Context(Store(config.output_dir))
+    place = context.place(node.inputs["prepare"])
+    before = prepare(place, config.prepare, config.seed)
+    place.create_json("manifest.json", {"counts": before})
+    counts = asking._make(context, node)
+    assert counts["candidates"] == before["labelled"]["unlabelled"] > 9
+    asked = {"path": context.place(node).child("questions.jsonl").uri, "into": "labelled"}
+    sources = [config.prepare.sources[0].model_dump(), asked | {"format": "text"}]
+    again = with_prepare(config, sources=sources).prepare
+    store = Store(str(tmp_path / "again"))
+    after = prepare(store, again, config.seed)
+    assert after["splits"]["labelled"] == before["splits"]["labelled"] + 9
+    first, second = ({row["pair_id"]: row for row in pairs(each)} for each in (place, store))
+    assert {k: v["label"] for k, v in first.items()} == {k: v["label"] for k, v in second.items()}
+    moved = {name for name in first if first[name]["split"] != second[name]["split"]}
+    assert len(moved) == 9
+    counted = census(again, config.seed)
+    assert counted.splits["labelled"] == after["splits"]["labelled"]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -292,8 +329,6 @@ def test_texts_that_look_like_something_else_come_back_as_they_are(tmp_path: Pat
 
 def test_what_could_not_be_used_is_refused(tmp_path: Path) -> None:
     plan = asking._planned
-    with pytest.raises(ConfigError, match=r"prepare\.labelled_fraction: 0\.5 hides"):
-        plan(config_of(tmp_path, TEXTS, labelled_fraction=0.5), 1, "random", "cw")
     for arm, said in {
         "nope": "unknown arm 'nope'",
         "ws_dpo": "no scores of unlabelled",
