@@ -20,16 +20,25 @@ from prepared import pairs
 from prepared import write as write_rows
 from small_run import small_config, write_config
 from test_weigh_pairing import Run, sampled
+from tiny import save_tiny
 
-from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
+from cwpo_dist.acquisition import STRATEGIES, Candidates, informative, most_worth, whitened
 from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.cli import app
 from cwpo_dist.config import Config, ConfigError, PrepareConfig, Strategies
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import ask as asking
 from cwpo_dist.execution.ask import AskSettings
+from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.estimate import census
-from cwpo_dist.pairs.records import PROMPT_DIGITS, prompt_of
+from cwpo_dist.pairs.records import (
+    HEADS_SCHEMA,
+    PROMPT_DIGITS,
+    HeadScores,
+    prompt_of,
+    table_of,
+)
+from cwpo_dist.pairs.stored import read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -37,8 +46,9 @@ from cwpo_dist.storage import Store
 
 def worth(strategy: str, *margins: tuple[float, ...], seed: int = 0) -> list[float]:
     names = [f"{k:032x}" for k in range(len(margins))]
-    found = STRATEGIES[strategy].worth(Candidates(names, np.array(margins), seed))
-    return found.tolist()
+    rule = STRATEGIES[strategy].worth
+    assert rule is not None
+    return rule(Candidates(names, np.array(margins), seed)).tolist()
 
 
 def test_what_a_label_is_worth_by_hand() -> None:
@@ -53,6 +63,33 @@ def test_what_a_label_is_worth_by_hand() -> None:
     drawn = worth("random", *[()] * 50)
     assert drawn == worth("random", *[()] * 50)
     assert drawn != worth("random", *[()] * 50, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_design_is_that_of_plain_determinants(seed: int) -> None:
+    """Each pick against all that could be picked; a prompt's second pair behind all first ones."""
+    rng = np.random.default_rng(seed)
+    x, chance = rng.normal(size=(14, 3)), rng.uniform(0.01, 0.25, 14)
+    prompts = rng.integers(0, 5, 14) if seed else np.arange(14)
+    past = np.eye(3) + np.outer(x[0], x[0])
+    plain: list[int] = []
+    while len(plain) < 10:
+        rounds = [sum(prompts[k] == prompts[j] for j in plain) for k in range(14)]
+        left = [k for k in range(14) if k not in plain]
+        first = [k for k in left if rounds[k] == min(rounds[j] for j in left)]
+        m = past + sum(chance[k] * np.outer(x[k], x[k]) for k in plain)
+        gains = {k: np.linalg.det(m + chance[k] * np.outer(x[k], x[k])) for k in first}
+        plain.append(max(gains, key=lambda k: gains[k]))
+    assert informative(x, chance, past, prompts, 10) == plain
+    assert len(informative(x, chance, past, prompts, 99)) == 14
+
+
+def test_a_ridge_asks_for_no_unit_of_states() -> None:
+    """One number a thousand times as large, and one that says nothing."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 4)) * np.array([1000.0, 1.0, 1.0, 0.0])
+    found = whitened(x.astype(np.float32)).astype(np.float64)
+    assert found.T @ found / 500 == pytest.approx(np.eye(3) / 3, abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -165,6 +202,42 @@ def test_several_annotators_decide_together(
     lost = pc.equal(scores["answer_id"], world.named("unlabelled", 2, "b"))
     place.write(name, parquet_bytes(scores.filter(pc.invert(lost))))
     assert order("delta_ucb") == [names[1], names[0]]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_states_tell_what_is_asked_for_together(tmp_path: Path) -> None:
+    """States of a pair's answers: a number each; what is labelled is known in its direction."""
+    rows = [
+        {"prompt": f"Q{k}?", "response_a": f"yes {k}", "response_b": f"no {k}"} for k in range(9)
+    ]
+    rows[0]["label"] = rows[1]["label"] = "a"
+    save_tiny(tmp_path / "model", "llama", 0)
+    weak = {"weak": {"model_name_or_path": str(tmp_path / "model")}}
+    config = parse_config(config_of(tmp_path, rows).model_dump() | weak)
+    node, needed = asking._planned(config, 4, "information", "weak")
+    assert [each.stage for each in needed] == ["prepare", "fit"]
+    assert node.inputs["states"].path.startswith("states/")
+    context = asking.Context(Store(config.output_dir))
+    store, states = (context.place(node.inputs[name]) for name in ("prepare", "states"))
+    store.create_json("manifest.json", {"counts": prepare(store, config.prepare, config.seed)})
+    direction: dict[str, int] = {}  # of each pair: nine of four
+    for index in range(context.shards(node)):
+        given = read_compared(store, index)
+        number = {pair.pair_id: int(str(pair.prompt)[1]) for pair in read_pairs(store, index)}
+        told = []
+        for pair in given:
+            direction[pair.pair_id] = number[pair.pair_id] % 4
+            state = np.eye(4)[direction[pair.pair_id]] * (3 + number[pair.pair_id] / 100)
+            told += [(pair.answer_a, [*state, 0.1]), (pair.answer_b, [0.0] * 5)]
+        if index == 0:
+            told.pop()  # which the annotator could not read
+        scores = [HeadScores(name, "m", 0.0, None, heads) for name, heads in told]
+        states.create_table(part("scores", index), table_of(scores, HEADS_SCHEMA))
+    counts = asking._make(context, node)
+    lines = context.place(node).read("questions.jsonl").decode().splitlines()
+    asked = [direction[json.loads(line)["pair_id"]] for line in lines]
+    assert (counts["asked"], counts["candidates"] + counts["not_scored"]) == (4, 7)
+    assert set(asked[:2]) == {2, 3}, "where nothing is labelled"
 
 
 def messages(*said: str) -> list[dict[str, Any]]:

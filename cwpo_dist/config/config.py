@@ -17,7 +17,9 @@ S = TypeVar("S", bound=Section)
 
 
 WeighPairing = Literal["given", "best_worst"]
-Strategies = Literal["uncertain", "random", "disagree", "delta_ucb"]  # of `acquisition`
+Strategies = Literal[
+    "uncertain", "random", "disagree", "delta_ucb", "information"
+]  # of `acquisition`
 
 
 class WeighConfig(Section):

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
 from cwpo_dist.canonical import digest
 from cwpo_dist.config import ARMS, Config, ConfigError
+from cwpo_dist.execution.ask_states import DECIDES, make_states, states_node, worth_together
 from cwpo_dist.execution.run import execute
 from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs.packing import as_json
@@ -28,12 +29,11 @@ from cwpo_dist.results.sample import transcript
 from cwpo_dist.runs.annotations import Annotated, gather, scores_in
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context, prepared
-from cwpo_dist.runs.output_key import Node, Nodes, Settings, members, scored
+from cwpo_dist.runs.output_key import Node, Nodes, Settings, scored
 from cwpo_dist.storage import Store
 from cwpo_dist.weighting import Scale
 
 CANDIDATES = pa.schema([("pair_id", pa.string()), ("worth", pa.float64()), ("shard", pa.int32())])
-_UNASKED = ("pair_id", "label", "tie", "split")
 PAGE, QUESTIONS = "page.html", "questions.jsonl"
 TASKS, LAYOUT = "label_studio.json", "label_studio.xml"
 
@@ -113,6 +113,8 @@ def asked(context: Context, node: Node[AskSettings]) -> Asked:
     """What was written, now where it is not there yet; what it reads is there."""
     if not context.done(node):
         connect()
+        if "states" in node.inputs:
+            execute(context, node.inputs["states"], by=partial(make_states, context))
         execute(context, node, by=partial(_make, context))
     return Asked(context.place(node), context.counts(node))
 
@@ -128,18 +130,21 @@ def _planned(
     wanted = STRATEGIES[strategy].annotators
     nodes = nodes_until(config, arm, "annotate" if wanted else "prepare")
     node = ask_node(AskSettings(strategy, budget, config.seed), nodes)
-    if (there := sum(member.settings.heads for member in members(node))) < wanted:
+    if (there := sum(each.settings.heads for each in scored(nodes).values())) < wanted:
         raise ConfigError(
             f"--strategy: {strategy!r} needs {wanted} annotators, and arm {arm!r} has {there}; "
             "give fit.heads or several fit.seeds, or --strategy uncertain"
         )
-    return node, list(nodes.values())
+    by_states = "states" in node.inputs  # which have the scores, too
+    return node, [each for each in nodes.values() if not (by_states and each.settings.scores)]
 
 
 def ask_node(told: AskSettings, nodes: Nodes) -> Node[AskSettings]:
     """The output, and what it reads of a run's."""
-    by_model = STRATEGIES[told.strategy].annotators > 0
-    return Node(told, {"prepare": nodes["prepare"]} | (scored(nodes) if by_model else {}))
+    strategy, read = STRATEGIES[told.strategy], {"prepare": nodes["prepare"]}
+    if strategy.worth is None:
+        return Node(told, read | {"states": states_node(nodes)})
+    return Node(told, read | (scored(nodes) if strategy.annotators else {}))
 
 
 def _scores_unlabelled(arm: str) -> bool:
@@ -159,9 +164,7 @@ def _refuse_untrainable(context: Context, node: Node, strategy: str) -> None:
 def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
     """Writes the questions in each form and returns the counts."""
     told, pairs = node.settings, context.place(node.inputs["prepare"])
-    scores = tuple(scores_in(context, node))
-    given = Annotated(pairs, context.shards(node), scores, Scale.raw(len(scores)))
-    found = gather(partial(_candidates, given, told), given.shards, CANDIDATES)
+    found = _found(context, node)
     unknown = pc.is_nan(found["worth"])
     known = found.filter(pc.invert(unknown))
     chosen = known.take(most_worth(known["worth"].to_numpy(), known["pair_id"], told.budget))
@@ -178,6 +181,22 @@ def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
         "strategy": told.strategy,
         "format": "text" if isinstance(questions[0].row["prompt"], str) else "conversational",
     }
+
+
+def _found(context: Context, node: Node[AskSettings]) -> pa.Table:
+    """All candidates, with what a label of each is worth."""
+    told = node.settings
+    if "states" in node.inputs:
+        return worth_together(context, node, partial(_free, told.hidden), told.budget)
+    scores, pairs = tuple(scores_in(context, node)), context.place(node.inputs["prepare"])
+    given = Annotated(pairs, context.shards(node), scores, Scale.raw(len(scores)))
+    return gather(partial(_candidates, given, told), given.shards, CANDIDATES)
+
+
+def _free(hidden: bool | None, table: pa.Table) -> pa.Array:
+    """Which pairs can be asked for."""
+    judged = pc.or_(pc.is_valid(table["label"]), pc.fill_null(table["tie"], fill_value=False))
+    return pc.and_(pc.equal(table["split"], "unlabelled"), judged if hidden else pc.invert(judged))
 
 
 def _nothing(unscored: int, told: AskSettings) -> str:
@@ -199,11 +218,8 @@ def _candidates(given: Annotated, told: AskSettings, index: int) -> pa.Table:
 
     NaN where an annotator did not score both answers.
     """
-    table = read_records(given.pairs, shard_file("pairs", index), pair_schema(), _UNASKED)
-    judged = pc.or_(pc.is_valid(table["label"]), pc.fill_null(table["tie"], fill_value=False))
-    free = judged if told.hidden else pc.invert(judged)
-    free = pc.and_(pc.equal(table["split"], "unlabelled"), free)
-    names = table["pair_id"].filter(free).to_pylist()
+    table = read_records(given.pairs, shard_file("pairs", index), pair_schema(), DECIDES)
+    names = table["pair_id"].filter(_free(told.hidden, table)).to_pylist()
     ids, margins_NK = given.margins(index)
     places = {name: i for i, name in enumerate(ids)}
     none = np.full((1, len(given.scores)), np.nan)
@@ -211,7 +227,9 @@ def _candidates(given: Annotated, told: AskSettings, index: int) -> pa.Table:
     known = np.isfinite(margins_NK).all(axis=1)
     worth = np.full(len(names), np.nan)
     candidates = Candidates(list(np.array(names)[known]), margins_NK[known], told.seed)
-    worth[known] = STRATEGIES[told.strategy].worth(candidates)
+    rule = STRATEGIES[told.strategy].worth
+    assert rule is not None, "it hangs on nothing else"
+    worth[known] = rule(candidates)
     return table_of([(n, w, index) for n, w in zip(names, worth, strict=True)], CANDIDATES)
 
 
