@@ -18,7 +18,7 @@ def ask(
     budget: Annotated[int, typer.Option(min=1, help="How many pairs at most.")] = 100,
     strategy: Annotated[
         Strategies,
-        typer.Option(help="What makes a pair worth a label; disagree and delta_ucb compare annotators."),
+        typer.Option(help="What makes a pair worth a label, see docs/ask.md."),
     ] = "uncertain",
     arm: Annotated[
         str | None, typer.Option(help="Whose annotators score; by default the first arm's.")
