@@ -84,6 +84,7 @@ def test_alone_it_compares_no_arm_and_beside_grids_these(tmp_path: Path) -> None
             {},
             r"compare\.ask\.0\.strategy: 'disagree' needs 2 annotators, and there is 1",
         ),
+        ("random", {"prepare__labelled_fraction": 1.0}, "labels that are hidden; give a share"),
         ("random", {"annotate__model": {"model_name_or_path": "x"}}, "annotate.model is ready"),
     ],
 )

@@ -17,9 +17,8 @@ S = TypeVar("S", bound=Section)
 
 
 WeighPairing = Literal["given", "best_worst"]
-Strategies = Literal[
-    "uncertain", "random", "disagree", "delta_ucb", "information"
-]  # of `acquisition`
+# As in `acquisition`, which is heavy to import.
+Strategies = Literal["uncertain", "random", "disagree", "delta_ucb", "information"]
 
 
 class WeighConfig(Section):

@@ -201,7 +201,7 @@ def _free(hidden: bool | None, table: pa.Table) -> pa.Array:
 
 def _nothing(unscored: int, told: AskSettings) -> str:
     if told.hidden and not unscored:
-        return "compare.ask: no label is hidden; give prepare.labelled_fraction below 1"
+        return "compare.ask: the sources have no label beside those of the labelled part"
     if unscored:
         return (
             f"cwpo ask: none of the {unscored:,} unlabelled pairs has a score of every annotator; "
