@@ -34,7 +34,7 @@ from asking_states import Data, Places, loaded, made
 from measure import environment
 from numpy.typing import NDArray
 
-from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
+from cwpo_dist.acquisition import RIDGE, STRATEGIES, Candidates, informative, most_worth
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.evaluation.paired import Items, Mean, over_seeds, paired
 from cwpo_dist.pairs.records import prompt_of
@@ -42,7 +42,6 @@ from cwpo_dist.weighting import Floats, Scale, join, sigmoid
 
 ROUNDS = (32, 64, 128, 256, 512, 1024)  # labels; the first are drawn
 HEADS = 8
-RIDGE = 0.3  # λ
 TEST_DEBATES = 4  # of 16
 
 
@@ -50,7 +49,7 @@ class Arm(NamedTuple):
     """How pairs are chosen.
 
     Attributes:
-        strategy: a key of `STRATEGIES`, or `information`.
+        strategy: a key of `STRATEGIES`.
         rule: whether a second pair of a prompt comes behind all first ones.
     """
 
@@ -58,7 +57,7 @@ class Arm(NamedTuple):
     rule: bool
 
 
-ARMS = [Arm(name, rule) for name in (*STRATEGIES, "information") for rule in (True, False)]
+ARMS = [Arm(name, rule) for name in STRATEGIES for rule in (True, False)]
 
 
 @dataclass(frozen=True)
@@ -132,44 +131,26 @@ def asked(
 ) -> Places:
     """The pairs whose labels come next."""
     free = np.setdiff1d(np.flatnonzero(~setting.test), labelled)
-    if arm.strategy == "information":
-        return free[informative(data, arm, free, labelled, mean_margin(margins_NK), budget)]
+    strategy = STRATEGIES[arm.strategy]
+    if strategy.worth is None:
+        return free[designed(data, arm, free, labelled, mean_margin(margins_NK), budget)]
     names = data.names[free].tolist()
-    worth = STRATEGIES[arm.strategy].worth(Candidates(names, margins_NK[free], setting.seed))
+    worth = strategy.worth(Candidates(names, margins_NK[free], setting.seed))
     if arm.rule:
         return free[most_worth(worth, pa.chunked_array([names]), budget)]
     return free[np.lexsort((data.names[free], -worth))[:budget]]
 
 
-def informative(
+def designed(
     data: Data, arm: Arm, free: Places, labelled: Places, margin_N: Floats, budget: int
 ) -> list[int]:
-    """Greedy D-optimal design (arXiv 2502.04354): each pick adds most to log det of M.
-
-    M = λI + Σ p(1 − p)·x·xᵀ over what is labelled and picked is the curvature at the present head.
-    """
+    """As `cwpo ask --strategy information`, by whole states."""
     chance_N = sigmoid(margin_N) * sigmoid(-margin_N)
-    x_nH, states = data.differences(labelled), data.states
-    past = (x_nH * chance_N[labelled, None]).T @ x_nH
-    inverse = np.linalg.inv(past + RIDGE * np.eye(len(past)))
-    (a, b), chance = data.sides[:, free], chance_N[free]
-    inner = states @ inverse @ states.T
-    spread = inner[a, a] + inner[b, b] - 2 * inner[a, b]  # xᵀM⁻¹x of each candidate
+    x_nH = data.differences(labelled)
+    past = (x_nH * chance_N[labelled, None]).T @ x_nH + RIDGE * np.eye(x_nH.shape[1])
     prompts = np.unique([prompt_of(name) for name in data.names[free]], return_inverse=True)[1]
-    round_ = np.zeros(len(free))
-    picked: list[int] = []
-    for _ in range(budget):
-        best = int(np.where(round_ == round_.min(), chance * spread, -1.0).argmax())
-        picked.append(best)
-        if arm.rule:
-            round_[prompts == prompts[best]] += 1
-        round_[best] = np.inf
-        direction = inverse @ (states[a[best]] - states[b[best]])
-        along = states @ direction
-        factor = chance[best] / (1 + chance[best] * spread[best])
-        spread = spread - factor * (along[a] - along[b]) ** 2
-        inverse -= factor * np.outer(direction, direction)
-    return picked
+    groups = prompts if arm.rule else np.arange(len(free))
+    return informative(data.differences(free), chance_N[free], past, groups, budget)
 
 
 def judged(data: Data, setting: Setting, margin_N: Floats) -> dict[str, Items]:

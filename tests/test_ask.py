@@ -20,15 +20,25 @@ from prepared import pairs
 from prepared import write as write_rows
 from small_run import small_config, write_config
 from test_weigh_pairing import Run, sampled
+from tiny import save_tiny
 
-from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
+from cwpo_dist.acquisition import STRATEGIES, Candidates, informative, most_worth, whitened
 from cwpo_dist.canonical import parquet_bytes
 from cwpo_dist.cli import app
-from cwpo_dist.cli.asking import Strategies
-from cwpo_dist.config import Config, ConfigError, PrepareConfig
+from cwpo_dist.config import Config, ConfigError, PrepareConfig, Strategies
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution import ask as asking
-from cwpo_dist.pairs.records import PROMPT_DIGITS, prompt_of
+from cwpo_dist.execution.ask import AskSettings
+from cwpo_dist.pairs.answers import read_compared
+from cwpo_dist.pairs.estimate import census
+from cwpo_dist.pairs.records import (
+    HEADS_SCHEMA,
+    PROMPT_DIGITS,
+    HeadScores,
+    prompt_of,
+    table_of,
+)
+from cwpo_dist.pairs.stored import read_pairs
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import Store
@@ -36,8 +46,9 @@ from cwpo_dist.storage import Store
 
 def worth(strategy: str, *margins: tuple[float, ...], seed: int = 0) -> list[float]:
     names = [f"{k:032x}" for k in range(len(margins))]
-    found = STRATEGIES[strategy].worth(Candidates(names, np.array(margins), seed))
-    return found.tolist()
+    rule = STRATEGIES[strategy].worth
+    assert rule is not None
+    return rule(Candidates(names, np.array(margins), seed)).tolist()
 
 
 def test_what_a_label_is_worth_by_hand() -> None:
@@ -52,6 +63,33 @@ def test_what_a_label_is_worth_by_hand() -> None:
     drawn = worth("random", *[()] * 50)
     assert drawn == worth("random", *[()] * 50)
     assert drawn != worth("random", *[()] * 50, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_design_is_that_of_plain_determinants(seed: int) -> None:
+    """Each pick against all that could be picked; a prompt's second pair behind all first ones."""
+    rng = np.random.default_rng(seed)
+    x, chance = rng.normal(size=(14, 3)), rng.uniform(0.01, 0.25, 14)
+    prompts = rng.integers(0, 5, 14) if seed else np.arange(14)
+    past = np.eye(3) + np.outer(x[0], x[0])
+    plain: list[int] = []
+    while len(plain) < 10:
+        rounds = [sum(prompts[k] == prompts[j] for j in plain) for k in range(14)]
+        left = [k for k in range(14) if k not in plain]
+        first = [k for k in left if rounds[k] == min(rounds[j] for j in left)]
+        m = past + sum(chance[k] * np.outer(x[k], x[k]) for k in plain)
+        gains = {k: np.linalg.det(m + chance[k] * np.outer(x[k], x[k])) for k in first}
+        plain.append(max(gains, key=lambda k: gains[k]))
+    assert informative(x, chance, past, prompts, 10) == plain
+    assert len(informative(x, chance, past, prompts, 99)) == 14
+
+
+def test_a_ridge_asks_for_no_unit_of_states() -> None:
+    """One number a thousand times as large, and one that says nothing."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 4)) * np.array([1000.0, 1.0, 1.0, 0.0])
+    found = whitened(x.astype(np.float32)).astype(np.float64)
+    assert found.T @ found / 500 == pytest.approx(np.eye(3) / 3, abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -166,6 +204,42 @@ def test_several_annotators_decide_together(
     assert order("delta_ucb") == [names[1], names[0]]
 
 
+@pytest.mark.usefixtures("in_process")
+def test_states_tell_what_is_asked_for_together(tmp_path: Path) -> None:
+    """States of a pair's answers: a number each; what is labelled is known in its direction."""
+    rows = [
+        {"prompt": f"Q{k}?", "response_a": f"yes {k}", "response_b": f"no {k}"} for k in range(9)
+    ]
+    rows[0]["label"] = rows[1]["label"] = "a"
+    save_tiny(tmp_path / "model", "llama", 0)
+    weak = {"weak": {"model_name_or_path": str(tmp_path / "model")}}
+    config = parse_config(config_of(tmp_path, rows).model_dump() | weak)
+    node, needed = asking._planned(config, 4, "information", "weak")
+    assert [each.stage for each in needed] == ["prepare", "fit"]
+    assert node.inputs["states"].path.startswith("states/")
+    context = asking.Context(Store(config.output_dir))
+    store, states = (context.place(node.inputs[name]) for name in ("prepare", "states"))
+    store.create_json("manifest.json", {"counts": prepare(store, config.prepare, config.seed)})
+    direction: dict[str, int] = {}  # of each pair: nine of four
+    for index in range(context.shards(node)):
+        given = read_compared(store, index)
+        number = {pair.pair_id: int(str(pair.prompt)[1]) for pair in read_pairs(store, index)}
+        told = []
+        for pair in given:
+            direction[pair.pair_id] = number[pair.pair_id] % 4
+            state = np.eye(4)[direction[pair.pair_id]] * (3 + number[pair.pair_id] / 100)
+            told += [(pair.answer_a, [*state, 0.1]), (pair.answer_b, [0.0] * 5)]
+        if index == 0:
+            told.pop()  # which the annotator could not read
+        scores = [HeadScores(name, "m", 0.0, None, heads) for name, heads in told]
+        states.create_table(part("scores", index), table_of(scores, HEADS_SCHEMA))
+    counts = asking._make(context, node)
+    lines = context.place(node).read("questions.jsonl").decode().splitlines()
+    asked = [direction[json.loads(line)["pair_id"]] for line in lines]
+    assert (counts["asked"], counts["candidates"] + counts["not_scored"]) == (4, 7)
+    assert set(asked[:2]) == {2, 3}, "where nothing is labelled"
+
+
 def messages(*said: str) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
 
@@ -210,7 +284,7 @@ def answered(config: Config, people: list[list[dict[str, Any]]]) -> PrepareConfi
     for k, said in enumerate(people):
         form = "text" if isinstance(said[0]["prompt"], str) else "conversational"
         file = write_rows(folder / f"answers-{k}.jsonl", said)
-        sources.append({"path": file, "format": form, "into": "train"})
+        sources.append({"path": file, "format": form, "into": "labelled"})
     return with_prepare(config, sources=sources).prepare
 
 
@@ -220,7 +294,7 @@ def test_votes_that_come_back_label_the_pairs_that_were_asked_for(
     tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
     """Copies of the same pairs, whatever they hold; three people's votes make one label."""
-    config = config_of(tmp_path, rows)
+    config = config_of(tmp_path, rows, labelled_fraction=0.0)  # which hides no answer
     asked = asked_of(config)
     assert len(asked) == len(rows)
     first, second, third = asked[:3]
@@ -241,6 +315,42 @@ def test_votes_that_come_back_label_the_pairs_that_were_asked_for(
     assert (told["votes_a"], told["votes_b"], told["votes_tie"]) == (2, 1, 0)
     assert counts["splits"]["labelled"] == 2
     assert not any(counts["rejects"].values())
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("flipped", [0.0, 0.5])
+def test_a_hidden_label_is_the_answer_to_its_question(tmp_path: Path, flipped: float) -> None:
+    """What was asked for is a source without labels: copies of pairs that have some."""
+    rows = [
+        {
+            "prompt": f"Q{k}?",
+            "response_a": f"yes {k}",
+            "response_b": f"no {k}",
+            "label": "ab"[k % 2],
+        }
+        for k in range(40)
+    ]
+    config = config_of(tmp_path, [*rows, *TEXTS], labelled_fraction=0.5, flipped_labels=flipped)
+    nodes = asking.nodes_until(config, "weak", "prepare")
+    node = asking.ask_node(AskSettings("random", 9, config.seed, hidden=True), nodes)
+    context = asking.Context(Store(config.output_dir))
+    place = context.place(node.inputs["prepare"])
+    before = prepare(place, config.prepare, config.seed)
+    place.create_json("manifest.json", {"counts": before})
+    counts = asking._make(context, node)
+    assert counts["candidates"] == before["labelled"]["unlabelled"] > 9
+    asked = {"path": context.place(node).child("questions.jsonl").uri, "into": "labelled"}
+    sources = [config.prepare.sources[0].model_dump(), asked | {"format": "text"}]
+    again = with_prepare(config, sources=sources).prepare
+    store = Store(str(tmp_path / "again"))
+    after = prepare(store, again, config.seed)
+    assert after["splits"]["labelled"] == before["splits"]["labelled"] + 9
+    first, second = ({row["pair_id"]: row for row in pairs(each)} for each in (place, store))
+    assert {k: v["label"] for k, v in first.items()} == {k: v["label"] for k, v in second.items()}
+    moved = {name for name in first if first[name]["split"] != second[name]["split"]}
+    assert len(moved) == 9
+    counted = census(again, config.seed)
+    assert counted.splits["labelled"] == after["splits"]["labelled"]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -292,8 +402,6 @@ def test_texts_that_look_like_something_else_come_back_as_they_are(tmp_path: Pat
 
 def test_what_could_not_be_used_is_refused(tmp_path: Path) -> None:
     plan = asking._planned
-    with pytest.raises(ConfigError, match=r"prepare\.labelled_fraction: 0\.5 hides"):
-        plan(config_of(tmp_path, TEXTS, labelled_fraction=0.5), 1, "random", "cw")
     for arm, said in {
         "nope": "unknown arm 'nope'",
         "ws_dpo": "no scores of unlabelled",

@@ -70,7 +70,7 @@ def test_a_node_dies_under_a_job_and_secrets_stay_secret(
     assert not list(run.glob("annotate/*/manifest.json")), "nothing was in flight"
     assert job.wait(chaos.PATIENCE_S) == 0, log.read_text()[-4000:]
 
-    made = annotate._job(context, nodes_until(loaded, "cw", "annotate")["annotate"])
+    made = annotate.shard_job(context, nodes_until(loaded, "cw", "annotate")["annotate"])
     plain = replace(made, output=Store(str(tmp_path / "plain")))
     worker = plain.make_worker()
     for index in plain.indices:

@@ -15,12 +15,12 @@ from world import SHARDS, World, answer, named
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.generation import generate
-from cwpo_dist.lm.loading import load_policy, load_reward_model
+from cwpo_dist.lm.loading import ModelError, load_policy, load_reward_model
 from cwpo_dist.pairs.records import PROMPT_SCHEMA, SCORE_SCHEMA
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.pipeline import part
-from cwpo_dist.scoring.scorers import AnswerWorker, ReferenceWorker, RewardWorker
+from cwpo_dist.scoring.scorers import AnswerWorker, ReferenceWorker, RewardWorker, states_module
 from cwpo_dist.stages import (
     annotate,
 )
@@ -90,6 +90,28 @@ def test_each_answer_has_the_score_that_the_model_gives_it(tmp_path: Path) -> No
     earlier = EarlierScores(ranged_files([before, later]))
     copied = {one: 9.0, other: 8.0}
     assert scored(NewAnswersWorker(earlier, answers, make_worker)) == expected | copied
+
+
+def test_states_are_a_projection_of_what_the_head_reads_and_the_score(tmp_path: Path) -> None:
+    world = World(tmp_path, ["human"])
+    tiny_classifier("llama").save_pretrained(tmp_path / "reward")
+    tiny_tokenizer().save_pretrained(tmp_path / "reward")
+    model = ModelConfig(model_name_or_path=str(tmp_path / "reward"), chat_template="plain")
+    stock, answers = load_reward_model(model), AnswersIn(world.place("prepare"), ("test",))
+    worker = RewardWorker(answers, model, "it", max_tokens=150, load=states_module)
+    table = worker(1, worker.read(1)).rows
+    found = dict(zip(table["answer_id"].to_pylist(), table["heads"].to_pylist(), strict=True))
+    width = stock.config.hidden_size
+    drawn = torch.randn(min(64, width), width, generator=torch.Generator().manual_seed(0))
+    for k, side in itertools.product(range(3), "ab"):
+        with torch.no_grad():
+            told = stock(model_input(world, "test", k, side)[1], output_hidden_states=True)
+        state = drawn @ told.hidden_states[-1][0, -1]
+        expected = [*state.tolist(), float(told.logits)]
+        assert found[named("test", k, side)] == pytest.approx(expected, abs=1e-3)
+    tiny_classifier("bert").save_pretrained(tmp_path / "reward")
+    with pytest.raises(ModelError, match="its score is no matrix"):
+        states_module(model, torch.device("cpu"))
 
 
 def test_each_prompt_has_the_answer_that_was_sampled_for_it(tmp_path: Path) -> None:

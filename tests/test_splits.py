@@ -101,6 +101,14 @@ def test_into_overrules_the_draw(key: str, into: Any) -> None:
     assert RULE.side(key, into) == into
 
 
+def test_into_the_labelled_part_is_for_training_whatever_the_draw() -> None:
+    none = SplitRule(0, labelled=0.0, validation=0.0, test=1.0)
+    pair = ParsedPair("p", "a", "b", "first")
+    for into, labelled in (("labelled", True), ("train", False)):
+        place = drawn(pair, none, "here", into)[1]
+        assert (SIDES[place.side], place.in_labelled_part) == ("train", labelled)
+
+
 def test_shares_of_nought_and_one_are_exact() -> None:
     none = SplitRule(0, labelled=0.0, validation=0.0, test=0.0)
     all_test = SplitRule(0, labelled=1.0, validation=0.0, test=1.0)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from cwpo_dist.cli.options import ConfigPath, Overrides, guard_own_ray, say
 from cwpo_dist.cli.terminal_log import log_to_terminal
+from cwpo_dist.config import Strategies
 from cwpo_dist.config.load import load_config
-
-# As in `acquisition`, which is heavy to import.
-Strategies = Literal["uncertain", "random", "disagree", "delta_ucb"]
 
 
 def ask(
@@ -20,7 +18,7 @@ def ask(
     budget: Annotated[int, typer.Option(min=1, help="How many pairs at most.")] = 100,
     strategy: Annotated[
         Strategies,
-        typer.Option(help="What makes a pair worth a label; the last two compare annotators."),
+        typer.Option(help="What makes a pair worth a label, see docs/ask.md."),
     ] = "uncertain",
     arm: Annotated[
         str | None, typer.Option(help="Whose annotators score; by default the first arm's.")

@@ -6,7 +6,7 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from cwpo_dist.config.base import Fraction, Place, PositiveFloat, Section, Split
+from cwpo_dist.config.base import Fraction, Place, PositiveFloat, PositiveInt, Section, Split
 from cwpo_dist.config.data import PrepareConfig
 from cwpo_dist.config.models import ModelConfig
 from cwpo_dist.config.pairwise import AlignConfig, FitConfig
@@ -17,6 +17,8 @@ S = TypeVar("S", bound=Section)
 
 
 WeighPairing = Literal["given", "best_worst"]
+# As in `acquisition`, which is heavy to import.
+Strategies = Literal["uncertain", "random", "disagree", "delta_ucb", "information"]
 
 
 class WeighConfig(Section):
@@ -74,13 +76,29 @@ class Grid(Section):
     )
 
 
+class AskTrials(Section):
+    """Annotators to compare, by the labels that they asked for: one a budget."""
+
+    strategy: Strategies = Field(description="which pairs it asks for, as in `cwpo ask`")
+    budgets: list[PositiveInt] = Field(
+        min_length=1, description="how many labels it asks for, beside the labelled part"
+    )
+
+
 class CompareConfig(Section):
     """What `cwpo compare` runs, each trial once a seed."""
 
     seeds: list[int] = Field(
         [0, 1, 2], min_length=1, description="each takes the place of `seed`, in every trial"
     )
-    grids: list[Grid] = Field(default_factory=list, description="trials; none: the run's arms")
+    grids: list[Grid] = Field(
+        default_factory=list, description="trials; none: the run's arms, unless `ask` has some"
+    )
+    ask: list[AskTrials] = Field(
+        default_factory=list,
+        description="strategies of `cwpo ask` to compare: labels that prepare.labelled_fraction "
+        "hides say what people would",
+    )
     learning_rates: list[PositiveFloat] = Field(
         default_factory=list,
         description="of align: each trial takes the best on validation, with the first seed; "

@@ -73,8 +73,10 @@ class Source(Section):
         description="how prompts and answers are spelled; conversational: lists of messages; hh: "
         "transcripts '\\n\\nHuman: … \\n\\nAssistant: …'; auto: as most of the first rows are",
     )
-    into: Literal["train", "validation", "test"] | None = Field(
-        None, description="every row of this source goes to this side; null: split by hash"
+    into: Literal["train", "labelled", "validation", "test"] | None = Field(
+        None,
+        description="every row of this source goes to this side; labelled: to train, and its "
+        "labels may be used whatever `labelled_fraction` is; null: split by hash",
     )
     limit: PositiveInt | None = Field(None, description="read at most this many rows; null: all")
 

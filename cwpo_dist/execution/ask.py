@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from cwpo_dist.acquisition import STRATEGIES, Candidates, most_worth
 from cwpo_dist.canonical import digest
 from cwpo_dist.config import ARMS, Config, ConfigError
+from cwpo_dist.execution.ask_states import DECIDES, make_states, states_node, worth_together
 from cwpo_dist.execution.run import execute
 from cwpo_dist.graph import nodes_until
 from cwpo_dist.pairs.packing import as_json
@@ -28,12 +29,11 @@ from cwpo_dist.results.sample import transcript
 from cwpo_dist.runs.annotations import Annotated, gather, scores_in
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.context import Context, prepared
-from cwpo_dist.runs.output_key import Node, Settings, members, scored
+from cwpo_dist.runs.output_key import Node, Nodes, Settings, scored
 from cwpo_dist.storage import Store
 from cwpo_dist.weighting import Scale
 
 CANDIDATES = pa.schema([("pair_id", pa.string()), ("worth", pa.float64()), ("shard", pa.int32())])
-_UNASKED = ("pair_id", "label", "tie", "split")
 PAGE, QUESTIONS = "page.html", "questions.jsonl"
 TASKS, LAYOUT = "label_studio.json", "label_studio.xml"
 
@@ -46,6 +46,8 @@ class AskSettings(Settings):
         strategy: a key of `STRATEGIES`.
         budget: how many at most.
         seed: of what is drawn.
+        hidden: whether those are asked for whose label is known and not used, which then says what
+            people would; None: those that have none.
     """
 
     stage = "ask"
@@ -54,6 +56,7 @@ class AskSettings(Settings):
     strategy: str
     budget: int
     seed: int
+    hidden: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Asked:
             f"{told['strategy']}{unscored}",
             f"page: {page_at} (or {TASKS} and {LAYOUT} beside it, for Label Studio)",
             "then add to prepare.sources: "
-            f"{{path: answers-*.jsonl, format: {told['format']}, into: train}}",
+            f"{{path: answers-*.jsonl, format: {told['format']}, into: labelled}}",
         ]
 
 
@@ -92,7 +95,7 @@ def ask(config: Config, budget: int, strategy: str, arm: str | None = None) -> A
         arm: whose annotators; None: those of the first one that has some.
 
     Raises:
-        ConfigError: where the strategy needs more annotators, or answers could not be used.
+        ConfigError: where the strategy needs more annotators.
     """
     first = next(filter(_scores_unlabelled, config.arms), "weak")
     node, needed = _planned(config, budget, strategy, arm or first)
@@ -103,31 +106,45 @@ def ask(config: Config, budget: int, strategy: str, arm: str | None = None) -> A
         for each in needed:
             _refuse_untrainable(context, each, strategy)
             execute(context, each)
+    return asked(context, node)
+
+
+def asked(context: Context, node: Node[AskSettings]) -> Asked:
+    """What was written, now where it is not there yet; what it reads is there."""
+    if not context.done(node):
+        connect()
+        if "states" in node.inputs:
+            execute(context, node.inputs["states"], by=partial(make_states, context))
         execute(context, node, by=partial(_make, context))
     return Asked(context.place(node), context.counts(node))
 
 
-def _planned(config: Config, budget: int, strategy: str, arm: str) -> tuple[Node, list[Node]]:
+def _planned(
+    config: Config, budget: int, strategy: str, arm: str
+) -> tuple[Node[AskSettings], list[Node]]:
     """The output, and what is done before it."""
-    if config.prepare.labelled_fraction < 1:
-        raise ConfigError(
-            f"prepare.labelled_fraction: {config.prepare.labelled_fraction} hides the labels of "
-            "the other prompts, so that answers to them would not be used; set it to 1.0"
-        )
     if arm not in ARMS:
         raise ConfigError(f"--arm: unknown arm {arm!r}; choose from {', '.join(ARMS)}")
     if not _scores_unlabelled(arm):
         raise ConfigError(f"--arm: {arm!r} has no scores of unlabelled pairs; choose another")
     wanted = STRATEGIES[strategy].annotators
     nodes = nodes_until(config, arm, "annotate" if wanted else "prepare")
-    read = {"prepare": nodes["prepare"]} | (scored(nodes) if wanted else {})
-    node = Node(AskSettings(strategy, budget, config.seed), read)
-    if (there := sum(member.settings.heads for member in members(node))) < wanted:
+    node = ask_node(AskSettings(strategy, budget, config.seed), nodes)
+    if (there := sum(each.settings.heads for each in scored(nodes).values())) < wanted:
         raise ConfigError(
             f"--strategy: {strategy!r} needs {wanted} annotators, and arm {arm!r} has {there}; "
             "give fit.heads or several fit.seeds, or --strategy uncertain"
         )
-    return node, list(nodes.values())
+    by_states = "states" in node.inputs  # which have the scores, too
+    return node, [each for each in nodes.values() if not (by_states and each.settings.scores)]
+
+
+def ask_node(told: AskSettings, nodes: Nodes) -> Node[AskSettings]:
+    """The output, and what it reads of a run's."""
+    strategy, read = STRATEGIES[told.strategy], {"prepare": nodes["prepare"]}
+    if strategy.worth is None:
+        return Node(told, read | {"states": states_node(nodes)})
+    return Node(told, read | (scored(nodes) if strategy.annotators else {}))
 
 
 def _scores_unlabelled(arm: str) -> bool:
@@ -147,14 +164,12 @@ def _refuse_untrainable(context: Context, node: Node, strategy: str) -> None:
 def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
     """Writes the questions in each form and returns the counts."""
     told, pairs = node.settings, context.place(node.inputs["prepare"])
-    scores = tuple(scores_in(context, node))
-    given = Annotated(pairs, context.shards(node), scores, Scale.raw(len(scores)))
-    found = gather(partial(_candidates, given, told), given.shards, CANDIDATES)
+    found = _found(context, node)
     unknown = pc.is_nan(found["worth"])
     known = found.filter(pc.invert(unknown))
     chosen = known.take(most_worth(known["worth"].to_numpy(), known["pair_id"], told.budget))
     if not len(chosen):
-        raise ConfigError(_nothing(len(found)))
+        raise ConfigError(_nothing(len(found), told))
     questions = _questions(pairs, chosen)
     write_questions(context.place(node), questions)
     return {
@@ -168,7 +183,25 @@ def _make(context: Context, node: Node[AskSettings]) -> Mapping[str, object]:
     }
 
 
-def _nothing(unscored: int) -> str:
+def _found(context: Context, node: Node[AskSettings]) -> pa.Table:
+    """All candidates, with what a label of each is worth."""
+    told = node.settings
+    if "states" in node.inputs:
+        return worth_together(context, node, partial(_free, told.hidden), told.budget)
+    scores, pairs = tuple(scores_in(context, node)), context.place(node.inputs["prepare"])
+    given = Annotated(pairs, context.shards(node), scores, Scale.raw(len(scores)))
+    return gather(partial(_candidates, given, told), given.shards, CANDIDATES)
+
+
+def _free(hidden: bool | None, table: pa.Table) -> pa.Array:
+    """Which pairs can be asked for."""
+    judged = pc.or_(pc.is_valid(table["label"]), pc.fill_null(table["tie"], fill_value=False))
+    return pc.and_(pc.equal(table["split"], "unlabelled"), judged if hidden else pc.invert(judged))
+
+
+def _nothing(unscored: int, told: AskSettings) -> str:
+    if told.hidden and not unscored:
+        return "compare.ask: the sources have no label beside those of the labelled part"
     if unscored:
         return (
             f"cwpo ask: none of the {unscored:,} unlabelled pairs has a score of every annotator; "
@@ -181,14 +214,12 @@ def _nothing(unscored: int) -> str:
 
 
 def _candidates(given: Annotated, told: AskSettings, index: int) -> pa.Table:
-    """The pairs of a shard that nobody has judged, with what a label of each is worth.
+    """The pairs of a shard that can be asked for, with what a label of each is worth.
 
     NaN where an annotator did not score both answers.
     """
-    table = read_records(given.pairs, shard_file("pairs", index), pair_schema(), _UNASKED)
-    judged = pc.or_(pc.is_valid(table["label"]), pc.fill_null(table["tie"], fill_value=False))
-    free = pc.and_(pc.equal(table["split"], "unlabelled"), pc.invert(judged))
-    names = table["pair_id"].filter(free).to_pylist()
+    table = read_records(given.pairs, shard_file("pairs", index), pair_schema(), DECIDES)
+    names = table["pair_id"].filter(_free(told.hidden, table)).to_pylist()
     ids, margins_NK = given.margins(index)
     places = {name: i for i, name in enumerate(ids)}
     none = np.full((1, len(given.scores)), np.nan)
@@ -196,7 +227,9 @@ def _candidates(given: Annotated, told: AskSettings, index: int) -> pa.Table:
     known = np.isfinite(margins_NK).all(axis=1)
     worth = np.full(len(names), np.nan)
     candidates = Candidates(list(np.array(names)[known]), margins_NK[known], told.seed)
-    worth[known] = STRATEGIES[told.strategy].worth(candidates)
+    rule = STRATEGIES[told.strategy].worth
+    assert rule is not None, "it hangs on nothing else"
+    worth[known] = rule(candidates)
     return table_of([(n, w, index) for n, w in zip(names, worth, strict=True)], CANDIDATES)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.evaluation.paired import Items, over_seeds, paired
 from cwpo_dist.evaluation.stopping import looks, lost
+from cwpo_dist.execution.asked_labels import learning_curves
 from cwpo_dist.execution.side_by_side import Job, make_all
 from cwpo_dist.execution.trial_items import Runs, context_of, evaluated, items_of
 from cwpo_dist.graph import graph
@@ -59,6 +60,8 @@ def compare(config: Config) -> str:
     runs = _made(config, runs)
     root = Store(config.output_dir)
     found = collect(config, runs, tuned_by) | {"single_runs": _single_runs(config, runs)}
+    if section(config).ask:
+        found["asked"] = learning_curves(config)
     root.write(FIGURES, json.dumps(found, indent=1).encode())  # trials keep their order
     root.write(PAGE, render_comparison(found).encode())
     print_comparison(found)

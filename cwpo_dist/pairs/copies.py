@@ -77,6 +77,11 @@ def _merge_copies(rows: pa.Table) -> tuple[pa.Table, int, int]:
     ends = np.append(starts[1:], len(rows))
     pairs, all_copies = rows.take(starts), rows.select(Told._fields)
     values = rows_of(Told, pairs)
+    # Who was asked for a label of a pair said it of a copy: one that may be used is enough.
+    usable = rows["in_labelled_part"].to_numpy(zero_copy_only=False)
+    usable = pa.array(np.logical_or.reduceat(usable, starts))
+    place = pairs.schema.get_field_index("in_labelled_part")
+    pairs = pairs.set_column(place, "in_labelled_part", usable)
     conflicts = differing = 0
     for place in np.flatnonzero(ends - starts > 1):
         copies = rows_of(Told, all_copies.slice(starts[place], ends[place] - starts[place]))

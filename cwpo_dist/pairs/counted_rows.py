@@ -61,7 +61,9 @@ class CountedRows:
         for pair_id, copies in self.copies.items():
             merged, unlike = _merged(copies)
             self.unlike += unlike
-            self._count(pair_id, merged, copies[0][1], learn_ties=learn_ties)
+            labelled = any(place.in_labelled_part for _, place in copies)
+            place = copies[0][1]._replace(in_labelled_part=labelled)
+            self._count(pair_id, merged, place, learn_ties=learn_ties)
             self.merged += len(copies) - 1
         paired = set(chain.from_iterable(self.answers.values()))
         for answer in alone:

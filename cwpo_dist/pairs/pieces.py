@@ -26,7 +26,7 @@ from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import Kind, Reject, table_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, write_rejects
 from cwpo_dist.pairs.row_forms import ListCounts, RowPairs, parse_raw
-from cwpo_dist.pairs.splits import SIDE_SCHEMA, Side, SplitRule, drawn
+from cwpo_dist.pairs.splits import SIDE_SCHEMA, Into, SplitRule, drawn
 from cwpo_dist.pairs.stored import Pair, pair_table, whole_schema
 from cwpo_dist.pairs.unread import Unread, columnar, tree
 from cwpo_dist.storage import Store
@@ -62,14 +62,14 @@ class Piece:
         source: the source as the config spells it.
         parts: what is read, in this order.
         layout: how its rows spell a pair.
-        into: the side all its rows go to; None: by hash.
+        into: the side all its rows go to, or the labelled part; None: by hash.
         limit: read at most so many rows.
     """
 
     source: str
     parts: tuple[Part, ...]
     layout: Layout
-    into: Side | None = None
+    into: Into | None = None
     limit: int | None = None
 
 

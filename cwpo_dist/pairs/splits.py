@@ -31,6 +31,7 @@ from cwpo_dist.pairs.stored import Pair, Told
 from cwpo_dist.pairs.verdicts import Verdict, majority
 
 Side = Literal["train", "validation", "test"]
+Into = Side | Literal["labelled"]  # what a source is for
 
 # A prompt on two sides stays on the later one of this tuple: what is measured on is never shrunk
 # in favour of what is trained on.
@@ -140,21 +141,22 @@ class Drawn(NamedTuple):
         return self.answer_a == self.answer_b
 
 
-def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Side | None) -> tuple[Pair, Drawn]:
+def drawn(given: ParsedPair, rule: SplitRule, source: str, into: Into | None) -> tuple[Pair, Drawn]:
     """A pair in the order and on the side that its content and the seed decide.
 
     Args:
         given: as its source has it.
         rule: the seed and the shares of the sides.
         source: where it comes from.
-        into: the side to which all of its source goes; None: by hash.
+        into: the side to which all of its source goes, or the labelled part; None: by hash.
     """
     prompt = canonical(given.prompt)
     pair, *answers = ordered(given, prompt, rule.seed, source)
     prompt_hash = content_hash(prompt)
     key = prompt_hash if given.group is None else given.group
-    side = SIDES.index(rule.side(key, into))
-    return pair, Drawn(prompt_hash, side, rule.is_labelled(key), *answers)
+    side = SIDES.index(rule.side(key, "train" if into == "labelled" else into))
+    labelled = into == "labelled" or rule.is_labelled(key)
+    return pair, Drawn(prompt_hash, side, labelled, *answers)
 
 
 def ordered(given: ParsedPair, prompt: Canonical, seed: int, source: str) -> tuple[Pair, str, str]:

@@ -23,7 +23,7 @@ from cwpo_dist.planning import fleet as fleet_costs
 from cwpo_dist.planning.costs import Estimate, Rates
 from cwpo_dist.planning.fleet import Fleet
 from cwpo_dist.planning.plan_faults import run_faults, until_of
-from cwpo_dist.planning.plan_notes import graphs, run_notes
+from cwpo_dist.planning.plan_notes import ask_notes, graphs, run_notes
 from cwpo_dist.planning.sampled import (
     SampleRead,
     ShownRow,
@@ -37,7 +37,7 @@ from cwpo_dist.runs.cluster import named_cluster
 from cwpo_dist.runs.cluster_share import fit_two, need, share
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
-from cwpo_dist.runs.trials import planned, section, trials
+from cwpo_dist.runs.trials import planned, section, starting, trials
 from cwpo_dist.storage import Store
 
 
@@ -112,8 +112,10 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     Raises:
         ConfigError: for everything that would stop the run later; one line a fault.
     """
+    found, asks = trials(config) if config.compare else [], list(ask_notes(config))
+    if config.compare and not found:
+        config = starting(config, section(config).seeds[0])
     fleet, until = fleet or Fleet(), until_of(config)
-    found = trials(config) if config.compare else []
     runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
     checked = check_trials(config, found) if found else check(config, until)
     named = {name: model for run in runs for name, model, _ in models(run, until)}
@@ -128,6 +130,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     notes = [
         *reading_notes(named, checked.encoders, read),
         *run_notes(config, estimates),
+        *asks,
         *unrendered(checked.encoders, sample),
         *fleet_costs.fleet_notes(config, estimates[0].counted, fleet),
     ]

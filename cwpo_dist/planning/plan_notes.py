@@ -106,6 +106,16 @@ def _size_of_comparison(config: Config, number: int) -> str:
     return f"{number} trials × {len(seeds)} seeds{chosen if tuned(config) else ''}{spread}{times}"
 
 
+def ask_notes(config: Config) -> Iterator[str]:
+    """What `compare.ask` takes beside what is counted."""
+    if config.compare and config.compare.ask:
+        number = sum(len(each.budgets) for each in config.compare.ask)
+        yield (
+            f"compare.ask: {number} trials × {len(config.compare.seeds)} seeds; each takes a `fit` "
+            "and scores held-out answers, which no line above counts"
+        )
+
+
 def _short_trainings(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
     """Schedules that end before they have warmed up, in the arm with the fewest steps."""
     sections = {name: section for name, section, _ in trainings(config, until_of(config))}

@@ -12,7 +12,7 @@ from cwpo_dist.report.cells import Cell, Table, at, plain
 from cwpo_dist.report.figures import Mean
 from cwpo_dist.report.outcomes import CHANCE, Found, dot, verdicts
 from cwpo_dist.report.page import TEMPLATES, Drawn, drawn
-from cwpo_dist.report.plots import cost_plot, dots_plot
+from cwpo_dist.report.plots import asked_plot, cost_plot, dots_plot
 from cwpo_dist.report.summary import SIMULATED, is_simulated
 from cwpo_dist.report.table import print_table
 from cwpo_dist.report.trial_tables import seeds_note, tables
@@ -43,10 +43,13 @@ def print_comparison(found: Found, console: Console | None = None) -> None:
 
 def render_comparison(found: Found) -> str:
     """The page: it opens offline and runs no script."""
+    asked = at(found, "asked") or []
+    curve = asked_plot(asked)
     plots = [
         ("Held-out preference accuracy", _dots(found, "accuracy", "accuracy")),
         ("Gold reward accuracy against the common reference", _dots(found, "gra_common", "GRA")),
         ("Accuracy against cost", _cost(found)),
+        ("Annotators by labels asked for", curve and drawn(curve)),
     ]
     told = [
         (verdict, drawn(dots_plot(verdict.dots, None, f"verdict-{k}")))
@@ -63,7 +66,7 @@ def render_comparison(found: Found) -> str:
     page = TEMPLATES.get_template("comparison.html.j2").render(
         output_dir=found["run"]["output_dir"],
         seeds=found["seeds"],
-        n_trials=len(found["trials"]),
+        n_trials=len(found["trials"]) + len(asked[1:]),
         simulated=SIMULATED if is_simulated(found) else None,
         sections=[(k, title) for k, title in _SECTIONS.items() if parts[k]],
         **parts,

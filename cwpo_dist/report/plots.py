@@ -29,8 +29,9 @@ from cwpo_dist.report.drawing import (
     points_axis,
     short_name,
     svg_of,
+    whiskers,
 )
-from cwpo_dist.report.figures import Share
+from cwpo_dist.report.figures import Mean, Share
 from cwpo_dist.report.outputs import numbered, shared_outputs
 from cwpo_dist.report.summary import COMPARISONS
 from cwpo_dist.stage_order import Curve
@@ -180,6 +181,33 @@ def arms_cost_plot(metrics: Metrics) -> Plot | None:
         if hours and right is not None and right.accuracy is not None
     ]
     return cost_plot(found) if found else None
+
+
+def asked_plot(rows: Sequence[Metrics]) -> Plot | None:
+    """Annotators' accuracy by the labels that strategies asked for; None where none was compared.
+
+    Args:
+        rows: of the comparison; the first of no label that was asked for, where all lines begin.
+    """
+    if not rows:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, ax = figure_of()
+        for k, strategy in enumerate(dict.fromkeys(row["strategy"] for row in rows[1:])):
+            of = [rows[0], *(row for row in rows[1:] if row["strategy"] == strategy)]
+            found = [(row["labels"], m) for row in of if (m := Mean.of(row["accuracy"]))]
+            found.sort(key=lambda each: each[0])
+            places, means = [labels for labels, _ in found], [m.cut(0, 1) for _, m in found]
+            colour, marker = SERIES[k % len(SERIES)], "osD^"[k % 4]
+            ax.plot(places, [m.mean for m in means], color=colour, marker=marker, label=strategy)
+            whiskers(ax, places, means, horizontal=False, colour=colour)
+        ax.set(xlabel="labels", ylabel="accuracy")
+        percent_axis(ax.yaxis)
+        legend_below(figure, ax)
+        return Plot(
+            svg_of(figure, "asked"),
+            "Means over seeds, with 95 % intervals. All lines begin with the labelled part.",
+        )
 
 
 def cost_plot(found: Sequence[tuple[float, Dot]]) -> Plot:

@@ -52,6 +52,9 @@ _OF_ANNOTATOR: dict[str, tuple[str, str, float, float]] = {
 
 def tables(found: Found) -> list[Table]:
     """Every table, in reading order."""
+    asked = [_asked_table(found)] if at(found, "asked") else []
+    if not found["trials"]:
+        return asked
     matrix = [_matrix_table(found)] if 2 < len(found["trials"]) <= MOST_IN_MATRIX else []
     known = _annotators(found)
     annotators = [_annotators_table(known)] if known else []
@@ -59,7 +62,7 @@ def tables(found: Found) -> list[Table]:
     stopped = [_stopped_table(found)] if _stopped(found) else []
     first = [_trials_table(found), *judged_tables(found), *stopped]
     shown = [*first, _paired_table(found), *matrix, _training_table(found)]
-    return [without_empty(table) for table in [*shown, *annotators, *rates]]
+    return [without_empty(table) for table in [*shown, *annotators, *asked, *rates]]
 
 
 def seeds_note(found: Found) -> str:
@@ -238,6 +241,27 @@ def _annotators_table(annotators: list[tuple[list[str], Found]]) -> Table:
         "often in the most confident quarter of pairs than in the least, and the calibration error "
         "(ECE, ten bins), Brier score and negative log-likelihood (NLL, nats) small. The last "
         "column: the margin's correlation with the difference in length.",
+    )
+
+
+def _asked_table(found: Found) -> Table:
+    rows = tuple(
+        (
+            *(Cell(row["strategy"] or "before"), Cell(f"{row['labels']:,.0f}")),
+            *(_share(row["accuracy"]), _points(at(row, "accuracy_less_random"))),
+            _mean(Mean.of(row["nll"]), ".3f", 0),
+            _mean(Mean.of(at(row, "nll_less_random")), "+.3f"),
+        )
+        for row in found["asked"]
+    )
+    return Table(
+        "Labels that were asked for",
+        ("strategy", "labels", "accuracy", "Δ accuracy", "NLL", "Δ NLL"),
+        rows,
+        note="Annotators on held-out labels. Labels: of the labelled part, and those that were "
+        "asked for beside it; the mean over seeds. NLL: nats, of margins as they are. Differences "
+        f"are from random with as many labels, on the same seeds and pairs. {_MARK}",
+        n_names=2,
     )
 
 

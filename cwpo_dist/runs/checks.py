@@ -40,7 +40,7 @@ from cwpo_dist.runs.own_checks import own_faults
 from cwpo_dist.runs.room_checks import room_faults
 from cwpo_dist.runs.sizes import Loader, ModelSize, annotator, policy, reward_model
 from cwpo_dist.runs.training_checks import deepspeed_faults, setting_faults
-from cwpo_dist.runs.trials import Trial, baseline, by_loss
+from cwpo_dist.runs.trials import Trial, baseline, by_loss, section, starting
 from cwpo_dist.runs.weighing_checks import weighing_faults
 from cwpo_dist.storage import StorageError, Store
 
@@ -159,6 +159,8 @@ def check_trials(config: Config, found: Sequence[Trial]) -> Checked:
     """
     baseline(config, found)
     checked = [check(run) for run in by_loss(config, found)]
+    if section(config).ask:
+        checked.append(check(starting(config, section(config).seeds[0]), "annotate"))
     sizes = {name: size for each in checked for name, size in each.sizes.items()}
     encoders = {name: encoder for each in checked for name, encoder in each.encoders.items()}
     notes = dict.fromkeys(note for each in checked for note in each.notes)

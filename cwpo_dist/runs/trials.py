@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cwpo_dist.acquisition import STRATEGIES
 from cwpo_dist.config import ARMS, CompareConfig, Config, ConfigError, FitConfig, Grid
 from cwpo_dist.objectives import OBJECTIVES
 
@@ -85,6 +86,7 @@ def section(config: Config) -> CompareConfig:
             "compare: missing; give seeds and grids, see jobs/recipes/hh-compare.yaml"
         )
     faults = [*_loss_faults(config.compare), *_rate_faults(config, config.compare)]
+    faults += _ask_faults(config, config.compare)
     if config.compare.stop_losers and len(config.compare.seeds) < 4:
         faults.append("compare.stop_losers: nothing to save with fewer than 4 compare.seeds")
     if faults:
@@ -114,6 +116,30 @@ def _rate_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
         )
 
 
+def _ask_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
+    """Labels that nobody would learn from, or too few annotators to choose by."""
+    if compare.ask and config.annotate.ready():
+        yield f"compare.ask: {config.annotate.ready()[0][0]} is ready, and learns from no label"
+    if compare.ask and not 0 < (share := config.prepare.labelled_fraction) < 1:
+        yield (
+            f"prepare.labelled_fraction: {share:g}, but compare.ask begins with a labelled part, and "
+            "asks for labels that are hidden; give a share between"
+        )
+    there = config.fit.heads * len(config.fit.seeds or [config.seed])
+    for k, asks in enumerate(compare.ask):
+        if (wanted := STRATEGIES[asks.strategy].annotators) > there:
+            yield (
+                f"compare.ask.{k}.strategy: {asks.strategy!r} needs {wanted} annotators, and there "
+                f"is {there}; give fit.heads or several fit.seeds"
+            )
+
+
+def starting(config: Config, seed: int) -> Config:
+    """The run of a seed up to `annotate`: of `compare.ask`, before anything is asked."""
+    changes = {"seed": seed, "arms": ["weak"], "policy": None, "compare": None}
+    return config.model_copy(update=changes | {"fit": _fit(config, seed)})
+
+
 def trials(config: Config) -> list[Trial]:
     """All trials, in the order of the grids, each once."""
     found: dict[Hashable, Trial] = {}
@@ -131,7 +157,7 @@ def baseline(config: Config, found: Sequence[Trial]) -> str:
     """
     told, given = list(names(found).values()), section(config).baseline
     if given is None:
-        return told[0]
+        return next(iter(told), "")
     for name in told:
         if name.split() == given.replace("%", " %").split():  # 30% is 30 %
             return name
@@ -149,7 +175,8 @@ def by_loss(config: Config, found: Sequence[Trial]) -> Iterator[Config]:
 
 
 def _grids(config: Config) -> Sequence[Grid]:
-    return section(config).grids or [Grid(arms=config.arms)]
+    compare = section(config)
+    return compare.grids or ([] if compare.ask else [Grid(arms=config.arms)])
 
 
 def _of_grid(config: Config, grid: Grid) -> Iterator[Trial]:

@@ -10,12 +10,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 
 from cwpo_dist.config import Engine, ModelConfig
 from cwpo_dist.lm.encoder import fill_id, load_tokenizer
 from cwpo_dist.lm.generation import generate
-from cwpo_dist.lm.loading import load_config, load_policy, load_reward_model
-from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, unwrapped
+from cwpo_dist.lm.heads import name_heads
+from cwpo_dist.lm.loading import ModelError, load_config, load_policy, load_reward_model
+from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, scores_last_token, unwrapped
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.sharing import SharedRows, tokens_hash
@@ -45,6 +47,8 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.scoring.retries import Input, ShardOutput, T
 from cwpo_dist.scoring.set_aside import SetAside
 from cwpo_dist.storage import Store
+
+STATES = 64  # numbers of an answer's projected state: of a million pairs, 256 MB
 
 
 class TokenWorker:
@@ -83,6 +87,32 @@ def reward_module(model: ModelConfig, device: torch.device) -> AnswerScores:
     return AnswerScores(loaded, token_types=encoder.token_types)
 
 
+def states_module(model: ModelConfig, device: torch.device) -> AnswerScores:
+    """A reward model that says what its head reads of an answer: a projection, last the score.
+
+    The projection is drawn once and for all, so that it is the same in each actor.
+
+    Raises:
+        ModelError: for a model without a head that is one matrix over an answer's last token.
+    """
+    loaded = load_reward_model(model, device=device)
+    head = getattr(loaded, "score", None)
+    if not scores_last_token(loaded) or type(head) is not nn.Linear:
+        raise ModelError(
+            f"{model.model_name_or_path}: its score is no matrix times an answer's last state, so "
+            "that --strategy information cannot read that; take another"
+        )
+    drawn = torch.Generator().manual_seed(0)
+    projection = torch.randn(min(STATES, head.in_features), head.in_features, generator=drawn)
+    score = head.weight.detach().float().mean(0, keepdim=True)
+    loaded.score = nn.Linear(head.in_features, len(projection) + 1, bias=False, device=device)
+    with torch.no_grad():
+        loaded.score.weight.copy_(torch.cat([projection.to(score), score]))
+    name_heads(loaded.config, len(projection) + 1)
+    encoder = encoder_for(model, "reward model", loaded)
+    return AnswerScores(loaded, token_types=encoder.token_types)
+
+
 def policy_module(model: ModelConfig, device: torch.device) -> AnswerLogProbs:
     """A policy as it is applied."""
     return AnswerLogProbs(load_policy(model, device=device))
@@ -100,6 +130,7 @@ class RewardWorker:
         ranks: Ranks | None = None,
         *,
         batch_invariant: bool = False,
+        load: Callable[[ModelConfig, torch.device], AnswerScores] = reward_module,
     ) -> None:
         """Loads the model, unless ranks hold it together.
 
@@ -110,6 +141,7 @@ class RewardWorker:
             max_tokens: of one forward pass.
             ranks: that hold it.
             batch_invariant: no answer's bits depend on what is scored beside it.
+            load: makes the module.
 
         Raises:
             ModelError: for a model that cannot be loaded, read or, where asked, be kept invariant.
@@ -117,7 +149,7 @@ class RewardWorker:
         self.answers, self.model, self.annotator = answers, model, annotator
         if batch_invariant:
             fix_workspace()
-        module = reward_module(model, assigned_device()) if ranks is None else ranks.module
+        module = load(model, assigned_device()) if ranks is None else ranks.module
         assert isinstance(module, AnswerScores)
         self.schema = SCORE_SCHEMA if module.heads == 1 else HEADS_SCHEMA
         self.encoder = encoder_for(model, "reward model", unwrapped(module.model))

@@ -159,7 +159,7 @@ def make(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object]
         RejectsError: when more answers than `annotate.max_reject_fraction` have no score, or more
             pairs two that are alike.
     """
-    job, limit = _job(context, node), _limit(context, node)
+    job, limit = shard_job(context, node), limit_of(context, node)
     new = _of_new_answers(context, node, job)
     counts = node.settings.by.run(new, annotator(context, node), reward_module, limit.check)
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
@@ -189,7 +189,7 @@ def retry(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object
     Returns:
         The counts of all scores with those of this retry; None when there was nothing to retry.
     """
-    first, by, model = _job(context, node), node.settings.by, annotator(context, node)
+    first, by, model = shard_job(context, node), node.settings.by, annotator(context, node)
     by.run(first, model, reward_module)
     number = node.retries + 1
     failed = [index for index, counts in committed_counts(first).items() if counts["rejects"]]
@@ -197,12 +197,12 @@ def retry(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object
     if not aside:
         logger.info("annotate: nothing was set aside but for its tokens, as they are or too many")
         return None
-    again = by.run(_job(context, node, number, aside), model, reward_module)
+    again = by.run(shard_job(context, node, number, aside), model, reward_module)
     retried = _retried_counts(context, replace(node, retries=number))
     return _plus(total_counts(first), retried) | {"throughput": again.get("throughput")}
 
 
-def _job(
+def shard_job(
     context: Context,
     node: Node[AnnotateSettings],
     retry: int = 0,
@@ -235,7 +235,7 @@ def _selected(fold: Fold, _shard: int) -> Fold:
     return fold
 
 
-def _limit(context: Context, node: Node[AnnotateSettings]) -> Limit:
+def limit_of(context: Context, node: Node[AnnotateSettings]) -> Limit:
     """How much may be set aside."""
     told, prepared = node.settings, context.counts(node.inputs["prepare"])
     answers, alone, pairs = (
@@ -326,7 +326,7 @@ def _retried_counts(context: Context, node: Node[AnnotateSettings]) -> Counter[s
     for number in range(1, node.retries + 1):
         shards = range(context.shards(node))
         selected = [i for i in shards if part("scores", i, number) in names]
-        totals.update(total_counts(_job(context, node, number, selected)))
+        totals.update(total_counts(shard_job(context, node, number, selected)))
         totals["rejects"] -= totals.pop("rows_in")
     return totals
 
