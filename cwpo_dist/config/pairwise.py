@@ -92,7 +92,7 @@ class AlignConfig(PairsConfig):
         "sigmoid",
         description="the loss, by TRL's names: sigmoid (DPO), ipo (summed, the paper's), "
         "ipo_norm (per token, TRL's ipo), sigmoid_norm (DPO per token), robust (rDPO), ropo, "
-        "re_dpo (RE-PO of DPO), dr_dpo (Dr. DPO), hinge, simpo, orpo",
+        "re_dpo (RE-PO of DPO), dr_dpo (Dr. DPO), wpo, hinge, simpo, orpo",
     )
     beta: PositiveFloat = Field(
         0.5,

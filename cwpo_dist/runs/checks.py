@@ -20,7 +20,7 @@ from cwpo_dist.config import (
 )
 from cwpo_dist.evaluation.gold_function import load_function
 from cwpo_dist.lm.encoder import Encoder
-from cwpo_dist.objectives import objective
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
 from cwpo_dist.placement import (

@@ -10,7 +10,6 @@ from typing import Any
 from cwpo_dist.config import AlignConfig, Split
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.identity import Identity
-from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.preferences import Choice, read_choices
@@ -20,6 +19,7 @@ from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.runs.joined import pair_log_probs, pair_rows
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Training, by_prompt
 from cwpo_dist.scoring.pipeline import part

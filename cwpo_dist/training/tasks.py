@@ -256,6 +256,11 @@ class Preference(Task):
             return proportional(self.weights, self._prompts())
         return super().order
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """A log-prob an answer; for a loss that reads squares, them too."""
+        return (2, 2) if OBJECTIVES[self.loss_type].squares else (2,)
+
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
         """[P], each times its weight."""
         settings = self._settings(outputs_PK, indices)
@@ -297,8 +302,8 @@ class Preference(Task):
             "rewards/rejected": float(rejected_P.mean()),
             "rewards/accuracies": float((chosen_P > rejected_P).double().mean()),
             "rewards/margins": float((chosen_P - rejected_P).mean()),
-            "logps/chosen": float(outputs_PK[:, 0].mean()),
-            "logps/rejected": float(outputs_PK[:, 1].mean()),
+            "logps/chosen": float(pairs.chosen.mean()),
+            "logps/rejected": float(pairs.rejected.mean()),
             **({"kl": float(-ratios_2P.mean())} if found.reference else {}),
             "weight": float(self._weights(outputs_PK, indices).mean()),
             **({"flipped": self.learned[0]} if self.learned and not self.looks_ahead else {}),
@@ -315,12 +320,13 @@ class Preference(Task):
 
     def _pairs(self, outputs_PK: Tensor, indices: Indices) -> PairLogps:
         """What the loss reads of these rows."""
-        references = self.references
-        references_PK = (
-            torch.zeros_like(outputs_PK)
-            if references is None
-            else _of(references, indices, outputs_PK)
-        )
+        squares = None
+        if outputs_PK.dim() == 3:
+            outputs_PK, squares_PK = outputs_PK.unbind(2)
+            squares = squares_PK[:, 0], squares_PK[:, 1]
+        references_PK = torch.zeros_like(outputs_PK)
+        if self.references is not None:
+            references_PK = _of(self.references, indices, outputs_PK)
         counts = [self.rows[i].n_scored for i in indices]
         counts_PK = outputs_PK.new_tensor(counts)
         return PairLogps(
@@ -330,6 +336,7 @@ class Preference(Task):
             n_rejected=counts_PK[:, 1],
             ref_chosen=references_PK[:, 0],
             ref_rejected=references_PK[:, 1],
+            squares=squares,
         )
 
     def _weights(self, like: Tensor, indices: Indices) -> Tensor:
