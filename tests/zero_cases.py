@@ -178,7 +178,7 @@ def make_task(name: str) -> Task:
     `learning`: a loss that learns from its steps, far from what it begins with.
     `ahead`: a loss that depends on all outputs of a batch.
     `ipo`, `length`: a loss of its own, and one of log-ratios divided by tokens.
-    `wpo`: a loss that reads a second number of each answer.
+    `wpo`: a loss that reads a second number of each answer, whose own weights are small.
     """
     ids = [f"{i // 2:018x}{i:014x}" for i in range(N_ROWS)]
     if name == "sft":
@@ -194,7 +194,7 @@ def make_task(name: str) -> Task:
     references = [
         (-5.0 * len(r.answers[0]) + draw.normal(), -5.0 * len(r.answers[1])) for r in rows
     ]
-    if name == "dataset":  # as `weigh` leaves them
+    if name in {"dataset", "wpo"}:  # as `weigh` leaves them
         weights = (np.array(weights) / np.mean(weights)).tolist()
     by = "batch" if name == "batch" else "none"
     order: Any = "prompt" if name == "prompt" else "pair"
