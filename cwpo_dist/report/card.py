@@ -233,7 +233,7 @@ def _model(model: ModelConfig, known: Identity | None = None) -> str:
 def _weight(config: Config, arm: str) -> str:
     preset, user = config.arm(arm), config.weigh
     if preset.judged is not None:
-        return WEIGHTS_OF_JUDGED[preset.judged]
+        return WEIGHTS_OF_JUDGED[preset.weight_function]
     if preset.soft_labels:
         return "1, with the annotator's probability as a soft label"
     name: str = preset.weight_function
