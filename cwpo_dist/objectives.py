@@ -68,7 +68,7 @@ class LossSettings:
     """Numbers of a loss.
 
     Attributes:
-        beta: β; of ORPO the paper's λ.
+        beta: β; of ORPO the paper's λ; a tensor [P] gives each pair its own.
         label_smoothing: ε, the share of labels taken to be flipped; a tensor [P] gives each pair
             its own: 1 − the annotator's probability, for soft labels.
         simpo_gamma: γ, SimPO's target margin in units of reward.
@@ -78,7 +78,7 @@ class LossSettings:
         level: of Dr. DPO, see `level_of`.
     """
 
-    beta: float
+    beta: float | Tensor
     label_smoothing: float | Tensor = 0.0
     simpo_gamma: float = 0.5
     sft_coefficient: float = 0.0
@@ -278,7 +278,7 @@ class Objective:
             return loss_P
         return loss_P - settings.sft_coefficient * pairs.means[0]
 
-    def rewards(self, pairs: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    def rewards(self, pairs: PairLogps, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         """The implicit rewards of both answers, [P] each, chosen first."""
         chosen, rejected = pairs.ratios if self.reference else pairs.means
         return beta * chosen, beta * rejected

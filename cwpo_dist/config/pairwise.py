@@ -98,6 +98,11 @@ class AlignConfig(PairsConfig):
         0.5,
         description="β of the loss, how strongly it holds to the reference; of orpo the paper's λ",
     )
+    beta_column: str | None = Field(
+        None,
+        description="one of prepare.keep_columns, a number above 0: a pair's own β is beta times "
+        "it; null: beta alone",
+    )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
         None,
         description="ε: of robust its share of flipped labels (null: the paper's 0.1), of re_dpo "
@@ -127,7 +132,7 @@ class AlignConfig(PairsConfig):
     def identity(self) -> dict[str, object]:
         """As of any training; without what older keys do not know, where it is not used."""
         settings = super().identity()
-        for name in ("sft_coefficient", "ropo_alpha", "dr_dpo_beta"):
+        for name in ("sft_coefficient", "ropo_alpha", "dr_dpo_beta", "beta_column"):
             if not settings[name]:
                 del settings[name]
         return settings

@@ -257,7 +257,8 @@ def _mean_weight(figures: Figures) -> str:
 def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
     align = config.align
     yield "arm", f"`{arm}`"
-    yield "loss", f"`{align.loss_type}`, β {align.beta:g}"
+    own = "" if align.beta_column is None else f" times the pair's `{align.beta_column}`"
+    yield "loss", f"`{align.loss_type}`, β {align.beta:g}{own}"
     for name in ("label_smoothing", "simpo_gamma", "ropo_alpha", "dr_dpo_beta"):
         if getattr(align, name) is not None:
             yield name, f"{getattr(align, name):g}"

@@ -312,7 +312,9 @@ def _gold_faults(config: Config) -> Iterator[str]:
 
 def objective_faults(config: Config) -> Iterator[str]:
     """A loss that there is not, settings that it would ignore, or an arm that it cannot serve."""
-    found = []
+    column, found = config.align.beta_column, []
+    if column is not None and column not in config.prepare.keep_columns:
+        found.append(f"align.beta_column: {column!r} is none of prepare.keep_columns; add it there")
     for arm in config.arms:
         try:
             objective(config.align, soft_labels=config.arm(arm).soft_labels)
