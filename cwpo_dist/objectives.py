@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-
-from cwpo_dist.config import AlignConfig, ConfigError
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,8 @@ class PairLogps:
         n_rejected: tokens of y⁻.
         ref_chosen: log π_ref(y⁺); zeros for an objective without a reference.
         ref_rejected: log π_ref(y⁻).
+        squares: Σ_t log Σ_v π(v)² over the tokens t of y⁺, and of y⁻, with v all of the vocabulary;
+            of an objective that reads them.
     """
 
     chosen: Tensor
@@ -38,6 +38,7 @@ class PairLogps:
     n_rejected: Tensor
     ref_chosen: Tensor
     ref_rejected: Tensor
+    squares: tuple[Tensor, Tensor] | None = None
 
     @property
     def ratios(self) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ class LossSettings:
     """Numbers of a loss.
 
     Attributes:
-        beta: β; of ORPO the paper's λ.
+        beta: β; of ORPO the paper's λ; a tensor [P] gives each pair its own.
         label_smoothing: ε, the share of labels taken to be flipped; a tensor [P] gives each pair
             its own: 1 − the annotator's probability, for soft labels.
         simpo_gamma: γ, SimPO's target margin in units of reward.
@@ -77,7 +78,7 @@ class LossSettings:
         level: of Dr. DPO, see `level_of`.
     """
 
-    beta: float
+    beta: float | Tensor
     label_smoothing: float | Tensor = 0.0
     simpo_gamma: float = 0.5
     sft_coefficient: float = 0.0
@@ -179,6 +180,19 @@ def level_of(pairs: PairLogps, settings: LossSettings) -> Tensor:
     return torch.logsumexp(tempered_P, 0) - math.log(len(tempered_P))
 
 
+def wpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """WPO (arXiv 2406.11827, eq. 2, with its sampled alignment), [P]: w(y⁺)·w(y⁻)·ℓ of DPO's ℓ.
+
+    w(y) = exp(1/|y| · Σ_t log(π(y_t) / Σ_v π(v)²)), held fixed: a pair counts by how likely the
+    policy is to write its answers, by the measure of what it writes: tokens drawn from it have an
+    expected probability of Σ_v π(v)². As in TRL; the authors' code caps a pair's w(y⁺)·w(y⁻) at 1.
+    """
+    assert pairs.squares is not None, "of an objective that reads squares"
+    (chosen, rejected), (squares_chosen, squares_rejected) = pairs.means, pairs.squares
+    expected_P = squares_chosen / pairs.n_chosen + squares_rejected / pairs.n_rejected
+    return torch.exp(chosen + rejected - expected_P).detach() * dpo(pairs, settings)
+
+
 def hinge(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """max(0, 1 − βh), [P] (SLiC, arXiv 2305.10425, on log-ratios)."""
     return torch.relu(1 - settings.beta * pairs.h)
@@ -241,6 +255,7 @@ class Objective:
         own: the setting that it alone reads.
         learns: from all pairs of a global batch a number of the loss: ε, for the next step.
         looks_ahead: it is `level`, for this very step, which computes its outputs twice.
+        squares: it reads `PairLogps.squares`.
     """
 
     loss: PreferenceLoss
@@ -250,6 +265,7 @@ class Objective:
     own: str | None = None
     learns: PreferenceLoss | None = None
     looks_ahead: bool = False
+    squares: bool = False
 
     def losses(self, pairs: PairLogps, settings: LossSettings) -> Tensor:
         """The loss of each pair, [P]: ℓ − λ·log π(y⁺)/|y⁺| with λ = `sft_coefficient`.
@@ -262,7 +278,7 @@ class Objective:
             return loss_P
         return loss_P - settings.sft_coefficient * pairs.means[0]
 
-    def rewards(self, pairs: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    def rewards(self, pairs: PairLogps, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         """The implicit rewards of both answers, [P] each, chosen first."""
         chosen, rejected = pairs.ratios if self.reference else pairs.means
         return beta * chosen, beta * rejected
@@ -278,73 +294,10 @@ OBJECTIVES: dict[str, Objective] = {
     "ropo": Objective(ropo, own="ropo_alpha"),
     "re_dpo": Objective(re_dpo, label_smoothing=0.1, learns=flipped_share),
     "dr_dpo": Objective(dr_dpo, own="dr_dpo_beta", learns=level_of, looks_ahead=True),
+    "wpo": Objective(wpo, label_smoothing=0.0, soft_labels=True, squares=True),
     "hinge": Objective(hinge),
     "simpo": Objective(
         simpo, reference=False, label_smoothing=0.0, soft_labels=True, own="simpo_gamma"
     ),
     "orpo": Objective(orpo, reference=False),
 }
-
-
-def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objective, LossSettings]:
-    """The objective that a configuration names, with its numbers.
-
-    Args:
-        align: its section.
-        soft_labels: the arm's; the task then gives each pair its own ε.
-
-    Raises:
-        ConfigError: for a name that there is not, or a setting that this objective would ignore.
-    """
-    name = align.loss_type
-    if name not in OBJECTIVES:
-        raise ConfigError(
-            f"align.loss_type: {name!r} is unknown; choose from {', '.join(OBJECTIVES)} (DPO is "
-            "sigmoid, rDPO is robust)"
-        )
-    found = OBJECTIVES[name]
-    _refuse_unread(align, found)
-    if soft_labels:
-        _refuse_soft(align, found)
-    given = align.label_smoothing
-    epsilon = found.label_smoothing or 0.0 if given is None else given
-    settings = LossSettings(align.beta, epsilon, sft_coefficient=align.sft_coefficient)
-    if found.own is not None and (own := getattr(align, found.own)) is not None:
-        settings = replace(settings, **{found.own: own})
-    return found, settings
-
-
-def _refuse_unread(align: AlignConfig, found: Objective) -> None:
-    """Settings that the objective would ignore."""
-    name = align.loss_type
-    if align.label_smoothing is not None and found.label_smoothing is None:
-        raise ConfigError(
-            f"align.label_smoothing: {align.label_smoothing} is not read by loss_type {name!r}; "
-            f"remove it, or take {_those_with('label_smoothing')}"
-        )
-    for other, its in OBJECTIVES.items():
-        given = None if its.own in (None, found.own) else getattr(align, str(its.own))
-        if given is not None:
-            unread = f"align.{its.own}: {given} is not read by loss_type {name!r}"
-            raise ConfigError(f"{unread}; remove it, or take {other}")
-
-
-def _refuse_soft(align: AlignConfig, found: Objective) -> None:
-    """What does not go with the probabilities of an annotator in place of hard labels."""
-    if not found.soft_labels:
-        raise ConfigError(
-            f"align.loss_type: {align.loss_type!r} takes no soft labels, which arm 'soft' trains "
-            f"on; take {_those_with('soft_labels')}"
-        )
-    if align.label_smoothing is not None:
-        raise ConfigError(
-            f"align.label_smoothing: {align.label_smoothing} beside arm 'soft', whose ε is one "
-            "minus the annotator's probability, pair by pair; remove one of them"
-        )
-
-
-def _those_with(attribute: str) -> str:
-    """The names of the objectives that have it, for a message."""
-    having = {name: getattr(found, attribute) for name, found in OBJECTIVES.items()}
-    names = [name for name, value in having.items() if value is not None and value is not False]
-    return " or ".join(names)

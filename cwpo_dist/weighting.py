@@ -54,6 +54,22 @@ def one(margin: Floats) -> Floats:
     return np.ones_like(margin)
 
 
+def madpo(margin: Floats) -> Floats:
+    """MADPO (arXiv 2510.05342): σ(c·m) / σ(m), and 1 where m ≤ −τ; never overflows.
+
+    c = ½ + 3/2 · σ(τ − |m| − ln 2) falls from nearly 2 for small |m| through 1 at |m| = τ to ½. So
+    a pair that the annotator is unsure of counts up to 1.21, a surer one than τ a little below 1,
+    and one whose label it denies next to nothing, unless it is surer than τ of that. Formula and
+    numbers are those of the author's code: c_max = 2, c_min = ½, λ = 1 and τ = ln 999, the margin
+    of a probability of 99.9 %.
+    """
+    tau = math.log(999)
+    kept = np.maximum(margin, -tau)  # where the formula is 1, too
+    c = 0.5 + 1.5 * sigmoid(tau - np.abs(kept) - math.log(2))
+    weight: Floats = np.exp(np.logaddexp(0.0, -kept) - np.logaddexp(0.0, -c * kept))
+    return weight
+
+
 def lower_confidence(margin: Floats, disagreement: Floats) -> Floats:
     """C(max(0, m̄ − s)): the confidence that is left one standard deviation below the mean.
 
@@ -64,13 +80,14 @@ def lower_confidence(margin: Floats, disagreement: Floats) -> Floats:
     return confidence(np.maximum(0.0, margin - disagreement))
 
 
-# Keyed by `weigh.weight_function`; the paper's comparison of weight functions.
+# Keyed by `weigh.weight_function`; the paper's comparison of weight functions, and another's.
 WEIGHT_FUNCTIONS: dict[str, WeightFunction] = {
     "confidence": confidence,
     "sigmoid": sigmoid,
     "clipped": clipped,
     "clipped_fifth": clipped_fifth,
     "one": one,
+    "madpo": madpo,
 }
 # Those that also read what an ensemble's members differ by.
 ENSEMBLE_FUNCTIONS: dict[str, Callable[[Floats, Floats], Floats]] = {

@@ -33,6 +33,7 @@ from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import annotate, fit, sft, weigh
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training.train_rank import TrainSpec
+from cwpo_dist.weighting import madpo
 
 JUDGED = ["human_weighed", "human_cleaned"]
 Scorer = Callable[[str], float]  # of an answer, by its text
@@ -154,7 +155,7 @@ def test_a_label_that_the_annotator_denies_loses_its_weight_or_its_pair(
 ) -> None:
     labels = "".join(OTHER[label] for label in worlds.LABELS) if turned else worlds.LABELS
     monkeypatch.setattr(worlds, "LABELS", labels)
-    world = World(tmp_path, JUDGED, fit={"folds": 3})
+    world = World(tmp_path, [*JUDGED, "human_madpo"], fit={"folds": 3})
     for node in folds_of(world, "annotate"):
         lay(world, node, higher)
     agrees = {f"labelled-{k}" for k in range(3) if labels[k] == HIGHER[k]}
@@ -168,6 +169,10 @@ def test_a_label_that_the_annotator_denies_loses_its_weight_or_its_pair(
         assert row["probability"] == pytest.approx(sigmoid(sign * 10 * margin(k)))
         assert row["weight"] == pytest.approx(row["probability"], abs=1e-6)
         assert row["confidence"] == pytest.approx(max(0.0, math.tanh(sign * 5 * margin(k))))
+    _, by_madpo = weighed(world, "human_madpo")
+    for name, row in by_madpo.items():
+        beside = rows[name] | {"weight": pytest.approx(madpo(rows[name]["margin"]))}
+        assert row == beside, "the same chosen answer and margin"
     counts, rows = weighed(world, "human_cleaned")
     assert rows.keys() == agrees
     assert counts["dropped"] == 3 - len(agrees)

@@ -21,10 +21,10 @@ from cwpo_dist.objectives import (
     dr_dpo,
     flipped,
     level_of,
-    objective,
     re_dpo,
     ropo,
 )
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.training import held_out
 from cwpo_dist.training.loop import Preempted, gradients, train
 from cwpo_dist.training.tasks import Preference

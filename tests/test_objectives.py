@@ -31,10 +31,10 @@ from cwpo_dist.objectives import (
     bradley_terry,
     dpo,
     ipo,
-    objective,
     orpo,
     robust,
 )
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.training.tasks import Preference
 
 PAIRS, LENGTH, BETA, EPSILON, GAMMA = 5, 9, 0.3, 0.1, 0.7
@@ -55,12 +55,15 @@ class _Batch:
         draw = torch.rand(2, 2 * PAIRS, LENGTH - 1, generator=generator, dtype=torch.float64)
         self.policy = (-3 * draw[0] * answer).requires_grad_()
         self.reference = -3 * draw[1] * answer
+        self.squares = -2 * draw.sum(0) * answer  # log Σ_v p_v² of each token
 
     def ours(self) -> PairLogps:
         """What our losses are given."""
         chosen, rejected = self.policy.sum(1).chunk(2)
         ref_chosen, ref_rejected = self.reference.sum(1).chunk(2)
-        return PairLogps(chosen, rejected, *self.n_tokens.chunk(2), ref_chosen, ref_rejected)
+        squares = self.squares.sum(1).chunk(2)
+        counts = self.n_tokens.chunk(2)
+        return PairLogps(chosen, rejected, *counts, ref_chosen, ref_rejected, squares)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Log-probs a token, chosen first."""
@@ -79,7 +82,7 @@ def _same(ours: Tensor, theirs: Tensor, of: Tensor) -> None:
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-7)
 
 
-def _trl_loss(batch: _Batch, loss_type: str) -> Tensor:
+def _trl_loss(batch: _Batch, loss_type: str, *, use_weighting: bool = False) -> Tensor:
     """The batch mean of TRL's loss."""
     trl = importlib.import_module("trl")
     trainer = SimpleNamespace(
@@ -95,7 +98,7 @@ def _trl_loss(batch: _Batch, loss_type: str) -> Tensor:
         loss_weights=[1.0],
         beta=BETA,
         label_smoothing=EPSILON,
-        use_weighting=False,
+        use_weighting=use_weighting,
         _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
@@ -104,7 +107,11 @@ def _trl_loss(batch: _Batch, loss_type: str) -> Tensor:
 
     def model(**_: Any) -> SimpleNamespace:
         return SimpleNamespace(
-            log_probs=batch.policy, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+            log_probs=batch.policy,
+            log_sum_sq_probs=batch.squares,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=zeros.bool(),
         )
 
     ref_chosen, ref_rejected = batch.reference.sum(1).chunk(2)
@@ -135,6 +142,13 @@ def test_equals_trls_dpo(loss_type: str, seed: int) -> None:
     batch, (theirs, settings) = _Batch(seed), IN_DPO[loss_type]
     ours = OBJECTIVES[loss_type].loss(batch.ours(), settings).mean()
     _same(ours, _trl_loss(batch, theirs), batch.policy)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_wpo_equals_trls_weighted_dpo(seed: int) -> None:
+    batch = _Batch(seed)
+    ours = OBJECTIVES["wpo"].loss(batch.ours(), LossSettings(BETA)).mean()
+    _same(ours, _trl_loss(batch, "sigmoid", use_weighting=True), batch.policy)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -287,7 +301,7 @@ def test_soft_labels_are_each_pairs_own_smoothing() -> None:
             False,
             [
                 "align.label_smoothing: 0.2 is not read by loss_type 'hinge'",
-                "sigmoid or sigmoid_norm or robust or re_dpo or simpo",
+                "sigmoid or sigmoid_norm or robust or re_dpo or wpo or simpo",
             ],
         ),
         ({"simpo_gamma": 1.0}, False, ["align.simpo_gamma: 1.0", "'sigmoid'", "take simpo"]),
@@ -299,7 +313,7 @@ def test_soft_labels_are_each_pairs_own_smoothing() -> None:
         (
             {"loss_type": "robust"},
             True,
-            ["'robust' takes no soft labels", "sigmoid or sigmoid_norm or simpo"],
+            ["'robust' takes no soft labels", "sigmoid or sigmoid_norm or wpo or simpo"],
         ),
         ({"label_smoothing": 0.1}, True, ["align.label_smoothing: 0.1 beside arm 'soft'"]),
     ],
@@ -323,8 +337,8 @@ def test_unless_told_epsilon_is_the_papers_and_gamma_is_trls() -> None:
 def _pairs(chosen: Any, rejected: Any, ref_chosen: Any, ref_rejected: Any) -> PairLogps:
     """Of answers of two and of three tokens."""
     numbers = [torch.as_tensor(n).reshape(-1) for n in (chosen, rejected, ref_chosen, ref_rejected)]
-    ones = torch.ones_like(numbers[0])
-    return PairLogps(*numbers[:2], 2 * ones, 3 * ones, *numbers[2:])
+    ones, nothing = torch.ones_like(numbers[0]), torch.zeros_like(numbers[0])
+    return PairLogps(*numbers[:2], 2 * ones, 3 * ones, *numbers[2:], (nothing, nothing))
 
 
 def test_by_hand() -> None:

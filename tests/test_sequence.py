@@ -110,12 +110,13 @@ class Sharing(TorchEngine):
         return torch.stack(self.every.gathered(self.rank, numbers)).sum(0)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sigmoid_norm", "dr_dpo"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sigmoid_norm", "dr_dpo", "wpo"])
 @pytest.mark.parametrize("budget", [10**6, 61])
 def test_two_groups_of_two_ranks_compute_what_one_process_does(loss_type: str, budget: int) -> None:
     """Gradient, loss and tokens of a batch of unequal weights, with a pair too many for groups."""
     tasks, indices = [make_task(loss_type=loss_type) for _ in range(5)], [1, 4, 6, 9, 12, 17, 20]
     module = module_of("llama", seed=1, tie_word_embeddings=True)  # the reference is of seed 0
+    module.squares = loss_type == "wpo"
     run = Run(make_config(max_tokens_per_micro_batch=budget), 3, "packed", PAD)
     alone, every, groups = TorchEngine(module, run.config), Meeting(4), [Meeting(2), Meeting(2)]
     engines = [Sharing(module, rank, every, groups[rank // 2]) for rank in range(4)]

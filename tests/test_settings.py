@@ -30,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "labelled_only": {"labels": "human", "splits": ("labelled",)},
     "human_weighed": {"labels": "human", "splits": ("labelled",)}
     | {"judged": "weighed", "weight_function": "sigmoid"},
+    "human_madpo": {"labels": "human", "splits": ("labelled",)}
+    | {"judged": "weighed", "weight_function": "madpo"},
     "human_cleaned": {"labels": "human", "splits": ("labelled",), "judged": "cleaned"},
     "ws_dpo": {"annotator": "implicit"},
     "weak": {},
@@ -106,10 +108,11 @@ def weighed(given: dict[str, Any], arm: str, **weigh: Any) -> dict[str, Any]:
 
 
 def test_another_weight_function_is_for_arms_that_weigh(given: dict[str, Any]) -> None:
-    for arm in ARMS:
+    for arm, preset in ARMS.items():
         found = weighed(given, arm, weight_function="sigmoid")["weight_function"]
-        assert found == ("one" if ARMS[arm].weight_function == "one" else "sigmoid"), arm
-        assert weighed(given, arm)["weight_function"] == ARMS[arm].weight_function
+        own = preset.weight_function
+        assert found == (own if preset.labels == "human" or own == "one" else "sigmoid"), arm
+        assert weighed(given, arm)["weight_function"] == own
 
 
 def test_a_selection_and_a_temperature_are_for_arms_with_confidences(

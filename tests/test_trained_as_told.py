@@ -51,6 +51,7 @@ def preferences(world: World, spec: TrainSpec) -> tuple[Preference, Preference]:
         ({"loss_type": "ipo", "sft_coefficient": 0.2}, ("ipo", 0.5, 0.0, 0.5)),
         ({"loss_type": "ropo", "ropo_alpha": 6.0}, ("ropo", 0.5, 0.0, 0.5)),
         ({"loss_type": "dr_dpo", "dr_dpo_beta": 2.0}, ("dr_dpo", 0.5, 0.0, 0.5)),
+        ({"loss_type": "wpo"}, ("wpo", 0.5, 0.0, 0.5)),
         ({"loss_type": "sigmoid", "batch_by": "prompt"}, ("sigmoid", 0.5, 0.0, 0.5)),
     ],
 )

@@ -57,6 +57,20 @@ def test_nothing_overflows_where_logits_are_huge(block):
     torch.testing.assert_close(found.double(), oracle(hidden, weight, target), rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0, 300.0], ids=["flat", "mixed", "sure"])
+def test_squares_are_the_expected_probability_and_change_no_gradient(block, scale):
+    hidden, weight, target = problem(0, scale)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    plain = vocabulary_log_probs(*inputs, target)
+    log_probs, squares = vocabulary_log_probs(*inputs, target, squares=True).unbind(1)
+    logits = hidden.double() @ weight.double().T
+    expected = torch.logsumexp(2 * logits.log_softmax(1), 1)
+    torch.testing.assert_close(squares.double(), expected, rtol=1e-5, atol=1e-5 * max(scale, 1))
+    assert torch.equal(log_probs, plain)
+    wanted = gradients(plain, *inputs)
+    assert all(map(torch.equal, gradients(log_probs + squares, *inputs), wanted))
+
+
 def test_in_place_adds_the_same_gradient_to_what_is_there(block):
     hidden, weight, target = problem(0)
     weight.requires_grad_()

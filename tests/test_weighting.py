@@ -20,6 +20,7 @@ from cwpo_dist.weighting import (
     confidence,
     join,
     last_of_top,
+    madpo,
     sigmoid,
     top_count,
     weights,
@@ -38,6 +39,8 @@ pairs = st.dictionaries(st.text("abc", max_size=6), st.floats(0, 1), max_size=40
         ("clipped", [0.0, 0.5, 1.0, 1.0]),
         ("clipped_fifth", [0.0, 0.1, 0.4, 1.0]),
         ("one", [1.0, 1.0, 1.0, 1.0]),
+        # c of 1.9971, 1.9951, 1.9781 and 0.5333
+        ("madpo", [1.0, 1.1736882117, 1.1140192088, 0.9952369982]),
     ],
 )
 def test_weight_functions_by_hand(name: str, values: list[float]) -> None:
@@ -67,10 +70,23 @@ def test_small_margins_keep_their_digits(margin: float) -> None:
 @given(margins, margins)
 def test_weights_are_monotone_finite_and_bounded(first: float, second: float) -> None:
     low, high = sorted([first, second])
-    for function in WEIGHT_FUNCTIONS.values():
-        assert function(low) <= function(high)
+    for name, function in WEIGHT_FUNCTIONS.items():
+        assert function(low) <= function(high) or name == "madpo"
         assert math.isfinite(function(low))
-        assert abs(function(high)) <= 1.0
+        assert abs(function(high)) <= (1.21 if name == "madpo" else 1.0)
+
+
+@given(st.floats(-30, 30))
+def test_madpo_is_the_authors_formula_and_trusts_what_the_annotator_affirms(margin: float) -> None:
+    tau, c_max, c_min = math.log(999), 2.0, 0.5
+    steep = (c_max - 1) / (1 - c_min) * math.exp(abs(margin) - tau)
+    c = c_min + (c_max - c_min) / (1 + steep)
+    expected = sigmoid(c * margin) / sigmoid(margin) if margin > -tau else 1.0
+    assert madpo(margin) == pytest.approx(expected, rel=1e-4)
+    if 1e-3 < abs(margin) < tau - 1e-3:
+        assert (madpo(margin) > 1) == (margin > 0), "unsure: the label counts for more, if it holds"
+    elif tau + 1e-3 < margin:
+        assert 0.99 < madpo(margin) < 1, "sure: it counts for less"
 
 
 def select(

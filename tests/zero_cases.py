@@ -97,6 +97,7 @@ ZERO_CASES = [
     Case("heads-3", 3, task="heads"),
     Case("batch-2", 2, task="batch"),
     Case("ahead-3", 3, task="ahead"),
+    Case("wpo-3", 3, task="wpo"),
     Case("offload-2", 2, offload=True),
     Case("mixture-2", 2, model="mixture"),
     Case("mixture-lora-3", 3, lora=True, task="dataset", model="mixture"),
@@ -149,6 +150,9 @@ ACROSS_STAGES = [
 BF16_CASE = Case("adamw-bf16-1", 1, task="prompt", optim="adamw", steps=6, dtype="bfloat16")
 
 
+_LOSSES = {"ahead": "dr_dpo", "ipo": "ipo", "length": "sigmoid_norm", "wpo": "wpo"}
+
+
 def make_rows(n_answers: int = 2) -> list[Row]:
     """Rows of random tokens, from a few to sixty of them."""
     draw = np.random.default_rng(SEED)
@@ -174,6 +178,7 @@ def make_task(name: str) -> Task:
     `learning`: a loss that learns from its steps, far from what it begins with.
     `ahead`: a loss that depends on all outputs of a batch.
     `ipo`, `length`: a loss of its own, and one of log-ratios divided by tokens.
+    `wpo`: a loss that reads a second number of each answer, whose own weights are small.
     """
     ids = [f"{i // 2:018x}{i:014x}" for i in range(N_ROWS)]
     if name == "sft":
@@ -189,14 +194,14 @@ def make_task(name: str) -> Task:
     references = [
         (-5.0 * len(r.answers[0]) + draw.normal(), -5.0 * len(r.answers[1])) for r in rows
     ]
-    if name == "dataset":  # as `weigh` leaves them
+    if name in {"dataset", "wpo"}:  # as `weigh` leaves them
         weights = (np.array(weights) / np.mean(weights)).tolist()
     by = "batch" if name == "batch" else "none"
     order: Any = "prompt" if name == "prompt" else "pair"
     told = {"normalization": by, "batch_by": order}
     if name == "learning":
         return Preference(rows, ids, weights, references, "re_dpo", 0.3, 0.4, **told)
-    loss_type = {"ahead": "dr_dpo", "ipo": "ipo", "length": "sigmoid_norm"}.get(name, "sigmoid")
+    loss_type = _LOSSES.get(name, "sigmoid")
     return Preference(rows, ids, weights, references, loss_type, 0.3, **told)
 
 
@@ -221,7 +226,8 @@ def make_module(case: Case, folder: Path) -> nn.Module:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1, generator=generator)
-    module = AnswerScores(model) if scores else AnswerLogProbs(model)
+    squares = case.task == "wpo"
+    module = AnswerScores(model) if scores else AnswerLogProbs(model, squares=squares)
     start_training(module)
     return module
 

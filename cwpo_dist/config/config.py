@@ -37,12 +37,14 @@ class WeighConfig(Section):
         None, description="which of the data's own numbers; null: the one that they have"
     )
     weight_function: (
-        Literal["confidence", "sigmoid", "clipped", "clipped_fifth", "one", "lower_confidence"]
+        Literal[
+            "confidence", "sigmoid", "clipped", "clipped_fifth", "one", "madpo", "lower_confidence"
+        ]
         | None
     ) = Field(
         None,
-        description="of arms that weigh, in this order: C, σ(m), min(m,1), min(0.2m,1), 1, "
-        "C(m − disagreement); null: the arm's",
+        description="of arms that weigh, in this order: C, σ(m), min(m,1), min(0.2m,1), 1, that of "
+        "MADPO (docs/arms.md), C(m − disagreement); null: the arm's",
     )
     pairing: WeighPairing = Field(
         "given",
@@ -228,7 +230,7 @@ class Arm(Section):
     judged: Literal["weighed", "cleaned"] | None = None
     annotator: Literal["fitted", "implicit"] = "fitted"  # implicit: rewards of a weak DPO policy
     splits: tuple[Split, ...] = ("unlabelled",)
-    weight_function: Literal["confidence", "sigmoid", "one", "lower_confidence"] = "one"
+    weight_function: Literal["confidence", "sigmoid", "one", "madpo", "lower_confidence"] = "one"
     top_fraction: float | None = None
     temperature: Literal["fitted"] | None = None
     weight_normalization: Literal["none", "batch", "dataset"] = "none"
@@ -249,6 +251,9 @@ ARMS: dict[str, Arm] = {
     "labelled_only": Arm(labels="human", splits=("labelled",)),
     "human_weighed": Arm(
         labels="human", judged="weighed", splits=("labelled",), weight_function="sigmoid"
+    ),
+    "human_madpo": Arm(
+        labels="human", judged="weighed", splits=("labelled",), weight_function="madpo"
     ),
     "human_cleaned": Arm(labels="human", judged="cleaned", splits=("labelled",)),
     "ws_dpo": Arm(labels="annotator", annotator="implicit"),

@@ -92,11 +92,16 @@ class AlignConfig(PairsConfig):
         "sigmoid",
         description="the loss, by TRL's names: sigmoid (DPO), ipo (summed, the paper's), "
         "ipo_norm (per token, TRL's ipo), sigmoid_norm (DPO per token), robust (rDPO), ropo, "
-        "re_dpo (RE-PO of DPO), dr_dpo (Dr. DPO), hinge, simpo, orpo",
+        "re_dpo (RE-PO of DPO), dr_dpo (Dr. DPO), wpo, hinge, simpo, orpo",
     )
     beta: PositiveFloat = Field(
         0.5,
         description="β of the loss, how strongly it holds to the reference; of orpo the paper's λ",
+    )
+    beta_column: str | None = Field(
+        None,
+        description="one of prepare.keep_columns, a number above 0: a pair's own β is beta times "
+        "it; null: beta alone",
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
         None,
@@ -127,7 +132,7 @@ class AlignConfig(PairsConfig):
     def identity(self) -> dict[str, object]:
         """As of any training; without what older keys do not know, where it is not used."""
         settings = super().identity()
-        for name in ("sft_coefficient", "ropo_alpha", "dr_dpo_beta"):
+        for name in ("sft_coefficient", "ropo_alpha", "dr_dpo_beta", "beta_column"):
             if not settings[name]:
                 del settings[name]
         return settings

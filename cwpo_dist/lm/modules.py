@@ -62,26 +62,33 @@ class ChunkedHead(nn.Module):
         is_matrix = type(lm_head) is nn.Linear and lm_head.bias is None
         self.is_matrix = is_matrix and self.softcap is None
 
-    def forward(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
-        """Log-prob of each target, in nats, fp32 [N]."""
+    def forward(self, hidden_NH: Tensor, target_N: Tensor, *, squares: bool = False) -> Tensor:
+        """Log-prob of each target, in nats, fp32 [N]; with squares [N, 2], and log Σ_v p_v²."""
         if self.is_matrix:
             scaled_NH = hidden_NH if self.scale == 1.0 else hidden_NH * self.scale
             weight_VH = self._lm_head[0].weight
             assert isinstance(weight_VH, Tensor)
-            return vocabulary_log_probs(scaled_NH, weight_VH, target_N, in_place=self.in_place)
+            return vocabulary_log_probs(
+                scaled_NH, weight_VH, target_N, in_place=self.in_place, squares=squares
+            )
         size = self.chunk_size
         chunks = zip(torch.split(hidden_NH, size), torch.split(target_N, size), strict=True)
         if not torch.is_grad_enabled():
-            return torch.cat([self._logps(hidden, target) for hidden, target in chunks])
-        return torch.cat([checkpoint(self._logps, *chunk, use_reentrant=False) for chunk in chunks])
+            return torch.cat([self._logps(*chunk, squares) for chunk in chunks])
+        found = [checkpoint(self._logps, *chunk, squares, use_reentrant=False) for chunk in chunks]
+        return torch.cat(found)
 
-    def _logps(self, hidden_nH: Tensor, target_n: Tensor) -> Tensor:
+    def _logps(self, hidden_nH: Tensor, target_n: Tensor, squares: bool) -> Tensor:
         logits_nV = self._lm_head[0].forward(hidden_nH).float()
         if self.scale != 1.0:
             logits_nV = logits_nV * self.scale
         if self.softcap is not None:
             logits_nV = torch.tanh(logits_nV / self.softcap) * self.softcap
-        return -nn.functional.cross_entropy(logits_nV, target_n, reduction="none")
+        log_probs_n = -nn.functional.cross_entropy(logits_nV, target_n, reduction="none")
+        if not squares:
+            return log_probs_n
+        squares_n = torch.logsumexp(2 * logits_nV.detach().log_softmax(1), dim=1)
+        return torch.stack([log_probs_n, squares_n], dim=1)
 
 
 class AnswerLogProbs(nn.Module):
@@ -90,16 +97,17 @@ class AnswerLogProbs(nn.Module):
     Attributes:
         model: the model as given; the names of its parameters follow after `model.`.
         head: shares its parameters with `model`; `named_parameters` lists them once, there.
+        squares: whether an answer has a second number, Σ log Σ_v p_v² over its tokens.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, squares: bool = False):
         """Finds the decoder and the output embeddings; LoRA layers inside them stay active.
 
         Raises:
             ModelError: for a model without output embeddings.
         """
         super().__init__()
-        self.model = model
+        self.model, self.squares = model, squares
         core = unwrapped(model)
         lm_head = core.get_output_embeddings()
         if lm_head is None:
@@ -114,15 +122,22 @@ class AnswerLogProbs(nn.Module):
         self.head = ChunkedHead(lm_head, core.config.get_text_config())
 
     def forward(self, batch: RowBatch) -> Tensor:
-        """Σ log p(answer token | what it may see), in nats, fp32 [A], in the order of the rows."""
-        logps_N = self.token_logps(batch)
-        logps_A = logps_N.new_zeros(len(batch.last)).index_add(0, batch.answer, logps_N)
-        return batch.group.summed(logps_A)
+        """Σ log p(answer token | what it may see), in nats, fp32 [A], in the order of the rows.
+
+        With squares [A, 2].
+        """
+        numbers_N = self._of_tokens(batch, squares=self.squares)
+        zeros_A = numbers_N.new_zeros(len(batch.last), *numbers_N.shape[1:])
+        return batch.group.summed(zeros_A.index_add(0, batch.answer, numbers_N))
 
     def token_logps(self, batch: RowBatch) -> Tensor:
         """Log-prob of each answer token in nats, fp32 [N], in the order of `batch.target`."""
+        return self._of_tokens(batch, squares=False)
+
+    def _of_tokens(self, batch: RowBatch, *, squares: bool) -> Tensor:
         hidden_BLH = decode(self._decoder[0], batch)
-        return self.head(hidden_BLH.flatten(0, 1)[batch.source], batch.target)  # type: ignore[no-any-return]  # nn.Module
+        read_NH = hidden_BLH.flatten(0, 1)[batch.source]
+        return self.head(read_NH, batch.target, squares=squares)  # type: ignore[no-any-return]  # nn.Module
 
 
 class AnswerScores(nn.Module):

@@ -12,6 +12,9 @@ smaller side of each product: no pass over logits is left. As the target stands 
 nor 1 − p is a difference of near numbers where p is near 1. Blocks are kept up to a bound, and made
 again beyond it.
 
+Asked for Σ_v p_v², the forward pass sums e² of each block, too: log Σ_v p_v² is that of
+exp(2·log p) + Σ_blocks (exp(m) · |e|)² / Z², with Z = exp(z_t) + exp(R). It has no gradient.
+
 Logits are fp32 whatever the dtype of the model: rounded to bf16 they cost 0.03 nats a token, and
 log p > 0 comes out of two roundings that differ.
 
@@ -35,7 +38,12 @@ KEPT_NUMBERS = 2**24
 
 
 def vocabulary_log_probs(
-    hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, *, in_place: bool = False
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    *,
+    in_place: bool = False,
+    squares: bool = False,
 ) -> Tensor:
     """Log-softmax of hidden · weightᵀ at the targets.
 
@@ -45,15 +53,17 @@ def vocabulary_log_probs(
         target_N: int64.
         in_place: the backward pass adds the weight's gradient to `weight.grad` itself, and hands
             autograd none: no second matrix of that size, but hooks on the gradient see nothing.
+        squares: beside the log-probs, without a gradient, log Σ_v p_v² of all words v.
 
     Returns:
-        fp32 [N], in nats.
+        fp32 [N], in nats; with squares [N, 2].
     """
     room = KEPT_NUMBERS if torch.is_grad_enabled() else 0
-    log_probs_N: Tensor = _VocabularyLogProbs.apply(  # type: ignore[no-untyped-call]  # of torch
-        hidden_NH, weight_VH, target_N, room, in_place
+    found: tuple[Tensor, Tensor | None] = _VocabularyLogProbs.apply(  # type: ignore[no-untyped-call]  # of torch
+        hidden_NH, weight_VH, target_N, room, in_place, squares
     )
-    return log_probs_N
+    log_probs_N, squares_N = found
+    return log_probs_N if squares_N is None else torch.stack([log_probs_N, squares_N], dim=1)
 
 
 class _Context(Protocol):
@@ -66,6 +76,8 @@ class _Context(Protocol):
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
 
 class _VocabularyLogProbs(torch.autograd.Function):
     @staticmethod
@@ -76,15 +88,18 @@ class _VocabularyLogProbs(torch.autograd.Function):
         target_N: Tensor,
         room: int,
         in_place: bool,
-    ) -> Tensor:
+        squares: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         target_N1 = hidden_NH.new_zeros(len(hidden_NH), 1, dtype=torch.float32)
-        maxima, sums, kept, start = [], [], [], 0
+        maxima, sums, norms, kept, start = [], [], [], [], 0
         for weight_vH in weight_VH.split(_BLOCK_WORDS[weight_VH.device.type]):
             logits_Nv = fp32_product(hidden_NH, weight_vH)
             target_N1 += _targets_in(logits_Nv, target_N, start)
             maxima.append(logits_Nv.amax(1, keepdim=True))
             exponentials_Nv = _others(logits_Nv, maxima[-1], target_N, start)
             sums.append(exponentials_Nv.sum(1, keepdim=True))
+            if squares:
+                norms.append(torch.linalg.vector_norm(exponentials_Nv, dim=1, keepdim=True))
             room -= exponentials_Nv.numel()
             kept.append(exponentials_Nv.to(weight_VH.dtype) if room >= 0 else None)
             start += len(weight_vH)
@@ -92,11 +107,18 @@ class _VocabularyLogProbs(torch.autograd.Function):
         others_N1 = torch.logsumexp(maximum_NB + torch.cat(sums, dim=1).log(), 1, keepdim=True)
         ctx.save_for_backward(hidden_NH, weight_VH, target_N, maximum_NB, target_N1, others_N1)
         ctx.kept, ctx.in_place = kept, in_place
-        return logsigmoid(target_N1 - others_N1)[:, 0]
+        log_probs_N1 = logsigmoid(target_N1 - others_N1)
+        if not squares:
+            return log_probs_N1[:, 0], None
+        total_N1 = torch.logaddexp(target_N1, others_N1)
+        norm_NB = maximum_NB + torch.cat(norms, dim=1).log() - total_N1
+        squares_N = torch.logsumexp(2 * torch.cat([log_probs_N1, norm_NB], dim=1), 1)
+        ctx.mark_non_differentiable(squares_N)
+        return log_probs_N1[:, 0], squares_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad_N: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, target_N, maximum_NB, target_N1, others_N1 = ctx.saved_tensors
         blocks = weight_VH.split(_BLOCK_WORDS[weight_VH.device.type])
         total_N1 = torch.logaddexp(target_N1, others_N1)
@@ -125,6 +147,7 @@ class _VocabularyLogProbs(torch.autograd.Function):
         return (
             grad_hidden_NH.to(hidden_NH.dtype),
             None if ctx.in_place else grad_weight_VH,
+            None,
             None,
             None,
             None,

@@ -17,9 +17,11 @@ _WEIGHTS = {
     "lower_confidence": "C of the mean margin less the annotators' disagreement",
 }
 
+# By the weight function of arms whose labels annotators judge.
 WEIGHTS_OF_JUDGED = {
-    "weighed": "σ(m), the label's probability by annotators that did not learn from it",
-    "cleaned": "1, without pairs whose label most annotators deny that did not learn from it",
+    "sigmoid": "σ(m), the label's probability by annotators that did not learn from it",
+    "madpo": "MADPO's, of the label's margin by annotators that did not learn from it",
+    "one": "1, without pairs whose label most annotators deny that did not learn from it",
 }
 
 
@@ -82,7 +84,7 @@ def _labels(preset: Arm) -> str:
 
 def _weight(preset: Arm) -> str:
     if preset.judged is not None:
-        return WEIGHTS_OF_JUDGED[preset.judged]
+        return WEIGHTS_OF_JUDGED[preset.weight_function]
     if preset.labels == "own":
         return "the data's own, or C of their own confidence or scores"
     weight = _WEIGHTS[preset.weight_function]

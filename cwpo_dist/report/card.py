@@ -233,7 +233,7 @@ def _model(model: ModelConfig, known: Identity | None = None) -> str:
 def _weight(config: Config, arm: str) -> str:
     preset, user = config.arm(arm), config.weigh
     if preset.judged is not None:
-        return WEIGHTS_OF_JUDGED[preset.judged]
+        return WEIGHTS_OF_JUDGED[preset.weight_function]
     if preset.soft_labels:
         return "1, with the annotator's probability as a soft label"
     name: str = preset.weight_function
@@ -257,7 +257,8 @@ def _mean_weight(figures: Figures) -> str:
 def _recipe(config: Config, arm: str) -> Iterator[tuple[str, str]]:
     align = config.align
     yield "arm", f"`{arm}`"
-    yield "loss", f"`{align.loss_type}`, β {align.beta:g}"
+    own = "" if align.beta_column is None else f" times the pair's `{align.beta_column}`"
+    yield "loss", f"`{align.loss_type}`, β {align.beta:g}{own}"
     for name in ("label_smoothing", "simpo_gamma", "ropo_alpha", "dr_dpo_beta"):
         if getattr(align, name) is not None:
             yield name, f"{getattr(align, name):g}"

@@ -20,7 +20,7 @@ from cwpo_dist.config import (
 )
 from cwpo_dist.evaluation.gold_function import load_function
 from cwpo_dist.lm.encoder import Encoder
-from cwpo_dist.objectives import objective
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
 from cwpo_dist.placement import (
@@ -314,7 +314,9 @@ def _gold_faults(config: Config) -> Iterator[str]:
 
 def objective_faults(config: Config) -> Iterator[str]:
     """A loss that there is not, settings that it would ignore, or an arm that it cannot serve."""
-    found = []
+    column, found = config.align.beta_column, []
+    if column is not None and column not in config.prepare.keep_columns:
+        found.append(f"align.beta_column: {column!r} is none of prepare.keep_columns; add it there")
     for arm in config.arms:
         try:
             objective(config.align, soft_labels=config.arm(arm).soft_labels)

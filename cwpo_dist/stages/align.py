@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,23 +11,24 @@ from typing import Any
 from cwpo_dist.config import AlignConfig, Split
 from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.identity import Identity
-from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.preferences import Choice, read_choices
+from cwpo_dist.pairs.records import read_columns
 from cwpo_dist.runs.annotations import kept_pairs
 from cwpo_dist.runs.arms import ArmRun, Weighting, held_out_split, normalization, weighting
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.held_out_pairs import HeldOutPairs, held_out_pairs
 from cwpo_dist.runs.joined import pair_log_probs, pair_rows
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.stage import Stage, Training, by_prompt
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.storage import Store
 from cwpo_dist.training.checkpoint import clear
 from cwpo_dist.training.group import TrainSpec, train
-from cwpo_dist.training.tasks import Normalization, Preference, Sampling
+from cwpo_dist.training.tasks import Normalization, Preference, Sampling, TaskError
 from cwpo_dist.training.token_file import Example, content, token_file
 
 
@@ -166,7 +168,7 @@ class WeightedPairs:
         tokens: that of `tokens`.
         reference: that of `reference`; None for an objective without one.
         shards: how many pair files there are.
-        config: loss, β, ε.
+        config: loss, β and what has each pair's own, ε.
         normalization: what the summed loss is divided by.
         sampling: how the weights act.
         soft_labels: whether the annotator's probabilities take the place of hard labels.
@@ -187,6 +189,8 @@ class WeightedPairs:
         fields: list[tuple[Any, ...]] = [("weight", "f8")]
         fields += [] if self.reference is None else [("reference", "f4", (2,))]
         fields += [("probability", "f4")] if self.soft_labels else []
+        own_beta = self.config.beta_column is not None
+        fields += [("factor", "f8")] if own_beta else []
         found = token_file(self._identity(), 2, fields, self._shards)
         _, settings = objective(self.config, soft_labels=self.soft_labels)
         return Preference(
@@ -195,7 +199,7 @@ class WeightedPairs:
             weights=found.numbers("weight"),
             references=None if self.reference is None else found.numbers("reference"),
             loss_type=self.config.loss_type,
-            beta=settings.beta,
+            beta=self.config.beta * (found.numbers("factor") if own_beta else 1.0),
             label_smoothing=float(settings.label_smoothing),
             normalization=self.normalization,
             sampling=self.sampling,
@@ -209,7 +213,8 @@ class WeightedPairs:
 
     def _identity(self) -> list[object]:
         reference = None if self.reference is None else content(self.reference)
-        return [self.choices.identity(), content(self.pairs), content(self.tokens), reference]
+        given = [self.choices.identity(), content(self.pairs), content(self.tokens), reference]
+        return given if self.config.beta_column is None else [*given, self.config.beta_column]
 
     def _shards(self, _: Counter[str]) -> Iterator[Iterator[Example]]:
         """What is over length for the policy is counted where it was tokenised."""
@@ -222,6 +227,7 @@ class WeightedPairs:
         if self.reference is not None:
             log_probs = pair_log_probs(self.reference, self.pairs, index)
         rows = pair_rows(self.tokens, self.pairs, index)
+        factors = _factors(self.pairs, index, self.config.beta_column)
         for choice in read:
             name, label = choice.pair_id, choice.label
             if name not in rows or (log_probs is not None and name not in log_probs):
@@ -231,12 +237,32 @@ class WeightedPairs:
                 numbers.append(chosen_first(label, *log_probs[name].sums))
             if self.soft_labels:
                 numbers.append(_probability(choice))
+            numbers += [_above_zero(name, factors[name])] if factors else []
             yield Example(name, rows[name].picked(chosen_first(label, 0, 1)), tuple(numbers))
 
 
 def _probability(choice: Choice) -> float:
     assert choice.probability is not None, "soft labels are an annotator's"
     return choice.probability
+
+
+def _factors(pairs: Store, index: int, column: str | None) -> dict[str, object]:
+    """What multiplies β, of each pair of a shard; of none where no column says it."""
+    if column is None:
+        return {}
+    table = read_columns(pairs, part("pairs", index), ["pair_id", column])
+    ids, found = (each.to_pylist() for each in table.columns)
+    return dict(zip(ids, found, strict=True))
+
+
+def _above_zero(pair_id: str, factor: object) -> float:
+    """Raises TaskError for a factor of β that is none."""
+    if isinstance(factor, int | float) and factor is not True and 0 < factor < math.inf:
+        return float(factor)
+    raise TaskError(
+        f"align.beta_column: pair {pair_id} has {factor!r}, and β is multiplied by a number above "
+        "0; correct the row, or leave it out"
+    )
 
 
 STAGE = Stage(AlignSettings, nodes, make, work, clear)

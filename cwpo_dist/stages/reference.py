@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from cwpo_dist.config import Config, Split
-from cwpo_dist.objectives import objective
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs.arms import ArmRun, held_out_split
 from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage

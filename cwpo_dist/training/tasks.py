@@ -192,7 +192,7 @@ class Preference(Task):
         references: [N, 2] log-probs of chosen and rejected under the reference, in nats; None for
             an objective without a reference.
         loss_type: key of `objectives.OBJECTIVES`.
-        beta: β.
+        beta: β, of all pairs or of each.
         label_smoothing: ε of the losses that read it; with `re_dpo` where it begins.
         simpo_gamma: γ of SimPO.
         sft_coefficient: λ of the chosen answer's own likelihood, beside the loss.
@@ -207,7 +207,7 @@ class Preference(Task):
     weights: Numbers
     references: Sequence[tuple[float, float]] | NDArray[np.floating[Any]] | None
     loss_type: str
-    beta: float
+    beta: float | NDArray[np.floating[Any]]
     label_smoothing: float = 0.0
     normalization: Normalization = "none"
     sampling: Sampling = None
@@ -256,6 +256,11 @@ class Preference(Task):
             return proportional(self.weights, self._prompts())
         return super().order
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """A log-prob an answer; for a loss that reads squares, them too."""
+        return (2, 2) if OBJECTIVES[self.loss_type].squares else (2,)
+
     def losses(self, outputs_PK: Tensor, indices: Indices) -> Tensor:
         """[P], each times its weight."""
         settings = self._settings(outputs_PK, indices)
@@ -290,39 +295,40 @@ class Preference(Task):
         """TRL's names, and more; `metrics_log` says what each is."""
         pairs = self._pairs(outputs_PK, indices)
         found = OBJECTIVES[self.loss_type]
-        chosen_P, rejected_P = found.rewards(pairs, self.beta)
+        chosen_P, rejected_P = found.rewards(pairs, self._settings(outputs_PK, indices).beta)
         ratios_2P = torch.cat(pairs.ratios)
         return {
             "rewards/chosen": float(chosen_P.mean()),
             "rewards/rejected": float(rejected_P.mean()),
             "rewards/accuracies": float((chosen_P > rejected_P).double().mean()),
             "rewards/margins": float((chosen_P - rejected_P).mean()),
-            "logps/chosen": float(outputs_PK[:, 0].mean()),
-            "logps/rejected": float(outputs_PK[:, 1].mean()),
+            "logps/chosen": float(pairs.chosen.mean()),
+            "logps/rejected": float(pairs.rejected.mean()),
             **({"kl": float(-ratios_2P.mean())} if found.reference else {}),
             "weight": float(self._weights(outputs_PK, indices).mean()),
             **({"flipped": self.learned[0]} if self.learned and not self.looks_ahead else {}),
         }
 
     def _settings(self, like: Tensor, indices: Indices) -> LossSettings:
-        """The numbers of the loss, with each pair's own ε where labels are soft."""
+        """The numbers of the loss, with a pair's own β, and its own ε where labels are soft."""
+        beta = _of(self.beta, indices, like) if isinstance(self.beta, np.ndarray) else self.beta
         learned = self.learned[0] if self.learned else self.label_smoothing
         epsilon: float | Tensor = self.label_smoothing if self.looks_ahead else learned
         if self.probabilities is not None:
             epsilon = 1 - _of(self.probabilities, indices, like)
         own = self.simpo_gamma, self.sft_coefficient, self.ropo_alpha, self.dr_dpo_beta
-        return LossSettings(self.beta, epsilon, *own, level=learned)
+        return LossSettings(beta, epsilon, *own, level=learned)
 
     def _pairs(self, outputs_PK: Tensor, indices: Indices) -> PairLogps:
         """What the loss reads of these rows."""
-        references = self.references
-        references_PK = (
-            torch.zeros_like(outputs_PK)
-            if references is None
-            else _of(references, indices, outputs_PK)
-        )
-        counts = [self.rows[i].n_scored for i in indices]
-        counts_PK = outputs_PK.new_tensor(counts)
+        squares = None
+        if outputs_PK.dim() == 3:
+            outputs_PK, squares_PK = outputs_PK.unbind(2)
+            squares = squares_PK[:, 0], squares_PK[:, 1]
+        references_PK = torch.zeros_like(outputs_PK)
+        if self.references is not None:
+            references_PK = _of(self.references, indices, outputs_PK)
+        counts_PK = outputs_PK.new_tensor([self.rows[i].n_scored for i in indices])
         return PairLogps(
             chosen=outputs_PK[:, 0],
             rejected=outputs_PK[:, 1],
@@ -330,6 +336,7 @@ class Preference(Task):
             n_rejected=counts_PK[:, 1],
             ref_chosen=references_PK[:, 0],
             ref_rejected=references_PK[:, 1],
+            squares=squares,
         )
 
     def _weights(self, like: Tensor, indices: Indices) -> Tensor:

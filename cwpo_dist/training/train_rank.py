@@ -139,7 +139,7 @@ class TrainRank:
             self.model = _load(spec, self.encoder.tokenizer, device)
         self.module: AnswerLogProbs | AnswerScores
         if spec.head == "logps":
-            self.module = AnswerLogProbs(self.model)
+            self.module = AnswerLogProbs(self.model, squares=self.task.outputs == (2, 2))
         else:
             self.module = AnswerScores(self.model, token_types=self.encoder.token_types)
         self.engine = engine.DeepSpeedEngine(self.module, spec.config, settings)
