@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cwpo_dist.runs.named_loss import objective
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, sigmoid
@@ -34,7 +35,6 @@ from cwpo_dist.objectives import (
     orpo,
     robust,
 )
-from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.training.tasks import Preference
 
 PAIRS, LENGTH, BETA, EPSILON, GAMMA = 5, 9, 0.3, 0.1, 0.7
