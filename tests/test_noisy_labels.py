@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cwpo_dist.runs.named_loss import objective
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_loop import ROWS, Record, make_config, make_engine, make_run, make_task
@@ -25,6 +24,7 @@ from cwpo_dist.objectives import (
     re_dpo,
     ropo,
 )
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.training import held_out
 from cwpo_dist.training.loop import Preempted, gradients, train
 from cwpo_dist.training.tasks import Preference

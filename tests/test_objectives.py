@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from cwpo_dist.runs.named_loss import objective
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, sigmoid
@@ -35,6 +34,7 @@ from cwpo_dist.objectives import (
     orpo,
     robust,
 )
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.training.tasks import Preference
 
 PAIRS, LENGTH, BETA, EPSILON, GAMMA = 5, 9, 0.3, 0.1, 0.7

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from cwpo_dist.runs.named_loss import objective
 
 from cwpo_dist.config import Config, LoraConfig, Source
 from cwpo_dist.config.load import load_config
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.runs.trials import baseline, names, section, trials
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"

@@ -7,7 +7,7 @@ that a trial is a run like any other, and does again what its labels change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -68,11 +68,11 @@ def learning_curves(config: Config) -> list[dict[str, object]]:
     """
     compare = section(config)
     starts = {seed: starting(config, seed) for seed in compare.seeds}
-    make_all([job for run in starts.values() for job in _jobs(run)])
+    _make(starts.values())
     every = dict.fromkeys(Asks(one.strategy, n) for one in compare.ask for n in one.budgets)
     told = {(asks, seed): _ask(run, asks) for asks in every for seed, run in starts.items()}
     runs = {of: _with_labels(starts[of[1]], given) for of, given in told.items()}
-    make_all([job for run in runs.values() for job in _jobs(run)])
+    _make(runs.values())
     found = {NOTHING: {seed: _learned(run, _labels(run)) for seed, run in starts.items()}}
     for (asks, seed), run in runs.items():
         labels = found[NOTHING][seed].labels + told[asks, seed].counts["asked"]
@@ -84,8 +84,9 @@ def _nodes(run: Config) -> Nodes:
     return nodes_until(run, run.arms[0], "annotate")
 
 
-def _jobs(run: Config) -> Iterator[Job]:
-    return (Job(context_of(run), node) for node in _nodes(run).values())
+def _make(runs: Iterable[Config]) -> None:
+    """Annotators and their scores, where they are not there yet."""
+    make_all([Job(context_of(run), node) for run in runs for node in _nodes(run).values()])
 
 
 def _ask(start: Config, asks: Asks) -> Asked:

@@ -37,7 +37,7 @@ from cwpo_dist.runs.cluster import named_cluster
 from cwpo_dist.runs.cluster_share import fit_two, need, share
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
-from cwpo_dist.runs.trials import planned, section, starting, trials
+from cwpo_dist.runs.trials import Trial, planned, section, starting, trials
 from cwpo_dist.storage import Store
 
 
@@ -112,9 +112,8 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     Raises:
         ConfigError: for everything that would stop the run later; one line a fault.
     """
-    found, asks = trials(config) if config.compare else [], list(ask_notes(config))
-    if config.compare and not found:
-        config = starting(config, section(config).seeds[0])
+    asks = list(ask_notes(config))
+    config, found = _with_trials(config)
     fleet, until = fleet or Fleet(), until_of(config)
     runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
     checked = check_trials(config, found) if found else check(config, until)
@@ -135,6 +134,14 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
         *fleet_costs.fleet_notes(config, estimates[0].counted, fleet),
     ]
     return Plan(tuple(planned_stages(config, estimates, fleet)), tuple(notes), tuple(rows), fleet)
+
+
+def _with_trials(config: Config) -> tuple[Config, list[Trial]]:
+    """A comparison's trials; of one that asks for labels alone, where its first seed starts."""
+    found = trials(config) if config.compare else []
+    if config.compare and not found:
+        config = starting(config, section(config).seeds[0])
+    return config, found
 
 
 def _estimates(

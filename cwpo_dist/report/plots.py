@@ -195,9 +195,7 @@ def asked_plot(rows: Sequence[Metrics]) -> Plot | None:
         figure, ax = figure_of()
         for k, strategy in enumerate(dict.fromkeys(row["strategy"] for row in rows[1:])):
             of = [rows[0], *(row for row in rows[1:] if row["strategy"] == strategy)]
-            found = [(row["labels"], m) for row in of if (m := Mean.of(row["accuracy"]))]
-            found.sort(key=lambda each: each[0])
-            places, means = [labels for labels, _ in found], [m.cut(0, 1) for _, m in found]
+            places, means = _by_labels(of)
             colour, marker = SERIES[k % len(SERIES)], "osD^"[k % 4]
             ax.plot(places, [m.mean for m in means], color=colour, marker=marker, label=strategy)
             whiskers(ax, places, means, horizontal=False, colour=colour)
@@ -208,6 +206,13 @@ def asked_plot(rows: Sequence[Metrics]) -> Plot | None:
             svg_of(figure, "asked"),
             "Means over seeds, with 95 % intervals. All lines begin with the labelled part.",
         )
+
+
+def _by_labels(rows: Sequence[Metrics]) -> tuple[list[float], list[Mean]]:
+    """How many labels were given, from few to many, and the accuracies that came of them."""
+    found = [(row["labels"], m.cut(0, 1)) for row in rows if (m := Mean.of(row["accuracy"]))]
+    found.sort(key=lambda each: each[0])
+    return [labels for labels, _ in found], [mean for _, mean in found]
 
 
 def cost_plot(found: Sequence[tuple[float, Dot]]) -> Plot:

@@ -20,7 +20,6 @@ from cwpo_dist.config import (
 )
 from cwpo_dist.evaluation.gold_function import load_function
 from cwpo_dist.lm.encoder import Encoder
-from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.pairs.locate import reads_below
 from cwpo_dist.pairs.sources import plan as plan_sources
 from cwpo_dist.placement import (
@@ -35,6 +34,7 @@ from cwpo_dist.runs.arms import implicit_arms, judged_arms, needs_annotator
 from cwpo_dist.runs.cluster import connect, named_cluster, refuse_unreachable
 from cwpo_dist.runs.engine_checks import vllm_faults
 from cwpo_dist.runs.model_checks import CheckedModel, check_model
+from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.runs.node_probes import node_faults
 from cwpo_dist.runs.own_checks import own_faults
 from cwpo_dist.runs.room_checks import room_faults
@@ -222,18 +222,18 @@ def trainings(
 ) -> Iterator[tuple[str, TrainingConfig, ModelConfig | None]]:
     """The training sections that are used up to a stage, and the models that they train."""
     stages = reached(config, until)
-    for name, section in config.sections(TrainingConfig).items():
+    for name, training in config.sections(TrainingConfig).items():
         if name in stages:
-            yield name, section, config.weak if name == "fit" else config.policy
+            yield name, training, config.weak if name == "fit" else config.policy
 
 
 def pools(config: Config, until: str | None = None) -> Iterator[tuple[str, PoolConfig]]:
     """The actor pools that are used up to a stage."""
     stages = reached(config, until)
-    for name, section in config.sections(PoolConfig).items():
+    for name, pool in config.sections(PoolConfig).items():
         # Else workers do it; but the actors of `evaluate` write answers, too.
-        if name in stages and (not section.sharded or name == "evaluate"):
-            yield name, section
+        if name in stages and (not pool.sharded or name == "evaluate"):
+            yield name, pool
 
 
 def reached(config: Config, until: str | None) -> set[str]:

@@ -38,8 +38,8 @@ def vllm_faults(config: Config, policy: ModelConfig, size: ModelSize) -> Iterato
     for number in {int(pool.gpus_per_actor) for pool in config.evaluate.actor_pools()}:
         if number > 1 and size.attention_heads % number:
             yield (
-                f"evaluate.gpus_per_actor: {number}, but {name!r} has {size.attention_heads} attention "
-                "heads, which vLLM deals out to them; give a number that divides these"
+                f"evaluate.gpus_per_actor: {number}, but {name!r} has {size.attention_heads} "
+                "attention heads, which vLLM deals out to them; give a number that divides these"
             )
 
 

@@ -122,8 +122,8 @@ def _ask_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
         yield f"compare.ask: {config.annotate.ready()[0][0]} is ready, and learns from no label"
     if compare.ask and not 0 < (share := config.prepare.labelled_fraction) < 1:
         yield (
-            f"prepare.labelled_fraction: {share:g}, but compare.ask begins with a labelled part, and "
-            "asks for labels that are hidden; give a share between"
+            f"prepare.labelled_fraction: {share:g}, but compare.ask begins with a labelled part, "
+            "and asks for labels that are hidden; give a share between"
         )
     there = config.fit.heads * len(config.fit.seeds or [config.seed])
     for k, asks in enumerate(compare.ask):

@@ -18,17 +18,22 @@ def weighing_faults(config: Config) -> Iterator[str]:
             "fit.heads, fit.seeds, annotate.models, or weigh.from: both"
         )
     yield from _mixed_faults(config)
+    yield from _drawn_faults(config)
+    judged = judged_arms(config) if config.annotate.ready() else []
+    if judged and "labelled" not in config.annotate.scored_splits():
+        yield f"annotate.splits: lacks 'labelled', whose labels arm {judged[0]!r} judges; add it"
+    if calibrated := calibrated_arms(config):
+        yield from _calibration_faults(config, calibrated)
+
+
+def _drawn_faults(config: Config) -> Iterator[str]:
+    """A weight that is no probability, where pairs are drawn by it."""
     drawn = [arm for arm in config.arms if config.arm(arm).sampling is not None]
     if drawn and config.weigh.weight_function == "madpo":
         yield (
             f"weigh.weight_function: 'madpo' goes beyond 1, but arm {drawn[0]!r} draws a pair with "
             "its weight as probability; take another function, or leave the arm out"
         )
-    judged = judged_arms(config) if config.annotate.ready() else []
-    if judged and "labelled" not in config.annotate.scored_splits():
-        yield f"annotate.splits: lacks 'labelled', whose labels arm {judged[0]!r} judges; add it"
-    if calibrated := calibrated_arms(config):
-        yield from _calibration_faults(config, calibrated)
 
 
 def _mixed_faults(config: Config) -> Iterator[str]:
