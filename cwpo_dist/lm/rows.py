@@ -6,8 +6,7 @@ and positions computes exactly what it computes on a plain row an answer. Packed
 in one sequence without pads; shared rows are a sequence each under a dense mask; plain ones a
 sequence an answer.
 
-Shapes: B sequences, L padded length, R rows, K answers of the row that has most, A answers of the
-batch, N tokens of them that count.
+Shapes: B sequences, L padded length, R rows, K most answers of one, A answers, N tokens that count.
 """
 
 from __future__ import annotations
@@ -186,7 +185,6 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         layout=layout,
         lengths=tuple(laid.tokens.tolist()),
         padded_tokens=ids_BL.numel(),
-        group=ALONE,
     )
 
 
@@ -226,6 +224,8 @@ class _LaidOut:
 
     def spread(self, values_N: Numbers, fill: int) -> Tensor:
         """[B, L] one number a token; `fill` on pads."""
+        if len(self.tokens) == 1:  # it has no pads, and all is in order
+            return torch.from_numpy(values_N)[None]
         spread = np.full(len(self.tokens) * self.longest, fill)
         spread[self.places] = values_N
         return torch.from_numpy(spread).view(len(self.tokens), self.longest)
@@ -291,12 +291,12 @@ def _read_tokens(rows: Sequence[Row], laid: _LaidOut, ids: Tensor) -> dict[str, 
     scored = np.array([n for row in rows for n in row.n_scored])
     last = laid.first + lengths - 1
     target = counted(last + 1 - scored, scored)
-    # What predicts an answer's first token lies at the end of its prompt, wherever that is.
-    begins = target == np.repeat(laid.first, scored)
-    source = np.where(begins, np.repeat(laid.before, scored), target - 1)
+    source = target - 1
+    whole = scored == lengths  # the end of the prompt predicts their first tokens
+    source[(np.cumsum(scored) - scored)[whole]] = laid.before[whole]
     return {
         "source": torch.from_numpy(source),
-        "target": ids[torch.from_numpy(target)],
+        "target": torch.from_numpy(ids.numpy()[target]),
         "answer": torch.from_numpy(np.repeat(np.arange(len(scored)), scored)),
         "last": torch.from_numpy(last),
     }
