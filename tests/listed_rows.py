@@ -38,7 +38,7 @@ def listed_batch(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         token_type_ids=types if layout == "plain" else None,
         **_read_tokens(rows, _answer_spans(rows, layout, length)),
         layout=layout,
-        useful_tokens=sum(len(sequence.tokens) for sequence in sequences),
+        lengths=tuple(len(sequence.tokens) for sequence in sequences),
         padded_tokens=len(sequences) * length,
     )
 

@@ -326,3 +326,14 @@ def test_scores_of_a_bf16_model_are_not_rounded_to_bf16(arch):
         scores = AnswerScores(core)(batch).view(-1, 1)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
     assert (stock - expected).abs().max() > 1e-3, "the stock head rounds"
+
+
+def test_a_pads_row_of_tied_embeddings_learns_by_the_head_alone() -> None:
+    """As torch has it, which gives no gradient to what is looked up for a pad."""
+    rows = [Row([0, PAD, *row.prompt], row.answers) for row in random_rows()]
+    model, stock = (tiny_causal_lm("llama", tie_word_embeddings=True) for _ in range(2))
+    assert stock.get_input_embeddings().padding_idx == PAD
+    logps = AnswerLogProbs(model).token_logps(collate(rows, "shared", PAD))
+    loss = stock_logps(stock, rows)
+    theirs = flat_gradient(stock, (loss * coefficients(len(loss))).sum())
+    assert_same_gradient(flat_gradient(model, (logps * coefficients(len(logps))).sum()), theirs)

@@ -47,6 +47,21 @@ def test_a_recipe_of_one_file_is_complete(name: str) -> None:
     assert config.weak is not None
 
 
+@pytest.mark.parametrize("models", MODELS)
+def test_an_actor_with_a_gpu_has_the_processors_to_feed_it(models: str) -> None:
+    """One launches, one lays out; where text is read, its tokenizer has several."""
+    config = recipe("hh-harmless", models)
+    assert all(
+        pool.gpus_per_actor and pool.cpus_per_actor >= processors
+        for section, processors in (
+            (config.annotate, 8),
+            (config.reference, 2),
+            (config.evaluate, 8),
+        )
+        for pool in section.actor_pools()
+    )
+
+
 def test_comparisons_have_trials_of_the_papers_questions() -> None:
     hh, ukp = (str(RECIPES / f"{name}-compare.yaml") for name in ("hh", "ukp"))
     config = load_config(hh)

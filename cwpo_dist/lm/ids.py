@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,16 +22,42 @@ def without_eos(text: str, eos: str) -> str:
 def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The ids of rendered texts, to which the tokenizer adds nothing.
 
+    What stands between a template's own tokens, a prompt say, is tokenised once for all texts.
+
     Raises:
         TokenError: where it fails, as regular expressions of some do on some texts.
     """
     if not texts:
         return []
     with refused_as(unread):
+        parted = _parted(tokenizer, texts)
+        pieces = list(dict.fromkeys(chain.from_iterable(parted)))
         encoded: list[list[int]] = tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+            pieces, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
-    return encoded
+    ids = dict(zip(pieces, encoded, strict=True))
+    return [list(chain.from_iterable(ids[piece] for piece in text)) for text in parted]
+
+
+def _parted(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[str]]:
+    """Texts in pieces that have their own ids, whatever is before and behind them.
+
+    The library `tokenizers` looks for added tokens first, and reads what is between them part by
+    part. So a text may be cut where one begins, unless it takes in what is before it.
+    """
+    tokens = tokenizer.added_tokens_decoder.values() if tokenizer.is_fast else ()
+    found = [token for token in tokens if not token.normalized]  # others are found later
+    cut = {token.content for token in found if not token.lstrip and not token.single_word}
+    if not cut or tokenizer.split_special_tokens:
+        return [[text] for text in texts]
+    longest_first = sorted((token.content for token in found), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    parted = []
+    for text in texts:
+        starts = [match.start() for match in pattern.finditer(text) if match[0] in cut]
+        places = pairwise(dict.fromkeys([0, *starts, len(text)]))
+        parted.append([text[start:end] for start, end in places] or [text])
+    return parted
 
 
 def unread(why: str) -> TokenError:

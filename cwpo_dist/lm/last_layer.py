@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cwpo_dist.lm.feeding import moved
 from cwpo_dist.lm.packed import group_of, packed_lengths
+from cwpo_dist.lm.rows import counted
 from cwpo_dist.lm.varlen import Lengths
 
 Reads = Literal["answers", "ends"]
@@ -53,16 +56,16 @@ def read_tokens(lengths: Lengths, reads: Reads) -> Tensor:
         lengths: tokens of each row's prompt and of its answers.
         reads: see `narrow`.
     """
-    read: list[int] = []
+    read: list[tuple[int, int]] = []  # where some lie side by side, and how many
     end = 0
     for prompt, *answers in lengths:
         end += prompt
         if reads == "answers":
-            read.append(end - 1)  # the prompt's last token predicts the first ones
+            read.append((end - 1, 1))  # the prompt's last token predicts the first ones
         for length in answers:
             start, end = end, end + length
-            read += [end - 1] if reads == "ends" else range(start, end - 1)
-    return torch.tensor(read)
+            read.append((end - 1, 1) if reads == "ends" else (start, length - 1))
+    return torch.from_numpy(counted(*np.array(read).T))
 
 
 class _LastLayer:
@@ -96,7 +99,7 @@ class _LastLayer:
             if (lengths := packed_lengths(mask)) is not None:
                 read_M = group_of(mask).own(read_tokens(lengths, self.reads))
                 hidden = args[0] if args else kwargs["hidden_states"]
-                self._read_M = read_M.to(hidden.device, non_blocking=True)
+                self._read_M = moved(read_M, hidden.device)
                 self._n_tokens = hidden.shape[1]
                 return
 

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from cwpo_dist.lm.heads import scoring_heads
 from cwpo_dist.lm.last_layer import narrow
 from cwpo_dist.lm.loading import ModelError
-from cwpo_dist.lm.packed import packed_mask
+from cwpo_dist.lm.packed import packed_mask, told_of_pads
 from cwpo_dist.lm.rope import turn_alone, turns_alone
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.lm.vocabulary import vocabulary_log_probs
@@ -217,13 +217,13 @@ class AnswerScores(nn.Module):
         if self._token_types:
             assert batch.token_type_ids is not None
             given["token_type_ids"] = batch.token_type_ids
-        if not one_by_one:
-            return self.model(**given).logits  # type: ignore[no-any-return]  # nn.Module
-        lengths_S = batch.attention_mask.sum(1).tolist()
-        logits = [
-            self.model(**{name: ids[s : s + 1, :length] for name, ids in given.items()}).logits
-            for s, length in enumerate(lengths_S)
-        ]
+        with told_of_pads(some=len(set(batch.lengths)) > 1 and not one_by_one):
+            if not one_by_one:
+                return self.model(**given).logits  # type: ignore[no-any-return]  # nn.Module
+            logits = [
+                self.model(**{name: ids[s : s + 1, :length] for name, ids in given.items()}).logits
+                for s, length in enumerate(batch.lengths)
+            ]
         return torch.cat(logits)
 
 
@@ -264,7 +264,8 @@ def decode(decoder: nn.Module, batch: RowBatch) -> Tensor:
         arguments["attention_mask"] = packed_mask(
             batch.attention_mask, batch.input_ids.device, batch.group
         )
-    output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
+    with told_of_pads(some=len(set(batch.lengths)) > 1):
+        output = decoder(input_ids=batch.input_ids, use_cache=False, **arguments)
     return output.last_hidden_state  # type: ignore[no-any-return]  # nn.Module
 
 
@@ -291,6 +292,18 @@ def _spare_dense_gradient(embeddings: nn.Module, lm_head: nn.Module) -> None:
     """
     if type(embeddings) is nn.Embedding and embeddings.weight is getattr(lm_head, "weight", None):
         embeddings.sparse = True
+        pad, embeddings.padding_idx = embeddings.padding_idx, None
+        if pad is not None:  # torch would count its places on the device, and the host wait
+            embeddings.register_forward_hook(partial(_no_gradient_for, pad))
+
+
+def _no_gradient_for(
+    token: int, _: nn.Module, args: tuple[Tensor, ...], output_BLH: Tensor
+) -> None:
+    """Has a look-up give a token's row the gradient 0, as torch does for pads."""
+    if output_BLH.requires_grad:
+        is_token_BL1 = (args[0] == token)[..., None]
+        output_BLH.register_hook(lambda gradient_BLH: gradient_BLH.masked_fill(is_token_BL1, 0.0))
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

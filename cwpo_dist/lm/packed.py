@@ -10,6 +10,9 @@ Shapes: T tokens, R rows, K answers of the row that has most, H heads, D width o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,15 +21,18 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import sdpa_mask
 
 from cwpo_dist.lm import fixed_shapes, varlen
+from cwpo_dist.lm.feeding import pinned
 from cwpo_dist.lm.sequence import ALONE, SequenceGroup
 
 NAME = "cwpo_packed"  # of the attention implementation, as transformers knows it
 _HOST = "cwpo_host"  # lengths on the host, on a mask that lies on another device
 _GROUP = "cwpo_group"  # the ranks that share the rows, on the mask
 _SEGMENTS = "cwpo_segments"  # of the kernel, on the mask that all layers get
+
+_pads: ContextVar[bool | None] = ContextVar("pads", default=None)  # whether there are; None: ask
 
 # What some models add to their attention scores, and this function would leave out.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
@@ -98,7 +104,7 @@ def packed_mask(lengths: Tensor, device: torch.device, group: SequenceGroup = AL
         The lengths there, which remember the group, and those on the host: to read them back would
         wait for all that the device has still to do.
     """
-    mask = lengths.to(device, non_blocking=True, copy=True)
+    mask = pinned(lengths, device).to(device, non_blocking=True, copy=True)
     setattr(mask, _HOST, lengths)
     setattr(mask, _GROUP, group)
     return mask
@@ -170,5 +176,30 @@ def by_row(
     return torch.cat(pieces, dim=2)
 
 
+@contextmanager
+def told_of_pads(*, some: bool) -> Iterator[None]:
+    """Within it, stock masks of plain rows are the same, but made without reading the device.
+
+    torch's attention needs no mask where there are no pads. transformers looks, on the device,
+    whether there are some; the host knows.
+    """
+    token = _pads.set(some)
+    try:
+        yield
+    finally:
+        _pads.reset(token)
+
+
+def _stock_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """As transformers makes it for torch's attention, which needs none where the host says so."""
+    pads = _pads.get()
+    if pads:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    attention_mask = attention_mask if pads is not False else None
+    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **kwargs)
+    return mask
+
+
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+for _name in ("sdpa", NAME):
+    AttentionMaskInterface.register(_name, _stock_mask)

@@ -6,23 +6,23 @@ and positions computes exactly what it computes on a plain row an answer. Packed
 in one sequence without pads; shared rows are a sequence each under a dense mask; plain ones a
 sequence an answer.
 
-Shapes: B sequences, L padded length, R rows, K answers of the row that has most, A answers of the
-batch, N tokens of them that count.
+Shapes: B sequences, L padded length, R rows, K most answers of one, A answers, N tokens that count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cwpo_dist.lm.feeding import moved, pinned
 from cwpo_dist.lm.sequence import ALONE, SequenceGroup
 
 Layout = Literal["packed", "shared", "plain"]
@@ -94,7 +94,7 @@ class RowBatch:
         answer: [N] which of the batch's A answers each token belongs to.
         last: [A] flat index of each answer's last token.
         layout: how rows were laid out.
-        useful_tokens: tokens that are no pads.
+        lengths: tokens of each sequence that are no pads, known to the host.
         padded_tokens: B × L.
         group: the ranks that share it, of which each has a part (sequence.py); `attention_mask`,
             `last` and A are of the whole.
@@ -109,16 +109,27 @@ class RowBatch:
     answer: Tensor
     last: Tensor
     layout: Layout
-    useful_tokens: int
+    lengths: tuple[int, ...]
     padded_tokens: int
     group: SequenceGroup = ALONE
 
+    @property
+    def useful_tokens(self) -> int:
+        """Tokens that are no pads."""
+        return sum(self.lengths)
+
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on `device`; packed rows' lengths stay on the host."""
-        stay = {"attention_mask"} if self.layout == "packed" else set()
-        names = [field.name for field in fields(self) if field.name not in stay]
-        tensors = [name for name in names if isinstance(getattr(self, name), Tensor)]
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in tensors})
+        stays = "attention_mask" if self.layout == "packed" else ""
+        return self._each(lambda name, tensor: tensor if name == stays else moved(tensor, device))
+
+    def pinned(self, device: torch.device | str) -> Self:
+        """The batch in memory from which `device` copies by itself (feeding.py)."""
+        return self._each(lambda _, tensor: pinned(tensor, device))
+
+    def _each(self, made: Callable[[str, Tensor], Tensor]) -> Self:
+        of: dict[str, Any] = {n: made(n, t) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **of)
 
 
 def planned_length(row: Row, layout: Layout) -> int:
@@ -167,14 +178,13 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
     segment_BL = laid.spread(np.repeat(laid.segment, laid.length), PAD)
     return RowBatch(
         input_ids=ids_BL,
-        position_ids=laid.spread(_counted(laid.position, laid.length), 0),
+        position_ids=laid.spread(counted(laid.position, laid.length), 0),
         attention_mask=_attention_mask(rows, layout, segment_BL),
         token_type_ids=segment_BL.clamp(min=PROMPT) if layout == "plain" else None,
         **_read_tokens(rows, laid, ids_BL.flatten()),
         layout=layout,
-        useful_tokens=int(laid.length.sum()),
+        lengths=tuple(laid.tokens.tolist()),
         padded_tokens=ids_BL.numel(),
-        group=ALONE,
     )
 
 
@@ -193,7 +203,7 @@ class _LaidOut:
         segment: of each.
         first: [A] place of each answer's first token.
         before: [A] that of the token that predicts it.
-        sequences: B.
+        tokens: [B] of each sequence.
         longest: L.
     """
 
@@ -204,19 +214,21 @@ class _LaidOut:
     segment: Numbers
     first: Numbers
     before: Numbers
-    sequences: int
+    tokens: Numbers
     longest: int
 
     @cached_property
     def places(self) -> Numbers:
         """[N] of all tokens, in the order of the pieces."""
-        return _counted(self.start, self.length)
+        return counted(self.start, self.length)
 
     def spread(self, values_N: Numbers, fill: int) -> Tensor:
         """[B, L] one number a token; `fill` on pads."""
-        spread = np.full(self.sequences * self.longest, fill)
+        if len(self.tokens) == 1:  # it has no pads, and all is in order
+            return torch.from_numpy(values_N)[None]
+        spread = np.full(len(self.tokens) * self.longest, fill)
         spread[self.places] = values_N
-        return torch.from_numpy(spread).view(self.sequences, self.longest)
+        return torch.from_numpy(spread).view(len(self.tokens), self.longest)
 
 
 def _laid_out(rows: Sequence[Row], layout: Layout) -> _LaidOut:
@@ -255,7 +267,7 @@ def _laid_out(rows: Sequence[Row], layout: Layout) -> _LaidOut:
         segment,
         answers * longest + first,
         answers * longest + before,
-        sequence + 1,
+        np.bincount(of, list(map(len, pieces))).astype(np.int64),
         longest,
     )
 
@@ -267,8 +279,8 @@ def _sequences(rows: Sequence[Row], layout: Layout) -> Iterator[tuple[Row, Seque
         yield from ((row, [k]) for k in numbers) if layout == "plain" else [(row, numbers)]
 
 
-def _counted(starts: Numbers, lengths: Numbers) -> Numbers:
-    """start, start + 1, … for each, end to end."""
+def counted(starts: Numbers, lengths: Numbers) -> Numbers:
+    """Whole numbers: of each start so many, one after the other; end to end."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
@@ -278,13 +290,13 @@ def _read_tokens(rows: Sequence[Row], laid: _LaidOut, ids: Tensor) -> dict[str, 
     lengths = np.array([len(answer) for row in rows for answer in row.answers])
     scored = np.array([n for row in rows for n in row.n_scored])
     last = laid.first + lengths - 1
-    target = _counted(last + 1 - scored, scored)
-    # What predicts an answer's first token lies at the end of its prompt, wherever that is.
-    begins = target == np.repeat(laid.first, scored)
-    source = np.where(begins, np.repeat(laid.before, scored), target - 1)
+    target = counted(last + 1 - scored, scored)
+    source = target - 1
+    whole = scored == lengths  # the end of the prompt predicts their first tokens
+    source[(np.cumsum(scored) - scored)[whole]] = laid.before[whole]
     return {
         "source": torch.from_numpy(source),
-        "target": ids[torch.from_numpy(target)],
+        "target": torch.from_numpy(ids.numpy()[target]),
         "answer": torch.from_numpy(np.repeat(np.arange(len(scored)), scored)),
         "last": torch.from_numpy(last),
     }

@@ -68,7 +68,7 @@ class SequenceGroup:
             source=batch.source[own_N] // self.size,
             target=batch.target[own_N],
             answer=batch.answer[own_N],
-            useful_tokens=len(range(self.rank, tokens, self.size)),
+            lengths=(len(range(self.rank, tokens, self.size)),),
             padded_tokens=ids.numel(),
             group=self,
         )

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from cwpo_dist.lm.feeding import moved
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
+from cwpo_dist.lm.rows import counted
 
 logger = logging.getLogger(__name__)
 
@@ -60,32 +63,30 @@ class Segments:
         """The segments of rows of these lengths; the host waits for nothing."""
         queries: list[int] = []
         sizes: list[int] = []
-        keys: list[int] = []
+        keys: list[tuple[int, int]] = []  # where some lie side by side, and how many
         start = 0
         for prompt, first, *further in lengths:
             end = start + prompt + first
             queries.append(prompt + first)
             sizes.append(prompt + first)
-            keys += range(start, end)
+            keys.append((start, prompt + first))
             for length in further:
                 queries.append(length)
                 sizes.append(prompt + length)
-                keys += range(start, start + prompt)
-                keys += range(end, end + length)
+                keys += [(start, prompt), (end, length)]
                 end += length
             start = end
         return cls(
             _ends(queries, device),
             _ends(sizes, device),
-            torch.tensor(keys).to(device, non_blocking=True),
+            moved(torch.from_numpy(counted(*np.array(keys).T)), device),
             max(queries),
             max(sizes),
         )
 
 
 def _ends(sizes: Sequence[int], device: torch.device) -> Tensor:
-    ends = torch.tensor(list(accumulate(sizes, initial=0)), dtype=torch.int32)
-    return ends.to(device, non_blocking=True)
+    return moved(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), device)
 
 
 def attend(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, groupby, pairwise
 from typing import Any
 
@@ -13,6 +11,7 @@ import pyarrow as pa
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.encoder import Asked, Encoder
+from cwpo_dist.lm.feeding import ahead
 from cwpo_dist.lm.fitting import alike, encode_answers
 from cwpo_dist.lm.rows import CutRow, Row
 from cwpo_dist.lm.sharing import was_cut
@@ -91,15 +90,14 @@ def encoded(
 
     A thread tokenises ahead, so that a device never waits for text.
     """
-    with ThreadPoolExecutor(1) as ahead:
-        for found in ahead.map(partial(_tokens, encoder, model), _slices(rows)):
-            read = []
-            for answer, tokens in found:
-                if isinstance(tokens, Row):
-                    read.append((answer, tokens))
-                else:
-                    rejects.add(_reason(tokens), answer)
-            yield read
+    for found in ahead(_tokens(encoder, model, slice_) for slice_ in _slices(rows)):
+        read = []
+        for answer, tokens in found:
+            if isinstance(tokens, Row):
+                read.append((answer, tokens))
+            else:
+                rejects.add(_reason(tokens), answer)
+        yield read
 
 
 def _slices(rows: Answers) -> Iterator[list[list[Input[Answer]]]]:

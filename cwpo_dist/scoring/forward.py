@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cwpo_dist.lm.batches import plan_micro_batches
+from cwpo_dist.lm.feeding import ahead
 from cwpo_dist.lm.flops import useful_flops
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, refuse_one_by_one
 from cwpo_dist.lm.probe import choose_layout
@@ -127,18 +128,22 @@ class RowForward:
 
     def _alone(self, batches: list[list[Row]]) -> tuple[list[Number], int]:
         outputs, padded_tokens = [], 0
-        for rows in batches:
-            output_A, tokens = self._batch(rows)
+        for laid_out in ahead(map(self._laid_out, batches)):
+            output_A, tokens = self._batch(laid_out)
             outputs.append(output_A)
             padded_tokens += tokens
         # Read back once: a device computes on while the next batch is laid out.
         return torch.cat(outputs).cpu().tolist() if outputs else [], padded_tokens
 
+    def _laid_out(self, rows: list[Row]) -> list[RowBatch]:
+        """What the model is called with, one after the other, for rows of one batch."""
+        return [collate(rows, self.layout, self.pad_id).pinned(self.device)]
+
     @torch.inference_mode()
-    def _batch(self, rows: list[Row]) -> tuple[Tensor, int]:
+    def _batch(self, laid_out: list[RowBatch]) -> tuple[Tensor, int]:
         """What the model says of one batch of rows, fp32 [A], and its tokens, pads included."""
-        batch = collate(rows, self.layout, self.pad_id)
-        return self.module(batch.to(self.device)).float(), batch.padded_tokens
+        outputs = [self.module(batch.to(self.device)).float() for batch in laid_out]
+        return torch.cat(outputs), sum(batch.padded_tokens for batch in laid_out)
 
     def _together(self, ranks: Ranks, batches: list[list[Row]]) -> tuple[list[Number], int]:
         """Batches dealt to ranks in turn; who has none left repeats the last, in vain."""
@@ -147,11 +152,11 @@ class RowForward:
         answers = (sum(len(row.answers) for row in rows) for rows in batches)
         ends = list(accumulate(answers, initial=0))
         padded = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for first in range(0, len(batches), ranks.world_size):
-            number = first + ranks.rank
-            batch = collate(batches[min(number, len(batches) - 1)], self.layout, self.pad_id)
+        own = range(ranks.rank, len(batches) + ranks.rank, ranks.world_size)
+        dealt = [batches[min(number, len(batches) - 1)] for number in own]
+        for number, (batch,) in zip(own, ahead(map(self._laid_out, dealt)), strict=True):
             output_A = ranks.forward(batch)
-            if not first:  # which says whether a number is one, or several heads'
+            if number == ranks.rank:  # which says whether a number is one, or several heads'
                 values_A = output_A.new_zeros(ends[-1], *output_A.shape[1:])
             if number < len(batches):
                 values_A[ends[number] : ends[number + 1]] = output_A

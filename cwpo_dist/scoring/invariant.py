@@ -22,7 +22,7 @@ from cwpo_dist.lm.fixed_shapes import BLOCK, FixedShapes, same_bits
 from cwpo_dist.lm.foreign import FOREIGN_ERRORS, model_fault
 from cwpo_dist.lm.loading import ModelError
 from cwpo_dist.lm.modules import AnswerScores, unwrapped
-from cwpo_dist.lm.rows import Layout, Row, collate
+from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate
 from cwpo_dist.lm.stock import RowLengths, apart, closed_rows
 from cwpo_dist.scoring.forward import RowForward
 
@@ -81,7 +81,7 @@ class InvariantForward(RowForward):
         self.tiled = True
         if self.layout != "packed":
             return f"it takes {self.layout} rows"
-        self._packed(self._rows, FixedShapes(proving=True))
+        self._packed(self._laid_out(self._rows), FixedShapes(proving=True))
         if self._same_in_any_company():
             return None
         return "packed rows of fixed shapes have other bits in other batches"
@@ -103,7 +103,8 @@ class InvariantForward(RowForward):
 
     def _by_answer(self, rows: list[Row]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Each answer's tokens, the prompt's before them, and its number in this batch."""
-        for row, number in zip(apart(rows), self._batch(rows)[0], strict=True):
+        found, _ = self._batch(self._laid_out(rows))
+        for row, number in zip(apart(rows), found, strict=True):
             yield (*row.prompt, *row.answers[0]), number
 
     def _probe_rows(self, max_length: int) -> list[Row]:
@@ -129,21 +130,22 @@ class InvariantForward(RowForward):
             filled[number] += lengths[row]
         return batches
 
-    def _batch(self, rows: list[Row]) -> tuple[Tensor, int]:
-        if self.tiled:
-            return self._packed(rows, FixedShapes())
-        layout: Layout = "packed" if self.layout == "packed" else "plain"
-        batches = [collate([row], layout, self.pad_id) for row in apart(rows)]
-        with torch.inference_mode():
-            outputs = [self.module(batch.to(self.device)).float() for batch in batches]
-        tokens = sum(batch.padded_tokens for batch in batches)
-        return torch.cat(outputs), tokens
+    def _laid_out(self, rows: list[Row]) -> list[RowBatch]:
+        """Packed rows with one of pads behind them, to a whole number of vectors; or each alone."""
+        if not self.tiled:
+            layout: Layout = "packed" if self.layout == "packed" else "plain"
+            batches = [collate([row], layout, self.pad_id) for row in apart(rows)]
+        else:
+            missing = -(sum(row.n_tokens for row in rows) + 2) % _WHOLE
+            filler = Row([self.pad_id] * (1 + missing), ([self.pad_id],))
+            batches = [collate([*rows, filler], "packed", self.pad_id)]
+        return [batch.pinned(self.device) for batch in batches]
 
-    def _packed(self, rows: list[Row], shapes: FixedShapes) -> tuple[Tensor, int]:
-        """Of the rows and one of pads behind them, to a whole number of vectors."""
-        missing = -(sum(row.n_tokens for row in rows) + 2) % _WHOLE
-        filler = Row([self.pad_id] * (1 + missing), ([self.pad_id],))
-        batch = collate([*rows, filler], "packed", self.pad_id)
+    def _batch(self, laid_out: list[RowBatch]) -> tuple[Tensor, int]:
+        return self._packed(laid_out, FixedShapes()) if self.tiled else super()._batch(laid_out)
+
+    def _packed(self, laid_out: list[RowBatch], shapes: FixedShapes) -> tuple[Tensor, int]:
+        (batch,) = laid_out
         with torch.inference_mode(mode=False), torch.no_grad(), shapes:
             output_A = self.module(batch.to(self.device)).float()
         return output_A[:-1], -(-batch.padded_tokens // BLOCK) * BLOCK

@@ -142,7 +142,7 @@ class DeepSpeedEngine:
         return norm
 
     def total(self, numbers: Tensor) -> Tensor:
-        """The sum over ranks of a small float64 tensor on the CPU."""
+        """The sum over ranks of a small float64 tensor, on the CPU."""
         shared = numbers.to(self.device)
         dist.all_reduce(shared)
         return shared.cpu()

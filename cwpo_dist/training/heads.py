@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cwpo_dist.objectives import bradley_terry
 from cwpo_dist.pairs.records import unit_hash
-from cwpo_dist.training.tasks import BradleyTerry, Indices
+from cwpo_dist.training.tasks import BradleyTerry, Indices, placed
 from cwpo_dist.weighting import Floats
 
 
@@ -44,7 +44,7 @@ class ManyHeads(BradleyTerry):
         loss_PM = bradley_terry(outputs_PKM[:, 0], outputs_PKM[:, 1], shares_P1)
         if self.seed is not None:
             names = [self.pair_ids[i] for i in indices]
-            loss_PM = loss_PM * loss_PM.new_tensor(bootstrap(self.seed, names, self.heads))
+            loss_PM = loss_PM * placed(bootstrap(self.seed, names, self.heads), loss_PM)
         return loss_PM.sum(1)
 
     def metrics(self, outputs_PKM: Tensor, indices: Indices) -> dict[str, float]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from cwpo_dist.lm.recompute import start_training
-from cwpo_dist.training.loop import Engine, Run, finite_loss, own_micro_batches
-from cwpo_dist.training.micro_batches import parts_of
+from cwpo_dist.training.loop import Engine, Run, finite_loss
+from cwpo_dist.training.micro_batches import fed
 from cwpo_dist.training.tasks import Task
 
 _OF_TRAINING = ("weight", "flipped")  # metrics that say nothing of what is held out
@@ -31,18 +31,14 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
         NonFiniteLoss: naming step and pairs.
     """
     every = list(range(len(task.rows)))
-    outputs_NK = torch.zeros(len(every), *task.outputs, dtype=torch.float64)
+    outputs_NK = torch.zeros(len(every), *task.outputs, dtype=torch.float64, device=engine.device)
     engine.module.eval()
     with torch.no_grad():
         for start in range(0, len(every), BATCH):
             indices = every[start : start + BATCH]
-            groups = engine.world_size // engine.sequence.size
-            parts = parts_of(task, indices, run.limits, groups)
-            for micro in own_micro_batches(parts, engine, run):
+            for micro in fed(task, engine, run, [indices]):
                 output_PK = micro.by_pair(engine.forward(micro.batch.to(engine.device)))
-                if micro.told:
-                    rows = [indices[p] for p in micro.positions]
-                    outputs_NK[rows] = output_PK.double().cpu()
+                micro.tell(output_PK, outputs_NK[start : start + BATCH])
     start_training(engine.module)
     outputs_NK = engine.total(outputs_NK.flatten()).reshape(outputs_NK.shape)
     if task.looks_ahead:

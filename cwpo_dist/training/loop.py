@@ -9,7 +9,7 @@ Shapes: P = rows of a micro-batch or global batch, K = answers a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.lm.batches import global_batch, steps_per_epoch, total_steps
+from cwpo_dist.lm.feeding import moved
 from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.recompute import recompute
 from cwpo_dist.lm.rows import Layout, Row, RowBatch
 from cwpo_dist.lm.sequence import SequenceGroup
 from cwpo_dist.training.meter import Meter
-from cwpo_dist.training.micro_batches import Limits, MicroBatch, Part, micro_batches, parts_of
+from cwpo_dist.training.micro_batches import Limits, MicroBatch, fed, next_pass
 from cwpo_dist.training.optim import learning_rates
 from cwpo_dist.training.shards import Share
 from cwpo_dist.training.tasks import Indices, Task
@@ -71,7 +72,7 @@ class Engine(Protocol):
         """Clips, updates, forgets gradients; returns the gradient norm before clipping."""
 
     def total(self, numbers: Tensor) -> Tensor:
-        """The sum over ranks of a small float64 tensor on the CPU."""
+        """The sum over ranks of a small float64 tensor, on the CPU: here the host waits."""
 
     def shares(self, key: str | None) -> Iterator[Share]:
         """What this rank keeps of each trainable fp32 parameter (key None) or of its state."""
@@ -155,11 +156,12 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
     total = total_steps(run.config, task.order.drawn)
     rate = learning_rates(run.config, total)
     meter = Meter(engine.device, engine.world_size, run.flops, run.config.lora is not None)
+    batches = (_rows_of(task, run, step) for step in range(start_step, total))
+    feed = fed(task, engine, run, batches, 1 + task.looks_ahead)
     for step in range(start_step, total):
         hooks.before_step(step)
         meter.start()
-        _, indices = global_batch(task.order, run.config.global_batch_size, run.seed, step)
-        result = gradients(task, engine, run, step, indices.tolist(), hooks, meter)
+        result = gradients(task, engine, run, step, _rows_of(task, run, step), feed, hooks, meter)
         grad_norm = engine.step(rate(step))
         meter.mark("optimizer")
         if not math.isfinite(grad_norm):
@@ -168,7 +170,7 @@ def train(task: Task, engine: Engine, run: Run, hooks: Hooks, start_step: int = 
                 f"{_names(task, result.indices)}; the last checkpoint stays good: lower the "
                 "learning rate, or look at these pairs"
             )
-        meter.add(len(indices), result.rows, result.useful_tokens, result.padded_tokens)
+        meter.add(len(result.indices), result.rows, result.useful_tokens, result.padded_tokens)
         done = step + 1
         judged = _due(run.config.eval_steps, done, total)
         if judged or _due(run.config.logging_steps, done, total):
@@ -216,6 +218,7 @@ def gradients(
     run: Run,
     step: int,
     indices: list[int],
+    feed: Iterator[MicroBatch] | None = None,
     hooks: Hooks | None = None,
     meter: Meter | None = None,
 ) -> StepResult:
@@ -227,6 +230,7 @@ def gradients(
         run: layout, budget, seed.
         step: from 0; with the seed and the rank it decides dropout.
         indices: rows of the global batch, the same on all ranks.
+        feed: of `fed`, where its micro-batches come next; None: they are laid out now.
         hooks: asked whether this rank wants all to stop or to poll; None: it never does.
         meter: told when each part ends; None: nothing is measured.
 
@@ -234,17 +238,17 @@ def gradients(
         NonFiniteLoss: on all ranks alike.
     """
     hooks, meter = hooks or Hooks(), meter or Meter()
+    feed = feed or fed(task, engine, run, [indices], 1 + task.looks_ahead)
     denominator = task.denominator(indices)
-    outputs_PK = torch.zeros(len(indices), *task.outputs, dtype=torch.float64)
-    tokens = torch.zeros(2, dtype=torch.float64)
-    parts = parts_of(task, indices, run.limits, engine.world_size // engine.sequence.size)
+    shape = len(indices), *task.outputs
     if task.looks_ahead:
-        task.learn(_ahead(engine, run, step, parts, outputs_PK), indices)
+        task.learn(_ahead(engine, run, step, feed, shape), indices)
         meter.mark("forward")
-    for micro in own_micro_batches(parts, engine, run):
-        batch = micro.batch.to(engine.device)
+    outputs_PK = torch.zeros(shape, dtype=torch.float64, device=engine.device)
+    useful_tokens, padded_tokens = 0.0, 0
+    for micro in next_pass(feed):
         meter.mark("data")
-        output_PK = _forward(engine, run, step, micro, batch)
+        output_PK = _forward(engine, run, step, micro)
         loss_P = task.losses(output_PK, [indices[p] for p in micro.positions])
         # DeepSpeed averages over ranks, hence × world size: ranks that share a sequence have each a
         # part of its gradient. A pad is a finite row times 0.
@@ -252,19 +256,19 @@ def gradients(
         meter.mark("forward")
         engine.backward(loss, last=micro.last)
         meter.mark("backward")
-        if micro.told:
-            outputs_PK[micro.positions] = output_PK.detach().double().cpu()
-        useful = micro.batch.useful_tokens * micro.weight
-        tokens += torch.tensor([useful, micro.batch.padded_tokens])
-    flags = torch.tensor([hooks.wants_stop(), hooks.wants_poll()], dtype=torch.float64)
+        micro.tell(output_PK, outputs_PK)
+        useful_tokens += micro.batch.useful_tokens * micro.weight
+        padded_tokens += micro.batch.padded_tokens
+    told = hooks.wants_stop(), hooks.wants_poll(), useful_tokens, padded_tokens
+    numbers = moved(torch.tensor(told, dtype=torch.float64), engine.device)
     # Each pair is told by one rank and is 0 on the others: the sum tells all of them all.
-    summed = engine.total(torch.cat([flags, tokens, outputs_PK.flatten()]))
+    summed = engine.total(torch.cat([numbers, outputs_PK.flatten()]))
     meter.mark("communication")
-    outputs_PK = summed[4:].reshape(outputs_PK.shape)
+    outputs_PK = summed[4:].reshape(shape)
     return StepResult(
         indices=indices,
         outputs_PK=outputs_PK,
-        rows=[row for part in parts for row in part.rows],
+        rows=micro.step_rows,
         loss=finite_loss(task, step, indices, outputs_PK) / denominator,
         useful_tokens=float(summed[2]),
         padded_tokens=float(summed[3]),
@@ -273,28 +277,28 @@ def gradients(
     )
 
 
-def own_micro_batches(parts: Sequence[Part], engine: Engine, run: Run) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a global batch: as many as every other rank has."""
-    ranks = engine.rank, engine.world_size
-    return micro_batches(parts, run.limits, *ranks, run.pad_id, engine.sequence)
-
-
-def _forward(engine: Engine, run: Run, step: int, micro: MicroBatch, batch: RowBatch) -> Tensor:
+def _forward(engine: Engine, run: Run, step: int, micro: MicroBatch) -> Tensor:
     """Outputs [P, K], with the dropout of this micro-batch."""
     torch.manual_seed(_dropout_seed(run.seed, step, engine.rank, micro.number))
     recompute(engine.module, on=run.config.gradient_checkpointing or micro.over_budget)
-    return micro.by_pair(engine.forward(batch))
+    return micro.by_pair(engine.forward(micro.batch.to(engine.device)))
 
 
 @torch.no_grad()
-def _ahead(engine: Engine, run: Run, step: int, parts: Sequence[Part], like_PK: Tensor) -> Tensor:
+def _ahead(
+    engine: Engine, run: Run, step: int, feed: Iterator[MicroBatch], shape: tuple[int, ...]
+) -> Tensor:
     """The outputs that a step is about to compute, float64 [P, K]; a collective."""
-    outputs_PK = torch.zeros_like(like_PK)
-    for micro in own_micro_batches(parts, engine, run):
-        output_PK = _forward(engine, run, step, micro, micro.batch.to(engine.device))
-        if micro.told:
-            outputs_PK[micro.positions] = output_PK.double().cpu()
-    return engine.total(outputs_PK.flatten()).reshape(outputs_PK.shape)
+    outputs_PK = torch.zeros(shape, dtype=torch.float64, device=engine.device)
+    for micro in next_pass(feed):
+        output_PK = _forward(engine, run, step, micro)
+        micro.tell(output_PK, outputs_PK)
+    return engine.total(outputs_PK.flatten()).reshape(shape)
+
+
+def _rows_of(task: Task, run: Run, step: int) -> list[int]:
+    _, rows = global_batch(task.order, run.config.global_batch_size, run.seed, step)
+    return list(map(int, rows))
 
 
 def finite_loss(task: Task, step: int, indices: Indices, outputs_PK: Tensor) -> float:

@@ -11,19 +11,24 @@ Shapes: P = pairs of a micro-batch, K = answers a pair, A = answers of the rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cwpo_dist.lm.batches import plan_micro_batches
+from cwpo_dist.lm.feeding import ahead, moved
 from cwpo_dist.lm.rows import Layout, Row, RowBatch, collate
 from cwpo_dist.lm.sequence import ALONE, SequenceGroup
 from cwpo_dist.lm.sharing import SharedRows, unshared
 from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.training.tasks import Indices, Task
+
+if TYPE_CHECKING:
+    from cwpo_dist.training.loop import Engine, Run
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class MicroBatch:
         told: whether this rank tells the others what comes out: one of those that share it does.
         last: of the step.
         over_budget: whether a rank has a pair in it that alone exceeds the budget of tokens.
+        step_rows: those of all ranks' micro-batches of the global batch.
     """
 
     number: int
@@ -128,10 +134,17 @@ class MicroBatch:
     told: bool
     last: bool
     over_budget: bool
+    step_rows: list[Row]
 
     def by_pair(self, numbers_A: Tensor) -> Tensor:
         """One number an answer as [P, K]; an answer's gradient is the sum over its pairs."""
-        return numbers_A[self.places_PK.to(numbers_A.device)]
+        return numbers_A[moved(self.places_PK, numbers_A.device)]
+
+    def tell(self, output_PK: Tensor, outputs_PK: Tensor) -> None:
+        """Puts its outputs among those of the global batch, where this rank is to tell them."""
+        if self.told:
+            places_P = moved(torch.tensor(self.positions), outputs_PK.device)
+            outputs_PK.index_copy_(0, places_P, output_PK.detach().to(outputs_PK.dtype))
 
 
 def parts_of(task: Task, indices: Indices, limits: Limits, world_size: int) -> list[Part]:
@@ -152,6 +165,41 @@ def parts_of(task: Task, indices: Indices, limits: Limits, world_size: int) -> l
         largest = max(range(len(parts)), key=lambda i: len(parts[i].pairs))
         parts[largest : largest + 1] = parts[largest].halves()
     return parts
+
+
+def fed(
+    task: Task, engine: Engine, run: Run, batches: Iterable[Indices], passes: int = 1
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of global batches, laid out while the device is at those before.
+
+    Args:
+        task: whose rows they are.
+        engine: of this rank.
+        run: limits and pad.
+        batches: rows of each global batch.
+        passes: how often each is gone through.
+
+    Returns:
+        As many as every other rank has.
+    """
+    ranks, group = (engine.rank, engine.world_size), engine.sequence
+
+    def laid_out() -> Iterator[MicroBatch]:
+        for indices in batches:
+            parts = parts_of(task, indices, run.limits, engine.world_size // group.size)
+            for _ in range(passes):
+                for micro in micro_batches(parts, run.limits, *ranks, run.pad_id, group):
+                    yield replace(micro, batch=micro.batch.pinned(engine.device))
+
+    return ahead(laid_out())
+
+
+def next_pass(feed: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """What of it comes up to the end of a pass through a global batch."""
+    for micro in feed:
+        yield micro
+        if micro.last:
+            return
 
 
 def micro_batches(
@@ -176,6 +224,7 @@ def micro_batches(
     lengths, sequences = zip(*(limits.length(part.rows) for part in parts), strict=True)
     plans = plan_micro_batches(lengths, limits.max_tokens, world_size, limits.layout, sequences)
     shortest = min(range(len(parts)), key=lengths.__getitem__)
+    step_rows = [row for part in parts for row in part.rows]
     for number, chosen in enumerate(plans[rank]):
         part = Part.joined([parts[i] for i in chosen or [shortest]])
         longest = max(lengths[i] for plan in plans for i in plan[number])
@@ -188,4 +237,5 @@ def micro_batches(
             told=bool(chosen) and sequence.rank == 0,
             last=number == len(plans[0]) - 1,
             over_budget=longest > limits.max_tokens,
+            step_rows=step_rows,
         )

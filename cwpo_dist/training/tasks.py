@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cwpo_dist.config import BatchBy
 from cwpo_dist.lm.batches import Order, proportional, uniform
+from cwpo_dist.lm.feeding import moved
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, bradley_terry
 from cwpo_dist.pairs.records import prompt_of
@@ -328,7 +329,7 @@ class Preference(Task):
         references_PK = torch.zeros_like(outputs_PK)
         if self.references is not None:
             references_PK = _of(self.references, indices, outputs_PK)
-        counts_PK = outputs_PK.new_tensor([self.rows[i].n_scored for i in indices])
+        counts_PK = placed([self.rows[i].n_scored for i in indices], outputs_PK)
         return PairLogps(
             chosen=outputs_PK[:, 0],
             rejected=outputs_PK[:, 1],
@@ -343,6 +344,11 @@ class Preference(Task):
         return like.new_ones(len(indices)) if self.sampling else _of(self.weights, indices, like)
 
 
-def _of(numbers: Sequence[Any] | NDArray[Any], indices: Indices, like: Tensor) -> Tensor:
+def _of(numbers: Sequence[Any] | NDArray[Any], indices: Indices, outputs: Tensor) -> Tensor:
     """Those of some rows, [P, …]."""
-    return like.new_tensor(np.array([numbers[i] for i in indices]))
+    return placed([numbers[i] for i in indices], outputs)
+
+
+def placed(numbers: Sequence[Any] | NDArray[Any], outputs: Tensor) -> Tensor:
+    """Numbers of the host where a model's outputs are, and of their type."""
+    return moved(torch.as_tensor(np.array(numbers), dtype=outputs.dtype), outputs.device)

@@ -55,8 +55,8 @@ class TorchEngine:
         return float(norm)
 
     def total(self, numbers: Tensor) -> Tensor:
-        """The numbers themselves: there is one rank."""
-        return numbers
+        """The numbers themselves, as there is one rank, on the CPU."""
+        return numbers.cpu()
 
     def shares(self, key: str | None) -> Iterator[Share]:
         """All of each trainable parameter, or of its optimizer state."""
