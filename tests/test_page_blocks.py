@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from small_run import DEMO_PAIRS, small_config, write_config
 from test_docs import PAGES, named
 from tiny import save_tiny
@@ -51,6 +56,8 @@ BLOCKS = [
     Block(named(page), *found) for page in PAGES for found in _BLOCK.findall(page.read_text())
 ]
 RUN = [block for block in BLOCKS if block.language in {"sh", "python"}]
+STATE = Path(tempfile.gettempdir()) / f"cwpo-page-{os.getpid()}"  # of a cluster of ours alone
+CLUSTER = ROOT / "cluster" / "local" / "cluster.py"
 # What is given in the place of a page's names: its text → ours. {here}: the test's folder.
 PLACES = {
     "README.md": {
@@ -76,6 +83,24 @@ PLACES = {
         "runs/own": "{here}/runs/own",
         "path: pairs.csv": "path: {here}/pairs.csv",
     },
+    "docs/tutorials/label-a-million-answers.md": {
+        "answers/*.jsonl": "{here}/answers/*.jsonl",
+        "reward,": "{here}/reward,",
+        "runs/scores": "{here}/runs/scores",
+        "250_000": "2_500",
+    },
+    "docs/tutorials/ask-people.md": {
+        "path: ": "path: {here}/",  # the model's, too
+        "runs/asked": "{here}/runs/asked",
+    },
+    "docs/tutorials/first-cluster-job.md": {
+        "source .venv/bin/activate\n": "",
+        "cwpo_dist/demo/pairs.jsonl": str(DEMO_PAIRS),
+        **{
+            f"cluster/local/cluster.py {does}": f"{CLUSTER} {does} --state {STATE}"
+            for does in ("up", "env", "down")
+        },
+    },
 }
 
 
@@ -89,8 +114,10 @@ def test_each_block_is_run_or_says_why_not() -> None:
 class Reader:
     """Somebody who does what a page says, in a folder of his own."""
 
-    def __init__(self, page: str, here: Path) -> None:
+    def __init__(self, page: str, here: Path, *, in_bash: bool = False) -> None:
+        """`in_bash`: commands are given to bash, as they are not of `cwpo` alone."""
         self.page, self.here, self.names = page, here, dict[str, Any]()
+        self.shell = self.bash if in_bash else self.commands
 
     def read(self, *notes: str, files: bool = False) -> None:
         """Runs the page's blocks with these notes, in their order; `files`: writes the others."""
@@ -111,7 +138,22 @@ class Reader:
             text = text.replace(theirs, ours.format(here=self.here))
         return text
 
-    def shell(self, text: str) -> str:
+    def bash(self, text: str) -> str:
+        """Runs a block in bash, with the variables of those before; what it printed."""
+        known = self.here / "variables"
+        known.touch()
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", f"set -eua; . {known}\n{text}\nexport -p > {known}"],
+            env=os.environ | {"PATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{self.page}: {text}\n{done.stdout}"
+        return done.stdout
+
+    def commands(self, text: str) -> str:
         """Runs commands of `cwpo` in this process; what they said."""
         said = io.StringIO()
         for line in text.replace("\\\n", " ").splitlines():
@@ -147,6 +189,33 @@ def test_add_a_loss(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
     Reader("docs/tutorials/add-a-loss.md", here).read("", files=True)
     assert "squared_hinge" in objectives.OBJECTIVES
+
+
+def test_label_a_million_answers(here: Path, ray_local: Any) -> None:
+    """The plan is of ten thousand: its output is not compared."""
+    Reader("docs/tutorials/label-a-million-answers.md", here).read("", files=True)
+
+
+def test_ask_people(here: Path, ray_local: Any) -> None:
+    Reader("docs/tutorials/ask-people.md", here).read("", files=True)
+
+
+def test_the_demo(here: Path, smollm2: Path) -> None:
+    """What another setting of the demo makes anew."""
+    (here / "cwpo_dist").symlink_to(ROOT / "cwpo_dist")
+    (here / "runs" / "models").mkdir(parents=True)
+    (here / "runs" / "models" / smollm2.name).symlink_to(smollm2)
+    Reader("docs/tutorials/the-demo.md", here).read("", files=True)
+
+
+@pytest.mark.long
+def test_first_cluster_job(here: Path) -> None:
+    """A cluster of this machine; what of it is left where a block fails is taken down."""
+    try:
+        Reader("docs/tutorials/first-cluster-job.md", here, in_bash=True).read("", LONG, files=True)
+    finally:
+        if STATE.exists():
+            subprocess.run([sys.executable, CLUSTER, "down", "--state", STATE], check=True)
 
 
 def test_texts_and_margins_are_joined_as_data_md_says(here: Path) -> None:

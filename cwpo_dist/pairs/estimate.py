@@ -20,7 +20,7 @@ from cwpo_dist.pairs.counted_rows import CountedRows, sizes
 from cwpo_dist.pairs.pairing import pair_with
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.pieces import Piece, columns_of
-from cwpo_dist.pairs.readers import Part, RawRow, read
+from cwpo_dist.pairs.readers import Part, RawRow, begun, read
 from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
 from cwpo_dist.pairs.row_forms import ListCounts, parse_raw
@@ -286,26 +286,33 @@ class _Reading:
         self.damaged: dict[str, str] = {}  # inputs, and why
         self.deadline = time.monotonic() + seconds
         self.complete = True
-        self.rows = self.rows_done = self.size_done = 0  # done: of parts that were read to an end
+        self.rows = self.rows_done = self.size_done = 0  # done: of parts whose share is known
 
     def __iter__(self) -> Iterator[tuple[int, RawRow]]:
         for number, piece in enumerate(self.pieces):
             left = piece.limit
             for part in piece.parts:
-                before = self.rows
+                before, size = self.rows, 0
                 # Behind the limit no file is opened, as `prepare` opens none.
                 for raw in itertools.islice(read(part, columns_of(piece)), left):
                     if time.monotonic() > self.deadline:
                         self.complete = False
+                        self._note(begun(part, self.rows - before, size), self.rows - before)
                         return
+                    size += raw.size
                     left = None if left is None else left - 1
                     self.rows += 1
                     if raw.fault is Reason.DAMAGED:
                         self.damaged[str(part)] = raw.as_text()
                     yield number, raw
                 if left != 0:
-                    self.size_done += part.size
-                    self.rows_done += self.rows - before
+                    self._note(part.size, self.rows - before)
+
+    def _note(self, size: int, rows: int) -> None:
+        """Bytes that were read and the rows in them."""
+        if size:
+            self.size_done += size
+            self.rows_done += rows
 
     @property
     def files(self) -> int:
@@ -314,7 +321,7 @@ class _Reading:
 
     @property
     def scale(self) -> float:
-        """All rows over those that were read, by the parts read to an end; 1 where none was."""
+        """All rows over those that were read, by bytes; 1 where none are known (`begun`)."""
         if self.complete or not self.size_done:
             return 1.0
         a_byte = self.rows_done / self.size_done

@@ -129,6 +129,11 @@ class RawRow:
     text: str | None = None
     fault: Reason | None = None
 
+    @property
+    def size(self) -> int:
+        """Its bytes in a file of lines; 0 where its text is not kept."""
+        return 0 if self.text is None else len(self.text.encode("utf-8", "surrogatepass")) + 1
+
     def as_text(self) -> str:
         """The raw row for `rejects/`."""
         return row_text(self.value) if self.text is None else printable(self.text)
@@ -160,6 +165,21 @@ def read(part: Part, columns: Iterable[str] | None = None) -> Iterator[RawRow]:
     needed = None if columns is None else set(columns)
     with access(part):
         yield from _until_damage(_rows(part, needed), part.first)
+
+
+def begun(part: Part, rows: int, size: int) -> int:
+    """About how many of a part's bytes its first rows took; 0 where nothing tells.
+
+    Args:
+        part: of which more was not read.
+        rows: how many were.
+        size: of their texts.
+    """
+    if part.reader == "parquet" and rows:  # so its footer could be read
+        with access(part), opened(part.uri) as file:
+            there: int = pq.ParquetFile(file).metadata.num_rows
+            return round(part.size * rows / max(rows, there))
+    return 0 if compression_of(part.uri) else size  # of packed files the bytes read are not known
 
 
 @contextmanager

@@ -195,7 +195,7 @@ def retry(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object
     failed = [index for index, counts in committed_counts(first).items() if counts["rejects"]]
     aside = [index for index in failed if _set_aside(first.output, node.retries, index)]
     if not aside:
-        logger.info("annotate: nothing was set aside but for its tokens, as they are or too many")
+        logger.info("annotate: nothing was set aside that could be scored again")
         return None
     again = by.run(shard_job(context, node, number, aside), model, reward_module)
     retried = _retried_counts(context, replace(node, retries=number))
