@@ -6,11 +6,13 @@ from memory that the system may move, waits for all that is queued, and the devi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
@@ -26,6 +28,11 @@ def pinned(tensor: Tensor, device: torch.device | str) -> Tensor:
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device; the host does not wait until it is there."""
     return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def placed(numbers: Sequence[Any] | NDArray[Any], outputs: Tensor) -> Tensor:
+    """Numbers of the host where a model's outputs are, and of their type."""
+    return moved(torch.as_tensor(np.array(numbers), dtype=outputs.dtype), outputs.device)
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -185,6 +185,7 @@ def collate(rows: Sequence[Row], layout: Layout, pad_id: int) -> RowBatch:
         layout=layout,
         lengths=tuple(laid.tokens.tolist()),
         padded_tokens=ids_BL.numel(),
+        group=ALONE,
     )
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from cwpo_dist.lm.feeding import placed
 from cwpo_dist.objectives import bradley_terry
 from cwpo_dist.pairs.records import unit_hash
-from cwpo_dist.training.tasks import BradleyTerry, Indices, placed
+from cwpo_dist.training.tasks import BradleyTerry, Indices
 from cwpo_dist.weighting import Floats
 
 

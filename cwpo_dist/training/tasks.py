@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cwpo_dist.config import BatchBy
 from cwpo_dist.lm.batches import Order, proportional, uniform
-from cwpo_dist.lm.feeding import moved
+from cwpo_dist.lm.feeding import placed
 from cwpo_dist.lm.rows import Row
 from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, bradley_terry
 from cwpo_dist.pairs.records import prompt_of
@@ -347,8 +347,3 @@ class Preference(Task):
 def _of(numbers: Sequence[Any] | NDArray[Any], indices: Indices, outputs: Tensor) -> Tensor:
     """Those of some rows, [P, …]."""
     return placed([numbers[i] for i in indices], outputs)
-
-
-def placed(numbers: Sequence[Any] | NDArray[Any], outputs: Tensor) -> Tensor:
-    """Numbers of the host where a model's outputs are, and of their type."""
-    return moved(torch.as_tensor(np.array(numbers), dtype=outputs.dtype), outputs.device)
