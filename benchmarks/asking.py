@@ -1,11 +1,11 @@
 """Human pairs in; whether it matters which of them people label next, as learning curves, out.
 
-    python benchmarks/asking.py --model FOLDER --cache FILE.npz --plot FILE.svg
+    python benchmarks/asking.py --model FOLDER --cache FILE.npz [--data hh] [--plot FILE.svg]
 
 An annotator is a linear Bradley–Terry head on the last hidden states of a frozen model. Eight of
 them, by bootstrap over one trunk, are trained in a fraction of a second. A seed draws the debates
-that are held out, the first labels, and the bootstrap; all arms have these in common. CWPO_DATA
-names a folder with ukp_convincing.jsonl.gz; the cache holds the hidden states (minutes, once).
+(of HH, the prompts) that are held out, the first labels, and the bootstrap; all arms have these in
+common. CWPO_DATA names a folder with the data; the cache holds the hidden states (minutes, once).
 The last line is one JSON object with all figures.
 
 Shapes: N pairs, A answers, H width of a hidden state, K annotators, n labels, d ≤ H dimensions,
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +42,7 @@ from cwpo_dist.weighting import Floats, Scale, join, sigmoid
 
 ROUNDS = (32, 64, 128, 256, 512, 1024)  # labels; the first are drawn
 HEADS = 8
-TEST_DEBATES = 4  # of 16
+TEST_SHARE = 0.25  # of 16 debates, or of all prompts
 
 
 class Arm(NamedTuple):
@@ -80,7 +80,8 @@ class Setting:
     def of(cls, data: Data, seed: int) -> Setting:
         """Draws it."""
         rng = np.random.default_rng(seed)
-        held_out = rng.permutation(np.unique(data.debates))[:TEST_DEBATES]
+        debates = rng.permutation(np.unique(data.debates))
+        held_out = debates[: round(TEST_SHARE * len(debates))]
         test = np.isin(data.debates, held_out)
         counts = rng.poisson(1.0, (HEADS, len(test))).astype(np.float64)
         return cls(seed, test, counts, rng.permutation(np.flatnonzero(~test))[: ROUNDS[0]])
@@ -260,18 +261,23 @@ def draw(rows: list[dict[str, Any]], to: Path) -> None:
 def main(
     model: Annotated[Path, typer.Option(help="the folder of a causal language model")],
     cache: Annotated[Path, typer.Option(help="of its hidden states; made where it is missing")],
+    data: Annotated[Literal["ukp", "hh"], typer.Option(help="whose labels")] = "ukp",
+    layers: Annotated[int | None, typer.Option(help="of the model, the first; all")] = None,
     seeds: int = 40,
     plot: Annotated[Path | None, typer.Option(help="an SVG file")] = None,
 ) -> None:
     """Measures and prints; see the head of this file."""
     if not cache.exists():
-        np.savez(cache, **made(ModelConfig(model_name_or_path=str(model), max_length=1024)))
+        frozen = ModelConfig(
+            model_name_or_path=str(model), num_hidden_layers=layers, max_length=1024
+        )
+        np.savez(cache, **made(frozen, data))
     with ProcessPoolExecutor(2) as pool:
         found = list(pool.map(partial(one, loaded(cache)), range(seeds)))
     rows = table(found)
     longer = over_seeds([of[LONGER, ROUNDS[0], "accuracy"] for of in found])
     labels_needed = [{**arm._asdict(), "labels": needed(found, arm)} for arm in ARMS]
-    result = {"benchmark": "asking", "environment": environment(), "seeds": seeds}
+    result = {"benchmark": "asking", "data": data, "environment": environment(), "seeds": seeds}
     result |= {"longer_answer": told(longer), "labels_needed": labels_needed, "rows": rows}
     print(json.dumps(result), flush=True)
     if plot is not None:

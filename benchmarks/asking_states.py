@@ -1,4 +1,4 @@
-"""UKP's human pairs and a frozen model in; the last hidden state of each answer out, for asking.py.
+"""Human pairs and a frozen model in; the last hidden state of each answer out, for asking.py.
 
 Shapes: N pairs, A answers, H width of a hidden state.
 """
@@ -38,7 +38,8 @@ class Data:
 
     Attributes:
         names: [N] ids.
-        debates: [N] one debate is two prompts, for and against.
+        debates: [N] what is held out as a whole: of UKP a debate, which is two prompts, for and
+            against; else a prompt.
         sides: [2, N] places of the answers a and b.
         labels: [N] 1 where people chose a, −1 where b.
         lengths: [A] characters.
@@ -59,7 +60,7 @@ class Data:
         return difference
 
 
-def made(model: ModelConfig) -> dict[str, Any]:
+def made(model: ModelConfig, data: str) -> dict[str, Any]:
     """The arrays of `Data`, with hidden states as they are."""
     encoder = encoder_for(model, "annotator")
     scores = AnswerScores(load_annotator_base(model, encoder.tokenizer, seed=0))
@@ -73,7 +74,7 @@ def made(model: ModelConfig) -> dict[str, Any]:
     states: dict[str, Any] = {}
     lengths: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
-        store, _ = with_ray(lambda: prepared(Path(name), "ukp", None, 100_000))
+        store, _ = with_ray(lambda: prepared(Path(name), data, None, 100_000))
         for read in encoded(encoder, model, AnswersIn(store).read(0), SetAside(0)):
             shared = SharedRows.of([(prompt_of(each.name), row) for each, row in read])
             values = shared.of_each(forward(shared.rows).values)
@@ -88,7 +89,10 @@ def made(model: ModelConfig) -> dict[str, Any]:
     ]
     return {
         "names": [pair.pair_id for pair, _, _ in known],
-        "debates": [debate_of(str(pair.prompt)) for pair, _, _ in known],
+        "debates": [
+            debate_of(str(pair.prompt)) if data == "ukp" else prompt_of(pair.pair_id)
+            for pair, _, _ in known
+        ],
         "sides": np.array([(a, b) for _, a, b in known]).T,
         "labels": [1.0 if pair.label == "a" else -1.0 for pair, _, _ in known],
         "lengths": [float(lengths[answer]) for answer in states],
