@@ -237,6 +237,23 @@ def _first_at(curve_R: Floats, random_R: Floats) -> float:
     return float(2 ** np.interp(goal, curve_R[two], np.log2(ROUNDS[two])))
 
 
+def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """As BENCHMARKS.md has them: `random`, and by how much others are better than it."""
+    for name, scale, digits in (("accuracy", 100, 1), ("nll", 1, 3)):
+        yield f"| {name} | " + " | ".join(map(str, ROUNDS[1:])) + " |"
+        yield "|---" * len(ROUNDS) + "|"
+        for strategy in sorted(STRATEGIES, key=lambda each: each != "random"):
+            of = [row for row in rows if (row["strategy"], row["rule"]) == (strategy, True)]
+            key, sign = (name, "") if strategy == "random" else (f"{name}_less_random", "+")
+            cells = [_cell(row[key], scale, f"{sign}.{digits}f") for row in of[1:]]
+            yield f"| `{strategy}` | " + " | ".join(cells) + " |"
+
+
+def _cell(mean: dict[str, float], scale: int, form: str) -> str:
+    value, low, high = (f"{scale * mean[key]:{form}}" for key in ("mean", "low", "high"))
+    return f"{value} [{low}, {high}]".replace("-", "−")
+
+
 def draw(rows: list[dict[str, Any]], to: Path) -> None:
     """Each arm's accuracy by the number of labels."""
     import matplotlib as mpl
@@ -279,6 +296,7 @@ def main(
     labels_needed = [{**arm._asdict(), "labels": needed(found, arm)} for arm in ARMS]
     result = {"benchmark": "asking", "data": data, "environment": environment(), "seeds": seeds}
     result |= {"longer_answer": told(longer), "labels_needed": labels_needed, "rows": rows}
+    print(*tables(rows), sep="\n")
     print(json.dumps(result), flush=True)
     if plot is not None:
         draw(rows, plot)
