@@ -267,9 +267,9 @@ def test_kept_columns_are_those_on_which_both_agree(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("pairing", ["given", *WHO_WINS])
-@pytest.mark.parametrize("two_sides", [False, True])
+@pytest.mark.parametrize("into", [None, "test", "labelled"])
 def test_the_census_counts_what_prepare_makes(
-    tmp_path: Path, pairing: str, two_sides: bool
+    tmp_path: Path, pairing: str, into: str | None
 ) -> None:
     _, alone = some_rows(11)
     _, more = some_rows(11, prompts=12)
@@ -282,8 +282,8 @@ def test_the_census_counts_what_prepare_makes(
         {"path": write(tmp_path / "y.jsonl", more), "columns": NAMED},
         {"path": write(tmp_path / "pairs.jsonl", given)},
     ]
-    if two_sides:
-        listed[1]["into"] = "test"
+    if into is not None:
+        listed[1]["into"] = into
     told = config(*listed, pairing=pairing, labelled_fraction=0.5, max_reject_fraction=1.0)
     store = Store(str(tmp_path / "out"))
     counts = prepare(store, told, seed=2)
@@ -292,7 +292,7 @@ def test_the_census_counts_what_prepare_makes(
     assert seen.alone.__dict__ == counts["alone"]
     assert seen.merged == counts["merged_duplicates"]
     assert seen.rejects == sum(counts["rejects"].values())
-    assert (seen.rejects > 0) == two_sides
+    assert (seen.rejects > 0) == (into is not None)
     for name in ("splits", "labelled", "prompts", "answers", "answers_alone", "prompts_alone"):
         told_there = {split: number for split, number in counts[name].items() if number}
         found = {split: number for split, number in getattr(seen, name).items() if number}

@@ -86,6 +86,9 @@ def test_alone_it_compares_no_arm_and_beside_grids_these(tmp_path: Path) -> None
         ),
         ("random", {"prepare__labelled_fraction": 1.0}, "labels that are hidden; give a share"),
         ("random", {"annotate__model": {"model_name_or_path": "x"}}, "annotate.model is ready"),
+        ("random", {"weak": None}, "weak: compare.ask compares annotators"),
+        ("random", {"prepare__test_fraction": 0.0}, r"prepare\.test_fraction: 0, but compare.ask"),
+        ("random", {"evaluate__split": "validation"}, r"prepare\.validation_fraction: 0, but"),
     ],
 )
 def test_what_could_not_learn_or_choose_is_refused(
@@ -97,9 +100,27 @@ def test_what_could_not_learn_or_choose_is_refused(
 
 
 def test_a_plan_counts_the_annotator_that_asks_and_names_the_others(tmp_path: Path) -> None:
-    found = plan(config(tmp_path, {"ask": ASK, "seeds": [0, 1]}))
+    found = plan(config(tmp_path, {"ask": [*ASK, ASK[0]], "seeds": [0, 1]}))
     assert [stage.stage for stage in found.stages] == ["prepare", "fit", "annotate"]
-    assert any(note.startswith("compare.ask: 3 trials × 2 seeds") for note in found.notes)
+    (note,) = (note for note in found.notes if note.startswith("compare.ask"))
+    assert note.startswith("compare.ask: 3 trials × 2 seeds = 6 annotators")
+
+
+def test_a_plan_says_what_such_a_comparison_cannot_show(tmp_path: Path) -> None:
+    asks = [{"strategy": "random", "budgets": [4]}, {"strategy": "uncertain", "budgets": [4, 5000]}]
+    _, by_lot, most = (
+        note for note in plan(config(tmp_path, {"ask": asks})).notes if note.startswith("compare.a")
+    )
+    assert by_lot == "compare.ask: no `random` with budgets 5000, so no differences from it there"
+    assert most.startswith("compare.ask: budget 5,000, but about ")
+
+
+@pytest.mark.parametrize("given", [{"baseline": "cw"}, {"stop_losers": True}])
+def test_what_only_grids_read_is_refused_without_them(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=rf"compare\.{next(iter(given))}: .* read with grids"):
+        plan(config(tmp_path, {"ask": ASK, "seeds": [0, 1, 2, 3], **given}))
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from plain_loop import ROWS, make_engine, make_run, make_task
+from small_run import small_config
 from test_trained_as_told import preferences, spec_of
 from torch.nn.functional import logsigmoid
 from world import SHARDS, World, reference
 
+from cwpo_dist.config import ConfigError
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.lm.rows import collate
 from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, dpo
+from cwpo_dist.planning.plan import plan
 from cwpo_dist.runs.checks import objective_faults
 from cwpo_dist.scoring.pipeline import part
 from cwpo_dist.stages import align, weigh
@@ -114,6 +119,20 @@ def test_a_row_without_a_number_above_zero_is_refused_by_name(
     world = world_with(tmp_path, values)
     with pytest.raises(TaskError, match=rf"beta_column: pair unlabelled-\d has {said}, and β"):
         preferences(world, spec_of(world, align, "align", monkeypatch))
+
+
+def test_a_plan_refuses_a_column_that_is_seen_to_lack_numbers(tmp_path: Path) -> None:
+    given = small_config(tmp_path, prepare__keep_columns=["phi"], align__beta_column="phi")
+    source = Path(given["prepare"]["sources"][0]["path"])
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for good in (False, True):
+        told = [row | {"phi": 1.5 if good or k else -1} for k, row in enumerate(rows)]
+        source.write_text("".join(json.dumps(row) + "\n" for row in told))
+        if good:
+            assert plan(parse_config(given)).stages
+        else:
+            with pytest.raises(ConfigError, match=r"beta_column: 'phi' is -1 in a pair, .* 1 of "):
+                plan(parse_config(given))
 
 
 def test_a_column_that_is_not_kept_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer, word_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -20,15 +20,15 @@ ADDED = [
     AddedToken("<|a|>b", normalized=False, special=False),  # begins as another does
     AddedToken("<|l|>", normalized=False, lstrip=True, special=True),
     AddedToken("<|r|>", normalized=False, rstrip=True, special=True),
-    AddedToken("word", normalized=False, single_word=True, special=True),
     AddedToken("late", normalized=True, special=False),
 ]
+OF_ITS_OWN = AddedToken("word", normalized=False, single_word=True, special=True)
 WORDS = [*(str(token.content) for token in ADDED), " ", "\n", "a", "b", "Ab", "</s>", "<", "▁"]
 KINDS = ("bytes", "prefixed", "first", "prepended", "words", "letters")
 
 
 @cache
-def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+def tokenizer(kind: str, *, words: bool = False) -> PreTrainedTokenizerFast:
     """Of a kind that treats the beginning of a text in its own way."""
     if kind == "words":
         made = word_tokenizer()
@@ -54,7 +54,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
         else:
             inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
         made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
-    made.add_tokens(ADDED)
+    made.add_tokens([*ADDED, *([OF_ITS_OWN, AddedToken("b", normalized=False)] if words else [])])
     return made
 
 
@@ -63,6 +63,19 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 @settings(max_examples=150, deadline=None)
 def test_ids_are_those_of_the_whole_text(kind: str, texts: list[str]) -> None:
     reads = tokenizer(kind)
+    assert ids_of(reads, texts) == [
+        reads(text, add_special_tokens=False)["input_ids"] for text in texts
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(st.lists(st.sampled_from([*WORDS, "word"]), max_size=8).map("".join), max_size=5))
+@example(["wordb", "word b"])
+@settings(max_examples=50, deadline=None)
+def test_a_token_that_must_be_a_word_of_its_own_is_not_made_one(
+    kind: str, texts: list[str]
+) -> None:
+    reads = tokenizer(kind, words=True)
     assert ids_of(reads, texts) == [
         reads(text, add_special_tokens=False)["input_ids"] for text in texts
     ]

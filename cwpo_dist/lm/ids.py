@@ -43,12 +43,14 @@ def _parted(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
     """Texts in pieces that have their own ids, whatever is before and behind them.
 
     The library `tokenizers` looks for added tokens first, and reads what is between them part by
-    part. So a text may be cut where one begins, unless it takes in what is before it.
+    part. So a text may be cut where one begins, unless it takes in what is before it, or one that
+    must be a word of its own would then look like one.
     """
     tokens = tokenizer.added_tokens_decoder.values() if tokenizer.is_fast else ()
     found = [token for token in tokens if not token.normalized]  # others are found later
-    cut = {token.content for token in found if not token.lstrip and not token.single_word}
-    if not cut or tokenizer.split_special_tokens:
+    cut = {token.content for token in found if not token.lstrip}
+    words = any(token.single_word for token in found)
+    if not cut or words or tokenizer.split_special_tokens:
         return [[text] for text in texts]
     longest_first = sorted((token.content for token in found), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)))

@@ -61,9 +61,7 @@ class CountedRows:
         for pair_id, copies in self.copies.items():
             merged, unlike = _merged(copies)
             self.unlike += unlike
-            labelled = any(place.in_labelled_part for _, place in copies)
-            place = copies[0][1]._replace(in_labelled_part=labelled)
-            self._count(pair_id, merged, place, learn_ties=learn_ties)
+            self._count(pair_id, merged, _merged_place(copies), learn_ties=learn_ties)
             self.merged += len(copies) - 1
         paired = set(chain.from_iterable(self.answers.values()))
         for answer in alone:
@@ -93,7 +91,7 @@ class CountedRows:
         for name in sorted(named):
             copies = self.copies.pop(name)
             told, differ = _merged(copies)
-            place = copies[0][1]
+            place = _merged_place(copies)
             self.alone.rows += len(copies)
             self.alone.answers += 1
             self.alone.rated_twice += differ
@@ -133,6 +131,12 @@ class CountedRows:
         self.ties += tie
         for kind in numbers.usable(told):
             self.own[kind][split] += 1
+
+
+def _merged_place(copies: Sequence[tuple[Told, Drawn]]) -> Drawn:
+    """Where copies stand together: in the labelled part, if one of them does."""
+    labelled = any(place.in_labelled_part for _, place in copies)
+    return copies[0][1]._replace(in_labelled_part=labelled)
 
 
 def _merged(copies: Sequence[tuple[Told, Drawn]]) -> tuple[Told, bool]:

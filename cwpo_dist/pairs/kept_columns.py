@@ -8,6 +8,7 @@ objects and mixed columns become JSON text.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
@@ -21,6 +22,11 @@ _ARROW = {
 }
 _INT64 = range(-(2**63), 2**63)
 _FLOAT_EXACT = 2**53
+
+
+def is_above_zero(value: object) -> bool:
+    """Whether a value is a finite number above 0."""
+    return isinstance(value, int | float) and value is not True and 0 < value < math.inf
 
 
 def value_type(value: object) -> str | None:

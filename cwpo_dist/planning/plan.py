@@ -112,8 +112,8 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     Raises:
         ConfigError: for everything that would stop the run later; one line a fault.
     """
-    asks = list(ask_notes(config))
-    config, found = _with_trials(config)
+    given = config
+    config, found = _with_trials(given)
     fleet, until = fleet or Fleet(), until_of(config)
     runs = [trial.configured(config, section(config).seeds[0]) for trial in found] or [config]
     checked = check_trials(config, found) if found else check(config, until)
@@ -129,7 +129,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     notes = [
         *reading_notes(named, checked.encoders, read),
         *run_notes(config, estimates),
-        *asks,
+        *ask_notes(given, estimates[0].counted),
         *unrendered(checked.encoders, sample),
         *fleet_costs.fleet_notes(config, estimates[0].counted, fleet),
     ]
@@ -218,7 +218,7 @@ def _stages(config: Config, estimates: Sequence[Estimate], fleet: Fleet) -> Iter
     rates = Rates(estimate.checked.machines)
     for role, node, arms in found.values():
         name = node.stage if role == node.stage else f"{node.stage} ({role})"
-        yield _output(name, tuple(arms), node, estimate, rates, fleet)
+        yield _output(name, tuple(dict.fromkeys(arms)), node, estimate, rates, fleet)
 
 
 def _output(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from cwpo_dist.config import Config, ModelConfig
 from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.pairs.kept_columns import is_above_zero
 from cwpo_dist.pairs.pieces import damage_fault
 from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.planning.costs import Estimate
@@ -46,9 +47,24 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
             "annotate.model"
         )
     yield from _without_pairs(config, counted)
+    yield from _beta_faults(config, counted)
     if until_of(config) in {None, "weigh"}:
         yield from own_counts_faults(config, counted)
     yield from _empty_splits(config, counted) if config.policy is not None else ()
+
+
+def _beta_faults(config: Config, counted: Census) -> Iterator[str]:
+    """A column of βs that some of the sampled pairs have no number above 0 in."""
+    column = config.align.beta_column
+    if column is None or config.policy is None:
+        return
+    values = [pair.kept.get(column) for pair in counted.sample]
+    if bad := [value for value in values if not is_above_zero(value)]:
+        yield (
+            f"align.beta_column: {column!r} is {bad[0]!r} in a pair, and no number above 0 in "
+            f"{len(bad)} of {len(values)} that were looked at; β is multiplied by it: correct "
+            "these rows, or leave them out"
+        )
 
 
 def _set_aside(counted: Census, most: float) -> Iterator[str]:

@@ -106,13 +106,25 @@ def _size_of_comparison(config: Config, number: int) -> str:
     return f"{number} trials × {len(seeds)} seeds{chosen if tuned(config) else ''}{spread}{times}"
 
 
-def ask_notes(config: Config) -> Iterator[str]:
-    """What `compare.ask` takes beside what is counted."""
-    if config.compare and config.compare.ask:
-        number = sum(len(each.budgets) for each in config.compare.ask)
+def ask_notes(config: Config, counted: Census) -> Iterator[str]:
+    """What `compare.ask` takes beside what is counted, and what it cannot show."""
+    if config.compare is None or not config.compare.ask:
+        return
+    trials = {(each.strategy, budget) for each in config.compare.ask for budget in each.budgets}
+    seeds, hidden = len(config.compare.seeds), counted.labelled.get("unlabelled", 0)
+    yield (
+        f"compare.ask: {len(trials)} trials × {seeds} seeds = {len(trials) * seeds} annotators, "
+        "each with a `fit` and a pass over held-out answers, and those that ask; of them all the "
+        "lines and totals here count the first that asks"
+    )
+    by_lot = {budget for name, budget in trials if name == "random"}
+    if alone := {budget for _, budget in trials} - by_lot:
+        budgets = ", ".join(map(str, sorted(alone)))
+        yield f"compare.ask: no `random` with budgets {budgets}, so no differences from it there"
+    if (most := max(budget for _, budget in trials)) > hidden:
         yield (
-            f"compare.ask: {number} trials × {len(config.compare.seeds)} seeds; each takes a `fit` "
-            "and scores held-out answers, which no line above counts"
+            f"compare.ask: budget {most:,}, but about {hidden:,} labels are hidden: every strategy "
+            "gets these"
         )
 
 

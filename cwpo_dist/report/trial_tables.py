@@ -27,7 +27,7 @@ _ONE_SEED = "One seed: intervals are of its items alone and do not hold the spre
 _SEVERAL = (
     "Each figure is the mean over seeds; a seed draws split, initialisation and order anew. Seeds "
     "split the same pairs, so their test sets overlap and are not independent. Small: the 95 % "
-    "interval, the wider of Student's over the seeds and the normal's over items (clustered by "
+    "interval, the wider of Student's over the seeds and over items (clustered by "
     "prompt)."
 )
 _MARK = "An asterisk: the interval leaves zero out."

@@ -22,7 +22,7 @@ def objective(align: AlignConfig, *, soft_labels: bool = False) -> tuple[Objecti
     if name not in OBJECTIVES:
         raise ConfigError(
             f"align.loss_type: {name!r} is unknown; choose from {', '.join(OBJECTIVES)} (DPO is "
-            "sigmoid, rDPO is robust)"
+            "sigmoid, rDPO is robust; MADPO is a weight: arm human_madpo)"
         )
     found = OBJECTIVES[name]
     _refuse_unread(align, found)

@@ -117,14 +117,17 @@ def _rate_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
 
 
 def _ask_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
-    """Labels that nobody would learn from, or too few annotators to choose by."""
-    if compare.ask and config.annotate.ready():
+    """Labels that nobody would learn from or be measured on, or too few annotators to choose by."""
+    if not compare.ask:
+        return
+    if config.annotate.ready():
         yield f"compare.ask: {config.annotate.ready()[0][0]} is ready, and learns from no label"
-    if compare.ask and not 0 < (share := config.prepare.labelled_fraction) < 1:
-        yield (
-            f"prepare.labelled_fraction: {share:g}, but compare.ask begins with a labelled part, "
-            "and asks for labels that are hidden; give a share between"
-        )
+    elif config.weak is None:
+        yield "weak: compare.ask compares annotators, and there is no model to make one of; give it"
+    yield from _ask_split_faults(config)
+    for name in ("baseline", "learning_rates", "stop_losers") if not compare.grids else ():
+        if given := getattr(compare, name):
+            yield f"compare.{name}: {given!r} is read with grids, and there are none; remove it"
     there = config.fit.heads * len(config.fit.seeds or [config.seed])
     for k, asks in enumerate(compare.ask):
         if (wanted := STRATEGIES[asks.strategy].annotators) > there:
@@ -132,6 +135,22 @@ def _ask_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
                 f"compare.ask.{k}.strategy: {asks.strategy!r} needs {wanted} annotators, and there "
                 f"is {there}; give fit.heads or several fit.seeds"
             )
+
+
+def _ask_split_faults(config: Config) -> Iterator[str]:
+    """No labels to begin with, none that are hidden, or none to measure on."""
+    prepare, into = config.prepare, {source.into for source in config.prepare.sources}
+    share, split = prepare.labelled_fraction, config.evaluate.split
+    if share == 1 or (share == 0 and "labelled" not in into):
+        yield (
+            f"prepare.labelled_fraction: {share:g}, but compare.ask begins with a labelled part, "
+            "and asks for labels that are hidden; give a share between 0 and 1"
+        )
+    if not getattr(prepare, f"{split}_fraction") and split not in into:
+        yield (
+            f"prepare.{split}_fraction: 0, but compare.ask measures annotators on that split; "
+            f"raise it, or give a source into: {split}"
+        )
 
 
 def starting(config: Config, seed: int) -> Config:

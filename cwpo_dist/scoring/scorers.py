@@ -99,8 +99,8 @@ def states_module(model: ModelConfig, device: torch.device) -> AnswerScores:
     head = getattr(loaded, "score", None)
     if not scores_last_token(loaded) or type(head) is not nn.Linear:
         raise ModelError(
-            f"{model.model_name_or_path}: its score is no matrix times an answer's last state, so "
-            "that --strategy information cannot read that; take another"
+            f"{model.model_name_or_path}: its score is no matrix times an answer's last state, "
+            "which strategy 'information' reads; take 'uncertain', or another of docs/ask.md"
         )
     drawn = torch.Generator().manual_seed(0)
     projection = torch.randn(min(STATES, head.in_features), head.in_features, generator=drawn)

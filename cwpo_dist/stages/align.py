@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from cwpo_dist.lm.encoder import Encoder
 from cwpo_dist.lm.identity import Identity
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.pairs.kept_columns import is_above_zero
 from cwpo_dist.pairs.preferences import Choice, read_choices
 from cwpo_dist.pairs.records import read_columns
 from cwpo_dist.runs.annotations import kept_pairs
@@ -257,11 +257,11 @@ def _factors(pairs: Store, index: int, column: str | None) -> dict[str, object]:
 
 def _above_zero(pair_id: str, factor: object) -> float:
     """Raises TaskError for a factor of β that is none."""
-    if isinstance(factor, int | float) and factor is not True and 0 < factor < math.inf:
+    if isinstance(factor, int | float) and is_above_zero(factor):
         return float(factor)
     raise TaskError(
         f"align.beta_column: pair {pair_id} has {factor!r}, and β is multiplied by a number above "
-        "0; correct the row, or leave it out"
+        "0; correct its row (of copies the one that is read first), or leave it out"
     )
 
 
