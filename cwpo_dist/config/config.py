@@ -81,9 +81,10 @@ class Grid(Section):
 class AskTrials(Section):
     """Annotators to compare, by the labels that they asked for: one a budget."""
 
-    strategy: Strategies = Field(description="which pairs it asks for, as in `cwpo ask`")
+    strategy: Strategies = Field(description="which pairs it asks for, see docs/ask.md")
     budgets: list[PositiveInt] = Field(
-        min_length=1, description="how many labels it asks for, beside the labelled part"
+        min_length=1,
+        description="how many pairs it asks for, with each seed, beside the labelled part",
     )
 
 
@@ -98,8 +99,8 @@ class CompareConfig(Section):
     )
     ask: list[AskTrials] = Field(
         default_factory=list,
-        description="strategies of `cwpo ask` to compare: labels that prepare.labelled_fraction "
-        "hides say what people would",
+        description="strategies of `cwpo ask` to hold against each other, such as [{strategy: "
+        "random, budgets: [100]}]; labels that prepare.labelled_fraction hides stand in for people",
     )
     learning_rates: list[PositiveFloat] = Field(
         default_factory=list,

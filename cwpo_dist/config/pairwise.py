@@ -100,8 +100,8 @@ class AlignConfig(PairsConfig):
     )
     beta_column: str | None = Field(
         None,
-        description="one of prepare.keep_columns, a number above 0: a pair's own β is beta times "
-        "it; null: beta alone",
+        description="a column of prepare.keep_columns whose numbers, above 0, multiply beta, each "
+        "that of its pair; null: beta alone",
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
         None,
