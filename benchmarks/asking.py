@@ -212,8 +212,8 @@ def told(mean: Mean) -> dict[str, float | None]:
     return {name: None if value is None else round(value, 4) for name, value in shown.items()}
 
 
-def needed(found: list[dict[Key, Items]], arm: Arm) -> list[int | None]:
-    """Labels with which an arm is as accurate as random at the end; its 95 % interval over seeds.
+def needed(found: list[dict[Key, Items]], arm: Arm, goal: int) -> list[int | None]:
+    """Labels with which an arm is as accurate as random with `goal`; its 95 % interval over seeds.
 
     By a bootstrap of seeds; None: more than the last round has.
     """
@@ -222,15 +222,16 @@ def needed(found: list[dict[Key, Items]], arm: Arm) -> list[int | None]:
         for which in (arm, Arm("random", True))
     ]
     draws = np.random.default_rng(0).integers(len(found), size=(2000, len(found)))
-    drawn = [_first_at(*(curve_SR[d].mean(0) for curve_SR in curves)) for d in draws]
+    at = ROUNDS.index(goal)
+    drawn = [_first_at(*(curve_SR[d].mean(0) for curve_SR in curves), at) for d in draws]
     ends = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf").tolist()
-    values = [_first_at(*(curve_SR.mean(0) for curve_SR in curves)), *ends]
+    values = [_first_at(*(curve_SR.mean(0) for curve_SR in curves), at), *ends]
     return [None if value == np.inf else round(value) for value in values]
 
 
-def _first_at(curve_R: Floats, random_R: Floats) -> float:
-    """Where a curve first reaches the end of random's, straight in log labels between rounds."""
-    goal, places = random_R[-1], np.flatnonzero(curve_R >= random_R[-1])
+def _first_at(curve_R: Floats, random_R: Floats, at: int) -> float:
+    """Where a curve first reaches a round of random's, straight in log labels between rounds."""
+    goal, places = random_R[at], np.flatnonzero(curve_R >= random_R[at])
     if not len(places) or places[0] == 0:
         return float(ROUNDS[0]) if len(places) else np.inf
     two = slice(places[0] - 1, places[0] + 1)
@@ -293,7 +294,10 @@ def main(
         found = list(pool.map(partial(one, loaded(cache)), range(seeds)))
     rows = table(found)
     longer = over_seeds([of[LONGER, ROUNDS[0], "accuracy"] for of in found])
-    labels_needed = [{**arm._asdict(), "labels": needed(found, arm)} for arm in ARMS]
+    labels_needed = [
+        {**arm._asdict(), "goal": goal, "labels": needed(found, arm, goal)}
+        for goal, arm in product(ROUNDS[-2:], ARMS)
+    ]
     result = {"benchmark": "asking", "data": data, "environment": environment(), "seeds": seeds}
     result |= {"longer_answer": told(longer), "labels_needed": labels_needed, "rows": rows}
     print(*tables(rows), sep="\n")
