@@ -217,15 +217,15 @@ def needed(found: list[dict[Key, Items]], arm: Arm, goal: int) -> list[int | Non
 
     By a bootstrap of seeds; None: more than the last round has.
     """
-    curves = [
+    ours_SR, random_SR = (
         np.array([[of[which, n, "accuracy"].values.mean() for n in ROUNDS] for of in found])
         for which in (arm, Arm("random", True))
-    ]
+    )
     draws = np.random.default_rng(0).integers(len(found), size=(2000, len(found)))
     at = ROUNDS.index(goal)
-    drawn = [_first_at(*(curve_SR[d].mean(0) for curve_SR in curves), at) for d in draws]
+    drawn = [_first_at(ours_SR[d].mean(0), random_SR[d].mean(0), at) for d in draws]
     ends = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf").tolist()
-    values = [_first_at(*(curve_SR.mean(0) for curve_SR in curves), at), *ends]
+    values = [_first_at(ours_SR.mean(0), random_SR.mean(0), at), *ends]
     return [None if value == np.inf else round(value) for value in values]
 
 
@@ -298,7 +298,12 @@ def main(
         {**arm._asdict(), "goal": goal, "labels": needed(found, arm, goal)}
         for goal, arm in product(ROUNDS[-2:], ARMS)
     ]
-    result = {"benchmark": "asking", "data": data, "environment": environment(), "seeds": seeds}
+    result: dict[str, Any] = {
+        "benchmark": "asking",
+        "data": data,
+        "environment": environment(),
+        "seeds": seeds,
+    }
     result |= {"longer_answer": told(longer), "labels_needed": labels_needed, "rows": rows}
     print(*tables(rows), sep="\n")
     print(json.dumps(result), flush=True)
