@@ -35,11 +35,11 @@ class OnDevice(Tensor):
     """A tensor of the device, held by one of the CPU."""
 
     held: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's own do
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
-        made: OnDevice = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: OnDevice = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # no stub
             cls, held.shape, strides=held.stride(), dtype=held.dtype, device=f"{NAME}:0"
         )
         made.held = held
@@ -88,7 +88,7 @@ def register() -> None:
     _library.impl("empty.memory_format", _empty, "PrivateUse1")
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")
     _library.impl("_copy_from", _copy_from, "PrivateUse1")
-    Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]
+    Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]  # faked
 
 
 def place(module: nn.Module) -> None:
@@ -166,5 +166,5 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 def _pin_memory(tensor: Tensor, *_: object) -> Tensor:
     copy = tensor.clone()
-    copy.is_pinned_ = True  # type: ignore[attr-defined]
+    copy.is_pinned_ = True  # type: ignore[attr-defined]  # our own mark
     return copy

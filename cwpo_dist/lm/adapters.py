@@ -36,7 +36,7 @@ def _heads(weights: Path) -> int:
     """How many scores an adapter's head gives, by the header of its weights; 1 where none is."""
     try:
         with safe_open(weights, framework="pt") as held:
-            heads = [name for name in held.keys() if name.endswith("score.weight")]  # noqa: SIM118
+            heads = [name for name in held.keys() if name.endswith("score.weight")]  # noqa: SIM118 (it is no mapping)
             return held.get_slice(heads[0]).get_shape()[0] if heads else 1
     except (SafetensorError, OSError):
         return 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from typing import TypeGuard
 
 import pyarrow as pa
 
@@ -24,7 +25,7 @@ _INT64 = range(-(2**63), 2**63)
 _FLOAT_EXACT = 2**53
 
 
-def is_above_zero(value: object) -> bool:
+def is_above_zero(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number above 0."""
     return isinstance(value, int | float) and value is not True and 0 < value < math.inf
 

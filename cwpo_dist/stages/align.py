@@ -257,7 +257,7 @@ def _factors(pairs: Store, index: int, column: str | None) -> dict[str, object]:
 
 def _above_zero(pair_id: str, factor: object) -> float:
     """Raises TaskError for a factor of β that is none."""
-    if isinstance(factor, int | float) and is_above_zero(factor):
+    if is_above_zero(factor):
         return float(factor)
     raise TaskError(
         f"align.beta_column: pair {pair_id} has {factor!r}, and β is multiplied by a number above "
