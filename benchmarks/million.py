@@ -5,7 +5,7 @@ Usage: python benchmarks/million.py [--pairs 1000000] [--help]
 Synthetic text in Parquet, a tiny random reward model that is real (Llama of 2 layers and width 64,
 SmolLM2's tokenizer), and the command that a user would give: `cwpo annotate`. When a quarter of the
 shards is committed an actor is killed (SIGKILL), at a half the driver with all it started; then the
-same command is given again. At the end each pair must have exactly one score.
+same command is given again. At the end each answer must have exactly one score.
 
 The last line is one JSON object with all figures.
 """
@@ -135,25 +135,26 @@ def committed(run: Path) -> int:
 
 
 def check(run: Path) -> dict[str, int]:
-    """Counts pairs, scores and rejects by reading them all.
+    """Counts answers, scores, pairs and rejects by reading them all.
 
     Raises:
-        AssertionError: when a pair has no score or two, or rows are lost.
+        AssertionError: when an answer has no score or two, or rows are lost.
     """
-    ids = {
-        name: [
-            pair_id
-            for path in sorted(run.glob(f"{stage}/*/{name}/part-*.parquet"))
-            for pair_id in pq.read_table(path, columns=["pair_id"])["pair_id"].to_pylist()
-        ]
-        for stage, name in (("prepare", "pairs"), ("annotate", "scores"))
-    }
+
+    def ids(folder: str, column: str) -> list[str]:
+        paths = sorted(run.glob(f"{folder}/part-*.parquet"))
+        tables = (pq.read_table(path, columns=[column]) for path in paths)
+        return [each for table in tables for each in table[column].to_pylist()]
+
+    pairs, answers = ids("prepare/*/pairs", "pair_id"), ids("prepare/*/answers", "answer_id")
     manifest = json.loads(next(run.glob("prepare/*/manifest.json")).read_text())["counts"]
     rejected = sum(manifest["rejects"].values())
-    assert len(set(ids["pairs"])) == len(ids["pairs"])
-    assert sorted(ids["pairs"]) == sorted(ids["scores"])
-    assert manifest["rows_in"] == len(ids["pairs"]) + manifest["merged_duplicates"] + rejected
-    return {"pairs": len(ids["pairs"]), "rejects": rejected, "rows_in": manifest["rows_in"]}
+    assert len(set(pairs)) == len(pairs)
+    assert len(set(answers)) == len(answers)
+    assert sorted(answers) == sorted(ids("annotate/*/scores", "answer_id"))
+    assert manifest["rows_in"] == len(pairs) + manifest["merged_duplicates"] + rejected
+    rows = manifest["rows_in"]
+    return {"pairs": len(pairs), "answers": len(answers), "rejects": rejected, "rows_in": rows}
 
 
 def main(
