@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from measure import prepared, with_ray
 from numpy.typing import NDArray
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.demo import gold
 from cwpo_dist.lm.loading import load_annotator_base
 from cwpo_dist.lm.modules import AnswerScores, decode, decoder_of, unwrapped
 from cwpo_dist.lm.reading import encoder_for
@@ -44,6 +46,7 @@ class Data:
         labels: [N] 1 where people chose a, −1 where b.
         lengths: [A] characters.
         states: [A, H] standardised, over √H.
+        gold: [A] by the demo's rule; None: unknown.
     """
 
     names: NDArray[np.str_]
@@ -52,6 +55,27 @@ class Data:
     labels: Floats
     lengths: Floats
     states: Floats
+    gold: Floats | None = None
+
+    @cached_property
+    def prompts(self) -> NDArray[np.str_]:
+        """[N] of each pair."""
+        return np.array([prompt_of(name) for name in self.names.tolist()])
+
+    @property
+    def gold_margin(self) -> Floats:
+        """[N] of each pair, in the unit of its Bradley–Terry noise."""
+        assert self.gold is not None, "of the demo's pairs"
+        a, b = self.sides
+        margin: Floats = (self.gold[a] - self.gold[b]) / gold.TEMPERATURE
+        return margin
+
+    @cached_property
+    def answers(self) -> dict[str, Places]:
+        """The places of each prompt's answers, as far as they stand in pairs."""
+        a, b = self.sides
+        of = {prompt: self.prompts == prompt for prompt in np.unique(self.prompts).tolist()}
+        return {prompt: np.unique(np.concatenate([a[at], b[at]])) for prompt, at in of.items()}
 
     def differences(self, pairs: Places) -> Floats:
         """Of some pairs: a − b."""
@@ -72,14 +96,14 @@ def made(model: ModelConfig, data: str) -> dict[str, Any]:
 
     scores.forward = what_the_head_reads  # type: ignore[method-assign]  # after its own checks
     states: dict[str, Any] = {}
-    lengths: dict[str, int] = {}
+    texts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
         store, _ = with_ray(lambda: prepared(Path(name), data, None, 100_000))
         for read in encoded(encoder, model, AnswersIn(store).read(0), SetAside(0)):
             shared = SharedRows.of([(prompt_of(each.name), row) for each, row in read])
             values = shared.of_each(forward(shared.rows).values)
             for (each, _), value in zip(read, values, strict=True):
-                states[each.name], lengths[each.name] = value, len(str(each.given.answer))
+                states[each.name], texts[each.name] = value, str(each.given.answer)
         pairs, compared = read_pairs(store, 0), read_compared(store, 0)
     place = {answer: k for k, answer in enumerate(states)}
     known = [
@@ -87,7 +111,8 @@ def made(model: ModelConfig, data: str) -> dict[str, Any]:
         for pair, of in zip(pairs, compared, strict=True)
         if pair.label is not None and {of.answer_a, of.answer_b} <= place.keys()
     ]
-    return {
+    arrays = {"gold": [gold.score("", text) for text in texts.values()]} if data == "demo" else {}
+    return arrays | {
         "names": [pair.pair_id for pair, _, _ in known],
         "debates": [
             debate_of(str(pair.prompt)) if data == "ukp" else prompt_of(pair.pair_id)
@@ -95,7 +120,7 @@ def made(model: ModelConfig, data: str) -> dict[str, Any]:
         ],
         "sides": np.array([(a, b) for _, a, b in known]).T,
         "labels": [1.0 if pair.label == "a" else -1.0 for pair, _, _ in known],
-        "lengths": [float(lengths[answer]) for answer in states],
+        "lengths": [float(len(text)) for text in texts.values()],
         "states": np.array(list(states.values()), np.float32),
     }
 
