@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio test-vllm blows mutants architectures reference site links lint format clean
+.PHONY: help install lock release sbom licenses demo try-cluster test test-long test-lowest test-label-studio test-vllm blows mutants architectures reference figures site links lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -141,6 +141,9 @@ reference: $(STAMP)  ## docs/configuration.md, schema.json, files.md and command
 	$(BIN)/cwpo config --schema > docs/schema.json
 	PYTHONPATH=.:tests $(BIN)/python tests/reference_pages.py docs
 
+figures: $(STAMP)  ## the tables of BENCHMARKS.md and REPRODUCTION.md anew, from benchmarks/*.json
+	$(BIN)/python benchmarks/pages.py
+
 SITE := build/site-tools
 $(SITE)/.installed: release/site.txt
 	$(PYTHON) -m venv $(SITE)
@@ -157,12 +160,13 @@ site: $(SITE)/.installed  ## build/site: the pages as a site; a link or anchor t
 links: site  ## follows the pages' links to other sites; build/links/output.txt
 	$(SITE)/bin/sphinx-build -b linkcheck -q -c release/site build/pages build/links
 
-lint: $(STAMP)  ## style, safety, formatting, types, layers, secrets
+lint: $(STAMP)  ## style, safety, formatting, types, layers, secrets, tables of figures
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/pages.py --check
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --baseline .secrets.baseline
 
 format: $(STAMP)  ## rewrite files to the house style

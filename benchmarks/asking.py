@@ -33,6 +33,7 @@ import typer
 from asking_states import Data, Places, loaded, made
 from measure import environment
 from numpy.typing import NDArray
+from page_tables import cell, lines
 
 from cwpo_dist.acquisition import RIDGE, STRATEGIES, Candidates, informative, most_worth
 from cwpo_dist.config import ModelConfig
@@ -238,21 +239,28 @@ def _first_at(curve_R: Floats, random_R: Floats, at: int) -> float:
     return float(2 ** np.interp(goal, curve_R[two], np.log2(ROUNDS[two])))
 
 
-def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+def tables(found: dict[str, Any], figure: str) -> Iterator[str]:
     """As BENCHMARKS.md has them: `random`, and by how much others are better than it."""
-    for name, scale, digits in (("accuracy", 100, 1), ("nll", 1, 3)):
-        yield f"| {name} | " + " | ".join(map(str, ROUNDS[1:])) + " |"
-        yield "|---" * len(ROUNDS) + "|"
-        for strategy in sorted(STRATEGIES, key=lambda each: each != "random"):
-            of = [row for row in rows if (row["strategy"], row["rule"]) == (strategy, True)]
-            key, sign = (name, "") if strategy == "random" else (f"{name}_less_random", "+")
-            cells = [_cell(row[key], scale, f"{sign}.{digits}f") for row in of[1:]]
-            yield f"| `{strategy}` | " + " | ".join(cells) + " |"
+    scale, form, unit = {"accuracy": (100, ".1f", " %"), "nll": (1, ".3f", "")}[figure]
+    rows = {(row["strategy"], row["labels"]): row for row in found["rows"] if row["rule"]}
+    enough = {(e["strategy"], e["goal"]): e["labels"] for e in found["labels_needed"] if e["rule"]}
+    goals = sorted({goal for _, goal in enough}) if figure == "accuracy" else []
+    words = "labels for `random`'s", "for its"
+    heads = [f"{words[k > 0]} {goal:,}" for k, goal in enumerate(goals)]
+    told = [["labels", *(f"{n:,}" for n in ROUNDS[1:]), *heads]]
+    for name in dict.fromkeys(name for name, _ in rows):
+        less = name != "random"
+        key, shown = (f"{figure}_less_random", f"+{form}") if less else (figure, form)
+        cells = [cell(rows[name, n][key], scale, shown, "" if less else unit) for n in ROUNDS[1:]]
+        told.append([f"`{name}`", *cells, *(_enough(enough[name, goal]) for goal in goals)])
+    return lines(told)
 
 
-def _cell(mean: dict[str, float], scale: int, form: str) -> str:
-    value, low, high = (f"{scale * mean[key]:{form}}" for key in ("mean", "low", "high"))
-    return f"{value} [{low}, {high}]".replace("-", "−")
+def _enough(labels: list[int | None]) -> str:
+    """A number of labels with its interval; None is more than there are."""
+    value, low, high = ("–" if n is None else f"{n:,}" for n in labels)
+    told = f"> {ROUNDS[-1]:,}" if value == "–" else value
+    return told if low == high else f"{told} [{low}, {high}]"
 
 
 def draw(rows: list[dict[str, Any]], to: Path) -> None:
@@ -305,7 +313,8 @@ def main(
         "seeds": seeds,
     }
     result |= {"longer_answer": told(longer), "labels_needed": labels_needed, "rows": rows}
-    print(*tables(rows), sep="\n")
+    for figure in ("accuracy", "nll"):
+        print(*tables(result, figure), sep="\n")
     print(json.dumps(result), flush=True)
     if plot is not None:
         draw(rows, plot)

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process, decided b
 
 import json
 import math
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -25,6 +26,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from page_tables import lines
 
 from cwpo_dist.evaluation.paired import Items, paired
 from cwpo_dist.evaluation.prediction_powered import powered
@@ -214,6 +216,42 @@ def _all(kind: Any, cases: list[Any]) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(2) as pool:
         made = pool.map(kind, cases)
         return [asdict(case) | asdict(found) for case, found in zip(cases, made, strict=True)]
+
+
+def tables(found: dict[str, Any], part: str) -> Iterator[str]:
+    """As BENCHMARKS.md has them."""
+    return lines({"people": _of_people, "stops": _of_stops}[part](found))
+
+
+def _of_people(found: dict[str, Any]) -> Iterator[list[str]]:
+    keys = ("agrees", "rate", "per_prompt", "judged")
+    rows = {tuple(row[key] for key in keys): row for row in found["judged"]}
+    agreements, rates, shared, sizes = (sorted({*values}) for values in zip(*rows, strict=True))
+    heads = ["gold agrees with people", "win rate", "items a prompt"]
+    yield [*heads, *(f"{size} judged" for size in sizes)]
+    for agrees, rate, items in product(reversed(agreements), rates, shared):
+        cells = [_inside(rows[agrees, rate, items, size]) for size in sizes]
+        yield [f"{100 * agrees:.0f} %", f"{100 * rate:.0f} %", str(items), *cells]
+
+
+def _inside(row: dict[str, float]) -> str:
+    """How often the truth is inside, and by how much narrower two are than people alone."""
+    people, both, model = (100 * row[key] for key in ("people", "both", "model"))
+    narrower = max(0.0, 100 * (1 - row["width"] / row["people_width"]))
+    return f"{people:.1f} / **{both:.1f}** / {model:.0f}, {narrower:.0f} %"
+
+
+def _of_stops(found: dict[str, Any]) -> Iterator[list[str]]:
+    stopped = ["stopped: ours", "the mixture t test"]
+    saved = ["seeds saved: ours", "the mixture t test", "one seed's items alone"]
+    yield ["seeds", "worse by, points", *stopped, *saved]
+    for row in (row for row in found["races"] if row["tails"] == "normal"):
+        stops, saves = (
+            [f"**{100 * row[f'ours{of}']:{form}} %**", f"{100 * row[f'mixture{of}']:{form}} %"]
+            for of, form in (("", ".1f"), ("_saved", ".0f"))
+        )
+        alone = f"{100 * row['one_seed']:.0f} %"
+        yield [f"{row['seeds']}", f"{row['worse']:.0f}", *stops, *saves, alone]
 
 
 def draw(judged: list[dict[str, Any]], races: list[dict[str, Any]], place: Path) -> None:

@@ -13,7 +13,7 @@ from cwpo_dist.config import ARMS
 from cwpo_dist.report.arms_in_words import in_words, is_weighted
 from cwpo_dist.report.cells import written
 from cwpo_dist.report.comparison_page import print_comparison, render_comparison
-from cwpo_dist.report.outcomes import _rivals, verdicts
+from cwpo_dist.report.outcomes import rivals_of, verdicts
 from cwpo_dist.report.trial_tables import tables
 
 
@@ -108,7 +108,7 @@ def test_trials_are_held_against_those_whose_labels_were_flipped_alike() -> None
     found = with_facts(sample_comparison(), **arms, **noisy)
     for name in noisy:
         found["trials"][name]["flipped_labels"] = 0.3
-    _, unweighted, all_human = (rivals for _, _, rivals in _rivals(found))
+    _, unweighted, all_human = (rivals for _, _, rivals in rivals_of(found))
     assert unweighted == {"cw": "weak", "cw-noisy": "weak-noisy"}
     assert {name: rival for name, rival in all_human.items() if name.startswith("cw")} == {
         "cw": "human100",

@@ -109,7 +109,7 @@ def dot(label: str, mean: Mean) -> Dot:
 def _held_against(found: Found) -> list[tuple[str, dict[str, tuple[str, str]]]]:
     """Title, and by label a trial and its rival; what one group has said the next leaves out."""
     told, seen = [], set[frozenset[str]]()
-    for opening, words, rivals in _rivals(found):
+    for opening, words, rivals in rivals_of(found):
         pairs = [
             (name, other)
             for name, other in rivals.items()
@@ -133,7 +133,7 @@ def _titled(
     return f"{opening} {words}", labelled
 
 
-def _rivals(found: Found) -> list[tuple[str, str, dict[str, str]]]:
+def rivals_of(found: Found) -> list[tuple[str, str, dict[str, str]]]:
     """How a title begins, who the rivals are in words, and each trial's, if it has one."""
     trials = found["trials"]
     baseline: str = found["baseline"]
