@@ -6,7 +6,7 @@ Shapes: N pairs, A answers, H width of a hidden state.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ class Data:
         a, b = self.sides[:, pairs]
         difference: Floats = self.states[a] - self.states[b]
         return difference
+
+    def every(self, n: int) -> Data:
+        """Of n pairs one; all answers."""
+        of = (getattr(self, name) for name in ("names", "debates", "labels"))
+        names, debates, labels = (each[::n] for each in of)
+        return replace(self, names=names, debates=debates, labels=labels, sides=self.sides[:, ::n])
 
 
 def made(model: ModelConfig, data: str) -> dict[str, Any]:

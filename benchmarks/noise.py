@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ import typer
 from asking import fitted, told
 from asking_states import Data, Places, loaded, made
 from measure import environment
+from noise_cases import NOISE, QUALITY, SHARED, SMALL, TRIED, Case
+from noise_tables import draw
 from numpy.typing import NDArray
 
 from cwpo_dist.config import ModelConfig
@@ -46,90 +48,13 @@ from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, level_of
 from cwpo_dist.weighting import Floats, Joined, Scale, confidence, join, top_count, weights
 
 BETA = 0.5  # the paper's
+AXES = 256  # main axes of the states that are kept, for time
 TEST_SHARE, VALIDATION_SHARE = 0.25, 0.1  # of 16 debates, or of all prompts
 HEADS = 4  # of the ensemble, by bootstrap
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-TUNING = range(1000, 1008)  # seeds that choose ridges and are in no figure
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
+TUNING = range(1000, 1005)  # seeds that choose ridges and are in no figure
 LAYERS = {"demo": (4, None), "ukp": (4, None), "hh": (4, 8)}  # of annotator and policy; None: all
-
-
-class Method(NamedTuple):
-    """What a policy is trained on, and how.
-
-    Attributes:
-        labels: whose: human (of the unlabelled part), human100, or the annotators'.
-        loss: a key of `OBJECTIVES`.
-        smoothing: ε of the loss; None: the share of flipped labels.
-        weight: a key of `WEIGHT_FUNCTIONS`, of the annotators' margin.
-        top: the most confident share that is kept.
-        annotators: one; or how several are joined (ensemble), or one divided by its temperature
-            (calibrated).
-        cleaned: without human labels that the annotator denies.
-    """
-
-    labels: Literal["human", "human100", "annotator"]
-    loss: str = "sigmoid"
-    smoothing: float | None = 0.0
-    weight: str = "one"
-    top: float = 1.0
-    annotators: Literal["one", "ensemble", "calibrated"] = "one"
-    cleaned: bool = False
-
-
-METHODS = {
-    "human100": Method("human100"),
-    "human": Method("human"),
-    "human, cDPO": Method("human", smoothing=0.1),
-    "human, rDPO": Method("human", "robust", 0.1),
-    "human, rDPO, share known": Method("human", "robust", None),
-    "human, ROPO": Method("human", "ropo"),
-    "human, Dr. DPO": Method("human", "dr_dpo"),
-    "human, cleaned": Method("human", cleaned=True),
-    "weak": Method("annotator"),
-    "cw_mean": Method("annotator", weight="confidence"),
-    "cw_calibrated": Method("annotator", weight="confidence", annotators="calibrated"),
-    "ensemble": Method("annotator", weight="lower_confidence", annotators="ensemble"),
-}
-ABLATIONS = {
-    "weak": Method("annotator"),
-    "top 30 %": Method("annotator", top=0.3),
-    "top 50 %": Method("annotator", top=0.5),
-    "top 75 %": Method("annotator", top=0.75),
-    "C": Method("annotator", weight="confidence"),
-    "σ(m)": Method("annotator", weight="sigmoid"),
-    "min(m, 1)": Method("annotator", weight="clipped"),
-    "min(0.2 m, 1)": Method("annotator", weight="clipped_fifth"),
-}
-
-
-class Case(NamedTuple):
-    """A method, and the world that it is tried in.
-
-    Attributes:
-        method: its name.
-        flipped: the share of training labels turned round.
-        labelled: the share of training prompts whose labels the annotator learns.
-        careful: whether the labels that the annotator learns are not flipped.
-    """
-
-    method: str
-    flipped: float
-    labelled: float = 0.3
-    careful: bool = False
-
-
-FLIPPED = (0.0, 0.1, 0.2, 0.3, 0.4)
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
-NOISE = [Case(name, share) for share in FLIPPED for name in METHODS]
-SMALL = [Case(name, 0.0) for name in ABLATIONS]
-SHARED = [Case(name, 0.0, share) for share in SHARES for name in ("weak", "cw_mean")]
-QUALITY = [
-    Case(name, flipped, share, careful)
-    for flipped in FLIPPED
-    for share in (0.05, 0.2, 0.5)
-    for careful in (False, True)
-    for name in ("weak", "cw_mean")
-]
+EVERY = {"demo": 1, "ukp": 4, "hh": 1}  # of so many pairs one is read, for time
 
 
 @dataclass(frozen=True)
@@ -222,7 +147,7 @@ class Trainer:
     def pairs(self, case: Case) -> tuple[Places, Floats, Floats]:
         """Places [n], labels [n] and weights [n] of what the policy is trained on."""
         method, (known, unknown) = (
-            (METHODS | ABLATIONS)[case.method],
+            TRIED[case.method],
             self.drawn.parts(case.labelled),
         )
         people = self.drawn.flipped(case.flipped)
@@ -242,7 +167,7 @@ class Trainer:
 
     def policy(self, case: Case, ridge: float) -> Floats:
         """θ [H]."""
-        method = (METHODS | ABLATIONS)[case.method]
+        method = TRIED[case.method]
         places, labels, weight = self.pairs(case)
         smoothing = case.flipped if method.smoothing is None else method.smoothing
         x = self.world.strong.differences(places) * labels[:, None]
@@ -252,31 +177,40 @@ class Trainer:
 def trained(x_nH: Floats, weight_n: Floats, ridge: float, loss: str, told: LossSettings) -> Floats:
     """Least Σ wℓ · n/Σw + λ|θ|²/2 from θ = 0 on; x are the differences, chosen − rejected.
 
-    In their span, which has all of θ. Weights are divided by their mean: a policy's steps by Adam
-    hardly know their scale either.
+    Weights are divided by their mean: a policy's steps by Adam hardly know their scale either. By
+    Newton's method with the absolute curvature, and steps halved until they gain: not all losses
+    are convex, and where they are not this ends in the valley that the reference lies in.
     """
-    basis = np.linalg.qr(x_nH.T)[0] if len(x_nH) < x_nH.shape[1] else np.eye(x_nH.shape[1])
-    x = torch.from_numpy(x_nH @ basis)
-    weight = torch.from_numpy(weight_n / weight_n.mean())
-    theta = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-    zeros, ones = torch.zeros(len(x), dtype=torch.float64), torch.ones(len(x))
-    objective = OBJECTIVES[loss]
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
+    objective, weight = OBJECTIVES[loss], torch.from_numpy(weight_n / weight_n.mean())
+    zeros, ones = torch.zeros(len(weight), dtype=torch.float64), torch.ones(len(weight))
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        pairs = PairLogps(x @ theta / told.beta, zeros, ones, ones, zeros, zeros)
+    def losses(h_n: torch.Tensor) -> torch.Tensor:
+        pairs = PairLogps(h_n, zeros, ones, ones, zeros, zeros)
         level = float(level_of(pairs, told).detach()) if objective.looks_ahead else 0.0
-        losses = objective.losses(pairs, replace(told, level=level))
-        total = (weight * losses).sum() + ridge * theta.square().sum() / 2
-        total.backward()
-        return total
+        return weight * objective.losses(pairs, replace(told, level=level))
 
-    optimizer.step(closure)
-    found: Floats = basis @ theta.detach().numpy()
-    return found
+    def total(theta: Floats) -> float:
+        return float(
+            losses(torch.from_numpy(x_nH @ theta / BETA)).sum() + ridge * theta @ theta / 2
+        )
+
+    theta = np.zeros(x_nH.shape[1])
+    least = total(theta)
+    for _ in range(60):
+        h = torch.from_numpy(x_nH @ theta / BETA).requires_grad_()
+        (slope,) = torch.autograd.grad(losses(h).sum(), h, create_graph=True)
+        (bend,) = torch.autograd.grad(slope.sum(), h)
+        gradient = x_nH.T @ slope.detach().numpy() / BETA + ridge * theta
+        curvature = (x_nH * bend.abs().numpy()[:, None]).T @ x_nH / BETA**2
+        step = np.linalg.solve(curvature + ridge * np.eye(len(theta)), gradient)
+        reached, size = total(theta - step), 1.0
+        while reached > least and size > 1e-4:
+            size /= 2
+            reached = total(theta - size * step)
+        if least - reached < 1e-4:  # of a sum of hundreds
+            break
+        theta, least = theta - size * step, reached
+    return theta
 
 
 def figure(world: World, drawn: Drawn, theta: Floats) -> Items:
@@ -339,7 +273,7 @@ def chosen(world: World, cases: Sequence[Case], pool: ProcessPoolExecutor) -> di
 def baselines(case: Case) -> Iterator[Case]:
     """What a case is held against: people's labels with the same errors, and other weights."""
     yield Case("human", case.flipped)
-    if (METHODS | ABLATIONS)[case.method].labels == "annotator":
+    if TRIED[case.method].labels == "annotator":
         yield Case("human100", case.flipped)
         yield case._replace(method="weak")
 
@@ -374,116 +308,6 @@ def known(world: World, cases: Sequence[Case], seeds: int) -> dict[Case, Any]:
     return {case: named[case._replace(method="weak")] for case in of}
 
 
-def tables(rows: list[dict[str, Any]], which: str) -> Iterator[str]:
-    """As BENCHMARKS.md has them.
-
-    Args:
-        rows: of the JSON.
-        which: noise: methods by flipped labels; all: weighted labels beside all of people's, by
-            what the annotator has learned; weights; shares: by the labelled share.
-    """
-    plain = {"flipped": 0.0, "labelled": 0.3, "careful": False}
-    if which == "noise":
-        yield from _table("labels flipped", [f"{share:.0%}" for share in FLIPPED])
-        for name in sorted(METHODS, key=lambda name: name != "human"):
-            cells = [_row(rows, plain | {"method": name, "flipped": share}) for share in FLIPPED]
-            key = "figure" if name == "human" else "less_human"
-            yield f"| `{name}` | " + " | ".join(_cell(row[key], key) for row in cells) + " |"
-    elif which == "all":
-        yield from _table("labelled, and labels flipped", [f"{share:.0%}" for share in FLIPPED])
-        for careful in (False, True):
-            for share in sorted({case.labelled for case in QUALITY}):
-                told = {"method": "cw_mean", "labelled": share, "careful": careful}
-                cells = [_row(rows, told | {"flipped": flipped}) for flipped in FLIPPED]
-                name = f"{share:.0%}, {'none of these' if careful else 'these, too'}"
-                yield (
-                    f"| {name} | "
-                    + " | ".join(
-                        f"{100 * row['people_right']:.0f} → {100 * row['annotator_right']:.0f} %: "
-                        + _cell(row["less_human100"], "less")
-                        for row in cells
-                    )
-                    + " |"
-                )
-    elif which == "weights":
-        yield from _table("weights", ["figure", "less `weak`", "less `human100`"])
-        for name in ABLATIONS:
-            row = _row(rows, plain | {"method": name})
-            keys = ("figure", "less_weak", "less_human100")
-            yield f"| {name} | " + " | ".join(_cell(row.get(key), key) for key in keys) + " |"
-    else:
-        yield from _table(
-            "labelled", ["labels right", "`weak`", "`cw_mean` less `weak`", "less `human100`"]
-        )
-        for share in SHARES:
-            weak, cw = (
-                _row(rows, plain | {"method": m, "labelled": share}) for m in ("weak", "cw_mean")
-            )
-            cells = (
-                _cell(weak["figure"], "figure"),
-                *(_cell(cw[k], k) for k in ("less_weak", "less_human100")),
-            )
-            yield (
-                f"| {share:.0%} | {100 * weak['annotator_right']:.1f} % | "
-                + " | ".join(cells)
-                + " |"
-            )
-
-
-def _table(corner: str, columns: Sequence[str]) -> Iterator[str]:
-    yield f"| {corner} | " + " | ".join(columns) + " |"
-    yield "|---" * (len(columns) + 1) + "|"
-
-
-def _row(rows: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any]:
-    return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
-
-
-def _cell(mean: dict[str, float] | None, key: str) -> str:
-    """In percent, or in points with a sign, bold where the interval leaves zero out."""
-    if mean is None:
-        return ""
-    form = ".1f" if key == "figure" else "+.1f"
-    value, low, high = (f"{100 * mean[end]:{form}}" for end in ("mean", "low", "high"))
-    bold = "**" if key != "figure" and mean["low"] * mean["high"] > 0 else ""
-    return f"{bold}{value}{bold} [{low}, {high}]".replace("-", "−")
-
-
-def draw(table: list[dict[str, Any]], to: Path) -> None:
-    """How far weighted labels are from all of people's, by the errors of both."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.fonttype"] = "none"  # text stays text
-    from matplotlib import pyplot
-
-    chart, axes = pyplot.subplots(1, 2, figsize=(9.0, 3.4), sharey=True, layout="constrained")
-    for careful, panel in zip((False, True), axes, strict=True):
-        for number, share in enumerate(sorted({case.labelled for case in QUALITY})):
-            of = [
-                row
-                for row in table
-                if (row["method"], row["labelled"], row["careful"]) == ("cw_mean", share, careful)
-            ]
-            points = {
-                row["flipped"]: row["less_human100"] for row in of if row["flipped"] in FLIPPED
-            }
-            at = [100 * flipped + 0.5 * (number - 1) for flipped in points]
-            means, lows, highs = (
-                100 * np.array([each[key] for each in points.values()])
-                for key in ("mean", "low", "high")
-            )
-            bars, label = (means - lows, highs - means), f"{100 * share:g} %"
-            panel.errorbar(at, means, bars, label=label, capsize=2)
-        panel.axhline(0, color="gray", linewidth=0.8)
-        whose = "right, as careful people gave them" if careful else "flipped, too"
-        panel.set(xlabel="training labels flipped, %", title=f"the annotator's labels are {whose}")
-        panel.title.set_fontsize(9)
-    axes[0].set_ylabel("GRA of cw_mean less human100, points")
-    axes[0].legend(title="labelled", fontsize=8)
-    chart.savefig(to)
-
-
 def main(
     model: Annotated[Path, typer.Option(help="the folder of a causal language model")],
     caches: Annotated[Path, typer.Option(help="a folder of hidden states; made where missing")],
@@ -494,6 +318,7 @@ def main(
 ) -> None:
     """Measures and prints; see the head of this file."""
     world = World(*(states(model, caches, data, layers) for layers in LAYERS[data]))
+    world = World(world.weak.every(EVERY[data]), world.strong.every(EVERY[data]))
     cases = list(dict.fromkeys(NOISE + SMALL + SHARED + (QUALITY if data == "demo" else [])))
     with ProcessPoolExecutor(processes) as pool:
         ridges = chosen(world, cases, pool)
@@ -506,16 +331,22 @@ def main(
     result |= {"environment": environment(), "rows": table}
     print(json.dumps(result), flush=True)
     if plot is not None:
-        draw(table, plot)
+        draw(result, plot)
 
 
-def states(model: Path, caches: Path, data: str, layers: int | None) -> Data:
-    """The states of a model's first layers, from the cache where it has them."""
-    cache = caches / f"{data}-{layers or 'all'}.npz"
+def states(model: Path, caches: Path, name: str, layers: int | None) -> Data:
+    """The states of a model's first layers, along their main axes; from the cache where it is."""
+    cache = caches / f"{name}-{layers or 'all'}.npz"
     if not cache.exists():
         caches.mkdir(parents=True, exist_ok=True)
         frozen = ModelConfig(
             model_name_or_path=str(model), num_hidden_layers=layers, max_length=1024
         )
-        np.savez(cache, **made(frozen, data))
-    return loaded(cache)
+        np.savez(cache, **made(frozen, name))
+    data = loaded(cache)
+    axes = np.linalg.svd(data.states, full_matrices=False)[2][:AXES]
+    return replace(data, states=data.states @ axes.T)
+
+
+if __name__ == "__main__":
+    typer.run(main)

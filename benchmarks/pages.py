@@ -20,6 +20,7 @@ from typing import Annotated, Any, NoReturn
 import asking
 import comparisons
 import intervals
+import noise_tables
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,7 @@ TABLES: dict[str, Callable[[dict[str, Any], str], Iterator[str]]] = {
     "asking": asking.tables,
     "comparison": comparisons.tables,
     "intervals": intervals.tables,
+    "noise": noise_tables.tables,
 }
 app = typer.Typer(add_completion=False)
 

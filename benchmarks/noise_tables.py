@@ -1,0 +1,112 @@
+"""What noise.py found in; the tables of BENCHMARKS.md and a chart out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from noise_cases import ABLATIONS, FLIPPED, METHODS, QUALITY, SHARES
+
+
+def tables(found: dict[str, Any], which: str) -> Iterator[str]:
+    """As BENCHMARKS.md has them.
+
+    Args:
+        found: the JSON.
+        which: noise: methods by flipped labels; all: weighted labels beside all of people's, by
+            what the annotator has learned; weights; shares: by the labelled share.
+    """
+    rows, plain = found["rows"], {"flipped": 0.0, "labelled": 0.3, "careful": False}
+    if which == "noise":
+        yield from _table("labels flipped", [f"{share:.0%}" for share in FLIPPED])
+        for name in sorted(METHODS, key=lambda name: name != "human"):
+            cells = [_row(rows, plain | {"method": name, "flipped": share}) for share in FLIPPED]
+            key = "figure" if name == "human" else "less_human"
+            yield f"| `{name}` | " + " | ".join(_cell(row[key], key) for row in cells) + " |"
+    elif which == "all":
+        yield from _table("labelled, and labels flipped", [f"{share:.0%}" for share in FLIPPED])
+        for careful in (False, True):
+            for share in sorted({case.labelled for case in QUALITY}):
+                told = {"method": "cw_mean", "labelled": share, "careful": careful}
+                of = [_row(rows, told | {"flipped": flipped}) for flipped in FLIPPED]
+                cells = [_right(row) + _cell(row["less_human100"], "less") for row in of]
+                name = f"{share:.0%}, {'its labels right' if careful else 'its labels, too'}"
+                yield f"| {name} | " + " | ".join(cells) + " |"
+    elif which == "weights":
+        yield from _table("weights", ["figure", "less `weak`", "less `human100`"])
+        for name in ABLATIONS:
+            row = _row(rows, plain | {"method": name})
+            keys = ("figure", "less_weak", "less_human100")
+            yield f"| {name} | " + " | ".join(_cell(row.get(key), key) for key in keys) + " |"
+    else:
+        yield from _table(
+            "labelled", ["labels right", "`weak`", "`cw_mean` less `weak`", "less `human100`"]
+        )
+        for share in SHARES:
+            weak, cw = (
+                _row(rows, plain | {"method": m, "labelled": share}) for m in ("weak", "cw_mean")
+            )
+            less = (_cell(cw[key], key) for key in ("less_weak", "less_human100"))
+            cells = f"{100 * weak['annotator_right']:.1f} %", _cell(weak["figure"], "figure"), *less
+            yield f"| {share:.0%} | " + " | ".join(cells) + " |"
+
+
+def _table(corner: str, columns: Sequence[str]) -> Iterator[str]:
+    yield f"| {corner} | " + " | ".join(columns) + " |"
+    yield "|---" * (len(columns) + 1) + "|"
+
+
+def _row(rows: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
+
+
+def _right(row: dict[str, Any]) -> str:
+    people, annotator = row["people_right"], row["annotator_right"]
+    return f"{100 * people:.0f}, {100 * annotator:.0f} %: "
+
+
+def _cell(mean: dict[str, float] | None, key: str) -> str:
+    """In percent, or in points with a sign, bold where the interval leaves zero out."""
+    if mean is None:
+        return ""
+    form = ".1f" if key == "figure" else "+.1f"
+    value, low, high = (f"{100 * mean[end]:{form}}" for end in ("mean", "low", "high"))
+    bold = "**" if key != "figure" and mean["low"] * mean["high"] > 0 else ""
+    return f"{bold}{value}{bold} [{low}, {high}]".replace("-", "−")
+
+
+def draw(found: dict[str, Any], to: Path) -> None:
+    """How far weighted labels are from all of people's, by the errors of both."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.fonttype"] = "none"  # text stays text
+    from matplotlib import pyplot
+
+    chart, axes = pyplot.subplots(1, 2, figsize=(9.0, 3.4), sharey=True, layout="constrained")
+    for careful, panel in zip((False, True), axes, strict=True):
+        for number, share in enumerate(sorted({case.labelled for case in QUALITY})):
+            of = [
+                row
+                for row in found["rows"]
+                if (row["method"], row["labelled"], row["careful"]) == ("cw_mean", share, careful)
+            ]
+            points = {
+                row["flipped"]: row["less_human100"] for row in of if row["flipped"] in FLIPPED
+            }
+            at = [100 * flipped + 0.5 * (number - 1) for flipped in points]
+            means, lows, highs = (
+                100 * np.array([each[key] for each in points.values()])
+                for key in ("mean", "low", "high")
+            )
+            bars, label = (means - lows, highs - means), f"{100 * share:g} %"
+            panel.errorbar(at, means, bars, label=label, capsize=2)
+        panel.axhline(0, color="gray", linewidth=0.8)
+        whose = "right, as careful people gave them" if careful else "flipped, too"
+        panel.set(xlabel="training labels flipped, %", title=f"the annotator's labels are {whose}")
+        panel.title.set_fontsize(9)
+    axes[0].set_ylabel("GRA of cw_mean less human100, points")
+    axes[0].legend(title="labelled", fontsize=8)
+    chart.savefig(to)
