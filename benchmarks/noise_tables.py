@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from noise_cases import ABLATIONS, FLIPPED, METHODS, QUALITY, SHARES
+from noise_cases import ABLATIONS, FLIPPED, METHODS, QUALITY, SHARES, Case
+
+Found = dict[str, Any]  # the JSON
 
 
-def tables(found: dict[str, Any], which: str) -> Iterator[str]:
+def tables(found: Found, which: str) -> Iterator[str]:
     """As BENCHMARKS.md has them.
 
     Args:
@@ -18,48 +20,62 @@ def tables(found: dict[str, Any], which: str) -> Iterator[str]:
         which: noise: methods by flipped labels; all: weighted labels beside all of people's, by
             what the annotator has learned; weights; shares: by the labelled share.
     """
-    rows, plain = found["rows"], {"flipped": 0.0, "labelled": 0.3, "careful": False}
-    if which == "noise":
-        yield from _table("labels flipped", [f"{share:.0%}" for share in FLIPPED])
-        for name in sorted(METHODS, key=lambda name: name != "human"):
-            cells = [_row(rows, plain | {"method": name, "flipped": share}) for share in FLIPPED]
-            key = "figure" if name == "human" else "less_human"
-            yield f"| `{name}` | " + " | ".join(_cell(row[key], key) for row in cells) + " |"
-    elif which == "all":
-        yield from _table("labelled, and labels flipped", [f"{share:.0%}" for share in FLIPPED])
-        for careful in (False, True):
-            for share in sorted({case.labelled for case in QUALITY}):
-                told = {"method": "cw_mean", "labelled": share, "careful": careful}
-                of = [_row(rows, told | {"flipped": flipped}) for flipped in FLIPPED]
-                cells = [_right(row) + _cell(row["less_human100"], "less") for row in of]
-                name = f"{share:.0%}, {'its labels right' if careful else 'its labels, too'}"
-                yield f"| {name} | " + " | ".join(cells) + " |"
-    elif which == "weights":
-        yield from _table("weights", ["figure", "less `weak`", "less `human100`"])
-        for name in ABLATIONS:
-            row = _row(rows, plain | {"method": name})
-            keys = ("figure", "less_weak", "less_human100")
-            yield f"| {name} | " + " | ".join(_cell(row.get(key), key) for key in keys) + " |"
-    else:
-        yield from _table(
-            "labelled", ["labels right", "`weak`", "`cw_mean` less `weak`", "less `human100`"]
-        )
-        for share in SHARES:
-            weak, cw = (
-                _row(rows, plain | {"method": m, "labelled": share}) for m in ("weak", "cw_mean")
+    yield from {"noise": _noise, "all": _all, "weights": _weights, "shares": _shares}[which](found)
+
+
+def _noise(found: Found) -> Iterator[str]:
+    """Methods by flipped labels."""
+    yield from _head("labels flipped", [f"{share:.0%}" for share in FLIPPED])
+    for name in sorted(METHODS, key=lambda name: name != "human"):
+        rows = [_row(found, Case(name, share)) for share in FLIPPED]
+        key = "figure" if name == "human" else "less_human"
+        yield _line(f"`{name}`", (_cell(row[key], key) for row in rows))
+
+
+def _all(found: Found) -> Iterator[str]:
+    """Weighted labels beside all of people's."""
+    yield from _head("labelled; labels flipped", [f"{share:.0%}" for share in FLIPPED])
+    for careful in (False, True):
+        for share in sorted({case.labelled for case in QUALITY}):
+            rows = [_row(found, Case("cw_mean", flip, share, careful)) for flip in FLIPPED]
+            cells = (_right(row) + _cell(row["less_human100"], "less") for row in rows)
+            yield _line(
+                f"{share:.0%}, {'its labels right' if careful else 'its labels, too'}", cells
             )
-            less = (_cell(cw[key], key) for key in ("less_weak", "less_human100"))
-            cells = f"{100 * weak['annotator_right']:.1f} %", _cell(weak["figure"], "figure"), *less
-            yield f"| {share:.0%} | " + " | ".join(cells) + " |"
 
 
-def _table(corner: str, columns: Sequence[str]) -> Iterator[str]:
-    yield f"| {corner} | " + " | ".join(columns) + " |"
+def _weights(found: Found) -> Iterator[str]:
+    """Shares that are kept, and weight functions."""
+    yield from _head("weights", ["figure", "less `weak`", "less `human100`"])
+    for name in ABLATIONS:
+        row = _row(found, Case(name, 0.0))
+        keys = ("figure", "less_weak", "less_human100")
+        yield _line(name, (_cell(row.get(key), key) for key in keys))
+
+
+def _shares(found: Found) -> Iterator[str]:
+    """Weighted labels by the labelled share."""
+    columns = ["labels right", "`weak`", "`cw_mean` less `weak`", "less `human100`"]
+    yield from _head("labelled", columns)
+    for share in SHARES:
+        weak, cw = (_row(found, Case(name, 0.0, share)) for name in ("weak", "cw_mean"))
+        less = (_cell(cw[key], key) for key in ("less_weak", "less_human100"))
+        right = f"{100 * weak['annotator_right']:.1f} %"
+        yield _line(f"{share:.0%}", (right, _cell(weak["figure"], "figure"), *less))
+
+
+def _head(corner: str, columns: Sequence[str]) -> Iterator[str]:
+    yield _line(corner, columns)
     yield "|---" * (len(columns) + 1) + "|"
 
 
-def _row(rows: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any]:
-    return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
+def _line(name: str, cells: Iterable[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _row(found: Found, case: Case) -> dict[str, Any]:
+    wanted = case._asdict()
+    return next(row for row in found["rows"] if all(row[key] == wanted[key] for key in wanted))
 
 
 def _right(row: dict[str, Any]) -> str:
@@ -77,7 +93,7 @@ def _cell(mean: dict[str, float] | None, key: str) -> str:
     return f"{bold}{value}{bold} [{low}, {high}]".replace("-", "−")
 
 
-def draw(found: dict[str, Any], to: Path) -> None:
+def draw(found: Found, to: Path) -> None:
     """How far weighted labels are from all of people's, by the errors of both."""
     import matplotlib as mpl
 
