@@ -54,7 +54,7 @@ HEADS = 4  # of the ensemble, by bootstrap
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 TUNING = range(1000, 1005)  # seeds that choose ridges and are in no figure
 LAYERS = {"demo": (4, None), "ukp": (4, None), "hh": (4, 8)}  # of annotator and policy; None: all
-EVERY = {"demo": 1, "ukp": 4, "hh": 1}  # of so many pairs one is read, for time
+EVERY = {"demo": 1, "ukp": 8, "hh": 1}  # of so many pairs one is read, for time
 
 
 @dataclass(frozen=True)
