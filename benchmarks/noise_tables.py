@@ -83,10 +83,12 @@ def _right(row: dict[str, Any]) -> str:
     return f"{100 * people:.0f}, {100 * annotator:.0f} %: "
 
 
-def _cell(mean: dict[str, float] | None, key: str) -> str:
+def _cell(mean: dict[str, Any] | None, key: str) -> str:
     """In percent, or in points with a sign, bold where the interval leaves zero out."""
     if mean is None:
         return ""
+    if mean["low"] is None:
+        return "the same"
     form = ".1f" if key == "figure" else "+.1f"
     value, low, high = (f"{100 * mean[end]:{form}}" for end in ("mean", "low", "high"))
     bold = "**" if key != "figure" and mean["low"] * mean["high"] > 0 else ""
