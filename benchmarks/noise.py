@@ -113,7 +113,7 @@ class Drawn:
     def parts(self, labelled: float) -> tuple[Places, Places]:
         """The labelled and the unlabelled part."""
         train = ~(self.test | self.validation)
-        low = self.order < labelled
+        low = self.order < max(labelled, self.order[train].min() + 1e-9)  # one prompt at the least
         return np.flatnonzero(train & low), np.flatnonzero(train & ~low)
 
 
