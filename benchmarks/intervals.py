@@ -2,9 +2,9 @@
 
     python benchmarks/intervals.py --plot FILE.svg
 
-Three parts, each of draws whose truth is known: how often the 95 % interval of people and a model
-together (`prediction_powered`) holds it, of win rates and of an annotator's accuracy, and how often
-a trial is stopped (`stopping`), rightly or wrongly. The last line is one JSON object with all.
+Two parts, each of draws whose truth is known: how often the 95 % interval of people and a model
+together (`prediction_powered`) holds it, of win rates and of accuracies; and how often a trial is
+stopped (`stopping`), rightly or wrongly. The last line is one JSON object with all figures.
 
 Shapes: N items, S seeds.
 """
@@ -55,6 +55,19 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Labelled(Judged):
+    """The same of held-out pairs, of which an annotator is right in `rate`.
+
+    People judge all pairs of a prompt, or none.
+
+    Attributes:
+        copies: how often the model takes the annotator's side, whatever people say.
+    """
+
+    copies: float
+
+
+@dataclass(frozen=True)
 class Covered:
     """Of many draws.
 
@@ -78,69 +91,32 @@ class Covered:
 def covered(case: Judged) -> Covered:
     """Draws `DRAWS` times `ITEMS` items, of which some are judged by lot."""
     rng = np.random.default_rng([case.judged, int(100 * case.rate), case.per_prompt])
-    log_odds, truth = _log_odds(case.rate)
-    prompts = np.arange(ITEMS) // case.per_prompt
-    rows = []
-    for _ in range(DRAWS):
-        hardness = rng.normal(0, HARDNESS, ITEMS // case.per_prompt)[prompts]
-        won = (rng.random(ITEMS) < sigmoid(log_odds + hardness)).astype(float)
-        said = np.where(rng.random(ITEMS) < case.agrees, won, 1 - won)
-        judged = np.isin(np.arange(ITEMS), rng.permutation(ITEMS)[: case.judged])
-        rows.append(_row(won, judged, said, prompts, truth))
-    return Covered(*np.mean(rows, axis=0).tolist())
-
-
-def _log_odds(rate: float) -> tuple[float, float]:
-    """The c of which σ(c + HARDNESS·z) has the wanted mean, on a grid of z; and its mean there."""
+    # σ(c + HARDNESS·z) has the wanted mean: found on a grid of z once.
     z = np.random.default_rng(0).normal(0, HARDNESS, 200_000)
     ends = [-12.0, 12.0]
     for _ in range(60):
         middle = sum(ends) / 2
-        ends[float(sigmoid(middle + z).mean()) > rate] = middle
-    return ends[0], float(sigmoid(ends[0] + z).mean())
-
-
-def _row(right: Floats, judged: Any, said: Floats, prompts: Any, truth: float) -> list[float]:
-    """Of one draw, what `Covered` is the mean of."""
-    found = powered(np.where(judged, right, np.nan), said, prompts)
-    return [
-        *(_holds(each, truth) for each in (found.people, found.both, found.model)),
-        *(found.weight, _width(found.people), _width(found.both)),
-    ]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """An annotator that is right in 70 % of held-out pairs, of which some have people's labels.
-
-    Attributes:
-        labelled: pairs that have one, of `ITEMS`: all of a prompt, or none.
-        agrees: how often gold prefers what people prefer.
-        copies: how often it prefers what the annotator prefers in its place: it errs alike.
-        per_prompt: pairs that share a prompt.
-    """
-
-    labelled: int
-    agrees: float
-    copies: float
-    per_prompt: int
-
-
-def accuracies(case: Labelled) -> Covered:
-    """Draws `DRAWS` times `ITEMS` pairs: whom people, annotator and gold prefer."""
-    rng = np.random.default_rng([case.labelled, int(10 * case.copies), case.per_prompt])
-    log_odds, truth = _log_odds(0.7)
+        ends[float(sigmoid(middle + z).mean()) > case.rate] = middle
+    truth = float(sigmoid(ends[0] + z).mean())
     prompts = np.arange(ITEMS) // case.per_prompt
     rows = []
     for _ in range(DRAWS):
         hardness = rng.normal(0, HARDNESS, ITEMS // case.per_prompt)[prompts]
-        people, chance = rng.random(ITEMS) < 0.5, rng.random(ITEMS)  # whether they prefer a
-        annotator = (chance < sigmoid(log_odds + hardness)) == people
-        gold = (rng.random(ITEMS) < case.agrees) == people
-        gold = np.where(rng.random(ITEMS) < case.copies, annotator, gold)
-        drawn = rng.permutation(ITEMS // case.per_prompt)[: case.labelled // case.per_prompt]
-        right, alike = ((annotator == each).astype(float) for each in (people, gold))
-        rows.append(_row(right, np.isin(prompts, drawn), alike, prompts, truth))
+        won = (rng.random(ITEMS) < sigmoid(ends[0] + hardness)).astype(float)
+        said = np.where(rng.random(ITEMS) < case.agrees, won, 1 - won)
+        people = np.full(ITEMS, np.nan)
+        if isinstance(case, Labelled):
+            said = np.where(rng.random(ITEMS) < case.copies, 1.0, said)
+            drawn = rng.permutation(ITEMS // case.per_prompt)[: case.judged // case.per_prompt]
+            places = np.flatnonzero(np.isin(prompts, drawn))
+        else:
+            places = rng.permutation(ITEMS)[: case.judged]
+        people[places] = won[places]
+        found = powered(people, said, prompts)
+        rows.append(
+            [_holds(each, truth) for each in (found.people, found.both, found.model)]
+            + [found.weight, _width(found.people), _width(found.both)]
+        )
     return Covered(*np.mean(rows, axis=0).tolist())
 
 
@@ -297,17 +273,14 @@ def main(plot: Annotated[Path | None, typer.Option(help="an SVG file")] = None) 
     cases = [Judged(*each) for each in product(sizes, rates, agreements, (1, PER_PROMPT))]
     races = [Race(*each) for each in product((5, 8, 10), (0.0, 5.0, 10.0, 15.0, 20.0), ("normal",))]
     races += [Race(seeds, 0.0, "heavy") for seeds in (5, 8, 10)]
-    held_out = [
-        Labelled(*each)
-        for each in product((100, 500), (0.5, 0.7, 0.9), (0.0, 0.3), (1, PER_PROMPT))
-    ]
+    pairs = product((100, 500), (0.7,), agreements, (1, PER_PROMPT), (0.0, 0.3))
     judged, raced = _all(covered, cases), _all(stopped, races)
-    agreed = _all(accuracies, held_out)
+    accuracies = _all(covered, [Labelled(*each) for each in pairs])
     if plot is not None:
         draw(judged, raced, plot)
-    for row in [*judged, *agreed, *raced]:
+    for row in [*judged, *accuracies, *raced]:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-    print(json.dumps({"draws": DRAWS, "judged": judged, "accuracies": agreed, "races": raced}))
+    print(json.dumps({"draws": DRAWS, "judged": judged, "accuracies": accuracies, "races": raced}))
 
 
 if __name__ == "__main__":

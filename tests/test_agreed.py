@@ -98,52 +98,45 @@ def test_a_gold_model_scores_the_split_s_own_answers(
     assert agreed_of(measured(tmp_path, gold_model=model)) == BY_HAND
 
 
-def test_where_people_judged_all_nothing_changes(tmp_path: Path) -> None:
+def test_where_gold_has_nothing_to_add_nothing_changes(tmp_path: Path) -> None:
     with_rule, without = measured(tmp_path / "a", **RULE), measured(tmp_path / "b")
-    files = [
-        {name: store.read(name) for name in store.names()}
-        for store in (with_rule.place("evaluate"), without.place("evaluate"))
-    ]
+    places = [world.place("evaluate") for world in (with_rule, without)]
+    files = [{name: place.read(name) for name in place.names()} for place in places]
     assert files[0] == files[1]
     assert set(files[0]) == {"metrics.json", evaluate.ITEMS}
 
 
-@pytest.mark.usefixtures("few_labels")
-def test_without_gold_nothing_changes(tmp_path: Path) -> None:
-    assert not measured(tmp_path).place("evaluate").exists(AGREED)
-
-
 def test_seeds_are_put_together_prompt_by_prompt(tmp_path: Path) -> None:
-    """Two seeds that hold out one prompt: θ = ȳ + λ(f̄ elsewhere − f̄ here), by sums over prompts."""
-    rng, stores, rows = np.random.default_rng(3), [], []
+    """Ten prompts are in both: θ = ȳ + λ(f̄ elsewhere − f̄ here), by sums over prompts."""
+    rng, stores, rows = np.random.default_rng(3), [], list[Agreed]()
     for seed in range(2):
+        gold = rng.random(60) < 0.6
+        people = np.where(rng.random(60) < 0.8, gold, ~gold)
+        told = [
+            Agreed(
+                f"{k // 2 + 20 * seed:018d}-{k}", "policy", None if k % 3 else float(y), float(f)
+            )
+            for k, (y, f) in enumerate(zip(people, gold, strict=True))
+        ]
         stores.append(Store(str(tmp_path / str(seed))))
-        ids = [f"{k // 2 + 20 * seed:018d}-{k}" for k in range(60)]  # a third in both
-        gold = (rng.random(60) < 0.6).astype(float)
-        people = [float(g) if rng.random() < 0.8 else 1 - g for g in gold]
-        said = [p if k % 3 == 0 else None for k, p in enumerate(people)]
-        told = [Agreed(*row) for row in zip(ids, ["policy"] * 60, said, gold, strict=True)]
         stores[-1].create_table(AGREED, table_of(told, AGREED_SCHEMA))
         rows += told
-    y = [row.people for row in rows if row.people is not None]
-    here = [row.gold for row in rows if row.people is not None]
-    other = [row.gold for row in rows if row.people is None]
-    alone, gap = dict.fromkeys(range(50), 0.0), dict.fromkeys(range(50), 0.0)
-    for row in rows:
-        prompt = int(row.pair_id[:18])
-        if row.people is None:
-            gap[prompt] += (row.gold - np.mean(other)) / 80
-        else:
-            alone[prompt] += (row.people - np.mean(y)) / 40
-            gap[prompt] -= (row.gold - np.mean(here)) / 40
-    weight = -sum(alone[k] * gap[k] for k in gap) / sum(value**2 for value in gap.values())
+    judged, other = ([row for row in rows if (row.people is None) == none] for none in (0, 1))
+    y, f, g = (
+        np.mean([row[at] for row in of]) for of, at in ((judged, 2), (judged, 3), (other, 3))
+    )
+    alone, gap = np.zeros(50), np.zeros(50)  # of each prompt
+    for row in judged:
+        alone[int(row.pair_id[:18])] += (row.people - y) / 40
+        gap[int(row.pair_id[:18])] -= (row.gold - f) / 40
+    for row in other:
+        gap[int(row.pair_id[:18])] += (row.gold - g) / 80
+    weight = -alone @ gap / (gap @ gap)
     assert 0 < weight < 1
     found = with_gold([*stores, Store(str(tmp_path / "nothing"))])["policy"]
     assert found["weight"] == pytest.approx(weight)
-    both = np.mean(y) + weight * (np.mean(other) - np.mean(here))
-    assert found["both"]["value"] == pytest.approx(both)
-    assert (found["people"]["value"], found["judged"], found["items"]) == (np.mean(y), 40, 120)
-    assert with_gold([]) == {}
+    assert found["both"]["value"] == pytest.approx(y + weight * (g - f))
+    assert (found["people"]["value"], found["judged"], found["items"]) == (y, 40, 120)
 
 
 def simulated(draw: int, agrees: float, copies: float) -> Powered:
@@ -174,20 +167,16 @@ def test_gold_narrows_or_does_no_harm_and_never_biases(
         assert np.mean([each.model.value for each in found]) > 0.78, "gold itself is far off"
 
 
-def test_a_row_each_and_one_for_arms_that_share_an_annotator() -> None:
-    told = {"annotator": simulated(0, 0.9, 0.0).as_dict()}
+def test_arms_that_share_an_annotator_share_its_row() -> None:
+    told = [simulated(draw, 0.9, 0.0).as_dict() for draw in range(3)]
     arms = {
-        "weak": {"with_gold": told | {"policy": simulated(1, 0.9, 0.0).as_dict()}},
-        "cw": {"with_gold": told | {"policy": simulated(2, 0.9, 0.0).as_dict()}},
+        "weak": {"with_gold": {"annotator": told[0], "policy": told[1]}},
+        "cw": {"with_gold": {"annotator": told[0], "policy": told[2]}},
         "human": {},
     }
-    for of in ("arms", "trials"):
-        (table,) = judged_tables({of: arms})
-        names = [row[0].text for row in table.rows]
-        assert names == ["annotator: weak, cw", "policy: weak", "policy: cw"]
-        first = told["annotator"]
-        texts = [cell.text for cell in table.rows[0][1:]]
-        shares = [f"{100 * first[k]['value']:.1f} %" for k in ("people", "model", "both")]
-        assert texts[:5] == ["150 of 600", *shares, f"{first['weight']:.2f}"]
-        assert all(cell.details for cell in table.rows[0][2:5])
-    assert judged_tables({"arms": {"human": {}}}) == []
+    (table,) = judged_tables({"arms": arms})
+    names = [row[0].text for row in table.rows]
+    assert names == ["annotator: weak, cw", "policy: weak", "policy: cw"]
+    shares = [f"{100 * told[0][of]['value']:.1f} %" for of in ("people", "model", "both")]
+    assert [cell.text for cell in table.rows[0][1:5]] == ["150 of 600", *shares]
+    assert all(cell.details for cell in table.rows[0][2:5])

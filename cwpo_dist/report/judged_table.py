@@ -19,11 +19,13 @@ _NOTE = (
 
 
 _AGREED = (
-    "Share of held-out pairs on which the annotator, or the policy's implicit reward, prefers the "
-    "answer that people prefer, a tie of either counted as a half; columns as where people judge "
-    "answers, but that gold says what people would on pairs that have no label. Both is right "
-    "however wrong gold is, if it was drawn by lot which pairs have one."
+    "Share of held-out pairs on which the annotator, or the policy's implicit reward, prefers what "
+    "people prefer, a tie on either side counted as a half; small: 95 % intervals, clustered by "
+    "prompt. People: on pairs with a label. Gold: what the gold reward prefers in people's place, "
+    "on all pairs. Both: people's, made more exact by the gold reward (PPI++), and right however "
+    "wrong that is, if it was drawn by lot which pairs have a label; λ is its part."
 )
+_COLUMNS = ("", "judged", "people", "gold", "both", "λ", "narrower")
 
 
 def judged_tables(found: Mapping[str, Any]) -> list[Table]:
@@ -46,9 +48,6 @@ def judged_tables(found: Mapping[str, Any]) -> list[Table]:
         Table("Judged by people", (*_COLUMNS, "rows left out"), tuple(won), _NOTE),
     ]
     return [table for table in tables if table.rows]
-
-
-_COLUMNS = ("", "judged", "people", "gold", "both", "λ", "narrower")
 
 
 def _figures(told: Mapping[str, Any]) -> tuple[Cell, ...]:

@@ -62,16 +62,7 @@ def gold_margins(
     rule: str | None,
     by: Scorers,
 ) -> Margins:
-    """The gold score of answer a less that of b, of the data's own pairs of a split.
-
-    Args:
-        context: the run.
-        node: what they are scored for.
-        split: the pairs'.
-        model: the reward model.
-        rule: the name of a function, read where there is no model.
-        by: who applies the model.
-    """
+    """Gold scores of answer a less those of b, of a split's own pairs: by the model, or a rule."""
     prepared, shards = context.prepared(node), context.shards(node)
     if model is not None:
         store, answers = context.place(node).child("pairs"), AnswersIn(prepared, (split,))
