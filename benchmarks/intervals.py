@@ -3,8 +3,8 @@
     python benchmarks/intervals.py --plot FILE.svg
 
 Two parts, each of draws whose truth is known: how often the 95 % interval of people and a model
-together (`prediction_powered`) holds it, and how often a trial is stopped (`stopping`), rightly or
-wrongly. The last line is one JSON object with all figures.
+together (`prediction_powered`) holds it, of win rates and of accuracies; and how often a trial is
+stopped (`stopping`), rightly or wrongly. The last line is one JSON object with all figures.
 
 Shapes: N items, S seeds.
 """
@@ -57,6 +57,19 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Labelled(Judged):
+    """The same of held-out pairs, of which an annotator is right in `rate`.
+
+    People judge all pairs of a prompt, or none.
+
+    Attributes:
+        copies: how often the model takes the annotator's side, whatever people say.
+    """
+
+    copies: float
+
+
+@dataclass(frozen=True)
 class Covered:
     """Of many draws.
 
@@ -94,7 +107,12 @@ def covered(case: Judged) -> Covered:
         won = (rng.random(ITEMS) < sigmoid(ends[0] + hardness)).astype(float)
         said = np.where(rng.random(ITEMS) < case.agrees, won, 1 - won)
         people = np.full(ITEMS, np.nan)
-        places = rng.permutation(ITEMS)[: case.judged]
+        if isinstance(case, Labelled):
+            said = np.where(rng.random(ITEMS) < case.copies, 1.0, said)
+            drawn = rng.permutation(ITEMS // case.per_prompt)[: case.judged // case.per_prompt]
+            places = np.flatnonzero(np.isin(prompts, drawn))
+        else:
+            places = rng.permutation(ITEMS)[: case.judged]
         people[places] = won[places]
         found = powered(people, said, prompts)
         rows.append(
@@ -293,12 +311,14 @@ def main(plot: Annotated[Path | None, typer.Option(help="an SVG file")] = None) 
     cases = [Judged(*each) for each in product(sizes, rates, agreements, (1, PER_PROMPT))]
     races = [Race(*each) for each in product((5, 8, 10), (0.0, 5.0, 10.0, 15.0, 20.0), ("normal",))]
     races += [Race(seeds, 0.0, "heavy") for seeds in (5, 8, 10)]
+    pairs = product((100, 500), (0.7,), agreements, (1, PER_PROMPT), (0.0, 0.3))
     judged, raced = _all(covered, cases), _all(stopped, races)
+    accuracies = _all(covered, [Labelled(*each) for each in pairs])
     if plot is not None:
         draw(judged, raced, plot)
-    for row in [*judged, *raced]:
+    for row in [*judged, *accuracies, *raced]:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-    print(json.dumps({"draws": DRAWS, "judged": judged, "races": raced}))
+    print(json.dumps({"draws": DRAWS, "judged": judged, "accuracies": accuracies, "races": raced}))
 
 
 if __name__ == "__main__":

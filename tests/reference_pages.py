@@ -31,6 +31,7 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.pairs import preferences, records, stored
 from cwpo_dist.pairs.alone import AloneCounts
 from cwpo_dist.pairs.row_forms import ListCounts
+from cwpo_dist.runs import agreed
 from cwpo_dist.runs.prepared_counts import PreparedCounts
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pool import _ShardActor
@@ -80,6 +81,7 @@ TABLES: Mapping[str, tuple[pa.Schema, Sequence[object]]] = {
     "generate/<key>/answers/part-*.parquet": (records.ANSWER_SCHEMA, [records.SampledAnswer]),
     "evaluate/<key>/items.parquet": (evaluate.ITEM_SCHEMA, [evaluate.MeasuredPair]),
     "evaluate/<key>/answers.parquet": (evaluate.JUDGED_SCHEMA, [evaluate.JudgedAnswer]),
+    "evaluate/<key>/agreed.parquet": (agreed.AGREED_SCHEMA, [agreed.Agreed]),
     "scores/<key>/part-*.parquet of an export": (
         preferences.scored_schema("text", tools=True),
         [preferences.ScoredAnswer],

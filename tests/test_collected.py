@@ -22,6 +22,7 @@ from cwpo_dist.report.cells import Table
 from cwpo_dist.report.comparison_page import FIGURES
 from cwpo_dist.report.outcomes import verdicts
 from cwpo_dist.report.trial_tables import tables
+from cwpo_dist.runs.agreed import AGREED, AGREED_SCHEMA
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.stages.evaluate import ANSWERS, ITEM_SCHEMA, ITEMS, JUDGED_SCHEMA
@@ -99,6 +100,10 @@ def lay(config: Config, node: Node, store: Store) -> None:
         for k, more in enumerate(gold)
     ]
     store.create_table(ANSWERS, pa.Table.from_pylist(rows, schema=JUDGED_SCHEMA))
+    if arm == "cw":
+        people, gold = [1.0, 0.0, None, None, None], [1.0, 1.0, 1.0, 0.0, 1.0]
+        agreed = {"pair_id": ids, "of": ["policy"] * 5, "people": people, "gold": gold}
+        store.create_table(AGREED, pa.table(agreed, schema=AGREED_SCHEMA))
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +237,9 @@ def test_tables_show_each_number_in_its_row_and_column(found: dict[str, Any]) ->
         "Δ GRA, own SFT": "+25.0",
         "Δ GRA, common": "+25.0",
     }
+    assert shown["Accuracy by people and gold"].keys() == {"policy: cw"}
+    by = shown["Accuracy by people and gold"]["policy: cw"]
+    assert (by["judged"], by["people"], by["gold"]) == ("2 of 5", "50.0 %", "80.0 %")
     matrix = shown["Accuracy, each trial less each other"]
     told = {(a, b): text.removeprefix("* ") for a, row in matrix.items() for b, text in row.items()}
     assert told["cw", "human"] == "+40.0"

@@ -24,7 +24,7 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
 from cwpo_dist.report.page import render
 from cwpo_dist.results import collect as report
-from cwpo_dist.results.items import BySeed, against
+from cwpo_dist.results.items import BySeed, against, with_gold
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.checks import check_trials
 from cwpo_dist.runs.context import Context
@@ -179,8 +179,10 @@ def collect(config: Config, runs: Runs, tuned_by: Mapping[str, object]) -> dict[
 
 
 def _told(trial: Trial, single: list[Config]) -> dict[str, object]:
-    """What a trial is, and its figures that are known seed by seed alone."""
+    """What a trial is, and its figures that are not held against another's."""
+    powered = with_gold([evaluated(run, trial.arm)[0] for run in single])
     return {
+        **({"with_gold": powered} if powered else {}),
         "arm": trial.arm,
         "loss": trial.loss,
         "labelled_fraction": trial.labelled,

@@ -1,11 +1,11 @@
-"""Win rates by people's verdicts in; their table out, if there are any."""
+"""What people and a gold reward say together in; tables of it out, if there is any."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from cwpo_dist.report.cells import NO_PAIRS, Cell, Table, at, interval, written
+from cwpo_dist.report.cells import NO_PAIRS, Cell, Table, at, interval, together, written
 from cwpo_dist.report.figures import Estimate
 
 _NOTE = (
@@ -18,23 +18,46 @@ _NOTE = (
 )
 
 
+_AGREED = (
+    "Share of held-out pairs on which the annotator, or the policy's implicit reward, prefers what "
+    "people prefer, a tie on either side counted as a half; small: 95 % intervals, clustered by "
+    "prompt. People: on pairs with a label. Gold: what the gold reward prefers in people's place, "
+    "on all pairs. Both: people's, made more exact by the gold reward (PPI++), and right however "
+    "wrong that is, if it was drawn by lot which pairs have a label; λ is its part."
+)
+_COLUMNS = ("", "judged", "people", "gold", "both", "λ", "narrower")
+
+
 def judged_tables(found: Mapping[str, Any]) -> list[Table]:
-    """The table, where people judged answers."""
-    rows = [
+    """Accuracies and win rates by people, gold and both, of a run or comparison that has any."""
+    agreed: dict[tuple[str, tuple[Cell, ...]], list[str]] = {}
+    for name, arm in (at(found, "trials") or at(found, "arms") or {}).items():
+        for of, told in (at(arm, "with_gold") or {}).items():
+            agreed.setdefault((of, _figures(told)), []).append(name)  # trials share annotators
+    rows = [(Cell(f"{of}: {together(names)}"), *told) for (of, told), names in agreed.items()]
+    won = [
         (
             Cell(f"{told['ours']} against {told['theirs']}"),
-            Cell(f"{told['judged']:,} of {told['items']:,}"),
-            *(_share(told[of]) for of in ("people", "model", "both")),
-            Cell(f"{told['weight']:.2f}"),
-            NO_PAIRS
-            if told["narrower"] is None
-            else Cell(f"{written(100 * told['narrower'], '.0f')} %"),
+            *_figures(told),
             Cell(", ".join(f"{n:,} {why}" for why, n in told["left_out"].items()) or "–"),
         )
         for told in at(found, "judged") or []
     ]
-    columns = ("", "judged", "people", "gold", "both", "λ", "narrower", "rows left out")
-    return [Table("Judged by people", columns, tuple(rows), note=_NOTE)] if rows else []
+    tables = [
+        Table("Accuracy by people and gold", _COLUMNS, tuple(rows), _AGREED),
+        Table("Judged by people", (*_COLUMNS, "rows left out"), tuple(won), _NOTE),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _figures(told: Mapping[str, Any]) -> tuple[Cell, ...]:
+    narrower = told["narrower"]
+    return (
+        Cell(f"{told['judged']:,} of {told['items']:,}"),
+        *(_share(told[of]) for of in ("people", "model", "both")),
+        Cell(f"{told['weight']:.2f}"),
+        NO_PAIRS if narrower is None else Cell(f"{written(100 * narrower, '.0f')} %"),
+    )
 
 
 def _share(record: Mapping[str, Any]) -> Cell:

@@ -14,7 +14,7 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.explorer import EXPLORER
 from cwpo_dist.report.page import render
 from cwpo_dist.report.table import print_short
-from cwpo_dist.results.items import differences
+from cwpo_dist.results.items import differences, with_gold
 from cwpo_dist.results.sample import sample
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node, Nodes, members, retry_manifest
@@ -67,7 +67,10 @@ def collect(context: Context, config: Config, graphs: Mapping[str, Nodes]) -> di
 def _arm(context: Context, nodes: Mapping[str, Node]) -> dict[str, object]:
     weigh = context.counts(nodes["weigh"])
     manifests = {role: committed(context, node) for role, node in nodes.items()}
-    evaluation: dict[str, object] = context.place(nodes["evaluate"]).read_json("metrics.json")
+    evaluated = context.place(nodes["evaluate"])
+    evaluation: dict[str, object] = evaluated.read_json("metrics.json")
+    if powered := with_gold([evaluated]):
+        evaluation["with_gold"] = powered
     return evaluation | {
         "pairs": manifests["align"].counts["rows"],  # of those selected, what fits the policy
         "mean_weight": weigh["mean_weight"],

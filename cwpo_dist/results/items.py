@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cwpo_dist.evaluation.paired import Items, length_balanced, paired
-from cwpo_dist.pairs.records import read_rows
+from cwpo_dist.evaluation.prediction_powered import powered
+from cwpo_dist.evaluation.shares import group_numbers
+from cwpo_dist.pairs.records import prompt_of, read_rows
+from cwpo_dist.runs.agreed import AGREED, AGREED_SCHEMA, Agreed
 from cwpo_dist.stages.evaluate import (
     ANSWERS,
     BASELINES,
@@ -58,6 +61,29 @@ def against(ours: BySeed, theirs: BySeed, n_looks: int = 1) -> dict[str, object]
         k: replace(v, p=None if v.p is None else min(1.0, n_looks * v.p)).as_dict()
         for k, v in found.items()
     }
+
+
+def with_gold(evaluated: Sequence[Store]) -> dict[str, dict[str, object]]:
+    """How often annotator and policy agree with people: by people, by gold, and by both.
+
+    A tie, of people's too, is a half.
+
+    Args:
+        evaluated: what `evaluate` left of an arm, seed by seed; a seed's pairs are added to those
+            of the others.
+
+    Returns:
+        `annotator` and `policy`, each a `Powered`; nothing where gold knows no more than people.
+    """
+    left = [store for store in evaluated if store.exists(AGREED)]
+    pairs = [row for store in left for row in read_rows(store, AGREED, Agreed, AGREED_SCHEMA)]
+    found = {}
+    for of in sorted({pair.of for pair in pairs}):
+        some = [pair for pair in pairs if pair.of == of]
+        people = np.array([pair.people for pair in some], dtype=np.float64)  # NaN where null
+        gold, prompts = [pair.gold for pair in some], [prompt_of(pair.pair_id) for pair in some]
+        found[of] = powered(people, np.array(gold), group_numbers(prompts, len(some))).as_dict()
+    return found
 
 
 def by_item(store: Store) -> Iterator[tuple[str, Items]]:

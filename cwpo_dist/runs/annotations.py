@@ -202,13 +202,13 @@ def kept_pairs(how: Weighting, counted: Census) -> int:
     return min(decided, counted.prompts_of(*how.chooser.splits))
 
 
-def annotated(context: Context, node: Node, chooser: Chooser) -> Annotated:
-    """What a node reads, its margins divided by what is told of their temperature.
+def annotated(context: Context, node: Node, chooser: Chooser, *, judged: bool = False) -> Annotated:
+    """What a node reads, as `raw`, its margins divided by what is told of their temperature.
 
     Raises:
         CalibrationError: for fitted temperatures, where the labels allow none.
     """
-    found, temperature = raw(context, node, chooser), chooser.temperature
+    found, temperature = raw(context, node, chooser, judged=judged), chooser.temperature
     if temperature is None or not found.scores:
         return found
     if temperature != "fitted":

@@ -1,17 +1,21 @@
-"""Sampled answers in; what a gold reward, a model or a rule, gives them out."""
+"""Answers, sampled or the data's, in; what a gold reward, a model or a rule, gives them out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
-from cwpo_dist.config import ModelConfig
+from cwpo_dist.config import ModelConfig, Split
 from cwpo_dist.evaluation.gold_function import load_function
 from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, read_rows
+from cwpo_dist.pairs.stored import read_pairs
+from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.divergence import Answered, write_answered
-from cwpo_dist.runs.joined import both_known
+from cwpo_dist.runs.given_model import GivenModel
+from cwpo_dist.runs.joined import Margins, both_known
+from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.pipeline import ShardJob, part
@@ -45,18 +49,43 @@ def scores_by_model(
         rows: the answers.
         size: how many of them make a shard.
     """
-    budget, shards = by.section.max_tokens_per_batch, write_answered(store, rows, size)
-    job = ShardJob(
-        name="scores",
-        output=store,
-        shards=shards,
-        make_worker=partial(RewardWorker, AnswersIn(store), model, "gold", budget),
-    )
+    shards = write_answered(store, rows, size)
+    found = _scored(model, by, store, AnswersIn(store), shards)
+    return {pair_id: (b, a) for pair_id, a, b in found}
+
+
+def gold_margins(
+    context: Context,
+    node: Node,
+    split: Split,
+    model: GivenModel | None,
+    rule: str | None,
+    by: Scorers,
+) -> Margins:
+    """Gold scores of answer a less those of b, of a split's own pairs: by the model, or a rule."""
+    prepared, shards = context.prepared(node), context.shards(node)
+    if model is not None:
+        store, answers = context.place(node).child("pairs"), AnswersIn(prepared, (split,))
+        return {i: a - b for i, a, b in _scored(model.config, by, store, answers, shards)}
+    assert rule is not None, "there is one of both"
+    score, found = load_function(rule), Margins()
+    for index in range(shards):
+        for pair in read_pairs(prepared, index):
+            if pair.split == split:
+                prompt, a, b = map(plain_text, (pair.prompt, *pair.answers))
+                found[pair.pair_id] = score(prompt, a) - score(prompt, b)
+    return found
+
+
+def _scored(
+    model: ModelConfig, by: Scorers, store: Store, answers: AnswersIn, shards: int
+) -> Iterator[tuple[str, float, float]]:
+    """Pairs with the scores of both answers, a and b."""
+    worker = partial(RewardWorker, answers, model, "gold", by.section.max_tokens_per_batch)
+    job = ShardJob(name="scores", output=store, shards=shards, make_worker=worker)
     by.run(job, model, reward_module)
-    gold: Gold = {}
     for index in range(shards):
         found = read_rows(store, part("scores", index), Score, SCORE_SCHEMA)
         scores = {score.answer_id: score.score for score in found}
-        pairs = both_known(read_compared(store, index), scores)
-        gold |= {pair.pair_id: (b, a) for pair, a, b in pairs}
-    return gold
+        compared = read_compared(answers.store, index, answers.splits)
+        yield from ((pair.pair_id, a, b) for pair, a, b in both_known(compared, scores))

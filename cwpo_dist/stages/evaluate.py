@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +24,13 @@ from cwpo_dist.pairs.records import (
     table_of,
 )
 from cwpo_dist.pairs.stored import Pair, read_pairs
+from cwpo_dist.runs.agreed import AGREED, AGREED_SCHEMA, agreed, log_probs
 from cwpo_dist.runs.annotations import held_out, names, raw
 from cwpo_dist.runs.arms import ArmRun, Chooser, weighting
 from cwpo_dist.runs.context import Context, read_sampled
 from cwpo_dist.runs.divergence import Answered, kl_divergence
 from cwpo_dist.runs.given_model import GivenModel
-from cwpo_dist.runs.gold_scores import Gold, scores_by_function, scores_by_model
-from cwpo_dist.runs.joined import pair_log_probs
+from cwpo_dist.runs.gold_scores import Gold, gold_margins, scores_by_function, scores_by_model
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Stage, Work
@@ -185,6 +186,7 @@ def make(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, object]
         **_answered(context, node),
     }
     context.place(node).create_json("metrics.json", metrics)
+    _compare_to_gold(context, node)
     return {"held_out_pairs": sum(map(len, pairs))}
 
 
@@ -218,7 +220,13 @@ def _policy(
 
     Without a reference the reward is of a token's mean.
     """
-    found = list(_log_probs(context, node, shards))
+    found = [
+        (pair, *known[pair.pair_id])
+        for index, pairs in enumerate(shards)
+        for known in [log_probs(context, node, index)]
+        for pair in pairs
+        if pair.pair_id in known
+    ]
     measured = [pair for pair, _, _ in found]
     beta = node.settings.align.beta
     after_NK = np.array([after for _, after, _ in found]).reshape(-1, 2)
@@ -237,24 +245,6 @@ def _policy(
         beta,
         [plain_text(pair.prompt) for pair in measured],
     ).as_dict()
-
-
-def _log_probs(
-    context: Context, node: Node[EvaluateSettings], shards: list[list[Pair]]
-) -> Iterator[tuple[Pair, tuple[float, float], tuple[float, float]]]:
-    """Pairs with their answers' log-probs after the alignment and before, for the reward."""
-    aligned, reference = context.place(node.inputs["aligned"]), node.inputs.get("reference")
-    prepared = context.prepared(node)
-    for index, pairs in enumerate(shards):
-        new = pair_log_probs(aligned, prepared, index)
-        if reference is None:
-            known = (pair for pair in pairs if pair.pair_id in new)
-            yield from ((pair, new[pair.pair_id].means, (0.0, 0.0)) for pair in known)
-            continue
-        old = pair_log_probs(context.place(reference), prepared, index)
-        for pair in pairs:
-            if pair.pair_id in new and pair.pair_id in old:
-                yield pair, new[pair.pair_id].sums, old[pair.pair_id].sums
 
 
 def _longer_by(pair: Pair) -> int:
@@ -323,6 +313,17 @@ def _gold(told: EvaluateSettings, store: Store, rows: Sequence[Answered]) -> Gol
     if told.config.gold_function is not None:
         return scores_by_function(told.config.gold_function, rows)
     return None
+
+
+def _compare_to_gold(context: Context, node: Node[EvaluateSettings]) -> None:
+    """Writes `agreed.parquet`, where there is a gold reward and people left pairs to it."""
+    told, split = node.settings, node.settings.config.split
+    rule = told.config.gold_function
+    if told.gold is None and rule is None:
+        return
+    by_gold = partial(gold_margins, context, node, split, told.gold, rule, told.judged_by)
+    if rows := agreed(context, node, told.chooser, split, by_gold):
+        context.place(node).create_table(AGREED, table_of(rows, AGREED_SCHEMA))
 
 
 def _prompts(context: Context, node: Node, answered: Container[str]) -> dict[str, Prompt]:
