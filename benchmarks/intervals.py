@@ -238,7 +238,7 @@ def _all(kind: Any, cases: list[Any]) -> list[dict[str, Any]]:
 
 def tables(found: dict[str, Any], part: str) -> Iterator[str]:
     """As BENCHMARKS.md has them."""
-    return lines({"people": _of_people, "stops": _of_stops}[part](found))
+    return lines({"people": _of_people, "accuracies": _of_accuracies, "stops": _of_stops}[part](found))
 
 
 def _of_people(found: dict[str, Any]) -> Iterator[list[str]]:
@@ -250,6 +250,17 @@ def _of_people(found: dict[str, Any]) -> Iterator[list[str]]:
     for agrees, rate, items in product(reversed(agreements), rates, shared):
         cells = [_inside(rows[agrees, rate, items, size]) for size in sizes]
         yield [f"{100 * agrees:.0f} %", f"{100 * rate:.0f} %", str(items), *cells]
+
+
+def _of_accuracies(found: dict[str, Any]) -> Iterator[list[str]]:
+    keys = ("agrees", "copies", "per_prompt", "judged")
+    rows = {tuple(row[key] for key in keys): row for row in found["accuracies"]}
+    agreements, sides, shared, sizes = (sorted({*values}) for values in zip(*rows, strict=True))
+    heads = ["gold agrees with people", "takes the annotator's side", "pairs a prompt"]
+    yield [*heads, *(f"{size} labelled" for size in sizes)]
+    for agrees, side, items in product(reversed(agreements), sides, shared):
+        cells = [_inside(rows[agrees, side, items, size]) for size in sizes]
+        yield [f"{100 * agrees:.0f} %", f"{100 * side:.0f} %", str(items), *cells]
 
 
 def _inside(row: dict[str, float]) -> str:
