@@ -238,7 +238,9 @@ def _all(kind: Any, cases: list[Any]) -> list[dict[str, Any]]:
 
 def tables(found: dict[str, Any], part: str) -> Iterator[str]:
     """As BENCHMARKS.md has them."""
-    return lines({"people": _of_people, "accuracies": _of_accuracies, "stops": _of_stops}[part](found))
+    return lines(
+        {"people": _of_people, "accuracies": _of_accuracies, "stops": _of_stops}[part](found)
+    )
 
 
 def _of_people(found: dict[str, Any]) -> Iterator[list[str]]:
