@@ -13,7 +13,8 @@ A seed draws the prompts (of UKP the debates) that are held out, the labelled pa
 CWPO_DATA names a folder with the data; the caches hold the hidden states (minutes, once). The last
 line is one JSON object with all figures.
 
-Shapes: N pairs, A answers, H width of a hidden state, K annotators, n pairs of a part.
+Shapes: N pairs, A answers, P prompts of K answers, H width of a hidden state, n pairs of a part;
+of what annotators give, K annotators.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import typer
 from asking import fitted, told
 from asking_states import Data, Places, loaded, made
 from measure import environment
-from noise_cases import NOISE, QUALITY, SHARED, SMALL, TRIED, Case
+from noise_cases import AGAINST_ALL, NOISE, SHARED, TRIED, WEIGHTS, Case
 from noise_tables import draw
 from numpy.typing import NDArray
 
@@ -47,11 +48,12 @@ from cwpo_dist.evaluation.paired import Items, over_seeds, paired
 from cwpo_dist.objectives import OBJECTIVES, LossSettings, PairLogps, level_of
 from cwpo_dist.weighting import Floats, Joined, Scale, confidence, join, top_count, weights
 
-BETA = 0.5  # the paper's
+BETA = 0.5  # the paper's, in training
+KL = 1.0  # nats, of each policy that is judged by gold: else the surer one would win
 AXES = 256  # main axes of the states that are kept, for time
 TEST_SHARE, VALIDATION_SHARE = 0.25, 0.1  # of 16 debates, or of all prompts
 HEADS = 4  # of the ensemble, by bootstrap
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 TUNING = range(1000, 1005)  # seeds that choose ridges and are in no figure
 LAYERS = {"demo": (4, None), "ukp": (4, None), "hh": (4, 8)}  # of annotator and policy; None: all
 EVERY = {"demo": 1, "ukp": 8, "hh": 1}  # of so many pairs one is read, for time
@@ -130,7 +132,7 @@ class Trainer:
         """What the annotators say of all pairs."""
         data, drawn = self.world.weak, self.drawn
         places, _ = drawn.parts(labelled)
-        labels = drawn.labels if careful else drawn.flipped(flipped)
+        labels = self.people(Case("weak", flipped, labelled, careful))
         counts = drawn.counts[:, places] if kind == "ensemble" else np.ones((1, len(places)))
         heads = fitted(data.differences(places), labels[places], counts)
         scores_AK = data.states @ heads
@@ -146,24 +148,34 @@ class Trainer:
 
     def pairs(self, case: Case) -> tuple[Places, Floats, Floats]:
         """Places [n], labels [n] and weights [n] of what the policy is trained on."""
-        method, (known, unknown) = (
-            TRIED[case.method],
-            self.drawn.parts(case.labelled),
-        )
-        people = self.drawn.flipped(case.flipped)
-        if method.labels == "human100":
-            places = np.concatenate([known, unknown])
+        method, (known, unknown) = TRIED[case.method], self.drawn.parts(case.labelled)
+        people = self.people(case)
+        of = {"human": unknown, "labelled_only": known, "human100": np.append(known, unknown)}
+        places = of.get(method.labels, unknown)
+        if method.labels in of and not method.cleaned:
             return places, people[places], np.ones(len(places))
-        if method.labels == "human" and not method.cleaned:
-            return unknown, people[unknown], np.ones(len(unknown))
         said = self.judged(case.flipped, case.labelled, case.careful, method.annotators)
-        margin = said.margin[unknown]
         if method.cleaned:
-            places = unknown[margin * people[unknown] >= 0]
+            places = places[said.margin[places] * people[places] >= 0]
             return places, people[places], np.ones(len(places))
+        margin = said.margin[unknown]
         weight = weights(method.weight, np.abs(margin), said.disagreement[unknown])
         kept = np.argsort(-np.abs(margin))[: top_count(len(margin), method.top)]
-        return unknown[kept], np.sign(margin[kept]), weight[kept]
+        chosen = unknown[kept], np.sign(margin[kept]), weight[kept]
+        if method.labels != "semi":
+            return chosen
+        ones = np.ones(len(known))
+        places, labels, weight = chosen
+        both = np.append(people[known], labels), np.append(ones, weight)
+        return np.append(known, places), *both
+
+    def people(self, case: Case) -> Floats:
+        """[N] what people say, with their errors; the labelled part's may be careful."""
+        labels = self.drawn.flipped(case.flipped)
+        if case.careful:
+            known, _ = self.drawn.parts(case.labelled)
+            labels[known] = self.drawn.labels[known]
+        return labels
 
     def policy(self, case: Case, ridge: float) -> Floats:
         """θ [H]."""
@@ -174,7 +186,9 @@ class Trainer:
         return trained(x, weight, ridge, method.loss, LossSettings(BETA, smoothing))
 
 
-def trained(x_nH: Floats, weight_n: Floats, ridge: float, loss: str, told: LossSettings) -> Floats:
+def trained(
+    x_nH: Floats, weight_n: Floats, ridge: float, loss: str, settings: LossSettings
+) -> Floats:
     """Least Σ wℓ · n/Σw + λ|θ|²/2 from θ = 0 on; x are the differences, chosen − rejected.
 
     Weights are divided by their mean: a policy's steps by Adam hardly know their scale either. By
@@ -186,8 +200,8 @@ def trained(x_nH: Floats, weight_n: Floats, ridge: float, loss: str, told: LossS
 
     def losses(h_n: torch.Tensor) -> torch.Tensor:
         pairs = PairLogps(h_n, zeros, ones, ones, zeros, zeros)
-        level = float(level_of(pairs, told).detach()) if objective.looks_ahead else 0.0
-        return weight * objective.losses(pairs, replace(told, level=level))
+        level = float(level_of(pairs, settings).detach()) if objective.looks_ahead else 0.0
+        return weight * objective.losses(pairs, replace(settings, level=level))
 
     def total(theta: Floats) -> float:
         return float(
@@ -223,19 +237,46 @@ def figure(world: World, drawn: Drawn, theta: Floats) -> Items:
         names, groups = data.names[kept].tolist(), data.debates[kept].tolist()
         return Items(names, groups, (right[kept] > 0).astype(np.float64))
     prompts = np.unique(data.prompts[drawn.test]).tolist()
-    values = [gold_accuracy(score_A[at], data.gold[at]) for at in map(data.answers.get, prompts)]
-    return Items(prompts, prompts, np.array(values))
+    places = [data.answers[prompt] for prompt in prompts]
+    # Prompts that have fewer answers are filled up by some without a chance.
+    many = max(map(len, places))
+    at_PK = np.array([np.pad(each, (0, many - len(each)), constant_values=-1) for each in places])
+    score_PK = np.where(at_PK < 0, -np.inf, score_A[at_PK])
+    values = gold_accuracy(score_PK, data.gold[at_PK], beta_of(score_PK, KL))
+    return Items(prompts, prompts, values)
 
 
-def gold_accuracy(score: Floats, gold: Floats) -> float:
-    """The probability that gold puts an answer of the policy above one of its reference.
+def beta_of(score_PK: Floats, kl: float) -> float:
+    """β of policies ∝ exp(score/β) whose mean KL divergence from evenly drawn answers is `kl`."""
+    low, high = 1e-6, 1e6
+    for _ in range(60):
+        middle = float(np.sqrt(low * high))
+        chance_PK = softmax(score_PK / middle)
+        logs_PK = np.log(np.where(chance_PK > 0, chance_PK, 1.0))
+        even_P = np.log(np.isfinite(score_PK).sum(axis=1))
+        far = float(((chance_PK * logs_PK).sum(axis=1) + even_P).mean()) > kl
+        low, high = (middle, high) if far else (low, middle)
+    return high
 
-    Both answer by one of the answers sampled from the reference, the policy with probability
+
+def softmax(score_PK: Floats) -> Floats:
+    """Over K; never overflows."""
+    raised_PK = np.exp(score_PK - score_PK.max(axis=1, keepdims=True))
+    found: Floats = raised_PK / raised_PK.sum(axis=1, keepdims=True)
+    return found
+
+
+def gold_accuracy(score_PK: Floats, gold_PK: Floats, beta: float) -> Floats:
+    """The probability [P] that gold puts an answer of the policy above one of its reference.
+
+    Both answer by one of the K answers sampled from the reference, the policy with probability
     ∝ exp(score/β). A tie counts half here, since the same answer may come twice: ½ is no effect.
+    A score of −∞ is of no answer.
     """
-    chance = np.exp((score - score.max()) / BETA)
-    ahead = (np.sign(gold[:, None] - gold[None, :]).mean(axis=1) + 1) / 2
-    return float(chance @ ahead / chance.sum())
+    even_PK = softmax(np.where(np.isfinite(score_PK), 0.0, -np.inf))
+    wins_PKK = (np.sign(gold_PK[:, :, None] - gold_PK[:, None, :]) + 1) / 2
+    found: Floats = np.einsum("pk,pkj,pj->p", softmax(score_PK / beta), wins_PKK, even_PK)
+    return found
 
 
 def one(world: World, ridges: dict[Case, float], seed: int) -> dict[Case, Items]:
@@ -270,24 +311,27 @@ def chosen(world: World, cases: Sequence[Case], pool: ProcessPoolExecutor) -> di
     return {case: max(of, key=lambda ridge: of[ridge]) for case, of in means.items()}
 
 
-def baselines(case: Case) -> Iterator[Case]:
-    """What a case is held against: people's labels with the same errors, and other weights."""
-    yield Case("human", case.flipped)
-    if TRIED[case.method].labels == "annotator":
-        yield Case("human100", case.flipped)
-        yield case._replace(method="weak")
+def baselines(case: Case) -> list[Case]:
+    """What a case is held against: all else alike."""
+    named = ("human", "human100", "weak", "cw_mean", "labelled_only")
+    return [case._replace(method=name) for name in named if name != case.method]
 
 
 def rows(
-    found: list[dict[Case, Items]], ridges: dict[Case, float], right: dict[Case, Any]
+    cases: Sequence[Case],
+    found: Sequence[dict[Case, Items]],
+    ridges: dict[Case, float],
+    right: dict[Case, Any],
 ) -> Iterator[dict[str, Any]]:
     """A row a case: its figure, and differences on the same items of the same seeds."""
-    for case in ridges:
-        row: dict[str, Any] = {**case._asdict(), "ridge": ridges[case], **right.get(case, {})}
-        row["figure"] = told(over_seeds([of[case] for of in found]))
+    for case in cases:
+        row: dict[str, Any] = {**case._asdict(), "ridge": ridges[case.plain], **right.get(case, {})}
+        row["figure"] = told(over_seeds([of[case.plain] for of in found]))
         for other in baselines(case):
-            if other != case and other in ridges:
-                ours, theirs = ({k: of[c] for k, of in enumerate(found)} for c in (case, other))
+            if other.plain in ridges:
+                ours, theirs = (
+                    {k: of[each.plain] for k, of in enumerate(found)} for each in (case, other)
+                )
                 row[f"less_{other.method}"] = told(paired(ours, theirs))
         yield row
 
@@ -319,14 +363,14 @@ def main(
     """Measures and prints; see the head of this file."""
     world = World(*(states(model, caches, data, layers) for layers in LAYERS[data]))
     world = World(world.weak.every(EVERY[data]), world.strong.every(EVERY[data]))
-    cases = list(dict.fromkeys(NOISE + SMALL + SHARED + (QUALITY if data == "demo" else [])))
+    cases = list(dict.fromkeys(NOISE + WEIGHTS + SHARED + (AGAINST_ALL if data == "demo" else [])))
     with ProcessPoolExecutor(processes) as pool:
-        ridges = chosen(world, cases, pool)
+        ridges = chosen(world, list({case.plain: None for case in cases}), pool)
         found = []
         for seed, figures in enumerate(pool.map(partial(one, world, ridges), range(seeds))):
             found.append(figures)
             print(f"seed {seed}", flush=True)
-    table = list(rows(found, ridges, known(world, cases, seeds)))
+    table = list(rows(cases, found, ridges, known(world, cases, seeds)))
     result: dict[str, Any] = {"benchmark": "noise", "data": data, "seeds": seeds}
     result |= {"environment": environment(), "rows": table}
     print(json.dumps(result), flush=True)

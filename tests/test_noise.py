@@ -80,11 +80,26 @@ def test_no_step_from_an_optimum_gains(noise: Any, loss: str) -> None:
 
 
 def test_gold_accuracy_by_hand(noise: Any) -> None:
-    gold = np.array([0.0, 1.0, 2.0, 2.0])
-    assert noise.gold_accuracy(np.zeros(4), gold) == pytest.approx(0.5)
+    def of(score: list[float], gold: list[float], beta: float = 1.0) -> float:
+        return float(noise.gold_accuracy(np.array([score]), np.array([gold]), beta)[0])
+
+    gold = [0.0, 1.0, 2.0, 2.0]
+    assert of([0, 0, 0, 0], gold) == pytest.approx(0.5)
     # Surely the last: above two, equal to itself and its like.
-    assert noise.gold_accuracy(np.array([0, 0, 0, 99.0]), gold) == pytest.approx(0.75)
-    assert noise.gold_accuracy(np.array([99.0, 0, 0, 0]), gold) == pytest.approx(0.125)
+    assert of([0, 0, 0, 99], gold) == pytest.approx(0.75)
+    assert of([99, 0, 0, 0], gold) == pytest.approx(0.125)
+    # Probabilities ⅓ and ⅔; beside them a place that holds no answer.
+    assert of([0, np.log(4), -np.inf], [0, 1, 5], 2.0) == pytest.approx(1 / 3 * 0.25 + 2 / 3 * 0.75)
+
+
+def test_policies_are_judged_at_one_divergence_however_sure_they_are(noise: Any) -> None:
+    score = np.random.default_rng(0).normal(size=(20, ANSWERS))
+    beta = noise.beta_of(score, 1.0)
+    chance = np.exp(score / beta) / np.exp(score / beta).sum(axis=1, keepdims=True)
+    assert (chance * np.log(chance * ANSWERS)).sum(axis=1).mean() == pytest.approx(1.0)
+    assert noise.beta_of(3 * score, 1.0) == pytest.approx(3 * beta)
+    fewer = np.hstack([score, np.full((20, 2), -np.inf)])
+    assert noise.beta_of(fewer, 1.0) == pytest.approx(beta)
 
 
 def test_flipped_labels_make_worse_policies_and_all_turned_round_turn_them(
@@ -110,6 +125,37 @@ def test_an_annotator_with_careful_labels_does_not_hear_of_the_flips(
     assert noisy[1] < clean[1] == careful[1]
 
 
+def test_what_does_not_hear_of_the_flips_is_trained_once(noise: Any, world: Any) -> None:
+    flipped, careful = (noise.Case("semi", 0.4, 0.3, careful) for careful in (False, True))
+    assert flipped.plain == flipped
+    assert careful.plain == noise.Case("semi", 0.0, 0.3, False)
+    trainer = noise.Trainer(world, 0)
+    for ours, theirs in zip(trainer.pairs(careful), trainer.pairs(careful.plain), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    everybody = noise.Case("human100", 0.4, 0.3, True)
+    assert everybody.plain == everybody
+    places, labels, _ = trainer.pairs(everybody)
+    known, unknown = trainer.drawn.parts(0.3)
+    right = labels == trainer.drawn.labels[places]
+    assert right[np.isin(places, known)].all()
+    assert 0.4 < right[np.isin(places, unknown)].mean() < 0.8
+
+
+def test_rows_hold_a_case_against_what_differs_by_its_method_alone(noise: Any) -> None:
+    def items(value: float) -> Any:
+        names = [str(k) for k in range(9)]
+        return noise.Items(names, names, value + np.arange(9) / 100)
+
+    cases = [noise.Case(name, 0.1, 0.2) for name in ("weak", "cw_mean", "human100")]
+    worth = dict(zip(cases, (0.5, 0.6, 0.8), strict=True))
+    found = [{case: items(worth[case] + seed / 10) for case in cases} for seed in range(3)]
+    rows = {row["method"]: row for row in noise.rows(cases, found, dict.fromkeys(cases, 1.0), {})}
+    assert rows["cw_mean"]["less_weak"]["mean"] == pytest.approx(0.1)
+    assert rows["cw_mean"]["less_human100"]["mean"] == pytest.approx(-0.2)
+    assert "less_cw_mean" not in rows["cw_mean"]
+    assert "less_human" not in rows["cw_mean"]
+
+
 def test_methods_read_the_pairs_that_they_say(noise: Any, world: Any) -> None:
     trainer = noise.Trainer(world, 0)
     known, unknown = (set(part.tolist()) for part in trainer.drawn.parts(0.3))
@@ -132,5 +178,14 @@ def test_methods_read_the_pairs_that_they_say(noise: Any, world: Any) -> None:
     rest = np.abs(margin[sorted(unknown - top)])
     assert np.abs(margin[places]).min() >= rest.max()
     assert (labels == np.sign(margin[places])).all()
+    only, places, labels, _ = of("labelled_only")
+    assert only == known
+    assert (labels == people[places]).all()
+    both, places, labels, weight = of("semi")
+    theirs = np.isin(places, list(known))
+    assert both == known | unknown
+    assert (labels == np.where(theirs, people[places], np.sign(margin[places]))).all()
+    assert (weight[theirs] == 1).all()
+    assert (weight[~theirs] < 1).all()
     _, places, _, weight = of("cw_mean")
     np.testing.assert_allclose(weight, 2 * (sigmoid(np.abs(margin[places])) - 0.5))
