@@ -23,7 +23,8 @@ _AGREED = (
     "people prefer, a tie on either side counted as a half; small: 95 % intervals, clustered by "
     "prompt. People: on pairs with a label. Gold: what the gold reward prefers in people's place, "
     "on all pairs. Both: people's, made more exact by the gold reward (PPI++), and right however "
-    "wrong that is, if it was drawn by lot which pairs have a label; λ is its part."
+    "wrong that is, if it was drawn by lot which pairs have a label, and gold did not learn from "
+    "these; λ is its part. The spread between seeds is not in the intervals."
 )
 _COLUMNS = ("", "judged", "people", "gold", "both", "λ", "narrower")
 
