@@ -23,7 +23,7 @@ MODELS = {
     "qwen2.5-14b": ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-14B"),
 }
 WHOLE = ("small", "hh-compare")
-LAID_OVER = ("ukp-compare",)
+LAID_OVER = ("ukp-compare", "gold-compare")
 COMBINATIONS = list(itertools.product(DATA, MODELS))
 LONGEST = {"hh-harmless": 512, "hh-helpful": 512, "tldr": 1024, "ultrafeedback": 512}
 UNPINNED = {"opt-1.3b", "opt-13b", "tldr"}
@@ -126,3 +126,16 @@ def test_revisions_are_commits_but_for_files_that_say_why_not() -> None:
         unpinned = [revision for revision in revisions if not COMMIT.fullmatch(revision)]
         assert bool(unpinned) == (path.stem in UNPINNED), path
         assert not unpinned or "pin" in text.split("prepare:")[0].split("weak:")[0], path
+
+
+def test_the_gold_comparison_flips_the_labels_of_annotator_and_people_alike() -> None:
+    demo = RECIPES.parents[1] / "cwpo_dist" / "demo" / "demo.yaml"
+    config = load_config(demo, [str(RECIPES / "gold-compare.yaml")])
+    assert list(names(trials(config)).values()) == [
+        "human100, 0 % flipped",
+        "human100, 30 % flipped",
+        "cw, 0 % flipped",
+        "cw, 30 % flipped",
+    ]
+    assert config.align.max_steps == -1
+    assert config.evaluate.gold_function == "cwpo_dist.demo.gold:score"
