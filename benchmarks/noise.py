@@ -3,11 +3,12 @@
     python benchmarks/noise.py --model FOLDER --caches FOLDER [--data demo|ukp|hh] [--plot FILE.svg]
 
 The annotator is a linear Bradley–Terry head on the states of a frozen model's first layers, the
-policy is log-linear on the states of more of them: log π(y|x)/π_ref(y|x) = θ·φ(x, y)/β + a number
-of x. So DPO's βh is θ·(φ(y⁺) − φ(y⁻)), every loss of the project trains it to its optimum in
-milliseconds, and hundreds of trainings tell small effects from chance. With `demo` the gold rule
-says what an answer is worth, and GRA over the answers sampled for a prompt is exact: no answer is
-drawn. With `ukp` and `hh` the figure is the share of people's held-out labels.
+policy is log-linear on the states of more of them: log π(y|x)/π_ref(y|x) = θ·φ(x, y)/β + a term
+of x alone. So DPO's βh is θ·(φ(y⁺) − φ(y⁻)), a loss of h trains it in milliseconds, and hundreds of
+trainings tell small effects from chance. With `demo` the gold rule says what an answer is worth,
+and GRA over the answers sampled for a prompt is exact: no answer is drawn. All policies are judged
+at one KL divergence there, for a surer one has a higher GRA. With `ukp` and `hh` the figure is the
+share of people's held-out labels.
 
 A seed draws the prompts (of UKP the debates) that are held out, the labelled part and the errors.
 CWPO_DATA names a folder with the data; the caches hold the hidden states (minutes, once). The last
@@ -56,6 +57,7 @@ HEADS = 4  # of the ensemble, by bootstrap
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 TUNING = range(1000, 1005)  # seeds that choose ridges and are in no figure
 LAYERS = {"demo": (4, None), "ukp": (4, None), "hh": (4, 8)}  # of annotator and policy; None: all
+RIGHT = ("people_right", "annotator_right")
 EVERY = {"demo": 1, "ukp": 8, "hh": 1}  # of so many pairs one is read, for time
 
 
@@ -336,10 +338,7 @@ def rows(
         yield row
 
 
-RIGHT = ("people_right", "annotator_right")
-
-
-def known(world: World, cases: Sequence[Case], seeds: int) -> dict[Case, Any]:
+def labels_right(world: World, cases: Sequence[Case], seeds: int) -> dict[Case, Any]:
     """Of the cases of `weak` and `cw_mean`, how many labels people and the annotator have right."""
     of = [case for case in cases if case.method in {"weak", "cw_mean"}]
     shares = {
@@ -370,7 +369,7 @@ def main(
         for seed, figures in enumerate(pool.map(partial(one, world, ridges), range(seeds))):
             found.append(figures)
             print(f"seed {seed}", flush=True)
-    table = list(rows(cases, found, ridges, known(world, cases, seeds)))
+    table = list(rows(cases, found, ridges, labels_right(world, cases, seeds)))
     result: dict[str, Any] = {"benchmark": "noise", "data": data, "seeds": seeds}
     result |= {"environment": environment(), "rows": table}
     print(json.dumps(result), flush=True)
