@@ -26,8 +26,9 @@ from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import Layout, Row, collate
 from cwpo_dist.lm.sharing import in_one_row, unshared
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.training.checkpoint import trainable
-from cwpo_dist.training.loop import Preempted, Run, gradients, train
+from cwpo_dist.training.loop import Run, gradients, train
 from cwpo_dist.training.micro_batches import Limits, micro_batches, parts_of
 from cwpo_dist.training.tasks import BradleyTerry, Preference, Sft, Task
 from cwpo_dist.training.torch_engine import TorchEngine

@@ -26,8 +26,8 @@ from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.results.export import ExportError, export
 from cwpo_dist.results.show import ShowError, show
 from cwpo_dist.stages.prepare import prepare
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.storage import MANIFEST, Store
-from cwpo_dist.training.loop import Preempted
 
 COMMANDS = [*cli.STAGES, "run", "plan", "compare", "config", "report", "export"]
 COMMANDS += ["submit", "status", "logs", "stop"]

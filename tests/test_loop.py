@@ -20,12 +20,12 @@ from cwpo_dist.config import LoraConfig
 from cwpo_dist.lm.batches import global_batch, total_steps
 from cwpo_dist.lm.modules import AnswerLogProbs
 from cwpo_dist.lm.rows import Row
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.training import loop
 from cwpo_dist.training.checkpoint import trainable
 from cwpo_dist.training.loop import (
     Hooks,
     NonFiniteLoss,
-    Preempted,
     Run,
     gradients,
     train,

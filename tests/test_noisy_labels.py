@@ -25,8 +25,9 @@ from cwpo_dist.objectives import (
     ropo,
 )
 from cwpo_dist.runs.named_loss import objective
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.training import held_out
-from cwpo_dist.training.loop import Preempted, gradients, train
+from cwpo_dist.training.loop import gradients, train
 from cwpo_dist.training.tasks import Preference
 from cwpo_dist.training.torch_engine import TorchEngine
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -28,10 +29,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.lm.loading import load_policy
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training import checkpoint, group, rank
 from cwpo_dist.training.lease import Lease, LeaseHeld
-from cwpo_dist.training.loop import NonFiniteLoss, Preempted
+from cwpo_dist.training.loop import NonFiniteLoss
 from cwpo_dist.training.saving import NoRoom
 from cwpo_dist.training.train_rank import TrainSpec
 
@@ -160,9 +162,16 @@ def test_checkpoints_by_the_clock(alone: TrainSpec) -> None:
 
 def test_the_drivers_word_stops_workers(alone: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cwpo_dist.training.rank_hooks.ASK_DRIVER_S", 0.0)
-    monkeypatch.setattr("cwpo_dist.training.rank_hooks.told_to_stop", group.threading.Event())
+    monkeypatch.setattr("cwpo_dist.training.rank_hooks.told_to_stop", threading.Event())
     with Lease.acquire(alone.store) as lease, group._stop_on_signal(lease.token):
-        os.kill(os.getpid(), signal.SIGTERM)  # to the driver
+        with pytest.raises(
+            SystemExit
+        ) as ended:  # no rank has started
+            os.kill(os.getpid(), signal.SIGTERM)  # to the driver
+        assert ended.value.code == Preempted.exit_code
+        assert not lease.token.asked_to_stop()
+        lease.token.for_new_group(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
         outcome = rank.run_rank(alone, lease.token)
     assert outcome["error"] == Preempted.__name__
     found = checkpoint.newest(alone.store)

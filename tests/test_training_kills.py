@@ -28,8 +28,9 @@ from torch import Tensor
 from zero_cases import Case
 
 from cwpo_dist.lm.loading import load_policy
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.training import group
-from cwpo_dist.training.loop import Hooks, Preempted, train
+from cwpo_dist.training.loop import Hooks, train
 from cwpo_dist.training.train_rank import TrainSpec
 
 pytestmark = pytest.mark.long

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -32,6 +33,7 @@ from cwpo_dist.cli.terminal_log import log_to_terminal, told_without_credentials
 from cwpo_dist.config import Config
 from cwpo_dist.config.load import load_config
 from cwpo_dist.redaction import redacted
+from cwpo_dist.stop_signals import Preempted, on_stop
 
 USER_ERROR = 2
 
@@ -81,8 +83,16 @@ def main(arguments: list[str] | None = None) -> None:
         # Ray hands on what workers say there; into a file or pipe it would all come at the end.
         # A name in somebody's files may hold what no terminal can write: it is spelled out.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    told: list[str] = []
     try:
-        app(args=arguments)
+        with on_stop(partial(_end, told)):
+            app(args=arguments)
+    except SystemExit:
+        if not told:
+            raise
+        said = f"{told[0]}: stopped; what was committed stays, and the same command resumes"
+        Console(stderr=True).print(said, highlight=False, soft_wrap=True)
+        sys.exit(Preempted.exit_code)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         message = user_message(error)
         if message is None:
@@ -90,8 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True).print(
             f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
         )
-        # `Preempted` has one of its own; to import its class here would take torch's seconds.
         sys.exit(getattr(error, "exit_code", USER_ERROR))
+
+
+def _end(told: list[str], signal_name: str) -> None:
+    """Of the errors that a handler may raise, Ray hands on this one alone from its own waits."""
+    told.append(signal_name)
+    raise SystemExit(Preempted.exit_code)
 
 
 def user_message(error: BaseException) -> str | None:

@@ -1,15 +1,18 @@
 """Stage outputs of many runs in; each made once, independent ones side by side where there is room.
 
 Where two would fit on the cluster at once, each stage is driven from a Ray task of its own; else
-one after the other from this process. A stage that fails, or a signal, ends the driver and with it
-all its tasks: the next start resumes each from its last checkpoint.
+one after the other from this process. A stage that fails ends the driver and with it all its
+tasks: the next start resumes each from its last checkpoint. A stop signal does so too, once those
+that train have made one.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import ray
 
@@ -19,8 +22,13 @@ from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.cluster_share import Room, fit_two, fits, need, plus
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
+from cwpo_dist.stop_signals import Preempted, on_stop
+from cwpo_dist.storage import Store
+from cwpo_dist.training.lease import ask_holder_to_stop
 
 logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # how often a stop signal is looked for: Ray waits outside Python
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,12 @@ def _left(jobs: Sequence[Job]) -> Iterator[Job]:
 
 
 def _side_by_side(waiting: list[Job], room: Room) -> None:
+    told = threading.Event()
+    with on_stop(lambda _: told.set()):
+        _until_made(waiting, room, told)
+
+
+def _until_made(waiting: list[Job], room: Room, told_to_stop: threading.Event) -> None:
     to_come, number = {job.node.path for job in waiting}, len(waiting)
     running: dict[ray.ObjectRef[None], Job] = {}
     while waiting or running:
@@ -75,11 +89,33 @@ def _side_by_side(waiting: list[Job], room: Room) -> None:
             if not reads & to_come and finds_room:
                 waiting.remove(job)
                 running[_apart.options(name=job.node.path).remote(job)] = job
-        (ended,), _ = ray.wait(list(running), num_returns=1)
-        ray.get(ended)
-        job = running.pop(ended)
-        to_come.discard(job.node.path)
-        _tell(job, number - len(to_come), number)
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_S)
+        if told_to_stop.is_set():
+            _stop(running)
+        for task in ended:
+            ray.get(task)
+            job = running.pop(task)
+            to_come.discard(job.node.path)
+            _tell(job, number - len(to_come), number)
+
+
+def _stop(running: dict[ray.ObjectRef[None], Job]) -> NoReturn:
+    """Waits for the checkpoints of trainings; what else runs loses a shard at most.
+
+    Raises:
+        Preempted: always.
+    """
+    logger.warning("compare: told to stop: trainings checkpoint and end")
+    left = dict(running)
+    while held := [task for task, job in left.items() if ask_holder_to_stop(_folder(job))]:
+        # Some driver may have died without a word: its task has ended, whatever its lease says.
+        ended, _ = ray.wait(held, num_returns=len(held), timeout=LOOK_S)
+        left = {task: job for task, job in left.items() if task not in ended}
+    raise Preempted("compare: told to stop; the same command resumes")
+
+
+def _folder(job: Job) -> Store:
+    return job.context.place(job.node)
 
 
 def _tell(job: Job, made: int, number: int) -> None:

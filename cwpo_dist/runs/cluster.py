@@ -13,6 +13,7 @@ import ray
 
 from cwpo_dist.ray_internals import head_of_this_machine
 from cwpo_dist.runs.notices import leave_out, quieten_ray
+from cwpo_dist.stop_signals import handlers_kept
 
 ANSWER_S = 5.0  # for a head that is there; Ray itself would wait for many minutes
 # What Ray adds to its folder for the socket of its object store, and what the system allows.
@@ -50,7 +51,10 @@ def connect() -> None:
     # Elsewhere Ray's nodes, or the job, have their own.
     environment = None if address is not None else {"env_vars": settings}
     try:
-        ray.init(address=address or "local", logging_level=logging.WARNING, runtime_env=environment)
+        with handlers_kept():
+            ray.init(
+                address=address or "local", logging_level=logging.WARNING, runtime_env=environment
+            )
     except Exception as error:  # of a node that starts too slowly Ray raises just this
         text = " ".join(str(error).split())
         if address is None:

@@ -19,9 +19,9 @@ from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.lm.load_settings import dtype_of
 from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores
 from cwpo_dist.lm.rows import RowBatch
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.storage import Store
 from cwpo_dist.training.lease import LeaseToken
-from cwpo_dist.training.loop import Preempted
 from cwpo_dist.training.process_group import told_to_stop
 from cwpo_dist.training.rank import Watchdog
 

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import ray
@@ -37,10 +34,11 @@ from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import identify
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.placement import alive_machines, in_words, training_faults, uses_gpu, worker_takes
+from cwpo_dist.stop_signals import Preempted, on_stop
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseToken
-from cwpo_dist.training.process_group import STOP_SIGNALS, StoppableTorchConfig
+from cwpo_dist.training.process_group import StoppableTorchConfig
 from cwpo_dist.training.rank import ENDS, Done, Refusal, refusal, run_rank
 from cwpo_dist.training.train_rank import TrainSpec
 from cwpo_dist.waiting import all_placed, told_while_waiting
@@ -220,23 +218,17 @@ def _start_timeout(config: TrainingConfig) -> Iterator[None]:
         del os.environ[START_TIMEOUT]
 
 
-@contextmanager
-def _stop_on_signal(token: LeaseToken) -> Iterator[None]:
+def _stop_on_signal(token: LeaseToken) -> AbstractContextManager[None]:
     """SIGTERM or SIGUSR1 to the driver asks the ranks to checkpoint and end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def ask(number: int, _: FrameType | None) -> None:
-        logger.warning("%s: asking workers to checkpoint and end", signal.Signals(number).name)
+    def ask(signal_name: str) -> None:
+        if not token.has_group():
+            logger.warning("%s: no worker has started, so there is nothing to keep", signal_name)
+            raise SystemExit(Preempted.exit_code)
+        logger.warning("%s: asking workers to checkpoint and end", signal_name)
         token.ask_to_stop()
 
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return on_stop(ask)
 
 
 _KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in ENDS}

@@ -193,6 +193,19 @@ class Lease:
                 return
 
 
+def ask_holder_to_stop(store: Store) -> bool:
+    """Asks the ranks of whoever trains in a stage's folder to checkpoint and end.
+
+    Returns:
+        False where nobody trains there.
+    """
+    epoch, _ = _newest(store)
+    if epoch == 0 or _has_ended(store, epoch, _holder(store, epoch)):
+        return False
+    LeaseToken(store, epoch).ask_to_stop()
+    return True
+
+
 def device_hours(store: Store) -> float:
     """Device-hours of all groups of ranks of a stage, killed ones too.
 

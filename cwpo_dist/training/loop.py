@@ -24,6 +24,7 @@ from cwpo_dist.lm.flops import UsefulFlops
 from cwpo_dist.lm.recompute import recompute
 from cwpo_dist.lm.rows import Layout, Row, RowBatch
 from cwpo_dist.lm.sequence import SequenceGroup
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.training.meter import Meter
 from cwpo_dist.training.micro_batches import Limits, MicroBatch, fed, next_pass
 from cwpo_dist.training.optim import learning_rates
@@ -33,12 +34,6 @@ from cwpo_dist.training.tasks import Indices, Task
 
 class NonFiniteLoss(ArithmeticError):
     """The loss or gradient of a step is NaN or infinite; the last checkpoint stays good."""
-
-
-class Preempted(RuntimeError):
-    """The run was asked to stop; it has checkpointed, and the same command resumes it."""
-
-    exit_code = 75  # sysexits.h: EX_TEMPFAIL, to be tried again
 
 
 class Engine(Protocol):

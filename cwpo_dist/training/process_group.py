@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.train.torch import TorchConfig
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from cwpo_dist.stop_signals import STOP_SIGNALS
 
 told_to_stop = threading.Event()  # set by signal handlers, and by the driver's word
 

@@ -20,9 +20,10 @@ from ray.train.torch import get_device
 
 from cwpo_dist.config import TrainingConfig
 from cwpo_dist.redaction import redacted
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.training.checkpoint import CommitFailed
 from cwpo_dist.training.lease import LeaseLost, LeaseToken
-from cwpo_dist.training.loop import NonFiniteLoss, Preempted
+from cwpo_dist.training.loop import NonFiniteLoss
 
 ENDS = (NonFiniteLoss, Preempted, LeaseLost)  # of all ranks alike; the driver raises them again
 

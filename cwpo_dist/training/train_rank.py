@@ -26,6 +26,7 @@ from cwpo_dist.lm.modules import AnswerLogProbs, AnswerScores, refuse_one_by_one
 from cwpo_dist.lm.probe import choose_layout
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.recompute import let_recompute, start_training
+from cwpo_dist.stop_signals import Preempted
 from cwpo_dist.storage import Store
 from cwpo_dist.training import checkpoint, loop, metrics_log
 from cwpo_dist.training.lease import LeaseToken
@@ -98,7 +99,7 @@ class TrainSpec:
             hooks.end_trackers()  # which finish while the model is exported
             hooks.settle()
             rank.export()
-        except (loop.NonFiniteLoss, loop.Preempted):  # of all ranks alike
+        except (loop.NonFiniteLoss, Preempted):  # of all ranks alike
             hooks.settle()
             raise
         finally:
