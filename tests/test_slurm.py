@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from ray_head import free_ports
 from small_run import small_config
-from test_submit import free_port
 
 SCRIPT = ROOT / "cluster" / "slurm" / "cwpo.sbatch"
 STAND_INS = {
@@ -65,7 +65,7 @@ class Slurm:
         with (self.folder / "job.log").open("ab") as log:
             job = subprocess.Popen(
                 ["bash", str(SCRIPT), str(path)],
-                env=self.environment | {"CWPO_STAGE": stage, "CWPO_PORT": str(free_port())},
+                env=self.environment | {"CWPO_STAGE": stage, "CWPO_PORT": str(free_ports(1)[0])},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # all that it starts is one group

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +19,7 @@ import fsspec
 import pytest
 import yaml
 from conftest import ROOT
+from ray_head import RAY, free_ports, started_head
 
 from cwpo_dist import credentials
 from cwpo_dist.cli import app as cli
@@ -44,45 +42,15 @@ from cwpo_dist.cli.submit import (
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import parse_config
 
-RAY = str(Path(sys.executable).with_name("ray"))
 IMAGE = "registry.example.com/team/cwpo_dist:0.1.0"
 SECRET = "hf_a-secret-of-this-test"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
     """The job server of a Ray head that this module starts, and stops."""
-    folder = tempfile.mkdtemp(prefix="cwpo-head-")
-    dashboard, gcs = free_port(), free_port()
-    arguments = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
-    arguments += ["--num-cpus=2", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
-    arguments += ["--object-store-memory=200000000", "--disable-usage-stats"]
-    arguments += [f"--dashboard-agent-listen-port={free_port()}"]
-    with (Path(folder) / "head.log").open("wb") as log:
-        # A group of its own, so that all it starts ends with it, and nothing else does.
-        # Without this checkout on its path: jobs must bring the package along.
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        process = subprocess.Popen(
-            [RAY, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        wait_for(lambda: answers(url), 90)
+    with started_head(answers) as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(url: str) -> bool:
@@ -221,7 +189,7 @@ def test_a_job_script_is_enough_for_plain_ray_job_submit(head: str, tmp_path: Pa
 
 def test_no_server_is_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(SubmitError, match=r"no Ray job server answers at .*Connection refused"):
-        submit(small(tmp_path), "run", f"http://127.0.0.1:{free_port()}")
+        submit(small(tmp_path), "run", f"http://127.0.0.1:{free_ports(1)[0]}")
     with pytest.raises(
         SubmitError, match="'head:8265' is not the address of a job server; give http://HEAD:8265"
     ):
@@ -236,7 +204,7 @@ def test_the_address_that_is_given_wins(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Over the environment's, which is named, and over a proxy's way."""
-    other = f"http://127.0.0.1:{free_port()}"
+    other = f"http://127.0.0.1:{free_ports(1)[0]}"
     monkeypatch.setenv(elsewhere, other)
     monkeypatch.setenv("http_proxy", other)
     monkeypatch.delenv("no_proxy", raising=False)

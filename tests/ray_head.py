@@ -1,0 +1,104 @@
+"""A Ray head that comes up on a machine with no CPU to spare, and says why where it does not.
+
+A raylet waits 15 s for its agent, a Python program, and ends where that is not there by then; what
+was started with it ends, too. Ray has no setting for it, so a head that ended so is started again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+RAY = str(Path(sys.executable).with_name("ray"))
+START_S = 240.0  # with all of the tests beside it
+_SHOWN = 3000  # characters of a log
+ATTEMPTS = 4
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on, no two the same."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
+
+
+@contextmanager
+def started_head(answers: Callable[[str], bool]) -> Iterator[str]:
+    """A Ray head of two CPUs in processes of its own; the URL of its job server, once it is ready.
+
+    Args:
+        answers: whether the job server at a URL does, asked again and again.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        folder = Path(tempfile.mkdtemp(prefix="cwpo-head-"))
+        gcs, dashboard, agent = free_ports(3)
+        url = f"http://127.0.0.1:{dashboard}"
+        process = _started(folder, gcs, dashboard, agent)
+        try:
+            if _comes_up(process, partial(_ready, agent, url, answers)):
+                yield url
+                return
+            assert attempt < ATTEMPTS, f"the head does not come up:\n{_last_words(folder)}"
+        finally:
+            _end(process)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _started(folder: Path, gcs: int, dashboard: int, agent: int) -> subprocess.Popen[bytes]:
+    arguments = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
+    arguments += ["--num-cpus=2", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+    arguments += ["--object-store-memory=200000000", "--disable-usage-stats"]
+    arguments += [f"--dashboard-agent-listen-port={agent}"]
+    # Without this checkout on its path: jobs must bring the package along.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with (folder / "head.log").open("wb") as log:
+        # A group of its own, so that all it starts ends with it, and nothing else does.
+        return subprocess.Popen(
+            [RAY, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+def _comes_up(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if ready():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def _ready(agent: int, url: str, answers: Callable[[str], bool]) -> bool:
+    return _listens(agent) and answers(url)
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def _last_words(folder: Path) -> str:
+    logs = [folder / "head.log", *folder.glob("session_latest/logs/raylet.*")]
+    return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-_SHOWN:]}" for log in logs)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
