@@ -169,11 +169,11 @@ def test_scores_are_one_annotators_by_weights_and_settings(tmp_path: Path) -> No
     world = World(tmp_path, ["cw"])
     context, node = world.context, world.node("annotate")
     other = context.root.child("annotate", "earlier")
-    other.create_json(annotate.ANNOTATOR, annotate._who(context, node))
+    other.create_json(annotate.SAME.file, annotate._who(context, node))
     world.score()  # another output of this very annotator …
     lying = world.place("annotate").read(part("scores", 0))
     other.create(part("scores", 0), lying)
-    assert annotate.earlier_scores(context, node).files == (), "… whose weights are not there yet"
+    assert annotate.SAME.earlier(context, node).files == (), "… whose weights are not there yet"
     world.place("fit").create_json(MANIFEST, {})
-    (file,) = annotate.earlier_scores(context, node).files
+    (file,) = annotate.SAME.earlier(context, node).files
     assert file.store.uri == other.uri

@@ -20,7 +20,7 @@ from cwpo_dist.pairs.records import SCORE_SCHEMA
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.runs.context import Context
 from cwpo_dist.scoring.earlier_scores import EarlierScores, ScoreFile, ranged_files
-from cwpo_dist.stages.annotate import earlier_scores
+from cwpo_dist.stages import annotate
 from cwpo_dist.storage import MANIFEST, Store
 
 Scores = dict[str, dict[str, Any]]
@@ -121,7 +121,7 @@ def test_only_the_answers_of_new_files_are_scored(tmp_path: Path) -> None:
 def files_to_reuse(config: Config) -> list[ScoreFile]:
     """What a run would copy scores from, its own output left out."""
     node = nodes_until(config, "cw", "annotate")["annotate"]
-    return list(earlier_scores(Context(Store(config.output_dir)), node).files)
+    return list(annotate.SAME.earlier(Context(Store(config.output_dir)), node).files)
 
 
 def outputs(root: Path) -> list[Store]:

@@ -11,19 +11,23 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from small_run import small_config
+from test_earlier_scores import scores
 
 from cwpo_dist.config import Config, FitConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import prepare_node
-from cwpo_dist.pairs.estimate import census
+from cwpo_dist.pairs import counted_rows
+from cwpo_dist.pairs.estimate import Census, census
+from cwpo_dist.pairs.splits import Fold
 from cwpo_dist.planning.costs import START_S, AnswerLengths, Lengths, together
 from cwpo_dist.planning.fleet import TOKEN_BYTES
 from cwpo_dist.planning.plan import StagePlan, plan
 from cwpo_dist.planning.sampled import read_sample
 from cwpo_dist.runs.checks import check
 from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.same_model import SameModel, share_in
 from cwpo_dist.runs.stage import Training
-from cwpo_dist.stages import annotate
+from cwpo_dist.scoring.earlier_scores import EarlierScores, ranged_files
 from cwpo_dist.stages.prepare import prepare
 from cwpo_dist.storage import MANIFEST, Store
 
@@ -149,22 +153,47 @@ def test_an_answer_fits_by_itself_whatever_it_is_compared_with(tmp_path: Path) -
 def test_answers_that_were_scored_before_go_through_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    asked: dict[str, list[str]] = {}
 
-    def half(ids: list[str]) -> pa.Table:
-        asked.extend(ids)
-        return pa.table({"answer_id": ids[::2]})
+    def earlier(same: SameModel, *_: object) -> SimpleNamespace:
+        def half(ids: list[str]) -> pa.Table:
+            asked.setdefault(same.folder, ids)
+            return pa.table({"answer_id": ids[::2]})
 
-    earlier = SimpleNamespace(files=["one"], of=half)
+        return SimpleNamespace(files=["one"], of=half)
+
     config = given(tmp_path)
-    all_new = stages(config)["annotate"]
-    monkeypatch.setattr(annotate, "earlier_scores", lambda context, node: earlier)
-    found = stages(config)["annotate"]
-    assert len(asked) == len(set(asked)) == 24
-    assert found.work == "24 answers to 6 prompts, about 12 of them scored before"
-    assert found.tokens == all_new.tokens / 2
-    assert found.stored == all_new.stored > 0
-    monkeypatch.setattr(annotate, "_LOOKED_UP", 4)
+    all_new = stages(config)
+    monkeypatch.setattr(SameModel, "earlier", earlier)
+    halved = stages(config)
+    assert len(asked["scores"]) == len(set(asked["scores"])) == 24
+    assert halved["annotate"].work == "24 answers to 6 prompts, about 12 of them scored before"
+    answers, rest = halved["reference"].work.split(" ", 1)
+    ids = asked["reference"]
+    assert len(ids) == len(set(ids)) == int(answers) < 24, "its splits' alone"
+    assert rest.endswith(f" prompts, about {int(answers) // 2} of them computed before")
+    assert halved["annotate"].tokens == all_new["annotate"].tokens / 2
+    assert halved["reference"].tokens < all_new["reference"].tokens
+    for name in ("annotate", "reference"):
+        assert halved[name].stored == all_new[name].stored > 0
+    monkeypatch.setattr(counted_rows, "SOME", 4)
     asked.clear()
     assert stages(config)["annotate"].work.endswith("about 12 of them scored before")
-    assert len(asked) == 4
+    assert len(asked["scores"]) < 24
+
+
+def test_what_was_computed_before_is_of_the_splits_that_are_asked_for(tmp_path: Path) -> None:
+    """By hand: all of the test's answers and none of the labelled ones, or of a fold of them."""
+    ids = {"test": ["a", "b"], "labelled": ["c", "d", "e", "f"]}
+    counted = Census(
+        {}, {}, 0, True, (), answers={"test": 10, "labelled": 30, "unlabelled": 99}, some_ids=ids
+    )
+    path = Store(str(tmp_path))
+    path.create_table("scores/part-00000.parquet", scores("a", "b"))
+    earlier = EarlierScores(ranged_files([path]))
+    assert share_in(earlier, counted, ["test"]) == 1
+    assert share_in(earlier, counted, ["labelled", "test"]) == 10 / 40
+    assert share_in(earlier, counted, ["unlabelled"]) == 0, "of none of which an id is known"
+    fold = Fold(0, 2, 0)
+    assert share_in(earlier, counted, ["test"], fold) == int("a" in fold or "b" in fold)
+    assert share_in(EarlierScores(()), counted, ["test"]) == 0

@@ -5,6 +5,7 @@ They are merged, split and put together as `buckets` does it, but in memory.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from cwpo_dist.pairs.rejects import Tally
 from cwpo_dist.pairs.row_forms import ListCounts, RowPairs
 from cwpo_dist.pairs.splits import LEAKED, SIDES, Drawn, merge, split_of
 from cwpo_dist.pairs.stored import Pair, Told
+
+SOME = 64  # answers of a split; enough to say of about how many something holds
 
 
 class CountedRows:
@@ -71,6 +74,14 @@ class CountedRows:
                 self.alone.in_no_pair += 1
                 self.answers_alone[split].add(place.answer_a)
                 self.prompts_alone[split].add(prompt_of(place.answer_a))
+
+    def some_ids(self) -> dict[str, list[str]]:
+        """Of some answers of each split: the least, which are drawn evenly, as ids are hashes."""
+        every = {**self.answers, **self.answers_alone}
+        return {
+            split: heapq.nsmallest(SOME, self.answers[split] | self.answers_alone[split])
+            for split in every
+        }
 
     def _set_leaks_aside(self, tally: Tally) -> None:
         sides: dict[str, int] = {}

@@ -41,7 +41,7 @@ def run_shards(
         rejects: those that were set aside; `rejects: …` of one reason.
         over_length: those longer than `max_length`, left out.
         alike, alike_when_cut: pairs whose answers are the same tokens, as they are or once cut.
-        reused: of `annotate`, scores that were copied from earlier outputs.
+        reused: of `annotate` and `reference`, numbers that were copied from other outputs.
         tokens: that were read, prompts that were repeated among them.
         padded_tokens: the same with padding.
         flops: useful floating-point operations, which count a prompt once.

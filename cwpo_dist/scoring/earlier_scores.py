@@ -1,9 +1,9 @@
-"""Scores that an annotator gave before in; a worker that leaves only the other answers to it out.
+"""Scores that a model gave before in; a worker that leaves only the other answers to it out.
 
-An answer's id is its content, so what one annotator gave it in an earlier output of the same run
-directory holds for a later one: new pairs of old answers cost nothing. Files are sorted by id: a
-shard asks only the score files whose range of ids it overlaps, so nothing has to fit into memory
-but those.
+What an annotator or a policy says of an answer is a score here: a reward, or a log-probability. An
+answer's id is its content, so what one model gave it in an earlier output of the same run directory
+holds for a later one: new pairs of old answers cost nothing. Files are sorted by id: a shard asks
+only the files whose range of ids it overlaps, so nothing has to fit into memory but those.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cwpo_dist.pairs.answers import Answer
-from cwpo_dist.pairs.records import HEADS_SCHEMA, SCORE_SCHEMA, Score, read_records, rows_of
-from cwpo_dist.scoring.answers_in import Answers, AnswersIn
+from cwpo_dist.pairs.records import HEADS_SCHEMA, LOG_PROB_SCHEMA, SCORE_SCHEMA, read_records
+from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.forward import Ranks
-from cwpo_dist.scoring.retries import ShardOutput, ShardWorker
+from cwpo_dist.scoring.retries import Input, ShardOutput, ShardWorker
 from cwpo_dist.scoring.set_aside import ALIKE, ALIKE_WHEN_CUT, SetAside, without_pairs
 from cwpo_dist.storage import Store
 
-SCORES = "scores"
 _FOOTERS_AT_ONCE = 32
 
 
@@ -45,9 +44,9 @@ class ScoreFile:
         return found.replace_schema_metadata(None)
 
 
-def ranged_files(outputs: Iterable[Store]) -> tuple[ScoreFile, ...]:
-    """The committed files of outputs of `annotate`, finished or not, with rows in them."""
-    named = [(store, name) for store in outputs for name in store.names(SCORES)]
+def ranged_files(outputs: Iterable[Store], folder: str = "scores") -> tuple[ScoreFile, ...]:
+    """The committed files in a folder of outputs, finished or not, with rows in them."""
+    named = [(store, name) for store in outputs for name in store.names(folder)]
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:  # each footer is a wait for storage
         found = threads.map(_ranged, named)
     return tuple(file for files in found for file in files)
@@ -63,8 +62,13 @@ def _ranged(named: tuple[Store, str]) -> list[ScoreFile]:
     if not ranges:
         return []
     first, last = min(each.min for each in ranges), max(each.max for each in ranges)
-    heads = "heads" in footer.schema.to_arrow_schema().names
-    return [ScoreFile(store, name, HEADS_SCHEMA if heads else SCORE_SCHEMA, first, last)]
+    return [ScoreFile(store, name, _schema(footer.schema.to_arrow_schema().names), first, last)]
+
+
+def _schema(columns: Sequence[str]) -> pa.Schema:
+    if "logp" in columns:
+        return LOG_PROB_SCHEMA
+    return HEADS_SCHEMA if "heads" in columns else SCORE_SCHEMA
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class EarlierScores:
     files: Sequence[ScoreFile]
 
     def of(self, ids: Sequence[str]) -> pa.Table:
-        """The rows that there are for these answers, one each; one annotator's have one schema."""
+        """The rows that there are for these answers, one each; one model's have one schema."""
         left = pa.array(ids, pa.string())
         schema = self.files[0].schema if self.files else SCORE_SCHEMA
         tables = [schema.empty_table()]
@@ -104,17 +108,17 @@ class NewAnswersWorker:
         self,
         earlier: EarlierScores,
         answers: AnswersIn,
-        make_worker: Callable[..., ShardWorker[Answer]],
+        make_worker: Callable[..., ShardWorker[Any]],
         *ranks: Ranks,
     ) -> None:
         """Makes the worker, around ranks where it is given them; it reads the same answers."""
         self.earlier, self.answers, self.worker = earlier, answers, make_worker(*ranks)
 
-    def read(self, index: int) -> Answers:
-        """All answers of the shard."""
+    def read(self, index: int) -> Sequence[Input[Any]]:
+        """All answers of the shard that the model can read."""
         return self.worker.read(index)
 
-    def __call__(self, index: int, rows: Answers) -> ShardOutput:
+    def __call__(self, index: int, rows: Sequence[Input[Any]]) -> ShardOutput:
         """The scores of all answers, in the order of their ids; `reused` counts the copied ones.
 
         Which pairs are alike is found of all of them, as if they had been scored together.
@@ -126,7 +130,8 @@ class NewAnswersWorker:
         counts = Counter(output.counts)
         counts.update({"rows_in": len(known), "rows": len(known), "reused": len(known)})
         alike = SetAside(index)
-        hashes = {score.answer_id: score.tokens_hash for score in rows_of(Score, table)}
+        columns = (table[name].to_pylist() for name in ("answer_id", "tokens_hash"))
+        hashes = dict(zip(*columns, strict=True))
         self.answers.set_alike_aside(index, hashes, alike)
         rejects = pa.concat_tables([without_pairs(output.rejects), alike.table()])
         pairs = {name: alike.counts()[name] for name in (ALIKE, ALIKE_WHEN_CUT)}

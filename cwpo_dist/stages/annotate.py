@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,17 +12,16 @@ from typing import Any
 from cwpo_dist.canonical import digest
 from cwpo_dist.config import AnnotateConfig, ModelConfig, Split
 from cwpo_dist.pairs.estimate import Census
-from cwpo_dist.pairs.records import answer_id, prompt_id
 from cwpo_dist.pairs.splits import Fold
 from cwpo_dist.runs.arms import ArmRun
 from cwpo_dist.runs.context import Context, trained
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.joined import score_files
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, committed_retries
+from cwpo_dist.runs.same_model import SameModel, weights
 from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.answers_in import AnswersIn
-from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.pipeline import (
     ShardJob,
     committed_counts,
@@ -36,10 +34,6 @@ from cwpo_dist.scoring.set_aside import ALIKE, Limit, lasts, refuse_none
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
-
-ANNOTATOR = "annotator.json"  # who scores here: written before the first score
-_BLOCK_BYTES = 2**23
-_LOOKED_UP = 64  # sampled answers, each perhaps in a file of scores of its own
 
 
 @dataclass(frozen=True)
@@ -119,37 +113,17 @@ def work(context: Context, node: Node[AnnotateSettings], counted: Census) -> Sco
     alone, prompts_alone = counted.alone_of(*told.splits)
     parts = 1 if told.fold is None else told.fold.of
     answers, prompts = (answers + alone) // parts, (prompts + prompts_alone) // parts
-    before = min(answers, _scored_before(context, node, counted))
-    text = f"{answers:,} answers to {prompts:,} prompts"
-    if before:
-        text += f", about {before:,} of them scored before"
-    left = answers - before
-    return Scoring(
-        text,
+    work = Scoring(
+        f"{answers:,} answers to {prompts:,} prompts",
         answers,
         "scores",
         model,
-        round(prompts * left / max(1, answers)),  # new answers mostly come with new prompts
+        prompts,
         by=told.by,
-        answers=left,
+        answers=answers,
         heads=told.heads,
     )
-
-
-def _scored_before(context: Context, node: Node[AnnotateSettings], counted: Census) -> int:
-    """Answers whose scores lie in this run directory already, by a look-up of sampled ones."""
-    earlier = earlier_scores(context, node)
-    if not earlier.files or context.done(node):
-        return 0
-    sampled = {
-        answer_id(prompt_id(pair.prompt, pair.tools), text)
-        for pair in counted.sample
-        for text in (pair.first, pair.second)
-    }
-    # Ids are hashes: the first are as good as any, and lie close by.
-    ids = sorted(sampled)[:_LOOKED_UP]
-    found = int(earlier.of(ids).num_rows)
-    return round(found / len(ids) * sum(counted.answers.values()))
+    return SAME.less_earlier(context, node, work, counted, told.fold)
 
 
 def make(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object]:
@@ -160,7 +134,7 @@ def make(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object]
             pairs two that are alike.
     """
     job, limit = shard_job(context, node), limit_of(context, node)
-    new = _of_new_answers(context, node, job)
+    new = SAME.only_new(context, node, job, _answers(context, node))
     counts = node.settings.by.run(new, annotator(context, node), reward_module, limit.check)
     counts = {"reused": 0} | _plus(counts, _retried_counts(context, node))
     limit.check(counts, whole=True)
@@ -246,40 +220,6 @@ def limit_of(context: Context, node: Node[AnnotateSettings]) -> Limit:
     return Limit("annotate", field, most, answers + alone, pairs, context.place(node))
 
 
-def _of_new_answers(context: Context, node: Node[AnnotateSettings], job: ShardJob) -> ShardJob:
-    """The job without what the same annotator scored in other outputs: that is copied."""
-    context.place(node).create_json(ANNOTATOR, _who(context, node))
-    earlier = earlier_scores(context, node)
-    if not earlier.files:
-        return job
-    answers = _answers(context, node)
-    return replace(job, make_worker=partial(NewAnswersWorker, earlier, answers, job.make_worker))
-
-
-def earlier_scores(context: Context, node: Node[AnnotateSettings]) -> EarlierScores:
-    """What the same annotator scored in other outputs of this run directory."""
-    if "fit" in node.inputs and not context.done(node.inputs["fit"]):
-        return EarlierScores(())  # its weights, by which it is known, are not there yet
-    return EarlierScores(ranged_files(_same_annotator(context, node)))
-
-
-def _same_annotator(context: Context, node: Node[AnnotateSettings]) -> list[Store]:
-    """The other outputs in this run directory whose scores are this annotator's.
-
-    They may be unfinished: a file of scores is final once it is there. The largest come first, as
-    they are likely to hold most.
-    """
-    stage, who = context.root.child("annotate"), _who(context, node)
-    files = Counter(name.split("/")[0] for name in stage.names())
-    others = sorted(files.keys() - {node.key}, key=lambda key: (-files[key], key))
-    stores = [stage.child(key) for key in others]
-    return [store for store in stores if store.exists(ANNOTATOR) and _says(store, who)]
-
-
-def _says(store: Store, who: str) -> bool:
-    return bool(store.read_json(ANNOTATOR) == who)
-
-
 def _who(context: Context, node: Node[AnnotateSettings]) -> str:
     """One annotator, whatever answers it is given: its settings and its weights.
 
@@ -291,18 +231,11 @@ def _who(context: Context, node: Node[AnnotateSettings]) -> str:
     trained_on = None
     if "fit" in node.inputs:
         fit = node.inputs["fit"]
-        trained_on = [fit.settings.identity(), _weights(context.place(fit))]
+        trained_on = [fit.settings.identity(), weights(context.place(fit))]
     return digest([told.format, settings, trained_on])
 
 
-def _weights(fit: Store) -> str:
-    content = hashlib.sha256()
-    for name in fit.names("model"):
-        if name.endswith(".safetensors"):
-            with fit.opened(name) as file:
-                for block in iter(partial(file.read, _BLOCK_BYTES), b""):
-                    content.update(block)
-    return content.hexdigest()
+SAME = SameModel("annotator.json", "scores", "scored", _who)
 
 
 def _name(context: Context, node: Node[AnnotateSettings]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from cwpo_dist.canonical import digest
 from cwpo_dist.config import Config, Split
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs.arms import ArmRun, held_out_split
@@ -13,10 +15,13 @@ from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
+from cwpo_dist.runs.same_model import SameModel
 from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import ReferenceWorker, policy_module
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,26 +82,49 @@ def _measured(config: Config) -> list[Split]:
 
 
 def work(context: Context, node: Node[ReferenceSettings], counted: Census) -> Scoring:
-    """A pass of the policy over the answers."""
+    """A pass of the policy over the answers that it has not read before."""
     told = node.settings
     answers, prompts = counted.answers_of(*told.splits), counted.prompts_of(*told.splits)
     text, field = f"{answers:,} answers to {prompts:,} prompts", told.model.field
-    return Scoring(text, answers, "log_probs", field, prompts, by=told.by, answers=answers)
+    work = Scoring(text, answers, "log_probs", field, prompts, by=told.by, answers=answers)
+    return SAME.less_earlier(context, node, work, counted)
 
 
 def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object]:
     """Writes `reference/part-*.parquet` and returns the counts."""
     told = node.settings
-    policy = policy_of(context, node, told.model.config)
+    policy, answers = (
+        policy_of(context, node, told.model.config),
+        context.answers(node, told.splits),
+    )
     make_worker = partial(
         ReferenceWorker,
-        context.answers(node, told.splits),
+        answers,
         context.place(node.inputs["tokens"]),
         policy,
         told.by.section.max_tokens_per_batch,
     )
     job = ShardJob("reference", context.place(node), context.shards(node), make_worker)
-    return told.by.run(job, policy, policy_module)
+    new = SAME.only_new(context, node, job, answers)
+    counts = {"reused": 0} | told.by.run(new, policy, policy_module)
+    logger.info(
+        "reference: log-probs of %d answers of %s, %d of them computed before, are in %s/reference",
+        *(counts["rows"], ", ".join(told.splits), counts["reused"], job.output.uri),
+    )
+    return counts
 
 
+def _who(_context: Context, node: Node[ReferenceSettings]) -> str:
+    """One policy, whatever answers it is given: its settings, its training, and its tokens.
+
+    A training is known by its key. Policies of other trainings have other weights, which need not
+    be read for that.
+    """
+    told, tokens = node.settings, node.inputs["tokens"].settings
+    settings = {name: value for name, value in told.identity().items() if name != "splits"}
+    trained_by = node.inputs["model"].path if "model" in node.inputs else None
+    return digest([told.format, settings, [tokens.format, tokens.identity()], trained_by])
+
+
+SAME = SameModel("policy.json", "reference", "computed", _who)
 STAGE = Stage(ReferenceSettings, nodes, make, work)

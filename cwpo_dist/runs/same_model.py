@@ -1,0 +1,146 @@
+"""Outputs of a stage in; what the same model said in other ones of the run directory out.
+
+A score, or a log-prob, is of an answer and a model, whatever pairs, splits or seed it was made for.
+So each output says which model it is of before its first number, and what lies in the others of
+that model is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.pairs.splits import Fold
+from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.output_key import Node
+from cwpo_dist.runs.stage import Scoring
+from cwpo_dist.scoring.answers_in import AnswersIn
+from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
+from cwpo_dist.scoring.pipeline import ShardJob
+from cwpo_dist.storage import Store
+
+_BLOCK_BYTES = 2**23
+_READ_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class SameModel:
+    """How a stage knows its outputs of one model.
+
+    Attributes:
+        file: of an output, that says which model it is of.
+        folder: its files of numbers.
+        did: what the model did with the answers, in a word for people.
+        who: what `file` says: a digest of all that decides an answer's number.
+    """
+
+    file: str
+    folder: str
+    did: str
+    who: Callable[[Context, Node[Any]], str]
+
+    def only_new(
+        self, context: Context, node: Node[Any], job: ShardJob, answers: AnswersIn
+    ) -> ShardJob:
+        """The job without what the same model said in other outputs: that is copied.
+
+        Args:
+            context: the run.
+            node: whose job it is; from now on it says which model it is of.
+            job: all of it.
+            answers: that it reads.
+        """
+        context.place(node).create_json(self.file, self.who(context, node))
+        earlier = self.earlier(context, node)
+        if not earlier.files:
+            return job
+        worker = partial(NewAnswersWorker, earlier, answers, job.make_worker)
+        return replace(job, make_worker=worker)
+
+    def less_earlier(
+        self,
+        context: Context,
+        node: Node[Any],
+        work: Scoring,
+        counted: Census,
+        fold: Fold | None = None,
+    ) -> Scoring:
+        """The work that is left of a pass, about, by a look-up of some answers.
+
+        Args:
+            context: the run.
+            node: whose work it is, on its splits.
+            work: on all answers.
+            counted: what the sources hold.
+            fold: whose answers they are; None: of all.
+        """
+        if context.done(node):
+            return work
+        share = share_in(self.earlier(context, node), counted, node.settings.splits, fold)
+        if not (before := round(work.answers * share)):
+            return work
+        left = work.answers - before
+        return replace(
+            work,
+            text=f"{work.text}, about {before:,} of them {self.did} before",
+            prompts=round(work.prompts * left / work.answers),  # of new answers mostly new, too
+            answers=left,
+        )
+
+    def earlier(self, context: Context, node: Node[Any]) -> EarlierScores:
+        """What the same model said in other outputs; one that is to be trained has said nothing."""
+        trainings = [given for given in node.inputs.values() if given.settings.trains]
+        if not all(map(context.done, trainings)):
+            return EarlierScores(())
+        return EarlierScores(ranged_files(self._others(context, node), self.folder))
+
+    def _others(self, context: Context, node: Node[Any]) -> list[Store]:
+        """The other outputs in this run directory that are of the same model.
+
+        They may be unfinished: a file of numbers is final once it is there. The largest come first,
+        as they are likely to hold most.
+        """
+        stage = context.root.child(node.stage)
+        names = [name.split("/") for name in stage.names()]
+        files = Counter(key for key, *below in names if below[:1] == [self.folder])
+        say = {key for key, *below in names if below == [self.file]} - {node.key}
+        keys = sorted(files.keys() & say, key=lambda key: (-files[key], key))
+        if not keys:
+            return []
+        stores, who = [stage.child(key) for key in keys], self.who(context, node)
+        with ThreadPoolExecutor(_READ_AT_ONCE) as threads:  # each is a wait for storage
+            said = threads.map(lambda store: store.read_json(self.file), stores)
+            return [store for store, one in zip(stores, said, strict=True) if one == who]
+
+
+def share_in(
+    earlier: EarlierScores, counted: Census, splits: Sequence[str], fold: Fold | None = None
+) -> float:
+    """About which share of the answers of splits, or of a fold of them, was found earlier."""
+    if not earlier.files:
+        return 0.0
+    some = {
+        split: {name for name in counted.some_ids.get(split, ()) if fold is None or name in fold}
+        for split in splits
+    }
+    known = set(earlier.of(sorted(set().union(*some.values())))["answer_id"].to_pylist())
+    answers = {split: counted.answers_of(split) + counted.alone_of(split)[0] for split in splits}
+    shares = {split: len(known & ids) / max(1, len(ids)) for split, ids in some.items()}
+    return sum(answers[k] * shares[k] for k in splits) / max(1, sum(answers.values()))
+
+
+def weights(training: Store) -> str:
+    """A digest of the weights of the model that a training left."""
+    content = hashlib.sha256()
+    for name in training.names("model"):
+        if name.endswith(".safetensors"):
+            with training.opened(name) as file:
+                for block in iter(partial(file.read, _BLOCK_BYTES), b""):
+                    content.update(block)
+    return content.hexdigest()
