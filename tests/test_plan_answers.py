@@ -182,18 +182,22 @@ def test_answers_that_were_scored_before_go_through_no_model(
     assert len(asked["scores"]) < 24
 
 
-def test_what_was_computed_before_is_of_the_splits_that_are_asked_for(tmp_path: Path) -> None:
-    """By hand: all of the test's answers and none of the labelled ones, or of a fold of them."""
-    ids = {"test": ["a", "b"], "labelled": ["c", "d", "e", "f"]}
-    counted = Census(
-        {}, {}, 0, True, (), answers={"test": 10, "labelled": 30, "unlabelled": 99}, some_ids=ids
-    )
-    path = Store(str(tmp_path))
-    path.create_table("scores/part-00000.parquet", scores("a", "b"))
-    earlier = EarlierScores(ranged_files([path]))
+def test_what_was_computed_before_is_of_the_splits_and_fold_that_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    """By hand: all answers of the test, none of the labelled, and all of one fold of the rest."""
+    folds, rest = (Fold(0, 2, 0), Fold(0, 2, 1)), [f"id {k}" for k in range(20)]
+    in_one = [name for name in rest if name in folds[0]]
+    assert 0 < len(in_one) < 20
+    ids = {"test": ["a", "b"], "labelled": ["c", "d", "e", "f"], "unlabelled": rest}
+    answers = {"test": 10, "labelled": 30, "unlabelled": 100, "validation": 9}
+    counted = Census({}, {}, 0, True, (), answers=answers, some_ids=ids)
+    store = Store(str(tmp_path))
+    store.create_table("scores/part-00000.parquet", scores("a", "b", *sorted(in_one)))
+    earlier = EarlierScores(ranged_files([store]))
     assert share_in(earlier, counted, ["test"]) == 1
     assert share_in(earlier, counted, ["labelled", "test"]) == 10 / 40
-    assert share_in(earlier, counted, ["unlabelled"]) == 0, "of none of which an id is known"
-    fold = Fold(0, 2, 0)
-    assert share_in(earlier, counted, ["test"], fold) == int("a" in fold or "b" in fold)
+    assert share_in(earlier, counted, ["validation"]) == 0, "of none of which an id is known"
+    assert [share_in(earlier, counted, ["unlabelled"], fold) for fold in folds] == [1, 0]
+    assert share_in(earlier, counted, ["unlabelled"]) == len(in_one) / 20
     assert share_in(EarlierScores(()), counted, ["test"]) == 0
