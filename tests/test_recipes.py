@@ -22,7 +22,7 @@ MODELS = {
     "qwen2.5-7b": ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"),
     "qwen2.5-14b": ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-14B"),
 }
-WHOLE = ("small", "hh-compare")
+WHOLE = ("small", "hh-compare", "hh-gold")
 LAID_OVER = ("ukp-compare", "gold-compare")
 COMBINATIONS = list(itertools.product(DATA, MODELS))
 LONGEST = {"hh-harmless": 512, "hh-helpful": 512, "tldr": 1024, "ultrafeedback": 512}
@@ -134,7 +134,11 @@ def test_the_gold_comparison_flips_the_labels_of_annotator_and_people_alike() ->
     assert list(names(trials(config)).values()) == [
         "human100, 0 % flipped",
         "human100, 30 % flipped",
+        "weak",
         "cw, 0 % flipped",
+        "cw_mean",
+        "semi",
+        "labelled_only",
         "cw, 30 % flipped",
     ]
     assert config.align.max_steps == -1
