@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cwpo_dist.config import Config, ModelConfig
 from cwpo_dist.config.load import parse_config
+from cwpo_dist.execution.side_by_side import Job, _can_start
 from cwpo_dist.graph import STAGES, graph
 from cwpo_dist.lm.rows import Row, RowBatch
 from cwpo_dist.pairs.records import LOG_PROB_SCHEMA, LogProb, read_rows
@@ -277,3 +278,25 @@ def test_ranks_that_share_a_policy_compute_the_others(
     found = {row["answer_id"]: LogProb(**row) for row in output.rows.to_pylist()}
     copied = {name: expected[name]._replace(logp=-1.0) for name in names}
     assert_same(found, expected | copied)
+
+
+def test_what_would_copy_from_one_another_is_not_made_side_by_side(tmp_path: Path) -> None:
+    room = {"CPU": 8.0, "GPU": 0.0}
+
+    def jobs(**changes: Any) -> list[Job]:
+        runs = [
+            parse_config(small_config(tmp_path, arms=["human"], seed=seed, **changes))
+            for seed in (0, 1)
+        ]
+        context = Context(Store(str(tmp_path / "run")))
+        return [Job(context, graph(run, "human")["reference"]) for run in runs]
+
+    first, second = jobs(sft=None)
+    assert _can_start(second, [], set(), room)
+    assert not _can_start(second, [first], set(), room), "the same policy"
+    (trained, _), (_, other) = jobs(), jobs(sft=None)
+    assert _can_start(trained, [other], set(), room), "one that sft has trained"
+    assert _can_start(*jobs()[:1], jobs()[1:], set(), room), "each has an sft of its own"
+    tokens = {first.node.inputs["tokens"].path}
+    assert not _can_start(first, [], tokens, room), "its tokens are not there"
+    assert not _can_start(trained, [other], set(), {"CPU": 0.6, "GPU": 0.0}), "no room for both"

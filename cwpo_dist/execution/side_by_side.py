@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 import ray
 
 from cwpo_dist.execution.run import clear, make
+from cwpo_dist.graph import STAGES
 from cwpo_dist.placement import alive_machines, total
 from cwpo_dist.runs.cluster import connect
 from cwpo_dist.runs.cluster_share import Room, fit_two, fits, need, plus
@@ -37,6 +39,12 @@ class Job:
 
     context: Context
     node: Node
+
+    @cached_property
+    def who(self) -> str | None:
+        """Which model it is of, where others copy that model's numbers; its inputs are there."""
+        who = STAGES[self.node.stage].who
+        return None if who is None else who(self.context, self.node)
 
 
 def make_all(jobs: Sequence[Job]) -> None:
@@ -83,10 +91,7 @@ def _until_made(waiting: list[Job], room: Room, told_to_stop: threading.Event) -
     running: dict[ray.ObjectRef[None], Job] = {}
     while waiting or running:
         for job in list(waiting):
-            used = plus(*(need(other.node, room) for other in running.values()))
-            reads = {given.path for given in job.node.inputs.values()}
-            finds_room = fits(plus(used, need(job.node, room)), room) or not running
-            if not reads & to_come and finds_room:
+            if _can_start(job, running.values(), to_come, room):
                 waiting.remove(job)
                 running[_apart.options(name=job.node.path).remote(job)] = job
         ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_S)
@@ -97,6 +102,17 @@ def _until_made(waiting: list[Job], room: Room, told_to_stop: threading.Event) -
             job = running.pop(task)
             to_come.discard(job.node.path)
             _tell(job, number - len(to_come), number)
+
+
+def _can_start(job: Job, running: Collection[Job], to_come: Set[str], room: Room) -> bool:
+    """Whether its inputs are there, it finds room, and nothing is under way that it would copy."""
+    if {given.path for given in job.node.inputs.values()} & to_come:
+        return False
+    used = plus(*(need(other.node, room) for other in running))
+    if running and not fits(plus(used, need(job.node, room)), room):
+        return False
+    alike = [other for other in running if other.node.stage == job.node.stage]
+    return not any(job.who is not None and other.who == job.who for other in alike)
 
 
 def _stop(running: dict[ray.ObjectRef[None], Job]) -> NoReturn:

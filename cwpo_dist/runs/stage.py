@@ -117,6 +117,8 @@ class Stage(Generic[S]):
         clear: removes from a committed output what nobody reads any more.
         retry: does again what a committed output set aside for a failure, and returns the counts of
             all; None where there was nothing to do, or nothing is set aside.
+        who: which model an output is of, whose numbers others of that model copy; None: nothing is
+            copied.
     """
 
     settings: type[S]
@@ -125,6 +127,7 @@ class Stage(Generic[S]):
     work: Callable[[Context, Node[S], Census], Work]
     clear: Callable[[Store], None] = _nothing
     retry: Retry[S] | None = None
+    who: Callable[[Context, Node[S]], str] | None = None
 
     @property
     def name(self) -> str:

@@ -277,4 +277,4 @@ def annotator(context: Context, node: Node[AnnotateSettings]) -> ModelConfig:
     return trained(told.weak, context.place(node.inputs["fit"]))
 
 
-STAGE = Stage(AnnotateSettings, nodes, make, work, retry=retry)
+STAGE = Stage(AnnotateSettings, nodes, make, work, retry=retry, who=_who)

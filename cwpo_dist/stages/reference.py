@@ -127,4 +127,4 @@ def _who(_context: Context, node: Node[ReferenceSettings]) -> str:
 
 
 SAME = SameModel("policy.json", "reference", "computed", _who)
-STAGE = Stage(ReferenceSettings, nodes, make, work)
+STAGE = Stage(ReferenceSettings, nodes, make, work, who=_who)
