@@ -6,13 +6,16 @@ taken instead, and no other file imports from `ray._private` or `ray.data._inter
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray._private import utils
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.services import get_ray_address_from_environment
@@ -38,6 +41,23 @@ def head_of_this_machine() -> str:
     """
     found: str = get_ray_address_from_environment("auto", None)
     return found
+
+
+@contextmanager
+def stop_handler_kept() -> Iterator[None]:
+    """Within it `ray.init` leaves SIGTERM to what answers it; it would take it for itself at once.
+
+    Where nothing answers it, Ray's own handler is right: it ends Ray's processes, too.
+    """
+    if not callable(signal.getsignal(signal.SIGTERM)):
+        yield
+        return
+    set_handler = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = set_handler
 
 
 def resources_of_this_machine() -> tuple[dict[str, float], dict[str, str]]:

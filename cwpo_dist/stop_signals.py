@@ -25,8 +25,8 @@ class Preempted(RuntimeError):
 
 
 @contextmanager
-def on_stop(do: Callable[[str], None]) -> Iterator[None]:
-    """Within it a stop signal calls this with its name.
+def on_stop(do: Callable[[str], bool]) -> Iterator[None]:
+    """Within it a stop signal calls this with its name; where that says False, what did before.
 
     In the main thread alone, as Python has it; in another one nothing changes.
     """
@@ -34,23 +34,20 @@ def on_stop(do: Callable[[str], None]) -> Iterator[None]:
         yield
         return
 
-    def handle(number: int, _: FrameType | None) -> None:
-        do(signal.Signals(number).name)
+    def handle(number: int, frame: FrameType | None) -> None:
+        outer = before[number]
+        if do(signal.Signals(number).name):
+            return
+        if callable(outer):
+            outer(number, frame)
+        else:
+            raise SystemExit(Preempted.exit_code)
 
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    before = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def handlers_kept() -> Iterator[None]:
-    """What answers SIGTERM before it does so after it, too: `ray.init` would take it for itself."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)

@@ -137,7 +137,8 @@ def ray_local(s3_server: str) -> Iterator[Any]:
 
     # Not below pytest's folders: a socket's path may have 107 bytes.
     folder = tempfile.mkdtemp(prefix="cwpo-ray-")
-    ray.init(
+    start = partial(
+        ray.init,
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=300 * 2**20,
@@ -145,6 +146,11 @@ def ray_local(s3_server: str) -> Iterator[Any]:
         log_to_driver=True,
         _system_config={"metrics_report_interval_ms": 500},  # so that tests see metrics
     )
+    try:
+        start()
+    except Exception:  # noqa: BLE001 (Ray raises just this where a busy machine let it wait 30 s)
+        ray.shutdown()
+        start()
     yield ray
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

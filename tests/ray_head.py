@@ -22,7 +22,6 @@ from pathlib import Path
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S = 240.0  # with all of the tests beside it
 _SHOWN = 3000  # characters of a log
-ATTEMPTS = 4
 
 
 def free_ports(number: int) -> list[int]:
@@ -41,16 +40,17 @@ def started_head(answers: Callable[[str], bool]) -> Iterator[str]:
     Args:
         answers: whether the job server at a URL does, asked again and again.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    deadline = time.monotonic() + START_S
+    while True:
         folder = Path(tempfile.mkdtemp(prefix="cwpo-head-"))
         gcs, dashboard, agent = free_ports(3)
         url = f"http://127.0.0.1:{dashboard}"
         process = _started(folder, gcs, dashboard, agent)
         try:
-            if _comes_up(process, partial(_ready, agent, url, answers)):
+            if _comes_up(process, partial(_ready, agent, url, answers), deadline):
                 yield url
                 return
-            assert attempt < ATTEMPTS, f"the head does not come up:\n{_last_words(folder)}"
+            assert time.monotonic() < deadline, f"no head comes up:\n{_last_words(folder)}"
         finally:
             _end(process)
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,8 +70,7 @@ def _started(folder: Path, gcs: int, dashboard: int, agent: int) -> subprocess.P
         )
 
 
-def _comes_up(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + START_S
+def _comes_up(process: subprocess.Popen[bytes], ready: Callable[[], bool], deadline: float) -> bool:
     while process.poll() is None and time.monotonic() < deadline:
         if ready():
             return True
@@ -95,10 +94,10 @@ def _last_words(folder: Path) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(5)
-    except subprocess.TimeoutExpired:
+    with suppress(ProcessLookupError):  # what outlived its leader, too
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()

@@ -87,7 +87,7 @@ def test_each_answer_has_the_score_that_the_model_gives_it(tmp_path: Path) -> No
     told = [told[0] | {"score": 7.0}, told[0] | {"answer_id": other, "score": 8.0}]
     told.sort(key=itemgetter("answer_id"))
     later.create_table(part("scores", 0), pa.Table.from_pylist(told, schema=SCORE_SCHEMA))
-    earlier = EarlierScores(ranged_files([before, later]))
+    earlier = EarlierScores(ranged_files([before, later], "scores"))
     copied = {one: 9.0, other: 8.0}
     assert scored(NewAnswersWorker(earlier, answers, make_worker)) == expected | copied
 

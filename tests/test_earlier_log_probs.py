@@ -195,9 +195,21 @@ def test_log_probs_are_one_policys_by_settings_training_and_tokens(
     assert who(seed=3) == same, "whatever answers it is given"
     split = {"num_prompts": 0, "split": "validation"}
     assert who(evaluate=split) == same
-    sft = {"learning_rate": 1e-3, "max_steps": 2}
-    trained = [who("aligned"), who("aligned", seed=3), who(sft=sft), who(sft=sft, seed=3)]
-    assert len({same, *trained}) == 5
+    on_gpus = {"gpus_per_actor": 1}
+    assert who(reference=on_gpus) != same, "bf16 there"
+    auto = json.loads(growing(tmp_path).model_dump_json(exclude_unset=True))["policy"]
+    told = {"policy": auto | {"torch_dtype": "float32"}}
+    assert who(**told) == who(**told, reference=on_gpus)
+    trained = []
+    for seconds in (1.0, 2.0):
+        sft = {"learning_rate": 1e-3, "max_steps": 2}
+        config = parse_config(
+            json.loads(growing(tmp_path).model_dump_json(exclude_unset=True)) | {"sft": sft}
+        )
+        output = Context(Store(config.output_dir)).place(node_of(config, "sft"))
+        output.write(MANIFEST, json.dumps({"seconds": seconds}).encode())
+        trained.append(who(sft=sft))
+    assert len({same, *trained}) == 3, "one that was removed and trained again is another"
     monkeypatch.setattr(TokensSettings, "format", TokensSettings.format + 1)
     assert who() != same, "its tokens are made otherwise"
 
@@ -210,7 +222,6 @@ def test_a_policy_that_is_to_be_trained_has_computed_nothing(
     config = growing(tmp_path)
     context, node = Context(Store(config.output_dir)), node_of(config, "aligned")
     other = context.root.child("reference", "earlier")
-    other.create_json(reference.SAME.file, reference.SAME.who(context, node))
     row = {"answer_id": "a", "logp": -1.0, "tokens": 3, "tokens_hash": 2}
     other.create_table(
         part("reference", 0), LOG_PROB_SCHEMA.empty_table().from_pylist([row], LOG_PROB_SCHEMA)
@@ -219,6 +230,7 @@ def test_a_policy_that_is_to_be_trained_has_computed_nothing(
         patched.setattr(Store, "names", lambda *_: pytest.fail("looked through"))
         assert reference.SAME.earlier(context, node).files == ()
     context.place(node.inputs["model"]).create_json(MANIFEST, {})
+    other.create_json(reference.SAME.file, reference.SAME.who(context, node))
     (file,) = reference.SAME.earlier(context, node).files
     assert (file.store.uri, file.first) == (other.uri, "a")
 
@@ -294,9 +306,29 @@ def test_what_would_copy_from_one_another_is_not_made_side_by_side(tmp_path: Pat
     first, second = jobs(sft=None)
     assert _can_start(second, [], set(), room)
     assert not _can_start(second, [first], set(), room), "the same policy"
+    for job in jobs():
+        job.context.place(job.node.inputs["model"]).create_json(MANIFEST, {"key": job.node.key})
     (trained, _), (_, other) = jobs(), jobs(sft=None)
     assert _can_start(trained, [other], set(), room), "one that sft has trained"
     assert _can_start(*jobs()[:1], jobs()[1:], set(), room), "each has an sft of its own"
     tokens = {first.node.inputs["tokens"].path}
     assert not _can_start(first, [], tokens, room), "its tokens are not there"
     assert not _can_start(trained, [other], set(), {"CPU": 0.6, "GPU": 0.0}), "no room for both"
+
+
+def test_a_damaged_output_of_the_same_policy_is_left_alone(
+    tmp_path: Path, computed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 0, 6)
+    config = growing(tmp_path)
+    _, numbers = made(config)
+    for name in (tmp_path / "run" / "reference").glob("*/reference/*.parquet"):
+        name.write_bytes(b"torn")
+    computed.clear()
+    counts, again = made(growing(tmp_path, seed=3))
+    assert counts["reused"] == 0
+    assert len(computed) == counts["rows"] > 0
+    assert "nothing is copied from it" in caplog.text
+    shared = again.keys() & numbers.keys()
+    assert shared
+    assert all(again[name].logp == pytest.approx(numbers[name].logp, abs=1e-5) for name in shared)

@@ -158,7 +158,7 @@ def test_scores_are_found_in_the_files_whose_range_holds_them(
     one.create_table("scores/part-00001.parquet", scores("d", "f"))
     two.create_table("scores/part-00000.parquet", scores("b", "c", "e", value=9))
     two.create_table("scores/part-00001.parquet", scores())
-    files = ranged_files([one, two, s3_store.child("none")])
+    files = ranged_files([one, two, s3_store.child("none")], "scores")
     assert [(file.first, file.last) for file in files] == [("a", "c"), ("d", "f"), ("b", "e")]
     earlier = EarlierScores(files)
     found = earlier.of(["b", "c", "d", "zz"]).to_pylist()

@@ -328,7 +328,7 @@ def test_heads_are_drawn_apart_and_their_folder_is_an_annotator_again(tmp_path: 
         assert len(set(row["heads"])) == HEADS
     before = Store(str(tmp_path / "before"))
     before.create_table(part("scores", 0), found.slice(0, 5))
-    earlier = EarlierScores(ranged_files([before]))
+    earlier = EarlierScores(ranged_files([before], "scores"))
     later = NewAnswersWorker(earlier, answers, worker)
     output = later(1, later.read(1))
     assert output.counts["reused"] == 5

@@ -85,7 +85,7 @@ class Outputs:
         """The scores of so many pairs a shard; those that an earlier output has are copied."""
         store = Store(str(self.folder / str(next(self.number))))
         self.worker.answers, self.worker.forward.max_tokens = AnswersIn(store), tokens
-        files = EarlierScores(ranged_files(earlier))
+        files = EarlierScores(ranged_files(earlier, "scores"))
         worker = NewAnswersWorker(files, self.worker.answers, lambda: self.worker)
         ordered = sorted(pairs, key=lambda pair: str(pair["pair_id"]))
         for index in range(-(-len(pairs) // rows)):

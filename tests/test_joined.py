@@ -136,7 +136,7 @@ def test_what_was_scored_before_changes_no_pair(
     some = {answer_id(prompt_id("Which?"), text) for text in copied}
     read = AnswersIn(prepared, selected=lambda _: some)
     made(before, "scores", RewardWorker, read, reward, "it", 1024)
-    earlier = EarlierScores(ranged_files([before]))
+    earlier = EarlierScores(ranged_files([before], "scores"))
     counts = made(grown, "scores", NewAnswersWorker, earlier, answers, make_worker)
     assert counts["reused"] == len(copied)
     assert counts["alike"] == told["alike"] == 1

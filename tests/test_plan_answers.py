@@ -176,7 +176,7 @@ def test_answers_that_were_scored_before_go_through_no_model(
     assert halved["reference"].tokens < all_new["reference"].tokens
     for name in ("annotate", "reference"):
         assert halved[name].stored == all_new[name].stored > 0
-    monkeypatch.setattr(counted_rows, "SOME", 4)
+    monkeypatch.setattr(counted_rows, "SAMPLED", 4)
     asked.clear()
     assert stages(config)["annotate"].work.endswith("about 12 of them scored before")
     assert len(asked["scores"]) < 24
@@ -191,10 +191,10 @@ def test_what_was_computed_before_is_of_the_splits_and_fold_that_are_asked_for(
     assert 0 < len(in_one) < 20
     ids = {"test": ["a", "b"], "labelled": ["c", "d", "e", "f"], "unlabelled": rest}
     answers = {"test": 10, "labelled": 30, "unlabelled": 100, "validation": 9}
-    counted = Census({}, {}, 0, True, (), answers=answers, some_ids=ids)
+    counted = Census({}, {}, 0, True, (), answers=answers, sampled_ids=ids)
     store = Store(str(tmp_path))
     store.create_table("scores/part-00000.parquet", scores("a", "b", *sorted(in_one)))
-    earlier = EarlierScores(ranged_files([store]))
+    earlier = EarlierScores(ranged_files([store], "scores"))
     assert share_in(earlier, counted, ["test"]) == 1
     assert share_in(earlier, counted, ["labelled", "test"]) == 10 / 40
     assert share_in(earlier, counted, ["validation"]) == 0, "of none of which an id is known"

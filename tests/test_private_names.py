@@ -9,6 +9,7 @@ import ast
 import importlib
 import inspect
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,26 @@ def test_rays_lines_of_workers() -> None:
     assert dict(lines.handlers)["ours"] is print
     lines.remove_handler("ours")
     assert list(lines.handlers) == before
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_rays_handler_of_a_stop_signal(answered: bool) -> None:
+    """Set through this name, by `ray.init` and by the node that it starts."""
+    for module in ("worker", "node"):
+        source = inspect.getsource(importlib.import_module(f"ray._private.{module}"))
+        assert "ray._private.utils.set_sigterm_handler(" in source
+
+    def ours(*_: object) -> None: ...
+
+    def rays(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, ours if answered else signal.SIG_DFL)
+    try:
+        with ray_internals.stop_handler_kept():
+            ray_internals.utils.set_sigterm_handler(rays)
+        assert signal.getsignal(signal.SIGTERM) is (ours if answered else rays)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_rays_logger_of_its_bars() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import sys
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -87,14 +87,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with on_stop(partial(_end, told)):
             app(args=arguments)
-    except SystemExit:
-        if not told:
+    except SystemExit as end:
+        if not told or end.code in {0, None}:  # it was done before it could be stopped
             raise
-        said = f"{told[0]}: stopped; what was committed stays, and the same command resumes"
-        Console(stderr=True).print(said, highlight=False, soft_wrap=True)
-        sys.exit(Preempted.exit_code)
+        _say_stopped(told[0])
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         message = user_message(error)
+        if told:  # it came of the work that was cut off
+            _say_stopped(told[0])
         if message is None:
             raise
         Console(stderr=True).print(
@@ -103,10 +103,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(getattr(error, "exit_code", USER_ERROR))
 
 
-def _end(told: list[str], signal_name: str) -> None:
+def _end(told: list[str], signal_name: str) -> bool:
     """Of the errors that a handler may raise, Ray hands on this one alone from its own waits."""
-    told.append(signal_name)
-    raise SystemExit(Preempted.exit_code)
+    if not told:  # a second signal leaves alone what ends in order
+        told.append(signal_name)
+        raise SystemExit(Preempted.exit_code)
+    return True
+
+
+def _say_stopped(signal_name: str) -> NoReturn:
+    said = f"{signal_name}: stopped; what was committed stays, and the same command resumes"
+    Console(stderr=True).print(said, highlight=False, soft_wrap=True)
+    sys.exit(Preempted.exit_code)
 
 
 def user_message(error: BaseException) -> str | None:

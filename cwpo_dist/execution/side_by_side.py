@@ -82,7 +82,12 @@ def _left(jobs: Sequence[Job]) -> Iterator[Job]:
 
 def _side_by_side(waiting: list[Job], room: Room) -> None:
     told = threading.Event()
-    with on_stop(lambda _: told.set()):
+
+    def note(_: str) -> bool:
+        told.set()
+        return True
+
+    with on_stop(note):
         _until_made(waiting, room, told)
 
 
@@ -102,6 +107,8 @@ def _until_made(waiting: list[Job], room: Room, told_to_stop: threading.Event) -
             job = running.pop(task)
             to_come.discard(job.node.path)
             _tell(job, number - len(to_come), number)
+    if told_to_stop.is_set():  # while the last one was told
+        _stop(running)
 
 
 def _can_start(job: Job, running: Collection[Job], to_come: Set[str], room: Room) -> bool:

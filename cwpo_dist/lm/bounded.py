@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from cwpo_dist.lm.foreign import one_line
+from cwpo_dist.stop_signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ def _work(call: Callable[[], object], pipe: Connection, mapped: int) -> None:
     gc.enable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads stayed behind
     torch.set_num_threads(1)  # and so did those of OpenMP
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    for number in (signal.SIGXCPU, *STOP_SIGNALS):  # what answers them is the parent's
+        signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm", encoding="ascii") as file:

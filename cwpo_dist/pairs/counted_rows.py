@@ -19,7 +19,7 @@ from cwpo_dist.pairs.row_forms import ListCounts, RowPairs
 from cwpo_dist.pairs.splits import LEAKED, SIDES, Drawn, merge, split_of
 from cwpo_dist.pairs.stored import Pair, Told
 
-SOME = 64  # answers of a split; enough to say of about how many something holds
+SAMPLED = 64  # answers of a split; enough to say of about how many something holds
 
 
 class CountedRows:
@@ -75,13 +75,13 @@ class CountedRows:
                 self.answers_alone[split].add(place.answer_a)
                 self.prompts_alone[split].add(prompt_of(place.answer_a))
 
-    def some_ids(self) -> dict[str, list[str]]:
-        """Of some answers of each split: the least, which are drawn evenly, as ids are hashes."""
-        every = {**self.answers, **self.answers_alone}
-        return {
-            split: heapq.nsmallest(SOME, self.answers[split] | self.answers_alone[split])
-            for split in every
-        }
+    def sampled_ids(self) -> dict[str, list[str]]:
+        """Of answers of each split's pairs; where it has none, of those that stand in none.
+
+        The least: they are drawn evenly, as ids are hashes.
+        """
+        every = {**self.answers_alone, **self.answers}
+        return {split: heapq.nsmallest(SAMPLED, ids) for split, ids in every.items()}
 
     def _set_leaks_aside(self, tally: Tally) -> None:
         sides: dict[str, int] = {}

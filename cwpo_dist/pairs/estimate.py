@@ -61,7 +61,7 @@ class Census:
         prompts_alone: their different prompts.
         lists: what becomes of rows that hold lists of responses.
         of_lists: why responses of those that were read are set aside.
-        some_ids: of some answers of each split, in pairs or in none.
+        sampled_ids: of some answers of each split's pairs; where it has none, of those in no pair.
     """
 
     splits: Mapping[str, int]
@@ -88,7 +88,7 @@ class Census:
     prompts_alone: Mapping[str, int] = field(default_factory=dict)
     lists: ListCounts = field(default_factory=ListCounts)
     of_lists: Tally = field(default_factory=Tally)
-    some_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sampled_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def sentences(self) -> Iterator[str]:
         """How rows are read, what of them is not, and why some are set aside, for people."""
@@ -209,7 +209,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         prompts_alone=reading.scaled(sizes(found.prompts_alone)),
         lists=found.lists.scaled(reading.scale),
         of_lists=found.of_lists,
-        some_ids=found.some_ids(),
+        sampled_ids=found.sampled_ids(),
     )
 
 

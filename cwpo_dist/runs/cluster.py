@@ -11,9 +11,8 @@ from urllib.parse import urlsplit
 import grpc
 import ray
 
-from cwpo_dist.ray_internals import head_of_this_machine
+from cwpo_dist.ray_internals import head_of_this_machine, stop_handler_kept
 from cwpo_dist.runs.notices import leave_out, quieten_ray
-from cwpo_dist.stop_signals import handlers_kept
 
 ANSWER_S = 5.0  # for a head that is there; Ray itself would wait for many minutes
 # What Ray adds to its folder for the socket of its object store, and what the system allows.
@@ -51,7 +50,7 @@ def connect() -> None:
     # Elsewhere Ray's nodes, or the job, have their own.
     environment = None if address is not None else {"env_vars": settings}
     try:
-        with handlers_kept():
+        with stop_handler_kept():
             ray.init(
                 address=address or "local", logging_level=logging.WARNING, runtime_env=environment
             )

@@ -7,7 +7,6 @@ that model is copied.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +14,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.splits import Fold
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
+from cwpo_dist.runs.scored_by import Placed
 from cwpo_dist.runs.stage import Scoring
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.storage import Store
 
-_BLOCK_BYTES = 2**23
 _READ_AT_ONCE = 32
 
 
@@ -122,25 +122,30 @@ class SameModel:
 def share_in(
     earlier: EarlierScores, counted: Census, splits: Sequence[str], fold: Fold | None = None
 ) -> float:
-    """About which share of the answers of splits, or of a fold of them, was found earlier."""
+    """About which share of the answers of splits, or of a fold of them, was found earlier.
+
+    That of those that stand in pairs, where there are any; of the others the same is taken.
+    """
     if not earlier.files:
         return 0.0
-    some = {
-        split: {name for name in counted.some_ids.get(split, ()) if fold is None or name in fold}
+    sampled = {
+        split: {name for name in counted.sampled_ids.get(split, ()) if fold is None or name in fold}
         for split in splits
     }
-    known = set(earlier.of(sorted(set().union(*some.values())))["answer_id"].to_pylist())
-    answers = {split: counted.answers_of(split) + counted.alone_of(split)[0] for split in splits}
-    shares = {split: len(known & ids) / max(1, len(ids)) for split, ids in some.items()}
+    known = set(earlier.of(sorted(set().union(*sampled.values())))["answer_id"].to_pylist())
+    shares = {split: len(known & ids) / max(1, len(ids)) for split, ids in sampled.items()}
+    answers = {k: counted.answers_of(k) or counted.alone_of(k)[0] for k in splits}
     return sum(answers[k] * shares[k] for k in splits) / max(1, sum(answers.values()))
 
 
-def weights(training: Store) -> str:
-    """A digest of the weights of the model that a training left."""
-    content = hashlib.sha256()
-    for name in training.names("model"):
-        if name.endswith(".safetensors"):
-            with training.opened(name) as file:
-                for block in iter(partial(file.read, _BLOCK_BYTES), b""):
-                    content.update(block)
-    return content.hexdigest()
+def precision(model: ModelConfig, place: Placed) -> str:
+    """What a model computes in where `place` puts it, as far as that is known before it is there.
+
+    `auto` is bf16 on GPUs and fp32 elsewhere, and no policy says the same in both.
+    """
+    if model.torch_dtype != "auto":
+        return model.torch_dtype
+    if isinstance(place, TrainingConfig):
+        return {True: "bfloat16", False: "float32", "auto": "auto"}[place.use_gpu]
+    kinds = {"bfloat16" if pool.gpus_per_actor else "float32" for pool in place.actor_pools()}
+    return " and ".join(sorted(kinds))

@@ -8,6 +8,7 @@ only the files whose range of ids it overlaps, so nothing has to fit into memory
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,9 @@ from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.forward import Ranks
 from cwpo_dist.scoring.retries import Input, ShardOutput, ShardWorker
 from cwpo_dist.scoring.set_aside import ALIKE, ALIKE_WHEN_CUT, SetAside, without_pairs
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import StorageError, Store
+
+logger = logging.getLogger(__name__)
 
 _FOOTERS_AT_ONCE = 32
 
@@ -44,7 +47,7 @@ class ScoreFile:
         return found.replace_schema_metadata(None)
 
 
-def ranged_files(outputs: Iterable[Store], folder: str = "scores") -> tuple[ScoreFile, ...]:
+def ranged_files(outputs: Iterable[Store], folder: str) -> tuple[ScoreFile, ...]:
     """The committed files in a folder of outputs, finished or not, with rows in them."""
     named = [(store, name) for store in outputs for name in store.names(folder)]
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:  # each footer is a wait for storage
@@ -54,8 +57,12 @@ def ranged_files(outputs: Iterable[Store], folder: str = "scores") -> tuple[Scor
 
 def _ranged(named: tuple[Store, str]) -> list[ScoreFile]:
     store, name = named
-    with store.parquet(name) as file:
-        footer = file.metadata
+    try:
+        with store.parquet(name) as file:
+            footer = file.metadata
+    except StorageError as error:  # what is copied saves time, no more: it is computed
+        logger.warning("%s: nothing is copied from it: %s", store.uri, error)
+        return []
     column = footer.schema.names.index("answer_id")
     groups = range(footer.num_row_groups if footer.num_rows else 0)
     ranges = [footer.row_group(group).column(column).statistics for group in groups]

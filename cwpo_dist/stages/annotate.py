@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from cwpo_dist.runs.context import Context, trained
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.joined import score_files
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings, committed_retries
-from cwpo_dist.runs.same_model import SameModel, weights
+from cwpo_dist.runs.same_model import SameModel, precision
 from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.answers_in import AnswersIn
@@ -34,6 +35,8 @@ from cwpo_dist.scoring.set_aside import ALIKE, Limit, lasts, refuse_none
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 2**23
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,20 @@ def _who(context: Context, node: Node[AnnotateSettings]) -> str:
     trained_on = None
     if "fit" in node.inputs:
         fit = node.inputs["fit"]
-        trained_on = [fit.settings.identity(), weights(context.place(fit))]
-    return digest([told.format, settings, trained_on])
+        trained_on = [fit.settings.identity(), _weights(context.place(fit))]
+    computes_in = precision(annotator(context, node), told.place)
+    on_gpus = [] if computes_in == "float32" else [computes_in]
+    return digest([told.format, settings, trained_on, *on_gpus])
+
+
+def _weights(fit: Store) -> str:
+    content = hashlib.sha256()
+    for name in fit.names("model"):
+        if name.endswith(".safetensors"):
+            with fit.opened(name) as file:
+                for block in iter(partial(file.read, _BLOCK_BYTES), b""):
+                    content.update(block)
+    return content.hexdigest()
 
 
 SAME = SameModel("annotator.json", "scores", "scored", _who)

@@ -15,11 +15,12 @@ from cwpo_dist.runs.context import Context, policy_of
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
-from cwpo_dist.runs.same_model import SameModel
+from cwpo_dist.runs.same_model import SameModel, precision
 from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import ReferenceWorker, policy_module
+from cwpo_dist.storage import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +115,20 @@ def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object
     return counts
 
 
-def _who(_context: Context, node: Node[ReferenceSettings]) -> str:
+def _who(context: Context, node: Node[ReferenceSettings]) -> str:
     """One policy, whatever answers it is given: its settings, its training, and its tokens.
 
-    A training is known by its key. Policies of other trainings have other weights, which need not
-    be read for that.
+    A training is known by what it says of itself, its time too: one that was removed and made anew
+    may have other weights, which need not be read for that.
     """
     told, tokens = node.settings, node.inputs["tokens"].settings
     settings = {name: value for name, value in told.identity().items() if name != "splits"}
-    trained_by = node.inputs["model"].path if "model" in node.inputs else None
-    return digest([told.format, settings, [tokens.format, tokens.identity()], trained_by])
+    trained_by = None
+    if "model" in node.inputs:
+        trained_by = context.place(node.inputs["model"]).read_json(MANIFEST)
+    computes_in = precision(told.model.config, told.place)
+    read = [tokens.format, tokens.identity()]
+    return digest([told.format, settings, computes_in, read, trained_by])
 
 
 SAME = SameModel("policy.json", "reference", "computed", _who)

@@ -34,7 +34,7 @@ from cwpo_dist.lm.fingerprints import model_fingerprint
 from cwpo_dist.lm.identity import identify
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.placement import alive_machines, in_words, training_faults, uses_gpu, worker_takes
-from cwpo_dist.stop_signals import Preempted, on_stop
+from cwpo_dist.stop_signals import on_stop
 from cwpo_dist.storage import MANIFEST, Store
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseToken
@@ -221,12 +221,12 @@ def _start_timeout(config: TrainingConfig) -> Iterator[None]:
 def _stop_on_signal(token: LeaseToken) -> AbstractContextManager[None]:
     """SIGTERM or SIGUSR1 to the driver asks the ranks to checkpoint and end."""
 
-    def ask(signal_name: str) -> None:
-        if not token.has_group():
-            logger.warning("%s: no worker has started, so there is nothing to keep", signal_name)
-            raise SystemExit(Preempted.exit_code)
+    def ask(signal_name: str) -> bool:
+        if not token.has_group():  # it waits for room, and has nothing to keep
+            return False
         logger.warning("%s: asking workers to checkpoint and end", signal_name)
         token.ask_to_stop()
+        return True
 
     return on_stop(ask)
 

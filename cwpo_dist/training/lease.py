@@ -197,10 +197,10 @@ def ask_holder_to_stop(store: Store) -> bool:
     """Asks the ranks of whoever trains in a stage's folder to checkpoint and end.
 
     Returns:
-        False where nobody trains there.
+        False where no ranks have started, and so nothing is lost.
     """
-    epoch, _ = _newest(store)
-    if epoch == 0 or _has_ended(store, epoch, _holder(store, epoch)):
+    epoch, group = _newest(store)
+    if group == 0 or _has_ended(store, epoch, _holder(store, epoch)):
         return False
     LeaseToken(store, epoch).ask_to_stop()
     return True
