@@ -19,7 +19,7 @@ _FIGURES = {
     "gra_own_sft": "GRA, own SFT",
     "gra_common": "GRA, common",
 }
-_BY_SEED = ("labels_right", "mean_weight")
+_BY_SEED = ("kl", "labels_right", "mean_weight")
 _FACTS = ("arm", "flipped_labels", "labelled_fraction", "loss", "stopped_after")
 _OF_MEAN = ("high", "low", "mean", "smallest", "values")
 
@@ -70,12 +70,14 @@ def tables(found: Found, figure: str) -> Iterator[str]:
 def _row(found: Found, name: str, figure: str) -> Mapping[str, str]:
     trial = found["trials"][name]
     after, weight = at(trial, "stopped_after"), at(trial, "by_seed", "mean_weight", "mean")
+    moved = at(trial, "by_seed", "kl", "mean")
     right = _share(at(trial, "by_seed", "labels_right"))
     row = {
         "trial": f"`{name}`" + ("" if after is None else f", {after} seeds"),
         "labels right": right or ("as given" if has_own_labels(trial["arm"]) else ""),
         "mean weight": "" if weight is None else f"{weight:.2f}",
         **{words: _share(at(trial, "figures", key)) for key, words in _FIGURES.items()},
+        "KL, nats an answer": "" if moved is None else f"{moved:.1f}",
     }
     groups = zip((found["baseline"], UNWEIGHTED, ALL_HUMAN), rivals_of(found), strict=True)
     for rival, (*_, rivals) in groups:
