@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
+from ray_head import PATIENT
 
 from cwpo_dist.storage import Store
 
@@ -144,7 +145,7 @@ def ray_local(s3_server: str) -> Iterator[Any]:
         object_store_memory=300 * 2**20,
         _temp_dir=folder,
         log_to_driver=True,
-        _system_config={"metrics_report_interval_ms": 500},  # so that tests see metrics
+        _system_config={"metrics_report_interval_ms": 500, **PATIENT},  # so that tests see metrics
     )
     try:
         start()

@@ -19,6 +19,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+# Ray's settings for one node that is not lost, only slow: Ray gives a node up that is silent for
+# half a minute, and it ends.
+PATIENT = {"health_check_timeout_ms": 60_000, "health_check_failure_threshold": 20}
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S = 240.0  # with all of the tests beside it
 _SHOWN = 3000  # characters of a log
@@ -49,6 +52,7 @@ def started_head(answers: Callable[[str], bool]) -> Iterator[str]:
         try:
             if _comes_up(process, partial(_ready, agent, url, answers), deadline):
                 yield url
+                assert process.poll() is None, f"it ended by itself:\n{_last_words(folder)}"
                 return
             assert time.monotonic() < deadline, f"no head comes up:\n{_last_words(folder)}"
         finally:
@@ -63,6 +67,7 @@ def _started(folder: Path, gcs: int, dashboard: int, agent: int) -> subprocess.P
     arguments += [f"--dashboard-agent-listen-port={agent}"]
     # Without this checkout on its path: jobs must bring the package along.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {f"RAY_{name}": str(value) for name, value in PATIENT.items()}
     with (folder / "head.log").open("wb") as log:
         # A group of its own, so that all it starts ends with it, and nothing else does.
         return subprocess.Popen(

@@ -198,7 +198,7 @@ def test_trackers_follow_a_run_over_its_restart(
     spec = replace(alone, config=config, make_held_out=held_out)
     monkeypatch.setattr("cwpo_dist.training.rank_hooks.ASK_DRIVER_S", 0.0)
     for stops in (True, False):
-        stop = group.threading.Event()
+        stop = threading.Event()
         monkeypatch.setattr("cwpo_dist.training.rank_hooks.told_to_stop", stop)
         with Lease.acquire(spec.store) as lease:
             if stops:
