@@ -19,8 +19,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-# Ray's settings for one node that is not lost, only slow: Ray gives a node up that is silent for
-# half a minute, and it ends.
+# Ray's settings for one node that is not lost, only slow: Ray gives up a node that is silent, and
+# it ends.
 PATIENT = {"health_check_timeout_ms": 60_000, "health_check_failure_threshold": 20}
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S = 240.0  # with all of the tests beside it

@@ -92,9 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _say_stopped(told[0])
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        message = user_message(error)
         if told:  # it came of the work that was cut off
             _say_stopped(told[0])
+        message = user_message(error)
         if message is None:
             raise
         Console(stderr=True).print(

@@ -94,20 +94,18 @@ def _side_by_side(waiting: list[Job], room: Room) -> None:
 def _until_made(waiting: list[Job], room: Room, told_to_stop: threading.Event) -> None:
     to_come, number = {job.node.path for job in waiting}, len(waiting)
     running: dict[ray.ObjectRef[None], Job] = {}
-    while waiting or running:
+    while (waiting or running) and not told_to_stop.is_set():
         for job in list(waiting):
             if _can_start(job, running.values(), to_come, room):
                 waiting.remove(job)
                 running[_apart.options(name=job.node.path).remote(job)] = job
         ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_S)
-        if told_to_stop.is_set():
-            _stop(running)
         for task in ended:
             ray.get(task)
             job = running.pop(task)
             to_come.discard(job.node.path)
             _tell(job, number - len(to_come), number)
-    if told_to_stop.is_set():  # while the last one was told
+    if told_to_stop.is_set():
         _stop(running)
 
 

@@ -236,8 +236,9 @@ def _who(context: Context, node: Node[AnnotateSettings]) -> str:
         fit = node.inputs["fit"]
         trained_on = [fit.settings.identity(), _weights(context.place(fit))]
     computes_in = precision(annotator(context, node), told.place)
-    on_gpus = [] if computes_in == "float32" else [computes_in]
-    return digest([told.format, settings, trained_on, *on_gpus])
+    # Where it is fp32 nothing is added: outputs that were made before say the same.
+    other = [] if computes_in == "float32" else [computes_in]
+    return digest([told.format, settings, trained_on, *other])
 
 
 def _weights(fit: Store) -> str:

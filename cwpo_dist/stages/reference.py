@@ -94,10 +94,8 @@ def work(context: Context, node: Node[ReferenceSettings], counted: Census) -> Sc
 def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object]:
     """Writes `reference/part-*.parquet` and returns the counts."""
     told = node.settings
-    policy, answers = (
-        policy_of(context, node, told.model.config),
-        context.answers(node, told.splits),
-    )
+    policy = policy_of(context, node, told.model.config)
+    answers = context.answers(node, told.splits)
     make_worker = partial(
         ReferenceWorker,
         answers,
