@@ -10,6 +10,7 @@ import importlib.util
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -155,6 +156,23 @@ def ray_local(s3_server: str) -> Iterator[Any]:
     yield ray
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_ray_unasked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that asks for no Ray meets none, whatever ran before it in this process."""
+    asked = "ray_local" in request.fixturenames
+    was_on = _ray_is_on()
+    with pytest.MonkeyPatch.context() as patch:
+        if was_on and not asked:
+            patch.setattr("ray.is_initialized", lambda: False)
+        yield
+    assert asked or was_on or not _ray_is_on(), "it left a Ray on: ask for ray_local"
+
+
+def _ray_is_on() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,6 @@ def test_addresses_of_other_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_way_to_a_cluster_asks_first(
     ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch, silent: str
 ) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", silent)
     with pytest.raises(ClusterError, match="no Ray head answers"):
         ask()
@@ -122,7 +121,6 @@ def test_a_node_that_comes_up_too_slowly_is_one_message(monkeypatch: pytest.Monk
     def slow(**_: object) -> None:
         raise Exception("The current node timed out during startup.")
 
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", slow)
     with pytest.raises(ClusterError, match=r"does not start on this machine: .* timed out"):
         connect()

@@ -36,7 +36,6 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
     def told() -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": node} for node in found]
 
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever other tests left on
     monkeypatch.setattr(ray, "nodes", told)
     monkeypatch.setattr(ray, "cluster_resources", lambda: total(alive_machines()))
     monkeypatch.setattr(checks, "available", alive_machines)

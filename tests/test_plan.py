@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from safetensors.torch import load_file, save_file
 from small_run import small_config
 from tiny import save_tiny
@@ -275,8 +274,6 @@ def test_precision_is_that_of_the_workers(tmp_path: Path) -> None:
 def test_what_a_tracker_lacks_is_found_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of this process, and not of the workers of a Ray that an earlier test left on.
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = small_config(tmp_path, align__report_to=["mlflow"])
     assert faults(config).startswith("align.report_to: 'mlflow' needs MLFLOW_TRACKING_URI")

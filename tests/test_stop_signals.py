@@ -82,7 +82,6 @@ def test_nothing_takes_the_code_from_a_command_that_was_told_to_stop(
             os.kill(os.getpid(), signal.SIGTERM)
             (tmp_path / "in order").touch()
 
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster.ray, "init", init)
     monkeypatch.setattr("cwpo_dist.results.show.show", work)
     assert exit_code("report", str(tmp_path)) == 75
