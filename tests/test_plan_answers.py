@@ -201,3 +201,24 @@ def test_what_was_computed_before_is_of_the_splits_and_fold_that_are_asked_for(
     assert [share_in(earlier, counted, ["unlabelled"], fold) for fold in folds] == [1, 0]
     assert share_in(earlier, counted, ["unlabelled"]) == len(in_one) / 20
     assert share_in(EarlierScores(()), counted, ["test"]) == 0
+
+
+def test_what_a_given_policy_says_for_one_output_is_planned_once(tmp_path: Path) -> None:
+    """Of three seeds, each planned as the first: one pass of the policy, and three of the trained.
+
+    And of splits of which one holds the other, the larger one's answers.
+    """
+    config = given(tmp_path, arms=["human"], sft=None)
+    alone = stages(config)
+    first, trained = alone["reference"].tokens, alone["reference (aligned)"].tokens
+    assert first > 0 < trained
+
+    def in_all(**grid: Any) -> int:
+        changes = {"compare": {"grids": [{"arms": ["human"], **grid}], "seeds": [0, 1, 2]}}
+        return stages(given(tmp_path, sft=None, **changes))["reference"].tokens
+
+    assert in_all() == first + 3 * trained
+    larger = in_all(labelled_fractions=[0.2])
+    assert larger > in_all(labelled_fractions=[0.6])
+    for both in ([0.2, 0.6], [0.6, 0.2]):
+        assert in_all(labelled_fractions=both) == pytest.approx(larger + 3 * trained, rel=0.01)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -111,16 +111,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers of pairs, answers, tokens and parameters, put together stage by stage."""
+    """Numbers of pairs, answers, tokens and parameters, put together stage by stage.
+
+    Attributes:
+        config: the run.
+        counted: what its sources hold.
+        checked: its models.
+        lengths: of what each of these reads.
+        foreseen: what of it earlier outputs will have said, as `Context` has it.
+    """
 
     config: Config
     counted: Census
     checked: Checked
     lengths: Mapping[str, Lengths]
+    foreseen: dict[str, set[str]] = field(default_factory=dict)
 
     def work(self, node: Node) -> Work:
         """What there is to do for one stage output."""
-        context = Context(Store(self.config.output_dir))
+        context = Context(Store(self.config.output_dir), self.foreseen)
         return STAGES[node.stage].work(context, node, self.counted)
 
     def cost(self, work: Work) -> Cost:

@@ -263,8 +263,9 @@ def _trial_stages(
     machines = estimates[0].checked.machines
     shares = _shares([node for _, node, _ in found.values()], machines)
     rates, sums = Rates(machines), dict[str, list[StagePlan]]()
+    foreseen: dict[str, set[str]] = {}
     for name, node, run in found.values():
-        estimate = replace(by_split[_split(run)], config=run)
+        estimate = replace(by_split[_split(run)], config=run, foreseen=foreseen)
         each = _output(name, (), node, estimate, rates, fleet)
         if each.seconds is not None:
             each = replace(each, seconds=each.seconds * shares[node.path])

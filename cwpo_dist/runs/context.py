@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cwpo_dist.config import ModelConfig, Split
@@ -24,9 +24,12 @@ class Context:
 
     Attributes:
         root: it (`output_dir`).
+        foreseen: for a plan of several outputs: some of the answers that those planned so far will
+            have said something of, by the model that does.
     """
 
     root: Store
+    foreseen: dict[str, set[str]] = field(default_factory=dict)
 
     def place(self, node: Node) -> Store:
         """The folder of a stage output."""

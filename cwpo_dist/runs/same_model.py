@@ -8,7 +8,7 @@ that model is copied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,6 +73,9 @@ class SameModel:
     ) -> Scoring:
         """The work that is left of a pass, about, by a look-up of some answers.
 
+        Outputs that were planned before this one in the same context count as made, so each is
+        planned once.
+
         Args:
             context: the run.
             node: whose work it is, on its splits.
@@ -82,7 +85,12 @@ class SameModel:
         """
         if context.done(node):
             return work
-        share = share_in(self.earlier(context, node), counted, node.settings.splits, fold)
+        earlier, splits = self.earlier(context, node), node.settings.splits
+        foreseen: set[str] = set()
+        if not _trainings(node):  # one that is trained is mostly asked once, and known by reading
+            foreseen = context.foreseen.setdefault(self.who(context, node), foreseen)
+        share = share_in(earlier, counted, splits, fold, foreseen)
+        foreseen.update(*_sampled(counted, splits, fold).values())
         if not (before := round(work.answers * share)):
             return work
         left = work.answers - before
@@ -95,8 +103,7 @@ class SameModel:
 
     def earlier(self, context: Context, node: Node[Any]) -> EarlierScores:
         """What the same model said in other outputs; one that is to be trained has said nothing."""
-        trainings = [given for given in node.inputs.values() if given.settings.trains]
-        if not all(map(context.done, trainings)):
+        if not all(map(context.done, _trainings(node))):
             return EarlierScores(())
         return EarlierScores(ranged_files(self._others(context, node), self.folder))
 
@@ -119,20 +126,42 @@ class SameModel:
             return [store for store, one in zip(stores, said, strict=True) if one == who]
 
 
+def _trainings(node: Node[Any]) -> list[Node[Any]]:
+    """What leaves the model; empty: it was given."""
+    return [given for given in node.inputs.values() if given.settings.trains]
+
+
+def _sampled(counted: Census, splits: Sequence[str], fold: Fold | None) -> dict[str, set[str]]:
+    """Some answers of splits, or of a fold of them."""
+    return {
+        split: {name for name in counted.sampled_ids.get(split, ()) if fold is None or name in fold}
+        for split in splits
+    }
+
+
 def share_in(
-    earlier: EarlierScores, counted: Census, splits: Sequence[str], fold: Fold | None = None
+    earlier: EarlierScores,
+    counted: Census,
+    splits: Sequence[str],
+    fold: Fold | None = None,
+    foreseen: Collection[str] = (),
 ) -> float:
     """About which share of the answers of splits, or of a fold of them, was found earlier.
 
     That of those that stand in pairs, where there are any; of the others the same is taken.
+
+    Args:
+        earlier: what was said.
+        counted: what the sources hold.
+        splits: whose answers they are.
+        fold: a part of these; None: all.
+        foreseen: answers of which something will have been said by then.
     """
-    if not earlier.files:
+    if not earlier.files and not foreseen:
         return 0.0
-    sampled = {
-        split: {name for name in counted.sampled_ids.get(split, ()) if fold is None or name in fold}
-        for split in splits
-    }
-    known = set(earlier.of(sorted(set().union(*sampled.values())))["answer_id"].to_pylist())
+    sampled = _sampled(counted, splits, fold)
+    said = earlier.of(sorted(set().union(*sampled.values())))["answer_id"].to_pylist()
+    known = {*said, *foreseen}
     shares = {split: len(known & ids) / max(1, len(ids)) for split, ids in sampled.items()}
     answers = {k: counted.answers_of(k) or counted.alone_of(k)[0] for k in splits}
     return sum(answers[k] * shares[k] for k in splits) / max(1, sum(answers.values()))
