@@ -24,6 +24,7 @@ from pathlib import Path
 PATIENT = {"health_check_timeout_ms": 60_000, "health_check_failure_threshold": 20}
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S = 240.0  # with all of the tests beside it
+_LOG, _STARTED = "head.log", b"Ray runtime started."
 _SHOWN = 3000  # characters of a log
 
 
@@ -50,7 +51,7 @@ def started_head(answers: Callable[[str], bool]) -> Iterator[str]:
         url = f"http://127.0.0.1:{dashboard}"
         process = _started(folder, gcs, dashboard, agent)
         try:
-            if _comes_up(process, partial(_ready, agent, url, answers), deadline):
+            if _comes_up(process, partial(_ready, folder, agent, url, answers), deadline):
                 yield url
                 assert process.poll() is None, f"it ended by itself:\n{_last_words(folder)}"
                 return
@@ -68,7 +69,7 @@ def _started(folder: Path, gcs: int, dashboard: int, agent: int) -> subprocess.P
     # Without this checkout on its path: jobs must bring the package along.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {f"RAY_{name}": str(value) for name, value in PATIENT.items()}
-    with (folder / "head.log").open("wb") as log:
+    with (folder / _LOG).open("wb") as log:
         # A group of its own, so that all it starts ends with it, and nothing else does.
         return subprocess.Popen(
             [RAY, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
@@ -83,8 +84,10 @@ def _comes_up(process: subprocess.Popen[bytes], ready: Callable[[], bool], deadl
     return False
 
 
-def _ready(agent: int, url: str, answers: Callable[[str], bool]) -> bool:
-    return _listens(agent) and answers(url)
+def _ready(folder: Path, agent: int, url: str, answers: Callable[[str], bool]) -> bool:
+    """Its job server and agent answer before its raylet is past those 15 s, which Ray says."""
+    started = _STARTED in (folder / _LOG).read_bytes()
+    return started and _listens(agent) and answers(url)
 
 
 def _listens(port: int) -> bool:
@@ -94,7 +97,7 @@ def _listens(port: int) -> bool:
 
 
 def _last_words(folder: Path) -> str:
-    logs = [folder / "head.log", *folder.glob("session_latest/logs/raylet.*")]
+    logs = [folder / _LOG, *folder.glob("session_latest/logs/raylet.*")]
     return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-_SHOWN:]}" for log in logs)
 
 

@@ -224,7 +224,10 @@ def test_rays_logger_of_its_bars() -> None:
 
 def test_rays_head_of_this_machine(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert ray_internals.head_of_this_machine() == ray.get_runtime_context().gcs_address
+    find = ray._private.services.find_gcs_addresses
+    find.cache_clear()
+    assert ray.get_runtime_context().gcs_address in find()
+    assert ray_internals.head_of_this_machine() in find(), "any that runs: there may be others"
 
 
 def test_rays_count_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
