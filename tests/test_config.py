@@ -43,6 +43,10 @@ def fault(**changes: Any) -> str:
             ["prepare.labelled_fraction: 1.5; give at most 1"],
         ),
         ({"align": {"beta": 0}}, ["align.beta: 0; give a number above 0"]),
+        ({"weigh": {"top_fraction": 0}}, ["weigh.top_fraction: 0; give a number above 0"]),
+        ({"seed": -1}, ["seed: -1; give 0 or more"]),
+        ({"fit": {"seeds": [0, -1]}}, ["fit.seeds.1: -1; give 0 or more"]),
+        ({"compare": {"seeds": [2**32]}}, ["compare.seeds.0: 4294967296; give "]),
         (
             {"align": {"label_smoothing": 0.5}},
             ["align.label_smoothing: 0.5; give a number below"],

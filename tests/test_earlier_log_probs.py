@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from small_run import small_config
 from tiny import save_tiny
 from torch import Tensor
 
-from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.config import AlignConfig, Config, ModelConfig
 from cwpo_dist.config.load import parse_config
 from cwpo_dist.execution.side_by_side import Job, _can_start
 from cwpo_dist.graph import STAGES, graph
 from cwpo_dist.lm.rows import Row, RowBatch
 from cwpo_dist.pairs.records import LOG_PROB_SCHEMA, LogProb, read_rows
+from cwpo_dist.placement import Machine
 from cwpo_dist.planning.plan import plan
-from cwpo_dist.runs import scored_by
+from cwpo_dist.runs import same_model, scored_by
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
+from cwpo_dist.runs.same_model import precision
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
@@ -233,6 +236,39 @@ def test_a_policy_that_is_to_be_trained_has_computed_nothing(
     other.create_json(reference.SAME.file, reference.SAME.who(context, node))
     (file,) = reference.SAME.earlier(context, node).files
     assert (file.store.uri, file.first) == (other.uri, "a")
+
+
+def test_what_was_begun_in_another_precision_is_copied_by_nobody(
+    tmp_path: Path, computed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first command has GPUs and is killed; the second one has none, and the same key."""
+    write(tmp_path, 0, 6)
+    config, on_gpus = growing(tmp_path), growing(tmp_path, reference__gpus_per_actor=1)
+    context = Context(Store(config.output_dir))
+    node, begun = node_of(config, "reference"), node_of(on_gpus, "reference")
+    assert node.key == begun.key
+    nothing: Any = None
+    reference.SAME.only_new(context, begun, nothing, nothing)
+    assert "begun in another precision" not in caplog.text
+    made(config)
+    assert "begun in another precision" in caplog.text
+    for each in (growing(tmp_path, seed=7), growing(tmp_path, seed=7, reference__gpus_per_actor=1)):
+        assert reference.SAME.earlier(context, node_of(each, "reference")).files == ()
+    counts, _ = made(growing(tmp_path, seed=7))
+    assert counts["reused"] == 0
+    again, _ = made(growing(tmp_path, seed=8))
+    assert again["reused"] > 0, "of the one that is whole"
+
+
+def test_workers_that_share_a_model_compute_as_the_cluster_lets_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, here = ModelConfig(model_name_or_path="m"), Machine(2.0, 0.0)
+    monkeypatch.setattr(same_model, "this_machine", lambda: here)
+    assert precision(model, AlignConfig()) == "float32"
+    monkeypatch.setattr(same_model, "this_machine", lambda: replace(here, gpus=1.0))
+    assert precision(model, AlignConfig()) == "bfloat16"
+    assert precision(model, AlignConfig(use_gpu=False)) == "float32"
 
 
 def node_of(config: Config, role: str) -> Node:

@@ -25,6 +25,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]  # as torch and Arrow hold them
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as all generators of torch and NumPy take them
+
+
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from cwpo_dist.config.base import Fraction, Place, PositiveFloat, PositiveInt, Section, Split
+from cwpo_dist.config.base import (
+    Fraction,
+    Place,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    Split,
+)
 from cwpo_dist.config.data import PrepareConfig
 from cwpo_dist.config.models import ModelConfig
 from cwpo_dist.config.pairwise import AlignConfig, FitConfig
@@ -51,7 +59,7 @@ class WeighConfig(Section):
         description="best_worst: of each prompt only the pair whose scores lie furthest apart, "
         "which with prepare.pairing: all is the best answer against the worst; given: every pair",
     )
-    top_fraction: Fraction | None = Field(
+    top_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         None, description="keep the most confident share of pairs; null: the arm's"
     )
     min_confidence: Fraction | None = Field(
@@ -91,7 +99,7 @@ class AskTrials(Section):
 class CompareConfig(Section):
     """What `cwpo compare` runs, each trial once a seed."""
 
-    seeds: list[int] = Field(
+    seeds: list[Seed] = Field(
         [0, 1, 2], min_length=1, description="each takes the place of `seed`, in every trial"
     )
     grids: list[Grid] = Field(
@@ -133,7 +141,7 @@ class Config(Section):
     output_dir: Place = Field(
         description="the run directory, a path or URI; a later run adds to it"
     )
-    seed: int = Field(
+    seed: Seed = Field(
         0, description="of splits, flipped labels, adapters, the order of training, sampled answers"
     )
     arms: list[str] = Field(

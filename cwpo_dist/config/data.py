@@ -122,7 +122,9 @@ class PrepareConfig(Section):
         "`into: test`, which is the test part",
     )
     flipped_labels: Fraction = Field(
-        0.0, description="share of training labels turned round, for experiments with poisoned ones"
+        0.0,
+        description="share of training labels turned round, with their votes, for experiments with "
+        "poisoned ones",
     )
     ties: Literal["unlabelled", "labelled"] = Field(
         "unlabelled",
@@ -157,6 +159,8 @@ class PrepareConfig(Section):
         settings = super().identity()
         if not self.flipped_labels:
             del settings["flipped_labels"]
+        else:
+            settings["flipped_with"] = "votes"  # before they were turned, too, keys had no word
         if self.pairing == "given":
             del settings["pairing"]
         return settings

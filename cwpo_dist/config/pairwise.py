@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from cwpo_dist.config.base import Epochs, PositiveFloat, PositiveInt
+from cwpo_dist.config.base import Epochs, PositiveFloat, PositiveInt, Seed
 from cwpo_dist.config.models import LoraConfig
 from cwpo_dist.config.training import (
     Adapters,
@@ -51,7 +51,7 @@ class FitConfig(PairsConfig):
         description="hard: of each pair its label; votes: pairs that were voted on are learned "
         "as the share of votes, soft Bradley–Terry",
     )
-    seeds: list[int] | None = Field(
+    seeds: list[Seed] | None = Field(
         None, min_length=1, description="an ensemble, one annotator a seed; null: the run's seed"
     )
     heads: PositiveInt = Field(

@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,7 +47,7 @@ class Shards:
         kept: settled type of each kept column.
         rows_per_shard: pairs of a shard, at most; see `cuts`.
         first: number of each bucket's first shard.
-        flipped: share of the training pairs' labels to turn round.
+        flipped: share of the training pairs' labels to turn round, with the votes behind them.
         seed: which labels these are.
         learn_ties: whether pairs that people found equal may be in the labelled part.
     """
@@ -280,7 +281,7 @@ def _as_pairs(rows: pa.Table, shards: Shards) -> pa.Table:
         for name, kind in shards.kept.items():
             columns[name] = [kept_columns.spell(value.get(name), kind) for value in values]
     if shards.flipped:
-        columns["label"] = turned_labels(columns, shards)
+        columns |= turned(columns, shards)
     kept = kept_columns.kept_schema(shards.kept)
     schema = pa.schema([*whole_schema(shards.kind), *IDS, *kept])
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
@@ -294,16 +295,25 @@ def _splits(rows: pa.Table, learn_ties: bool) -> list[Split]:
     ]
 
 
-def turned_labels(columns: Mapping[str, pa.ChunkedArray], shards: Shards) -> pa.Array:
-    """Labels of training pairs, a share of them turned round; held-out ones stay true."""
+def turned(columns: Mapping[str, pa.ChunkedArray], shards: Shards) -> dict[str, Any]:
+    """Labels of training pairs, a share of them turned round with their votes, and the votes.
+
+    Held-out ones stay true.
+    """
     rows = zip(*(columns[name].to_pylist() for name in ("pair_id", "split", "label")), strict=True)
-    return pa.array(
+    round_ = pa.array(
         [
-            OTHER[label] if label and split in TRAINING and _is_turned(shards, pair_id) else label
+            label is not None and split in TRAINING and _is_turned(shards, pair_id)
             for pair_id, split, label in rows
-        ],
-        pa.string(),
+        ]
     )
+    label, for_a, for_b = (columns[name] for name in ("label", "votes_a", "votes_b"))
+    other = pc.if_else(pc.equal(label, "a"), OTHER["a"], OTHER["b"])
+    return {
+        "label": pc.if_else(round_, other, label),
+        "votes_a": pc.if_else(round_, for_b, for_a),
+        "votes_b": pc.if_else(round_, for_a, for_b),
+    }
 
 
 def _is_turned(shards: Shards, pair_id: str) -> bool:

@@ -7,6 +7,7 @@ that model is copied.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import ray
+
 from cwpo_dist.config import ModelConfig, TrainingConfig
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.splits import Fold
+from cwpo_dist.placement import alive_machines, gpus, this_machine, uses_gpu
 from cwpo_dist.runs.context import Context
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.scored_by import Placed
@@ -25,6 +29,8 @@ from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.earlier_scores import EarlierScores, NewAnswersWorker, ranged_files
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.storage import Store
+
+logger = logging.getLogger(__name__)
 
 _READ_AT_ONCE = 32
 
@@ -56,12 +62,28 @@ class SameModel:
             job: all of it.
             answers: that it reads.
         """
-        context.place(node).create_json(self.file, self.who(context, node))
+        self._say(context.place(node), self.who(context, node))
         earlier = self.earlier(context, node)
         if not earlier.files:
             return job
         worker = partial(NewAnswersWorker, earlier, answers, job.make_worker)
         return replace(job, make_worker=worker)
+
+    def _say(self, place: Store, who: str) -> None:
+        """Writes down whose numbers an output has; one that was begun by another one has both's."""
+        if place.create_json(self.file, who) or place.read_json(self.file) == who:
+            return
+        place.create_json(self._mixed, who)
+        logger.warning(
+            "%s: begun in another precision (on other devices), with other weights or by another "
+            "version of cwpo_dist; to have all numbers of one kind, remove it and run again",
+            place.uri,
+        )
+
+    @property
+    def _mixed(self) -> str:
+        """The file of an output that has numbers of two models, and that nobody copies from."""
+        return f"mixed.{self.file}"
 
     def less_earlier(
         self,
@@ -117,6 +139,7 @@ class SameModel:
         names = [name.split("/") for name in stage.names()]
         files = Counter(key for key, *below in names if below[:1] == [self.folder])
         say = {key for key, *below in names if below == [self.file]} - {node.key}
+        say -= {key for key, *below in names if below == [self._mixed]}
         keys = sorted(files.keys() & say, key=lambda key: (-files[key], key))
         if not keys:
             return []
@@ -168,13 +191,14 @@ def share_in(
 
 
 def precision(model: ModelConfig, place: Placed) -> str:
-    """What a model computes in where `place` puts it, as far as that is known before it is there.
+    """What a model computes in where `place` puts it, in the cluster as it is.
 
     `auto` is bf16 on GPUs and fp32 elsewhere, and no policy says the same in both.
     """
     if model.torch_dtype != "auto":
         return model.torch_dtype
     if isinstance(place, TrainingConfig):
-        return {True: "bfloat16", False: "float32", "auto": "auto"}[place.use_gpu]
+        machines = alive_machines() if ray.is_initialized() else [this_machine()]
+        return "bfloat16" if uses_gpu(place, gpus(machines)) else "float32"
     kinds = {"bfloat16" if pool.gpus_per_actor else "float32" for pool in place.actor_pools()}
     return " and ".join(sorted(kinds))
