@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -47,11 +47,12 @@ def started_head(answers: Callable[[str], bool]) -> Iterator[str]:
     deadline = time.monotonic() + START_S
     while True:
         folder = Path(tempfile.mkdtemp(prefix="cwpo-head-"))
-        gcs, dashboard, agent = free_ports(3)
+        gcs, dashboard, agent, client = free_ports(4)
         url = f"http://127.0.0.1:{dashboard}"
-        process = _started(folder, gcs, dashboard, agent)
+        process = _started(folder, gcs, dashboard, agent, client)
         try:
-            if _comes_up(process, partial(_ready, folder, agent, url, answers), deadline):
+            ready = partial(_ready, folder, (agent, client), url, answers)
+            if _comes_up(process, ready, deadline):
                 yield url
                 assert process.poll() is None, f"it ended by itself:\n{_last_words(folder)}"
                 return
@@ -61,11 +62,14 @@ def started_head(answers: Callable[[str], bool]) -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _started(folder: Path, gcs: int, dashboard: int, agent: int) -> subprocess.Popen[bytes]:
+def _started(
+    folder: Path, gcs: int, dashboard: int, agent: int, client: int
+) -> subprocess.Popen[bytes]:
     arguments = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
     arguments += ["--num-cpus=2", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
     arguments += ["--object-store-memory=200000000", "--disable-usage-stats"]
-    arguments += [f"--dashboard-agent-listen-port={agent}"]
+    # Nobody needs a server of Ray's clients; where it does not come up the head ends with it.
+    arguments += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     # Without this checkout on its path: jobs must bring the package along.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {f"RAY_{name}": str(value) for name, value in PATIENT.items()}
@@ -84,10 +88,10 @@ def _comes_up(process: subprocess.Popen[bytes], ready: Callable[[], bool], deadl
     return False
 
 
-def _ready(folder: Path, agent: int, url: str, answers: Callable[[str], bool]) -> bool:
-    """Its job server and agent answer before its raylet is past those 15 s, which Ray says."""
+def _ready(folder: Path, ports: Sequence[int], url: str, answers: Callable[[str], bool]) -> bool:
+    """Its job server answers before its raylet is past those 15 s, which Ray says, and the rest."""
     started = _STARTED in (folder / _LOG).read_bytes()
-    return started and _listens(agent) and answers(url)
+    return started and all(map(_listens, ports)) and answers(url)
 
 
 def _listens(port: int) -> bool:
