@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,6 +88,7 @@ RUNS: dict[str, Callable[[Any], bool]] = {
     IN_NAMESPACES: lambda found: all(0.8 < of["ratio_to_gloo"] < 1.3 for of in found["cases"]),
 }
 OF_PEOPLE = {"asking.py", "heads.py", "proportional.py"}  # they read human preferences
+BUSY = "The current node timed out during startup"  # Ray gives its own node 30 s, and no more
 NOT_RUN: dict[str, str] = {}
 
 
@@ -121,7 +123,8 @@ def test_a_benchmark_runs_and_its_figures_hold(
         pytest.skip("this user may make no network namespaces")
     script, *arguments = command.format(model=model).split()
     data = str(request.getfixturevalue("some_data")) if script in OF_PEOPLE else ""
-    done = subprocess.run(
+    run = partial(
+        subprocess.run,
         [sys.executable, BENCHMARKS / script, *arguments],
         env={**os.environ, "CWPO_DATA": data},
         cwd=tmp_path,
@@ -130,6 +133,9 @@ def test_a_benchmark_runs_and_its_figures_hold(
         timeout=1500,
         check=False,
     )
+    done = run()
+    if done.returncode and BUSY in done.stderr:
+        done = run()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = figures(done.stdout)
     assert RUNS[command](found), found
