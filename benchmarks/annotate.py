@@ -60,7 +60,7 @@ from cwpo_dist.scoring.retries import Input, ShardOutput
 from cwpo_dist.scoring.scorers import RewardWorker
 from cwpo_dist.storage import Store
 
-SMALL, LARGE = 20_000, 1_000_000  # rows of the scale part
+LARGER = 50  # times as many rows, of the scale part's two sizes
 ROWS_PER_SHARD = 1024
 WORDS = "the of and to in is you that it he was for on are as with"
 
@@ -242,10 +242,10 @@ def synthetic_pairs(store: Store, rows: int) -> int:
     return shards
 
 
-def scale_part(scratch: Path) -> dict[str, Any]:
+def scale_part(scratch: Path, most: int) -> dict[str, Any]:
     """Microseconds a row and peak memory at both sizes."""
     figures: dict[str, Any] = {}
-    for name, rows in (("small", SMALL), ("large", LARGE)):
+    for name, rows in (("small", most // LARGER), ("large", most)):
         pairs = Store(str(scratch / f"{name}-pairs"))
         shards = synthetic_pairs(pairs, rows)
         notes = scratch / f"{name}-length-notes"
@@ -280,6 +280,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="of one forward pass")] = 2048,
     repeats: Annotated[int, typer.Option(help="of the forward part")] = 3,
     rounds: Annotated[int, typer.Option(help="of the pipeline part")] = 5,
+    rows: Annotated[int, typer.Option(help="of the scale part, at most")] = 1_000_000,
 ) -> None:
     """Measures and prints; see the head of this file for what is compared with what."""
     torch.set_num_threads(1)
@@ -310,7 +311,7 @@ def main(
             )  # 20: a tail of one is 5 %
             figures |= pipeline_part(store, shards, annotator, max_tokens, rounds, scratch)
         if part in {"scale", "all"}:
-            figures |= scale_part(scratch)
+            figures |= scale_part(scratch, rows)
     print(json.dumps(figures))
 
 

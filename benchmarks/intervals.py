@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,6 @@ from cwpo_dist.evaluation.prediction_powered import powered
 from cwpo_dist.evaluation.stopping import LEVEL, looks, lost
 from cwpo_dist.weighting import Floats, sigmoid
 
-DRAWS = 2000
 ITEMS = 1000
 HARDNESS = 1.5  # the standard deviation of a prompt's log-odds of a win
 PER_PROMPT = 4  # items that share a prompt, where some do: as many seeds
@@ -90,8 +90,8 @@ class Covered:
     width: float
 
 
-def covered(case: Judged) -> Covered:
-    """Draws `DRAWS` times `ITEMS` items, of which some are judged by lot."""
+def covered(draws: int, case: Judged) -> Covered:
+    """Draws so often `ITEMS` items, of which some are judged by lot."""
     rng = np.random.default_rng([case.judged, int(100 * case.rate), case.per_prompt])
     # σ(c + HARDNESS·z) has the wanted mean: found on a grid of z once.
     z = np.random.default_rng(0).normal(0, HARDNESS, 200_000)
@@ -102,7 +102,7 @@ def covered(case: Judged) -> Covered:
     truth = float(sigmoid(ends[0] + z).mean())
     prompts = np.arange(ITEMS) // case.per_prompt
     rows = []
-    for _ in range(DRAWS):
+    for _ in range(draws):
         hardness = rng.normal(0, HARDNESS, ITEMS // case.per_prompt)[prompts]
         won = (rng.random(ITEMS) < sigmoid(ends[0] + hardness)).astype(float)
         said = np.where(rng.random(ITEMS) < case.agrees, won, 1 - won)
@@ -171,10 +171,10 @@ BLOCKS, BLOCK = 20, 10  # 200 items of a seed; what tens of them have in common 
 SPREAD = 0.036  # of a seed's difference beside that of its items; HH has so much in all
 
 
-def stopped(case: Race) -> Stopped:
-    """Draws `DRAWS` races."""
+def stopped(draws: int, case: Race) -> Stopped:
+    """Draws so many races."""
     rng = np.random.default_rng([case.seeds, int(case.worse), case.tails == "heavy"])
-    rows = [_race(case, rng) for _ in range(DRAWS)]
+    rows = [_race(case, rng) for _ in range(draws)]
     return Stopped(*np.mean(rows, axis=0).tolist())
 
 
@@ -318,20 +318,24 @@ def draw(judged: list[dict[str, Any]], races: list[dict[str, Any]], place: Path)
     chart.savefig(place, metadata={"Date": None})
 
 
-def main(plot: Annotated[Path | None, typer.Option(help="an SVG file")] = None) -> None:
+def main(
+    plot: Annotated[Path | None, typer.Option(help="an SVG file")] = None,
+    draws: Annotated[int, typer.Option(help="of each case")] = 2000,
+) -> None:
     """Simulates all, and prints it."""
     sizes, rates, agreements = (50, 100, 200), (0.5, 0.7, 0.9), (0.5, 0.7, 0.9)
     cases = [Judged(*each) for each in product(sizes, rates, agreements, (1, PER_PROMPT))]
     races = [Race(*each) for each in product((5, 8, 10), (0.0, 5.0, 10.0, 15.0, 20.0), ("normal",))]
     races += [Race(seeds, 0.0, "heavy") for seeds in (5, 8, 10)]
     pairs = product((100, 500), (0.7,), agreements, (1, PER_PROMPT), (0.0, 0.3))
-    judged, raced = _all(covered, cases), _all(stopped, races)
-    accuracies = _all(covered, [Labelled(*each) for each in pairs])
+    cover = partial(covered, draws)
+    judged, raced = _all(cover, cases), _all(partial(stopped, draws), races)
+    accuracies = _all(cover, [Labelled(*each) for each in pairs])
     if plot is not None:
         draw(judged, raced, plot)
     for row in [*judged, *accuracies, *raced]:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-    print(json.dumps({"draws": DRAWS, "judged": judged, "accuracies": accuracies, "races": raced}))
+    print(json.dumps({"draws": draws, "judged": judged, "accuracies": accuracies, "races": raced}))
 
 
 if __name__ == "__main__":
