@@ -19,11 +19,11 @@ from cwpo_dist.pairs.counted_rows import CountedRows, sizes
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, begun, read
-from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
+from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, past_fault
 from cwpo_dist.pairs.row_forms import ListCounts, parse_raw
 from cwpo_dist.pairs.sampled_pairs import Sample
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import SplitRule, drawn
+from cwpo_dist.pairs.splits import LEAKED, SplitRule, drawn
 from cwpo_dist.pairs.unread import Tree, Unread, columnar, tree
 
 LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
@@ -39,6 +39,7 @@ class Census:
         prompts: different prompts that stand in pairs of each split.
         answers: different answers that do.
         rejects: rows that will be set aside.
+        rows_in: rows that there are: a list, or a response in a row of its own, is one.
         exact: True when everything was read; else the counts are scaled up by file size.
         sample: pairs drawn evenly from what was read.
         own: pairs by split that can be weighed by numbers of their own, by the kinds of them that
@@ -61,6 +62,7 @@ class Census:
         of_lists: why responses of those that were read are set aside.
         sampled_ids: of some answers of each split's pairs; where it has none, of those in no pair.
         begun: whether something of every source was read.
+        made: whether `prepare` is done, and these are its counts.
     """
 
     splits: Mapping[str, int]
@@ -89,6 +91,8 @@ class Census:
     of_lists: Tally = field(default_factory=Tally)
     sampled_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
     begun: bool = True
+    rows_in: int = 0
+    made: bool = False
 
     def sentences(self) -> Iterator[str]:
         """How rows are read, what of them is not, and why some are set aside, for people."""
@@ -110,14 +114,21 @@ class Census:
         if self.ties:
             yield f"{self.ties:,} pairs{of} are ties, kept without a label"
 
-    @property
-    def rows(self) -> int:
-        """Pairs, copies of pairs, and what is set aside: all of them, a list as its pairs.
+    def row_fault(self, most: float) -> str | None:
+        """Why `prepare` would stop for rows that are set aside, as it asks once and again.
 
-        Responses in rows of their own count as they are, and not as the pairs made of them.
+        Of rows, as they are read; then, with those that are in two splits, of rows where a list is
+        its pairs. None where it would not, as far as can be told.
+
+        Args:
+            most: `max_reject_fraction`.
         """
-        pairs = sum(self.splits.values()) - self.alone.pairs + self.alone.rows
-        return pairs + self.merged + self.rejects
+        if self.made or not self.exact:
+            return None
+        read, made = self.tally.without(LEAKED.values()), self.lists.rows_of(self.rows_in)
+        asked = past_fault(most, read, self.rows_in, made - read.reasons.total())
+        left = sum(self.splits.values()) + sum(self.answers_alone.values())
+        return asked or past_fault(most, self.tally, made, left)
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
@@ -219,6 +230,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         of_lists=found.of_lists,
         sampled_ids=found.sampled_ids(),
         begun=reading.begun == len(pieces),
+        rows_in=round(reading.rows * reading.scale),
     )
 
 

@@ -205,6 +205,8 @@ def _as_made(run: Config, counted: Census) -> Census:
         prompts_alone=made.get("prompts_alone", {}),
         exact=True,
         begun=True,
+        rows_in=made["rows_in"],
+        made=True,
     )
 
 

@@ -70,13 +70,10 @@ def _beta_faults(config: Config, counted: Census) -> Iterator[str]:
 
 def _set_aside(counted: Census, most: float) -> Iterator[str]:
     """Rows, responses in lists or files that are bad, of which more than this share are."""
-    if counted.exact and counted.rejects > most * counted.rows:
-        yield (
-            f"prepare.max_reject_fraction: {counted.rejects:,} of {counted.rows:,} rows are set "
-            f"aside: more than {most:g} of them. Fix them (`cwpo prepare` "
-            "writes each with its reason to rejects/), or raise it. Most frequent:\n"
-            + "\n".join(counted.tally.lines())
-        )
+    if counted.made:  # and the share is not asked for again
+        return
+    if fault := counted.row_fault(most):
+        yield f"{fault}\n  fix them (`cwpo prepare` writes each to rejects/), or raise the fraction"
     reasons = counted.of_lists.lines()
     if counted.exact and (fault := counted.lists.fault(most, reasons)):
         yield fault
