@@ -92,7 +92,8 @@ def test_plan_counts_what_prepare_makes_of_lists(tmp_path: Path, seed: int) -> N
     assert dict(found.of_lists.reasons) == of_lists["set_aside"]
     assert found.lists.set_aside == sum(of_lists["set_aside"].values()) > 0
     assert found.merged == made["merged_duplicates"] > 0
-    assert found.rows == made["rows_in"] - of_lists["rows"] + of_lists["pairs"]
+    assert found.rows_in == made["rows_in"], "of which the rejects are a share, for both"
+    assert found.lists.rows_of(found.rows_in) == found.pairs(*SPLITS) + found.merged + found.rejects
     assert dict(found.tally.reasons) == made["rejects"]
     assert_same_by_split(found, made)
     assert {k: sum(n.values()) for k, n in found.own.items()} == made["numbers"]
@@ -121,7 +122,7 @@ def test_plan_counts_what_prepare_makes(tmp_path: Path, seed: int) -> None:
     found = census(given, seed)
     assert found.exact
     assert found.merged == made["merged_duplicates"] > 0
-    assert found.rows == made["rows_in"], "of which the rejects are a share, for both"
+    assert found.rows_in == made["rows_in"], "of which the rejects are a share, for both"
     assert_same_by_split(found, made)
     assert dict(found.tally.reasons) == made["rejects"]
     assert found.rejects == sum(made["rejects"].values()) > 0

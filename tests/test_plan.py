@@ -62,7 +62,7 @@ def test_plan_has_the_runs_own_counts_once_they_are_there(tmp_path: Path) -> Non
     node = prepare_node(config)
     splits = {"labelled": 70, "unlabelled": 110, "validation": 0, "test": 50}
     counts = {"splits": splits, "labelled": splits, "merged_duplicates": 3, "ties": 1}
-    counts |= {"rejects": {"empty answer": 2}, "not_read": {}}
+    counts |= {"rejects": {"empty answer": 2}, "not_read": {}, "rows_in": 235}
     counts["prompts"] = {"labelled": 7, "unlabelled": 11, "validation": 0, "test": 5}
     counts["answers"] = {"labelled": 30, "unlabelled": 44, "validation": 0, "test": 25}
     Store(config.output_dir).child(*node.path.split("/")).create_json(MANIFEST, {"counts": counts})
@@ -80,7 +80,7 @@ def test_plan_refuses_what_prepare_would(tmp_path: Path) -> None:
     source = Path(config["prepare"]["sources"][0]["path"])
     rows = source.read_text().splitlines()
     source.write_text("\n".join([*rows, *['{"prompt": "p", "chosen": ""}'] * len(rows)]))
-    with pytest.raises(ConfigError, match=r"max_reject_fraction: 96 of 192 rows are") as refused:
+    with pytest.raises(ConfigError, match=r"96 of 192 rows \(50\.0%\) were set aside") as refused:
         plan(parse_config(config))
     assert "96 × missing field: response_a: name the column" in str(refused.value)
 

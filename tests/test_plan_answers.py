@@ -76,6 +76,18 @@ def test_an_answer_of_many_pairs_goes_through_a_model_once(tmp_path: Path) -> No
     assert int(found["fit"].work.split()[0]) % 6 == 0
 
 
+def test_an_answer_is_sampled_for_a_prompt_and_not_for_each_of_its_pairs(tmp_path: Path) -> None:
+    config = given(tmp_path, evaluate__num_prompts=50)
+    counted = census(config.prepare, config.seed)
+    prompts = counted.prompts_of("test")
+    assert 0 < 6 * prompts == counted.pairs("test") < 50
+    generate = stages(config)["generate (answers_aligned)"]
+    assert generate.work == f"{prompts} prompts, at most 8 new tokens each"
+    assert generate.tokens == 8 * prompts
+    few = stages(given(tmp_path, evaluate__num_prompts=1))["generate (answers_aligned)"]
+    assert few.tokens == 8, "no more than are asked for"
+
+
 def test_pairs_of_a_prompt_that_meet_in_a_batch_are_computed_together(tmp_path: Path) -> None:
     config = given(tmp_path)
     told = given(tmp_path, fit__batch_by="prompt", align__batch_by="prompt")

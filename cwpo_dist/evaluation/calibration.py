@@ -146,7 +146,9 @@ def fit_temperature(
     groups = group_numbers(prompts, len(margins))
     if not len(margins):
         raise CalibrationError(
-            "no pair has both a human label and a score; raise prepare.validation_fraction"
+            "no pair of the split that a temperature is fitted on has both a human label and a "
+            "score; give a source of labelled pairs with into: validation, or take "
+            "weigh.temperature: null"
         )
     beta = _inverse_temperature(margins, chosen)
     error = _log_error(beta, margins, chosen, groups)
@@ -213,7 +215,8 @@ def _inverse_temperature(margin: Floats, people: Floats) -> float:
         if high > largest:
             raise CalibrationError(
                 f"the annotator agrees with people on all of {len(margin)} pairs: the likelihood "
-                "grows without end; raise prepare.validation_fraction"
+                "grows without end; raise prepare.validation_fraction, or give a source of more "
+                "labelled pairs with into: validation"
             )
     for _ in range(HALVINGS):
         middle = (low + high) / 2

@@ -136,7 +136,11 @@ def _tried(
     for (trial, rate), run in runs.items():
         accuracy, pairs[trial] = _agreement(run, trial.arm)
         if accuracy is None:
-            raise ConfigError("compare.learning_rates: validation has no labelled pair that fits")
+            raise ConfigError(
+                "compare.learning_rates: no pair of split 'validation' has a human label and fits "
+                "policy.max_length; give a source of labelled pairs with into: validation, or one "
+                "rate"
+            )
         tried[trial][rate] = accuracy
     return tried, pairs
 

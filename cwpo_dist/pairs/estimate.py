@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import numbers
-from cwpo_dist.pairs.alone import AloneCounts, Answer, Comparing, comparing, decided
+from cwpo_dist.pairs.alone import AloneCounts, comparing
 from cwpo_dist.pairs.counted_rows import CountedRows, sizes
-from cwpo_dist.pairs.pairing import pair_with
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, begun, read
-from cwpo_dist.pairs.records import prompt_of
-from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
+from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, past_fault
 from cwpo_dist.pairs.row_forms import ListCounts, parse_raw
+from cwpo_dist.pairs.sampled_pairs import Sample
 from cwpo_dist.pairs.sources import plan
-from cwpo_dist.pairs.splits import Drawn, SplitRule, drawn
+from cwpo_dist.pairs.splits import LEAKED, SplitRule, drawn
 from cwpo_dist.pairs.unread import Tree, Unread, columnar, tree
 
 LOOKED_AT = 10_000  # rows of a columnar file, for what of them nothing reads
@@ -41,6 +39,7 @@ class Census:
         prompts: different prompts that stand in pairs of each split.
         answers: different answers that do.
         rejects: rows that will be set aside.
+        rows_in: rows that there are: a list, or a response in a row of its own, is one.
         exact: True when everything was read; else the counts are scaled up by file size.
         sample: pairs drawn evenly from what was read.
         own: pairs by split that can be weighed by numbers of their own, by the kinds of them that
@@ -62,6 +61,8 @@ class Census:
         lists: what becomes of rows that hold lists of responses.
         of_lists: why responses of those that were read are set aside.
         sampled_ids: of some answers of each split's pairs; where it has none, of those in no pair.
+        begun: whether something of every source was read.
+        made: whether `prepare` is done, and these are its counts.
     """
 
     splits: Mapping[str, int]
@@ -89,6 +90,9 @@ class Census:
     lists: ListCounts = field(default_factory=ListCounts)
     of_lists: Tally = field(default_factory=Tally)
     sampled_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    begun: bool = True
+    rows_in: int = 0
+    made: bool = False
 
     def sentences(self) -> Iterator[str]:
         """How rows are read, what of them is not, and why some are set aside, for people."""
@@ -110,14 +114,21 @@ class Census:
         if self.ties:
             yield f"{self.ties:,} pairs{of} are ties, kept without a label"
 
-    @property
-    def rows(self) -> int:
-        """Pairs, copies of pairs, and what is set aside: all of them, a list as its pairs.
+    def row_fault(self, most: float) -> str | None:
+        """Why `prepare` would stop for rows that are set aside, as it asks once and again.
 
-        Responses in rows of their own count as they are, and not as the pairs made of them.
+        Of rows, as they are read; then, with those that are in two splits, of rows where a list is
+        its pairs. None where it would not, as far as can be told.
+
+        Args:
+            most: `max_reject_fraction`.
         """
-        pairs = sum(self.splits.values()) - self.alone.pairs + self.alone.rows
-        return pairs + self.merged + self.rejects
+        if self.made or not self.exact:
+            return None
+        read, made = self.tally.without(LEAKED.values()), self.lists.rows_of(self.rows_in)
+        asked = past_fault(most, read, self.rows_in, made - read.reasons.total())
+        left = sum(self.splits.values()) + sum(self.answers_alone.values())
+        return asked or past_fault(most, self.tally, made, left)
 
     def pairs(self, *splits: str) -> int:
         """Pairs in these splits."""
@@ -126,6 +137,14 @@ class Census:
     def labelled_pairs(self, *splits: str) -> int:
         """Pairs in these splits that carry a human's label."""
         return sum(self.labelled.get(split, 0) for split in splits)
+
+    def lacks(self, *splits: str) -> bool:
+        """Whether these splits have no pair, as far as can be told: no source is yet to be read."""
+        return self.begun and not self.pairs(*splits)
+
+    def lacks_labels(self, *splits: str) -> bool:
+        """Whether none of their pairs has a human's label, as far as can be told."""
+        return self.begun and not self.labelled_pairs(*splits)
 
     def prompts_of(self, *splits: str) -> int:
         """Different prompts in pairs of these splits; one in two of them counts twice."""
@@ -161,7 +180,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
     rule = SplitRule(
         seed, config.labelled_fraction, config.validation_fraction, config.test_fraction
     )
-    found, tally, sampled = CountedRows(), Tally(), _Sample(sample, seed)
+    found, tally, sampled = CountedRows(), Tally(), Sample(sample, seed)
     planned = plan(config)
     pieces = planned.pieces
     reading = _Reading(pieces, seconds)
@@ -210,6 +229,8 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         lists=found.lists.scaled(reading.scale),
         of_lists=found.of_lists,
         sampled_ids=found.sampled_ids(),
+        begun=reading.begun == len(pieces),
+        rows_in=round(reading.rows * reading.scale),
     )
 
 
@@ -225,62 +246,6 @@ def _kinds(pieces: Iterable[Piece]) -> list[numbers.Own]:
     return [own for own in numbers.COLUMNS if own in there]
 
 
-class _Sample:
-    """Pairs drawn evenly from what was read, and those that responses in rows of their own make."""
-
-    def __init__(self, most: int, seed: int) -> None:
-        self._most, self._random = most, random.Random(seed)
-        self._pairs = list[ParsedPair]()
-        self._of_prompts = _OfPrompts(most)
-
-    def add(self, parsed: ParsedPair, place: Drawn, seen: int) -> None:
-        """Reservoir sampling: after any number of pairs, each was drawn with the same chance."""
-        if place.alone:
-            self._of_prompts.add(place.answer_a, parsed)
-        elif len(self._pairs) < self._most:
-            self._pairs.append(parsed)
-        elif (at := self._random.randrange(seen)) < self._most:
-            self._pairs[at] = parsed
-
-    def pairs(self, how: Comparing | None) -> tuple[ParsedPair, ...]:
-        """All of them, at most twice as many as were asked for."""
-        return (*self._pairs, *self._of_prompts.pairs(how))[: 2 * self._most]
-
-
-class _OfPrompts:
-    """Responses in rows of their own, with their texts, to a few prompts: those of the least ids.
-
-    Ids are hashes, so that these prompts are drawn evenly, and all of their responses are there.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._found: dict[str, dict[str, ParsedPair]] = {}
-
-    def add(self, answer: str, alone: ParsedPair) -> None:
-        """Adds one, by its id, if its prompt is among the least."""
-        prompt = prompt_of(answer)
-        if prompt not in self._found and len(self._found) == self._most:
-            greatest = max(self._found)
-            if prompt > greatest:
-                return
-            del self._found[greatest]
-        self._found.setdefault(prompt, {})[answer] = alone
-
-    def pairs(self, how: Comparing | None) -> Iterator[ParsedPair]:
-        """The pairs that are made of them; of what makes none each response with itself."""
-        if how is None:
-            return
-        for prompt in sorted(self._found):
-            rows = sorted(self._found[prompt].items())
-            answers = [Answer(i, row.first, row.numbers.score_first, row) for i, row in rows]
-            made = decided(answers, how.pairing, AloneCounts())
-            for better, worse in made:
-                yield pair_with(better.row, better, worse, scored=how.scored)
-            if not made:
-                yield from (row for _, row in rows)
-
-
 class _Reading:
     """The rows of all pieces, each with its piece's number, until time is up; `scale` then."""
 
@@ -290,6 +255,7 @@ class _Reading:
         self.deadline = time.monotonic() + seconds
         self.complete = True
         self.rows = self.rows_done = self.size_done = 0  # done: of parts whose share is known
+        self.begun = 0  # pieces
 
     def __iter__(self) -> Iterator[tuple[int, RawRow]]:
         for number, piece in enumerate(self.pieces):
@@ -307,9 +273,11 @@ class _Reading:
                     self.rows += 1
                     if raw.fault is Reason.DAMAGED:
                         self.damaged[str(part)] = raw.as_text()
+                    self.begun = number + 1
                     yield number, raw
                 if left != 0:
                     self._note(part.size, self.rows - before)
+            self.begun = number + 1
 
     def _note(self, size: int, rows: int) -> None:
         """Bytes that were read and the rows in them."""

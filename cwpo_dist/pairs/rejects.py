@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -188,6 +188,11 @@ class Tally:
             for value, count in values.items():
                 seen[value if value in seen or len(seen) < MOST_FOUND else OTHERS] += count
 
+    def without(self, reasons: Collection[str]) -> Tally:
+        """The same but for some reasons."""
+        counts = {reason: n for reason, n in self.reasons.items() if reason not in reasons}
+        return Tally.of(counts, {reason: self.found.get(reason, {}) for reason in counts})
+
     def lines(self, most: int = 3) -> list[str]:
         """The most frequent reasons: how often, what was found, what to do; and how many more."""
         lines = [self._line(reason, count) for reason, count in self.reasons.most_common(most)]
@@ -200,19 +205,33 @@ class Tally:
         return f"  {count:,} × {reason}{f' ({what})' if what else ''}: {remedy(reason)}"
 
 
+def past_fault(fraction: float, rejects: Tally, rows_in: int, left: int) -> str | None:
+    """Why so many rows that are set aside stop the stage; None where they do not.
+
+    Args:
+        fraction: `max_reject_fraction`.
+        rejects: what was set aside.
+        rows_in: of how many.
+        left: what there is to go on with.
+    """
+    rejected = rejects.reasons.total()
+    if left and rejected <= fraction * rows_in:
+        return None
+    share = f"{rejected} of {rows_in} rows ({rejected / max(rows_in, 1):.1%}) were set aside"
+    bound = f"more than prepare.max_reject_fraction={fraction:g}" if left else "no pair is left"
+    if not rejected:
+        return f"prepare: {share}, but {bound}: lists whose responses are rated alike make none"
+    return "\n".join([f"prepare: {share}, {bound}. Most frequent:", *rejects.lines()])
+
+
 def refuse_past(fraction: float, rejects: Tally, rows_in: int, pairs: int, folder: str) -> None:
     """Stops the stage when too many rows were set aside.
 
     Raises:
         RejectsError: naming the most frequent reasons with their field, what was found, and remedy.
     """
-    rejected = rejects.reasons.total()
-    if pairs and rejected <= fraction * rows_in:
-        return
-    share = f"{rejected} of {rows_in} rows ({rejected / max(rows_in, 1):.1%}) were set aside"
-    bound = f"more than prepare.max_reject_fraction={fraction:g}" if pairs else "no pair is left"
-    head = f"prepare: {share}, {bound}. Most frequent:"
-    raise RejectsError("\n".join([head, *rejects.lines(), f"  see {folder}/rejects"]))
+    if fault := past_fault(fraction, rejects, rows_in, pairs):
+        raise RejectsError(f"{fault}\n  see {folder}/rejects")
 
 
 def remedy(reason: str) -> str:

@@ -85,6 +85,10 @@ class ListCounts(Counts):
             f"their list already, {self.set_aside:,} are set aside"
         )
 
+    def rows_of(self, rows_in: int) -> int:
+        """How many rows there are, where each of these counts as its pairs."""
+        return rows_in - self.rows + self.pairs
+
     def fault(self, fraction: float, reasons: Sequence[str]) -> str | None:
         """Why so many responses that are set aside stop the stage; None where they do not."""
         if self.set_aside <= fraction * self.responses:

@@ -22,6 +22,7 @@ from cwpo_dist.placement import Machine, total
 from cwpo_dist.planning import fleet as fleet_costs
 from cwpo_dist.planning.costs import Estimate, Rates
 from cwpo_dist.planning.fleet import Fleet
+from cwpo_dist.planning.label_faults import ask_faults
 from cwpo_dist.planning.plan_faults import run_faults, until_of
 from cwpo_dist.planning.plan_notes import ask_notes, graphs, run_notes
 from cwpo_dist.planning.sampled import (
@@ -126,6 +127,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     estimates = _estimates(runs, censuses, checked, read)
     rows = shown_rows(named, checked.encoders, sample[:show])
     planned_stages = _trial_stages if found else _stages
+    _refuse_asking(given, censuses)
     notes = [
         *reading_notes(named, checked.encoders, read),
         *run_notes(config, estimates),
@@ -163,6 +165,17 @@ def _estimates(
     return estimates
 
 
+def _refuse_asking(given: Config, censuses: Mapping[str, Census]) -> None:
+    """Stops a comparison that would ask for labels and find none.
+
+    Raises:
+        ConfigError: for what it would ask for.
+    """
+    counted = censuses.get(_split(given))
+    if faults := [] if counted is None else list(ask_faults(given, counted)):
+        raise ConfigError("\n".join(faults))
+
+
 def _censuses(runs: Sequence[Config]) -> dict[str, Census]:
     """The sources counted, once for each way in which the runs split them."""
     ways = {_split(run): run for run in runs}
@@ -191,6 +204,9 @@ def _as_made(run: Config, counted: Census) -> Census:
         answers_alone=made.get("answers_alone", {}),
         prompts_alone=made.get("prompts_alone", {}),
         exact=True,
+        begun=True,
+        rows_in=made["rows_in"],
+        made=True,
     )
 
 

@@ -10,11 +10,11 @@ from cwpo_dist.pairs.kept_columns import is_above_zero
 from cwpo_dist.pairs.pieces import damage_fault
 from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.planning.costs import Estimate
+from cwpo_dist.planning.label_faults import label_faults
 from cwpo_dist.planning.sampled import SampleRead
 from cwpo_dist.runs.arms import judged_arms, needs_annotator
 from cwpo_dist.runs.checks import models, trainings
 from cwpo_dist.runs.own_checks import own_counts_faults
-from cwpo_dist.runs.weighing_checks import calibrated_arms
 
 _GOLD = "evaluate.gold_model"
 
@@ -35,7 +35,7 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
     for name, model, _ in models(config, until_of(config)):
         yield from _unread(config, counted, name, model, read[name])
     names = {name for name, *_ in trainings(config, until_of(config))}
-    if "fit" in names and not counted.pairs("labelled"):
+    if "fit" in names and counted.lacks("labelled"):
         yield (
             f"prepare.labelled_fraction: {config.prepare.labelled_fraction:g} leaves no labelled "
             f"pair to fit an annotator on; {_labels_remedy(counted)}, or give annotate.model"
@@ -48,6 +48,7 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
         )
     yield from _without_pairs(config, counted)
     yield from _beta_faults(config, counted)
+    yield from label_faults(config, counted, until_of(config))
     if until_of(config) in {None, "weigh"}:
         yield from own_counts_faults(config, counted)
     yield from _empty_splits(config, counted) if config.policy is not None else ()
@@ -69,13 +70,10 @@ def _beta_faults(config: Config, counted: Census) -> Iterator[str]:
 
 def _set_aside(counted: Census, most: float) -> Iterator[str]:
     """Rows, responses in lists or files that are bad, of which more than this share are."""
-    if counted.exact and counted.rejects > most * counted.rows:
-        yield (
-            f"prepare.max_reject_fraction: {counted.rejects:,} of {counted.rows:,} rows are set "
-            f"aside: more than {most:g} of them. Fix them (`cwpo prepare` "
-            "writes each with its reason to rejects/), or raise it. Most frequent:\n"
-            + "\n".join(counted.tally.lines())
-        )
+    if counted.made:  # and the share is not asked for again
+        return
+    if fault := counted.row_fault(most):
+        yield f"{fault}\n  fix them (`cwpo prepare` writes each to rejects/), or raise the fraction"
     reasons = counted.of_lists.lines()
     if counted.exact and (fault := counted.lists.fault(most, reasons)):
         yield fault
@@ -84,18 +82,12 @@ def _set_aside(counted: Census, most: float) -> Iterator[str]:
 
 
 def _empty_splits(config: Config, counted: Census) -> Iterator[str]:
-    """Splits in which a run with a policy needs pairs and has none."""
-    fitted_on = config.weigh.calibration_split
-    if calibrated_arms(config) and not counted.pairs(fitted_on):
-        yield (
-            f"weigh.calibration_split: no pair is in {fitted_on!r}, where the temperature of arm "
-            f"{calibrated_arms(config)[0]!r} is fitted; raise prepare.{fitted_on}_fraction"
-        )
-    if not counted.pairs(config.evaluate.split):
-        yield (
-            f"evaluate.split: no pair is in {config.evaluate.split!r}; raise prepare."
-            f"{config.evaluate.split}_fraction, or give a source with into: {config.evaluate.split}"
-        )
+    """A split that a run with a policy is judged on, without a pair."""
+    split = config.evaluate.split
+    if counted.lacks(split):
+        drawn = any(source.into is None for source in config.prepare.sources)
+        raised = f"raise prepare.{split}_fraction, or " if drawn else ""
+        yield (f"evaluate.split: no pair is in {split!r}; {raised}give a source with into: {split}")
 
 
 def _unread(
@@ -146,8 +138,8 @@ def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
     for arm in arms if config.policy is not None else []:
         preset = config.arm(arm)
         of_people = preset.labels == "human"
-        count = counted.labelled_pairs if of_people else counted.pairs
-        if not count(*preset.splits):
+        lacks = counted.lacks_labels if of_people else counted.lacks
+        if lacks(*preset.splits):
             splits = " and ".join(preset.splits)
             remedy = _labels_remedy(counted) if of_people else "give a smaller share"
             yield (

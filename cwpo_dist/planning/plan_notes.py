@@ -19,6 +19,7 @@ from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.own_checks import own_notes
 from cwpo_dist.runs.stage import Training
 from cwpo_dist.runs.trials import section, tuned
+from cwpo_dist.runs.weighing_checks import weighing_notes
 from cwpo_dist.storage import Store
 
 
@@ -46,6 +47,8 @@ def run_notes(config: Config, estimates: Sequence[Estimate]) -> Iterator[str]:
         yield _end(config, estimate.counted)
     if until_of(config) in {None, "weigh"}:
         yield from own_notes(config, estimate.counted)
+        runs = [each.config for each in estimates]
+        yield from dict.fromkeys(note for run in runs for note in weighing_notes(run))
     yield from estimate.checked.notes
     if config.annotate.batch_invariant:
         yield _invariance(config)

@@ -56,7 +56,7 @@ class HeldOutPairs:
         if not found:
             raise TaskError(
                 f"eval_steps: no pair of split {self.split!r} has a human label to follow training "
-                "by; set it to null, or raise prepare.validation_fraction"
+                f"by; set it to null, or give a source of labelled pairs with into: {self.split}"
             )
         return found
 

@@ -56,7 +56,7 @@ def own_counts_faults(config: Config, counted: Census) -> Iterator[str]:
                 f"up to {counted.most_weight:g}; divide them, or take arm own"
             )
         most = config.prepare.max_reject_fraction
-        if counted.exact and (fault := void_fault(own, counted.void, counted.rows, most)):
+        if counted.exact and (fault := void_fault(own, counted.void, counted.rows_in, most)):
             yield fault
 
 

@@ -125,6 +125,7 @@ def _ask_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
     elif config.weak is None:
         yield "weak: compare.ask compares annotators, and there is no model to make one of; give it"
     yield from _ask_split_faults(config)
+    yield from _ask_score_faults(config, compare)
     for name in ("baseline", "learning_rates", "stop_losers") if not compare.grids else ():
         if given := getattr(compare, name):
             yield f"compare.{name}: {given!r} is read with grids, and there are none; remove it"
@@ -150,6 +151,20 @@ def _ask_split_faults(config: Config) -> Iterator[str]:
         yield (
             f"prepare.{split}_fraction: 0, but compare.ask measures annotators on that split; "
             f"raise it, or give a source into: {split}"
+        )
+
+
+def _ask_score_faults(config: Config, compare: CompareConfig) -> Iterator[str]:
+    """Strategies that choose by scores which the pairs to choose from will not have."""
+    by_scores = [
+        asks.strategy
+        for asks in compare.ask
+        if (rule := STRATEGIES[asks.strategy]).annotators and rule.worth is not None
+    ]
+    if by_scores and "unlabelled" not in config.annotate.scored_splits():
+        yield (
+            f"annotate.splits: {config.annotate.splits} lacks 'unlabelled', of which compare.ask "
+            f"chooses pairs by their scores ({by_scores[0]}); add it"
         )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cwpo_dist.config import Arm, Config
-from cwpo_dist.runs.arms import held_out_split, implicit_arms, judged_arms, weighting
+from cwpo_dist.config import Arm, Config, Split
+from cwpo_dist.runs.arms import ArmRun, held_out_split, implicit_arms, judged_arms, weighting
 
 
 def weighing_faults(config: Config) -> Iterator[str]:
@@ -22,6 +22,7 @@ def weighing_faults(config: Config) -> Iterator[str]:
     judged = judged_arms(config) if config.annotate.ready() else []
     if judged and "labelled" not in config.annotate.scored_splits():
         yield f"annotate.splits: lacks 'labelled', whose labels arm {judged[0]!r} judges; add it"
+    yield from _unscored_faults(config)
     if calibrated := calibrated_arms(config):
         yield from _calibration_faults(config, calibrated)
 
@@ -69,6 +70,47 @@ def _calibration_faults(config: Config, fitted: list[str]) -> Iterator[str]:
         )
     if split not in config.annotate.scored_splits():
         yield f"annotate.splits: lacks {split!r}, where {what} needs scores; add it"
+
+
+def _unscored_faults(config: Config) -> Iterator[str]:
+    """An arm that keeps no pair, as the annotators that it reads score none of those it has."""
+    for name in config.arms:
+        if len(lacking := _unscored(config, name)) == len(config.arm(name).splits):
+            yield (
+                f"annotate.splits: {config.annotate.scored_splits()} lacks {_listed(lacking)}, "
+                f"where arm {name!r} has its pairs, of which it trains on those with scores; add "
+                "it, or leave the setting out"
+            )
+            return
+
+
+def weighing_notes(config: Config) -> Iterator[str]:
+    """Arms that leave some of their pairs to no annotator."""
+    for name in config.arms:
+        if 0 < len(lacking := _unscored(config, name)) < len(config.arm(name).splits):
+            yield (
+                f"annotate.splits: lacks {_listed(lacking)}, so that arm {name!r} has the rest of "
+                "its pairs alone"
+            )
+
+
+def _unscored(config: Config, name: str) -> list[Split]:
+    """The splits of whose pairs an arm keeps none: it needs scores of them, and there are none.
+
+    As `pairs.labels.decide` has it: people's labels of the labelled part need no score, but where
+    annotators judge them, which have folds, or a check of their own. Of the data's own scores
+    beside an annotator's any is enough.
+    """
+    arm = config.arm(name)
+    reads = ArmRun.of(config, name).annotates or arm.annotator == "implicit"
+    if not reads or arm.judged is not None or arm.with_own:
+        return []
+    told = {"labelled"} if arm.labels == "human" or arm.with_human else set()
+    return [s for s in arm.splits if s not in {*told, *config.annotate.scored_splits()}]
+
+
+def _listed(splits: list[Split]) -> str:
+    return " and ".join(map(repr, splits))
 
 
 def _are_several(arm: Arm, annotators: int) -> bool:

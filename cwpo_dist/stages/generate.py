@@ -83,7 +83,7 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
 def work(context: Context, node: Node[GenerateSettings], counted: Census) -> Generating:
     """An answer to each prompt."""
     told = node.settings
-    prompts = min(told.num_prompts, counted.pairs(told.split))
+    prompts = min(told.num_prompts, counted.prompts_of(told.split))
     return Generating(
         f"{prompts:,} prompts, at most {told.max_new_tokens} new tokens each",
         model=told.model.field,

@@ -156,7 +156,7 @@ def _prepare(
     written = buckets.bucket_summaries(store, planned.n_buckets)
     rejects.merge(Tally(added(bucket.rejects for bucket in written)))
     counts = prepared_counts(planned, read, written, rejects, kept, damaged)
-    made = counts["rows_in"] - lists.rows + lists.pairs  # each is used now, a copy, or a reject
+    made = lists.rows_of(counts["rows_in"])  # each is used now, a copy, or a reject
     left = counts["pairs"] + sum(counts.get("answers_alone", {}).values())
     refuse_past(config.max_reject_fraction, rejects, made, left, store.uri)
     for level, line in in_words(counts, read, rejects, config):
@@ -174,9 +174,9 @@ def _set_aside(store: Store, read: list[PieceSummary], most: float) -> tuple[Tal
     rejects = Tally()
     for piece in read:
         rejects.merge(piece.tally)
-    rows_in = sum(piece.rows_in for piece in read)
-    refuse_past(most, rejects, rows_in, rows_in - rejects.reasons.total(), store.uri)
-    lists, of_responses = of_lists(read)
+    rows_in, (lists, of_responses) = sum(piece.rows_in for piece in read), of_lists(read)
+    left = lists.rows_of(rows_in) - rejects.reasons.total()
+    refuse_past(most, rejects, rows_in, left, store.uri)
     if fault := lists.fault(most, of_responses.lines()):
         raise RejectsError(f"{fault}\n  see {store.uri}/rejects")
     return rejects, lists
