@@ -135,12 +135,11 @@ def _answers(
     for fields in (EITHER, CHOSEN):
         if set(fields) & set(given):
             return _both(first, given, fields)
-    lists = list_columns(first, given, left_out)
-    if lists is not None and "responses" in given:
-        return lists
+    if "responses" in given:
+        return list_columns(first, given, left_out) or {}
     if "response" in given:
         return one_response(first, given, left_out, pairing) or {}
-    found = _by_their_names(first, left_out) or lists
+    found = _by_their_names(first, left_out) or list_columns(first, given, left_out)
     found = found or one_response(first, given, left_out, pairing)
     if found is None:
         raise refusals.no_answers(first)
