@@ -99,7 +99,7 @@ def check_responses(
     """
     fields = LISTS if "responses" in columns else ALONE
     _refuse_silent(first, fields, named, pairing)
-    path, ratings = columns[fields[0]], fields[1:]
+    ratings = fields[1:]
     rated_by = [columns[name] for name in ratings if name in columns]
     if len(rated_by) > 1:
         raise refusals.could_be_several(first, ratings[0], rated_by)
