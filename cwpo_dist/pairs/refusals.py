@@ -19,9 +19,9 @@ _TAGS = ("label", "kto_tag", "rating", "score")
 def no_column(field: str, first: FirstRows, name: str) -> ConfigError:
     """A column that is named, but not there."""
     return ConfigError(
-        f"{field}: {first.path!r} has no column {name!r} in its first {len(first.rows)} rows; it "
-        f"has {', '.join(first.names)}. Correct the name (our names are mapped to theirs under "
-        "`columns:`)"
+        f"{field}: {first.path!r} has no column {name!r} in the {len(first.rows)} rows that were "
+        f"looked at; it has {', '.join(first.names)}. Correct the name (our names are mapped to "
+        "theirs under `columns:`)"
     )
 
 

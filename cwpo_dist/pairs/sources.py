@@ -10,13 +10,13 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
 from cwpo_dist.hub_names import is_hub_id
-from cwpo_dist.pairs import columns, refusals
+from cwpo_dist.pairs import columns, late_columns, refusals
 from cwpo_dist.pairs.detected_format import format_of, written_in
 from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.layout import Layout
@@ -107,6 +107,7 @@ def plan(config: PrepareConfig) -> Plan:
     ]
     layouts = [_layout(each, config) for each in peeked]
     _check_kept_columns(config, peeked, layouts)
+    layouts = _with_late(config, peeked, layouts)
     _check_pairing(config, layouts)
     _refuse_twice(peeked, [layout.columns for layout in layouts])
     kind = _kind(layouts)
@@ -119,8 +120,18 @@ def plan(config: PrepareConfig) -> Plan:
         _may_leak(config),
         tuple(tuple(each.first.names) for each in peeked),
         tuple(each for one in peeked for each in one.found.left_out),
-        tuple(one.found.note for one in peeked if one.found.note),
+        (*_found_notes(peeked), *_late_notes(peeked, layouts)),
     )
+
+
+def _found_notes(peeked: Sequence[Peeked]) -> Iterator[str]:
+    return (one.found.note for one in peeked if one.found.note)
+
+
+def _late_notes(peeked: Sequence[Peeked], layouts: Sequence[Layout]) -> Iterator[str]:
+    for each, layout in zip(peeked, layouts, strict=True):
+        if layout.late:
+            yield late_columns.note(each.first, layout.late)
 
 
 def _kind(layouts: Iterable[Layout]) -> Kind:
@@ -137,7 +148,7 @@ def _piece(peeked: Peeked, layout: Layout) -> Piece:
 
 def _n_buckets(pieces: Sequence[Piece], peeked: Sequence[Peeked]) -> int:
     size = sum(
-        growth(each.first.rows, piece.layout) * sum(map(_text_bytes, piece.parts))
+        growth(each.first.rows[: each.n_first], piece.layout) * sum(map(_text_bytes, piece.parts))
         for piece, each in zip(pieces, peeked, strict=True)
     )
     return max(1, math.ceil(size / BUCKET_BYTES))
@@ -193,6 +204,7 @@ def _layout(peeked: Peeked, config: PrepareConfig) -> Layout:
     names = dict(found.columns)
     if spelled == "hh":
         names.pop("history", None)  # transcripts hold their own
+    named = (name for _, name in columns.named(source.columns))
     return Layout(
         names,
         spelled,
@@ -206,6 +218,8 @@ def _layout(peeked: Peeked, config: PrepareConfig) -> Layout:
         nulls_are_absent=any(part.reader in _COLUMNAR for part in peeked.found.parts),
         as_text=source.format == "text",
         pairing=config.pairing,
+        late=tuple(name for name in named if not first.has(name)),
+        missed=late_columns.missed(first, names, source.columns, found.annotators, config.pairing),
     )
 
 
@@ -281,13 +295,29 @@ def _check_kept_columns(
                 f"prepare.keep_columns: {name!r} is a column of the record itself; rename it "
                 "in the source"
             )
-        if not any(name in each.first.names for each in peeked):
+        if not any(map(partial(_may_keep, name), peeked)):
             raise refusals.no_column("prepare.keep_columns", peeked[0].first, name)
+
+
+def _may_keep(name: str, peeked: Peeked) -> bool:
+    there = name in peeked.first.names
+    return there or ("." not in name and peeked.first.rest.may_have(name))
+
+
+def _with_late(
+    config: PrepareConfig, peeked: Sequence[Peeked], layouts: Iterable[Layout]
+) -> list[Layout]:
+    """The layouts, with the kept columns that no source has in its first rows."""
+    late = tuple(
+        name for name in config.keep_columns if not any(name in each.first.names for each in peeked)
+    )
+    return [replace(layout, late=(*layout.late, *late)) for layout in layouts]
 
 
 def _group(peeked: Peeked, config: PrepareConfig) -> str | None:
     """The group column, which a source that goes to one side as a whole may lack."""
-    if config.group_column is None or config.group_column in peeked.first.names:
+    head = peeked.first.rows[: peeked.n_first]  # without it all of them would be set aside
+    if config.group_column is None or any(config.group_column in row for row in head):
         return config.group_column
     if peeked.source.into is None:
         raise refusals.no_column("prepare.group_column", peeked.first, config.group_column)
