@@ -281,7 +281,7 @@ class Folder:
             return [*head, *[" "] * 50], empty
         if kind == 2:
             cells = [text.encode() for text in head] + [b"\xff\xfe"] * 50
-            return pa.array(cells).view(pa.string()), "invalid Unicode"
+            return pa.array(cells).view(pa.string()), f"invalid Unicode: {name}"
         if kind == 3:
             return None, f"missing field: {name}"
         wrong = self.random.choice([[1.5] * 60, [float("nan")] * 60, [b"x"] * 60, [[1, 2]] * 60])

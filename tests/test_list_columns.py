@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 from prepared import config, write
-from test_row_forms import ASK, FAIR, GOOD, POOR, row
+from test_row_forms import ASK, FAIR, GOOD, POOR, labelled, row, told
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs.layout import cell
 from cwpo_dist.pairs.row_forms import pairs_of_row
 from cwpo_dist.pairs.sources import check, plan
 from cwpo_dist.pairs.unread import Unread, tree
+from cwpo_dist.stages.prepare import prepare
+from cwpo_dist.storage import Store
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,25 @@ from cwpo_dist.pairs.unread import Unread, tree
             {"scores": "scores"},
             r"columns\.scores: it says nothing without responses",
         ),
-        (row(GOOD, scores=[2]), "all", {"responses": "responses"}, r"none of the first 1 rows"),
+        (
+            row(GOOD, scores=[2]),
+            "all",
+            {"responses": "responses"},
+            r"'responses' .* lists of one .*\{response: responses\.0, score: scores\.0\}",
+        ),
+        (row(GOOD, scores=[2]), "given", {}, r"'responses' .* one .*\{response: responses\.0\};"),
+        (
+            {"prompt": ASK, "responses": [{"text": GOOD, "rank": 1}]},
+            "all",
+            {},
+            r"\{response: responses\.0\.text, rank: responses\.0\.rank\}",
+        ),
+        (
+            {"prompt": ASK, "answers": told(GOOD) + told(POOR)},  # may be one conversation
+            "all",
+            {},
+            r"\{responses: answers\}, or, for lists of one, \{response: answers\.0\}",
+        ),
         (
             {"prompt": ASK, "response": GOOD, "helpfulness": 4},
             "given",
@@ -108,6 +128,29 @@ def test_named_columns_overrule_what_would_be_found(tmp_path: Path) -> None:
     assert (pair.first, pair.second, pair.label) == (GOOD, POOR, "first")
     none = {"responses": None}
     (piece,) = plan(config({**source, "columns": none})).pieces
+    assert piece.layout.answers == ("chosen", "rejected")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row(*told(GOOD), *told(POOR), scores=[2, 1])],  # a message stands for a list of one
+        [*(row(GOOD, scores=[2]) for _ in range(3)), row(GOOD, POOR, scores=[2, 1])],
+        [*(row() for _ in range(3)), row(GOOD, POOR, scores=[2, 1])],
+    ],
+)
+@pytest.mark.usefixtures("in_process")
+def test_lists_under_our_own_name_are_responses(tmp_path: Path, rows: Any) -> None:
+    source = write(tmp_path / "x.jsonl", rows)
+    store = Store(str(tmp_path / "out"))
+    counts = prepare(store, config(source, pairing="all", max_reject_fraction=0.9), seed=0)
+    assert list(labelled(store)) == [(GOOD, POOR)]
+    assert counts["rejects"] == ({"one response: responses": 3} if len(rows) > 1 else {})
+
+
+def test_lists_of_one_beside_two_answers_are_none_of_ours(tmp_path: Path) -> None:
+    given = row({"by": "x", "at": 3}, chosen=GOOD, rejected=POOR)
+    (piece,) = plan(config(write(tmp_path / "x.jsonl", [given]))).pieces
     assert piece.layout.answers == ("chosen", "rejected")
 
 

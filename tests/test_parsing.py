@@ -263,7 +263,7 @@ REJECTS: list[tuple[Layout, Any, str]] = [
     (layout(group="topic"), row(topic=[1]), "wrong type: topic"),
     (layout(group="topic"), row(topic=SURROGATE), "invalid Unicode: topic"),
     (layout(kept=("x",)), row(x=SURROGATE), "invalid Unicode: x"),
-    (layout(kept=("x",)), row(x=b"bytes"), "wrong type: x"),
+    (layout(kept=("x",)), row(x=b"bytes"), "cannot be kept: x"),
 ]
 
 
@@ -278,7 +278,7 @@ def test_nesting_deeper_than_the_stack_is_a_wrong_type() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(BadRow, match="wrong type: x"):
+    with pytest.raises(BadRow, match="cannot be kept: x"):
         parse(row(x=deep), layout(kept=("x",)))
 
 

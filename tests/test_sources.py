@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_readers import HH, ROW, lines, write
 
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.pairs import sources
+from cwpo_dist.pairs.pieces import raw_rows
 from cwpo_dist.pairs.readers import read
+from cwpo_dist.pairs.row_forms import parse_raw
 from cwpo_dist.pairs.sources import check, plan, source_fingerprints
 from cwpo_dist.storage import Store
 
@@ -234,6 +238,49 @@ def test_unusable_files_are_refused_before_a_worker_starts(
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError, match=message):
         check(config(tmp_path / name))
+
+
+def _in_parquet(path: Path, **columns: pa.Array) -> str:
+    texts = {name: [f"{name} {i}" for i in range(3)] for name in ROW}
+    pq.write_table(pa.table({**texts, **columns}), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_cell_that_nobody_needs_voids_no_row(tmp_path: Path, limit: int | None) -> None:
+    beyond = pa.array([10**17] * 3, pa.timestamp("ms"))  # what Python's dates cannot hold
+    path = _in_parquet(tmp_path / "x.parquet", when=beyond)
+    (piece,) = plan(config({"path": path, "limit": limit})).pieces
+    made = [parse_raw(raw, piece.layout) for _, raw in raw_rows(piece)]
+    assert [pair.prompt for row in made for pair in row.pairs] == [f"prompt {i}" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("column", "kept", "said"),
+    [
+        (
+            {"when": pa.array([10**17] * 3, pa.timestamp("ms"))},
+            ["when"],
+            r"3 × cannot be kept: when: a kept column holds",
+        ),
+        (
+            {"took": pa.array([7] * 3, pa.duration("s"))},
+            ["took"],
+            r"3 × cannot be kept: took \(.*leave the column out of prepare\.keep_columns",
+        ),
+        (
+            {"chosen": pa.array([b"\xff"] * 3).view(pa.string())},
+            [],
+            r"3 × invalid Unicode: chosen: write the file as UTF-8",
+        ),
+    ],
+)
+def test_a_needed_cell_that_cannot_be_read_is_named(
+    tmp_path: Path, column: dict[str, pa.Array], kept: list[str], said: str
+) -> None:
+    path = _in_parquet(tmp_path / "x.parquet", **column)
+    with pytest.raises(ConfigError, match=said):
+        check(config(path, keep_columns=kept))
 
 
 def test_a_source_for_one_side_may_lack_the_group(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Record batches in, their rows as plain Python values out; what one cell cannot be is its fault.
+"""Record batches in, their rows as plain Python values out; a cell that cannot be one is marked.
 
 Columns of JSON (the Json feature of `datasets`, Parquet's JSON type) hold text, also inside lists
 and objects; rows hold what it says.
@@ -29,14 +29,13 @@ class _Unreadable:
         return self.text
 
 
-def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, object], Reason | None]]:
-    """Each row by column name, and why it cannot be read, if so."""
-    columns = [_values(column) for column in batch.columns]
-    names = batch.schema.names
+def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, object], dict[str, Reason]]]:
+    """Each row by column name, and of its cells that cannot be read each with why."""
+    columns = {name: _values(batch.column(k)) for k, name in enumerate(batch.schema.names)}
     for offset in range(batch.num_rows):
-        value = {name: column[offset] for name, column in zip(names, columns, strict=True)}
-        bad = next((cell for cell in value.values() if isinstance(cell, _Unreadable)), None)
-        yield value, bad.fault if bad else None
+        value = {name: column[offset] for name, column in columns.items()}
+        bad = {n: cell.fault for n, cell in value.items() if isinstance(cell, _Unreadable)}
+        yield value, bad
 
 
 def _values(column: pa.Array) -> list[object]:

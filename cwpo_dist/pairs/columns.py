@@ -8,7 +8,7 @@ is refused with what stands there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from cwpo_dist.config import ConfigError, LabelColumn, Pairing
 from cwpo_dist.pairs import column_names, refusals
 from cwpo_dist.pairs.first_rows import FirstRows, plain
 from cwpo_dist.pairs.label_values import label_values
-from cwpo_dist.pairs.layout import ALONE, CHOSEN, EITHER, FIELDS, LISTS, answer_fields
+from cwpo_dist.pairs.layout import ALONE, CHOSEN, EITHER, FIELDS, LISTS, TEXTS, answer_fields
 from cwpo_dist.pairs.list_columns import BESIDE, check_responses, list_columns, one_response
 from cwpo_dist.pairs.numbers import NUMBER_FIELDS, number_fields
 from cwpo_dist.pairs.verdicts import (
@@ -104,16 +104,20 @@ def _media(first: FirstRows, taken: set[str], left_out: set[str]) -> tuple[str, 
 
 def _given(first: FirstRows, given: Mapping[str, str | LabelColumn | None]) -> dict[str, str]:
     """The columns that the configuration names, our field → theirs; a label's only where one."""
-    columns = {}
     for ours, theirs in given.items():
         _refuse_unknown(first, ours, theirs)
-        named = theirs.columns if isinstance(theirs, LabelColumn) else theirs
-        for name in [named] if isinstance(named, str) else named or []:
-            if not first.has(name):
-                raise refusals.no_column(f"{first.field}.columns.{ours}", first, name)
-        if isinstance(named, str):
-            columns[ours] = named
-    return columns
+    for ours, name in named(given):
+        if not (first.has(name) if ours in TEXTS else first.may_have(name)):
+            raise refusals.no_column(f"{first.field}.columns.{ours}", first, name)
+    several = _annotators(given.get("label"))
+    return {ours: name for ours, name in named(given) if not (several and ours == "label")}
+
+
+def named(given: Mapping[str, str | LabelColumn | None]) -> Iterator[tuple[str, str]]:
+    """The columns that the configuration names, each with our field."""
+    for ours, theirs in given.items():
+        names = theirs.columns if isinstance(theirs, LabelColumn) else theirs
+        yield from ((ours, name) for name in ([names] if isinstance(names, str) else names or ()))
 
 
 def _refuse_unknown(first: FirstRows, ours: str, theirs: str | LabelColumn | None) -> None:
@@ -135,12 +139,11 @@ def _answers(
     for fields in (EITHER, CHOSEN):
         if set(fields) & set(given):
             return _both(first, given, fields)
-    lists = list_columns(first, given, left_out)
-    if lists is not None and "responses" in given:
-        return lists
+    if "responses" in given:
+        return list_columns(first, given, left_out) or {}
     if "response" in given:
         return one_response(first, given, left_out, pairing) or {}
-    found = _by_their_names(first, left_out) or lists
+    found = _by_their_names(first, left_out) or list_columns(first, given, left_out)
     found = found or one_response(first, given, left_out, pairing)
     if found is None:
         raise refusals.no_answers(first)

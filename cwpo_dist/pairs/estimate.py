@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cwpo_dist.config import PrepareConfig
-from cwpo_dist.pairs import numbers
+from cwpo_dist.pairs import late_columns, numbers
 from cwpo_dist.pairs.alone import AloneCounts, comparing
 from cwpo_dist.pairs.counted_rows import CountedRows, sizes
 from cwpo_dist.pairs.parsing import ParsedPair
@@ -53,6 +53,7 @@ class Census:
         tally: why rows of those that were read are set aside.
         sources: of each source, its path and how its rows are read.
         unread: of each source, what of the rows that were read nothing reads.
+        lost: which of it may be a field of ours that the first rows lack, a line each.
         ties: pairs of those that were read whose answers people found equal.
         merged: rows that are copies of other rows' pairs.
         alone: what becomes of responses in rows of their own.
@@ -82,6 +83,7 @@ class Census:
     tally: Tally = field(default_factory=Tally)
     sources: tuple[tuple[str, str], ...] = ()
     unread: tuple[Unread, ...] = ()
+    lost: tuple[str, ...] = ()
     ties: int = 0
     merged: int = 0
     alone: AloneCounts = field(default_factory=AloneCounts)
@@ -101,6 +103,7 @@ class Census:
             yield f"{source}: reads {how}"
             for sentence in unread.sentences():
                 yield f"{source}: {sentence}{of}"
+        yield from (f"{line}{of}" for line in self.lost)
         if self.tally.reasons:
             every = self.tally.lines(most=len(self.tally.reasons))
             yield "\n".join([f"rows that are set aside{of}:", *every])
@@ -221,6 +224,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         tally=tally,
         sources=tuple((piece.source, piece.layout.described()) for piece in pieces),
         unread=tuple(unread),
+        lost=tuple(late_columns.lost(pieces, unread)),
         ties=found.ties,
         merged=round(found.merged * reading.scale),
         alone=found.alone.scaled(reading.scale),

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cwpo_dist.pairs.layout import EACH, cell, not_null
+from cwpo_dist.pairs.looks import Rest
 from cwpo_dist.pairs.written import listed
+
+_NONE = Rest()
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,14 @@ class FirstRows:
     Attributes:
         field: where the configuration has the source.
         path: the source as the configuration spells it.
-        rows: those that are objects.
+        rows: those that are objects, and some that lie behind, spread over all of it.
+        rest: what was not looked at.
     """
 
     field: str
     path: str
     rows: tuple[Mapping[str, object], ...]
+    rest: Rest = _NONE
 
     @cached_property
     def names(self) -> list[str]:
@@ -47,6 +52,10 @@ class FirstRows:
     def has(self, path: str) -> bool:
         """Whether there is such a column, or a value at such a path."""
         return path in self.names or ("." in path and bool(self.values(path)))
+
+    def may_have(self, path: str) -> bool:
+        """Whether there is such a column, or may be one where nobody looked."""
+        return self.has(path) or self.rest.may_have(path)
 
     def named(self, *names: str) -> list[str]:
         """The columns of these names, in their order, whatever their case, spaces and hyphens."""

@@ -19,12 +19,13 @@ from cwpo_dist.pairs.layout import CHOSEN, Layout
 from cwpo_dist.pairs.locate import find
 from cwpo_dist.pairs.pairing import MOST_PAIRS
 from cwpo_dist.pairs.parsing import ParsedPair, parse
+from cwpo_dist.pairs.peeked import PEEK_ROWS
 from cwpo_dist.pairs.pieces import Piece, raw_rows
 from cwpo_dist.pairs.readers import RawRow
 from cwpo_dist.pairs.records import canonical
 from cwpo_dist.pairs.rejects import BadRow, Reason, shown
-from cwpo_dist.pairs.row_forms import parse_raw
-from cwpo_dist.pairs.sources import PEEK_ROWS, Plan, plan
+from cwpo_dist.pairs.row_forms import parse_raw, readable
+from cwpo_dist.pairs.sources import Plan, plan
 from cwpo_dist.pairs.splits import ordered
 from cwpo_dist.pairs.stored import Pair
 
@@ -135,9 +136,9 @@ def _rows(raw: RawRow, layout: Layout, found: Benchmark) -> Iterator[Row]:
 
 
 def _of_lists(raw: RawRow, layout: Layout, by: str | None) -> Row:
-    if raw.fault is not None or not isinstance(raw.value, Mapping):
-        raise BadRow(raw.fault or Reason.NOT_MAPPING)
-    row = raw.value
+    row = readable(raw, layout)
+    if not isinstance(row, Mapping):
+        raise BadRow(Reason.NOT_MAPPING)
     for name in CHOSEN:
         if not _is_list(row.get(name)):
             raise BadRow(Reason.TYPE, name, shown(row.get(name)))

@@ -59,6 +59,9 @@ class Layout:
         nulls_are_absent: whether a null inside tools stands for a key that is not there.
         as_text: whether text that spells messages is text all the same.
         pairing: which responses of a prompt are compared; given: none, but for rows of pairs.
+        late: columns that the configuration names and the first rows lack; others may have them.
+        missed: names under which a field would have been read, had the first rows had it, and the
+            field.
     """
 
     columns: Mapping[str, str]
@@ -73,6 +76,8 @@ class Layout:
     nulls_are_absent: bool = False
     as_text: bool = False
     pairing: Pairing = "given"
+    late: tuple[str, ...] = ()
+    missed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def list_columns(
         return None
     path = given.get("responses")
     if path is None:
-        there = [name for name in first.named(*column_names.LISTS) if _holds_lists(first, name)]
+        there = [name for name in first.named(*column_names.LISTS) if _could_be(first, name)]
         if not there:
             return None
         path = _the_one(first, "responses", there)
@@ -99,13 +99,12 @@ def check_responses(
     """
     fields = LISTS if "responses" in columns else ALONE
     _refuse_silent(first, fields, named, pairing)
-    path, ratings = columns[fields[0]], fields[1:]
+    ratings = fields[1:]
     rated_by = [columns[name] for name in ratings if name in columns]
     if len(rated_by) > 1:
         raise refusals.could_be_several(first, ratings[0], rated_by)
-    if pairing == "given" and fields is LISTS:
-        most = max(map(len, _lists(first, path)), default=0)
-        raise refusals.needs_pairing(first, path, most)
+    if fields is LISTS:
+        _refuse_lists(first, columns, pairing)
     if pairing in ("best_worst", "adjacent") and not rated_by:
         score, rank = ratings
         raise ConfigError(
@@ -115,6 +114,15 @@ def check_responses(
             "better); or set pairing: all, whose pairs then have no label (weigh.pairing: "
             "best_worst keeps of them the best and the worst by the annotator's scores)"
         )
+
+
+def _refuse_lists(first: FirstRows, columns: Mapping[str, str], pairing: Pairing) -> None:
+    """Refuses lists of which no pair is to be made, or none can be."""
+    most = max(map(len, _lists(first, columns["responses"])), default=0)
+    if most == 1:
+        raise refusals.lists_of_one(first, columns, rated=pairing != "given")
+    if pairing == "given":
+        raise refusals.needs_pairing(first, columns["responses"], most)
 
 
 def _refuse_silent(
@@ -132,6 +140,20 @@ def _refuse_silent(
 
 def _lists(first: FirstRows, path: str) -> Iterator[list[object]]:
     return (items for value in first.values(path) if (items := listed(value)))
+
+
+def _could_be(first: FirstRows, name: str) -> bool:
+    """Whether a column holds responses: under our own name any lists of texts or messages do."""
+    if name != "responses" or not _are_lists(first, name):
+        return _holds_lists(first, name)
+    items = first.items(name)
+    return 2 * sum(map(_may_be_response, items)) > len(items)
+
+
+def _are_lists(first: FirstRows, name: str) -> bool:
+    """Whether lists stand in most cells of a column that hold anything."""
+    values = [listed(value) for value in first.values(name)]
+    return any(values) and 2 * sum(items is not None for items in values) > len(values)
 
 
 def _holds_lists(first: FirstRows, name: str) -> bool:

@@ -223,11 +223,11 @@ def checked(text: str, name: str) -> str:
     return text
 
 
-def as_json(value: object, name: str) -> object:
+def as_json(value: object, name: str, wrong: Reason = Reason.TYPE) -> object:
     """A value as JSON has it; dates and decimals by their usual spelling.
 
     Raises:
-        BadRow: for a value that JSON cannot hold.
+        BadRow: for a value that JSON cannot hold, which is what is `wrong`.
     """
     try:
         text = json.dumps(value, default=_spelled, ensure_ascii=False)
@@ -235,7 +235,7 @@ def as_json(value: object, name: str) -> object:
     except UnicodeEncodeError:
         raise BadRow(Reason.UNICODE, name) from None
     except (TypeError, ValueError, RecursionError):
-        raise BadRow(Reason.TYPE, name, shown(value)) from None
+        raise BadRow(wrong, name, shown(value)) from None
     return json.loads(text)
 
 

@@ -116,7 +116,7 @@ def pair_of(
         numbers=_numbers(row, layout),
         tools=reader.tools(layout.optional(row, "tools")) if "tools" in layout.columns else None,
         group=_group(row, layout),
-        kept={name: as_json(row.get(name), name) for name in layout.kept},
+        kept={name: as_json(row.get(name), name, Reason.KEPT) for name in layout.kept},
         unread=frozenset(reader.unread),
     )
 

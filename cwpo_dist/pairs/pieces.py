@@ -10,25 +10,22 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cwpo_dist.pairs import kept_columns
 from cwpo_dist.pairs.layout import Layout
-from cwpo_dist.pairs.messages import extra_keys
-from cwpo_dist.pairs.parsing import ParsedPair
+from cwpo_dist.pairs.piece_summary import Notes, PieceSummary
 from cwpo_dist.pairs.readers import Part, RawRow, read
 from cwpo_dist.pairs.records import Kind, Reject, table_of
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, write_rejects
-from cwpo_dist.pairs.row_forms import ListCounts, RowPairs, parse_raw
+from cwpo_dist.pairs.row_forms import parse_raw
 from cwpo_dist.pairs.splits import SIDE_SCHEMA, Into, SplitRule, drawn
 from cwpo_dist.pairs.stored import Pair, pair_table, whole_schema
-from cwpo_dist.pairs.unread import Unread, columnar, tree
+from cwpo_dist.pairs.unread import columnar
 from cwpo_dist.storage import Store
 
 ROWS = "work/rows"
@@ -73,62 +70,6 @@ class Piece:
     limit: int | None = None
 
 
-@dataclass
-class PieceSummary:
-    """What became of one piece.
-
-    Attributes:
-        source: the source as the config spells it.
-        rows_in: rows read.
-        rejects: how many were set aside, by reason.
-        found: what stood there, by reason, with how often.
-        files: where its pairs lie.
-        kept_types: the types of the values of each kept column.
-        damaged: the inputs that could not be read to their end, with why.
-        void: how many numbers of pairs cannot be used, by field and why.
-        void_first: where the first of each stands.
-        columns: rows with a value in a column that nothing reads.
-        keys: rows whose messages have a key that nothing reads.
-        message_keys: those that some message has beside role and content, and `tools`.
-        votes_against: rows whose label goes against the votes.
-        lists: what became of rows that hold lists of responses.
-        responses: how many of these were set aside, by reason.
-        responses_found: what stood there, by reason, with how often.
-    """
-
-    source: str = ""
-    rows_in: int = 0
-    rejects: dict[str, int] = field(default_factory=dict)
-    found: dict[str, dict[str, int]] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
-    kept_types: dict[str, list[str]] = field(default_factory=dict)
-    damaged: dict[str, str] = field(default_factory=dict)
-    void: dict[str, int] = field(default_factory=dict)
-    void_first: dict[str, str] = field(default_factory=dict)
-    columns: dict[str, int] = field(default_factory=dict)
-    keys: dict[str, int] = field(default_factory=dict)
-    message_keys: list[str] = field(default_factory=list)
-    votes_against: int = 0
-    lists: dict[str, int] = field(default_factory=dict)
-    responses: dict[str, int] = field(default_factory=dict)
-    responses_found: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    @property
-    def unread(self) -> Unread:
-        """What nothing reads."""
-        return Unread(self.columns, self.keys)
-
-    @property
-    def tally(self) -> Tally:
-        """What was set aside, and why."""
-        return Tally.of(self.rejects, self.found)
-
-    @property
-    def of_lists(self) -> tuple[ListCounts, Tally]:
-        """What became of lists, and why responses of them were set aside."""
-        return ListCounts(**self.lists), Tally.of(self.responses, self.responses_found)
-
-
 def piece_summaries(store: Store) -> list[PieceSummary]:
     """The summaries of all pieces, which are all done, in their order."""
     names = (f"{SUMMARIES}/{index:05d}.json" for index in range(store.read_json(COUNT)))
@@ -167,10 +108,10 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
         return
     files = _PieceFiles(store, index, piece.layout.kind)
     summary = PieceSummary(piece.source)
-    notes = _Notes(piece.layout)
+    notes = Notes(piece.layout)
     for number, (part, raw) in enumerate(raw_rows(piece)):
         summary.rows_in += 1
-        notes.unread.note(raw.value, notes.used)
+        notes.see(raw.value)
         if raw.fault is Reason.DAMAGED:
             summary.damaged[str(part)] = raw.as_text()
         try:
@@ -195,48 +136,6 @@ def read_piece(store: Store, index: int, piece: Piece, rule: SplitRule, n_bucket
     summary.responses, summary.responses_found = files.of_lists.plain()
     summary.files = files.written
     store.create_json(name, asdict(summary))
-
-
-class _Notes:
-    """What is to be known of a piece's rows beside the rows themselves."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.used = tree(layout.paths)
-        self.unread = Unread()
-        self._kept_types: dict[str, set[str]] = {column: set() for column in layout.kept}
-        self._message_keys: set[str] = set()
-        self._votes_against = 0
-        self._void: Counter[str] = Counter()
-        self._void_first: dict[str, str] = {}
-        self._lists = ListCounts()
-
-    def add(self, made: RowPairs) -> None:
-        """Notes a row of pairs."""
-        self.unread.note_keys(made.unread)
-        self._lists += made.counts or ListCounts()
-
-    def add_pair(self, pair: ParsedPair, part: Part, raw: RawRow) -> None:
-        """Notes a pair."""
-        for why in pair.numbers.void:
-            self._void[why] += 1
-            self._void_first.setdefault(why, f"row {raw.position} of {part}")
-        self._votes_against += pair.voted_against
-        self._message_keys |= extra_keys((pair.prompt, pair.first, pair.second))
-        if pair.tools is not None:
-            self._message_keys.add("tools")
-        for column, value in pair.kept.items():
-            kind = kept_columns.value_type(value)
-            if kind is not None:
-                self._kept_types[column].add(kind)
-
-    def write(self, summary: PieceSummary) -> None:
-        """Puts it into the summary."""
-        summary.kept_types = {name: sorted(types) for name, types in self._kept_types.items()}
-        summary.columns, summary.keys = self.unread.columns, self.unread.message_keys
-        summary.message_keys = sorted(self._message_keys)
-        summary.votes_against = self._votes_against
-        summary.void, summary.void_first = dict(self._void), self._void_first
-        summary.lists = asdict(self._lists)
 
 
 def _is_done(store: Store, name: str) -> bool:

@@ -1,6 +1,7 @@
 """One file, saved folder or hub split in, its raw rows out, the unreadable ones marked as such.
 
-A line or row that cannot be read never fails its file: it comes out with a fault and its text.
+A line or row that cannot be read never fails its file: it comes out with a fault and its text; a
+cell, of which others may be without need, with a fault of its own.
 From where a file is damaged (a torn gzip, a Parquet file without its footer) its rest is one such
 row, for nobody can count what it lost; of a Parquet file, the rest of the row group. Storage that
 refuses to be read is an error: the same file may be whole a moment later.
@@ -13,9 +14,9 @@ import itertools
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Literal, cast
 
 import fsspec
@@ -122,12 +123,14 @@ class RawRow:
         value: the parsed row, usually a dict.
         text: the row as it stands in the file; None where that is `value` itself.
         fault: why it could not be read, if so.
+        cells: why cells of it could not be read, by column.
     """
 
     position: int
     value: object
     text: str | None = None
     fault: Reason | None = None
+    cells: Mapping[str, Reason] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -333,5 +336,5 @@ def _small_batches(
 
 def _numbered(batches: Iterable[pa.RecordBatch], first: int) -> Iterator[RawRow]:
     rows = (row for batch in batches for row in batch_rows(batch))
-    for position, (value, fault) in enumerate(rows, first):
-        yield RawRow(position, value, fault=fault)
+    for position, (value, cells) in enumerate(rows, first):
+        yield RawRow(position, value, cells=cells)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cwpo_dist.config import ConfigError
 from cwpo_dist.pairs import column_names
 from cwpo_dist.pairs.first_rows import FirstRows
-from cwpo_dist.pairs.layout import EACH, Layout
+from cwpo_dist.pairs.layout import ALONE, EACH, LISTS, Layout
 from cwpo_dist.pairs.rejects import Tally, printable, shown
 from cwpo_dist.pairs.verdicts import MOST_SHOWN, ValueMap, is_number, spelled
 
@@ -19,9 +19,9 @@ _TAGS = ("label", "kto_tag", "rating", "score")
 def no_column(field: str, first: FirstRows, name: str) -> ConfigError:
     """A column that is named, but not there."""
     return ConfigError(
-        f"{field}: {first.path!r} has no column {name!r} in its first {len(first.rows)} rows; it "
-        f"has {', '.join(first.names)}. Correct the name (our names are mapped to theirs under "
-        "`columns:`)"
+        f"{field}: {first.path!r} has no column {name!r} in the {len(first.rows)} rows that were "
+        f"looked at; it has {', '.join(first.names)}. Correct the name (our names are mapped to "
+        "theirs under `columns:`)"
     )
 
 
@@ -52,14 +52,42 @@ def holds_lists(first: FirstRows, path: str, items: Sequence[object]) -> ConfigE
     return ConfigError(
         f"{first.field}.columns.response: {path!r} of {first.path!r} holds lists "
         f"({shown(items[0])} is in one); name it as a list of responses: columns: {{responses: "
-        f"{path}}}"
+        f"{path}}}, or the only one of each: {{response: {path}.0}}"
     )
+
+
+def lists_of_one(first: FirstRows, columns: Mapping[str, str], *, rated: bool) -> ConfigError:
+    """Rows with a list of a single response, of which no pair can be made.
+
+    Args:
+        first: the source's first rows.
+        columns: those of responses and ratings.
+        rated: whether ratings are read of one response a row.
+    """
+    one = zip(ALONE, LISTS, strict=True)
+    named = {ours: _item(columns[many], 0) for ours, many in one if many in columns}
+    if not rated:
+        named = {"response": named["response"]}
+    said = ", ".join(f"{ours}: {path}" for ours, path in named.items())
+    outer = columns["responses"].partition(f".{EACH}")[0]
+    return ConfigError(
+        f"{first.field}.columns.responses: {outer!r} of {first.path!r} holds lists of one answer, "
+        f"of which no pair is made; name it as one response a row: columns: {{{said}}}; with "
+        "prepare.pairing: all, best_worst or adjacent it is compared with those of other rows to "
+        "the same prompt"
+    )
+
+
+def _item(path: str, place: int) -> str:
+    """The path into one item of a list."""
+    outer, _, key = path.partition(f".{EACH}")
+    return f"{outer}.{place}{key}"
 
 
 def needs_pairing(first: FirstRows, path: str, most: int) -> ConfigError:
     """Rows with a list of responses, of which nobody said what is compared."""
-    outer, _, key = path.partition(f".{EACH}")
-    two = [f"{outer}.{k}{key}" for k in range(2)]
+    outer = path.partition(f".{EACH}")[0]
+    two = [_item(path, k) for k in range(2)]
     return ConfigError(
         f"prepare.pairing: in {first.path!r} ({first.field}) {outer!r} holds lists of up to {most} "
         "answers; say which are compared: all (all two of them), best_worst (one pair a row), or "
@@ -73,6 +101,11 @@ def no_answers(first: FirstRows) -> ConfigError:
     """Rows without two answers: of one answer, or under names that we do not know."""
     where = f"{first.field}.columns: {first.path!r} has no columns for two answers; it has "
     head = f"{where}{', '.join(first.names)}. "
+    if lists := [name for name in first.named(*column_names.LISTS) if first.items(name)]:
+        return ConfigError(
+            f"{head}If the lists in {lists[0]!r} are responses, name it: columns: {{responses: "
+            f"{lists[0]}}}, or, for lists of one, {{response: {lists[0]}.0}}"
+        )
     if single := first.named(*_SINGLE):
         tags = [name for name in first.named(*_TAGS) if _is_tag(first, name)]
         label = f", and {tags[0]!r} says whether it is good (as for KTO)" if tags else ""

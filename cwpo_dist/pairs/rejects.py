@@ -21,6 +21,7 @@ class Reason(StrEnum):
     UNICODE = "invalid Unicode"
     MISSING = "missing field"
     TYPE = "wrong type"
+    KEPT = "cannot be kept"
     KEYS = "no message"
     ROLE = "unknown role"
     CONTENT = "no content"
@@ -63,6 +64,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.TYPE: "prompts and answers are strings or messages; responses, scores and ranks are "
     "lists; name the columns that hold them under prepare.sources.N.columns, or set "
     "prepare.sources.N.format",
+    Reason.KEPT: "a kept column holds text, numbers, booleans, dates, or lists and objects of "
+    "them; spell other values as text in the source, or leave the column out of "
+    "prepare.keep_columns",
     Reason.KEYS: "a message has role and content, or from and value; rename its keys",
     Reason.ROLE: "roles are system, developer, user, assistant and tool, or names that people "
     "give them (human, gpt, …); rename this one",

@@ -136,9 +136,24 @@ def parse_raw(raw: RawRow, layout: Layout) -> RowPairs:
     Raises:
         BadRow: also for a row that could not be read.
     """
+    return pairs_of_row(readable(raw, layout), layout)
+
+
+def readable(raw: RawRow, layout: Layout) -> object:
+    """The row, if all of it that a layout needs could be read.
+
+    Raises:
+        BadRow: else.
+    """
     if raw.fault is not None:
         raise BadRow(raw.fault)
-    return pairs_of_row(raw.value, layout)
+    needed = layout.needed if raw.cells else ()
+    for name, fault in raw.cells.items():
+        if name in layout.kept and fault is Reason.TYPE:
+            raise BadRow(Reason.KEPT, name)
+        if name in needed:
+            raise BadRow(fault, name)
+    return raw.value
 
 
 def _of_one(row: Mapping[str, object], layout: Layout) -> ParsedPair:

@@ -10,24 +10,25 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 from cwpo_dist.config import ConfigError, PrepareConfig, Source
 from cwpo_dist.hub_names import is_hub_id
-from cwpo_dist.pairs import columns, refusals
+from cwpo_dist.pairs import columns, late_columns, refusals
 from cwpo_dist.pairs.detected_format import format_of, written_in
 from cwpo_dist.pairs.first_rows import FirstRows
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.listing import LeftOut, left_out_lines
-from cwpo_dist.pairs.locate import Found, find
+from cwpo_dist.pairs.locate import find
 from cwpo_dist.pairs.numbers import RECORD
+from cwpo_dist.pairs.peeked import Peeked, peek
 from cwpo_dist.pairs.pieces import Piece
-from cwpo_dist.pairs.readers import Part, RawRow, Reader, SourceError, compression_of, read
+from cwpo_dist.pairs.readers import Part, Reader, compression_of
 from cwpo_dist.pairs.records import Kind
-from cwpo_dist.pairs.rejects import BadRow, Reason, Tally
-from cwpo_dist.pairs.row_forms import growth, pairs_of_row
+from cwpo_dist.pairs.rejects import BadRow, Tally
+from cwpo_dist.pairs.row_forms import growth, parse_raw
 from cwpo_dist.pairs.stored import answer_schema, pair_schema, whole_schema
 from cwpo_dist.pairs.transcripts import is_transcript
 
@@ -40,9 +41,6 @@ MAP_LABELS = (
     "name their column under prepare.sources.N.columns (label; or chosen and rejected), if there "
     "is one"
 )
-PEEK_ROWS = 1000
-_BAD_FILES = 100  # at the head of a source, until we give up
-_SAID = 3  # of them
 # One task holds one bucket in memory, some four times its text: as read, as sorted, with its ids.
 BUCKET_BYTES = 32 * 2**20
 # Text is about so much longer than its compressed file.
@@ -79,15 +77,6 @@ class Plan:
         return (*left_out_lines(self.left_out), *self.notes)
 
 
-@dataclass(frozen=True)
-class _Peeked:
-    """A source, its inputs and its first rows."""
-
-    source: Source
-    found: Found
-    first: FirstRows
-
-
 def check(config: PrepareConfig) -> None:
     """Refuses what cannot work: missing files and columns, unknown formats.
 
@@ -113,9 +102,12 @@ def plan(config: PrepareConfig) -> Plan:
         ConfigError: naming the field, what is there, and the remedy.
     """
     _check_settings(config)
-    peeked = [_peek(index, source) for index, source in enumerate(config.sources)]
+    peeked = [
+        peek(f"prepare.sources.{index}", source) for index, source in enumerate(config.sources)
+    ]
     layouts = [_layout(each, config) for each in peeked]
     _check_kept_columns(config, peeked, layouts)
+    layouts = _with_late(config, peeked, layouts)
     _check_pairing(config, layouts)
     _refuse_twice(peeked, [layout.columns for layout in layouts])
     kind = _kind(layouts)
@@ -128,25 +120,35 @@ def plan(config: PrepareConfig) -> Plan:
         _may_leak(config),
         tuple(tuple(each.first.names) for each in peeked),
         tuple(each for one in peeked for each in one.found.left_out),
-        tuple(one.found.note for one in peeked if one.found.note),
+        (*_found_notes(peeked), *_late_notes(peeked, layouts)),
     )
+
+
+def _found_notes(peeked: Sequence[Peeked]) -> Iterator[str]:
+    return (one.found.note for one in peeked if one.found.note)
+
+
+def _late_notes(peeked: Sequence[Peeked], layouts: Sequence[Layout]) -> Iterator[str]:
+    for each, layout in zip(peeked, layouts, strict=True):
+        if layout.late:
+            yield late_columns.note(each.first, layout.late)
 
 
 def _kind(layouts: Iterable[Layout]) -> Kind:
     return "text" if {each.format for each in layouts} == {"text"} else "conversational"
 
 
-def _piece(peeked: _Peeked, layout: Layout) -> Piece:
+def _piece(peeked: Peeked, layout: Layout) -> Piece:
     """What is read of a source, whose first rows must be pairs."""
     _check_prompt(peeked.first, layout)
-    _check_rows(peeked.first, layout)
+    _check_rows(peeked, layout)
     source = peeked.source
     return Piece(source.path, peeked.found.parts, layout, source.into, source.limit)
 
 
-def _n_buckets(pieces: Sequence[Piece], peeked: Sequence[_Peeked]) -> int:
+def _n_buckets(pieces: Sequence[Piece], peeked: Sequence[Peeked]) -> int:
     size = sum(
-        growth(each.first.rows, piece.layout) * sum(map(_text_bytes, piece.parts))
+        growth(each.first.rows[: each.n_first], piece.layout) * sum(map(_text_bytes, piece.parts))
         for piece, each in zip(pieces, peeked, strict=True)
     )
     return max(1, math.ceil(size / BUCKET_BYTES))
@@ -157,7 +159,7 @@ def _may_leak(config: PrepareConfig) -> bool:
     return len(sides) > 1 or (config.group_column is not None and sides == {None})
 
 
-def _refuse_twice(peeked: Sequence[_Peeked], columns: Sequence[Mapping[str, str]]) -> None:
+def _refuse_twice(peeked: Sequence[Peeked], columns: Sequence[Mapping[str, str]]) -> None:
     """Rows that two sources read alike would be merged, and their votes counted twice."""
     seen: dict[tuple[str, str], str] = {}
     for each, names in zip(peeked, columns, strict=True):
@@ -192,48 +194,7 @@ def _warn_unpinned(path: str) -> None:
     )
 
 
-def _peek(index: int, source: Source) -> _Peeked:
-    field = f"prepare.sources.{index}"
-    found = find(field, source)
-    try:
-        rows, unread = _first_rows(found.parts)
-    except SourceError as error:
-        raise ConfigError(f"{field}.path: {error}") from error
-    if not rows:
-        told = unread.values() if len(unread) == 1 else (f"{f}: {why}" for f, why in unread.items())
-        said = "; ".join(itertools.islice(told, _SAID))
-        raise ConfigError(
-            f"{field}.path: no row among the first {PEEK_ROWS} of {source.path!r} can be read "
-            f"({said or 'it is empty'}); check that the file is what its name says"
-        )
-    return _Peeked(source, found, FirstRows(field, source.path, tuple(rows)))
-
-
-def _first_rows(parts: Iterable[Part]) -> tuple[list[Mapping[str, object]], dict[str, str]]:
-    """The first rows that can be read, and of the files without one so far, each with why.
-
-    Of a file that is none inside, whatever its name, the next one tells what rows look like.
-    """
-    rows: list[Mapping[str, object]] = []
-    unread: dict[str, str] = {}
-    for part in parts:
-        raws = list(itertools.islice(read(part), PEEK_ROWS - len(rows)))
-        good = [raw.value for raw in raws if not raw.fault and isinstance(raw.value, Mapping)]
-        if raws and not good:
-            unread[str(part)] = _why_unreadable(raws)
-        rows += good
-        if len(rows) >= PEEK_ROWS or len(unread) > _BAD_FILES:
-            break
-    return rows, unread
-
-
-def _why_unreadable(raws: Sequence[RawRow]) -> str:
-    if raws[0].fault is Reason.DAMAGED:
-        return f"{raws[0].fault}: {raws[0].as_text()}"
-    return raws[0].fault or Reason.NOT_MAPPING
-
-
-def _layout(peeked: _Peeked, config: PrepareConfig) -> Layout:
+def _layout(peeked: Peeked, config: PrepareConfig) -> Layout:
     """How the source's rows spell a pair; the kind is the whole run's, and not known yet."""
     first, source = peeked.first, peeked.source
     most_unknown = config.max_reject_fraction
@@ -243,6 +204,7 @@ def _layout(peeked: _Peeked, config: PrepareConfig) -> Layout:
     names = dict(found.columns)
     if spelled == "hh":
         names.pop("history", None)  # transcripts hold their own
+    named = (name for _, name in columns.named(source.columns))
     return Layout(
         names,
         spelled,
@@ -256,6 +218,8 @@ def _layout(peeked: _Peeked, config: PrepareConfig) -> Layout:
         nulls_are_absent=any(part.reader in _COLUMNAR for part in peeked.found.parts),
         as_text=source.format == "text",
         pairing=config.pairing,
+        late=tuple(name for name in named if not first.has(name)),
+        missed=late_columns.missed(first, names, source.columns, found.annotators, config.pairing),
     )
 
 
@@ -277,17 +241,17 @@ def _check_prompt(first: FirstRows, layout: Layout) -> None:
         )
 
 
-def _check_rows(first: FirstRows, layout: Layout) -> None:
+def _check_rows(peeked: Peeked, layout: Layout) -> None:
     """Where none of the first rows is a pair, what follows would be as bad."""
     tally = Tally()
-    for row in first.rows:
+    for raw in peeked.raws:
         try:
-            pairs_of_row(row, layout)
+            parse_raw(raw, layout)
         except BadRow as bad:
             tally.add(bad.reason, bad.found)
         else:
             return
-    raise refusals.no_pair(first, layout, tally)
+    raise refusals.no_pair(peeked.first, layout, tally)
 
 
 def _check_pairing(config: PrepareConfig, layouts: Iterable[Layout]) -> None:
@@ -315,7 +279,7 @@ def _check_settings(config: PrepareConfig) -> None:
 
 
 def _check_kept_columns(
-    config: PrepareConfig, peeked: Sequence[_Peeked], layouts: Sequence[Layout]
+    config: PrepareConfig, peeked: Sequence[Peeked], layouts: Sequence[Layout]
 ) -> None:
     reserved = {*whole_schema("text").names, *pair_schema().names}
     if any("response" in layout.columns for layout in layouts):  # whose answers keep them, too
@@ -331,13 +295,29 @@ def _check_kept_columns(
                 f"prepare.keep_columns: {name!r} is a column of the record itself; rename it "
                 "in the source"
             )
-        if not any(name in each.first.names for each in peeked):
+        if not any(map(partial(_may_keep, name), peeked)):
             raise refusals.no_column("prepare.keep_columns", peeked[0].first, name)
 
 
-def _group(peeked: _Peeked, config: PrepareConfig) -> str | None:
+def _may_keep(name: str, peeked: Peeked) -> bool:
+    there = name in peeked.first.names
+    return there or ("." not in name and peeked.first.rest.may_have(name))
+
+
+def _with_late(
+    config: PrepareConfig, peeked: Sequence[Peeked], layouts: Iterable[Layout]
+) -> list[Layout]:
+    """The layouts, with the kept columns that no source has in its first rows."""
+    late = tuple(
+        name for name in config.keep_columns if not any(name in each.first.names for each in peeked)
+    )
+    return [replace(layout, late=(*layout.late, *late)) for layout in layouts]
+
+
+def _group(peeked: Peeked, config: PrepareConfig) -> str | None:
     """The group column, which a source that goes to one side as a whole may lack."""
-    if config.group_column is None or config.group_column in peeked.first.names:
+    head = peeked.first.rows[: peeked.n_first]  # without it all of them would be set aside
+    if config.group_column is None or any(config.group_column in row for row in head):
         return config.group_column
     if peeked.source.into is None:
         raise refusals.no_column("prepare.group_column", peeked.first, config.group_column)

@@ -13,7 +13,7 @@ from cwpo_dist.pairs.alone import AloneCounts
 from cwpo_dist.pairs.buckets import BucketSummary
 from cwpo_dist.pairs.listing import LeftOut
 from cwpo_dist.pairs.numbers import Own
-from cwpo_dist.pairs.pieces import PieceSummary
+from cwpo_dist.pairs.piece_summary import PieceSummary
 from cwpo_dist.pairs.records import Kind
 from cwpo_dist.pairs.rejects import Tally
 from cwpo_dist.pairs.row_forms import ListCounts

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from cwpo_dist.config import PrepareConfig, Split
 from cwpo_dist.pairs.alone import AloneCounts
-from cwpo_dist.pairs.pieces import PieceSummary
+from cwpo_dist.pairs.piece_summary import PieceSummary
 from cwpo_dist.pairs.rejects import Tally
 from cwpo_dist.pairs.row_forms import ListCounts
 from cwpo_dist.pairs.sources import MAP_LABELS

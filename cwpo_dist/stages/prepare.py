@@ -12,14 +12,14 @@ from typing import cast
 from cwpo_dist.canonical import to_json
 from cwpo_dist.config import ConfigError, PrepareConfig
 from cwpo_dist.manifest import Manifest
-from cwpo_dist.pairs import buckets, cutting, kept_columns
+from cwpo_dist.pairs import buckets, cutting, kept_columns, late_columns
 from cwpo_dist.pairs.alone import comparing
 from cwpo_dist.pairs.buckets import Shards
 from cwpo_dist.pairs.estimate import Census
+from cwpo_dist.pairs.piece_summary import PieceSummary
 from cwpo_dist.pairs.pieces import (
     COUNT,
     Piece,
-    PieceSummary,
     damage_fault,
     piece_summaries,
     read_piece,
@@ -145,6 +145,7 @@ def _prepare(
     _read(store, planned, config, seed)
     _refuse_changed(store, config, known, "while it was read", more=True)
     read = piece_summaries(store)
+    late_columns.refuse_unmet(planned.pieces, read)
     damaged = _damaged_files(planned, read, config)
     rejects, lists = _set_aside(store, read, config.max_reject_fraction)
     kept = _kept_types(read, config)
@@ -161,6 +162,8 @@ def _prepare(
     refuse_past(config.max_reject_fraction, rejects, made, left, store.uri)
     for level, line in in_words(counts, read, rejects, config):
         logger.log(level, "prepare: %s", line)
+    for line in late_columns.lost(planned.pieces, late_columns.unread_of(planned.pieces, read)):
+        logger.warning("prepare: %s", line)
     clear(store)
     return counts
 
