@@ -188,7 +188,7 @@ def test_each_kind_of_model_says_how_it_reads(tmp_path: Path) -> None:
     notes = plan(config).notes
     assert "weak reads the last token of its own rendering: '</s>'" in notes
     assert "policy reads the tokens of an answer up to EOS, '</s>'" in notes
-    (gold,) = [note for note in notes if note.startswith("evaluate.gold_model")]
+    (gold,) = [note for note in notes if note.startswith("evaluate.gold_model ")]
     assert "reads tokenizer(question, answer) as a whole: '[CLS] question [SEP] answer [SEP]" in (
         gold.replace(" ##", "")
     )

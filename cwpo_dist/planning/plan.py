@@ -33,6 +33,7 @@ from cwpo_dist.planning.sampled import (
     shown_rows,
     unrendered,
 )
+from cwpo_dist.planning.sampled_answers import answer_notes
 from cwpo_dist.runs.checks import Checked, check, check_trials, models
 from cwpo_dist.runs.cluster import named_cluster
 from cwpo_dist.runs.cluster_share import fit_two, need, share
@@ -130,6 +131,7 @@ def plan(config: Config, show: int = 0, fleet: Fleet | None = None) -> Plan:
     _refuse_asking(given, censuses)
     notes = [
         *reading_notes(named, checked.encoders, read),
+        *answer_notes(config, read, estimates[0].counted),
         *run_notes(config, estimates),
         *ask_notes(given, estimates[0].counted),
         *unrendered(checked.encoders, sample),

@@ -12,6 +12,7 @@ from cwpo_dist.pairs.sources import MAP_LABELS
 from cwpo_dist.planning.costs import Estimate
 from cwpo_dist.planning.label_faults import label_faults
 from cwpo_dist.planning.sampled import SampleRead
+from cwpo_dist.planning.sampled_answers import answer_faults
 from cwpo_dist.runs.arms import judged_arms, needs_annotator
 from cwpo_dist.runs.checks import models, trainings
 from cwpo_dist.runs.own_checks import own_counts_faults
@@ -47,6 +48,7 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
             "annotate.model"
         )
     yield from _without_pairs(config, counted)
+    yield from answer_faults(config, read)
     yield from _beta_faults(config, counted)
     yield from label_faults(config, counted, until_of(config))
     if until_of(config) in {None, "weigh"}:
@@ -107,7 +109,7 @@ def _unread(
             f"cannot read {read.refused} of {read.number} sampled pairs: {read.reasons()}. Give "
             f"another template or model, {more}"
         )
-    elif name != _GOLD:
+    elif name != _GOLD:  # of which `answer_faults` tells
         yield from _too_long(name, model, read, alone)
 
 

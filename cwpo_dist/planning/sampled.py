@@ -11,11 +11,11 @@ from statistics import fmean
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.encoder import Asked, Encoder
 from cwpo_dist.lm.fitting import encode_answers, encode_pairs
-from cwpo_dist.lm.ids import common_prefix
+from cwpo_dist.lm.ids import common_prefix, ids_of
 from cwpo_dist.lm.reading import PairEncoder
 from cwpo_dist.lm.rows import Row, collate
 from cwpo_dist.lm.templates import Fault, TokenError
-from cwpo_dist.pairs.messages import extra_keys
+from cwpo_dist.pairs.messages import extra_keys, plain_text
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import Text, answer_id, prompt_id, prompt_of
 from cwpo_dist.planning.costs import AnswerLengths, Lengths
@@ -36,6 +36,8 @@ class SampleRead:
         unread_answers: how many of these it cannot read.
         examples: what was said of the first of each reason.
         left_out: pairs in which its template leaves out all text of a role's message, by role.
+        around: the tokens around an answer to each sampled prompt, by the prompt's id: its own, and
+            those that end the answer; also where they do not fit.
     """
 
     lengths: Lengths
@@ -46,6 +48,7 @@ class SampleRead:
     unread_answers: int
     examples: Mapping[Fault, str]
     left_out: Mapping[str, int]
+    around: Mapping[str, int]
 
     @property
     def refused(self) -> int:
@@ -113,7 +116,24 @@ def read_sample(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPai
         sum(error.fault is not Fault.OVER_LENGTH for error in _errors(answers.values())),
         examples=dict(reversed(faults)),  # the first of each stays
         left_out=_left_out(encoder, pairs, found),
+        around=_around(encoder, sample),
     )
+
+
+def _around(encoder: Encoder, sample: Sequence[ParsedPair]) -> dict[str, int]:
+    """Of prompts that it can read: what the row of an answer has beside the answer's own tokens."""
+    asked = {
+        prompt_id(pair.prompt, pair.tools): Asked(pair.prompt, [pair.first], pair.tools)
+        for pair in sample
+    }
+    both = zip(asked.items(), encoder.encode_all(list(asked.values())), strict=True)
+    found = {name: (row, told) for (name, told), (row,) in both if isinstance(row, Row)}
+    # A row does not say where its answer begins: a reward model's is prompt but for one token.
+    own = ids_of(encoder.tokenizer, [plain_text(told.answers[0]) for _, told in found.values()])
+    return {
+        name: row.n_tokens - len(ids)
+        for (name, (row, _)), ids in zip(found.items(), own, strict=True)
+    }
 
 
 def _errors(rows: Iterable[Row | TokenError]) -> list[TokenError]:
@@ -222,6 +242,7 @@ def reading_notes(
             yield f"{name}: {found.refused} of {found.number} sampled pairs are set aside: " + (
                 found.reasons()
             )
+        # A gold model reads other answers, of which `sampled_answers` tells.
         if found.too_long and name != "evaluate.gold_model":
             share = found.too_long / found.number
             yield f"{name}: {share:.0%} of the sampled pairs are too long and left out"
