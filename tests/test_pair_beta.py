@@ -126,12 +126,12 @@ def test_a_plan_refuses_a_column_that_is_seen_to_lack_numbers(tmp_path: Path) ->
     source = Path(given["prepare"]["sources"][0]["path"])
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     for good in (False, True):
-        told = [row | {"phi": 1.5 if good or k else -1} for k, row in enumerate(rows)]
+        told = [row | {"phi": 1.5 if good else -1} for row in rows]
         source.write_text("".join(json.dumps(row) + "\n" for row in told))
         if good:
             assert plan(parse_config(given)).stages
         else:
-            with pytest.raises(ConfigError, match=r"beta_column: 'phi' is -1 in a pair, .* 1 of "):
+            with pytest.raises(ConfigError, match=r"beta_column: 'phi' is -1 in a pair"):
                 plan(parse_config(given))
 
 

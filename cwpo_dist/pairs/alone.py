@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -173,10 +173,13 @@ def _kept_by_both(one: str, other: str) -> str:
     """Of two rows' kept columns, as JSON, those with one value: 1 and true are two."""
     if one == other:
         return one
-    kept, others = json.loads(one), json.loads(other)
-    spelled = {name: json.dumps(value) for name, value in others.items()}
-    both = {name: kept[name] for name in kept if json.dumps(kept[name]) == spelled.get(name)}
-    return json.dumps(both, ensure_ascii=False)
+    return json.dumps(kept_by_both(json.loads(one), json.loads(other)), ensure_ascii=False)
+
+
+def kept_by_both(one: Mapping[str, object], other: Mapping[str, object]) -> dict[str, object]:
+    """Of two rows' kept columns those with one value in both."""
+    spelled = {name: json.dumps(value) for name, value in other.items()}
+    return {name: kept for name, kept in one.items() if json.dumps(kept) == spelled.get(name)}
 
 
 def _without_texts(made: Sequence[tuple[Pair, Filed]], kind: Kind) -> pa.Table:

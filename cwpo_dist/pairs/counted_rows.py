@@ -10,7 +10,9 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import NamedTuple
 
+from cwpo_dist.config import Split
 from cwpo_dist.pairs import numbers
 from cwpo_dist.pairs.alone import AloneCounts, Answer, Comparing, decided
 from cwpo_dist.pairs.records import prompt_of
@@ -22,11 +24,27 @@ from cwpo_dist.pairs.stored import Pair, Told
 SAMPLED = 64  # answers of a split; enough to say of about how many something holds
 
 
+class Standing(NamedTuple):
+    """Where a pair stands, all its copies together.
+
+    Attributes:
+        split: that it is in.
+        labelled: whether it has a human's label.
+        own: the kinds of numbers of its own that it can be weighed by.
+    """
+
+    split: Split
+    labelled: bool
+    own: frozenset[numbers.Own]
+
+
 class CountedRows:
     """What was read: rows, without their texts; and, when all are there, pairs by split."""
 
     def __init__(self) -> None:
         self.copies: dict[str, list[tuple[Told, Drawn]]] = {}  # by pair id
+        self._given_as: dict[str, str] = {}  # of pairs that were made and given: their other name
+        self._learn_ties = False
         self.pairs: Counter[str] = Counter()
         self.labelled: Counter[str] = Counter()
         # Ids by split. Those of answers are the texts that `copies` holds, and take a reference.
@@ -57,6 +75,7 @@ class CountedRows:
 
     def gather(self, tally: Tally, how: Comparing | None, *, learn_ties: bool) -> None:
         """Sets aside prompts of two sides, merges copies and splits, as `buckets` does."""
+        self._learn_ties = learn_ties
         self._set_leaks_aside(tally)
         alone = [] if how is None else list(self._taken_alone())
         if how is not None:
@@ -64,7 +83,7 @@ class CountedRows:
         for pair_id, copies in self.copies.items():
             merged, unlike = _merged(copies)
             self.unlike += unlike
-            self._count(pair_id, merged, _merged_place(copies), learn_ties=learn_ties)
+            self._count(pair_id, merged, _merged_place(copies))
             self.merged += len(copies) - 1
         paired = set(chain.from_iterable(self.answers.values()))
         for answer in alone:
@@ -82,6 +101,19 @@ class CountedRows:
         """
         every = {**self.answers_alone, **self.answers}
         return {split: heapq.nsmallest(SAMPLED, ids) for split, ids in every.items()}
+
+    def standing(self, name: str) -> Standing | None:
+        """Where a pair stands that was gathered; None: it was set aside, or is no pair."""
+        copies = self.copies.get(self._given_as.get(name, name))
+        if copies is None:
+            return None
+        told, _ = _merged(copies)
+        split = self._split(told, _merged_place(copies))
+        return Standing(split, told.label is not None, frozenset(numbers.usable(told)))
+
+    def _split(self, told: Told, place: Drawn) -> Split:
+        learned = self._learn_ties and bool(told.tie)
+        return split_of(SIDES[place.side], place.in_labelled_part, told.label, learned_tie=learned)
 
     def _set_leaks_aside(self, tally: Tally) -> None:
         sides: dict[str, int] = {}
@@ -121,6 +153,8 @@ class CountedRows:
             for better, worse in decided(of_prompt, how.pairing, self.alone):
                 a, b = better.answer_id, worse.answer_id
                 pair_id, first = given.get(frozenset((a, b)), (a + b, a))
+                if pair_id != a + b:
+                    self._given_as[a + b] = pair_id
                 rated = better.good is not None and worse.good is not None
                 scores = (better.good, worse.good) if rated and how.scored else (None, None)
                 told = better.row[0]._replace(
@@ -131,15 +165,13 @@ class CountedRows:
                 place = better.row[1]._replace(answer_a=a, answer_b=b, in_labelled_part=labelled)
                 self.copies.setdefault(pair_id, []).append((told, place))
 
-    def _count(self, pair_id: str, told: Told, place: Drawn, *, learn_ties: bool) -> None:
-        tie = bool(told.tie)
-        side, labelled = SIDES[place.side], place.in_labelled_part
-        split = split_of(side, labelled, told.label, learned_tie=learn_ties and tie)
+    def _count(self, pair_id: str, told: Told, place: Drawn) -> None:
+        split = self._split(told, place)
         self.pairs[split] += 1
         self.labelled[split] += told.label is not None
         self.prompts[split].add(prompt_of(pair_id))
         self.answers[split].update((place.answer_a, place.answer_b))
-        self.ties += tie
+        self.ties += bool(told.tie)
         for kind in numbers.usable(told):
             self.own[kind][split] += 1
 

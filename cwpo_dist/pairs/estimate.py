@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from cwpo_dist.config import PrepareConfig
 from cwpo_dist.pairs import late_columns, numbers
 from cwpo_dist.pairs.alone import AloneCounts, comparing
-from cwpo_dist.pairs.counted_rows import CountedRows, sizes
+from cwpo_dist.pairs.counted_rows import CountedRows, Standing, sizes
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.pieces import Piece, columns_of
 from cwpo_dist.pairs.readers import Part, RawRow, begun, read
 from cwpo_dist.pairs.rejects import BadRow, Reason, Tally, past_fault
 from cwpo_dist.pairs.row_forms import ListCounts, parse_raw
-from cwpo_dist.pairs.sampled_pairs import Sample
+from cwpo_dist.pairs.sampled_pairs import Sample, Sampled
 from cwpo_dist.pairs.sources import plan
 from cwpo_dist.pairs.splits import LEAKED, SplitRule, drawn
 from cwpo_dist.pairs.unread import Tree, Unread, columnar, tree
@@ -64,6 +64,7 @@ class Census:
         sampled_ids: of some answers of each split's pairs; where it has none, of those in no pair.
         begun: whether something of every source was read.
         made: whether `prepare` is done, and these are its counts.
+        standing: where each pair of the sample stands; None for what is in no split's pairs.
     """
 
     splits: Mapping[str, int]
@@ -95,6 +96,7 @@ class Census:
     begun: bool = True
     rows_in: int = 0
     made: bool = False
+    standing: tuple[Standing | None, ...] = ()
 
     def sentences(self) -> Iterator[str]:
         """How rows are read, what of them is not, and why some are set aside, for people."""
@@ -202,16 +204,17 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         for parsed in made.pairs:
             pair, place = drawn(parsed, rule, piece.source, piece.into)
             if found.add(pair, place, parsed.numbers):
-                sampled.add(parsed, place, len(found.copies))
+                sampled.add(Sampled(pair.pair_id, parsed), place, len(found.copies))
     how = comparing((piece.layout for piece in pieces), config.pairing, seed, planned.kind)
     found.gather(tally, how, learn_ties=config.ties == "labelled")
     _count_columns(pieces, unread, used)
+    drawn_evenly = sampled.pairs(how)
     return Census(
         reading.scaled(found.pairs),
         reading.scaled(found.labelled),
         round(tally.reasons.total() * reading.scale),
         reading.complete,
-        sampled.pairs(how),
+        tuple(each.pair for each in drawn_evenly),
         prompts=reading.scaled(sizes(found.prompts)),
         answers=reading.scaled(sizes(found.answers)),
         own={own: reading.scaled(found.own[own]) for own in _kinds(pieces)},
@@ -235,6 +238,7 @@ def census(config: PrepareConfig, seed: int, *, seconds: float = 5.0, sample: in
         sampled_ids=found.sampled_ids(),
         begun=reading.begun == len(pieces),
         rows_in=round(reading.rows * reading.scale),
+        standing=tuple(found.standing(each.name) for each in drawn_evenly),
     )
 
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
-from cwpo_dist.pairs.alone import AloneCounts, Answer, Comparing, decided
+from cwpo_dist.pairs.alone import AloneCounts, Answer, Comparing, decided, kept_by_both
 from cwpo_dist.pairs.pairing import pair_with
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import prompt_of
 from cwpo_dist.pairs.splits import Drawn
+
+
+class Sampled(NamedTuple):
+    """One of them: its id as it was read, or made, and itself."""
+
+    name: str
+    pair: ParsedPair
 
 
 class Sample:
@@ -17,19 +26,19 @@ class Sample:
 
     def __init__(self, most: int, seed: int) -> None:
         self._most, self._random = most, random.Random(seed)
-        self._pairs = list[ParsedPair]()
+        self._pairs = list[Sampled]()
         self._of_prompts = _OfPrompts(most)
 
-    def add(self, parsed: ParsedPair, place: Drawn, seen: int) -> None:
+    def add(self, given: Sampled, place: Drawn, seen: int) -> None:
         """Reservoir sampling: after any number of pairs, each was drawn with the same chance."""
         if place.alone:
-            self._of_prompts.add(place.answer_a, parsed)
+            self._of_prompts.add(place.answer_a, given.pair)
         elif len(self._pairs) < self._most:
-            self._pairs.append(parsed)
+            self._pairs.append(given)
         elif (at := self._random.randrange(seen)) < self._most:
-            self._pairs[at] = parsed
+            self._pairs[at] = given
 
-    def pairs(self, how: Comparing | None) -> tuple[ParsedPair, ...]:
+    def pairs(self, how: Comparing | None) -> tuple[Sampled, ...]:
         """All of them, at most twice as many as were asked for."""
         return (*self._pairs, *self._of_prompts.pairs(how))[: 2 * self._most]
 
@@ -54,7 +63,7 @@ class _OfPrompts:
             del self._found[greatest]
         self._found.setdefault(prompt, {})[answer] = alone
 
-    def pairs(self, how: Comparing | None) -> Iterator[ParsedPair]:
+    def pairs(self, how: Comparing | None) -> Iterator[Sampled]:
         """The pairs that are made of them; of what makes none each response with itself."""
         if how is None:
             return
@@ -63,6 +72,8 @@ class _OfPrompts:
             answers = [Answer(i, row.first, row.numbers.score_first, row) for i, row in rows]
             made = decided(answers, how.pairing, AloneCounts())
             for better, worse in made:
-                yield pair_with(better.row, better, worse, scored=how.scored)
+                pair = pair_with(better.row, better, worse, scored=how.scored)
+                kept = kept_by_both(better.row.kept, worse.row.kept)
+                yield Sampled(better.answer_id + worse.answer_id, replace(pair, kept=kept))
             if not made:
-                yield from (row for _, row in rows)
+                yield from (Sampled(name, row) for name, row in rows)

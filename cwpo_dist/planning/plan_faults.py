@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from cwpo_dist.config import Config, ModelConfig
+from cwpo_dist.pairs.counted_rows import Standing
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.kept_columns import is_above_zero
 from cwpo_dist.pairs.pieces import damage_fault
@@ -13,9 +14,10 @@ from cwpo_dist.planning.costs import Estimate
 from cwpo_dist.planning.label_faults import label_faults
 from cwpo_dist.planning.sampled import SampleRead
 from cwpo_dist.planning.sampled_answers import answer_faults
-from cwpo_dist.runs.arms import judged_arms, needs_annotator
+from cwpo_dist.runs.arms import held_out_split, judged_arms, needs_annotator
 from cwpo_dist.runs.checks import models, trainings
 from cwpo_dist.runs.own_checks import own_counts_faults
+from cwpo_dist.runs.own_numbers import chosen
 
 _GOLD = "evaluate.gold_model"
 
@@ -57,17 +59,41 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
 
 
 def _beta_faults(config: Config, counted: Census) -> Iterator[str]:
-    """A column of βs that some of the sampled pairs have no number above 0 in."""
+    """A column of βs in which sampled pairs that `align` reads have no number above 0."""
     column = config.align.beta_column
     if column is None or config.policy is None:
         return
-    values = [pair.kept.get(column) for pair in counted.sample]
+    where = zip(counted.sample, counted.standing, strict=True)
+    values = [pair.kept.get(column) for pair, at in where if at and _aligns(config, counted, at)]
     if bad := [value for value in values if not is_above_zero(value)]:
         yield (
             f"align.beta_column: {column!r} is {bad[0]!r} in a pair, and no number above 0 in "
             f"{len(bad)} of {len(values)} that were looked at; β is multiplied by it: correct "
             "these rows, or leave them out"
         )
+
+
+def _aligns(config: Config, counted: Census, at: Standing) -> bool:
+    """Whether `align` of some arm reads a pair: to train on, or to follow that by its label."""
+    followed = config.align.eval_steps is not None and at.labelled
+    if followed and at.split == held_out_split(config):
+        return True
+    return any(_trains_on(config, counted, arm, at) for arm in _arms(config))
+
+
+def _trains_on(config: Config, counted: Census, name: str, at: Standing) -> bool:
+    """Whether somebody says which answer of a pair is the better one, for an arm that has it."""
+    arm = config.arm(name)
+    if at.split not in arm.splits:
+        return False
+    if arm.labels == "own":
+        return chosen(config.weigh.column, counted.own) in at.own
+    return arm.labels != "human" or at.labelled
+
+
+def _arms(config: Config) -> list[str]:
+    """Those of a run; of a trial its own, which stands first."""
+    return config.arms[:1] if config.compare else config.arms
 
 
 def _set_aside(counted: Census, most: float) -> Iterator[str]:
@@ -136,8 +162,7 @@ def _most_unread(config: Config, name: str, read: SampleRead) -> tuple[str, floa
 
 def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
     """Arms that would train a policy on nothing."""
-    arms = config.arms[:1] if config.compare else config.arms  # the trial's own arm stands first
-    for arm in arms if config.policy is not None else []:
+    for arm in _arms(config) if config.policy is not None else []:
         preset = config.arm(arm)
         of_people = preset.labels == "human"
         lacks = counted.lacks_labels if of_people else counted.lacks
