@@ -32,6 +32,8 @@ from cwpo_dist.pairs import preferences, records, stored
 from cwpo_dist.pairs.alone import AloneCounts
 from cwpo_dist.pairs.row_forms import ListCounts
 from cwpo_dist.runs import agreed
+from cwpo_dist.runs.divergence import Divergence
+from cwpo_dist.runs.judged_answers import JUDGED_SCHEMA, JudgedAnswer
 from cwpo_dist.runs.prepared_counts import PreparedCounts
 from cwpo_dist.scoring.driver import run_shards
 from cwpo_dist.scoring.pool import _ShardActor
@@ -80,7 +82,7 @@ TABLES: Mapping[str, tuple[pa.Schema, Sequence[object]]] = {
     "reference/<key>/reference/part-*.parquet": (records.LOG_PROB_SCHEMA, [records.LogProb]),
     "generate/<key>/answers/part-*.parquet": (records.ANSWER_SCHEMA, [records.SampledAnswer]),
     "evaluate/<key>/items.parquet": (evaluate.ITEM_SCHEMA, [evaluate.MeasuredPair]),
-    "evaluate/<key>/answers.parquet": (evaluate.JUDGED_SCHEMA, [evaluate.JudgedAnswer]),
+    "evaluate/<key>/answers.parquet": (JUDGED_SCHEMA, [JudgedAnswer]),
     "evaluate/<key>/agreed.parquet": (agreed.AGREED_SCHEMA, [agreed.Agreed]),
     "scores/<key>/part-*.parquet of an export": (
         preferences.scored_schema("text", tools=True),
@@ -103,6 +105,7 @@ FIGURES: Mapping[str, type] = {
     "`policy`": PolicyAccuracy,
     "`gra`, against each baseline": GoldAccuracy,
     "`answers`, against each baseline": Answers,
+    "`kl`": Divergence,
 }
 
 

@@ -59,8 +59,8 @@ BY_HAND = {  # by people and by gold: b, a, b and a, a, b against a, equal, unkn
 }
 
 
-def agreed_of(world: World) -> dict[str, list[tuple[float | None, float]]]:
-    found: dict[str, list[tuple[float | None, float]]] = {}
+def agreed_of(world: World) -> dict[str, list[tuple[float | None, float | None]]]:
+    found: dict[str, list[tuple[float | None, float | None]]] = {}
     rows = world.place("evaluate").read_table(AGREED).to_pylist()
     for row in sorted(rows, key=lambda row: row["pair_id"]):
         found.setdefault(row["of"], []).append((row["people"], row["gold"]))
@@ -96,6 +96,31 @@ def test_a_gold_model_scores_the_split_s_own_answers(
     monkeypatch.setattr(scored_by, "run_shards", run_shards)
     model = {"model_name_or_path": str(tmp_path / "model"), "chat_template": "plain"}
     assert agreed_of(measured(tmp_path, gold_model=model)) == BY_HAND
+
+
+@pytest.mark.usefixtures("few_labels")
+def test_pairs_that_gold_cannot_read_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the third pair one answer has no score."""
+
+    def run_shards(job: ShardJob, *_: Any) -> dict[str, Any]:
+        for index in range(job.shards):
+            sides = [(named("test", k, side), side == SIDES[k]) for k in range(3) for side in "ab"]
+            rows = [Score(name, "gold", float(won), None) for name, won in sides[:5] if index]
+            job.output.create_table(part("scores", index), table_of(rows, SCORE_SCHEMA))
+        return {}
+
+    monkeypatch.setattr(scored_by, "run_shards", run_shards)
+    model = {"model_name_or_path": str(tmp_path / "model"), "chat_template": "plain"}
+    world = measured(tmp_path, gold_model=model)
+    assert agreed_of(world) == {of: [*rows[:2], (None, None)] for of, rows in BY_HAND.items()}
+    found = with_gold([world.place("evaluate")])
+    told = [(each["judged"], each["items"], each["unread"]) for each in found.values()]
+    assert told == [(2, 2, 1)] * 2
+    (table,) = judged_tables({"arms": {"cw": {"with_gold": found}}})
+    judged = [(row[1].text, row[1].details) for row in table.rows]
+    assert judged == [("2 of 2", ("1 left out",))] * 2
 
 
 def test_where_gold_has_nothing_to_add_nothing_changes(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def card(arm: str, below: Identity | None = None, **changes: Any) -> ModelCard:
         "pairs": 12,
         "mean_weight": 0.2,
         "weigh": {"weights_divided_by": 0.2} if arm == "cw_mean" else {},
+        **changes.pop("figures", {}),
     }
     keys = {"prepare": "0123", "align": "4567"}
     given = parse_config(config | changes)
@@ -72,6 +73,21 @@ def test_what_length_alone_comes_to_stands_beside_what_was_measured() -> None:
     assert "| the longer answer, pairs right | 57.0% of 80" in text
     assert "| annotator, pairs right | 57.0% of 80" in text
     assert "| implicit reward, pairs right | 60.0% of 80" in text
+
+
+def test_gold_reward_accuracies_say_what_they_are_not_of() -> None:
+    """Of the baseline so many prompts; of the other all; of a third, by an older run, unknown."""
+    nothing = {"n": 0, "accuracy": None, "low": None, "high": None}
+    gra = {
+        "own_sft": AGREEMENT | {"left_out": {"prompts": 20}},
+        "common": nothing | {"left_out": {"prompts": 100}},
+        "older": AGREEMENT,
+    }
+    lines = card("cw", figures={"gra": gra}).text.splitlines()
+    told = [line.split(" | ")[1] for line in lines if line.startswith("| gold reward accuracy")]
+    interval = "60.0% of 80 (95 % interval 50.0%–70.0%)"
+    why = "prompts left out, as gold could not read their answers |"
+    assert told == [f"{interval}; 20 {why}", f"of no prompt; 100 {why}", f"{interval} |"]
 
 
 def test_of_normalised_weights_it_names_both() -> None:

@@ -20,12 +20,14 @@ from cwpo_dist.execution.side_by_side import Job
 from cwpo_dist.graph import graph
 from cwpo_dist.report.cells import Table
 from cwpo_dist.report.comparison_page import FIGURES
+from cwpo_dist.report.left_out_table import TITLE
 from cwpo_dist.report.outcomes import verdicts
 from cwpo_dist.report.trial_tables import tables
 from cwpo_dist.runs.agreed import AGREED, AGREED_SCHEMA
 from cwpo_dist.runs.context import Context
+from cwpo_dist.runs.judged_answers import JUDGED_SCHEMA
 from cwpo_dist.runs.output_key import Node
-from cwpo_dist.stages.evaluate import ANSWERS, ITEM_SCHEMA, ITEMS, JUDGED_SCHEMA
+from cwpo_dist.stages.evaluate import ANSWERS, ITEM_SCHEMA, ITEMS
 from cwpo_dist.storage import MANIFEST, Store
 
 BEST = {"human": 1e-3, "cw": 1e-4, "weak": 1e-4}  # of the rates, on validation
@@ -59,11 +61,14 @@ def _annotator(right: float) -> dict[str, Any]:
 
 def _metrics(arm: str, accuracy: float) -> dict[str, Any]:
     controlled = {"own_sft": 0.58, "common": 0.57}
+    none, too_long = ({"prompts": n, "aligned": {"over_length": n}, "baseline": {}} for n in (0, 2))
+    known = {"own_sft": {"n": 6, "left_out": none}, "common": {"n": 4, "left_out": too_long}}
     return {
+        "gra": known if arm == "cw" else None,
         "annotator": _annotator(ANNOTATOR[arm]),
         "policy": {"agreement": {"accuracy": accuracy, "n": 20}},
         "answers": {against: {"length_controlled": v} for against, v in controlled.items()},
-        "kl": {"mean": 3.5},
+        "kl": {"mean": 3.5, "n": 4, **({"left_out": too_long} if arm == "cw" else {})},
     }
 
 
@@ -226,7 +231,8 @@ def test_tables_show_each_number_in_its_row_and_column(found: dict[str, Any]) ->
         "KL, nats": "3.50",
     }
     assert shown["Trials"]["human"]["labels right"] == "as given"
-    ties = [row[5].details[-1] for row in tables(found)[0].rows]
+    small = [row[5].details for row in tables(found)[0].rows]
+    ties = [text for details in small for text in details if text.endswith("ties")]
     assert ties == ["25.0 % ties", "50.0 % ties", "25.0 % ties"], "of the common reference"
     paired = shown["Against human, paired"]
     assert paired.keys() == {"cw", "weak"}
@@ -261,6 +267,23 @@ def test_tables_show_each_number_in_its_row_and_column(found: dict[str, Any]) ->
     assert (trained["steps"], trained["SFT loss"]) == ("7", "2.50")
     rates = shown["Learning rates on validation"]["cw"]
     assert (rates["1e-4"], rates["1e-3"], rates["taken"]) == ("90.0 %", "70.0 %", "1e-4")
+
+
+def test_prompts_that_a_trial_leaves_out_stand_at_its_figures_and_below(
+    found: dict[str, Any],
+) -> None:
+    left_out = {name: trial["left_out"] for name, trial in found["trials"].items()}
+    told = {"prompts": 2, "of": 6, "aligned": {"over_length": 2}, "baseline": {}}
+    assert left_out["cw"]["gra_common"] == left_out["cw"]["kl"] == told
+    assert left_out["human"] == left_out["weak"] == {}, "as of runs that did not count them"
+    trials, below, *_ = tables(found)
+    assert below.title == TITLE
+    assert [[cell.text for cell in row] for row in below.rows] == [
+        ["cw", "GRA, common", "2 of 6", "2 × over_length", "–"],
+        ["cw", "KL", "2 of 6", "2 × over_length", "–"],
+    ]
+    small = [cell.details[-1:] for row in trials.rows for cell in row[4:]]
+    assert small.count(("2 left out",)) == 2, "at both figures of cw, at no other"
 
 
 def test_verdicts_say_whose_figure_is_the_higher(found: dict[str, Any]) -> None:

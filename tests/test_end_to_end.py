@@ -242,7 +242,7 @@ def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None
     given = finished.policy, by, finished.prepare.rows_per_shard
     found = kl_divergence(context, nodes["evaluate"], prompts, *given)
     tokens = read_tokens(place(finished, "evaluate").child("kl"), 0)
-    assert found["n"] == len(tokens) > 0
+    assert found.n == len(tokens) > 0
     models = [
         AutoModelForCausalLM.from_pretrained(place(finished, role).child("model").root)
         for role in ("align", "sft")
@@ -256,7 +256,7 @@ def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None
             logps = [m(ids).logits.log_softmax(-1)[0, start - 1 : -1] for m in models]
         after, before = (lp.gather(1, ids[0, start:, None]).sum() for lp in logps)
         ratios.append(float(after - before))
-    assert found["mean"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
+    assert found.mean == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
 
 
 def test_rows_add_up_from_stage_to_stage(finished: Config) -> None:

@@ -15,6 +15,7 @@ import pytest
 from world import HIGHER, LABELS, World, answer, margin
 
 from cwpo_dist.evaluation.annotators import HeldOut
+from cwpo_dist.evaluation.left_out import LeftOut
 from cwpo_dist.graph import graph
 from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.records import (
@@ -230,7 +231,8 @@ def test_kl_is_of_the_aligned_models_answers_aligned_less_sft(
     found = divergence.kl_divergence(
         world.context, world.node("evaluate"), prompts, policy, by, rows_a_shard=1024
     )
-    assert found == {"n": 2, "mean": 3.0, "error": 2.0}
+    assert (found.n, found.mean, found.error) == (2, 3.0, 2.0)
+    assert found.left_out == LeftOut()
     for role, trained in (("sft", "sft"), ("aligned", "align")):
         assert models[role] == world.place(trained).child("model").uri
 

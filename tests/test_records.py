@@ -40,7 +40,8 @@ from cwpo_dist.pairs.stored import (
     write_pairs,
 )
 from cwpo_dist.runs.joined import PairLogProbs
-from cwpo_dist.stages.evaluate import ITEM_SCHEMA, JUDGED_SCHEMA, JudgedAnswer, MeasuredPair
+from cwpo_dist.runs.judged_answers import JUDGED_SCHEMA, JudgedAnswer
+from cwpo_dist.stages.evaluate import ITEM_SCHEMA, MeasuredPair
 from cwpo_dist.storage import Store
 
 SCORE = {"answer_id": ["p"], "annotator": ["x"], "score": [2.0], "tokens_hash": [7]}

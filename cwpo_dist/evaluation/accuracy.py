@@ -6,12 +6,13 @@ Shapes: N = pairs, in any order that all arguments share.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cwpo_dist.evaluation.calibration import Calibration, calibration, quarters
+from cwpo_dist.evaluation.left_out import LeftOut
 from cwpo_dist.evaluation.length import (
     Correlation,
     LengthGroup,
@@ -86,7 +87,7 @@ class GoldAccuracy(AsDict):
     """Gold reward accuracy (GRA) of one policy against another, prompt by prompt.
 
     Attributes:
-        n: prompts.
+        n: prompts with a gold score of both answers.
         wins: prompts where the aligned answer's gold score is higher.
         ties: prompts where both are equal.
         losses: prompts where it is lower.
@@ -94,6 +95,7 @@ class GoldAccuracy(AsDict):
         low: lower end of its 95 % interval.
         high: upper end.
         accuracy_ties_halved: (wins + ties / 2) / n.
+        left_out: the prompts that it is not of.
     """
 
     n: int
@@ -104,6 +106,7 @@ class GoldAccuracy(AsDict):
     low: float | None
     high: float | None
     accuracy_ties_halved: float | None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def annotator_accuracy(

@@ -23,10 +23,11 @@ class Answers(AsDict):
     """How long answers are, and what is left of the wins at equal length.
 
     Attributes:
-        n: prompts.
-        length: mean characters of the policy's answers.
+        n: prompts, all that were answered.
+        length: mean characters of the policy's answers to them.
         baseline_length: of the baseline's.
-        length_controlled: win rate, ties halved, at equal length; None without gold scores.
+        length_controlled: win rate, ties halved, at equal length, of the prompts that GRA is of;
+            None without gold scores.
     """
 
     n: int

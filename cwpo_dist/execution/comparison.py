@@ -22,6 +22,7 @@ from cwpo_dist.execution.trial_items import Runs, context_of, evaluated, items_o
 from cwpo_dist.graph import graph
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.comparison_page import FIGURES, PAGE, print_comparison, render_comparison
+from cwpo_dist.report.left_out_table import added
 from cwpo_dist.report.page import render
 from cwpo_dist.results import collect as report
 from cwpo_dist.results.items import BySeed, against, with_gold
@@ -184,9 +185,11 @@ def collect(config: Config, runs: Runs, tuned_by: Mapping[str, object]) -> dict[
 
 def _told(trial: Trial, single: list[Config]) -> dict[str, object]:
     """What a trial is, and its figures that are not held against another's."""
-    powered = with_gold([evaluated(run, trial.arm)[0] for run in single])
+    places = [evaluated(run, trial.arm)[0] for run in single]
+    powered = with_gold(places)
     return {
         **({"with_gold": powered} if powered else {}),
+        "left_out": added([place.read_json("metrics.json") for place in places]),
         "arm": trial.arm,
         "loss": trial.loss,
         "labelled_fraction": trial.labelled,

@@ -35,9 +35,10 @@ from cwpo_dist.report.cells import at
 from cwpo_dist.report.comparison_page import FIGURES
 from cwpo_dist.results.show import show, show_comparison
 from cwpo_dist.runs.context import Context, read_sampled
+from cwpo_dist.runs.judged_answers import JUDGED_SCHEMA, JudgedAnswer
 from cwpo_dist.runs.output_key import Node
 from cwpo_dist.runs.trials import names, trials
-from cwpo_dist.stages.evaluate import ANSWERS, BASELINES, JUDGED_SCHEMA, JudgedAnswer
+from cwpo_dist.stages.evaluate import ANSWERS, BASELINES
 from cwpo_dist.storage import Store
 
 

@@ -293,12 +293,20 @@ def _figures(config: Config, figures: Figures) -> Iterator[tuple[str, str]]:
         if found and found.get("accuracy") is not None:
             yield title, _share(found)
     for baseline in at(figures, "gra") or {}:
-        found = at(figures, "gra", baseline)
-        yield f"gold reward accuracy against {baseline.replace('_', ' ')}", _share(found)
+        yield f"gold reward accuracy against {baseline.replace('_', ' ')}", _gra(figures, baseline)
     last = (at(figures, "curves", "align") or [{}])[-1]
     if "loss" in last:
         yield "training loss at the end", f"{last['loss']:.4f}"
     yield "judged on", f"split `{config.evaluate.split}`"
+
+
+def _gra(figures: Figures, baseline: str) -> str:
+    """With the prompts that it is not of; older runs have not counted them."""
+    found = at(figures, "gra", baseline)
+    told = "of no prompt" if found["accuracy"] is None else _share(found)
+    if left_out := at(found, "left_out", "prompts"):
+        told += f"; {left_out:,} prompts left out, as gold could not read their answers"
+    return told
 
 
 def _share(found: Figures) -> str:

@@ -24,7 +24,8 @@ _AGREED = (
     "prompt. People: on pairs with a label. Gold: what the gold reward prefers in people's place, "
     "on all pairs. Both: people's, made more exact by the gold reward (PPI++), and right however "
     "wrong that is, if it was drawn by lot which pairs have a label, and gold did not learn from "
-    "these; λ is its part. The spread between seeds is not in the intervals."
+    "these; λ is its part. Left out: pairs of which gold could not read an answer. The spread "
+    "between seeds is not in the intervals."
 )
 _COLUMNS = ("", "judged", "people", "gold", "both", "λ", "narrower")
 
@@ -54,11 +55,16 @@ def judged_tables(found: Mapping[str, Any]) -> list[Table]:
 def _figures(told: Mapping[str, Any]) -> tuple[Cell, ...]:
     narrower = told["narrower"]
     return (
-        Cell(f"{told['judged']:,} of {told['items']:,}"),
+        Cell(f"{told['judged']:,} of {told['items']:,}", _unread(told)),
         *(_share(told[of]) for of in ("people", "model", "both")),
         Cell(f"{told['weight']:.2f}"),
         NO_PAIRS if narrower is None else Cell(f"{written(100 * narrower, '.0f')} %"),
     )
+
+
+def _unread(told: Mapping[str, Any]) -> tuple[str, ...]:
+    """Pairs of which gold could not read an answer; older runs have not counted them."""
+    return (f"{told['unread']:,} left out",) if told.get("unread") else ()
 
 
 def _share(record: Mapping[str, Any]) -> Cell:

@@ -18,6 +18,7 @@ from cwpo_dist.report.cells import Metrics, at
 from cwpo_dist.report.drawing import Plot
 from cwpo_dist.report.explorer import Sample
 from cwpo_dist.report.judged_table import judged_tables
+from cwpo_dist.report.left_out_table import left_out_tables
 from cwpo_dist.report.outcomes import CHANCE, Verdict
 from cwpo_dist.stage_order import LISTED
 
@@ -79,7 +80,7 @@ def render(metrics: Metrics, sample: Sample | None = None, comparison: str | Non
         cost_plot=drawn(plots.arms_cost_plot(metrics)),
         gra_table=summary.gra_table(metrics),
         gra_plot=drawn(plots.gra_plot(metrics)),
-        judged_tables=judged_tables(metrics),
+        answer_tables=[*left_out_tables(metrics), *judged_tables(metrics)],
         weights_table=summary.weights_table(metrics),
         confidence_plots=_confidence_plots(metrics),
         several_runs=_several_runs(metrics),

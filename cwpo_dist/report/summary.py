@@ -26,6 +26,7 @@ from cwpo_dist.report.cells import (
     without_empty,
 )
 from cwpo_dist.report.judged_table import judged_tables
+from cwpo_dist.report.left_out_table import beside, left_out_tables
 from cwpo_dist.report.outputs import cost_table, data_tables
 
 COMPARISONS = {
@@ -45,6 +46,7 @@ def tables(metrics: Metrics) -> list[Table]:
     return [
         without_empty(arms_table(metrics)),
         gra_table(metrics),
+        *left_out_tables(metrics),
         *judged_tables(metrics),
         annotator_table(metrics),
         *([] if ensemble is None else [ensemble]),
@@ -75,7 +77,7 @@ def arms_table(metrics: Metrics) -> Table:
             if is_human(name) or (at(arm, "annotator") is None and has_own_labels(name))
             else share(at(arm, "annotator", "agreement"), with_ties=True),
             share(at(arm, "policy", "agreement"), with_ties=True),
-            *(share(at(arm, "gra", key), with_ties=True) for key in COMPARISONS),
+            *(_gra(at(arm, "gra", key)) for key in COMPARISONS),
         )
         for name, arm in arm_items(metrics)
     )
@@ -97,8 +99,13 @@ def arms_table(metrics: Metrics) -> Table:
         "gold reward puts the arm's answer above the other model's; each arm has an SFT model of "
         "its own, so only the common reference, the policy as it was given, compares arms. A tie "
         "counts as a loss in GRA. Small: the 95 % interval of this one run, which does not hold "
-        "the spread between seeds, and ties.",
+        "the spread between seeds, ties, and prompts of which the gold model could not read an "
+        "answer.",
     )
+
+
+def _gra(record: Metrics | None) -> Cell:
+    return beside(share(record, with_ties=True), at(record, "left_out"))
 
 
 def gra_table(metrics: Metrics) -> Table:

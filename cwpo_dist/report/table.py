@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cwpo_dist.report.cells import Cell, Metrics, Table, without_empty
+from cwpo_dist.report.left_out_table import left_out_tables
 from cwpo_dist.report.summary import SIMULATED, arms_table, is_simulated, tables
 from cwpo_dist.report.verdict import of_annotators, of_arms
 
@@ -38,7 +39,8 @@ def print_short(metrics: Metrics, place: str, console: Console | None = None) ->
     if is_simulated(metrics):
         console.print(Text(SIMULATED, style="bold reverse"))
     arms = replace(without_empty(arms_table(metrics)), note="")
-    print_table(arms, console, simulated=False)
+    for table in [arms, *left_out_tables(metrics)]:
+        print_table(table, console, simulated=False)
     for line in of_annotators(metrics):
         console.print(Text(line), soft_wrap=True)
     for verdict in of_arms(metrics)[0][:1]:

@@ -20,6 +20,7 @@ from cwpo_dist.report.cells import (
 )
 from cwpo_dist.report.figures import Mean
 from cwpo_dist.report.judged_table import judged_tables
+from cwpo_dist.report.left_out_table import beside, left_out_tables
 from cwpo_dist.report.outcomes import Found, p_in_words
 
 MOST_IN_MATRIX = 12  # trials: a wider table is read by nobody
@@ -60,7 +61,7 @@ def tables(found: Found) -> list[Table]:
     annotators = [_annotators_table(known)] if known else []
     rates = [_rates_table(found)] if found["tried"] else []
     stopped = [_stopped_table(found)] if _stopped(found) else []
-    first = [_trials_table(found), *judged_tables(found), *stopped]
+    first = [_trials_table(found), *left_out_tables(found), *judged_tables(found), *stopped]
     shown = [*first, _paired_table(found), *matrix, _training_table(found)]
     return [without_empty(table) for table in [*shown, *annotators, *asked, *rates]]
 
@@ -87,7 +88,9 @@ def _trials_table(found: Found) -> Table:
             _gra(trial, "common"),
             _share(at(trial, "by_seed", "length_controlled_common")),
             _mean(Mean.of(at(trial, "figures", "length")), ".0f", 0),
-            _mean(Mean.of(at(trial, "by_seed", "kl")), ".2f", 0),
+            beside(
+                _mean(Mean.of(at(trial, "by_seed", "kl")), ".2f", 0), at(trial, "left_out", "kl")
+            ),
         )
         for name, trial in trials.items()
     )
@@ -330,7 +333,8 @@ def _gra(trial: Found, against: str) -> Cell:
     cell, tied = (_share(at(trial, "figures", f"{kind}_{against}")) for kind in ("gra", "ties"))
     if cell.missing:
         return cell
-    return Cell(cell.text, (*cell.details, f"{tied.text} ties"))
+    told = Cell(cell.text, (*cell.details, f"{tied.text} ties"))
+    return beside(told, at(trial, "left_out", f"gra_{against}"))
 
 
 def _points(record: Found | None) -> Cell:

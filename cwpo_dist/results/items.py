@@ -16,13 +16,12 @@ from cwpo_dist.evaluation.prediction_powered import powered
 from cwpo_dist.evaluation.shares import group_numbers
 from cwpo_dist.pairs.records import prompt_of, read_rows
 from cwpo_dist.runs.agreed import AGREED, AGREED_SCHEMA, Agreed
+from cwpo_dist.runs.judged_answers import JUDGED_SCHEMA, JudgedAnswer
 from cwpo_dist.stages.evaluate import (
     ANSWERS,
     BASELINES,
     ITEM_SCHEMA,
     ITEMS,
-    JUDGED_SCHEMA,
-    JudgedAnswer,
     MeasuredPair,
 )
 from cwpo_dist.storage import Store
@@ -73,16 +72,21 @@ def with_gold(evaluated: Sequence[Store]) -> dict[str, dict[str, object]]:
             of the others.
 
     Returns:
-        `annotator` and `policy`, each a `Powered`; nothing where gold knows no more than people.
+        `annotator` and `policy`, each a `Powered`, and under `unread` how many pairs it is not of,
+        as gold could not read them; nothing where gold knows no more than people.
     """
     left = [store for store in evaluated if store.exists(AGREED)]
     pairs = [row for store in left for row in read_rows(store, AGREED, Agreed, AGREED_SCHEMA)]
     found = {}
     for of in sorted({pair.of for pair in pairs}):
-        some = [pair for pair in pairs if pair.of == of]
+        every = [pair for pair in pairs if pair.of == of]
+        some = [pair for pair in every if pair.gold is not None]
         people = np.array([pair.people for pair in some], dtype=np.float64)  # NaN where null
-        gold, prompts = [pair.gold for pair in some], [prompt_of(pair.pair_id) for pair in some]
-        found[of] = powered(people, np.array(gold), group_numbers(prompts, len(some))).as_dict()
+        gold = np.array([pair.gold for pair in some], dtype=np.float64)
+        groups = group_numbers([prompt_of(pair.pair_id) for pair in some], len(some))
+        if some:
+            unread = {"unread": len(every) - len(some)}
+            found[of] = powered(people, gold, groups).as_dict() | unread
     return found
 
 
@@ -104,11 +108,11 @@ def _judged(name: str, rows: Sequence[JudgedAnswer]) -> Iterator[tuple[str, Item
     """Figures of answers held against those of one baseline."""
     if name == "common":
         yield "length", _of(rows, [row.length for row in rows])
-    if rows and rows[0].gold is not None:
-        ours = np.array([row.gold for row in rows], dtype=np.float64)
-        theirs = np.array([row.baseline_gold for row in rows], dtype=np.float64)
-        yield f"gra_{name}", _of(rows, ours > theirs)
-        yield f"ties_{name}", _of(rows, ours == theirs)
+    if scored := [row for row in rows if row.gold is not None]:
+        ours = np.array([row.gold for row in scored], dtype=np.float64)
+        theirs = np.array([row.baseline_gold for row in scored], dtype=np.float64)
+        yield f"gra_{name}", _of(scored, ours > theirs)
+        yield f"ties_{name}", _of(scored, ours == theirs)
 
 
 def _of(rows: Sequence[MeasuredPair] | Sequence[JudgedAnswer], values: ArrayLike) -> Items:

@@ -39,13 +39,13 @@ class Agreed(NamedTuple):
         of: whose choice it is, of the `annotator` or the `policy`.
         people: 1: people choose the same answer, 0: the other; ½: a tie, on either side; null:
             nobody judged.
-        gold: the same of the gold reward.
+        gold: the same of the gold reward; null: it has none of an answer, most often a long one.
     """
 
     pair_id: str
     of: str
     people: float | None
-    gold: float
+    gold: float | None
 
 
 class _Said(NamedTuple):
@@ -65,7 +65,7 @@ def agreed(
         node: `evaluate`.
         chooser: that of `weigh`; of people's labels, and the data's own, no annotator is measured.
         split: the pairs'.
-        gold: called where it is needed; what it has no margin of is left out.
+        gold: called where it is needed; what it has no margin of has no choice of gold.
     """
     said = [_said(context.prepared(node), index, split) for index in range(context.shards(node))]
     if not any(side is None for shard in said for side in shard.values()):
@@ -78,13 +78,13 @@ def agreed(
         Agreed(
             *(pair_id, of),
             None if side is None else _alike(known[pair_id], side),
-            _alike(known[pair_id], by_gold[pair_id]),
+            _alike(known[pair_id], by_gold[pair_id]) if pair_id in by_gold else None,
         )
         for of, margins in measured.items()
         for index, shard in enumerate(said)
         for known in [margins(index)]
         for pair_id, side in shard.items()
-        if pair_id in known and pair_id in by_gold
+        if pair_id in known
     ]
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from cwpo_dist.config import ModelConfig
+from cwpo_dist.evaluation.left_out import LeftOut, Reasons
+from cwpo_dist.evaluation.shares import AsDict
 from cwpo_dist.lm.encoder import Asked
 from cwpo_dist.lm.fitting import encode_answers
 from cwpo_dist.lm.reading import encoder_for
-from cwpo_dist.lm.rows import Row
+from cwpo_dist.lm.templates import TokenError
 from cwpo_dist.pairs.answers import read_answers, read_compared
 from cwpo_dist.pairs.records import TOKEN_SCHEMA, AnswerTokens, Prompt, Text, table_of
 from cwpo_dist.pairs.stored import Pair, write_pairs
@@ -23,6 +26,7 @@ from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import ReferenceWorker, policy_module
+from cwpo_dist.scoring.set_aside import reasons
 from cwpo_dist.storage import Store
 
 
@@ -42,6 +46,27 @@ class Answered(NamedTuple):
     after: str
 
 
+_EMPTY = "empty answer"
+_ROLES = ("sft", "aligned")
+
+
+@dataclass(frozen=True)
+class Divergence(AsDict):
+    """The KL divergence of an aligned policy from its SFT model, by its sampled answers.
+
+    Attributes:
+        n: prompts.
+        mean: in nats an answer.
+        error: its standard error.
+        left_out: the prompts that it is not of.
+    """
+
+    n: int
+    mean: float | None
+    error: float | None
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
 def kl_divergence(
     context: Context,
     node: Node,
@@ -49,11 +74,12 @@ def kl_divergence(
     policy: ModelConfig,
     by: Scorers,
     rows_a_shard: int,
-) -> dict[str, float | None]:
+) -> Divergence:
     """KL(π‖π_SFT) = E_{y∼π} log π(y|x)/π_SFT(y|x), by the answers that π was heard to give.
 
     They were sampled at `evaluate.temperature`, and one cut at `max_new_tokens` is taken to end
-    there: an estimate, the same for all arms.
+    there: an estimate, the same for all arms. One that does not fit the policy's `max_length` with
+    its prompt is left out, and counted.
 
     Args:
         context: the run.
@@ -62,27 +88,39 @@ def kl_divergence(
         policy: as it was given, before any training.
         by: who computes log-probs.
         rows_a_shard: of them.
-
-    Returns:
-        n, mean and standard error, in nats an answer.
     """
     store = context.place(node).child("kl")
-    models = {role: node.inputs[f"answers_{role}"] for role in ("sft", "aligned")}
+    models = {role: node.inputs[f"answers_{role}"] for role in _ROLES}
     told = {role: read_sampled(context, given) for role, given in models.items()}
     rows = [Answered(i, prompts[i], told["sft"][i], y) for i, y in told["aligned"].items() if y]
     shards = write_answered(store, rows, rows_a_shard)
     aligned = policy_of(context, models["aligned"], policy)
-    _write_tokens(store, aligned, shards)
+    unread = _write_tokens(store, aligned, shards)
     values = {
         role: _log_probs(store, role, shards, policy_of(context, given, policy), by)
         for role, given in models.items()
     }
     both = sorted(values["sft"].keys() & values["aligned"].keys())
     ratios = np.array([values["aligned"][i] - values["sft"][i] for i in both])
+    empty = [(_EMPTY, None) for y in told["aligned"].values() if not y]
+    left_out = LeftOut.of([*empty, *_missing(store, shards, unread, both)])
     if not len(ratios):
-        return {"n": 0, "mean": None, "error": None}
+        return Divergence(0, None, None, left_out)
     error = float(ratios.std(ddof=1) / np.sqrt(len(ratios))) if len(ratios) > 1 else None
-    return {"n": len(ratios), "mean": float(ratios.mean()), "error": error}
+    return Divergence(len(ratios), float(ratios.mean()), error, left_out)
+
+
+def _missing(
+    store: Store, shards: int, unread: Mapping[str, str], known: Sequence[str]
+) -> Iterator[Reasons]:
+    """Why answers have no log-prob under one of the models, or under both."""
+    there = set(known)
+    why = {role: reasons(store.child(role), "reference", range(shards)) for role in _ROLES}
+    for index in range(shards):
+        for pair in read_compared(store, index):
+            name = pair.answer_b
+            if pair.pair_id not in there:
+                yield unread.get(name) or why["aligned"].get(name), why["sft"].get(name)
 
 
 def _log_probs(
@@ -119,18 +157,24 @@ def _wrapped(row: Answered) -> tuple[Text, Text]:
     return before, after
 
 
-def _write_tokens(store: Store, model: ModelConfig, shards: int) -> None:
-    """Tokens of prompts and the aligned model's answers; what does not fit is left out."""
+def _write_tokens(store: Store, model: ModelConfig, shards: int) -> dict[str, str]:
+    """Writes tokens of prompts and the aligned model's answers.
+
+    Returns:
+        Why there are none of some answers, by their ids: most often they do not fit.
+    """
+    unread: dict[str, str] = {}
     encoder = encoder_for(model, "policy")
     whole = model.model_copy(update={"over_length": "drop"})
     for index in range(shards):
         told = {pair.answer_b for pair in read_compared(store, index)}
         answers = [answer for answer in read_answers(store, index) if answer.answer_id in told]
         asked = [Asked(answer.prompt, [answer.answer], answer.tools) for answer in answers]
-        read = zip(answers, encode_answers(encoder, whole, asked), strict=True)
-        tokens = [
-            AnswerTokens(answer.answer_id, row.prompt, row.answers[0])
-            for answer, (row,) in read
-            if isinstance(row, Row)
-        ]
+        tokens = []
+        for answer, (row,) in zip(answers, encode_answers(encoder, whole, asked), strict=True):
+            if isinstance(row, TokenError):
+                unread[answer.answer_id] = str(row.fault or row)
+            else:
+                tokens.append(AnswerTokens(answer.answer_id, row.prompt, row.answers[0]))
         store.create_table(part("tokens", index), table_of(tokens, TOKEN_SCHEMA))
+    return unread

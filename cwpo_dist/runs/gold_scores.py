@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from cwpo_dist.config import ModelConfig, Split
 from cwpo_dist.evaluation.gold_function import load_function
+from cwpo_dist.evaluation.left_out import LeftOut
 from cwpo_dist.pairs.answers import read_compared
 from cwpo_dist.pairs.messages import plain_text
 from cwpo_dist.pairs.records import SCORE_SCHEMA, Score, read_rows
@@ -20,27 +22,39 @@ from cwpo_dist.runs.scored_by import Scorers
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.pipeline import ShardJob, part
 from cwpo_dist.scoring.scorers import RewardWorker, reward_module
+from cwpo_dist.scoring.set_aside import reasons
 from cwpo_dist.storage import Store
 
-Gold = dict[str, tuple[float, float]]  # by pair id: of the aligned answer, of the baseline's
+
+class GoldScores(NamedTuple):
+    """What a gold reward gives sampled answers.
+
+    Attributes:
+        scores: by pair id: of the aligned answer, of the baseline's.
+        left_out: the prompts of which an answer has none.
+    """
+
+    scores: dict[str, tuple[float, float]]
+    left_out: LeftOut
 
 
-def scores_by_function(name: str, rows: Sequence[Answered]) -> Gold:
-    """Gold scores (aligned, baseline) by a rule."""
+def scores_by_function(name: str, rows: Sequence[Answered]) -> GoldScores:
+    """Gold scores by a rule, which reads every answer."""
     score = load_function(name)
     asked = [plain_text(row.prompt.text) for row in rows]
-    return {
+    scores = {
         row.pair_id: (score(text, row.after), score(text, row.before))
         for row, text in zip(rows, asked, strict=True)
     }
+    return GoldScores(scores, LeftOut())
 
 
 def scores_by_model(
     model: ModelConfig, by: Scorers, store: Store, rows: Sequence[Answered], size: int
-) -> Gold:
-    """Gold scores (aligned, baseline) by a reward model, on the pipeline that annotates.
+) -> GoldScores:
+    """Gold scores by a reward model, on the pipeline that annotates.
 
-    An answer without a finite score, or one that is too long, takes its pair out.
+    An answer without a finite score, or one that is too long, takes its pair out, and is counted.
 
     Args:
         model: the reward model.
@@ -51,7 +65,15 @@ def scores_by_model(
     """
     shards = write_answered(store, rows, size)
     found = _scored(model, by, store, AnswersIn(store), shards)
-    return {pair_id: (b, a) for pair_id, a, b in found}
+    scores = {pair_id: (b, a) for pair_id, a, b in found}
+    why = reasons(store, "scores", range(shards))
+    missing = [
+        (why.get(pair.answer_b), why.get(pair.answer_a))
+        for index in range(shards)
+        for pair in read_compared(store, index)
+        if pair.pair_id not in scores
+    ]
+    return GoldScores(scores, LeftOut.of(missing))
 
 
 def gold_margins(

@@ -6,7 +6,7 @@ A row that cannot be read must not stop a fleet, and a stage that reads hardly a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -16,12 +16,13 @@ from cwpo_dist.config import ModelConfig
 from cwpo_dist.lm.templates import Fault
 from cwpo_dist.pairs.records import REJECT_SCHEMA, Reject, table_of
 from cwpo_dist.pairs.rejects import RejectsError
-from cwpo_dist.scoring.pipeline import part
+from cwpo_dist.scoring.pipeline import committed_rejects, part
 from cwpo_dist.scoring.retries import Input, T
 from cwpo_dist.storage import Store
 
 ALIKE = "alike"  # the count of pairs whose answers are the same to the model
 ALIKE_WHEN_CUT = "alike_when_cut"  # … as what they differ by is beyond `max_length`
+_PAIRS = "pairs/"  # begins the source of a reject that is a pair
 _OF_EACH = "rejects: "  # begins the name of a count of rejects for one reason
 
 
@@ -64,7 +65,23 @@ def _reject(reason: str, source: str, row: Input[T]) -> Reject:
 
 def without_pairs(rejects: pa.Table) -> pa.Table:
     """Those rows of REJECT_SCHEMA that are answers."""
-    return rejects.filter(pc.invert(pc.starts_with(rejects["source"], "pairs/")))
+    return rejects.filter(pc.invert(pc.starts_with(rejects["source"], _PAIRS)))
+
+
+def reasons(store: Store, name: str, shards: Iterable[int]) -> dict[str, str]:
+    """Why the committed shards of a job set answers aside, by the answers' ids.
+
+    Args:
+        store: its output folder.
+        name: that of its files.
+        shards: which.
+    """
+    return {
+        row.row: _kind(row.reason)
+        for index in shards
+        for row in committed_rejects(store, part(name, index))
+        if not row.source.startswith(_PAIRS)
+    }
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from cwpo_dist.config import AlignConfig, EvaluateConfig, ReferenceConfig, Split
-from cwpo_dist.evaluation.accuracy import gra, policy_accuracy
+from cwpo_dist.evaluation.accuracy import policy_accuracy
 from cwpo_dist.evaluation.annotators import annotator_figures
 from cwpo_dist.evaluation.gold_function import load_function
-from cwpo_dist.evaluation.win_rates import answer_figures
+from cwpo_dist.evaluation.left_out import LeftOut, in_words
 from cwpo_dist.pairs.chosen import signs
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.pairs.messages import plain_text
@@ -30,11 +31,19 @@ from cwpo_dist.runs.arms import ArmRun, Chooser, weighting
 from cwpo_dist.runs.context import Context, read_sampled
 from cwpo_dist.runs.divergence import Answered, kl_divergence
 from cwpo_dist.runs.given_model import GivenModel
-from cwpo_dist.runs.gold_scores import Gold, gold_margins, scores_by_function, scores_by_model
+from cwpo_dist.runs.gold_scores import (
+    GoldScores,
+    gold_margins,
+    scores_by_function,
+    scores_by_model,
+)
+from cwpo_dist.runs.judged_answers import JUDGED_SCHEMA, judged_answers, judged_figures
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
 from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Stage, Work
 from cwpo_dist.storage import Store
+
+logger = logging.getLogger(__name__)
 
 ITEMS, ANSWERS = "items.parquet", "answers.parquet"  # what intervals over several runs need
 ITEM_SCHEMA = pa.schema(
@@ -61,37 +70,6 @@ class MeasuredPair(NamedTuple):
     longer_by: int
 
 
-JUDGED_SCHEMA = pa.schema(
-    [
-        *(("pair_id", pa.string()), ("prompt", pa.string()), ("against", pa.string())),
-        *(("length", pa.int64()), ("baseline_length", pa.int64())),
-        *(("gold", pa.float64()), ("baseline_gold", pa.float64())),
-    ]
-)
-
-
-class JudgedAnswer(NamedTuple):
-    """A policy's sampled answer beside a baseline's.
-
-    Attributes:
-        pair_id: of the pair whose prompt it is.
-        prompt: the prompt's hash.
-        against: which baseline.
-        length: characters of the policy's answer.
-        baseline_length: of the baseline's.
-        gold: the gold score of the policy's answer; null without gold model or function.
-        baseline_gold: of the baseline's.
-    """
-
-    pair_id: str
-    prompt: str
-    against: str
-    length: int
-    baseline_length: int
-    gold: float | None
-    baseline_gold: float | None
-
-
 BASELINES = {"own_sft": "answers_sft", "common": "answers_base"}
 
 
@@ -112,7 +90,7 @@ class EvaluateSettings(Settings):
     """
 
     stage = "evaluate"
-    format = 6
+    format = 7  # lengths are of all sampled answers, not of those with gold scores alone
 
     config: EvaluateConfig
     gold: GivenModel | None
@@ -267,52 +245,41 @@ def _answered(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, ob
         baseline = read_sampled(context, node.inputs[role])
         rows = [Answered(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
         gold = _gold(told, context.place(node).child(name), rows)
-        answers = _judged(name, rows, gold)
-        judged[name], figures[name] = _figures(answers, gold)
+        answers = judged_answers(name, rows, gold)
+        accuracy, lengths = judged_figures(answers, gold)
+        judged[name], figures[name] = accuracy and accuracy.as_dict(), lengths.as_dict()
+        if gold is not None:
+            _tell(f"GRA against {name}", gold.left_out, len(rows), "evaluate.gold_model")
         tables.append(table_of(answers, JUDGED_SCHEMA))
     context.place(node).create_table(ANSWERS, pa.concat_tables(tables))
     kl = None
     if told.config.kl:
         policy, rows_a_shard = told.policy.config, told.rows_per_shard
         by = Scorers(told.reference, told.align)
-        kl = kl_divergence(context, node, prompts, policy, by, rows_a_shard)
+        found = kl_divergence(context, node, prompts, policy, by, rows_a_shard)
+        _tell("KL", found.left_out, len(aligned), "policy")
+        kl = found.as_dict()
     return {"gra": None if gold is None else judged, "answers": figures, "kl": kl}
 
 
-def _judged(against: str, rows: Sequence[Answered], gold: Gold | None) -> list[JudgedAnswer]:
-    """Those that have gold scores; all of them where there is nothing to judge by."""
-    return [
-        JudgedAnswer(
-            row.pair_id,
-            content_hash(row.prompt.text),
-            against,
-            len(row.after),
-            len(row.before),
-            *(gold[row.pair_id] if gold else (None, None)),
-        )
-        for row in rows
-        if not gold or row.pair_id in gold
-    ]
-
-
-def _figures(
-    answers: Sequence[JudgedAnswer], gold: Gold | None
-) -> tuple[Mapping[str, object] | None, Mapping[str, object]]:
-    """GRA, where there is something to judge by, and lengths."""
-    scores = [(each.gold, each.baseline_gold) for each in answers] if gold else []
-    ours, theirs = zip(*scores, strict=True) if scores else (None, None)
-    judged = gra(ours or [], theirs or []).as_dict() if gold is not None else None
-    lengths = [each.length for each in answers], [each.baseline_length for each in answers]
-    return judged, answer_figures(*lengths, ours, theirs).as_dict()
-
-
-def _gold(told: EvaluateSettings, store: Store, rows: Sequence[Answered]) -> Gold | None:
-    """Gold scores (aligned, baseline) by pair id; None without a gold model or function."""
+def _gold(told: EvaluateSettings, store: Store, rows: Sequence[Answered]) -> GoldScores | None:
+    """Gold scores; None without a gold model or function."""
     if told.gold is not None:
         return scores_by_model(told.gold.config, told.judged_by, store, rows, told.rows_per_shard)
     if told.config.gold_function is not None:
         return scores_by_function(told.config.gold_function, rows)
     return None
+
+
+def _tell(figure: str, left_out: LeftOut, prompts: int, model: str) -> None:
+    """Warns of a figure that is not of all prompts."""
+    if left_out.prompts:
+        logger.warning(
+            "evaluate: %s leaves out %d of %d prompts (%s); an answer that is longer than "
+            "%s.max_length with its prompt is over_length, so that arms with longer answers lose "
+            "more of them",
+            *(figure, left_out.prompts, prompts, in_words(left_out), model),
+        )
 
 
 def _compare_to_gold(context: Context, node: Node[EvaluateSettings]) -> None:
