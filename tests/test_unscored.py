@@ -74,6 +74,15 @@ def test_plan_refuses_it_and_asks_for_the_split(tmp_path: Path) -> None:
         plan(parse_config(small_config(tmp_path, **changes)))
 
 
+def test_an_annotator_with_nothing_to_score_is_refused(tmp_path: Path) -> None:
+    """All pairs are in the labelled part, of which one of ours leaves the answers out."""
+    given = small_config(tmp_path, prepare__labelled_fraction=1.0, prepare__test_fraction=0.0)
+    del given["policy"]
+    with pytest.raises(ConfigError, match=r"^annotate\.splits: no answer is in unlabelled or val"):
+        plan(parse_config(given))
+    assert plan(parse_config(given | {"annotate": {"splits": ["labelled"]}})).stages
+
+
 @pytest.mark.parametrize("strategy", ["uncertain", "random", "information"])
 def test_what_is_asked_for_by_scores_needs_them(tmp_path: Path, strategy: str) -> None:
     """`random` reads none, and `information` makes its own."""

@@ -15,7 +15,7 @@ from cwpo_dist.planning.label_faults import label_faults
 from cwpo_dist.planning.sampled import SampleRead
 from cwpo_dist.planning.sampled_answers import answer_faults
 from cwpo_dist.runs.arms import held_out_split, judged_arms, needs_annotator
-from cwpo_dist.runs.checks import models, trainings
+from cwpo_dist.runs.checks import models, reached, trainings
 from cwpo_dist.runs.own_checks import own_counts_faults
 from cwpo_dist.runs.own_numbers import chosen
 
@@ -49,6 +49,7 @@ def run_faults(estimate: Estimate, read: Mapping[str, SampleRead]) -> Iterator[s
             "learn from who judges its labels; raise prepare.labelled_fraction, or give "
             "annotate.model"
         )
+    yield from _without_answers(config, counted)
     yield from _without_pairs(config, counted)
     yield from answer_faults(config, read)
     yield from _beta_faults(config, counted)
@@ -158,6 +159,20 @@ def _most_unread(config: Config, name: str, read: SampleRead) -> tuple[str, floa
     if name.startswith("annotate."):
         return "annotate.max_reject_fraction", config.annotate.max_reject_fraction
     return "prepare.max_reject_fraction", config.prepare.max_reject_fraction
+
+
+def _without_answers(config: Config, counted: Census) -> Iterator[str]:
+    """An annotator that would have nothing to score, which `annotate` refuses after `fit`."""
+    if not needs_annotator(config) or "annotate" not in reached(config, until_of(config)):
+        return
+    splits = config.annotate.scored_splits()
+    answers, (alone, _) = counted.answers_of(*splits), counted.alone_of(*splits)
+    if counted.begun and not answers + alone:
+        share = config.prepare.labelled_fraction
+        yield (
+            f"annotate.splits: no answer is in {' or '.join(splits) or 'them'}, whose answers are "
+            f"scored; give others, or a smaller prepare.labelled_fraction ({share:g})"
+        )
 
 
 def _without_pairs(config: Config, counted: Census) -> Iterator[str]:
