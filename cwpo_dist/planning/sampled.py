@@ -122,16 +122,17 @@ def read_sample(model: ModelConfig, encoder: Encoder, sample: Sequence[ParsedPai
 
 def _around(encoder: Encoder, sample: Sequence[ParsedPair]) -> dict[str, int]:
     """Of prompts that it can read: what the row of an answer has beside the answer's own tokens."""
-    asked = {prompt_id(pair.prompt, pair.tools): pair for pair in sample}
-    rows = encoder.encode_all([Asked(p.prompt, [p.first], p.tools) for p in asked.values()])
-    both = zip(asked.items(), rows, strict=True)
-    found = {name: (row, pair) for (name, pair), (row,) in both if isinstance(row, Row)}
-    # A row does not say where its answer begins: a reward model's is prompt but for one token.
-    own = ids_of(encoder.tokenizer, [plain_text(pair.first) for _, pair in found.values()])
-    return {
-        name: row.n_tokens - len(ids)
-        for (name, (row, _)), ids in zip(found.items(), own, strict=True)
+    pairs = {prompt_id(pair.prompt, pair.tools): pair for pair in sample}
+    asked = [Asked(pair.prompt, [pair.first], pair.tools) for pair in pairs.values()]
+    both = zip(pairs.items(), encoder.encode_all(asked), strict=True)
+    found = {
+        name: (row.n_tokens, plain_text(pair.first))
+        for (name, pair), (row,) in both
+        if isinstance(row, Row)
     }
+    # A row does not say where its answer begins: a reward model's is prompt but for one token.
+    own = ids_of(encoder.tokenizer, [text for _, text in found.values()])
+    return {name: n - len(ids) for (name, (n, _)), ids in zip(found.items(), own, strict=True)}
 
 
 def _errors(rows: Iterable[Row | TokenError]) -> list[TokenError]:
