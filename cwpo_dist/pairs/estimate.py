@@ -128,7 +128,7 @@ class Census:
         Args:
             most: `max_reject_fraction`.
         """
-        if self.made or not self.exact:
+        if not self.exact:
             return None
         read, made = self.tally.without(LEAKED.values()), self.lists.rows_of(self.rows_in)
         asked = past_fault(most, read, self.rows_in, made - read.reasons.total())
