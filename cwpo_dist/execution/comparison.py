@@ -185,11 +185,9 @@ def collect(config: Config, runs: Runs, tuned_by: Mapping[str, object]) -> dict[
 
 def _told(trial: Trial, single: list[Config]) -> dict[str, object]:
     """What a trial is, and its figures that are not held against another's."""
-    places = [evaluated(run, trial.arm)[0] for run in single]
-    powered = with_gold(places)
+    powered = with_gold([evaluated(run, trial.arm)[0] for run in single])
     return {
         **({"with_gold": powered} if powered else {}),
-        "left_out": added([place.read_json("metrics.json") for place in places]),
         "arm": trial.arm,
         "loss": trial.loss,
         "labelled_fraction": trial.labelled,
@@ -246,19 +244,25 @@ def _single_runs(config: Config, runs: Runs) -> dict[str, list[str]]:
 
 
 def _by_seed(trial: Trial, runs: list[Config]) -> dict[str, object]:
-    """Figures that have no items: one number a seed, and their mean with Student's interval."""
+    """Figures that have no items: one number a seed, and their mean with Student's interval.
+
+    And what figures of sampled answers leave out, of all seeds.
+    """
     found: dict[str, list[float]] = {}
+    every = []
     for run in runs:
         store, nodes = evaluated(run, trial.arm)
         context = context_of(run)
         metrics = store.read_json("metrics.json")
+        every.append(metrics)
         numbers = _single(context, nodes, metrics)
         if run.arm(trial.arm).labels != "human":
             numbers |= _annotator(metrics["annotator"])
         for name, value in numbers.items():
             if value is not None:
                 found.setdefault(name, []).append(value)
-    return {"by_seed": {name: _seeds(values) for name, values in found.items()}}
+    by_seed = {name: _seeds(values) for name, values in found.items()}
+    return {"by_seed": by_seed, "left_out": added(every)}
 
 
 def _single(
