@@ -159,6 +159,7 @@ class Store:
             StorageError: when storage refuses the read.
         """
         with self.reading(name):
+            self.filesystem.invalidate_cache()  # as `opened`: s3fs looks its length up first
             return bytes(self.filesystem.cat_file(self.path(name)))
 
     @contextmanager

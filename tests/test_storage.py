@@ -316,3 +316,15 @@ def test_a_service_that_does_not_know_us_is_told(
     monkeypatch.setattr(s3fs.S3FileSystem, "exists", refused)
     with pytest.raises(StorageError, match=r"LookupError: no credentials\. Check its name"):
         Store("s3://bucket/run").check()
+
+
+def test_what_another_wrote_since_we_listed_is_read(s3_store: Store) -> None:
+    """The S3 client keeps listings, and looks a file's length up in them."""
+    import s3fs
+
+    s3_store.write("folder/a", b"1")
+    assert s3_store.filesystem.ls(s3_store.path("folder"))  # which is kept
+    other = s3fs.S3FileSystem(skip_instance_cache=True)
+    other.pipe_file(s3_store.path("folder/b"), b"2")
+    assert not s3_store.create("folder/b", b"3")
+    assert s3_store.read("folder/b") == b"2"
