@@ -127,7 +127,6 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """True when the file `name` is there, whole."""
-        self.filesystem.invalidate_cache()
         try:  # fsspec's own `isfile` takes every refusal and outage for "no"
             with self.reading(name):
                 return bool(self.filesystem.info(self.path(name))["type"] == "file")
@@ -136,7 +135,6 @@ class Store:
 
     def names(self, below: str = "") -> list[str]:
         """All file names below a sub-folder, relative to this folder, sorted; none without it."""
-        self.filesystem.invalidate_cache()
         place = self.path(below) if below else self.root
         try:
             with self.reading(below):
@@ -159,16 +157,13 @@ class Store:
             StorageError: when storage refuses the read.
         """
         with self.reading(name):
-            self.filesystem.invalidate_cache()  # as `opened`: s3fs looks its length up first
             return bytes(self.filesystem.cat_file(self.path(name)))
 
     @contextmanager
     def opened(self, name: str, **how: str) -> Iterator[IO[bytes]]:
         """`name`, to read a piece at a time, with fsspec settings; raises as `read`, then too."""
-        with self.reading(name):
-            self.filesystem.invalidate_cache()  # another one may have written it since we listed
-            with self.filesystem.open(self.path(name), "rb", **how) as file:
-                yield file
+        with self.reading(name), self.filesystem.open(self.path(name), "rb", **how) as file:
+            yield file
 
     @contextmanager
     def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
@@ -315,7 +310,11 @@ class Store:
             self.filesystem.get_file(self.path(name), str(path))
 
     def reading(self, name: str = "") -> AbstractContextManager[None]:
-        """What storage has against a read, whatever its client raises, is said as ours."""
+        """What storage has against a read, whatever its client raises, is said as ours.
+
+        What the client knows from listings is forgotten: others may have written since.
+        """
+        self.filesystem.invalidate_cache()
         return _said_as_ours(lambda error: unread(self.path(name) if name else self.uri, error))
 
     def _writing(self, name: str) -> AbstractContextManager[None]:

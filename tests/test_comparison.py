@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from small_run import small_config
 
@@ -30,7 +29,6 @@ from cwpo_dist.evaluation.win_rates import answer_figures, length_controlled, wo
 from cwpo_dist.execution import comparison
 from cwpo_dist.execution.comparison import compare
 from cwpo_dist.graph import graph
-from cwpo_dist.pairs.buckets import Shards, turned
 from cwpo_dist.placement import Machine
 from cwpo_dist.planning.fleet import Fleet
 from cwpo_dist.planning.plan import plan
@@ -396,33 +394,6 @@ def test_a_plan_counts_runs_side_by_side_as_they_will_be(
     assert minutes(1.5 * worker) == 4, "one after the other"
     assert minutes(2 * worker) == pytest.approx(2)
     assert minutes(4 * worker) == pytest.approx(1)
-
-
-def test_flipped_labels_are_so_many_training_ones_and_no_others() -> None:
-    n = 4000
-    ids = [f"{k:032x}" for k in range(n)]
-    splits = [("labelled", "unlabelled", "test", "validation")[k % 4] for k in range(n)]
-    labels = [("a", "b", None)[k % 3] for k in range(n)]
-    columns = {"pair_id": pa.array(ids), "split": pa.array(splits), "label": pa.array(labels)}
-    columns |= {"votes_a": pa.array([*range(n)]), "votes_b": pa.array([-k for k in range(n)])}
-
-    def moved_at(rate: float, seed: int = 0) -> set[int]:
-        shards = Shards("text", {}, 10, (0,), flipped=rate, seed=seed)
-        now = {name: column.to_pylist() for name, column in turned(columns, shards).items()}
-        after = now["label"]
-        moved = {k for k in range(n) if after[k] != labels[k]}
-        assert all({after[k], labels[k]} == {"a", "b"} for k in moved)
-        votes = [-k if k in moved else k for k in range(n)]
-        assert (now["votes_a"], now["votes_b"]) == (votes, [-k for k in votes])
-        return moved
-
-    tenth = moved_at(0.1)
-    trained = [labels[k] for k in range(n) if splits[k] in ("labelled", "unlabelled")]
-    labelled = len(trained) - trained.count(None)
-    assert len(tenth) / labelled == pytest.approx(0.1, abs=0.02)
-    assert {splits[k] for k in tenth} == {"labelled", "unlabelled"}
-    assert tenth < moved_at(0.3), "more poison is the same poison and more"
-    assert tenth != moved_at(0.1, seed=1)
 
 
 @pytest.mark.long

@@ -188,3 +188,17 @@ def test_a_group_that_the_first_rows_lack_is_none(tmp_path: Path) -> None:
     held_out = {"path": path, "into": "test"}
     pieces = plan(config(topical, held_out, group_column="topic")).pieces
     assert [piece.layout.group for piece in pieces] == ["topic", None]
+
+
+def test_a_value_in_an_object_may_stand_where_nobody_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schema names the object; whether it has the value its rows say."""
+    judged = [row(i, judge={"label": "ab"[i % 2]}) for i in range(POOL, POOL + 50)]
+    for k, rows in enumerate((POOLED, [row(2000)], judged, [row(2001)])):
+        _parquet(tmp_path / f"{k}.parquet", rows)
+    monkeypatch.setattr(looks, "MOST_LOOKS", 2)  # the first and the last of those behind
+    path = str(tmp_path / "*.parquet")
+    assert labels(tmp_path, config({"path": path, "columns": {"label": "judge.label"}})) == 50
+    with pytest.raises(ConfigError, match=r"no column 'juge\.label'"):
+        check(config({"path": path, "columns": {"label": "juge.label"}}))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwpo_dist.pairs import kept_columns
+from cwpo_dist.pairs.buckets import Shards, turned
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.parsing import ParsedPair
 from cwpo_dist.pairs.records import pair_id, prompt_id
@@ -205,3 +206,30 @@ def test_a_kept_column_has_the_type_that_changes_no_value(values: list[Any], kin
     table = pa.Table.from_pylist(rows, schema)
     if kind != "json":
         assert table["x"].to_pylist() == values
+
+
+def test_flipped_labels_are_so_many_training_ones_and_no_others() -> None:
+    n = 4000
+    ids = [f"{k:032x}" for k in range(n)]
+    splits = [("labelled", "unlabelled", "test", "validation")[k % 4] for k in range(n)]
+    labels = [("a", "b", None)[k % 3] for k in range(n)]
+    columns = {"pair_id": pa.array(ids), "split": pa.array(splits), "label": pa.array(labels)}
+    columns |= {"votes_a": pa.array([*range(n)]), "votes_b": pa.array([-k for k in range(n)])}
+
+    def moved_at(rate: float, seed: int = 0) -> set[int]:
+        shards = Shards("text", {}, 10, (0,), flipped=rate, seed=seed)
+        now = {name: column.to_pylist() for name, column in turned(columns, shards).items()}
+        after = now["label"]
+        moved = {k for k in range(n) if after[k] != labels[k]}
+        assert all({after[k], labels[k]} == {"a", "b"} for k in moved)
+        votes = [-k if k in moved else k for k in range(n)]
+        assert (now["votes_a"], now["votes_b"]) == (votes, [-k for k in votes])
+        return moved
+
+    tenth = moved_at(0.1)
+    trained = [labels[k] for k in range(n) if splits[k] in ("labelled", "unlabelled")]
+    labelled = len(trained) - trained.count(None)
+    assert len(tenth) / labelled == pytest.approx(0.1, abs=0.02)
+    assert {splits[k] for k in tenth} == {"labelled", "unlabelled"}
+    assert tenth < moved_at(0.3), "more poison is the same poison and more"
+    assert tenth != moved_at(0.1, seed=1)

@@ -18,13 +18,13 @@ from cwpo_dist.config import ConfigError, PrepareConfig, Source
 from cwpo_dist.pairs.layout import CHOSEN, Layout
 from cwpo_dist.pairs.locate import find
 from cwpo_dist.pairs.pairing import MOST_PAIRS
-from cwpo_dist.pairs.parsing import ParsedPair, parse
+from cwpo_dist.pairs.parsing import ParsedPair, parse, readable
 from cwpo_dist.pairs.peeked import PEEK_ROWS
 from cwpo_dist.pairs.pieces import Piece, raw_rows
 from cwpo_dist.pairs.readers import RawRow
 from cwpo_dist.pairs.records import canonical
 from cwpo_dist.pairs.rejects import BadRow, Reason, shown
-from cwpo_dist.pairs.row_forms import parse_raw, readable
+from cwpo_dist.pairs.row_forms import parse_raw
 from cwpo_dist.pairs.sources import Plan, plan
 from cwpo_dist.pairs.splits import ordered
 from cwpo_dist.pairs.stored import Pair

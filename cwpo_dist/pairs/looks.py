@@ -50,7 +50,7 @@ class Rest:
 
     def may_have(self, path: str) -> bool:
         """Whether a column, or a value at a path, is there; True where that is too much to read."""
-        return bool(self.parts) and (self._is_long or any(has(row, path) for row in self._rows()))
+        return bool(self.parts) and (self._is_long or any(_may_have(p, path) for p in self.parts))
 
     @property
     def _is_long(self) -> bool:
@@ -60,13 +60,17 @@ class Rest:
         size = sum(part.size * (_PACKED if compression_of(part.uri) else 1) for part in lines)
         return size > _SEARCHED_BYTES
 
-    def _rows(self) -> Iterator[Mapping[str, object]]:
-        for part in self.parts:
-            if part.reader == "parquet":
-                yield dict.fromkeys(_columns(part))
-                continue
-            rows = itertools.islice(read(part), 1 if part.reader in _NAMED else None)
-            yield from (raw.value for raw in rows if isinstance(raw.value, Mapping))
+
+def _may_have(part: Part, path: str) -> bool:
+    """Whether a part has it; where columns are named in one place, its outermost one is enough."""
+    if part.reader not in _NAMED:
+        return any(isinstance(raw.value, Mapping) and has(raw.value, path) for raw in read(part))
+    if part.reader == "parquet":
+        names = _columns(part)
+    else:
+        raw = next(iter(read(part)), None)
+        names = [*raw.value] if raw is not None and isinstance(raw.value, Mapping) else []
+    return path in names or path.partition(".")[0] in names
 
 
 def has(row: Mapping[str, object], path: str) -> bool:

@@ -14,6 +14,7 @@ from cwpo_dist.pairs.judging import HumanLabel, judged
 from cwpo_dist.pairs.layout import Layout
 from cwpo_dist.pairs.messages import MessageReader, as_json, checked, has_words
 from cwpo_dist.pairs.numbers import NO_NUMBERS, Numbers, own_numbers
+from cwpo_dist.pairs.readers import RawRow
 from cwpo_dist.pairs.records import Text, Tools
 from cwpo_dist.pairs.rejects import BadRow, Reason
 from cwpo_dist.pairs.texts import read_texts, with_system
@@ -62,6 +63,23 @@ class ParsedPair:
         """Whether more people voted for the other answer than for the one that the label names."""
         a, b = self.votes_first or 0, self.votes_second or 0
         return (self.label == "first" and b > a) or (self.label == "second" and a > b)
+
+
+def readable(raw: RawRow, layout: Layout) -> object:
+    """The row, if all of it that a layout needs could be read.
+
+    Raises:
+        BadRow: else.
+    """
+    if raw.fault is not None:
+        raise BadRow(raw.fault)
+    needed = layout.needed if raw.cells else ()
+    for name, fault in raw.cells.items():
+        if name in layout.kept and fault is Reason.TYPE:
+            raise BadRow(Reason.KEPT, name)
+        if name in needed:
+            raise BadRow(fault, name)
+    return raw.value
 
 
 def parse(row: object, layout: Layout) -> ParsedPair:

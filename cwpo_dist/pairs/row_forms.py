@@ -21,7 +21,7 @@ from cwpo_dist.pairs.layout import Layout, not_null
 from cwpo_dist.pairs.messages import MessageReader, has_words
 from cwpo_dist.pairs.numbers import Numbers, number
 from cwpo_dist.pairs.pairing import compared, is_tie, pair_with
-from cwpo_dist.pairs.parsing import ParsedPair, pair_of, parse, refuse_media
+from cwpo_dist.pairs.parsing import ParsedPair, pair_of, parse, readable, refuse_media
 from cwpo_dist.pairs.readers import RawRow
 from cwpo_dist.pairs.records import Text, answer_id, canonical
 from cwpo_dist.pairs.rejects import BadRow, Reason, row_text, shown
@@ -137,23 +137,6 @@ def parse_raw(raw: RawRow, layout: Layout) -> RowPairs:
         BadRow: also for a row that could not be read.
     """
     return pairs_of_row(readable(raw, layout), layout)
-
-
-def readable(raw: RawRow, layout: Layout) -> object:
-    """The row, if all of it that a layout needs could be read.
-
-    Raises:
-        BadRow: else.
-    """
-    if raw.fault is not None:
-        raise BadRow(raw.fault)
-    needed = layout.needed if raw.cells else ()
-    for name, fault in raw.cells.items():
-        if name in layout.kept and fault is Reason.TYPE:
-            raise BadRow(Reason.KEPT, name)
-        if name in needed:
-            raise BadRow(fault, name)
-    return raw.value
 
 
 def _of_one(row: Mapping[str, object], layout: Layout) -> ParsedPair:
