@@ -69,7 +69,8 @@ def _too_short(
     if not cut:
         return
     room = model.max_length - max(cut)
-    lower = f", lower evaluate.max_new_tokens to {room}" if room > 0 else ""
+    worth_it = room >= longest / 2  # below that they would be other answers
+    lower = f", lower evaluate.max_new_tokens to {room}" if worth_it else ""
     yield (
         f"{name}.max_length: {model.max_length} tokens do not hold an answer of "
         f"evaluate.max_new_tokens ({longest}) to {len(cut)} of {len(around)} sampled prompts: "
