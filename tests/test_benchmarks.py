@@ -57,7 +57,7 @@ RUNS: dict[str, Callable[[Any], bool]] = {
     "heads.py --part cost --model {model} --layers 1 --longest 2000 --rounds 1": lambda found: (
         found["cost"]["fit"]["heads"]["ratio"] > 0
     ),
-    "heads.py --part worth --labels 16 --tests 8 --epochs 1 --seeds 1 --model {model} --layers 1 "
+    "heads.py --part worth --labels 16 --tests 40 --epochs 1 --seeds 1 --model {model} --layers 1 "
     "--longest 2000": lambda found: found["worth"]["heads less one"]["accuracy"][0] is not None,
     "intervals.py --draws 20 --plot intervals.svg": lambda found: all(
         sum(row["both"] for row in found[part]) > 0.9 * len(found[part]) for part in PARTS
