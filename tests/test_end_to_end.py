@@ -239,7 +239,7 @@ def test_the_kl_divergence_is_that_of_the_stock_models(finished: Config) -> None
     pairs = whole(place(finished, "prepare"), "pairs").to_pylist()
     prompts = {pair["pair_id"]: Prompt(pair["prompt"]) for pair in pairs}
     by = Scorers(finished.reference, finished.align)
-    given = finished.policy, by, finished.prepare.rows_per_shard
+    given = finished.policy, by, finished.evaluate.max_new_tokens, finished.prepare.rows_per_shard
     found = kl_divergence(context, nodes["evaluate"], prompts, *given)
     tokens = read_tokens(place(finished, "evaluate").child("kl"), 0)
     assert found.n == len(tokens) > 0

@@ -227,6 +227,20 @@ def test_each_vote_counts_once_in_whatever_row_it_stands(world: World, tmp_path:
     assert told(world)[0]["people"]["value"] == pytest.approx((3 / 5 + 3.5 / 6) / 2)
 
 
+def test_prompts_that_gold_could_not_read_are_counted(world: World) -> None:
+    store = world.place("evaluate", "human")
+    rows = store.read_table(evaluate.ANSWERS)
+    gold = [None if row["pair_id"] == "test-1" else row["gold"] for row in rows.to_pylist()]
+    at, field = rows.schema.get_field_index("gold"), rows.schema.field("gold")
+    Path(store.root, evaluate.ANSWERS).unlink()
+    store.create_table(evaluate.ANSWERS, rows.set_column(at, field, pa.array(gold)))
+    lines = judge.ask_judges(world.config, "cw", "human", 99)
+    assert lines[0].startswith("2 of 2 prompts")
+    assert lines[1] == "1 more of them are in no win rate, as gold could not read both answers"
+    lines = judge.ask_judges(world.config, "cw", "own_sft", 99)
+    assert not any("in no win rate" in line for line in lines)
+
+
 def test_a_report_of_other_models_gets_no_verdicts(world: World, tmp_path: Path) -> None:
     judge.ask_judges(world.config, "cw", "human", 3)
     file = write_rows(tmp_path / "said.jsonl", [row | {"label": "a"} for row in asked(world)])

@@ -6,6 +6,7 @@ The policy answers prompts 0 and 2 shortly and prompt 1 at length, which no mode
 from __future__ import annotations
 
 import io
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -133,9 +134,10 @@ def _log_probs(job: ShardJob, *_: Any) -> dict[str, Any]:
 def test_kl_counts_the_answers_that_it_is_not_of(
     short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One is too long for the policy; of another the SFT model has no log-prob, or it is empty."""
+    """One is longer than it was sampled; another has no log-prob by the SFT model, or is empty."""
     monkeypatch.setattr(scored_by, "run_shards", _log_probs)
-    sections: Any = {"policy": {"max_length": 40}, "evaluate": {"num_prompts": 3, "kl": True}}
+    sampled = {"num_prompts": 3, "kl": True, "max_new_tokens": 60}
+    sections: Any = {"policy": {"max_length": 40}, "evaluate": sampled}
     world = World(tmp_path, ["human"], **sections)
     texts = {"answers_aligned": ["zz", LONG, short], "answers_sft": ["a", "b", "c"]}
     lay_answers(world, ANSWERS | texts)
@@ -154,6 +156,37 @@ def test_kl_counts_the_answers_that_it_is_not_of(
     (line,) = caplog.messages
     assert "KL leaves out 2 of 3 prompts" in line
     assert "policy.max_length" in line
+
+
+@pytest.mark.parametrize(
+    ("policy", "left_out"),
+    [
+        ({"max_length": 40}, {}),
+        ({"max_length": 40, "over_length": "truncate"}, {"over_length": 1}),
+        ({"max_length": 40, "model_name_or_path": "few positions"}, {"over_length": 1}),
+    ],
+)
+def test_kl_is_of_answers_as_long_as_they_were_sampled(
+    policy: dict[str, Any], left_out: dict[str, int], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Behind a prompt that may be `max_length` itself; what is cut may have been sampled cut."""
+    monkeypatch.setattr(scored_by, "run_shards", _log_probs)
+    sampled = {"num_prompts": 3, "kl": True, "max_new_tokens": 90}
+    few = policy.pop("model_name_or_path", None)
+    world = World(tmp_path, ["human"], policy=policy, evaluate=sampled)
+    lay_answers(world, ANSWERS)
+    for role in ("sft", "align"):
+        folder = Path(world.place(role).child("model").root)
+        shutil.copytree(tmp_path / "model", folder)
+        if few:
+            told = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(told | {"max_position_embeddings": 64}))
+    world.log_probs("reference", None, logp)
+    world.log_probs("aligned", None, logp)
+    evaluate.make(world.context, world.node("evaluate"))
+    kl = world.place("evaluate").read_json("metrics.json")["kl"]
+    assert kl["left_out"]["aligned"] == left_out
+    assert kl["n"] == 3 - len(left_out)
 
 
 def test_a_prompt_counts_once_and_each_of_its_answers_by_its_reason() -> None:

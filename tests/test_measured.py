@@ -229,7 +229,7 @@ def test_kl_is_of_the_aligned_models_answers_aligned_less_sft(
     policy, by = world.config.policy, Scorers(world.config.reference, world.config.align)
     assert policy is not None
     found = divergence.kl_divergence(
-        world.context, world.node("evaluate"), prompts, policy, by, rows_a_shard=1024
+        world.context, world.node("evaluate"), prompts, policy, by, new_tokens=8, rows_a_shard=1024
     )
     assert (found.n, found.mean, found.error) == (2, 3.0, 2.0)
     assert found.left_out == LeftOut()

@@ -85,14 +85,14 @@ def test_a_gold_model_that_no_prompt_fits_is_refused(max_length: int, tmp_path: 
     assert "Raise it to 52, or set" in note, "no max_new_tokens is of use to the longer ones"
 
 
-def test_kl_has_the_policys_bound(tmp_path: Path) -> None:
-    (note,) = notes(config_of(tmp_path, None, kl=True, policy={"max_length": 45}))
+def test_kl_has_the_bound_of_a_policy_that_cuts_prompts(tmp_path: Path) -> None:
+    truncated = {"max_length": 45, "over_length": "truncate"}
+    (note,) = notes(config_of(tmp_path, None, kl=True, policy=truncated))
     assert note.startswith("policy.max_length: 45 tokens do not hold")
     assert "KL leaves such prompts out" in note
-    assert "Raise it to 52, lower evaluate.max_new_tokens to 23; a higher one" in note
-    assert notes(config_of(tmp_path, None, kl=False, policy={"max_length": 45})) == []
-    truncated = {"max_length": 45, "over_length": "truncate"}
-    assert notes(config_of(tmp_path, None, kl=True, policy=truncated)), "KL cuts no answer"
+    assert "Raise it to 52, lower evaluate.max_new_tokens to 23; or set policy.over_length" in note
+    assert notes(config_of(tmp_path, None, kl=False, policy=truncated)) == []
+    assert notes(config_of(tmp_path, None, kl=True, policy={"max_length": 45})) == []
 
 
 def test_held_out_pairs_that_gold_alone_would_judge_are_told(tmp_path: Path) -> None:

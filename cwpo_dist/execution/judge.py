@@ -81,7 +81,7 @@ def ask_judges(config: Config, ours: str, theirs: str, budget: int) -> list[str]
     Raises:
         ConfigError: for a trial that is unknown or not finished, and where nothing is to be judged.
     """
-    matches = _matches(config, ours, theirs)
+    matches, unread = _matches(config, ours, theirs)
     drawn = sorted({each.pair.pair_id: each.pair for each in matches}.values(), key=_lot)[:budget]
     with_tools = any(pair.tools is not None for pair in drawn)
     place = Store(config.output_dir).child("judge", digest([pair.pair_id for pair in drawn]))
@@ -89,6 +89,11 @@ def ask_judges(config: Config, ours: str, theirs: str, budget: int) -> list[str]
     return [
         f"{len(drawn):,} of {len(matches):,} prompts, drawn by lot, that {ours} and {theirs} "
         "answered differently",
+        *(
+            [f"{unread:,} more of them are in no win rate, as gold could not read both answers"]
+            if unread
+            else []
+        ),
         f"page: {place.child(PAGE).uri}",
         "then give the same command with --answers 'answers-*.jsonl'",
     ]
@@ -109,7 +114,7 @@ def show_judged(config: Config, ours: str, theirs: str, files: Sequence[str]) ->
     Raises:
         ConfigError: where no verdict is about these answers.
     """
-    matches = _matches(config, ours, theirs)
+    matches, _ = _matches(config, ours, theirs)
     shares, left_out = _said(files, matches[0].pair)
     found = win_rate(matches, shares)
     known = {each.pair.pair_id for each in matches}
@@ -163,15 +168,19 @@ def _lot(pair: Pair) -> str:
     return digest(pair.pair_id)
 
 
-def _matches(config: Config, ours: str, theirs: str) -> list[Match]:
-    """All that both answered, with gold rewards of both; equal answers are left out."""
-    found = [match for run in _runs(config, ours, theirs) for match in _of_run(*run, theirs)]
+def _matches(config: Config, ours: str, theirs: str) -> tuple[list[Match], int]:
+    """All that both answered, with gold rewards of both, and how many more have none.
+
+    Equal answers are left out.
+    """
+    every = [match for run in _runs(config, ours, theirs) for match in _of_run(*run, theirs)]
+    found = [match for match in every if match is not None]
     if not found:
         raise ConfigError(
             f"cwpo judge: {ours} and {theirs} have no two different answers with gold rewards; "
             "they need evaluate.num_prompts, and evaluate.gold_model or gold_function"
         )
-    return found
+    return found, len(every) - len(found)
 
 
 Run = tuple[Config, str]  # with its arm
@@ -208,14 +217,18 @@ def _seeds(config: Config, name: str) -> dict[int, Run]:
     }
 
 
-def _of_run(ours: Run, theirs: Run, against: str) -> Iterator[Match]:
+def _of_run(ours: Run, theirs: Run, against: str) -> Iterator[Match | None]:
+    """A match for each prompt with two different answers; None where gold could not read both."""
     own = _answers(ours, None)
     others = _answers(theirs, against if against in BASELINES else None)
     context, node = context_of(ours[0]), evaluated(*ours)[1]["evaluate"]
     asked = _pairs(context, node, {each.pair_id for each in own.values()})
     for prompt in sorted(own.keys() & others.keys()):
         mine, other = own[prompt], others[prompt]
-        if mine.text == other.text or mine.gold is None or other.gold is None:
+        if mine.text == other.text:
+            continue
+        if mine.gold is None or other.gold is None:
+            yield None
             continue
         pair = asked[mine.pair_id]
         first, second = (_like(pair.prompt, each.text) for each in (mine, other))

@@ -13,7 +13,9 @@ from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.planning.sampled import SampleRead
 
 _GOLD = "evaluate.gold_model"
-_OF_POLICY = "; a higher one also admits longer pairs to training"
+_OF_POLICY = (
+    "; or set policy.over_length=drop, as answers to prompts that are cut are not read again"
+)
 
 
 def answer_faults(config: Config, read: Mapping[str, SampleRead]) -> Iterator[str]:
@@ -37,8 +39,9 @@ def answer_notes(config: Config, read: Mapping[str, SampleRead], counted: Census
             remedy = f", or set {_GOLD}.over_length=truncate"
             yield from _too_short(config, _GOLD, gold, "GRA", read, remedy)
         yield from _held_out(config, read[_GOLD], counted)
-    if config.evaluate.kl and config.policy is not None and config.evaluate.num_prompts:
-        yield from _too_short(config, "policy", config.policy, "KL", read, _OF_POLICY)
+    policy, sampled = config.policy, config.evaluate.num_prompts > 0
+    if config.evaluate.kl and sampled and policy is not None and policy.over_length == "truncate":
+        yield from _too_short(config, "policy", policy, "KL", read, _OF_POLICY)
 
 
 def _is_bound(config: Config, gold: ModelConfig) -> bool:

@@ -19,9 +19,10 @@ _SIDES = {"aligned": "of the policy's answers", "baseline": "of the other model'
 _NOTE = (
     "Prompts of which a model could not read an answer, so that the figure is of the others alone; "
     "long answers are the first to go, and with them what they would have shown. over_length: with "
-    "its prompt an answer is longer than the max_length of the gold model (GRA), or of the policy "
-    "(KL). To count them, raise evaluate.gold_model.max_length (policy.max_length), or lower "
-    "evaluate.max_new_tokens. Lengths of answers are of all."
+    "its prompt an answer is longer than the max_length of the gold model (GRA), or than what the "
+    "policy samples (KL): its max_length and evaluate.max_new_tokens, or where it cuts prompts its "
+    "max_length. To count them, raise that max_length, or lower evaluate.max_new_tokens. Lengths "
+    "of answers are of all."
 )
 
 

@@ -14,6 +14,7 @@ from cwpo_dist.evaluation.left_out import LeftOut, Reasons
 from cwpo_dist.evaluation.shares import AsDict
 from cwpo_dist.lm.encoder import Asked
 from cwpo_dist.lm.fitting import encode_answers
+from cwpo_dist.lm.loading import load_config
 from cwpo_dist.lm.reading import encoder_for
 from cwpo_dist.lm.templates import TokenError
 from cwpo_dist.pairs.answers import read_answers, read_compared
@@ -73,13 +74,14 @@ def kl_divergence(
     prompts: dict[str, Prompt],
     policy: ModelConfig,
     by: Scorers,
+    new_tokens: int,
     rows_a_shard: int,
 ) -> Divergence:
     """KL(π‖π_SFT) = E_{y∼π} log π(y|x)/π_SFT(y|x), by the answers that π was heard to give.
 
     They were sampled at `evaluate.temperature`, and one cut at `max_new_tokens` is taken to end
-    there: an estimate, the same for all arms. One that does not fit the policy's `max_length` with
-    its prompt is left out, and counted.
+    there: an estimate, the same for all arms. One that does not fit what was sampled (`max_length`
+    of a prompt, and `max_new_tokens`) when its text is read again is left out, and counted.
 
     Args:
         context: the run.
@@ -87,6 +89,7 @@ def kl_divergence(
         prompts: by the ids of their pairs.
         policy: as it was given, before any training.
         by: who computes log-probs.
+        new_tokens: of an answer, at most.
         rows_a_shard: of them.
     """
     store = context.place(node).child("kl")
@@ -94,12 +97,12 @@ def kl_divergence(
     told = {role: read_sampled(context, given) for role, given in models.items()}
     rows = [Answered(i, prompts[i], told["sft"][i], y) for i, y in told["aligned"].items() if y]
     shards = write_answered(store, rows, rows_a_shard)
-    aligned = policy_of(context, models["aligned"], policy)
-    unread = _write_tokens(store, aligned, shards)
-    values = {
-        role: _log_probs(store, role, shards, policy_of(context, given, policy), by)
+    readers = {
+        role: _reader(policy_of(context, given, policy), new_tokens)
         for role, given in models.items()
     }
+    unread = _write_tokens(store, readers["aligned"], shards)
+    values = {role: _log_probs(store, role, shards, model, by) for role, model in readers.items()}
     both = sorted(values["sft"].keys() & values["aligned"].keys())
     ratios = np.array([values["aligned"][i] - values["sft"][i] for i in both])
     empty = [(_EMPTY, None) for y in told["aligned"].values() if not y]
@@ -108,6 +111,19 @@ def kl_divergence(
         return Divergence(0, None, None, left_out)
     error = float(ratios.std(ddof=1) / np.sqrt(len(ratios))) if len(ratios) > 1 else None
     return Divergence(len(ratios), float(ratios.mean()), error, left_out)
+
+
+def _reader(policy: ModelConfig, new_tokens: int) -> ModelConfig:
+    """The policy as it reads what it wrote: a prompt that it was given, and an answer after it.
+
+    Where prompts are cut, a longer bound would admit some that it was never given whole.
+    """
+    if policy.over_length == "truncate":
+        return policy.model_copy(update={"over_length": "drop"})
+    positions = getattr(load_config(policy).get_text_config(), "max_position_embeddings", None)
+    written = policy.max_length + new_tokens
+    longest = max(policy.max_length, min(written, positions or written))
+    return policy.model_copy(update={"max_length": longest})
 
 
 def _missing(
@@ -165,13 +181,12 @@ def _write_tokens(store: Store, model: ModelConfig, shards: int) -> dict[str, st
     """
     unread: dict[str, str] = {}
     encoder = encoder_for(model, "policy")
-    whole = model.model_copy(update={"over_length": "drop"})
     for index in range(shards):
         told = {pair.answer_b for pair in read_compared(store, index)}
         answers = [answer for answer in read_answers(store, index) if answer.answer_id in told]
         asked = [Asked(answer.prompt, [answer.answer], answer.tools) for answer in answers]
         tokens = []
-        for answer, (row,) in zip(answers, encode_answers(encoder, whole, asked), strict=True):
+        for answer, (row,) in zip(answers, encode_answers(encoder, model, asked), strict=True):
             if isinstance(row, TokenError):
                 unread[answer.answer_id] = str(row.fault or row)
             else:

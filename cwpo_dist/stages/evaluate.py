@@ -90,7 +90,7 @@ class EvaluateSettings(Settings):
     """
 
     stage = "evaluate"
-    format = 7  # lengths are of all sampled answers, not of those with gold scores alone
+    format = 8  # KL is of answers as long as they were sampled
 
     config: EvaluateConfig
     gold: GivenModel | None
@@ -241,23 +241,29 @@ def _answered(context: Context, node: Node[EvaluateSettings]) -> Mapping[str, ob
     aligned = read_sampled(context, node.inputs["answers_aligned"])
     prompts = _prompts(context, node, aligned)
     judged, figures, tables = {}, {}, []
+    scored: dict[str, GoldScores | None] = {}  # by the baseline: without SFT both are one model
     for name, role in BASELINES.items():
         baseline = read_sampled(context, node.inputs[role])
         rows = [Answered(i, prompts[i], baseline[i], aligned[i]) for i in aligned if i in baseline]
-        gold = _gold(told, context.place(node).child(name), rows)
+        path = node.inputs[role].path
+        if path not in scored:
+            scored[path] = _gold(told, context.place(node).child(name), rows)
+        gold = scored[path]
         answers = judged_answers(name, rows, gold)
         accuracy, lengths = judged_figures(answers, gold)
         judged[name], figures[name] = accuracy and accuracy.as_dict(), lengths.as_dict()
         if gold is not None:
-            _tell(f"GRA against {name}", gold.left_out, len(rows), "evaluate.gold_model")
+            bound = "evaluate.gold_model.max_length"
+            _tell(f"GRA against {name}", gold.left_out, len(rows), bound)
         tables.append(table_of(answers, JUDGED_SCHEMA))
     context.place(node).create_table(ANSWERS, pa.concat_tables(tables))
     kl = None
     if told.config.kl:
-        policy, rows_a_shard = told.policy.config, told.rows_per_shard
-        by = Scorers(told.reference, told.align)
-        found = kl_divergence(context, node, prompts, policy, by, rows_a_shard)
-        _tell("KL", found.left_out, len(aligned), "policy")
+        policy, by = told.policy.config, Scorers(told.reference, told.align)
+        sizes = told.config.max_new_tokens, told.rows_per_shard
+        found = kl_divergence(context, node, prompts, policy, by, *sizes)
+        bound = "policy.max_length (and, where prompts are not cut, evaluate.max_new_tokens)"
+        _tell("KL", found.left_out, len(aligned), bound)
         kl = found.as_dict()
     return {"gra": None if gold is None else judged, "answers": figures, "kl": kl}
 
@@ -271,14 +277,13 @@ def _gold(told: EvaluateSettings, store: Store, rows: Sequence[Answered]) -> Gol
     return None
 
 
-def _tell(figure: str, left_out: LeftOut, prompts: int, model: str) -> None:
+def _tell(figure: str, left_out: LeftOut, prompts: int, bound: str) -> None:
     """Warns of a figure that is not of all prompts."""
     if left_out.prompts:
         logger.warning(
             "evaluate: %s leaves out %d of %d prompts (%s); an answer that is longer than "
-            "%s.max_length with its prompt is over_length, so that arms with longer answers lose "
-            "more of them",
-            *(figure, left_out.prompts, prompts, in_words(left_out), model),
+            "%s with its prompt is over_length, so that arms with longer answers lose more of them",
+            *(figure, left_out.prompts, prompts, in_words(left_out), bound),
         )
 
 
