@@ -112,6 +112,30 @@ def test_lengths_are_of_all_answers_and_scores_of_those_that_have_some(judged: W
     assert items["gra_common"].names == ["test-0"]
 
 
+def test_without_sft_both_baselines_are_one_model_whose_answers_gold_reads_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def run_shards(job: ShardJob, *more: Any) -> dict[str, Any]:
+        read.append(job.output.uri.rsplit("/", 1)[-1])
+        return _reads_short_ones(job, *more)
+
+    monkeypatch.setattr(scored_by, "run_shards", run_shards)
+    model = {"model_name_or_path": str(tmp_path / "model"), "chat_template": "plain"}
+    gold = {"num_prompts": 3, "gold_model": model}
+    world = World(tmp_path, ["human"], sft=None, evaluate=gold)
+    lay_answers(world, {role: told for role, told in ANSWERS.items() if role != "answers_sft"})
+    world.log_probs("reference", None, logp)
+    world.log_probs("aligned", None, logp)
+    evaluate.make(world.context, world.node("evaluate"))
+    assert read == ["own_sft"]
+    found = world.place("evaluate").read_json("metrics.json")
+    assert found["gra"]["own_sft"] == found["gra"]["common"]
+    assert (found["gra"]["common"]["n"], found["gra"]["common"]["wins"]) == (1, 1)
+    assert found["answers"]["own_sft"] == found["answers"]["common"]
+
+
 def _log_probs(job: ShardJob, *_: Any) -> dict[str, Any]:
     """Of all answers that have tokens; but the SFT model's of `nan` is none."""
     answers, tokens, _, _ = job.make_worker.args  # type: ignore[attr-defined]  # a partial
