@@ -16,12 +16,14 @@ from world import World
 
 from cwpo_dist.config import ModelConfig
 from cwpo_dist.pairs.records import REJECT_SCHEMA, answer_id, prompt_id
+from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.pairs.stored import pairs_of, whole_schema, write_pairs
 from cwpo_dist.scoring import scorers
 from cwpo_dist.scoring.answers_in import AnswersIn
 from cwpo_dist.scoring.driver import run_here
 from cwpo_dist.scoring.retries import TRIES, Input, ShardOutput, attempt
 from cwpo_dist.scoring.scorers import RewardWorker
+from cwpo_dist.scoring.set_aside import Limit
 from cwpo_dist.scoring.tickets import ShardError
 from cwpo_dist.stages import generate
 from cwpo_dist.storage import StorageError, Store
@@ -71,7 +73,7 @@ def test_the_rows_that_fail_are_found_and_the_rest_is_one_run_without_them(bad: 
     assert {row["source"] for row in output.rejects.to_pylist()} == {SOURCE}
     left = N - len(bad)
     expected = {"rows_in": N, "rows": left, "rejects": len(bad), "over_length": 0}
-    assert output.counts == expected
+    assert output.counts == expected | {"rejects: IndexError": len(bad)}
 
 
 @pytest.mark.parametrize("bad_calls", [1, TRIES, TRIES + 3])
@@ -99,6 +101,28 @@ def test_what_no_row_can_be_blamed_for_ends_the_run_at_once(error: Exception) ->
     with pytest.raises((OSError, ImportError, ShardError)):
         attempt(worker, 0, SOURCE)
     assert worker.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "remedy"),
+    [
+        (
+            {"tokens beyond the embeddings": 39, "left out by the chat template": 1},
+            "; see .* resize",
+        ),
+        ({"left out by the chat template": 39, "non-finite score": 1}, "; see .* chat_template"),
+        ({"non-finite score": 39, "left out by the chat template": 1}, "; see .* --retry-rejects"),
+        ({"IndexError": 40}, r"\(40 × IndexError\).* --retry-rejects"),
+    ],
+)
+def test_the_remedy_is_that_of_most_of_what_was_set_aside(
+    found: dict[str, int], remedy: str, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    limit = Limit("annotate", "annotate.max_reject_fraction", 0.05, 80, 40, store)
+    counts = {f"rejects: {reason}": number for reason, number in found.items()}
+    with pytest.raises(RejectsError, match=f"^annotate: 40 of 80 answers were set aside.*{remedy}"):
+        limit.check(counts | {"rows_in": 80, "rejects": 40}, whole=True)
 
 
 def test_where_every_row_fails_none_is_blamed() -> None:

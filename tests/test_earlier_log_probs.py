@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from small_run import small_config
-from tiny import save_tiny
+from tiny import save_tiny, tiny_causal_lm, tiny_tokenizer
 from torch import Tensor
 
 from cwpo_dist.config import AlignConfig, Config, ModelConfig
@@ -22,6 +23,7 @@ from cwpo_dist.execution.side_by_side import Job, _can_start
 from cwpo_dist.graph import STAGES, graph
 from cwpo_dist.lm.rows import Row, RowBatch
 from cwpo_dist.pairs.records import LOG_PROB_SCHEMA, LogProb, read_rows
+from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.placement import Machine
 from cwpo_dist.planning.plan import plan
 from cwpo_dist.runs import same_model, scored_by
@@ -368,3 +370,24 @@ def test_a_damaged_output_of_the_same_policy_is_left_alone(
     shared = again.keys() & numbers.keys()
     assert shared
     assert all(again[name].logp == pytest.approx(numbers[name].logp, abs=1e-5) for name in shared)
+
+
+def test_a_policy_that_gives_no_numbers_is_refused_and_not_trained_on_the_rest(
+    tmp_path: Path, computed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of answers with a 3 their log-probs are NaN: each is set aside, and said."""
+    write(tmp_path, 0, 40)
+    config = growing(tmp_path)
+    sick = tiny_causal_lm("llama", 0)
+    (digit,) = tiny_tokenizer()("3", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        sick.get_input_embeddings().weight[digit] = float("nan")
+    sick.save_pretrained(tmp_path / "model")
+    said = r"reference: \d+ of 66 answers .*non-finite log-prob.* prepare.max_reject_fraction 0.05"
+    with pytest.raises(RejectsError, match=said):
+        made(config)
+    lenient = config.prepare.model_copy(update={"max_reject_fraction": 1.0})
+    with caplog.at_level(logging.INFO):
+        counts, _ = made(config.model_copy(update={"prepare": lenient}))
+    assert (counts["rejects"], counts["rows"]) == (24, 42)
+    assert f"{counts['rejects']} set aside" in caplog.text

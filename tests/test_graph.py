@@ -226,9 +226,11 @@ def test_other_weights_under_the_same_tokenizer_make_no_tokens_anew_another_toke
     after = keys(folder, policy=policy)
     assert "tokens" not in changed(before, after)
     assert "sft" in changed(before, after)
-    tokenizer = tmp_path / "model" / "tokenizer_config.json"
-    tokenizer.write_text(tokenizer.read_text() + "\n")
-    assert "tokens" in changed(after, keys(folder, policy=policy))
+    for name in ("tokenizer_config.json", "config.json"):  # … which says how many embeddings it has
+        before = keys(folder, policy=policy)
+        file = tmp_path / "model" / name
+        file.write_text(file.read_text() + "\n")
+        assert "tokens" in changed(before, keys(folder, policy=policy)), name
 
 
 def test_a_template_file_counts_by_its_content(folder: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class Crowd(World):
         self.pairs.sort()
         write_pairs(store, 0, self.pairs[:30])
         write_pairs(store, 1, self.pairs[30:])
-        counts: dict[str, Any] = {"shards": 2, "pairs": 60, "message_keys": []}
+        counts: dict[str, Any] = {"shards": 2, "pairs": 60, "kind": "text", "message_keys": []}
         store.create_json(MANIFEST, {"counts": counts})
 
     @property

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_run import small_config
+from test_weigh_pairing import Run
 from transformers import AutoModelForCausalLM
 from world import World
 
+from cwpo_dist.config.load import parse_config
 from cwpo_dist.graph import graph
 from cwpo_dist.lm.encoder import Encoder, load_tokenizer
 from cwpo_dist.stages import weigh
@@ -68,3 +72,36 @@ def test_how_texts_are_written_is_in_the_key(tmp_path: Path) -> None:
         world = World(tmp_path, ["cw"], policy={"chat_template": template})
         keys.add(graph(world.config, "cw")["weigh"].key)
     assert len(keys) == 2
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_shard_without_pairs_has_the_columns_of_the_others(tmp_path: Path) -> None:
+    """It has answers in rows of their own alone: no pair tells that its texts are messages."""
+
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    pairs = [
+        {"prompt": said("user", f"Q{i}?")}
+        | {side: said("assistant", f"{side} {i}") for side in ("chosen", "rejected")}
+        for i in range(6)
+    ]
+    alone = [
+        {"prompt": said("user", f"R{i}?"), "response": said("assistant", f"r {i}")}
+        for i in range(40)
+    ]
+    config = small_config(tmp_path, prepare__rows_per_shard=2, prepare__labelled_fraction=0.0)
+    sources = config["prepare"]["sources"] = []
+    for rows, columns in ((pairs, {}), (alone, {"response": "response"})):
+        file = tmp_path / f"{len(rows)}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append({"path": str(file), "into": "train", "columns": columns})
+    config["policy"]["chat_template"] = "plain"
+    run = Run(parse_config(config))
+    assert any(run.prepared.read_table(n).num_rows == 0 for n in run.prepared.names("pairs"))
+    run.score(0, few=False)
+    counts, rows = run.weigh()
+    assert counts["selected"] == len(rows) == 6
+    store = run.context.place(run.nodes["weigh"])
+    schemas = {str(store.read_table(name).schema.types) for name in store.names("preferences")}
+    assert len(schemas) == 1

@@ -362,6 +362,20 @@ def test_the_token_that_is_read_follows_the_pad_token_of_the_configuration(
     assert_scores(worker_scores(settings, PAIRS, tmp_path), expected)
 
 
+def test_a_classifier_that_looks_for_pads_itself_gets_those_that_it_knows(tmp_path: Path) -> None:
+    """A decoder without a `score` head: its tokenizer's pads, EOS, are text to it."""
+    tokenizer, sizes = tiny_tokenizer(pad_is_eos=True), {"hidden_size": 32, "intermediate_size": 64}
+    save(tiny_classifier("modernbert-decoder", **sizes), tokenizer, tmp_path)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert stock.config.pad_token_id != tokenizer.pad_token_id
+    with torch.no_grad():
+        expected = [
+            [float(stock_score(stock, tokenizer, p, y)) for y in answers] for p, *answers in PAIRS
+        ]
+    settings = ModelConfig(model_name_or_path=str(tmp_path))
+    assert_scores(worker_scores(settings, PAIRS, tmp_path), expected)
+
+
 @pytest.fixture(scope="module")
 def tiny_forward() -> RowForward:
     """Any reward model: its pad token is 2, which no template writes."""

@@ -68,6 +68,8 @@ def test_what_failed_is_scored_again_and_nothing_else(
     assert retried["device_hours"] > output.read_json(MANIFEST)["device_hours"], "of both together"
     counts = retried["counts"]
     assert (counts["rows_in"], counts["rows"], counts["rejects"]) == (80, 80, 0)
+    assert first["rejects: non-finite score"] == first["rejects"]
+    assert counts["rejects: non-finite score"] == 0, "of these reasons none is left"
     prepared = Store(config.output_dir).child(*nodes["prepare"].path.split("/"))
     scored = [ScoresIn(output, 1, prepared).read(i) for i in range(3)]
     assert sum(map(len, scored)) == 40

@@ -113,7 +113,7 @@ class World:
             rows = [row for split in splits for row in pairs(split)]
             table = pa.Table.from_pylist(rows, schema=whole_schema("text"))
             write_pairs(store, index, pairs_of(table))
-        counts: dict[str, Any] = {"shards": 2, "pairs": 12, "message_keys": []}
+        counts: dict[str, Any] = {"shards": 2, "pairs": 12, "kind": "text", "message_keys": []}
         for name, of_each in (("splits", 3), ("prompts", 3), ("answers", 6)):
             counts[name] = dict.fromkeys(SPLITS, of_each)
         store.create_json(MANIFEST, {"counts": counts})

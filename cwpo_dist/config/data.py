@@ -146,7 +146,7 @@ class PrepareConfig(Section):
     max_reject_fraction: Fraction = Field(
         0.05,
         description="share; the stage fails when more rows, or more files (damaged), are set "
-        "aside; `tokens`, when more answers are",
+        "aside; `tokens` and `reference`, when more answers are",
     )
     rows_per_shard: PositiveInt = Field(
         1024,

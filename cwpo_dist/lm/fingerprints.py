@@ -35,12 +35,15 @@ def model_fingerprint(model: ModelConfig) -> list[Mark]:
 
 
 def of_tokenizer(marks: list[Mark]) -> list[Mark]:
-    """What of it makes text into tokens: other weights under one tokenizer change nothing."""
+    """What of it makes text into tokens: other weights under one tokenizer change nothing.
+
+    Its configuration does: it says how many embeddings there are, beyond which no token is read.
+    """
     return [mark for mark in marks if not _is_of_weights(str(mark[0]))]
 
 
 def _is_of_weights(file: str) -> bool:
-    return ".safetensors" in file or Path(file).name in {"config.json", "generation_config.json"}
+    return ".safetensors" in file or Path(file).name == "generation_config.json"
 
 
 def _commit(model: ModelConfig) -> str:

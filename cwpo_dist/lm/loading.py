@@ -39,12 +39,12 @@ from cwpo_dist.lm.load_settings import attention_of, dtype_of, straight_to
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.switches import remember_given, switch_off
 from cwpo_dist.lm.unfit import unfit
+from cwpo_dist.lm.unread import shown, tell_unread
 from cwpo_dist.node_disk import staged
 from cwpo_dist.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
 
-_NAMES_SHOWN = 5
 _KINDS: dict[type, tuple[Collection[str], str]] = {
     AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal language model"),
     AutoModelForSequenceClassification: (
@@ -268,6 +268,8 @@ def _load(
             output_loading_info=True,
         )
     _refuse_missing(model, loaded, report["missing_keys"], new_heads > 0)
+    unread = report["unexpected_keys"]
+    tell_unread(loaded, unread, model.num_hidden_layers, new_head=new_heads > 0)
     remember_given(loaded, given)
     return loaded
 
@@ -300,7 +302,7 @@ def cut_layers(config: PretrainedConfig, model: ModelConfig) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hushes transformers' loading report and bars: what they say, we check ourselves."""
+    """Hushes transformers' loading report and bars: what they say, we check, or say, ourselves."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
@@ -324,11 +326,9 @@ def _refuse_missing(
         if head:
             logger.info("new head, drawn from the seed: %s", ", ".join(head))
     if missing:
-        shown = ", ".join(missing[:_NAMES_SHOWN])
-        more = f" and {len(missing) - _NAMES_SHOWN} more" if len(missing) > _NAMES_SHOWN else ""
         raise ModelError(
-            f"model_name_or_path: {model.model_name_or_path!r} lacks the tensors {shown}{more} of "
-            f"{type(loaded).__name__}; give a complete checkpoint of that kind"
+            f"model_name_or_path: {model.model_name_or_path!r} lacks the tensors {shown(missing)} "
+            f"of {type(loaded).__name__}; give a complete checkpoint of that kind"
         )
 
 

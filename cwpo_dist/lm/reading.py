@@ -113,6 +113,7 @@ class RenderingEncoder(Encoder):
         super().__init__(
             tokenizer, chat_template, template_date=template_date, vocabulary=vocabulary
         )
+        self.pad_id = _filling(pad, self.pad_id)
         self.closing = self._closing()
 
     def _template(self, chat_template: str, on: date) -> ChatTemplate:
@@ -241,8 +242,7 @@ class PairEncoder(Encoder):
         super().__init__(
             tokenizer, chat_template, template_date=template_date, vocabulary=vocabulary
         )
-        if pad is not None and pad >= 0:
-            self.pad_id = int(pad)
+        self.pad_id = _filling(pad, self.pad_id)
         self.token_types = self._types()
 
     def _template(self, chat_template: str, on: date) -> ChatTemplate:
@@ -319,6 +319,11 @@ class PairEncoder(Encoder):
                 Fault.NO_TOKENS,
             )
         return Row(before, (own,))
+
+
+def _filling(pad: int | None, own: int) -> int:
+    """What fills rows up: what the classifier knows as a pad, whatever its tokenizer's own is."""
+    return own if pad is None or pad < 0 else int(pad)
 
 
 def _border(encoded: BatchEncoding, place: int) -> int | None:

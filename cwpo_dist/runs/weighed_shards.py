@@ -49,6 +49,7 @@ class Weighing:
         weight_function: its name.
         divisor: the mean weight, where weights are divided by it.
         message_keys: what the run's messages have beside role and content, and `tools`.
+        kind: what prompts and answers are, also those of a shard without pairs.
         messages: whether text is written as the messages that the policy's template gets of it.
         pairing: which pairs of a prompt are kept.
         elsewhere: prompt → the pair that is kept of it, where its pairs may lie in several shards.
@@ -60,6 +61,7 @@ class Weighing:
     own: bool
     splits: tuple[str, ...]
     weight_function: str
+    kind: Kind
     divisor: float = 1.0
     message_keys: tuple[str, ...] = ()
     messages: bool = False
@@ -146,13 +148,13 @@ class Weighing:
             counts |= _own_counts(of_splits, decisions)
         if self.labels in {"weighed", "cleaned"}:
             counts |= _judged_counts(of_splits, opinions or {}, decisions)
-        return self._table(selected, all(isinstance(pair.prompt, str) for pair in pairs)), counts
+        return self._table(selected), counts
 
-    def _table(self, selected: list[Preference], is_text: bool) -> pa.Table:
+    def _table(self, selected: list[Preference]) -> pa.Table:
         """As text or, what was text too where it is asked for, as messages."""
-        if is_text and self.messages:
+        kind: Kind = "conversational" if self.messages else self.kind
+        if kind != self.kind:
             selected = [each.as_messages() for each in selected]
-        kind: Kind = "text" if is_text and not self.messages else "conversational"
         more = set(self.message_keys)
         schema = preference_schema(kind, keys=bool(more - {"tools"}), tools="tools" in more)
         return product_table(Preference, selected, schema)

@@ -31,6 +31,7 @@ _ENVIRONMENT = (OSError, MemoryError, ImportError, torch.OutOfMemoryError)
 _NO_MEMORY = ("DefaultCPUAllocator",)
 _DEVICE_BROKEN = ("CUDA error", "CUBLAS_STATUS", "HIP error")
 _LONGEST_REASON = 200
+OF_EACH = "rejects: "  # begins the name of a count of rejects for one reason
 
 
 T = TypeVar("T")
@@ -167,4 +168,10 @@ def _with_rejects(
     rejects = pa.concat_tables([output.rejects, table_of(rows, REJECT_SCHEMA)])
     counts = Counter(output.counts)
     counts.update({"rows_in": len(rows), "rejects": len(rows)})
+    counts.update(f"{OF_EACH}{kind_of(row.reason)}" for row in rows)
     return ShardOutput(output.rows, rejects, dict(counts))
+
+
+def kind_of(reason: str) -> str:
+    """What many rejects have in common: a reason without its particulars."""
+    return reason.partition(": ")[0]

@@ -17,13 +17,18 @@ from cwpo_dist.lm.templates import Fault
 from cwpo_dist.pairs.records import REJECT_SCHEMA, Reject, table_of
 from cwpo_dist.pairs.rejects import RejectsError
 from cwpo_dist.scoring.pipeline import committed_rejects, part
-from cwpo_dist.scoring.retries import Input, T
+from cwpo_dist.scoring.retries import OF_EACH, Input, T, kind_of
 from cwpo_dist.storage import Store
 
 ALIKE = "alike"  # the count of pairs whose answers are the same to the model
 ALIKE_WHEN_CUT = "alike_when_cut"  # … as what they differ by is beyond `max_length`
 _PAIRS = "pairs/"  # begins the source of a reject that is a pair
-_OF_EACH = "rejects: "  # begins the name of a count of rejects for one reason
+_TEMPLATE = "give a chat_template that writes them"
+# Where it is not the template that helps.
+_REMEDIES: dict[str, str] = {
+    Fault.BEYOND: "resize the model's embeddings to its tokenizer",
+    Fault.UNREAD: "give a model whose tokenizer reads them",
+}
 
 
 class SetAside:
@@ -51,11 +56,11 @@ class SetAside:
 
         Pairs are counted apart: both answers of one that are alike may have a number.
         """
-        reasons = Counter(_kind(row.reason) for row in self.answers)
+        reasons = Counter(kind_of(row.reason) for row in self.answers)
         over_length = reasons.pop(Fault.OVER_LENGTH, 0)
-        of_each = {f"{_OF_EACH}{reason}": number for reason, number in reasons.items()}
+        of_each = {f"{OF_EACH}{reason}": number for reason, number in reasons.items()}
         told = {"over_length": over_length, "rejects": sum(reasons.values()), **of_each}
-        pairs = Counter(_kind(row.reason) for row in self.alike)
+        pairs = Counter(kind_of(row.reason) for row in self.alike)
         return told | {ALIKE: pairs[Fault.IDENTICAL], ALIKE_WHEN_CUT: pairs[Fault.OVER_LENGTH]}
 
 
@@ -77,7 +82,7 @@ def reasons(store: Store, name: str, shards: Iterable[int]) -> dict[str, str]:
         shards: which.
     """
     return {
-        row.row: _kind(row.reason)
+        row.row: kind_of(row.reason)
         for index in shards
         for row in committed_rejects(store, part(name, index))
         if not row.source.startswith(_PAIRS)
@@ -114,7 +119,7 @@ class Limit:
         Raises:
             RejectsError: naming the reasons, the field and what can be done.
         """
-        found = {k.removeprefix(_OF_EACH): n for k, n in counts.items() if k.startswith(_OF_EACH)}
+        found = {k.removeprefix(OF_EACH): n for k, n in counts.items() if k.startswith(OF_EACH)}
         alike = {str(Fault.IDENTICAL): counts.get(ALIKE, 0)}
         # An answer of several shards, or splits, is read in each, or counted in each.
         read = counts["rows_in"] if whole else max(self.answers, counts.get("rows_in", 0))
@@ -124,9 +129,10 @@ class Limit:
     def _check(self, what: str, rejects: int, of: int, found: Mapping[str, int]) -> None:
         if rejects <= self.fraction * of and not (what == "pairs" and rejects == of > 0):
             return
-        reasons = ", ".join(f"{n} × {reason}" for reason, n in Counter(found).most_common(3))
-        lasting = any(lasts(reason) for reason in found)
-        remedy = "give a chat_template that writes them" if lasting else "mend the model"
+        most = Counter(found).most_common(3)
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in most)
+        lasting = bool(most) and lasts(most[0][0])
+        remedy = _REMEDIES.get(most[0][0], _TEMPLATE) if lasting else "mend the model"
         again = "" if lasting or self.stage != "annotate" else " and give --retry-rejects"
         raise RejectsError(
             f"{self.stage}: {rejects} of {of} {what} were set aside{reasons and f' ({reasons})'}, "
@@ -146,7 +152,7 @@ def refuse_none(stage: str, model: ModelConfig, counts: Mapping[str, int]) -> No
     Raises:
         RejectsError: naming the field and what can be done.
     """
-    reasons = [k.removeprefix(_OF_EACH) for k in counts if k.startswith(_OF_EACH)]
+    reasons = [k.removeprefix(OF_EACH) for k in counts if k.startswith(OF_EACH)]
     if counts.get("rows") or not all(map(lasts, reasons)):
         return
     too_long, rejects = counts.get("over_length", 0), counts.get("rejects", 0)
@@ -161,10 +167,12 @@ def refuse_none(stage: str, model: ModelConfig, counts: Mapping[str, int]) -> No
     )
 
 
+def passing(counts: Mapping[str, int]) -> dict[str, int]:
+    """Of counts those of one reason that another try may end."""
+    of_each = {name: n for name, n in counts.items() if name.startswith(OF_EACH)}
+    return {name: n for name, n in of_each.items() if not lasts(name.removeprefix(OF_EACH))}
+
+
 def lasts(reason: str) -> bool:
     """Whether another try at a row that was set aside would end the same way."""
-    return _kind(reason) in set(Fault)
-
-
-def _kind(reason: str) -> str:
-    return reason.partition(": ")[0]
+    return kind_of(reason) in set(Fault)

@@ -31,7 +31,7 @@ from cwpo_dist.scoring.pipeline import (
     total_counts,
 )
 from cwpo_dist.scoring.scorers import RewardWorker, reward_module
-from cwpo_dist.scoring.set_aside import ALIKE, Limit, lasts, refuse_none
+from cwpo_dist.scoring.set_aside import ALIKE, Limit, lasts, passing, refuse_none
 from cwpo_dist.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -275,6 +275,9 @@ def _retried_counts(context: Context, node: Node[AnnotateSettings]) -> Counter[s
     for number in range(1, node.retries + 1):
         shards = range(context.shards(node))
         selected = [i for i in shards if part("scores", i, number) in names]
+        # Who takes part in a retry took part in the one before, and has all that it left aside.
+        for left in committed_counts(shard_job(context, node, number - 1, selected)).values():
+            totals.subtract(passing(left))
         totals.update(total_counts(shard_job(context, node, number, selected)))
         totals["rejects"] -= totals.pop("rows_in")
     return totals

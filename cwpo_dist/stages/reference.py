@@ -11,7 +11,7 @@ from cwpo_dist.canonical import digest
 from cwpo_dist.config import Config, Split
 from cwpo_dist.pairs.estimate import Census
 from cwpo_dist.runs.arms import ArmRun, held_out_split
-from cwpo_dist.runs.context import Context, policy_of
+from cwpo_dist.runs.context import Context, policy_of, prepared
 from cwpo_dist.runs.given_model import GivenModel
 from cwpo_dist.runs.named_loss import objective
 from cwpo_dist.runs.output_key import BESIDE_KEY, Node, Nodes, Settings
@@ -20,6 +20,7 @@ from cwpo_dist.runs.scored_by import Placed, Scorers
 from cwpo_dist.runs.stage import Scoring, Stage
 from cwpo_dist.scoring.pipeline import ShardJob
 from cwpo_dist.scoring.scorers import ReferenceWorker, policy_module
+from cwpo_dist.scoring.set_aside import Limit
 from cwpo_dist.storage import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class ReferenceSettings(Settings):
         model: the policy as it was given; an input may have trained it.
         splits: whose pairs' answers get log-probs.
         by: its section, and that of `align`, whose workers may share the policy.
+        most: the share of answers that may be without a finite log-prob
+            (`prepare.max_reject_fraction`).
     """
 
     stage = "reference"
@@ -41,6 +44,7 @@ class ReferenceSettings(Settings):
     model: GivenModel
     splits: tuple[Split, ...]
     by: Scorers = field(metadata=BESIDE_KEY)
+    most: float = field(metadata=BESIDE_KEY)
 
     @property
     def place(self) -> Placed:
@@ -59,7 +63,8 @@ def nodes(run: ArmRun, given: Nodes) -> Nodes:
 
     def log_probs(splits: Sequence[Split], trained: str) -> Node:
         by = Scorers(config.reference, config.align)
-        told = ReferenceSettings(policy, tuple(sorted(set(splits))), by)
+        most = config.prepare.max_reject_fraction
+        told = ReferenceSettings(policy, tuple(sorted(set(splits))), by, most)
         model = {"model": given[trained]} if trained in given else {}
         return Node(told, {"tokens": given["tokens"]} | model)
 
@@ -92,7 +97,11 @@ def work(context: Context, node: Node[ReferenceSettings], counted: Census) -> Sc
 
 
 def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object]:
-    """Writes `reference/part-*.parquet` and returns the counts."""
+    """Writes `reference/part-*.parquet` and returns the counts.
+
+    Raises:
+        RejectsError: when more answers than `prepare.max_reject_fraction` have no log-prob.
+    """
     told = node.settings
     policy = policy_of(context, node, told.model.config)
     answers = context.answers(node, told.splits)
@@ -105,12 +114,24 @@ def make(context: Context, node: Node[ReferenceSettings]) -> Mapping[str, object
     )
     job = ShardJob("reference", context.place(node), context.shards(node), make_worker)
     new = SAME.only_new(context, node, job, answers)
-    counts = {"reused": 0} | told.by.run(new, policy, policy_module)
+    limit = _limit(context, node)
+    counts = {"reused": 0} | told.by.run(new, policy, policy_module, limit.check)
+    limit.check(counts, whole=True)
     logger.info(
-        "reference: log-probs of %d answers of %s, %d of them computed before, are in %s/reference",
-        *(counts["rows"], ", ".join(told.splits), counts["reused"], job.output.uri),
+        "reference: log-probs of %d answers of %s, %d of them computed before, %d set aside, are "
+        "in %s/reference",
+        *(counts["rows"], ", ".join(told.splits), counts["reused"], counts["rejects"]),
+        job.output.uri,
     )
     return counts
+
+
+def _limit(context: Context, node: Node[ReferenceSettings]) -> Limit:
+    """How many may have no log-prob; pairs that are alike `tokens` has counted, of all splits."""
+    told, counts, output = node.settings, context.counts(prepared(node)), context.place(node)
+    answers = sum(counts["answers"].get(split, 0) for split in told.splits)
+    field = "prepare.max_reject_fraction"
+    return Limit("reference", field, told.most, answers, counts["pairs"], output)
 
 
 def _who(context: Context, node: Node[ReferenceSettings]) -> str:

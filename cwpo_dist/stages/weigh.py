@@ -101,7 +101,8 @@ def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
         OwnNumbersError: where the data's own numbers are asked for and hardly any can be used.
     """
     how, chooser = node.settings.weighting, node.settings.weighting.chooser
-    if not context.counts(node.inputs["prepare"])["pairs"]:
+    prepared = context.counts(node.inputs["prepare"])
+    if not prepared["pairs"]:
         raise ConfigError(
             "prepare.pairing: no prompt has two responses that make a pair, so that there is "
             "nothing to weigh; give more responses, or another pairing"
@@ -117,7 +118,8 @@ def make(context: Context, node: Node[WeighSettings]) -> Mapping[str, object]:
         own=chooser.labels == "own",
         splits=chooser.splits,
         weight_function=how.weight_function,
-        message_keys=tuple(context.counts(node.inputs["prepare"])["message_keys"]),
+        kind=prepared["kind"],
+        message_keys=tuple(prepared["message_keys"]),
         messages=node.settings.messages,
         pairing=how.pairing,
     )
