@@ -36,7 +36,9 @@ PASSED_ON = (
 )
 # fsspec's own: FSSPEC_HTTPS holds what its https filesystem is made with. Its folder stays here.
 _OF_FSSPEC, _LOCAL = "FSSPEC_", "FSSPEC_CONFIG_DIR"
-_FILE = Path(".cwpo-environment.json")
+_FILE = ".cwpo-environment.json"
+# The variable of a job that says where it is: a file of that name in anybody's folder is not read.
+IN_JOB = {"CWPO_ENVIRONMENT_FILE": _FILE}
 
 
 def here() -> list[str]:
@@ -54,7 +56,8 @@ def pack(folder: Path, further: Sequence[str] = ()) -> None:
 
 
 def take() -> None:
-    """Sets what `pack` wrote, when this process runs in a job's folder; called once in each."""
-    if _FILE.is_file():
-        os.environ.update(json.loads(_FILE.read_text()))
+    """Sets what `pack` wrote, when this process is one of a job's; called once in each."""
+    files = [Path(os.environ[name]) for name in IN_JOB if name in os.environ]
+    for file in filter(Path.is_file, files):
+        os.environ.update(json.loads(file.read_text()))
         set_conf_env(conf)  # fsspec may have been imported before

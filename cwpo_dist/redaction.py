@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
 HIDDEN = "***"
+_MOST_FORMS = 8  # of a text; nobody takes off quotes more often
 REMEDY = (
     "a credential stands there, and a configuration is written into manifests, rows and reports. "
     "Take it out and give it by the environment: HF_TOKEN, AWS_PROFILE or AWS_ACCESS_KEY_ID with "
@@ -28,31 +29,33 @@ _AMBIGUOUS = {"key", "sig", "auth", "pass", "sas"}
 # Kinds of places in whose URIs a name before `@` is no password: a container, a user, a revision.
 _NAMED_BEFORE_AT = "abfs|abfss|adl|az|wasb|wasbs|sftp|ssh|scp|smb|hdfs|webhdfs|hf|git"
 
+# Of all that may begin anywhere the length is bounded: without that a long text takes for ever.
 _CREDENTIALS = tuple(
     re.compile(pattern)
     for pattern in (
         # A user, a colon, a password and @, behind a scheme, in a chain of them, or alone. GitHub's
         # URIs name owner and repository so.
         r"(?:^|(?<=[\s\"'=(\[,/\\])|(?<=::))(?<!github://)"
-        r"[^\s\"'=(\[,:/\\?#]*:(?!:)[^\s\"'/\\?#]+@(?=[\w\[])",
+        r"[^\s\"'=(\[,:/\\?#]{0,256}:(?!:)[^\s\"'/\\?#]{1,1024}@(?=[\w\[])",
         # scheme://user:pass/word@host: what follows a host's colon is else a port.
-        r"(?<=://)(?<!github://)[^\s\"'/\\?#@:\[\]]+:(?!:|\d*(?:[/\\?#]|$))[^\s\"'@]*@(?=[\w\[])",
+        r"(?<=://)(?<!github://)[^\s\"'/\\?#@:\[\]]{1,256}:(?!:|\d*(?:[/\\?#]|$))"
+        r"[^\s\"'@]{0,1024}@(?=[\w\[])",
         # scheme://token@host.
-        rf"\b(?P<kept>(?!(?:{_NAMED_BEFORE_AT}|github):)[A-Za-z][\w+.-]*:[/\\]{{2,}})"
-        r"(?!\*\*\*@)[^\s\"'/\\?#@]+@",
+        rf"\b(?P<kept>(?!(?:{_NAMED_BEFORE_AT}|github):)[A-Za-z][\w+.-]{{0,40}}:[/\\]{{2,}})"
+        r"(?!\*\*\*@)[^\s\"'/\\?#@]{1,4096}@",
         # Credentials that say what they are.
         r"\b(?:(?:hf|api_org|r8|gsk|npm|[sr]k_live|dop_v1|gh[oprsu])_[A-Za-z0-9]{20,}|"
         r"(?:AKIA|ASIA)[A-Z0-9]{16}|github_pat_\w{20,}|(?:glpat|nvapi)-[\w-]{16,}|"
         r"sk-(?:(?:ant|proj|svcacct|admin|or)-[\w-]{20,}|[A-Za-z0-9]{24,})|pypi-[\w-]{40,}|"
         r"dapi[0-9a-f]{32}|ya29\.[\w-]{20,}|SG\.[\w-]{16,}\.[\w-]{16,}|"
-        r"xox[abps]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)",
+        r"xox[abps]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,4096}\.eyJ[\w-]{8,4096}\.[\w-]*)",
         r"\b(?P<kept>(?:[Bb]earer|[Bb]asic) +)[\w.~+/-]{12,}=*",
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*",
     )
 )
 # name=value; or, as a mapping is shown, 'name': 'value'.
 _PARAMETER = re.compile(
-    r"(?P<before>^|[?&;#/\s,\"'({-])(?P<name>[A-Za-z][\w.-]*)(?P<is>=[\"']?|[\"']\s*:\s*[\"'])"
+    r"(?P<before>^|[?&;#/\s,\"'({-])(?P<name>[A-Za-z][\w.-]{0,128})(?P<is>=[\"']?|[\"']\s*:\s*[\"'])"
     r"(?P<value>[^&;#\s\"']+)"
 )
 
@@ -80,7 +83,7 @@ def redacted(text: str) -> str:
 def _forms(text: str) -> list[str]:
     """The text as it is, and as it reads with less and less of it quoted."""
     forms = [text]
-    while (plain := unquote(forms[-1])) != forms[-1]:
+    while len(forms) < _MOST_FORMS and (plain := unquote(forms[-1])) != forms[-1]:
         forms.append(plain)
     return forms
 

@@ -24,6 +24,7 @@ from pyarrow import feather
 from cwpo_dist.pairs import readers
 from cwpo_dist.pairs.readers import Part, RawRow, SourceError, read
 from cwpo_dist.pairs.rejects import Reason
+from cwpo_dist.pairs.unread import columnar, tree
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 HH = {
@@ -274,6 +275,33 @@ def test_arrow_files_and_streams_are_read(
     data = Path(part.uri).read_bytes()
     torn = list(read(write(tmp_path / name, data[: len(data) // 2])))
     assert torn[-1].fault is Reason.DAMAGED
+
+
+@pytest.mark.parametrize("columns", [None, ROW])
+@pytest.mark.parametrize("kind", ["file", "stream", "parquet"])
+def test_two_columns_of_one_name_are_read_as_neither(
+    tmp_path: Path, kind: str, columns: Any
+) -> None:
+    """The last one would pass for what was chosen; of a CSV file that is refused as well."""
+    names, values = [*ROW, "chosen"], [*ROW.values(), "another"]
+    table = pa.Table.from_arrays([pa.array([value]) for value in values], names=names)
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "x.parquet")
+        part = Part(str(tmp_path / "x.parquet"), "parquet")
+    else:
+        part = save_arrow(tmp_path / "x.arrow", table, kind)
+    (row,) = read(part, columns)
+    assert row.fault is Reason.DAMAGED
+    assert "several columns called 'chosen'" in row.as_text()
+
+
+def test_two_columns_of_one_name_that_nothing_reads_harm_nothing(tmp_path: Path) -> None:
+    names, values = [*ROW, "tags", "tags"], [*ROW.values(), [1], [2]]
+    table = pa.Table.from_arrays([pa.array([value]) for value in values], names=names)
+    pq.write_table(table, tmp_path / "x.parquet")
+    part = Part(str(tmp_path / "x.parquet"), "parquet")
+    assert [row.value for row in read(part, ROW)] == [ROW]
+    assert columnar(part, tree(ROW)).columns == {"tags": 1}
 
 
 def test_an_arrow_file_that_lies_about_its_content_is_damaged(tmp_path: Path) -> None:

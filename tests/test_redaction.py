@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import logging
+import signal
 import threading
 import types
 from collections.abc import Iterator
@@ -90,6 +91,22 @@ def test_a_credential_is_seen_and_hidden(text: str) -> None:
 def test_what_only_looks_like_one_stays(text: str) -> None:
     assert not has_credential(text)
     assert redacted(text) == text
+
+
+@pytest.mark.parametrize("piece", ["a.", "x-", ",a:b", "a://a:", "://a:b/", "eyJaaaaaaaa-", "25"])
+def test_a_long_text_takes_no_time_to_speak_of(piece: str) -> None:
+    """A name in a stranger's file may have any length, and messages name it."""
+
+    def hangs(*_: object) -> None:
+        pytest.fail("it did not end within 60 s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(60)
+    try:
+        redacted(f"%{piece * (200_000 // len(piece))}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _texts(kind: Any, place: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

@@ -265,6 +265,14 @@ def test_credentials_travel_as_a_file_and_only_those_that_are_set(
     monkeypatch.setenv("WANDB_API_KEY", "the cluster's")
     for name in ("MY_SERVICE", "FSSPEC_HTTPS", "FSSPEC_CONFIG_DIR"):
         monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    credentials.take()  # in no job: anybody may have put such a file there
+    assert os.environ["WANDB_API_KEY"] == "the cluster's"
+    (tmp_path / "job").mkdir()
+    environment: Any = _packed({}, "run", tmp_path / "job", Settings())[1]
+    for name, value in environment["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path.parent)
     credentials.take()  # elsewhere: there is no such file
     assert os.environ["WANDB_API_KEY"] == "the cluster's"
     monkeypatch.chdir(tmp_path)

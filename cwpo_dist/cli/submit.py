@@ -257,7 +257,7 @@ def _packed(
         "working_dir": str(folder),
         "py_modules": [str(PACKAGE), *settings.py_modules],
         "excludes": ["__pycache__", "*.pyc"],
-        "env_vars": ENVIRONMENT,
+        "env_vars": ENVIRONMENT | credentials.IN_JOB,
         "worker_process_setup_hook": "cwpo_dist.credentials.take",
     }
     if settings.python is not None:

@@ -7,6 +7,7 @@ and objects; rows hold what it says.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,14 @@ class _Unreadable:
 
 
 def batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, object], dict[str, Reason]]]:
-    """Each row by column name, and of its cells that cannot be read each with why."""
+    """Each row by column name, and of its cells that cannot be read each with why.
+
+    Raises:
+        ArrowInvalid: for two columns of one name, of which nobody knows which is meant.
+    """
+    twice = [name for name, count in Counter(batch.schema.names).items() if count > 1]
+    if twice:
+        raise pa.ArrowInvalid(f"it has several columns called {', '.join(map(repr, twice))}")
     columns = {name: _values(batch.column(k)) for k, name in enumerate(batch.schema.names)}
     for offset in range(batch.num_rows):
         value = {name: column[offset] for name, column in columns.items()}

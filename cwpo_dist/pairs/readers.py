@@ -327,7 +327,8 @@ def _small_batches(
 ) -> Iterator[pa.RecordBatch]:
     """The columns wanted, some rows at a time; checked, for Arrow trusts what lies in its files."""
     for batch in batches:
-        batch = batch.select([n for n in batch.schema.names if columns is None or n in columns])
+        names = enumerate(batch.schema.names)  # of which two may be alike
+        batch = batch.select([k for k, name in names if columns is None or name in columns])
         for start in range(0, batch.num_rows, BATCH_ROWS):
             small = batch.slice(start, BATCH_ROWS)
             small.validate(full=True)

@@ -186,8 +186,8 @@ def _leaves(kind: pa.DataType) -> int:
 
 def _valid(rows: pa.Table | pa.RecordBatch, used: Tree) -> dict[str, int]:
     """Rows with a value, by column that nothing reads."""
-    names = [name for name in rows.schema.names if name not in used]
-    return {name: rows.num_rows - _nulls(rows.column(name)) for name in names}
+    names = [(k, name) for k, name in enumerate(rows.schema.names) if name not in used]
+    return {name: rows.num_rows - _nulls(rows.column(k)) for k, name in names}
 
 
 def _nulls(column: pa.Array | pa.ChunkedArray) -> int:
