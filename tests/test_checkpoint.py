@@ -23,6 +23,7 @@ from cwpo_dist.storage import StorageError, Store
 from cwpo_dist.training import checkpoint, shards
 from cwpo_dist.training.checkpoint import Checkpoint, CheckpointError, RunIdentity, Saver
 from cwpo_dist.training.lease import Lease, LeaseLost
+from cwpo_dist.training.shards import DamagedShard
 from cwpo_dist.training.torch_engine import TorchEngine
 
 IDENTITY = RunIdentity("key", 0, "base")
@@ -184,6 +185,22 @@ def test_newest_counts_whole_commits_only(tmp_path: Path) -> None:
     assert all(float(state["step"]) == 3 for state in engine.optimizer.state.values())
 
 
+@pytest.mark.parametrize("left", [0, 4, 20, -36, -8, -4, 4096])
+def test_a_damaged_file_is_refused_by_name_whatever_is_left_of_it(
+    tmp_path: Path, left: int
+) -> None:
+    """Of all its bytes, or of its end; one number that is left would fill a whole bias."""
+    store = Store(str(tmp_path))
+    save(store, 4)
+    found = checkpoint.newest(store)
+    assert found is not None
+    file = Path(found.store.path(found.files[0]))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left] if left < 4096 else whole.ljust(left, b" "))
+    with pytest.raises(DamagedShard, match=r"shard-00000\.safetensors is damaged.*older one"):
+        checkpoint.load(found, make_engine(), IDENTITY)
+
+
 def test_keeps_the_newest_and_no_litter(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.write("checkpoints/step-000002-dead/shard-00000.safetensors", b"half")
@@ -209,6 +226,21 @@ def test_what_is_left_beside_a_committed_output_goes(
     assert "is of no more use, but stays: it is not yours" in caplog.text
     checkpoint.clear(store)
     assert folders(store) == []
+
+
+def test_training_goes_on_where_nobody_may_remove_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a key that may write alone: each checkpoint is committed, and the oldest stay."""
+    store = Store(str(tmp_path))
+    monkeypatch.setattr(Store, "remove", Mock(side_effect=StorageError("access is denied")))
+    for step in (1, 2, 3, 4):
+        save(store, step)
+    found = checkpoint.newest(store)
+    assert found is not None
+    assert found.step == 4
+    assert len(folders(store)) == 4
+    assert caplog.text.count("but stays: access is denied") == 2, "once a checkpoint"
 
 
 def test_attempts_never_mix(tmp_path: Path) -> None:

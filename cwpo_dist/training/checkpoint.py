@@ -19,6 +19,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -91,18 +92,28 @@ def clear(stage: Store) -> None:
     """Removes the checkpoints of a training that is committed: nothing else could read them.
 
     A driver that took the lease before the commit may still do so; then it clears in its turn.
-    What storage refuses to remove stays, and is no fault of the run.
     """
     if not stage.names(FOLDER):
         return
+    with of_no_use(stage.child(FOLDER)):
+        try:
+            with Lease.acquire(stage):
+                stage.remove(FOLDER)
+        except LeaseHeld as held:
+            logger.info("%s/%s stays for now: %s", stage.uri, FOLDER, held)
+
+
+@contextmanager
+def of_no_use(folder: Store) -> Iterator[None]:
+    """What storage refuses to remove there stays, and is no fault of the run.
+
+    Some services let nobody remove anything: keys that may write alone, locked objects.
+    """
     try:
-        with Lease.acquire(stage):
-            stage.remove(FOLDER)
-    except LeaseHeld as held:
-        logger.info("%s/%s stays for now: %s", stage.uri, FOLDER, held)
+        yield
     except OSError as error:
         why = redacted(str(error))
-        logger.warning("%s/%s is of no more use, but stays: %s", stage.uri, FOLDER, why)
+        logger.warning("in %s is what is of no more use, but stays: %s", folder.uri, why)
 
 
 class Saver:
@@ -316,8 +327,9 @@ def _committed(stage: Store) -> list[Checkpoint]:
 def _tidy(stage: Store, save_total_limit: int) -> None:
     """Removes what is no longer needed; the commit first, so that no half ever counts."""
     kept = {checkpoint.store.uri for checkpoint in _committed(stage)[:save_total_limit]}
-    for folder in sorted({name.split("/")[1] for name in stage.names(FOLDER)}):
-        store = stage.child(FOLDER, folder)
-        if store.uri not in kept:
-            store.remove(COMMIT)
-            store.remove()
+    with of_no_use(stage.child(FOLDER)):
+        for folder in sorted({name.split("/")[1] for name in stage.names(FOLDER)}):
+            store = stage.child(FOLDER, folder)
+            if store.uri not in kept:
+                store.remove(COMMIT)
+                store.remove()

@@ -36,6 +36,7 @@ from cwpo_dist.manifest import Manifest
 from cwpo_dist.placement import alive_machines, in_words, training_faults, uses_gpu, worker_takes
 from cwpo_dist.stop_signals import on_stop
 from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.training.checkpoint import of_no_use
 from cwpo_dist.training.frozen import FrozenSpec
 from cwpo_dist.training.lease import Lease, LeaseToken
 from cwpo_dist.training.process_group import StoppableTorchConfig
@@ -132,7 +133,8 @@ def _run(spec: Spec) -> dict[str, object]:
                     f"same command resumes.\n{error}"
                 ) from error
         finally:
-            store.child("ray").remove()
+            with of_no_use(scratch := store.child("ray")):
+                scratch.remove()
     assert outcome is not None  # only ranks of a group that failed return nothing
     if "error" in outcome:
         raise _KINDS.get(outcome["error"], TrainingRefused)(outcome["message"])

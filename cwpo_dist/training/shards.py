@@ -8,6 +8,7 @@ another ZeRO stage, seeks to the numbers that it keeps and reads no others, on a
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,10 @@ PARAMETERS = "parameters"
 _STRETCHES = "stretches"
 _READ_BYTES = 1 << 26  # at most so many at once, whatever the parameter's size
 _LONGEST_HEADER = 1 << 28
+
+
+class DamagedShard(ValueError):
+    """A file that is not whole; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A file that a rank wrote.
+    """A file that a rank wrote; reading it raises `DamagedShard` where it is not whole.
 
     Attributes:
         store: its folder.
@@ -163,9 +168,17 @@ class ShardFile:
         """The parsed header, and where the data begin (the safetensors format)."""
         with self._open() as file:
             size = int.from_bytes(file.read(8), "little")
-            if not 0 < size < _LONGEST_HEADER:
-                raise StorageError(f"{self.store.path(self.name)}: no safetensors file")
-            return json.loads(file.read(size)), 8 + size
+            try:
+                header = json.loads(file.read(min(size, _LONGEST_HEADER)))
+                ends = [at["data_offsets"][1] for key, at in header.items() if key[0] != "_"]
+            except ValueError:  # of other bytes than UTF-8, too
+                ends = []
+            if not ends or file.seek(0, os.SEEK_END) != 8 + size + max(ends):
+                raise DamagedShard(
+                    f"{self.store.path(self.name)} is damaged, or was cut short; remove its "
+                    "checkpoint, and an older one is taken"
+                )
+            return header, 8 + size
 
     def _open(self) -> AbstractContextManager[IO[bytes]]:
         return self.store.opened(self.name)
