@@ -9,6 +9,10 @@ import fsspec
 
 from cwpo_dist import local_files
 
+# What tells two versions of a file apart: on S3, GCS and Azure, on disks and by SFTP, on the hub,
+# GitHub, WebHDFS and FTP.
+_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "blob_id", "sha", "modificationTime", "modify")
+
 Mark = list[str | int | None]  # of one file: its name, size, and etag or mtime
 
 
@@ -28,5 +32,5 @@ def fingerprint(uri: str) -> list[Mark]:
 
 def mark(path: str, info: Mapping[str, Any]) -> Mark:
     """[name, size, etag or mtime] of one file, from what its filesystem says of it."""
-    stamp = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
+    stamp = next((info[name] for name in _STAMPS if info.get(name)), None)
     return [str(path), info.get("size"), str(stamp)]

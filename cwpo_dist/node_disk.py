@@ -15,7 +15,7 @@ from cwpo_dist import local_files
 from cwpo_dist.canonical import digest
 from cwpo_dist.file_marks import fingerprint
 from cwpo_dist.local_files import is_partial
-from cwpo_dist.storage import Store
+from cwpo_dist.storage import StorageError, Store
 
 STILL_S = 600.0  # longer than a shard takes to be tokenised or a large file's first bytes to come
 POLL_S = 0.1
@@ -25,17 +25,28 @@ def staged(store: Store) -> Path:
     """A store's folder itself where it is local, else a copy of its present version on this node.
 
     Processes of a node share it: one downloads, the others wait for it.
+
+    Raises:
+        StorageError: also where it changes meanwhile, for all would take a part of each version.
     """
     if store.is_local:
         return Path(store.root)
     with store.reading():
-        target = _cache() / digest([store.uri, fingerprint(store.uri)])
+        present = fingerprint(store.uri)
+    target = _cache() / digest([store.uri, present])
     with target.with_suffix(".lock").open("w") as lock:
         _locked(lock, target)
         if not target.exists():
             with local_files.whole_folder(str(target)) as folder:
                 for name in store.names():
                     store.fetch(name, folder / name)
+                with store.reading():
+                    changed = fingerprint(store.uri) != present
+                if changed:
+                    raise StorageError(
+                        f"{store.uri!r} changed while it was copied to this node; run the same "
+                        "command again when nobody writes there"
+                    )
     return target
 
 
@@ -115,9 +126,20 @@ def _remove_unread(target: Path) -> None:
 
 
 def _cache(below: str = "") -> Path:
-    """Under TMPDIR, this user's alone."""
+    """Under TMPDIR, this user's alone.
+
+    Raises:
+        StorageError: where others can write in it, as anybody may have made it: they could put
+            another model in the place of one.
+    """
     cache = Path(tempfile.gettempdir()) / f"cwpo-stage-{os.getuid()}"
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = cache.stat()
+    if {found.st_uid, cache.lstat().st_uid} != {os.getuid()} or found.st_mode & 0o022:
+        raise StorageError(
+            f"{str(cache)!r}: others can write in this folder of copies; remove it, or let TMPDIR "
+            "name a folder of your own, then run the same command again"
+        )
     (cache / below).mkdir(exist_ok=True)
     return cache / below
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hostile import GOOD, Run, planned, refused
+from hostile import GOOD, PAIRS, Run, planned, refused
 from test_comparison_page import sample_comparison
 
 from cwpo_dist.cli.app import USER_ERROR
@@ -177,6 +177,7 @@ def test_a_place_is_refused_by_name(cwpo: Run, folder: Path, override: str) -> N
     assert len(ended.said) < 6000
 
 
+LONG = "x" * 300  # no disk has such a name
 ARGUMENTS = [
     (["nosuch"], "nosuch"),
     (["plan"], "CONFIG"),
@@ -191,6 +192,11 @@ ARGUMENTS = [
     (["report", "a", "b"], "--to"),
     (["export", "nosuch", "--to", "x"], "nosuch"),
     (["config", "run.yaml", "--nosuch"], "--nosuch"),
+    (["init", LONG, "--data", "x"], "too long"),
+    (["export", "nosuch", "--to", LONG], "too long"),
+    (["export", "nosuch", "--to", "x", "--sign", LONG], "too long"),
+    (["status", "job", "--address", "http://[::1"], "http://HEAD:8265"),
+    (["stop", "job", "--address", "head"], "http://HEAD:8265"),
 ]
 
 
@@ -284,6 +290,24 @@ def test_a_bad_file_at_the_head_of_a_glob_stops_nothing(cwpo: Run, folder: Path)
     refused(
         planned(cwpo, folder, folder / "in" / "*"), "0.jsonl: invalid Unicode", "1.parquet: dam"
     )
+
+
+def test_what_others_wrote_does_not_steer_a_terminal(cwpo: Run, folder: Path) -> None:
+    """With ESC and CR a row, or a name, could wipe out a line and write another in its place."""
+    wipe, spelled = "\x1b[2K\r\x9b1A", "\\x1b[2K\\x0d\\x9b1A"
+    rows = [pair | {"prompt": f"{pair['prompt']}{wipe}", f"n{wipe}": 1} for pair in PAIRS]
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert planned(cwpo, folder, folder / "in.jsonl").code == 0
+    shown = cwpo("plan", folder / "run.yaml", "--show", 1)
+    assert shown.code == 0, shown.said
+    (folder / "in.jsonl").write_text("".join(f"{json.dumps({f'n{wipe}': 1})}\n" for _ in PAIRS))
+    ended = planned(cwpo, folder, folder / "in.jsonl")
+    refused(ended, "has no columns for two answers")
+    for said, count in ((shown.said, 2), (ended.said, 1)):
+        assert said.count(spelled) >= count, said
+        assert "\x1b[2K" not in said
+        assert "\x9b" not in said
+        assert "\r" not in said
 
 
 # -- reports

@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from cwpo_dist import local_files
-from cwpo_dist.file_marks import fingerprint
+from cwpo_dist.file_marks import fingerprint, mark
 from cwpo_dist.node_disk import upload
 from cwpo_dist.processes import Process
 from cwpo_dist.storage import Store
@@ -143,6 +143,13 @@ def test_a_clock_that_is_an_hour_off_takes_no_living_file(
     monkeypatch.setattr(time, "time", lambda: 4e9)
     Store(str(tmp_path)).sweep()
     assert path.exists()
+
+
+@pytest.mark.parametrize("stamp", ["ETag", "mtime", "blob_id", "sha"])
+def test_two_versions_of_one_size_have_two_marks(stamp: str) -> None:
+    """Also where a store says neither when nor by what tag: the hub has `blob_id`, GitHub `sha`."""
+    one, other = (mark("x", {"size": 3, stamp: version}) for version in ("first", "second"))
+    assert one != other
 
 
 def test_nothing_copies_or_counts_what_was_left(tmp_path: Path) -> None:

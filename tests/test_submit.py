@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -232,6 +233,7 @@ def test_the_environments_address_is_named_where_it_is_another_cluster(
         "http://head:8265": None,
         "http://head:9999": "RAY_ADDRESS=http://head:9999",
         "other:6379": "RAY_ADDRESS=other:6379",
+        "[other": "RAY_ADDRESS=[other",  # no address
     }.items():
         monkeypatch.setenv("RAY_ADDRESS", value)
         assert other_cluster("http://head:8265") == named
@@ -248,6 +250,14 @@ def test_a_server_that_never_answers_is_told_within_seconds(
             with pytest.raises(SubmitError, match=f"no Ray job server answers at {url}") as error:
                 ask("job", url)
             assert "It is asked directly, not through the proxy http://proxy.ex" in str(error.value)
+
+
+def test_a_reader_that_has_gone_is_no_fault_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cwpo logs ID --follow | head` ends as any other command does before `head`."""
+    monkeypatch.setattr(job_server, "_dial", lambda address: None)
+    monkeypatch.setattr(job_server, "JobSubmissionClient", lambda address: None)
+    with pytest.raises(BrokenPipeError), job_server.job_server("http://127.0.0.1:8265"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
 def test_credentials_travel_as_a_file_and_only_those_that_are_set(

@@ -5,6 +5,7 @@ What is heavy to import (torch, ray) is imported by the command that needs it.
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from functools import partial
@@ -34,8 +35,10 @@ from cwpo_dist.config import Config
 from cwpo_dist.config.load import load_config
 from cwpo_dist.redaction import redacted
 from cwpo_dist.stop_signals import Preempted, on_stop
+from cwpo_dist.terminal_text import harmless
 
 USER_ERROR = 2
+_SHOWN = 60  # letters of a name that is too long
 
 
 app = typer.Typer(
@@ -98,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         if message is None:
             raise
         Console(stderr=True).print(
-            f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
+            f"[red]error:[/red] {escape(harmless(message))}", highlight=False, soft_wrap=True
         )
         sys.exit(getattr(error, "exit_code", USER_ERROR))
 
@@ -122,6 +125,8 @@ def user_message(error: BaseException) -> str | None:
 
     Errors of the package's own classes are written for the user; a traceback would only hide them.
     """
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whatever asked for it
+        return f"{str(error.filename)[:_SHOWN]!r}…: {error.strerror}; give a shorter one"
     if not any(kind.__module__.startswith("cwpo_dist.") for kind in type(error).__mro__):
         return None
     said = str(getattr(error, "cause", error))  # Ray's wrapper adds the worker's traceback

@@ -38,6 +38,8 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
         _dial(address)
         with _no_other_address(address):
             yield JobSubmissionClient(address)
+    except BrokenPipeError:  # whoever reads what we print has gone: Ray's client has its own errors
+        raise
     except OSError as error:  # the connection, also where it went while we followed a job
         raise SubmitError(f"{_no_server(address)} ({error})") from error
     except AuthenticationError as error:
@@ -56,11 +58,17 @@ def other_cluster(address: str) -> str | None:
 
     Args:
         address: of the job server that is used.
+
+    Raises:
+        SubmitError: where that is none.
     """
-    used = urlsplit(address)
+    used, _ = _parsed(address)
     for name in ADDRESSES:
         value = os.environ.get(name, "")
-        there = urlsplit(value if "://" in value else f"//{value}")
+        try:
+            there = urlsplit(value if "://" in value else f"//{value}")
+        except ValueError:  # no address at all, and so another one
+            return f"{name}={value}"
         # Ray's own port is another one than that of the same cluster's job server.
         same_port = not there.scheme.startswith("http") or there.netloc == used.netloc
         if value not in {"", "auto", "local"} and not (

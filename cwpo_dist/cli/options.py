@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from cwpo_dist.redaction import redacted
 from cwpo_dist.stage_order import LISTED
+from cwpo_dist.terminal_text import harmless
 
 # What each stage does, in its order; `cwpo <stage>` exists for each.
 STAGES = {name: stage.does for name, stage in LISTED.items() if stage.does}
@@ -67,7 +68,7 @@ Trial = Annotated[
 
 def say(text: str) -> None:
     """Prints text as it is, however wide the terminal."""
-    Console(soft_wrap=True).print(escape(redacted(text)), highlight=False)
+    Console(soft_wrap=True).print(escape(harmless(redacted(text))), highlight=False)
 
 
 def guard_own_ray() -> None:

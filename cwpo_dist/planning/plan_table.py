@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cwpo_dist.planning.plan import Plan, StagePlan
 from cwpo_dist.planning.sampled import ShownRow
+from cwpo_dist.terminal_text import harmless
 
 
 def print_plan(plan: Plan) -> None:
@@ -31,13 +32,13 @@ def _below(plan: Plan) -> Iterator[str]:
     yield from plan.fleet_lines()
     details = {(stage.stage, line): None for stage in plan.stages for line in stage.details}
     for name, line in details:  # arms that train alike need alike
-        yield f"{name}: {escape(line)}"
+        yield f"{name}: {escape(harmless(line))}"
     yield (
         "memory is of one worker, beside Python and its libraries; time and memory are rough, the "
         "checks are not"
     )
     for note in plan.notes:
-        yield f"note: {escape(note)}"
+        yield f"note: {escape(harmless(note))}"
 
 
 def _table(plan: Plan) -> Table:
@@ -59,12 +60,12 @@ def _table(plan: Plan) -> Table:
 def _shown(row: ShownRow) -> Text:
     """A pair as its model reads it: the prompt dim, each answer in its colour."""
     text = Text(f"{row.model} reads\n", style="bold")
-    text.append(row.prompt, style="dim")
+    text.append(harmless(row.prompt), style="dim")
     for name, answer, colour in zip("ab", row.answers, ("green", "yellow"), strict=False):
         text.append(f"\n{name}: ", style="bold")
-        text.append(answer, style=colour)
+        text.append(harmless(answer), style=colour)
     for line in row.mask:
-        text.append(f"\n  {line}", style="cyan")
+        text.append(f"\n  {harmless(line)}", style="cyan")
     return text
 
 
