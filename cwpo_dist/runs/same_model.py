@@ -62,15 +62,16 @@ class SameModel:
             job: all of it.
             answers: that it reads.
         """
-        self._say(context.place(node), self.who(context, node))
+        self.say(context, node)
         earlier = self.earlier(context, node)
         if not earlier.files:
             return job
         worker = partial(NewAnswersWorker, earlier, answers, job.make_worker)
         return replace(job, make_worker=worker)
 
-    def _say(self, place: Store, who: str) -> None:
+    def say(self, context: Context, node: Node[Any]) -> None:
         """Writes down whose numbers an output has; one that was begun by another one has both's."""
+        place, who = context.place(node), self.who(context, node)
         if place.create_json(self.file, who) or place.read_json(self.file) == who:
             return
         place.create_json(self._mixed, who)

@@ -167,6 +167,8 @@ def retry(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object
         The counts of all scores with those of this retry; None when there was nothing to retry.
     """
     first, by, model = shard_job(context, node), node.settings.by, annotator(context, node)
+    if first.missing():
+        SAME.say(context, node)
     by.run(first, model, reward_module)
     number = node.retries + 1
     failed = [index for index, counts in committed_counts(first).items() if counts["rejects"]]
@@ -174,6 +176,7 @@ def retry(context: Context, node: Node[AnnotateSettings]) -> Mapping[str, object
     if not aside:
         logger.info("annotate: nothing was set aside that could be scored again")
         return None
+    SAME.say(context, node)
     again = by.run(shard_job(context, node, number, aside), model, reward_module)
     retried = _retried_counts(context, replace(node, retries=number))
     return _plus(total_counts(first), retried) | {"throughput": again.get("throughput")}
