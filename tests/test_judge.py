@@ -15,9 +15,9 @@ from test_direction_judged import ZS
 from world import World, reference
 
 from cwpo_dist.config import CompareConfig, ConfigError
-from cwpo_dist.evaluation.paired import student
 from cwpo_dist.evaluation.prediction_powered import powered
 from cwpo_dist.execution import judge
+from cwpo_dist.evaluation.student import student
 from cwpo_dist.pairs.records import ANSWER_SCHEMA
 from cwpo_dist.report.judged_table import judged_tables
 from cwpo_dist.scoring.pipeline import part

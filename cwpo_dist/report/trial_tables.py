@@ -28,8 +28,7 @@ _ONE_SEED = "One seed: intervals are of its items alone and do not hold the spre
 _SEVERAL = (
     "Each figure is the mean over seeds; a seed draws split, initialisation and order anew. Seeds "
     "split the same pairs, so their test sets overlap and are not independent. Small: the 95 % "
-    "interval, the wider of Student's over the seeds and over items (clustered by "
-    "prompt)."
+    "interval, the widest of Student's over seeds, over items (clustered by prompt), and over both."
 )
 _MARK = "An asterisk: the interval leaves zero out."
 _FIGURES = {
