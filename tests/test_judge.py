@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from world import World, reference
 
 from cwpo_dist.config import CompareConfig, ConfigError
 from cwpo_dist.evaluation.prediction_powered import powered
-from cwpo_dist.execution import judge
 from cwpo_dist.evaluation.student import student
+from cwpo_dist.execution import judge
 from cwpo_dist.pairs.records import ANSWER_SCHEMA
 from cwpo_dist.report.judged_table import judged_tables
 from cwpo_dist.scoring.pipeline import part
@@ -234,6 +235,21 @@ def test_a_report_of_other_models_gets_no_verdicts(world: World, tmp_path: Path)
     root.write("metrics.json", b'{"arms": {"cw": {"keys": {"evaluate": "another"}}}}')
     with pytest.raises(ConfigError, match="is of other settings than these"):
         judge.show_judged(world.config, "cw", "human", [file])
+
+
+@pytest.mark.parametrize(("keys", "refused"), [(["another"], True), (None, False)])
+def test_a_comparison_of_other_models_gets_no_verdicts(
+    world: World, keys: list[str] | None, refused: bool
+) -> None:
+    """Older comparisons have not kept the keys; that of these models has this one."""
+    config = world.config.model_copy(update={"compare": CompareConfig(seeds=[world.config.seed])})
+    rate = config.align.learning_rate
+    figures = {"trials": {"human": {"keys": keys, "learning_rate": rate, "stopped_after": None}}}
+    Store(config.output_dir).write("comparison.json", json.dumps(figures).encode())
+    with pytest.raises(ConfigError, match="`cwpo compare`") if refused else nullcontext():
+        judge._check_same(config, "human", figures)
+    figures["trials"]["human"]["keys"] = judge._keys(config, "human")
+    judge._check_same(config, "human", figures)
 
 
 def test_a_comparison_in_the_folder_of_a_run_shows_its_own_page(

@@ -197,6 +197,7 @@ def _told(trial: Trial, single: list[Config]) -> dict[str, object]:
     }
 
 
+        "keys": [evaluated(run, trial.arm)[1]["evaluate"].key for run in single],
 def _stopped(items: BySeed, seeds: Sequence[int]) -> bool:
     return len(items["accuracy"]) < len(seeds)
 
