@@ -344,6 +344,32 @@ def test_the_rate_with_the_best_validation_accuracy_is_taken_of_equal_ones_the_s
     assert {trial.arm: rate for trial, rate in chosen.items()} == {"weak": 1e-3, "cw": 1e-4}
 
 
+def test_a_rate_that_decides_next_to_nothing_is_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smaller rate leaves 19 of 20 pairs tied, and is right in the other one."""
+    rates = [1e-3, 1e-9]
+    compare = {"seeds": [0], "learning_rates": rates, "grids": [{"arms": ["weak"]}]}
+    made = config(tmp_path, compare, prepare__validation_fraction=0.2)
+    told = {1e-3: (14, 6, 0), 1e-9: (1, 0, 19)}
+
+    def evaluated(run: Config, arm: str) -> tuple[Store, dict[str, object]]:
+        right, wrong, ties = told[run.align.learning_rate]
+        found = {"n": 20, "correct": right, "wrong": wrong, "ties": ties}
+        found["accuracy"] = right / (right + wrong) if right + wrong else None
+        place = Store(f"{tmp_path}/{run.align.learning_rate}")
+        place.write("metrics.json", json.dumps({"policy": {"agreement": found}}).encode())
+        return place, {}
+
+    monkeypatch.setattr(comparison, "make_all", lambda jobs: None)
+    monkeypatch.setattr(comparison, "evaluated", evaluated)
+    chosen, tried = comparison._rates(made, trials(made))
+    assert list(chosen.values()) == [1e-3]
+    assert tried["tried"] == {"weak": {"0.001": 0.7, "1e-09": 0.525}}
+    told[1e-9] = 0, 0, 20
+    assert list(comparison._rates(made, trials(made))[0].values()) == [1e-3], "nobody lacks labels"
+
+
 def test_a_plan_says_how_many_trials_and_what_they_cost(tmp_path: Path) -> None:
     compare = {"seeds": [0, 1], "grids": [{"arms": ["weak", "cw"]}]}
     made = config(tmp_path, compare)

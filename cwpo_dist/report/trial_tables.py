@@ -285,7 +285,8 @@ def _rates_table(found: Found) -> Table:
         ("trial", *columns, "taken"),
         rows,
         note=f"Accuracy with seed {found['seeds'][0]}: the best is taken, of equal ones the "
-        "smallest rate; the rule is the same for every trial, and no test pair is looked at."
+        "smallest rate; the rule is the same for every trial, and no test pair of that seed is "
+        "looked at. Other seeds draw anew, and may test on some of these pairs."
         + _noise(min(filter(None, pairs.values()), default=0)),
     )
 
