@@ -355,8 +355,8 @@ def test_a_rate_that_decides_next_to_nothing_is_not_the_best(
 
     def evaluated(run: Config, arm: str) -> tuple[Store, dict[str, object]]:
         right, wrong, ties = told[run.align.learning_rate]
-        found = {"n": 20, "correct": right, "wrong": wrong, "ties": ties}
-        found["accuracy"] = right / (right + wrong) if right + wrong else None
+        share = right / (right + wrong) if right + wrong else None
+        found = {"n": 20, "correct": right, "wrong": wrong, "ties": ties, "accuracy": share}
         place = Store(f"{tmp_path}/{run.align.learning_rate}")
         place.write("metrics.json", json.dumps({"policy": {"agreement": found}}).encode())
         return place, {}

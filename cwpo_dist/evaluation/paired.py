@@ -174,10 +174,10 @@ def _chances(found: Sequence[Items]) -> list[_Chance]:
     n = len(found)
     each = [(items.values - items.values.mean()) / (n * len(items.values)) for items in found]
     deviations = np.concatenate(each)
-    prompts = [(seed, prompt) for seed, items in enumerate(found) for prompt in items.prompts]
-    anew, groups = (
-        group_numbers(told, len(prompts)) for told in (prompts, [prompt for _, prompt in prompts])
-    )
+    seeds = [seed for seed, items in enumerate(found) for _ in items.prompts]
+    prompts = [prompt for items in found for prompt in items.prompts]
+    groups = group_numbers(prompts, len(prompts))
+    anew = group_numbers(list(zip(seeds, prompts, strict=True)), len(prompts))
     of_items = _Chance(clustered_error(deviations, groups), freedom_of(len(np.unique(groups)) - 1))
     if n < 2:
         return [of_items]
