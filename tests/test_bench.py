@@ -15,6 +15,7 @@ from tiny import tiny_classifier, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cwpo_dist.cli import app as cli
+from cwpo_dist.evaluation.student import student
 
 Row = dict[str, Any]
 Bench = Callable[..., dict[str, Any]]
@@ -92,8 +93,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def normal(values: list[float]) -> dict[str, Any]:
-    half = 1.959963984540054 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+def students(values: list[float]) -> dict[str, Any]:
+    half = student(0.975, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     value = float(np.mean(values))
     return {"value": value, "low": max(0.0, value - half), "high": value + half}
 
@@ -123,11 +124,11 @@ def check_pairs(found: dict[str, Any], told: list[tuple[float, float, int]]) -> 
         nll.append(-agree * math.log(p) - (1 - agree) * math.log(1 - p))
         bins.setdefault(min(int((p - 0.5) * 20), 9), []).append(p - agree)
     gaps = [gap * np.sign(sum(inside)) for inside in bins.values() for gap in inside]
-    ece = normal(gaps)
+    ece = students(gaps)
     same(found["expected_calibration_error"], ece["value"])
     same(found["ece_interval"], [ece["low"], ece["high"]])
-    same(found["brier"], normal(brier))
-    same(found["nll"], normal(nll))
+    same(found["brier"], students(brier))
+    same(found["nll"], students(nll))
 
 
 def test_every_figure_of_pairs_is_that_of_a_plain_loop(

@@ -75,6 +75,13 @@ def test_what_length_alone_comes_to_stands_beside_what_was_measured() -> None:
     assert "| implicit reward, pairs right | 60.0% of 80" in text
 
 
+def test_a_share_is_said_to_be_of_the_pairs_that_it_is_of() -> None:
+    """One of ten decided, and rightly: that is no 100 % of ten."""
+    few = {"accuracy": 1.0, "low": 0.2, "high": 1.0, "n": 10, "correct": 1, "wrong": 0, "ties": 9}
+    text = card("cw", figures={"policy": {"agreement": few}}).text
+    assert "implicit reward, pairs right | 100.0% of 1 (95 % interval 20.0%–100.0%); 9 ties" in text
+
+
 def test_gold_reward_accuracies_say_what_they_are_not_of() -> None:
     """Of the baseline so many prompts; of the other all; of a third, by an older run, unknown."""
     nothing = {"n": 0, "accuracy": None, "low": None, "high": None}

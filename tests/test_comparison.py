@@ -22,9 +22,8 @@ from cwpo_dist.evaluation.paired import (
     length_balanced,
     over_seeds,
     paired,
-    student,
-    student_tails,
 )
+from cwpo_dist.evaluation.student import student, student_tails
 from cwpo_dist.evaluation.win_rates import answer_figures, length_controlled, won
 from cwpo_dist.execution import comparison
 from cwpo_dist.execution.comparison import compare
@@ -120,6 +119,20 @@ def test_the_interval_of_few_prompts_misses_the_truth_as_often_as_it_says() -> N
         assert found.high is not None
         missed += not found.low < 0 < found.high
     assert 0.04 <= missed / 2000 <= 0.06
+
+
+def test_the_interval_over_seeds_with_one_test_set_holds_what_its_prompts_share() -> None:
+    """The wider of seeds and items alone would miss the truth in 11 of a hundred."""
+    rng = np.random.default_rng(9)
+    missed = 0
+    for _ in range(1000):
+        of_prompts, of_seeds = rng.normal(0, 1, 50), rng.normal(0, math.sqrt(10 / 50), 10)
+        seeds = [items((of_prompts + one + rng.normal(0, 0.2, 50)).tolist()) for one in of_seeds]
+        found = over_seeds(seeds)
+        assert found.low is not None
+        assert found.high is not None
+        missed += not found.low < 0 < found.high
+    assert 0.04 <= missed / 1000 <= 0.07
 
 
 def test_length_balanced_counts_both_sides_alike() -> None:
@@ -329,6 +342,32 @@ def test_the_rate_with_the_best_validation_accuracy_is_taken_of_equal_ones_the_s
     monkeypatch.setattr(comparison, "_agreement", agreement)
     chosen, _ = comparison._rates(made, trials(made))
     assert {trial.arm: rate for trial, rate in chosen.items()} == {"weak": 1e-3, "cw": 1e-4}
+
+
+def test_a_rate_that_decides_next_to_nothing_is_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smaller rate leaves 19 of 20 pairs tied, and is right in the other one."""
+    rates = [1e-3, 1e-9]
+    compare = {"seeds": [0], "learning_rates": rates, "grids": [{"arms": ["weak"]}]}
+    made = config(tmp_path, compare, prepare__validation_fraction=0.2)
+    told = {1e-3: (14, 6, 0), 1e-9: (1, 0, 19)}
+
+    def evaluated(run: Config, arm: str) -> tuple[Store, dict[str, object]]:
+        right, wrong, ties = told[run.align.learning_rate]
+        share = right / (right + wrong) if right + wrong else None
+        found = {"n": 20, "correct": right, "wrong": wrong, "ties": ties, "accuracy": share}
+        place = Store(f"{tmp_path}/{run.align.learning_rate}")
+        place.write("metrics.json", json.dumps({"policy": {"agreement": found}}).encode())
+        return place, {}
+
+    monkeypatch.setattr(comparison, "make_all", lambda jobs: None)
+    monkeypatch.setattr(comparison, "evaluated", evaluated)
+    chosen, tried = comparison._rates(made, trials(made))
+    assert list(chosen.values()) == [1e-3]
+    assert tried["tried"] == {"weak": {"0.001": 0.7, "1e-09": 0.525}}
+    told[1e-9] = 0, 0, 20
+    assert list(comparison._rates(made, trials(made))[0].values()) == [1e-3], "nobody lacks labels"
 
 
 def test_a_plan_says_how_many_trials_and_what_they_cost(tmp_path: Path) -> None:

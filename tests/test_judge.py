@@ -15,8 +15,8 @@ from test_direction_judged import ZS
 from world import World, reference
 
 from cwpo_dist.config import CompareConfig, ConfigError
-from cwpo_dist.evaluation.paired import student
 from cwpo_dist.evaluation.prediction_powered import powered
+from cwpo_dist.evaluation.student import student
 from cwpo_dist.execution import judge
 from cwpo_dist.pairs.records import ANSWER_SCHEMA
 from cwpo_dist.report.judged_table import judged_tables
@@ -248,6 +248,19 @@ def test_a_report_of_other_models_gets_no_verdicts(world: World, tmp_path: Path)
     root.write("metrics.json", b'{"arms": {"cw": {"keys": {"evaluate": "another"}}}}')
     with pytest.raises(ConfigError, match="is of other settings than these"):
         judge.show_judged(world.config, "cw", "human", [file])
+
+
+def test_a_comparison_of_other_models_gets_no_verdicts(world: World) -> None:
+    config = world.config.model_copy(update={"compare": CompareConfig(seeds=[world.config.seed])})
+    trial: dict[str, Any] = {"learning_rate": config.align.learning_rate, "stopped_after": None}
+    figures = {"trials": {"human": trial}}
+    Store(config.output_dir).write("comparison.json", json.dumps(figures).encode())
+    judge._check_same(config, "human", figures)  # an older one, which has not kept its keys
+    trial["keys"] = judge._keys(config, "human")
+    judge._check_same(config, "human", figures)
+    trial["keys"] = ["another"]
+    with pytest.raises(ConfigError, match="give `cwpo compare` these again"):
+        judge._check_same(config, "human", figures)
 
 
 def test_a_comparison_in_the_folder_of_a_run_shows_its_own_page(

@@ -13,8 +13,9 @@ from test_comparison_page import sample_comparison
 
 from cwpo_dist.config import Config, ConfigError
 from cwpo_dist.config.load import parse_config
-from cwpo_dist.evaluation.paired import Items, paired, student_tails
+from cwpo_dist.evaluation.paired import Items, paired
 from cwpo_dist.evaluation.stopping import looks, lost
+from cwpo_dist.evaluation.student import student_tails
 from cwpo_dist.execution import comparison
 from cwpo_dist.report.outcomes import verdicts
 from cwpo_dist.report.trial_tables import tables

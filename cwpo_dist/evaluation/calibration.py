@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cwpo_dist.evaluation.shares import (
-    Z95,
     AsDict,
     Estimate,
     Floats,
@@ -29,6 +28,7 @@ from cwpo_dist.evaluation.shares import (
     group_numbers,
     group_of,
     mean,
+    quantile_by,
 )
 from cwpo_dist.pairs.chosen import chosen_first
 from cwpo_dist.pairs.stored import Told
@@ -129,8 +129,8 @@ def fit_temperature(
 
     In β = 1/T the −log-likelihood is convex, so halving the bracket of its slope's one zero finds
     it. The interval is Wald's on log T with the sandwich variance over prompts (White 1982; with
-    the G/(G − 1) of few prompts), since pairs of one prompt are not independent, and shares of
-    votes are no coin throws.
+    the G/(G − 1) and Student's quantile of few prompts), since pairs of one prompt are not
+    independent, and shares of votes are no coin throws.
 
     Args:
         margin: [N], score differences a − b; ties say nothing of T.
@@ -152,10 +152,11 @@ def fit_temperature(
         )
     beta = _inverse_temperature(margins, chosen)
     error = _log_error(beta, margins, chosen, groups)
+    half = None if error is None else quantile_by(groups) * error
     return Temperature(
         value=1 / beta,
-        low=None if error is None else math.exp(-Z95 * error) / beta,
-        high=None if error is None else math.exp(Z95 * error) / beta,
+        low=None if half is None else math.exp(-half) / beta,
+        high=None if half is None else math.exp(half) / beta,
         n=len(margins),
         nll_before=_nll(1.0, margins, chosen),
         nll_after=_nll(beta, margins, chosen),
@@ -262,7 +263,8 @@ def calibration(margin: Floats, people: Floats, groups: Groups) -> Calibration:
     number = np.clip(np.searchsorted(edges, probability, side="right") - 1, 0, RELIABILITY_BINS - 1)
     gaps = probability - right
     of_bins = np.bincount(number, weights=gaps, minlength=RELIABILITY_BINS)
-    error = estimate(gaps * np.sign(of_bins)[number], groups)  # Σ_bins |Σ gaps|, pair by pair
+    of_pairs = gaps * np.sign(of_bins)[number]  # Σ_bins |Σ gaps|, pair by pair
+    error = estimate(of_pairs, groups, 0.0, 1.0)
     return Calibration(
         tuple(
             group_of(probability[inside], right[inside], groups[inside], edges[k], edges[k + 1])
@@ -272,7 +274,7 @@ def calibration(margin: Floats, people: Floats, groups: Groups) -> Calibration:
         error.value,
         None if error.low is None or error.high is None else (error.low, error.high),
         mean(probability),
-        estimate(right * (1 - probability) ** 2 + (1 - right) * probability**2, groups),
+        estimate(right * (1 - probability) ** 2 + (1 - right) * probability**2, groups, 0.0, 1.0),
         estimate(_surprise(margin, people), groups),
     )
 

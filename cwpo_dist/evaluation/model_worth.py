@@ -15,12 +15,12 @@ import numpy as np
 from cwpo_dist.evaluation.accuracy import annotator_accuracy
 from cwpo_dist.evaluation.calibration import people_share
 from cwpo_dist.evaluation.shares import (
-    Z95,
     Floats,
     agreement,
     clustered_error,
     group_numbers,
     mean,
+    quantile_by,
 )
 from cwpo_dist.pairs.chosen import signs
 from cwpo_dist.pairs.judged_rows import Row
@@ -141,6 +141,7 @@ def ties_score(tied: Mapping[str, Floats], ref: Mapping[str, Floats]) -> dict[st
     parts, names = [0.3 * rights[0], 0.3 * rights[1], apart], [*tied, *ref, *both]
     score = float(sum(part.mean() for part in parts))
     deviations = np.concatenate([(part - part.mean()) / len(part) for part in parts])
-    half = Z95 * clustered_error(deviations, group_numbers(names, len(names)))
+    groups = group_numbers(names, len(names))
+    half = quantile_by(groups) * clustered_error(deviations, groups)
     ends = (max(0.0, score - half), min(1.01, score + half)) if half else (None, None)
     return shares | dict(zip(("score", "low", "high"), (score, *ends), strict=True))

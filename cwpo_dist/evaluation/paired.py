@@ -1,9 +1,9 @@
 """One figure of several trials, seed by seed and item by item, in; means and intervals out.
 
 A seed draws split, initialisation and order anew. Two sources of chance are seen: between seeds,
-and between the items of one seed. The interval is the wider of two, so that neither few seeds that
-happen to agree nor few items make it too narrow. Both are Student's: over seeds' means, and over
-items, clustered by prompt, across all seeds.
+and between the items of one seed. The interval is the widest of three, so that neither few seeds
+that happen to agree nor few items make it too narrow. All are Student's: over seeds' means; over
+items, clustered by prompt, across all seeds; and over both, where seeds have prompts in common.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from cwpo_dist.evaluation.shares import AsDict, Floats, clustered_error, group_numbers
+from cwpo_dist.evaluation.student import freedom_of, student, student_tails
 
 POWER = 0.8
-_GRID = 20_001
-_AS_NORMAL = 1_000  # from so many degrees of freedom Student's interval is the normal's, to 0.2 %
 
 
 @dataclass(frozen=True)
@@ -165,45 +162,30 @@ class _Chance(NamedTuple):
 
 
 def _chances(found: Sequence[Items]) -> list[_Chance]:
-    """Between seeds, unless there is one; between items, where a prompt is one cluster.
+    """Between seeds, unless there is one; between items, where a prompt is one cluster; and both.
 
     Items have one degree of freedom less than clusters, as is usual for errors by cluster: of eight
     prompts the normal's interval would leave out the truth in 9 % of cases, and not in 5.
+
+    Seeds whose items are of the same prompts do not see in their spread what these have in common,
+    so that it comes on top: in variance that of prompts less that of prompts drawn anew with each
+    seed (two-way clusters, Cameron, Gelbach and Miller 2011; degrees of freedom by Satterthwaite).
     """
     n = len(found)
-    deviations = [(items.values - items.values.mean()) / (n * len(items.values)) for items in found]
+    each = [(items.values - items.values.mean()) / (n * len(items.values)) for items in found]
+    deviations = np.concatenate(each)
+    seeds = [seed for seed, items in enumerate(found) for _ in items.prompts]
     prompts = [prompt for items in found for prompt in items.prompts]
     groups = group_numbers(prompts, len(prompts))
-    clusters = len(np.unique(groups))
-    freedom = clusters - 1.0 if 1 < clusters <= _AS_NORMAL else math.inf
-    of_items = _Chance(clustered_error(np.concatenate(deviations), groups), freedom)
+    anew = group_numbers(list(zip(seeds, prompts, strict=True)), len(prompts))
+    of_items = _Chance(clustered_error(deviations, groups), freedom_of(len(np.unique(groups)) - 1))
     if n < 2:
         return [of_items]
     means = np.array([items.values.mean() for items in found])
-    return [_Chance(float(means.std(ddof=1)) / math.sqrt(n), n - 1), of_items]
-
-
-def student(p: float, freedom: float) -> float:
-    """Student's quantile, to 1e-4; the normal's for infinite freedom."""
-    if math.isinf(freedom):
-        return NormalDist().inv_cdf(p)
-    theta, beyond = _student_grid(freedom)
-    angle = float(np.interp(abs(p - 0.5), 0.5 - beyond, theta))
-    return math.copysign(math.sqrt(freedom) * math.tan(angle), p - 0.5)
-
-
-def student_tails(t: float, freedom: float) -> float:
-    """The probability of a value of Student's further from zero than t, on both sides."""
-    if math.isinf(freedom):
-        return math.erfc(abs(t) / math.sqrt(2))
-    theta, beyond = _student_grid(freedom)
-    return 2 * float(np.interp(math.atan(abs(t) / math.sqrt(freedom)), theta, beyond))
-
-
-@lru_cache(maxsize=64)  # some 300 KiB each
-def _student_grid(freedom: float) -> tuple[Floats, Floats]:
-    """θ, where t = √ν·tan θ has a density proportional to cos^(ν−1) θ, and what lies beyond it."""
-    theta = np.linspace(0, math.pi / 2, _GRID)
-    density = np.cos(theta) ** (freedom - 1)
-    beyond = np.concatenate([np.cumsum((density[:0:-1] + density[-2::-1]) / 2)[::-1], [0]])
-    return theta, beyond / beyond[0] / 2
+    of_seeds = _Chance(float(means.std(ddof=1)) / math.sqrt(n), n - 1)
+    shared = of_items.error**2 - clustered_error(deviations, anew) ** 2
+    if shared <= 0 or not of_seeds.error:
+        return [of_seeds, of_items]
+    variance = of_seeds.error**2 + shared
+    doubt = of_seeds.error**4 / of_seeds.freedom + shared**2 / of_items.freedom
+    return [of_seeds, of_items, _Chance(math.sqrt(variance), freedom_of(variance**2 / doubt))]

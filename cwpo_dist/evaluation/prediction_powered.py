@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cwpo_dist.evaluation.paired import student
 from cwpo_dist.evaluation.shares import AsDict, Estimate, Floats, Groups, wilson
+from cwpo_dist.evaluation.student import student
 
 _NOTHING = 1e-20  # what is left by rounding where nothing varies
 

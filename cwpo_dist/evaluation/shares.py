@@ -5,8 +5,9 @@ pairs behind it is None, never zero.
 
 Intervals are Wilson's, at 95 %, with the number of *independent* decisions in place of the number
 of pairs: pairs that share a prompt share its difficulty, so n is divided by the design effect of
-the prompts (Dean & Pagano 2015). Where no prompt repeats this is Wilson's interval itself. It
-needs no random numbers, and holds near 0 and 1, where a bootstrap collapses.
+the prompts, and the quantile is Student's, as that effect is an estimate by few prompts (Dean &
+Pagano 2015). Where no prompt repeats this is Wilson's interval itself. It needs no random numbers,
+and holds near 0 and 1, where a bootstrap collapses.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from cwpo_dist.evaluation.student import freedom_of, student
 
 Floats = NDArray[np.float64]
 Groups = NDArray[np.intp]
@@ -157,18 +160,30 @@ def share_of(right: Floats, groups: Groups) -> tuple[float | None, float | None,
     if len(right) == 0:
         return None, None, None
     share, n = float(np.mean(right)), independent_decisions(right, groups)
-    return share, *wilson(share * n, n)
+    repeat = len(np.unique(groups)) < len(right)
+    quantile = quantile_by(groups) if repeat and 0 < share < 1 else Z95
+    return share, *wilson(share * n, n, quantile)
 
 
 def estimate(
     values: Floats, groups: Groups, least: float = 0.0, most: float = math.inf
 ) -> Estimate:
-    """The mean of what lies between `least` and `most`, with the normal's interval by prompt."""
+    """The mean of what lies between `least` and `most`, with Student's interval by prompt."""
     value = mean(values)
     error = 0.0 if value is None else clustered_error((values - value) / len(values), groups)
     if value is None or not error:
         return Estimate(value, None, None)
-    return Estimate(value, max(least, value - Z95 * error), min(most, value + Z95 * error))
+    half = quantile_by(groups) * error
+    return Estimate(value, max(least, value - half), min(most, value + half))
+
+
+def quantile_by(groups: Groups) -> float:
+    """Student's 97.5 % quantile with one degree of freedom less than there are groups (prompts).
+
+    One group alone has no spread to estimate: the normal's.
+    """
+    number = len(np.unique(groups))
+    return student(0.975, freedom_of(number - 1)) if number > 1 else Z95
 
 
 def clustered_error(deviations: Floats, groups: Groups) -> float:

@@ -107,7 +107,7 @@ def _rates(config: Config, chosen: list[Trial]) -> tuple[Rates, dict[str, object
     """Each trial's rate, and by name how good those tried were and on how many pairs.
 
     The rule is one for all: the highest share of held-out `validation` labels that the implicit
-    reward agrees with, with the first seed; of equal ones the smallest rate.
+    reward agrees with, a tie as a half, with the first seed; of equal ones the smallest rate.
     """
     given = section(config).learning_rates or [config.align.learning_rate]
     if not tuned(config):
@@ -147,10 +147,14 @@ def _tried(
 
 
 def _agreement(config: Config, arm: str) -> tuple[float | None, int]:
-    """The share of held-out labels that the policy agrees with, and of how many."""
+    """The share of held-out labels that the policy agrees with, a tie as a half, and of how many.
+
+    Of the decided pairs alone a rate that decides next to none would seem the best.
+    """
     metrics = evaluated(config, arm)[0].read_json("metrics.json")
     found = metrics["policy"]["agreement"]
-    return found["accuracy"], found["n"]
+    right = found["correct"] + found["ties"] / 2
+    return (right / found["n"] if found["n"] else None), found["n"]
 
 
 def collect(config: Config, runs: Runs, tuned_by: Mapping[str, object]) -> dict[str, object]:
@@ -193,6 +197,7 @@ def _told(trial: Trial, single: list[Config]) -> dict[str, object]:
         "labelled_fraction": trial.labelled,
         "flipped_labels": trial.flipped,
         "learning_rate": single[0].align.learning_rate,
+        "keys": [evaluated(run, trial.arm)[1]["evaluate"].key for run in single],
         **_by_seed(trial, single),
     }
 

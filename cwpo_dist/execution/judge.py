@@ -124,7 +124,8 @@ def show_judged(config: Config, ours: str, theirs: str, files: Sequence[str]) ->
     root = Store(config.output_dir)
     name = FIGURES if config.compare is not None else "metrics.json"
     figures = root.read_json(name)
-    _check_same(config, ours, figures)
+    for of in {ours, theirs} - BASELINES.keys():
+        _check_same(config, of, figures)
     told = {"ours": ours, "theirs": theirs, "left_out": dict(+left_out)} | found.as_dict()
     others = [
         each
@@ -136,14 +137,21 @@ def show_judged(config: Config, ours: str, theirs: str, files: Sequence[str]) ->
     return show([config.output_dir]) if config.compare is None else show_comparison(root)
 
 
-def _check_same(config: Config, ours: str, figures: Mapping[str, object]) -> None:
-    """Refuses a report that `cwpo run` wrote with other settings: it is of other models."""
-    made = at(figures, "arms", ours, "keys", "evaluate")
-    if made is not None and made != evaluated(config, ours)[1]["evaluate"].key:
+def _check_same(config: Config, name: str, figures: Mapping[str, object]) -> None:
+    """Refuses a report that was written with other settings: it is of other models."""
+    one = at(figures, "arms", name, "keys", "evaluate")
+    made = at(figures, "trials", name, "keys") if one is None else [one]
+    if made is not None and made != _keys(config, name):
+        command = "run" if config.compare is None else "compare"
         raise ConfigError(
             f"cwpo judge: the report of {config.output_dir} is of other settings than these; "
-            "give `cwpo run` these again, which writes it anew"
+            f"give `cwpo {command}` these again, which writes it anew"
         )
+
+
+def _keys(config: Config, name: str) -> list[str]:
+    """Of an arm's or trial's figures, seed by seed."""
+    return [evaluated(*run)[1]["evaluate"].key for run in _seeds(config, name).values()]
 
 
 def win_rate(matches: Sequence[Match], shares: dict[str, float]) -> Powered:

@@ -15,7 +15,7 @@ from cwpo_dist.config import Arm, Config, ModelConfig, PairsConfig, TrainingConf
 from cwpo_dist.lm.identity import Identity, hub_id, identify, public_name
 from cwpo_dist.manifest import Manifest
 from cwpo_dist.report.arms_in_words import WEIGHTS_OF_JUDGED
-from cwpo_dist.report.cells import at
+from cwpo_dist.report.cells import at, ties
 
 Figures = Mapping[str, Any]
 BESIDE = "base"  # the folder of a base that comes with its adapter
@@ -301,17 +301,23 @@ def _figures(config: Config, figures: Figures) -> Iterator[tuple[str, str]]:
 
 
 def _gra(figures: Figures, baseline: str) -> str:
-    """With the prompts that it is not of; older runs have not counted them."""
+    """With the prompts that it is not of; older runs have not counted them. A tie is a loss."""
     found = at(figures, "gra", baseline)
-    told = "of no prompt" if found["accuracy"] is None else _share(found)
+    told = "of no prompt" if found["accuracy"] is None else _of(found, found["n"])
     if left_out := at(found, "left_out", "prompts"):
         told += f"; {left_out:,} prompts left out, as gold could not read their answers"
     return told
 
 
 def _share(found: Figures) -> str:
+    """Of the decided pairs."""
+    tied = at(found, "ties") or 0
+    return _of(found, found["n"] - tied) + (f"; {ties(tied)} apart" if tied else "")
+
+
+def _of(found: Figures, n: int) -> str:
     low, high = found["low"], found["high"]
-    return f"{found['accuracy']:.1%} of {found['n']} (95 % interval {low:.1%}–{high:.1%})"
+    return f"{found['accuracy']:.1%} of {n} (95 % interval {low:.1%}–{high:.1%})"
 
 
 def table(title: str, rows: Iterable[tuple[object, object]]) -> Iterator[str]:

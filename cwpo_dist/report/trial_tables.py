@@ -28,8 +28,7 @@ _ONE_SEED = "One seed: intervals are of its items alone and do not hold the spre
 _SEVERAL = (
     "Each figure is the mean over seeds; a seed draws split, initialisation and order anew. Seeds "
     "split the same pairs, so their test sets overlap and are not independent. Small: the 95 % "
-    "interval, the wider of Student's over the seeds and over items (clustered by "
-    "prompt)."
+    "interval, the widest of Student's over seeds, over items (clustered by prompt), and over both."
 )
 _MARK = "An asterisk: the interval leaves zero out."
 _FIGURES = {
@@ -286,7 +285,8 @@ def _rates_table(found: Found) -> Table:
         ("trial", *columns, "taken"),
         rows,
         note=f"Accuracy with seed {found['seeds'][0]}: the best is taken, of equal ones the "
-        "smallest rate; the rule is the same for every trial, and no test pair is looked at."
+        "smallest rate; the rule is the same for every trial, and no test pair of that seed is "
+        "looked at. Other seeds draw anew, and may test on some of these pairs."
         + _noise(min(filter(None, pairs.values()), default=0)),
     )
 
