@@ -51,6 +51,11 @@ def fault(**changes: Any) -> str:
             {"align": {"label_smoothing": 0.5}},
             ["align.label_smoothing: 0.5; give a number below"],
         ),
+        ({"sft": {"lora": {"lora_dropout": 1}}}, ["sft.lora.lora_dropout: 1; give a number below"]),
+        (
+            {"sft": {"step_timeout_s": 1e10}},
+            ["sft.step_timeout_s: 10000000000.0; give at most 1e+09"],
+        ),
         ({"fit": {"zero_stage": 4}}, ["fit.zero_stage: 4; give 0, 1, 2 or 3"]),
         ({"weak": {}}, ["weak.model_name_or_path", "missing"]),
         (

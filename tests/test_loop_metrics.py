@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -19,6 +20,7 @@ from cwpo_dist.training import held_out
 from cwpo_dist.training.loop import train
 from cwpo_dist.training.lora import add_lora
 from cwpo_dist.training.meter import PARTS
+from cwpo_dist.training.rank_hooks import RankHooks
 from cwpo_dist.training.tasks import BradleyTerry, Preference, TaskError
 from cwpo_dist.training.torch_engine import TorchEngine
 
@@ -129,3 +131,17 @@ def test_held_out_numbers_are_those_of_the_whole_set_and_leave_training_alone() 
         assert hooks.records[-1][f"eval_{name}"] == pytest.approx(expected[name], rel=1e-4), name
     mean = float(watched.losses(outputs, range(len(ROWS))).mean())
     assert hooks.records[-1]["eval_loss"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_held_out_pairs_that_take_longer_than_a_step_give_signs_of_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the watchdog ends the workers, who come to the same evaluation again."""
+    monkeypatch.setattr(held_out, "BATCH", 3)
+    rank, signs = Mock(), []
+    rank.held_out, rank.engine = make_task(), make_engine()
+    rank.watchdog.beat = lambda: signs.append(1)
+    hooks = RankHooks.__new__(RankHooks)
+    hooks._rank, hooks._run = rank, make_run()
+    assert "eval_loss" in hooks.evaluate(1)
+    assert len(signs) == math.ceil(len(ROWS) / 3) > 1

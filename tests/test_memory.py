@@ -62,6 +62,29 @@ def test_each_zero_stage_shards_one_part_more() -> None:
     assert optimizer.optimizer == 3 * 1_000_000, "ZeRO keeps weights of its own"
 
 
+def test_the_stage_of_a_deepspeed_section_goes_first() -> None:
+    """As it does in a worker; the table of all stages has each as it is."""
+    section = {"zero_optimization": {"stage": 3}}
+    asked, plain = config(num_workers=4, deepspeed=section), config(num_workers=4)
+    found = by_zero_stage(plain, SIZE, on_gpu=True)
+    assert by_zero_stage(asked, SIZE, on_gpu=True) == found
+    assert training_memory(asked, SIZE, on_gpu=True) == found[3]
+    left_to_us = config(num_workers=4, deepspeed={"zero_optimization": {"stage": "auto"}})
+    assert training_memory(left_to_us, SIZE, on_gpu=True) == found[2]
+
+
+@pytest.mark.parametrize(
+    ("told", "seen"), [({"max_steps": 53}, 5 * 630 + 3 * 64), ({"max_steps": 3}, 3 * 64), ({}, 630)]
+)
+def test_steps_beyond_an_epoch_are_computed_too(told: dict[str, int], seen: int) -> None:
+    """`max_steps` goes before epochs: ten steps go through 630 pairs, the last of them short."""
+    lengths = {"policy": Lengths(1.0, 500.0, 400.0, 300.0, AnswerLengths(1.0, 200.0, 150.0))}
+    unread: Any = None  # the configuration, and what was counted
+    estimate = Estimate(unread, unread, Checked({"policy": SIZE}, (), {}), lengths)
+    work = Training("", model="policy", pairs=630, training=config(**told))
+    assert estimate.cost(work).tokens == seen * 500
+
+
 def test_lora_trains_little_and_checkpoints_keep_little() -> None:
     full, lora = (training_memory(config(lora=lora), SIZE, on_gpu=False) for lora in (None, LORA))
     assert lora.gradients == 2 * 4 * 22_400

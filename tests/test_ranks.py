@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray_task
@@ -30,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cwpo_dist.config import ConfigError, ModelConfig
 from cwpo_dist.lm.loading import load_policy
 from cwpo_dist.stop_signals import Preempted
-from cwpo_dist.storage import MANIFEST, Store
+from cwpo_dist.storage import MANIFEST, StorageError, Store
 from cwpo_dist.training import checkpoint, group, rank
 from cwpo_dist.training.lease import Lease, LeaseHeld
 from cwpo_dist.training.loop import NonFiniteLoss
@@ -110,6 +112,22 @@ def test_what_another_driver_has_finished_is_left_alone(
     assert not alone.store.names("checkpoints")
     with Lease.acquire(alone.store):
         pass  # it was given back
+
+
+def test_a_training_is_done_though_its_scratch_may_not_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray Train's folder in an object store where a key may write alone."""
+    trainer = Mock(return_value=Mock())
+    trainer().fit().return_value = {"summary": {"steps": 6}}
+    monkeypatch.setattr(group, "_trainer", trainer)
+    monkeypatch.setattr(group, "check_placement", lambda *_: None)
+    monkeypatch.setattr(group, "_told_while_waiting", lambda *_: nullcontext())
+    monkeypatch.setattr(Store, "remove", Mock(side_effect=StorageError("access is denied")))
+    spec = replace(zero_cases.make_spec("align-lora", tmp_path), known=Mock())
+    monkeypatch.setattr(group, "model_fingerprint", lambda *_: "unread")
+    assert group.train(spec)["steps"] == 6
+    assert "stays: access is denied" in caplog.text
 
 
 def test_a_full_disk_ends_the_export_once(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cwpo_dist.config.base import Fraction, Place, PositiveInt, Section
+from cwpo_dist.config.base import Place, PositiveInt, Section
 
 # What Llama 3.1's template prints where nobody tells it the date.
 TEMPLATE_DATE = date(2024, 7, 26)
@@ -51,7 +51,7 @@ class LoraConfig(Section):
     lora_alpha: PositiveInt = Field(
         16, description="what an adapter adds is multiplied by lora_alpha / r"
     )
-    lora_dropout: Fraction = Field(
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(  # at 1 nothing would be learned
         0.05,
         description="share of an adapter's inputs hidden at random; none of fused experts'",
     )

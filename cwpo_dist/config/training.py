@@ -145,7 +145,7 @@ class TrainingConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = Field(
         3, description="so often the workers are begun anew after a failure; -1: without end"
     )
-    step_timeout_s: PositiveFloat = Field(
+    step_timeout_s: Annotated[PositiveFloat, Field(le=1e9)] = Field(  # what timers can count
         1800.0, description="seconds; no step for so long: stacks are dumped, the workers restarted"
     )
 

@@ -183,7 +183,8 @@ class Estimate:
         if work.prompts and pairs:
             lengths = together(lengths, work, pairs)
         steps = total_steps(training, pairs)
-        seen = min(steps * training.global_batch_size, pairs * training.num_train_epochs)
+        epochs, rest = divmod(steps, max(1, -(-pairs // training.global_batch_size)))
+        seen = epochs * pairs + min(pairs, rest * training.global_batch_size)
         tokens = round(seen * lengths.shared)
         # A forward pass; a backward one of twice that, half of it for weights that LoRA freezes;
         # and another forward pass where activations are computed again, and where a loss looks

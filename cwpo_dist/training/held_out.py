@@ -5,6 +5,8 @@ A held-out task and the model in training in; its loss and metrics out, by TRL's
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from cwpo_dist.lm.recompute import start_training
@@ -16,7 +18,9 @@ _OF_TRAINING = ("weight", "flipped")  # metrics that say nothing of what is held
 BATCH = 64  # rows at a time, over all ranks
 
 
-def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float]:
+def evaluate(
+    task: Task, engine: Engine, run: Run, step: int, alive: Callable[[], object] = lambda: None
+) -> dict[str, float]:
     """`eval_loss` and `eval_…` of the task's metrics; a collective of all ranks.
 
     No gradient, no dropout, and no random number is drawn: training goes on as if it had not been.
@@ -26,6 +30,7 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
         engine: with the model as it is now.
         run: layout, pad, budget.
         step: after how many steps, for messages.
+        alive: called after each batch: many pairs may take longer than any step.
 
     Raises:
         NonFiniteLoss: naming step and pairs.
@@ -39,6 +44,7 @@ def evaluate(task: Task, engine: Engine, run: Run, step: int) -> dict[str, float
             for micro in fed(task, engine, run, [indices]):
                 output_PK = micro.by_pair(engine.forward(micro.batch.to(engine.device)))
                 micro.tell(output_PK, outputs_NK[start : start + BATCH])
+            alive()
     start_training(engine.module)
     outputs_NK = engine.total(outputs_NK.flatten()).reshape(outputs_NK.shape)
     if task.looks_ahead:

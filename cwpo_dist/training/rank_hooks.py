@@ -96,11 +96,11 @@ class RankHooks(Hooks):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Loss and metrics of the held-out pairs, if there are any."""
-        if self._rank.held_out is None:
+        rank = self._rank
+        if rank.held_out is None:
             return {}
-        numbers = held_out.evaluate(self._rank.held_out, self._rank.engine, self._run, step)
-        self._rank.watchdog.beat()
-        return numbers
+        beat = rank.watchdog.beat
+        return held_out.evaluate(rank.held_out, rank.engine, self._run, step, beat)
 
     def log(self, record: dict[str, float]) -> None:
         """Keeps the record for the next checkpoint, hands it to trackers, and shows it."""
