@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from test_comparison_page import sample_comparison
 from test_measured import lay_answers, logp
 from test_report import _terminal, sample_metrics
 from world import World
@@ -28,7 +29,7 @@ from cwpo_dist.pairs.records import (
     Score,
     table_of,
 )
-from cwpo_dist.report import summary
+from cwpo_dist.report import summary, trial_tables
 from cwpo_dist.report.left_out_table import TITLE, added
 from cwpo_dist.report.page import render
 from cwpo_dist.report.table import print_short
@@ -261,6 +262,17 @@ def test_a_report_of_a_run_that_did_not_count_them_is_as_it_was() -> None:
         arm["kl"] = {"n": 4, "mean": 1.0, "error": 0.1}
     assert render(metrics) == counted
     assert TITLE not in counted
+
+
+def test_in_a_comparison_a_figure_of_no_prompt_is_not_one_that_was_not_run() -> None:
+    found = sample_comparison("human")
+    given = found["trials"]["cw"] | {"left_out": {"gra_common": _lost(4) | {"of": 4}}}
+    found["trials"]["cw"] = given
+    (table,) = [table for table in trial_tables.tables(found) if table.title == "Trials"]
+    gra = table.columns.index("GRA, common")
+    told = {row[0].text: (row[gra].text, row[gra].details) for row in table.rows}
+    assert told["cw"] == ("of no prompt", ("4 left out",))
+    assert told["human"] == ("not run", ())
 
 
 def test_what_seeds_leave_out_is_added_up() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cwpo_dist.report.cells import Cell, Table, at
+from cwpo_dist.report.cells import NOT_RUN, Cell, Table, at
 
 Record = Mapping[str, Any]
 TITLE = "Prompts left out, as a model could not read their answers"
@@ -61,9 +61,12 @@ def added(runs: Sequence[Record]) -> dict[str, Record]:
 
 
 def beside(cell: Cell, left_out: Record | None) -> Cell:
-    """A figure with the number of prompts that it leaves out, if any."""
+    """A figure with the number of prompts that it leaves out, if any; if all, it is of none."""
     prompts = at(left_out, "prompts")
-    return replace(cell, details=(*cell.details, f"{prompts:,} left out")) if prompts else cell
+    if not prompts:
+        return cell
+    text = "of no prompt" if cell == NOT_RUN else cell.text
+    return replace(cell, text=text, details=(*cell.details, f"{prompts:,} left out"))
 
 
 def left_out_tables(found: Record) -> list[Table]:

@@ -331,9 +331,7 @@ def _share(record: Found | None) -> Cell:
 
 def _gra(trial: Found, against: str) -> Cell:
     cell, tied = (_share(at(trial, "figures", f"{kind}_{against}")) for kind in ("gra", "ties"))
-    if cell.missing:
-        return cell
-    told = Cell(cell.text, (*cell.details, f"{tied.text} ties"))
+    told = cell if cell.missing else Cell(cell.text, (*cell.details, f"{tied.text} ties"))
     return beside(told, at(trial, "left_out", f"gra_{against}"))
 
 
