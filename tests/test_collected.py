@@ -66,7 +66,7 @@ def _metrics(arm: str, accuracy: float) -> dict[str, Any]:
     return {
         "gra": known if arm == "cw" else None,
         "annotator": _annotator(ANNOTATOR[arm]),
-        "policy": {"agreement": {"accuracy": accuracy, "n": 20}},
+        "policy": {"agreement": {"n": 20, "correct": round(20 * accuracy), "ties": 0}},
         "answers": {against: {"length_controlled": v} for against, v in controlled.items()},
         "kl": {"mean": 3.5, "n": 4, **({"left_out": too_long} if arm == "cw" else {})},
     }
