@@ -67,6 +67,23 @@ def tables(found: Found, figure: str) -> Iterator[str]:
     return lines([heads, *([row[head] for head in heads] for row in rows)])
 
 
+def by_seed(found: Found, figure: str) -> Iterator[str]:
+    """A row a trial: one of its figures, and its KL, with each seed."""
+    columns = {
+        _FIGURES[figure]: ("figures", figure, 100, " %"),
+        "KL, nats an answer": ("by_seed", "kl", 1, ""),
+    }
+    seeds = found["seeds"]
+    rows = [["trial", *(f"{words}, seed {seed}" for words in columns for seed in seeds)]]
+    for name, trial in found["trials"].items():
+        row = [f"`{name}`"]
+        for kind, key, scale, unit in columns.values():
+            told = [f"{scale * value:.1f}{unit}" for value in at(trial, kind, key, "values") or []]
+            row += told + [""] * (len(seeds) - len(told))  # of a trial that was stopped
+        rows.append(row)
+    return lines(rows)
+
+
 def _row(found: Found, name: str, figure: str) -> Mapping[str, str]:
     trial = found["trials"][name]
     after, weight = at(trial, "stopped_after"), at(trial, "by_seed", "mean_weight", "mean")

@@ -29,6 +29,7 @@ START, END = "<!-- figures: ", "<!-- end of figures -->"
 TABLES: dict[str, Callable[[dict[str, Any], str], Iterator[str]]] = {
     "asking": asking.tables,
     "comparison": comparisons.tables,
+    "by_seed": comparisons.by_seed,
     "intervals": intervals.tables,
     "noise": noise_tables.tables,
 }

@@ -55,6 +55,26 @@ def folder(pages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_figures_by_seed_stand_under_their_seed(folder: Path, pages: Any) -> None:
+    found = json.loads((folder / "kept.json").read_text()) | {"seeds": [3, 5]}
+    found["trials"] = {
+        "human": {"figures": {"accuracy": {"values": [0.5, 0.625]}}, "by_seed": {}},
+        "cw": {
+            "figures": {"accuracy": {"values": [0.75]}},
+            "by_seed": {"kl": {"values": [1.25, 2.0]}},
+        },
+    }
+    (folder / "kept.json").write_text(json.dumps(found))
+    (folder / "page.md").write_text(PAGE.replace("comparison kept", "by_seed kept"))
+    assert ended(pages) == (0, "")
+    heads, _, *rows = (folder / "page.md").read_text().splitlines()[3:7]
+    assert heads == (
+        "| trial | accuracy, seed 3 | accuracy, seed 5 | KL, nats an answer, seed 3 "
+        "| KL, nats an answer, seed 5 |"
+    )
+    assert rows == ["| `human` | 50.0 % | 62.5 % |  |  |", "| `cw` | 75.0 % |  | 1.2 | 2.0 |"]
+
+
 def test_the_pages_are_current(pages: Any) -> None:
     assert ended(pages, "--check") == (0, "")
 
@@ -98,7 +118,11 @@ def test_a_changed_digit_is_noticed(pages: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("good", "bad", "said"),
     [
-        ("comparison kept", "opinion kept", "`opinion` makes no tables, but asking, comparison"),
+        (
+            "comparison kept",
+            "opinion kept",
+            "`opinion` makes no tables, but asking, comparison, by_seed",
+        ),
         ("kept.json", "lost.json", "lost.json cannot be read"),
         ("kept.json accuracy", "kept.json", "must name a table, a file and a figure"),
         ("kept.json accuracy", "kept.json luck", "finds no 'luck'"),
