@@ -95,25 +95,6 @@ def test_tied_embeddings_are_not_missing(tmp_path):
     load_policy(config(folder))
 
 
-@pytest.mark.parametrize("kind", ["reward model", "annotator", "first layer"])
-def test_tensors_that_no_part_reads_are_named(tmp_path, kind, caplog):
-    """A bias that the architecture lacks is another model; other heads and cut layers are not."""
-    tiny_classifier("llama").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    biases = ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.up_proj.bias"]
-    more = {name: torch.ones(32) for name in [*biases, "lm_head.weight"]}
-    save_file(load_file(file) | more, file, {"format": "pt"})
-    model = config(tmp_path, num_hidden_layers=1 if kind == "first layer" else None)
-    if kind == "annotator":
-        load_annotator_base(model, load_tokenizer(model, distinct_pad=True), 0)
-    else:
-        load_reward_model(model)
-    (said,) = caplog.messages
-    named = [name in said for name in (*biases, "lm_head.weight")]
-    assert named == [True, kind != "first layer", kind != "annotator"]
-
-
 def test_a_long_list_of_missing_tensors_is_cut(llama):
     names = [name for name in load_file(llama / "model.safetensors") if "layers.1" in name]
     with pytest.raises(ModelError, match=f"and {len(names) - 5} more"):

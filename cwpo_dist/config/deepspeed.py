@@ -238,6 +238,13 @@ def inside(section: Mapping[str, object], name: str) -> Mapping[str, object]:
     return found if isinstance(found, Mapping) else {}
 
 
+def zero_stage(section: Mapping[str, object], unsaid: int = 0) -> int:
+    """The ZeRO stage that a section, or a merged configuration, asks for; `unsaid` without one."""
+    stage = inside(section, "zero_optimization").get("stage", unsaid)
+    assert isinstance(stage, int | float | str)  # DeepSpeed refuses others
+    return int(stage)
+
+
 def bf16_of(section: Mapping[str, object]) -> Mapping[str, object]:
     """The section of bfloat16, by its name or by its old one."""
     return inside(section, "bf16" if "bf16" in section else "bfloat16")

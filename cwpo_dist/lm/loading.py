@@ -39,7 +39,7 @@ from cwpo_dist.lm.load_settings import attention_of, dtype_of, straight_to
 from cwpo_dist.lm.pickles import other_weights
 from cwpo_dist.lm.switches import remember_given, switch_off
 from cwpo_dist.lm.unfit import unfit
-from cwpo_dist.lm.unread import shown, tell_unread
+from cwpo_dist.lm.unread_tensors import shown, tell_unread
 from cwpo_dist.node_disk import staged
 from cwpo_dist.storage import StorageError, Store
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from cwpo_dist.config import TrainingConfig
-from cwpo_dist.config.deepspeed import inside, said
+from cwpo_dist.config.deepspeed import said, zero_stage
 from cwpo_dist.config.training import BUCKET_NUMBERS
 from cwpo_dist.lm.vocabulary import KEPT_NUMBERS
 from cwpo_dist.runs.sizes import ModelSize
@@ -65,7 +65,8 @@ def training_memory(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) 
         on_gpu: in bf16 there, whose gradients are summed in fp32, else in fp32.
     """
     number, trained, workers = NUMBER_BYTES[on_gpu], size.of(training), training.min_workers
-    zero = max(_zero_stage(training), FEWEST[on_gpu])
+    asked = zero_stage(said(training.deepspeed_section()), training.zero_stage)
+    zero = max(asked, FEWEST[on_gpu])
     changed = trained.parameters
     weights = size.parameters + (changed if training.lora is not None else 0)
     held = weights / workers + min(size.parameters, LIVE_NUMBERS) if zero >= 3 else weights
@@ -79,12 +80,6 @@ def training_memory(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) 
         activations=None if kept is None else round(kept * RETAINED[on_gpu]),
         update=round(4 * shard) if zero >= 1 else 0,
     )
-
-
-def _zero_stage(training: TrainingConfig) -> int:
-    """That of the DeepSpeed section, which is laid over ours."""
-    zero = inside(said(training.deepspeed_section()), "zero_optimization")
-    return int(str(zero.get("stage", training.zero_stage)))
 
 
 def activations(training: TrainingConfig, size: ModelSize, *, on_gpu: bool) -> float | None:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from cwpo_dist.config import TrainingConfig
+from cwpo_dist.config.deepspeed import zero_stage
 from cwpo_dist.config.training import BUCKET_NUMBERS
 from cwpo_dist.lm.modules import accumulate_in_place
 from cwpo_dist.lm.rows import RowBatch
 from cwpo_dist.lm.sequence import SequenceGroup
-from cwpo_dist.training.deepspeed_settings import deepspeed_config, frozen_config, zero_stage
+from cwpo_dist.training.deepspeed_settings import deepspeed_config, frozen_config
 from cwpo_dist.training.optim import STATE_KEYS, fresh_state, make_optimizer, set_learning_rate
 from cwpo_dist.training.shards import Share
 

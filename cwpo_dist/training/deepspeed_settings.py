@@ -30,6 +30,7 @@ from cwpo_dist.config.deepspeed import (
     inside,
     is_off,
     said,
+    zero_stage,
 )
 from cwpo_dist.config.deepspeed_agreement import BATCH, PRECISIONS, SCHEDULES, contradictions
 from cwpo_dist.config.training import BUCKET_NUMBERS
@@ -76,13 +77,6 @@ def deepspeed_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, ob
         logger.warning("zero_stage 0 cannot sum bfloat16 gradients in float32: stage 1 is used")
         merged = _merged(merged, {"zero_optimization": {"stage": 1}})
     return merged
-
-
-def zero_stage(ds_config: Mapping[str, object]) -> int:
-    """The ZeRO stage that a merged configuration asks for."""
-    stage = inside(ds_config, "zero_optimization")["stage"]
-    assert isinstance(stage, int | float | str)  # DeepSpeed refuses others
-    return int(stage)
 
 
 def frozen_config(config: TrainingConfig, dtype: torch.dtype) -> dict[str, object]:
