@@ -184,28 +184,31 @@ def test_kl_counts_the_answers_that_it_is_not_of(
 
 
 @pytest.mark.parametrize(
-    ("policy", "left_out"),
-    [
-        ({"max_length": 40}, {}),
-        ({"max_length": 40, "over_length": "truncate"}, {"over_length": 1}),
-        ({"max_length": 40, "model_name_or_path": "few positions"}, {"over_length": 1}),
-    ],
+    ("over_length", "positions", "left_out"),
+    [("drop", None, {}), ("truncate", None, {"over_length": 1}), ("drop", 64, {"over_length": 1})],
 )
 def test_kl_is_of_answers_as_long_as_they_were_sampled(
-    policy: dict[str, Any], left_out: dict[str, int], tmp_path: Path, monkeypatch: Any
+    over_length: str,
+    positions: int | None,
+    left_out: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Behind a prompt that may be `max_length` itself; what is cut may have been sampled cut."""
     monkeypatch.setattr(scored_by, "run_shards", _log_probs)
-    sampled = {"num_prompts": 3, "kl": True, "max_new_tokens": 90}
-    few = policy.pop("model_name_or_path", None)
-    world = World(tmp_path, ["human"], policy=policy, evaluate=sampled)
+    sections: Any = {
+        "policy": {"max_length": 40, "over_length": over_length},
+        "evaluate": {"num_prompts": 3, "kl": True, "max_new_tokens": 90},
+    }
+    world = World(tmp_path, ["human"], **sections)
     lay_answers(world, ANSWERS)
     for role in ("sft", "align"):
         folder = Path(world.place(role).child("model").root)
         shutil.copytree(tmp_path / "model", folder)
-        if few:
+        if positions is not None:
             told = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(told | {"max_position_embeddings": 64}))
+            told |= {"max_position_embeddings": positions}
+            (folder / "config.json").write_text(json.dumps(told))
     world.log_probs("reference", None, logp)
     world.log_probs("aligned", None, logp)
     evaluate.make(world.context, world.node("evaluate"))
